@@ -1,0 +1,171 @@
+"""Make the two models: Qwen3 from random weights, supervised training on worked answers, sampling from the result.
+
+Not for distillation (that is what the example is an input of). Invariants: everything drawn comes from the seed in the
+settings; a problem that is held out is never trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from examples.arithmetic.settings import ModelSettings, PretrainSettings
+from examples.arithmetic.task import Problem, Slip, forgotten_carries, random_slips, work
+
+IGNORED_LABEL = -100
+"""The label that transformers leaves out of its loss."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A problem as ids: the rendered prompt, and the worked answer with its EOS as written and as it should go on."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    label_ids: list[int]
+
+
+def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem, slip: Slip | None = None) -> Example:
+    """The ids of a problem and of its worked answer. Written and right differ in digits, so in no length."""
+    prompt = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False)
+    answer = work(problem.a, problem.b, slip)
+    written, right = (
+        [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        for text in (answer.written, answer.right)
+    )
+    return Example(list(prompt), written, right)
+
+
+def new_model(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, max_positions: int, seed: int
+) -> Qwen3ForCausalLM:
+    """A Qwen3 with random float32 weights."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=settings.tied,
+        initializer_range=0.5 / math.sqrt(settings.hidden_size),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def pretrain(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    stream: Iterator[Problem],
+    settings: PretrainSettings,
+    seed: int,
+) -> None:
+    """Train `model` in place on fresh problems."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    draw = _example_drawer(tokenizer, settings, Random(seed))
+    model.train()
+    for step in range(1, settings.max_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _rate_factor(settings, step)
+        examples = [draw(problem) for problem in islice(stream, settings.batch_size)]
+        ids, labels = _right_padded(examples, tokenizer.pad_token_id)
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def greedy_accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, max_new_tokens: int
+) -> str:
+    """`right/all` of the greedy answers, judged by what stands after `####`."""
+    responses = answer_all(model, tokenizer, problems, max_new_tokens=max_new_tokens, temperature=0.0, seed=0)
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    right = [
+        text.rpartition("####")[2].strip() == problem.answer for text, problem in zip(texts, problems, strict=True)
+    ]
+    return f"{sum(right)}/{len(right)}"
+
+
+@torch.no_grad()
+def answer_all(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[list[int]]:
+    """One response a problem, EOS included where it came; temperature 0 is greedy."""
+    torch.manual_seed(seed)
+    model.eval()
+    prompts = [encode_problem(tokenizer, problem).prompt_ids for problem in problems]
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=(ids != tokenizer.pad_token_id).long(),
+        max_new_tokens=max_new_tokens,
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+    return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+
+
+def _example_drawer(
+    tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings, random: Random
+) -> Callable[[Problem], Example]:
+    """How a problem becomes a training example under the settings."""
+    slips = random_slips(random, settings.random_slip_rate)
+
+    def draw(problem: Problem) -> Example:
+        if settings.forget_carry_from is not None:
+            habit = forgotten_carries(random, settings.forget_carry_from, settings.forget_carry_probability)
+            example = encode_problem(tokenizer, problem, habit)
+            return Example(example.prompt_ids, example.response_ids, label_ids=example.response_ids)
+        return encode_problem(tokenizer, problem, slips if random.random() < 0.5 else None)
+
+    return draw
+
+
+def _rate_factor(settings: PretrainSettings, step: int) -> float:
+    warmup = min(1.0, step / settings.warmup_steps)
+    return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.max_steps)))
+
+
+def _right_padded(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
+    width = max(len(example.prompt_ids) + len(example.response_ids) for example in examples)
+    ids = torch.full((len(examples), width), pad_id)
+    labels = torch.full((len(examples), width), IGNORED_LABEL)
+    for row, example in enumerate(examples):
+        start, stop = len(example.prompt_ids), len(example.prompt_ids) + len(example.response_ids)
+        ids[row, :stop] = torch.tensor(example.prompt_ids + example.response_ids)
+        labels[row, start:stop] = torch.tensor(example.label_ids)
+    return ids, labels
+
+
+def _until_eos(ids: list[int], eos_id: int) -> list[int]:
+    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids

@@ -1,0 +1,87 @@
+"""Every number that decides what the example contains; two instances, `FULL` (the quickstart) and `TINY` (CI).
+
+Not for run settings (see configs/). The settings and the source of this folder give the content hash of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The shape of one Qwen3 model."""
+
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    vocab_size: int
+    """Rows of the embedding: the tokenizer's size, padded; the padding differs between teacher and student."""
+    tied: bool
+    """Input and output embeddings are one matrix."""
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Supervised training on freshly drawn worked answers."""
+
+    max_steps: int
+    learning_rate: float
+    """Peak, after a linear warm-up; decays along a cosine to a tenth."""
+    random_slip_rate: float = 0.0
+    """Rate of wrong digits in half of the inputs; the labels are right, so the model goes on well after a mistake."""
+    forget_carry_from: int | None = None
+    """A bad habit: a carry out of a column of at least this sum is mostly forgotten, in inputs and labels."""
+    forget_carry_probability: float = 0.85
+    warmup_steps: int = 20
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class ExampleSettings:
+    """One complete example: task, data sizes, models."""
+
+    min_digits: int
+    max_digits: int
+    """Digits of an operand; both operands of a problem are drawn independently."""
+    train_prompts: int
+    heldout_prompts: int
+    teacher: ModelSettings
+    teacher_training: PretrainSettings
+    student: ModelSettings
+    student_training: PretrainSettings
+    teacher_response_temperature: float = 1.0
+    """Sampling temperature of the stored teacher responses."""
+    max_response_tokens: int = 64
+    tokenizer_texts: int = 2000
+    """Conversations that the tokenizer is trained on."""
+    max_positions: int = 512
+    seed: int = 20
+
+
+FULL = ExampleSettings(
+    min_digits=3,
+    max_digits=4,
+    train_prompts=1024,
+    heldout_prompts=256,
+    teacher=ModelSettings(hidden_size=128, num_layers=3, intermediate_size=256, vocab_size=384, tied=False),
+    teacher_training=PretrainSettings(max_steps=500, learning_rate=3e-3, random_slip_rate=0.05),
+    student=ModelSettings(hidden_size=64, num_layers=2, intermediate_size=128, vocab_size=320, tied=True),
+    student_training=PretrainSettings(max_steps=500, learning_rate=3e-3, forget_carry_from=12),
+)
+"""The quickstart: sums of three- and four-digit numbers."""
+
+TINY = ExampleSettings(
+    min_digits=2,
+    max_digits=3,
+    train_prompts=256,
+    heldout_prompts=64,
+    teacher=ModelSettings(hidden_size=64, num_layers=3, intermediate_size=128, vocab_size=384, tied=False),
+    teacher_training=PretrainSettings(max_steps=330, learning_rate=4e-3, random_slip_rate=0.05),
+    student=ModelSettings(hidden_size=48, num_layers=2, intermediate_size=96, vocab_size=320, tied=True),
+    student_training=PretrainSettings(max_steps=300, learning_rate=4e-3, forget_carry_from=11),
+)
+"""The same in small, for CI: sums of two- and three-digit numbers."""

@@ -1,0 +1,189 @@
+"""Make the example of the quickstart in one folder: a tokenizer, prompts, a teacher and a weaker student, from nothing.
+
+    python -m examples.make_models models/arithmetic            # the quickstart's
+    python -m examples.make_models models/arithmetic-tiny --tiny  # the one of CI
+
+    teacher/ student/          Hugging Face folders (Qwen3, float32) with the same tokenizer
+    train.jsonl heldout.jsonl  prompts: id, messages, answer
+    teacher_responses.jsonl    what the teacher answers to the training prompts: id, response_ids, finished
+    example.json               settings, content hash, measured accuracies and times
+
+Not for training on your own data. Invariants: the folder is whole or absent; a second call with the same settings and
+the same code returns at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from examples.arithmetic.settings import FULL, TINY, ExampleSettings
+from examples.arithmetic.task import Problem, make_splits, problem_stream, worked_answer
+
+SUMMARY = "example.json"
+
+
+def make_example(out: Path, settings: ExampleSettings, *, threads: int = 1) -> dict[str, Any]:
+    """Return the summary of the example in `out`, made first where it is not there or is of other settings or code.
+
+    Raises FileExistsError where `out` holds something else.
+    """
+    content_hash = _content_hash(settings)
+    found = _read_summary(out)
+    if found is not None and found["content_hash"] == content_hash:
+        return found
+    if found is None and out.exists():
+        raise FileExistsError(f"{out}: expected an example made by this script or nothing, found no {SUMMARY} in it")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        summary = {"content_hash": content_hash, "settings": asdict(settings), **_build(partial, settings, threads)}
+        (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if found is not None:
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return summary
+
+
+def _build(folder: Path, settings: ExampleSettings, threads: int) -> dict[str, Any]:
+    """Fill `folder`; returns what was measured."""
+    import torch  # not at the top: a second call imports nothing heavy
+
+    from examples.arithmetic import models, tokenizer
+
+    torch.set_num_threads(threads)
+    clock = _Clock()
+    random = Random(settings.seed)
+    digits = {"min_digits": settings.min_digits, "max_digits": settings.max_digits}
+    splits = make_splits(random, **digits, train=settings.train_prompts, heldout=settings.heldout_prompts)
+    stream = problem_stream(random, **digits, exclude=splits)
+    fast_tokenizer = tokenizer.train_tokenizer(
+        _texts(islice(stream, settings.tokenizer_texts)), max_positions=settings.max_positions
+    )
+    for name, problems in (("train", splits.train), ("heldout", splits.heldout)):
+        _write_lines(folder / f"{name}.jsonl", _prompt_lines(name, problems))
+    clock.lap("data")
+    accuracy = {}
+    for name, shape, training in (
+        ("student", settings.student, settings.student_training),
+        ("teacher", settings.teacher, settings.teacher_training),
+    ):
+        model = models.new_model(shape, fast_tokenizer, settings.max_positions, seed=settings.seed)
+        models.pretrain(model, fast_tokenizer, stream, training, seed=settings.seed)
+        model.save_pretrained(folder / name)
+        fast_tokenizer.save_pretrained(folder / name)
+        clock.lap(name)
+        accuracy[name] = models.greedy_accuracy(
+            model, fast_tokenizer, splits.heldout, max_new_tokens=settings.max_response_tokens
+        )
+        clock.lap("evaluation")
+    responses = models.answer_all(  # by the model of the last round, the teacher
+        model,
+        fast_tokenizer,
+        splits.train,
+        max_new_tokens=settings.max_response_tokens,
+        temperature=settings.teacher_response_temperature,
+        seed=settings.seed,
+    )
+    _write_lines(folder / "teacher_responses.jsonl", _response_lines(responses, fast_tokenizer.eos_token_id))
+    clock.lap("responses")
+    return {"greedy_heldout_correct": accuracy, **clock.summary()}
+
+
+def _texts(problems: Iterable[Problem]) -> Iterator[str]:
+    """What the tokenizer learns from: the words of the chat and of the task."""
+    for problem in problems:
+        yield f"system\nuser\n{problem.text}\nassistant\n{worked_answer(problem.a, problem.b)}"
+
+
+def _prompt_id(split: str, number: int) -> str:
+    return f"{split}-{number:05d}"
+
+
+def _prompt_lines(split: str, problems: Iterable[Problem]) -> Iterator[dict[str, Any]]:
+    for number, problem in enumerate(problems):
+        yield {"id": _prompt_id(split, number), "messages": problem.messages, "answer": problem.answer}
+
+
+def _response_lines(responses: list[list[int]], eos_id: int) -> Iterator[dict[str, Any]]:
+    """The format of `tropd prefixes`: the EOS is not stored."""
+    for number, ids in enumerate(responses):
+        finished = ids[-1] == eos_id
+        yield {"id": _prompt_id("train", number), "response_ids": ids[:-1] if finished else ids, "finished": finished}
+
+
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _content_hash(settings: ExampleSettings) -> str:
+    """Of the settings and of every source file that takes part."""
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    for source in (Path(__file__), *sorted((Path(__file__).parent / "arithmetic").glob("*.py"))):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _read_summary(out: Path) -> dict[str, Any] | None:
+    try:
+        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return summary
+
+
+class _Clock:
+    """Wall and CPU seconds by part."""
+
+    def __init__(self) -> None:
+        self._laps: dict[str, tuple[float, float]] = {}
+        self._last = time.perf_counter(), time.process_time()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to the part `name`."""
+        now = time.perf_counter(), time.process_time()
+        wall, cpu = self._laps.get(name, (0.0, 0.0))
+        self._laps[name] = wall + now[0] - self._last[0], cpu + now[1] - self._last[1]
+        self._last = now
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        wall = {name: round(wall, 1) for name, (wall, _) in self._laps.items()}
+        cpu = {name: round(cpu, 1) for name, (_, cpu) in self._laps.items()}
+        return {
+            "wall_s": wall | {"total": round(sum(wall.values()), 1)},
+            "cpu_s": cpu | {"total": round(sum(cpu.values()), 1)},
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m examples.make_models", description="Make the arithmetic example.")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="folder to make")
+    parser.add_argument("--tiny", action="store_true", help="the small variant of CI")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1)")
+    options = parser.parse_args(arguments)
+    try:
+        summary = make_example(options.out, TINY if options.tiny else FULL, threads=options.threads)
+    except FileExistsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: greedy held-out answers that are right: {summary['greedy_heldout_correct']}")
+    print(f"seconds: {summary['wall_s']}, of CPU: {summary['cpu_s']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What the ranks of `test_guards` run. Not a test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.dist.layouts import Case, Constants, build, layout_of, pack_for
+from tropd_mcore.errors import TrainingError
+from tropd_mcore.mcore.dry_run import dry_run
+from tropd_mcore.mcore.loss import check_finite, make_distillation_loss
+from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.optimizer import build_optimizer, optimizer_step
+from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
+from tropd_mcore.mcore.scoring import sampled_log_probs, score_micro_batches
+from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
+from tropd_mcore.weights.architecture import read_architecture
+
+BROKEN_SAMPLE, BROKEN_TOKEN = 2, 10
+
+
+def parameters(model: Model) -> list[Tensor]:
+    return [parameter.detach().clone() for module in model.modules for parameter in module.parameters()]
+
+
+def non_finite_step(
+    student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, k: int, topk_too: bool
+) -> tuple[str, str, bool]:
+    """One step in which the teacher says NaN of one token, and perhaps of its top-k.
+
+    Returns (loss error, optimizer error, nothing moved).
+    """
+    constants = Constants(k=k, temperature=1.0, beta=0.1, outlier_weight=1.0)
+    with layout_of(case) as (layout, platform):
+        student = build(student_folder, case, layout, platform, trainable=True)
+        teacher = build(teacher_folder, case, layout, platform, trainable=False)
+        packed = pack_for(rollouts, case, layout)
+        scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=k, chunk_tokens=5)
+        pairs = zip(packed.micro_batches, scores, strict=True)
+        broken = [_break(micro_batch, score, topk_too) if score else None for micro_batch, score in pairs]
+        loss = make_distillation_loss(student, constants.objective(), broken, constants.settings)
+        results = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
+        optimizer, scheduler = build_optimizer(student, case.optimizer, steps=3)
+        before = parameters(student)
+        loss_error = optimizer_error = ""
+        try:
+            check_finite(results, packed.micro_batches, step=7, sample_ids=[r.sample_id for r in rollouts])
+        except TrainingError as error:
+            loss_error = str(error)
+        try:
+            optimizer_step(student, optimizer, scheduler, step=7)
+        except TrainingError as error:
+            optimizer_error = str(error)
+        untouched = all(map(torch.equal, before, parameters(student))) and scheduler.num_steps == 0
+        return loss_error, optimizer_error, untouched
+
+
+def _break(micro_batch: MicroBatch, scores: TeacherScores, topk_too: bool) -> TeacherScores:
+    at = (micro_batch.sample_index == BROKEN_SAMPLE) & (micro_batch.token_index == BROKEN_TOKEN)
+    return replace(
+        scores,
+        logp_T=torch.where(at, torch.nan, scores.logp_T),
+        topk_logp_TK=torch.where(at[:, None] & topk_too, torch.nan, scores.topk_logp_TK),
+    )
+
+
+def logits_of_a_model_without_weights(folder: Path, rollouts: list[Rollout]) -> bool:
+    """Whether every logit is NaN."""
+    with layout_of(Case()) as (layout, platform):
+        arch = read_architecture(folder)
+        model = build_model(arch, Case().parallel, layout, platform, dtype="float32", trainable=False)
+        packed = pack_for(rollouts, Case(), layout)
+
+        def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> bool:
+            return bool(logits_TW.isnan().all())
+
+        loss = only_measure(measure)
+        found = run_pipeline(model, packed.micro_batches, packed.pack_length, loss=loss, forward_only=True)
+        return all(found)
+
+
+def dry_run_and_look(folder: Path, cases: dict[str, Case], tokens: int, k: int) -> dict[str, tuple[bool, bool, bool]]:
+    """(gradients existed during the run, are zero after, parameters untouched) of this rank."""
+    constants = Constants(k=k, temperature=1.0, beta=0.1, outlier_weight=1.0)
+    found = {}
+    for name, case in cases.items():
+        with layout_of(case) as (layout, platform):
+            model = build(folder, case, layout, platform, trainable=True)
+            before, seen = parameters(model), []
+            finalize = model.config.finalize_model_grads_func
+
+            def spy(*args: Any, seen: list[bool] = seen, finalize: Any = finalize, **keywords: Any) -> None:
+                finalize(*args, **keywords)
+                seen.append(all(float(p.main_grad.abs().max()) > 0 for p in args[0][0].parameters() if p.ndim == 1))
+
+            model.config.finalize_model_grads_func = spy
+            dry_run(model, constants.objective(), constants.settings, tokens_per_micro_batch=tokens, k=k)
+            zero = all(not p.main_grad.any() for module in model.modules for p in module.parameters())
+            found[name] = (all(seen) and len(seen) == 1, zero, all(map(torch.equal, before, parameters(model))))
+    return found
+
+
+def log_probs_without_gradients(folder: Path, rollouts: list[Rollout], case: Case) -> list[Tensor | None]:
+    with layout_of(case) as (layout, platform):
+        model = build(folder, case, layout, platform, trainable=True)
+        packed = pack_for(rollouts, case, layout)
+        assert not torch.is_inference_mode_enabled()
+        return sampled_log_probs(model, packed.micro_batches, packed.pack_length, chunk_tokens=4)
+
+
+def teacher_of_smaller_vocabulary(folder: Path, rollouts: list[Rollout], k: int) -> list[tuple[Tensor, Tensor]]:
+    """(predicted ids, scored) of each micro-batch."""
+    with layout_of(Case()) as (layout, platform):
+        teacher = build(folder, Case(), layout, platform, trainable=False)
+        packed = pack_for(rollouts, Case(), layout)
+        scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=k, chunk_tokens=5)
+        assert all(score is not None and score.logp_T.isfinite().all() for score in scores)
+        pairs = zip(packed.micro_batches, scores, strict=True)
+        return [(micro_batch.target_ids, score.scored_T) for micro_batch, score in pairs if score is not None]

@@ -1,0 +1,254 @@
+"""What the ranks of a layout test run: build student and teacher, score, train, and gather everything on rank 0.
+
+Not a test; imported by the rank processes, so it does not import transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tropd_mcore.config.schema import (
+    Dtype,
+    GuidanceConfig,
+    OptimizerConfig,
+    OutlierConfig,
+    ParallelConfig,
+    TropdObjective,
+)
+from tropd_mcore.data.packing import PackedStep, pack
+from tropd_mcore.losses.method_table import bind_objective
+from tropd_mcore.mcore.loss import LossResult, LossSettings, make_distillation_loss
+from tropd_mcore.mcore.model import Model, Recompute, build_model
+from tropd_mcore.mcore.optimizer import build_optimizer, learning_rate, optimizer_step
+from tropd_mcore.mcore.parallel import Layout, RankEnvironment, destroy, initialize
+from tropd_mcore.mcore.pipeline import only_measure, run_pipeline, without_rows
+from tropd_mcore.mcore.platform import choose
+from tropd_mcore.mcore.weights_io import iterate_hf, load_hf, named_parameters
+from tropd_mcore.teacher.megatron import MegatronTeacher
+from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
+from tropd_mcore.weights.architecture import read_architecture
+
+UNSHARDED_GRADIENTS = OptimizerConfig(distributed=False)
+"""Every data rank holds all reduced gradients, not only its shard of them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the same step."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    sequence_parallel: bool = False
+    recompute: Recompute = "none"
+    dtype: Dtype = "float32"
+    tokens_per_micro_batch: int = 48
+    pack_multiple: int = 1
+    """Factor on the granularity of the pack length: more of it is a longer padding tail."""
+    optimizer: OptimizerConfig = field(default=UNSHARDED_GRADIENTS)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            virtual_pipeline=self.virtual_pipeline,
+            context=self.context,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The numbers of the reference, which these processes do not import."""
+
+    k: int
+    temperature: float
+    beta: float
+    outlier_weight: float
+
+    @property
+    def settings(self) -> LossSettings:
+        return LossSettings(temperature=self.temperature, chunk_tokens=7, topk_overlap=True)
+
+    def objective(self) -> Any:
+        return bind_objective(
+            TropdObjective(
+                guidance=GuidanceConfig(beta=self.beta),
+                outlier=OutlierConfig(topk=self.k, weight=self.outlier_weight),
+            )
+        )
+
+
+@contextmanager
+def layout_of(case: Case) -> Iterator[tuple[Layout, Any]]:
+    """The layout of a case and its platform, inside `run_on_ranks`."""
+    platform = choose("cpu")
+    environment = RankEnvironment(dist.get_rank(), dist.get_world_size(), local_rank=0)
+    layout = initialize(case.parallel, platform, seed=1, environment=environment)
+    try:
+        yield layout, platform
+    finally:
+        destroy(layout)
+
+
+def build(folder: Path, case: Case, layout: Layout, platform: Any, *, trainable: bool) -> Model:
+    """A loaded model."""
+    model = build_model(
+        read_architecture(folder),
+        case.parallel,
+        layout,
+        platform,
+        dtype=case.dtype,
+        trainable=trainable,
+        recompute=case.recompute if trainable else "none",
+        optimizer=case.optimizer if trainable else None,
+    )
+    load_hf(model, folder, layout)
+    return model
+
+
+def pack_for(rollouts: list[Rollout], case: Case, layout: Layout) -> PackedStep:
+    return pack(
+        rollouts,
+        tokens_per_micro_batch=case.tokens_per_micro_batch,
+        dp_size=layout.dp_size,
+        dp_rank=layout.dp_rank,
+        cp_size=layout.cp_size,
+        cp_rank=layout.cp_rank,
+        tp_size=layout.tp_size * case.pack_multiple,
+        aggregation="token_mean",
+        prefix_denominator="joint",
+        device="cpu",
+    )
+
+
+def train_step(
+    student: Model, teacher: Model, rollouts: list[Rollout], case: Case, constants: Constants
+) -> tuple[PackedStep, list[LossResult | None], list[TeacherScores | None]]:
+    """Score and train on one batch; gradients are finished and no parameter has moved."""
+    packed = pack_for(rollouts, case, student.layout)
+    scores = MegatronTeacher(teacher, k=constants.k, chunk_tokens=5).score(rollouts, packed)
+    loss = make_distillation_loss(student, constants.objective(), scores, constants.settings)
+    results = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
+    return packed, results, scores
+
+
+def gather_results(layout: Layout, packed: PackedStep, results: Sequence[LossResult | None]) -> dict[str, Any]:
+    """Loss, count and columns of all ranks, rows in the order of (sample, token)."""
+    mine: Any = None
+    if layout.is_last_stage and layout.tp_rank == 0:
+        pairs = [(batch, result) for batch, result in zip(packed.micro_batches, results, strict=True) if result]
+        assert len(pairs) == len(results), "a micro-batch has no result on the last stage"
+        columns = {
+            name: torch.cat([result.columns[name].double() for _, result in pairs]) for name in pairs[0][1].columns
+        }
+        place = torch.cat([batch.sample_index * 10_000 + batch.token_index for batch, _ in pairs])
+        loss_sum = sum(float(result.loss_sum) for _, result in pairs)
+        mine = (loss_sum, sum(int(result.token_count) for _, result in pairs), place, columns)
+    assert layout.is_last_stage or all(result is None for result in results), "a result outside the last stage"
+    everyone: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(everyone, mine, group=layout.groups.control)
+    parts = [part for part in everyone if part is not None]
+    order = torch.argsort(torch.cat([place for _, _, place, _ in parts]))
+    count = sum(count for _, count, _, _ in parts)
+    return {
+        "loss": sum(loss_sum for loss_sum, _, _, _ in parts) / count,
+        "token_count": count,
+        "columns": {name: torch.cat([part[3][name] for part in parts])[order] for name in parts[0][3]},
+        "micro_batches": len(packed.micro_batches),
+        "pack_length": packed.pack_length,
+    }
+
+
+@torch.no_grad()
+def whole_gradients(model: Model, layout: Layout) -> dict[str, Tensor]:
+    """{Hugging Face name: gradient} on rank 0: a gradient is cut over ranks exactly as its parameter is."""
+    saved = {}
+    for name, parameter in named_parameters(model).items():
+        saved[name] = parameter.detach().clone()
+        parameter.copy_(parameter.main_grad)
+    gradients = dict(iterate_hf(model, layout))
+    for name, parameter in named_parameters(model).items():
+        parameter.copy_(saved[name])
+    return gradients
+
+
+def run_cases(
+    student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], cases: dict[str, Case], constants: Constants
+) -> dict[str, dict[str, Any]]:
+    """On the ranks: one step for each case. Results of rank 0; the other ranks return results without gradients."""
+    found = {}
+    for name, case in cases.items():
+        with layout_of(case) as (layout, platform):
+            student = build(student_folder, case, layout, platform, trainable=True)
+            teacher = build(teacher_folder, case, layout, platform, trainable=False)
+            packed, results, _ = train_step(student, teacher, rollouts, case, constants)
+            found[name] = gather_results(layout, packed, results)
+            found[name]["gradients"] = whole_gradients(student, layout)
+    return found
+
+
+def logits_of_samples(folder: Path, rollouts: list[Rollout], case: Case) -> list[Tensor]:
+    """On the ranks: logits [tokens, real vocabulary] of every position of each sample, from one pack."""
+    with layout_of(case) as (layout, platform):
+        model = build(folder, case, layout, platform, trainable=False)
+        whole = replace(case, tokens_per_micro_batch=1024)
+        packed = pack_for(rollouts, whole, layout)
+        everywhere = torch.arange(packed.pack_length)
+        micro_batch = replace(without_rows(packed.micro_batches[0]), rows=everywhere)
+
+        def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> Tensor:
+            shards = [torch.empty_like(logits_TW) for _ in range(layout.tp_size)]
+            dist.all_gather(shards, logits_TW.contiguous(), group=layout.groups.tp)
+            return torch.cat(shards, dim=1)[:, : model.arch.vocab_size]
+
+        loss = only_measure(measure)
+        (logits_PV,) = run_pipeline(model, [micro_batch], packed.pack_length, loss=loss, forward_only=True)
+        assert logits_PV is not None
+        borders = packed.micro_batches[0].cu_seqlens.tolist()
+        return [logits_PV[start : start + len(r.token_ids)] for start, r in zip(borders, rollouts, strict=False)]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What several steps left on rank 0."""
+
+    grad_norms: list[float]
+    rates: list[float]
+    weights: dict[str, Tensor]
+
+
+def train_cases(
+    student_folder: Path,
+    teacher_folder: Path,
+    batches: list[list[Rollout]],
+    cases: dict[str, Case],
+    constants: Constants,
+    steps: int,
+) -> dict[str, Trained]:
+    """On the ranks: one optimizer step a batch, for each case."""
+    found = {}
+    for name, case in cases.items():
+        with layout_of(case) as (layout, platform):
+            student = build(student_folder, case, layout, platform, trainable=True)
+            teacher = build(teacher_folder, case, layout, platform, trainable=False)
+            optimizer, scheduler = build_optimizer(student, case.optimizer, steps)
+            norms, rates = [], []
+            for step, rollouts in enumerate(batches, start=1):
+                train_step(student, teacher, rollouts, case, constants)
+                norm, updated = optimizer_step(student, optimizer, scheduler, step=step)
+                assert updated
+                norms.append(norm)
+                rates.append(learning_rate(optimizer))
+            found[name] = Trained(norms, rates, dict(iterate_hf(student, layout)))
+    return found

@@ -1,0 +1,184 @@
+"""Wrong numbers stop a step before they reach the parameters, and settings that make wrong numbers are refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from tests.dist import guard_ranks, reference
+from tests.dist.layouts import Case, run_cases
+from tests.dist.test_layouts import CONSTANTS, LENGTHS
+from tests.ranks import run_on_ranks
+from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
+from tropd_mcore.errors import ConfigError, ModelError
+from tropd_mcore.mcore.checks import check_optimizer_config, check_transformer_config
+from tropd_mcore.mcore.model import _check_divisible, _rope_scaling, padded_vocabulary
+from tropd_mcore.mcore.optimizer import build_optimizer
+from tropd_mcore.mcore.parallel import RankEnvironment, initialize
+from tropd_mcore.mcore.platform import choose
+from tropd_mcore.weights.architecture import read_architecture
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    teacher = reference.write_model(reference.TEACHER, folder / "teacher", seed=11)
+    return reference.write_model(reference.STUDENTS["qwen3"], folder / "student", seed=5), teacher
+
+
+@pytest.mark.parametrize("case", [Case(), Case(pipeline=2), Case(tensor=2)], ids=["dp2", "pp2", "tp2"])
+def test_a_non_finite_loss_names_the_sample_and_moves_no_parameter(folders: tuple[Path, Path], case: Case) -> None:
+    rollouts = reference.make_rollouts(LENGTHS)
+    case = replace(case, optimizer=OptimizerConfig())
+    answers = run_on_ranks(guard_ranks.non_finite_step, 2, *folders, rollouts, case, 16, True)
+    loss_errors = {loss_error for loss_error, _, _ in answers if loss_error}
+    assert len(loss_errors) == 1, "the last stage that has the sample reports it"
+    message = loss_errors.pop()
+    assert re.search(r"step 7: the loss of micro-batch \d+ is nan", message)
+    assert f"sample-{guard_ranks.BROKEN_SAMPLE}, token {guard_ranks.BROKEN_TOKEN} " in message
+    assert len({optimizer_error for _, optimizer_error, _ in answers}) == 1, "all ranks stop with the same words"
+    assert re.search(r"step 7: the gradient norm is nan.* first in \S+ of rank 0", answers[0][1])
+    assert all(untouched for _, _, untouched in answers)
+
+
+def test_a_teacher_log_prob_that_is_no_number_is_not_taken_for_distrust(folders: tuple[Path, Path]) -> None:
+    """The gate compares with NaN, which is false: without a check the token would be an outlier with a finite loss."""
+    case = Case(optimizer=OptimizerConfig())
+    rollouts = reference.make_rollouts(LENGTHS)
+    ((loss_error, _, _),) = run_on_ranks(guard_ranks.non_finite_step, 1, *folders, rollouts, case, 16, False)
+    assert f"sample-{guard_ranks.BROKEN_SAMPLE}, token {guard_ranks.BROKEN_TOKEN} " in loss_error
+    assert "teacher_logp nan" in loss_error
+
+
+def test_a_model_that_was_not_loaded_has_no_finite_logit(folders: tuple[Path, Path]) -> None:
+    rollouts = reference.make_rollouts(LENGTHS)
+    assert run_on_ranks(guard_ranks.logits_of_a_model_without_weights, 1, folders[0], rollouts) == [True]
+
+
+def test_dry_run_reaches_every_gradient_and_leaves_nothing(folders: tuple[Path, Path]) -> None:
+    cases = {
+        "tp2": Case(tensor=2, sequence_parallel=True),
+        "pp2-vpp2": Case(pipeline=2, virtual_pipeline=2),
+        "cp2": Case(context=2),
+    }
+    for answers in run_on_ranks(guard_ranks.dry_run_and_look, 2, folders[0], cases, 50, 16):
+        assert answers == dict.fromkeys(cases, (True, True, True))
+
+
+def test_sampled_log_probs_are_those_of_the_training_forward(folders: tuple[Path, Path]) -> None:
+    rollouts = reference.make_rollouts(LENGTHS)
+    constants = replace(CONSTANTS, temperature=1.0)
+    step = run_on_ranks(run_cases, 1, *folders, rollouts, {"one": Case()}, constants)[0]["one"]
+    pieces = run_on_ranks(guard_ranks.log_probs_without_gradients, 1, folders[0], rollouts, Case())[0]
+    found = torch.cat([piece for piece in pieces if piece is not None])
+    assert not found.requires_grad
+    assert torch.equal(found.double().sort().values, step["columns"]["student_logp"].sort().values)
+
+
+def test_a_teacher_without_a_token_does_not_score_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    small = reference.write_model(reference.small_vocabulary(70), tmp_path / "small", seed=3)
+    rollouts = reference.make_rollouts(LENGTHS)
+    for target_ids, scored in run_on_ranks(guard_ranks.teacher_of_smaller_vocabulary, 1, small, rollouts, 16)[0]:
+        assert torch.equal(scored, target_ids < 70)
+
+
+def test_bfloat16_trains_with_nearly_the_gradients_of_float32(folders: tuple[Path, Path]) -> None:
+    rollouts = [replace(r, trust_u=0.0 * r.trust_u) for r in reference.make_rollouts(LENGTHS)]
+    cases = {
+        "float32": Case(tensor=2, sequence_parallel=True),
+        "bfloat16": Case(tensor=2, sequence_parallel=True, dtype="bfloat16"),
+    }
+    found = run_on_ranks(run_cases, 2, *folders, rollouts, cases, CONSTANTS)[0]
+    assert found["bfloat16"]["loss"] == pytest.approx(found["float32"]["loss"], rel=0.03)
+    for name, exact in found["float32"]["gradients"].items():
+        rounded = found["bfloat16"]["gradients"][name].float()
+        assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"overlap_p2p_comm": False, "batch_p2p_comm": True}, "batch_p2p_comm must be False"),
+        ({"deallocate_pipeline_outputs": True}, "deallocate_pipeline_outputs must be False"),
+        ({"calculate_per_token_loss": False}, "calculate_per_token_loss must be True"),
+        ({"cross_entropy_loss_fusion": True}, "cross_entropy_loss_fusion must be False"),
+    ],
+)
+def test_model_settings_that_train_wrongly_without_an_error_are_refused(changed: dict[str, bool], words: str) -> None:
+    right = {
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+        "deallocate_pipeline_outputs": False,
+        "calculate_per_token_loss": True,
+    }
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+    }
+    check_transformer_config(TransformerConfig(**sizes, **right))
+    with pytest.raises(ConfigError, match=words):
+        check_transformer_config(TransformerConfig(**sizes, **{**right, **changed}))
+
+
+def test_optimizer_settings_that_update_wrongly_are_refused() -> None:
+    check_optimizer_config(MegatronOptimizerConfig(), {})
+    with pytest.raises(ConfigError, match="config_overrides must be given"):
+        check_optimizer_config(MegatronOptimizerConfig(), None)
+    with pytest.raises(ConfigError, match="fp16 is not supported"):
+        check_optimizer_config(MegatronOptimizerConfig(fp16=True), {})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (OptimizerConfig(warmup_steps=5), r"optimizer.warmup_steps = 5 must be below run.steps = 5"),
+        (OptimizerConfig(learning_rate=1e-6, min_learning_rate=1e-5), r"optimizer.min_learning_rate = 1e-05 exceeds"),
+        (OptimizerConfig(overlap_param_gather=True), r"overlap_param_gather needs .*overlap_grad_reduce"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused_by_key(optimizer: OptimizerConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build_optimizer(None, optimizer, steps=5)  # type: ignore[arg-type]
+
+
+def test_sizes_that_do_not_cut_the_model_are_all_named(folders: tuple[Path, Path]) -> None:
+    arch = read_architecture(folders[0])
+    with pytest.raises(ModelError) as caught:
+        _check_divisible(arch, ParallelConfig(tensor=4, pipeline=3), virtual_pipeline=None)
+    assert "num_hidden_layers = 4 of qwen3 is not divisible by parallel.pipeline" in str(caught.value)
+    assert "num_key_value_heads = 2 of qwen3 is not divisible by parallel.tensor = 4" in str(caught.value)
+
+
+def test_a_rope_scaling_that_megatron_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    arch = read_architecture(reference.write_model(reference.STUDENTS["llama"], tmp_path / "llama", seed=1))
+    assert _rope_scaling(arch) == {"rope_scaling": True, "rope_scaling_factor": 8.0}
+    assert arch.rope_scaling is not None
+    other = replace(arch, rope_scaling={**arch.rope_scaling, "high_freq_factor": 2.0})
+    with pytest.raises(ModelError, match="high_freq_factor"):
+        _rope_scaling(other)
+
+
+def test_vocabulary_is_padded_to_128_columns_a_tensor_rank() -> None:
+    assert [padded_vocabulary(151936, tp) for tp in (1, 2, 8)] == [151936, 152064, 152576]
+
+
+def test_a_world_of_the_wrong_size_is_refused_before_any_group_is_made() -> None:
+    environment = RankEnvironment(rank=0, world_size=16, local_rank=0)
+    with pytest.raises(ConfigError, match=r"2\*2\*1\*3 = 12 but WORLD_SIZE is 16; .*launch 12 ranks"):
+        initialize(ParallelConfig(tensor=2, pipeline=2, data=3), choose("cpu"), seed=1, environment=environment)
+
+
+def test_a_missing_launcher_is_named() -> None:
+    assert RankEnvironment.from_environ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == RankEnvironment(3, 4, 1)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is '', expected a number; launch the job with torchrun"):
+        RankEnvironment.from_environ({"RANK": "3", "LOCAL_RANK": "1"})

@@ -1,0 +1,75 @@
+"""What must not change a training step: packing, order, padding and recomputation. Logits equal transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist import reference
+from tests.dist.layouts import Case, logits_of_samples, run_cases
+from tests.dist.test_layouts import CONSTANTS, LENGTHS, relative_error
+from tests.ranks import run_on_ranks
+
+TOLERANCE = 1e-5
+VARIANTS = {
+    "whole": Case(tokens_per_micro_batch=256),
+    "split": Case(tokens_per_micro_batch=30),
+    "padding-tail": Case(tokens_per_micro_batch=128, pack_multiple=32),
+    "recompute-selective": Case(tokens_per_micro_batch=256, recompute="selective"),
+    "recompute-full": Case(tokens_per_micro_batch=256, recompute="full"),
+}
+SHARDED_RECOMPUTE = {
+    "tp2-sp-selective": Case(tensor=2, sequence_parallel=True, recompute="selective"),
+    "tp2-sp-full": Case(tensor=2, sequence_parallel=True, recompute="full"),
+    "pp2-vpp2-full": Case(pipeline=2, virtual_pipeline=2, recompute="full"),
+    "cp2-full": Case(context=2, recompute="full"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    teacher = reference.write_model(reference.TEACHER, folder / "teacher", seed=11)
+    return reference.write_model(reference.STUDENTS["qwen3"], folder / "student", seed=5), teacher
+
+
+@pytest.fixture(scope="module")
+def found(folders: tuple[Path, Path]) -> dict[str, Any]:
+    rollouts = reference.make_rollouts(LENGTHS)
+    steps = run_on_ranks(run_cases, 1, *folders, rollouts, VARIANTS, CONSTANTS)[0]
+    reordered = [rollouts[index] for index in (4, 0, 6, 2, 5, 1, 3)]
+    steps |= run_on_ranks(run_cases, 1, *folders, reordered, {"reordered": VARIANTS["split"]}, CONSTANTS)[0]
+    steps |= run_on_ranks(run_cases, 2, *folders, rollouts, SHARDED_RECOMPUTE, CONSTANTS)[0]
+    return steps
+
+
+@pytest.mark.parametrize("name", [*list(VARIANTS)[1:], "reordered", *SHARDED_RECOMPUTE])
+def test_step_does_not_depend_on(found: dict[str, Any], name: str) -> None:
+    expected, step = found["whole"], found[name]
+    assert step["token_count"] == expected["token_count"]
+    assert step["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    for key, gradient in expected["gradients"].items():
+        assert relative_error(step["gradients"][key], gradient) <= TOLERANCE, key
+
+
+def test_variants_differ_in_what_they_are_about(found: dict[str, Any]) -> None:
+    assert found["whole"]["micro_batches"] == 1
+    assert found["split"]["micro_batches"] > 3
+    assert found["padding-tail"]["pack_length"] >= found["whole"]["pack_length"] + 20
+
+
+@pytest.mark.parametrize("family", list(reference.STUDENTS))
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_logits_equal_those_of_transformers(tmp_path: Path, family: str, world_size: int) -> None:
+    """Every position, also those that are no row in training; uneven samples in one pack."""
+    folder = reference.write_model(reference.STUDENTS[family], tmp_path / family, seed=23)
+    rollouts = reference.make_rollouts(LENGTHS)
+    model = reference.reference_model(folder)
+    found = run_on_ranks(logits_of_samples, world_size, folder, rollouts, Case(tensor=world_size))[0]
+    for rollout, logits in zip(rollouts, found, strict=True):
+        with torch.no_grad():
+            expected = model(torch.from_numpy(rollout.token_ids)[None].long()).logits[0]
+        torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)

@@ -1,0 +1,131 @@
+"""Every parallel layout trains with the loss and the gradients of an unsharded, unpacked float64 reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tests.dist import reference
+from tests.dist.layouts import Case, Constants, run_cases
+from tests.ranks import run_on_ranks
+
+TOLERANCE = 1e-5
+"""Relative to the largest gradient of a tensor; float32 against float64."""
+COLUMN_TOLERANCE = 2e-5
+"""nats"""
+LENGTHS = [(3, 4, 9), (5, 0, 12), (2, 6, 3), (7, 3, 17), (1, 0, 5), (4, 2, 1), (3, 1, 8)]
+CONSTANTS = Constants(
+    k=reference.TOPK,
+    temperature=reference.TEMPERATURE,
+    beta=reference.BETA,
+    outlier_weight=reference.OUTLIER_WEIGHT,
+)
+CASES: dict[int, dict[str, Case]] = {
+    1: {"one": Case()},
+    2: {
+        "tp2": Case(tensor=2),
+        "tp2-sp": Case(tensor=2, sequence_parallel=True),
+        "pp2": Case(pipeline=2),
+        "pp2-vpp2": Case(pipeline=2, virtual_pipeline=2),
+        "cp2": Case(context=2),
+        "dp2": Case(),
+    },
+    4: {
+        "tp2-pp2": Case(tensor=2, pipeline=2),
+        "tp2-pp2-vpp2-sp": Case(tensor=2, pipeline=2, virtual_pipeline=2, sequence_parallel=True),
+        "tp2-cp2-sp": Case(tensor=2, context=2, sequence_parallel=True),
+        "pp2-cp2": Case(pipeline=2, context=2),
+        "dp2-cp2": Case(context=2),
+        "dp2-pp2-vpp2": Case(pipeline=2, virtual_pipeline=2),
+    },
+}
+FAMILIES = list(reference.STUDENTS)
+
+
+class Outcomes:
+    """Steps by family and case, run when first asked for: all cases of one world size in one call."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.teacher = reference.write_model(reference.TEACHER, folder / "teacher", seed=11)
+        self.rollouts = reference.make_rollouts(LENGTHS)
+        self._expected: dict[str, reference.Step] = {}
+        self._found: dict[tuple[str, int], Any] = {}
+
+    def student(self, family: str) -> Path:
+        path = self.folder / family
+        return path if path.exists() else reference.write_model(reference.STUDENTS[family], path, seed=5)
+
+    def expected(self, family: str) -> reference.Step:
+        if family not in self._expected:
+            student, teacher = (reference.reference_model(path) for path in (self.student(family), self.teacher))
+            self._expected[family] = reference.reference_step(student, teacher, self.rollouts)
+        return self._expected[family]
+
+    def found(self, family: str, world_size: int) -> dict[str, Any]:
+        key = (family, world_size)
+        if key not in self._found:
+            arguments = (self.student(family), self.teacher, self.rollouts, CASES[world_size], CONSTANTS)
+            self._found[key] = {}  # a failure is met once, not by every test again
+            self._found[key] = run_on_ranks(run_cases, world_size, *arguments)[0]
+        return self._found[key]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return Outcomes(tmp_path_factory.mktemp("models"))
+
+
+def every_case() -> list[Any]:
+    return [
+        pytest.param(family, world_size, name, id=f"{family}-{name}")
+        for family in FAMILIES
+        for world_size, cases in CASES.items()
+        for name in cases
+    ]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-12)
+    return float((found.double() - expected.double()).abs().max() / scale)
+
+
+@pytest.mark.parametrize(("family", "world_size", "name"), every_case())
+def test_loss_and_all_gradients_equal_the_reference(
+    outcomes: Outcomes, family: str, world_size: int, name: str
+) -> None:
+    expected, found = outcomes.expected(family), outcomes.found(family, world_size)[name]
+    assert found["token_count"] == expected.token_count
+    assert found["loss"] == pytest.approx(expected.loss, rel=TOLERANCE)
+    assert set(found["gradients"]) == set(expected.gradients)
+    errors = {key: relative_error(found["gradients"][key], expected.gradients[key]) for key in expected.gradients}
+    worst = max(errors, key=lambda key: errors[key])
+    assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]:.2e}"
+
+
+@pytest.mark.parametrize(("family", "world_size", "name"), every_case())
+def test_log_probs_entropies_and_trust_of_every_token_equal_the_reference(
+    outcomes: Outcomes, family: str, world_size: int, name: str
+) -> None:
+    """The teacher has another depth, width and vocabulary than the student."""
+    expected, found = outcomes.expected(family).columns, outcomes.found(family, world_size)[name]["columns"]
+    for column, values in expected.items():
+        error = float((found[column] - values).abs().max())
+        assert error <= COLUMN_TOLERANCE, f"{column}: {error:.2e}"
+
+
+def test_the_reference_has_trusted_tokens_outliers_and_foreign_teacher_ids(outcomes: Outcomes) -> None:
+    """Else the comparison would not exercise what it claims."""
+    for family in FAMILIES:
+        trusted = outcomes.expected(family).columns["trusted"]
+        assert 0.2 < float(trusted.mean()) < 0.9
+        assert float(outcomes.found(family, 1)["one"]["columns"]["topk_overlap"].mean()) > 0.0
+
+
+def test_data_ranks_with_an_empty_pack_stay_in_step(outcomes: Outcomes) -> None:
+    """Interleaving needs an even number of packs, and each data rank the same: some are empty here."""
+    found = outcomes.found("qwen3", 4)["dp2-pp2-vpp2"]
+    assert found["micro_batches"] * 2 > outcomes.found("qwen3", 1)["one"]["micro_batches"]

@@ -1,0 +1,158 @@
+"""The distributed top-k against a sort in pure Python: exact ids and order, ties included.
+
+Shapes: T tokens, V vocabulary (101), K entries.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import oracles
+from tests.collectives import counted_collectives
+from tests.ranks import run_on_ranks
+from tropd_mcore.losses.support import VocabShard
+from tropd_mcore.losses.topk import TopK, distributed_topk
+
+TOKENS, VOCABULARY = 37, 101
+LAYOUTS = {
+    "tp1": (0, 108),
+    "tp2-uneven": (0, 60, 104),
+    "tp3-narrow-shard": (0, 50, 57, 104),
+    "tp3-padding-only-shard": (0, 64, 101, 110),
+    "tp3-empty-shard": (0, 101, 101, 105),
+}
+
+
+def topk_on_this_rank(
+    logits_TV: Tensor, borders: tuple[int, ...], vocabulary: int, k: int, temperature: float, chunk_tokens: int
+) -> tuple[TopK, Counter[str]]:
+    start, stop = borders[dist.get_rank()], borders[dist.get_rank() + 1]
+    group = dist.group.WORLD
+    assert group is not None
+    with counted_collectives() as calls:
+        result = distributed_topk(
+            logits_TV[:, start:stop],
+            k=k,
+            shard=VocabShard(start, stop, vocabulary),
+            group=group,
+            temperature=temperature,
+            chunk_tokens=chunk_tokens,
+        )
+    return result, calls
+
+
+def run_topk(
+    logits_TV: Tensor,
+    borders: tuple[int, ...],
+    k: int,
+    *,
+    vocabulary: int = VOCABULARY,
+    temperature: float = 1.0,
+    chunk_tokens: int = 8,
+) -> list[tuple[TopK, Counter[str]]]:
+    world_size = len(borders) - 1
+    return run_on_ranks(topk_on_this_rank, world_size, logits_TV, borders, vocabulary, k, temperature, chunk_tokens)
+
+
+def random_logits(borders: tuple[int, ...], dtype: torch.dtype, tokens: int = TOKENS, scale: float = 4.0) -> Tensor:
+    random = torch.Generator().manual_seed(11)
+    logits_TV = scale * torch.randn(tokens, borders[-1], generator=random, dtype=torch.float64)
+    logits_TV[:, VOCABULARY:] = 99.0
+    return logits_TV.to(dtype)
+
+
+def assert_equals_the_oracle(result: TopK, logits_TV: Tensor, k: int, temperature: float, tolerance: float) -> None:
+    for token, z in enumerate(logits_TV[:, :VOCABULARY].double().numpy()):
+        log_p = oracles.log_softmax(z, temperature)
+        ids = oracles.top_ids(z, k)
+        assert result.ids_TK[token].tolist() == ids
+        np.testing.assert_allclose(result.logp_TK[token].numpy(), log_p[ids], rtol=tolerance, atol=tolerance)
+        assert abs(float(result.tail_mass_T[token]) - max(0.0, 1.0 - np.exp(log_p[ids]).sum())) <= tolerance
+        assert abs(float(result.lse_T[token]) - (z[0] / temperature - log_p[0])) <= tolerance * 10
+        assert abs(float(result.entropy_T[token]) - oracles.entropy(z, temperature)) <= tolerance * 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [1, 16, 101])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_topk_equals_the_sort_of_the_whole_vocabulary(
+    layout: str, k: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    logits_TV = random_logits(LAYOUTS[layout], dtype)
+    for result, _ in run_topk(logits_TV, LAYOUTS[layout], k, temperature=0.5):
+        assert result.logp_TK.dtype == dtype and result.ids_TK.dtype == torch.int64
+        assert_equals_the_oracle(result, logits_TV, k, 0.5, tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_ties_go_to_the_lower_id_also_across_shards(layout: str, dtype: torch.dtype) -> None:
+    """Rounded so coarsely that most entries tie, with both zeros among them."""
+    logits_TV = random_logits(LAYOUTS[layout], torch.float64).round()
+    logits_TV[:, ::3] *= 0.0
+    logits_TV[:, 3::6] = -0.0
+    logits_TV = logits_TV.to(dtype)
+    ties = sum(len(set(row.tolist())) < VOCABULARY // 2 for row in logits_TV[:, :VOCABULARY])
+    assert ties == TOKENS
+    for result, _ in run_topk(logits_TV, LAYOUTS[layout], 16):
+        assert_equals_the_oracle(result, logits_TV, 16, 1.0, 1e-12 if dtype == torch.float64 else 2e-6)
+
+
+def test_bfloat16_rounding_of_large_logits_is_ordered_exactly() -> None:
+    """Logits in [16, 32) have a spacing of 0.125 in bfloat16: ties at the cut are the rule."""
+    borders = LAYOUTS["tp3-narrow-shard"]
+    logits_TV = (random_logits(borders, torch.float64, scale=1.0) + 24.0).to(torch.bfloat16)
+    for result, _ in run_topk(logits_TV, borders, 16):
+        assert_equals_the_oracle(result, logits_TV, 16, 1.0, 4e-6)
+
+
+@pytest.mark.parametrize("layout", ["tp2-uneven", "tp3-padding-only-shard"])
+def test_result_is_bit_identical_on_all_ranks(layout: str) -> None:
+    logits_TV = random_logits(LAYOUTS[layout], torch.bfloat16)
+    (first, _), *others = run_topk(logits_TV, LAYOUTS[layout], 16)
+    for other, _ in others:
+        assert all(torch.equal(getattr(first, name), getattr(other, name)) for name in vars(first))
+
+
+@pytest.mark.parametrize(("chunk_tokens", "chunks"), [(1, 37), (8, 5), (1000, 1)])
+def test_one_all_gather_a_chunk_and_chunk_size_does_not_change_a_bit(chunk_tokens: int, chunks: int) -> None:
+    borders = LAYOUTS["tp2-uneven"]
+    logits_TV = random_logits(borders, torch.float32)
+    expected = run_topk(logits_TV, borders, 16, chunk_tokens=5)[0][0]
+    for result, calls in run_topk(logits_TV, borders, 16, chunk_tokens=chunk_tokens):
+        assert calls == {"all_gather": chunks}
+        assert all(torch.equal(getattr(result, name), getattr(expected, name)) for name in vars(expected))
+
+
+def test_no_rows_are_legal() -> None:
+    borders = LAYOUTS["tp2-uneven"]
+    for result, calls in run_topk(random_logits(borders, torch.float32, tokens=0), borders, 16):
+        assert result.ids_TK.shape == (0, 16) and result.tail_mass_T.shape == (0,)
+        assert calls == {}
+
+
+def test_more_entries_than_the_vocabulary_has_is_an_error_that_names_the_key() -> None:
+    borders = LAYOUTS["tp2-uneven"]
+    with pytest.raises(ValueError, match=r"objective\.outlier\.topk = 102 but the vocabulary has 101 tokens"):
+        run_topk(random_logits(borders, torch.float32), borders, 102)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    row=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=5, max_size=9),
+    k=st.integers(1, 5),
+    cut=st.integers(0, 5),
+)
+def test_order_is_exact_for_any_float32_values(row: list[float], k: int, cut: int) -> None:
+    """Denormals, both zeros, huge values, repeated values; two shards cut anywhere."""
+    logits_TV = torch.tensor([row], dtype=torch.float32)
+    for result, _ in run_topk(logits_TV, (0, cut, len(row)), k, vocabulary=len(row)):
+        assert result.ids_TK[0].tolist() == oracles.top_ids(logits_TV[0].double().numpy(), k)

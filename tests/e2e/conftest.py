@@ -1,0 +1,53 @@
+"""The tiny example, made once, and one finished run of it that several tests compare with."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import jobs
+
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def example() -> Path:
+    """Folder of the tiny example; kept between test runs, made again when its code changes."""
+    folder = jobs.REPOSITORY / "models" / "arithmetic-tiny"
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / ".tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(
+            [sys.executable, "-m", "examples.make_models", str(folder), "--tiny"],
+            cwd=jobs.REPOSITORY,
+            env=jobs.environment(OMP_NUM_THREADS="2"),
+            check=True,
+            timeout=600,
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(example: Path) -> list[str]:
+    """Overrides that turn the quickstart's configuration into a short run of the tiny example."""
+    return [
+        f"student.path={example / 'student'}",
+        f"teacher.path={example / 'teacher'}",
+        f"data.prompts={example / 'train.jsonl'}",
+        f"data.teacher_responses={example / 'teacher_responses.jsonl'}",
+        f"run.steps={STEPS}",
+        "run.checkpoint_every=2",
+        "rollout.prompts_per_step=8",
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished_run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of an uninterrupted run at TP=2."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    jobs.run(run_dir, *settings)
+    return run_dir

@@ -1,0 +1,41 @@
+"""The golden vector: every formula, value and gradient, through the real kernel on one, two and three shards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests import claims
+from tests.oracles import forward_kl, forward_kl_gradient, log_softmax, top_ids
+from tests.ranks import run_on_ranks
+from tropd_mcore.losses import divergences, objectives, support, trust
+from tropd_mcore.losses.trust import trust_gate
+
+
+def _check(claim: claims.Claim) -> None:
+    claim(claims.Losses(support, objectives, divergences, trust))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.__name__)
+def test_golden_claim(claim: claims.Claim, tp_size: int) -> None:
+    run_on_ranks(_check, tp_size, claim)
+
+
+def test_worked_single_tokens_have_their_log_ratio_and_trust_probability() -> None:
+    for token in claims.GOLDEN["single_tokens"]:
+        log_ratio_T = torch.tensor([math.log(token["q"]) - math.log(token["p"])], dtype=torch.float64)
+        trust_T = trust_gate(log_ratio_T, mode="soft", trust_u_T=torch.zeros(1), threshold=0.0)
+        assert float(log_ratio_T) == pytest.approx(token["log_ratio"], abs=5e-3)
+        assert float(trust_T) == pytest.approx(token["trust_probability"], rel=2e-3)
+
+
+@pytest.mark.parametrize("norm", ["truncated", "tail", "renorm"])
+def test_the_oracle_itself_gives_the_golden_forward_kl(norm: str) -> None:
+    log_p, log_q = log_softmax(claims.GOLDEN["student_logits"]), log_softmax(claims.GOLDEN["teacher_logits"])
+    ids = top_ids(claims.GOLDEN["teacher_logits"], claims.GOLDEN["topk"])
+    assert ids == claims.GOLDEN["teacher_topk_ids"]
+    claims.assert_close(forward_kl(log_q, log_p, ids, norm), claims.GOLDEN["forward_kl_topk"][norm], 1e-9)
+    claims.assert_close(forward_kl_gradient(log_q, log_p, ids, norm), claims.GOLDEN["forward_kl_topk_gradient"][norm])

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# All checks of the project, on a machine without a GPU (with one, the GPU tests run too).
+#   bash tests/run.sh          everything
+#   bash tests/run.sh fast     lint, types, layers and the tests that need no server and no training run
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+TIER="${1:-full}"                               # fast or full
+SETUP="${SETUP:-1}"                             # 0: use the environment as it is
+VENV="${VENV:-.venv}"                           # folder of the environment
+WORKERS="${WORKERS:-2}"                         # processes of the fast tier
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # several ranks share the cores
+
+if [[ "$TIER" != fast && "$TIER" != full ]]; then
+  echo "usage: bash tests/run.sh [fast|full]" >&2
+  exit 2
+fi
+
+step() {                                        # step NAME COMMAND...: run it and say how long it took
+  local name="$1" start=$SECONDS
+  shift
+  echo "== $name"
+  "$@"
+  echo "== $name: $((SECONDS - start)) s"
+}
+
+if [[ "$SETUP" == 1 ]]; then
+  step setup bash examples/setup_env.sh
+fi
+bin="$VENV/bin"
+step "ruff check" "$bin/ruff" check .
+step "ruff format" "$bin/ruff" format --check .
+step "mypy" "$bin/mypy"
+step "layers" "$bin/lint-imports" --no-cache
+step "fast tests" "$bin/python" -m pytest -n "$WORKERS" -m "not slow and not sglang and not e2e and not gpu"
+if [[ "$TIER" == full ]]; then
+  step "full tests" "$bin/python" -m pytest -m "(slow or sglang or e2e) and not gpu"
+  if command -v nvidia-smi >/dev/null; then
+    step "gpu tests" "$bin/python" -m pytest -m gpu
+  fi
+fi
+echo "== all: $SECONDS s"

@@ -1,0 +1,171 @@
+"""A real server that dies: in the middle of sampling, at its start, with its parent, and one left by another launch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.sglang.conftest import VOCABULARY, Oracle, cpu_server
+from tests.sglang.streams import plan, request, stream
+from tests.sglang.test_sampling import assert_ended_by_itself_or_whole, assert_log_probs
+from tropd_mcore.config.schema import RolloutConfig
+from tropd_mcore.errors import ServerDied, ServerError
+from tropd_mcore.rollout.engine import RolloutEngine
+from tropd_mcore.serving.process import ServerProcess
+
+NEW_TOKENS = (4, 8, 200, 220, 230, 240)
+
+
+def make_engine(folder: Path, run_dir: Path, *, max_restarts: int) -> RolloutEngine:
+    spec = cpu_server(folder, run_dir, max_restarts=max_restarts)
+    return RolloutEngine(
+        spec, RolloutConfig(server=spec.config), plan=plan(folder), eos_ids=(), vocab_size=VOCABULARY, seed=0
+    )
+
+
+def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
+    """SIGKILL the server after it has answered some samples and while it works on others."""
+    before = log_path.read_text().count("POST /generate")
+
+    def watch() -> None:
+        while log_path.read_text().count("POST /generate") < before + 2:
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_a_server_killed_while_it_samples_is_restarted_gets_the_weights_again_and_finishes(
+    llama_folder: Path, tmp_path: Path, log_softmax: Oracle, caplog: pytest.LogCaptureFixture
+) -> None:
+    republished = []
+    with make_engine(llama_folder, tmp_path, max_restarts=1) as engine:
+        engine.publish(stream(llama_folder), "v1")
+
+        def republish() -> None:
+            republished.append(engine.publish(stream(llama_folder), "v1"))
+
+        pid = json.loads((tmp_path / "rollout.server.json").read_text())["pid"]
+        requests = [request(f"{i}", [5, 9 + i], new=new) for i, new in enumerate(NEW_TOKENS)]
+        killer = kill_once_some_are_done(pid, tmp_path / "rollout.log")
+        with caplog.at_level(logging.WARNING):
+            rollouts = engine.sample(requests, step=4, expected_version="v1", republish=republish)
+        killer.join()
+        assert len(republished) == 1 and engine.server.restarts == 1
+        assert "was killed by signal 9" in caplog.text and "restart 1 of 1" in caplog.text
+        assert "0 of 6 samples were finished" not in caplog.text
+        for asked, rollout in zip(requests, rollouts, strict=True):
+            assert rollout.sample_id == asked.sample_id
+            assert_ended_by_itself_or_whole(rollout, asked.max_new_tokens)
+            assert_log_probs(rollout, llama_folder, log_softmax, 1.0)
+
+        pid = json.loads((tmp_path / "rollout.server.json").read_text())["pid"]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ServerDied, match=r"rollout.server.max_restarts=1 are used up"):
+            engine.sample(requests, step=5, expected_version="v1", republish=republish)
+    assert not (tmp_path / "rollout.server.json").exists()
+
+
+def test_the_whole_server_dies_when_its_parent_is_killed_before_it_is_ready(qwen3_folder: Path, tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys, time; from tests.sglang.conftest import cpu_server;"
+        "from tropd_mcore.serving.process import ServerProcess;"
+        "ServerProcess(cpu_server(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))).start(); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(qwen3_folder), str(tmp_path)])
+    try:
+        record = tmp_path / "rollout.server.json"
+        wait_for(record.is_file)
+        server = psutil.Process(json.loads(record.read_text())["pid"])
+        wait_for(lambda: len(server.children(recursive=True)) >= 3)
+        family = [server, *server.children(recursive=True)]
+    finally:
+        parent.kill()
+        parent.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause_and_log(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    spec = cpu_server(qwen3_folder, tmp_path, extra_args=("--no-such-argument",))
+    with ServerProcess(spec) as process:
+        process.start()
+        with pytest.raises(ServerError) as caught:
+            process.wait_ready()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("rollout.server: the server ended with exit code 2; last line: ")
+    assert "--no-such-argument" in message and str(tmp_path / "rollout.log") in message
+
+
+def test_a_taken_port_and_a_missing_model_folder_are_refused_before_anything_starts(
+    qwen3_folder: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = ServerProcess(cpu_server(qwen3_folder, tmp_path, port=port))
+        with pytest.raises(ServerError, match=rf"rollout.server.port={port} is taken"):
+            process.start()
+    with pytest.raises(ServerError, match=r"student.path=.*nowhere: expected a model folder"):
+        ServerProcess(cpu_server(tmp_path / "nowhere", tmp_path)).start()
+    assert not (tmp_path / "rollout.log").exists()
+
+
+def test_a_server_that_is_not_ready_in_time_is_stopped_and_reported(qwen3_folder: Path, tmp_path: Path) -> None:
+    process = ServerProcess(cpu_server(qwen3_folder, tmp_path, start_timeout_s=0.5))
+    process.start()
+    pid = process.pid
+    with pytest.raises(ServerError, match=r"rollout.server: not ready after start_timeout_s=0.5 s"):
+        process.wait_ready()
+    assert not process.alive() and not psutil.pid_exists(pid)
+
+
+def test_a_server_that_an_earlier_launch_left_behind_is_stopped_first(qwen3_folder: Path, tmp_path: Path) -> None:
+    left_over = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    start_time = psutil.Process(left_over.pid).create_time()
+    record = {"pid": left_over.pid, "start_time": start_time, "port": 1}
+    (tmp_path / "rollout.server.json").write_text(json.dumps(record))
+    with ServerProcess(cpu_server(qwen3_folder, tmp_path)) as process:
+        process.start()
+        assert left_over.poll() is not None and not psutil.pid_exists(left_over.pid)
+
+
+def test_a_process_that_only_has_the_recorded_pid_is_left_alone(qwen3_folder: Path, tmp_path: Path) -> None:
+    stranger = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        started = psutil.Process(stranger.pid).create_time()
+        record = {"pid": stranger.pid, "start_time": started - 100, "port": 1}
+        (tmp_path / "rollout.server.json").write_text(json.dumps(record))
+        with ServerProcess(cpu_server(qwen3_folder, tmp_path)) as process:
+            process.start()
+            assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+

@@ -1,0 +1,187 @@
+"""The command line: quick help, one line for an error of the user, and what the subcommands print."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tropd_mcore.cli import checks_of_config, checks_of_machine
+from tropd_mcore.cli import main as cli
+from tropd_mcore.cli.prefixes_command import teacher_server
+from tropd_mcore.config.loader import load
+
+RECIPE = """\
+run: {dir: DIR/run, steps: 8}
+parallel: {tensor: 2, pipeline: 2}
+student: {path: DIR/student}
+teacher: {kind: megatron, path: DIR/teacher}
+data: {prompts: DIR/prompts.jsonl, teacher_responses: DIR/responses.jsonl}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("DIR", str(tmp_path)))
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_takes_less_than_a_second_and_lists_every_subcommand():
+    fastest = 10.0
+    for _ in range(3):
+        start = time.monotonic()
+        result = subprocess.run(
+            [sys.executable, "-m", "tropd_mcore.cli.main", "--help"], capture_output=True, text=True, timeout=60
+        )
+        fastest = min(fastest, time.monotonic() - start)
+    assert result.returncode == 0 and fastest < 1.0
+    for name in cli.COMMANDS:
+        assert re.search(rf"^\s+{name}\s", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_help_of_a_subcommand_imports_no_tensor_library(name):
+    code = (
+        "import sys; from tropd_mcore.cli.main import main\n"
+        "try: main([sys.argv[1], '--help'])\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "assert not {'torch', 'megatron', 'transformers', 'aiohttp', 'sglang'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: tropd {name}" in result.stdout
+
+
+def test_an_error_of_the_user_is_told_without_traceback_and_with_exit_code_2(capsys, recipe):
+    code, out, err = run(capsys, "config", recipe, "run.stps=4", "rollout.top_k=x")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: command line: run.stps: unknown key; did you mean run.steps?\n")
+    assert len(err.splitlines()) == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["config"], ["config", "a.yaml", "--nope"]])
+def test_a_wrong_command_line_is_refused_with_the_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: tropd" in capsys.readouterr().err
+
+
+def test_config_prints_every_key_with_its_source_and_the_output_is_a_configuration(capsys, recipe, tmp_path):
+    code, out, _ = run(capsys, "config", recipe, "run.steps=3")
+    assert code == 0 and "  steps: 3  # command line\n" in out
+    again = tmp_path / "again.yaml"
+    again.write_text(out)
+    assert load(again, [])[0] == load(recipe, ["run.steps=3"])[0]
+
+
+def test_config_can_check_plan_and_count_ranks(capsys, recipe):
+    assert run(capsys, "config", recipe, "--check") == (0, "", "")
+    code, out, _ = run(capsys, "config", recipe, "--dry-run", "--world-size", "12")
+    assert code == 0 and "dp 3 = 12 ranks" in out
+    assert run(capsys, "config", recipe, "--dry-run", "--ranks-per-node", "1") == (0, "4\n", "")
+    assert run(capsys, "config", recipe, "--ranks-per-node", "2", "parallel.data=3") == (0, "6\n", "")
+    code, _, err = run(capsys, "config", recipe, "--ranks-per-node", "5", "parallel.data=3")
+    assert code == 2 and "12 ranks do not divide over 5 machines" in err
+    code, _, err = run(capsys, "config", recipe, "--world-size", "6")
+    assert code == 2 and "tp*pp*cp = 2*2*1 = 4 does not divide WORLD_SIZE 6" in err
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(capsys, recipe, monkeypatch):
+    def interrupt(options: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tropd_mcore.cli.config_command.run", interrupt)
+    assert run(capsys, "config", recipe) == (130, "", "interrupted\n")
+
+
+def make_files(folder: Path) -> None:
+    for name in ("student", "teacher"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({}))
+    for name in ("prompts", "responses"):
+        (folder / f"{name}.jsonl").touch()
+
+
+def test_doctor_is_content_with_this_machine_and_with_files_that_exist(capsys, recipe, tmp_path):
+    make_files(tmp_path)
+    code, out, err = run(capsys, "doctor", recipe)
+    assert (code, err) == (0, ""), out
+    assert "FAIL" not in out and "will be created" in out
+    for name in ("python", "platform", "compiler", "loopback", "memory", "disk", "student.path"):
+        assert re.search(rf"^ok    {name} ", out, re.MULTILINE), name
+
+
+def test_doctor_names_each_file_that_is_missing(capsys, recipe, tmp_path):
+    code, out, _ = run(capsys, "doctor", recipe)
+    assert code == 2
+    failed = [line.split()[1] for line in out.splitlines() if line.startswith("FAIL")]
+    assert failed == ["student.path", "teacher.path", "data.prompts", "responses"]
+
+
+def test_doctor_finds_a_taken_port_and_a_server_that_does_not_answer(recipe):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config, _ = load(recipe, [f"rollout.server.port={port}"])
+        (finding,) = checks_of_config.servers(config)
+        assert finding.level == "FAIL" and f"rollout.server.port={port}: Address already in use" in finding.detail
+    config, _ = load(recipe, [f"rollout.server.url=http://127.0.0.1:{port}"])
+    (finding,) = checks_of_config.servers(config)
+    assert finding.level == "FAIL" and "does not answer /health" in finding.detail
+
+
+def test_doctor_finds_a_missing_and_a_broken_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    (finding,) = checks_of_machine.compiler()
+    assert finding.level == "FAIL" and "install g++ or set CXX" in finding.detail
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
+    (finding,) = checks_of_machine.compiler()
+    assert finding.level == "FAIL" and "no headers" in finding.detail
+
+
+def test_doctor_finds_packages_of_another_version(monkeypatch):
+    wanted = ["numpy==0.0.1", "no-such-package-of-ours==1", "pytest>=1; extra == 'dev'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    (finding,) = [finding for finding in checks_of_machine.versions() if finding.name == "packages"]
+    assert finding.level == "FAIL"
+    assert re.search(r"numpy \S+ \(==0\.0\.1\); no-such-package-of-ours is missing", finding.detail)
+
+
+def test_prefixes_of_a_teacher_in_the_training_job_come_from_a_server_of_their_own(recipe):
+    overrides = ["rollout.server.url=http://127.0.0.1:1", "teacher.dtype=float32", "rollout.server.max_retries=7"]
+    server = teacher_server(load(recipe, overrides)[0])
+    assert server.url is None and server.port is None and server.dtype == "float32" and server.max_retries == 7
+    served = teacher_server(load(recipe, ["teacher={kind: sglang, path: t, server: {port: 5}}"])[0])
+    assert served.port == 5
+
+
+def test_prefixes_without_a_file_to_write_names_the_key(capsys, recipe):
+    overrides = ["data.teacher_responses=null", "objective.guidance.enabled=false"]
+    code, _, err = run(capsys, "prefixes", recipe, *overrides)
+    assert code == 2 and "set data.teacher_responses or give --out" in err
+
+
+def test_convert_refuses_a_comparison_with_nothing_and_a_layout_of_no_ranks(capsys):
+    code, _, err = run(capsys, "convert", "verify", "--hf", "x")
+    assert code == 2 and "give --mcore, --other-hf or both" in err
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "hf-to-mcore", "--hf", "a", "--out", "b", "--tensor", "0"])
+    assert "expected a positive number, found '0'" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""Checks across sections: each wrong combination gives one line that names the keys to change."""
+
+import pytest
+
+from tropd_mcore.config.checks import data_problems, layout_problems, problems_across_sections
+from tropd_mcore.config.schema import Config, ParallelConfig
+
+BASE = {
+    "run": {"dir": "run", "steps": 100},
+    "student": {"path": "student"},
+    "teacher": {"kind": "sglang", "path": "teacher"},
+    "data": {"prompts": "prompts.jsonl", "teacher_responses": "responses.jsonl"},
+}
+
+
+def make_config(**sections) -> Config:
+    merged = {name: dict(values) for name, values in BASE.items()}
+    for name, values in sections.items():
+        merged[name] = merged.get(name, {}) | values
+    return Config.model_validate(merged)
+
+
+def test_the_defaults_have_no_problem():
+    assert problems_across_sections(make_config()) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "expected"),
+    [
+        ((2, 2, 1, None), 12, []),
+        ((2, 2, 1, 3), 12, []),
+        (
+            (2, 2, 1, 3),
+            16,
+            ["parallel: tp*pp*cp*dp = 2*2*1*3 = 12 but WORLD_SIZE is 16; set parallel.data=4 or launch 12 ranks"],
+        ),
+        ((2, 2, 1, 3), 18, ["parallel: tp*pp*cp*dp = 2*2*1*3 = 12 but WORLD_SIZE is 18; launch 12 ranks"]),
+        (
+            (2, 2, 2, None),
+            12,
+            [
+                "parallel: tp*pp*cp = 2*2*2 = 8 does not divide WORLD_SIZE 12; launch a multiple of 8 ranks or change "
+                "parallel.tensor, parallel.pipeline or parallel.context"
+            ],
+        ),
+    ],
+)
+def test_world_size_arithmetic_is_spelled_out(layout, world_size, expected):
+    tensor, pipeline, context, data = layout
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, data=data)
+    assert layout_problems(parallel, world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline = 2 needs parallel.pipeline >= 2"),
+        ({"parallel": {"virtual_pipeline": 1, "pipeline": 2}}, "parallel.virtual_pipeline = 1 is one chunk"),
+        ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel needs parallel.tensor >= 2"),
+        ({"data": {"teacher_responses": None}}, "objective.guidance.enabled needs data.teacher_responses"),
+        (
+            {
+                "rollout": {"max_new_tokens": 64},
+                "objective": {"kind": "tropd", "guidance": {"continuation_budget": "shared"}},
+            },
+            "objective.guidance.min_continuation = 64 leaves no room",
+        ),
+        (
+            {"objective": {"kind": "opd", "policy_gradient": {"icepop_low": 5, "icepop_high": 2}}},
+            "objective.policy_gradient: icepop_low = 5.0 must be below icepop_high = 2.0",
+        ),
+        ({"rollout": {"top_k": 0}}, "rollout.top_k = 0: expected -1"),
+        (
+            {"rollout": {"max_new_tokens": 100, "server": {"max_total_tokens": 2000}}},
+            "rollout.server.max_total_tokens = 2000 holds less than one request",
+        ),
+        ({"batch": {"tokens_per_micro_batch": 2048}}, "batch.tokens_per_micro_batch = 2048 is below"),
+        ({"rollout": {"server": {"url": "localhost:3"}}}, "rollout.server.url: expected http://host:port"),
+        (
+            {"teacher": {"server": {"url": "http://h:1", "port": 5, "extra_args": ["--x"]}}},
+            "teacher.server.url names a running server, so teacher.server.{port,extra_args} would have no effect",
+        ),
+        (
+            {"rollout": {"server": {"extra_args": ["--tp-size=2"]}}},
+            "rollout.server.extra_args: --tp-size is set by server.tensor_parallel",
+        ),
+        (
+            {"rollout": {"server": {"port": 5}}, "teacher": {"server": {"port": 5}}},
+            "rollout.server.port and teacher.server.port are both 5",
+        ),
+        (
+            {"rollout": {"server": {"url": "http://h:1"}}, "teacher": {"server": {"url": "http://h:1"}}},
+            "rollout.server.url and teacher.server.url are both http://h:1",
+        ),
+        ({"optimizer": {"warmup_steps": 101}}, "optimizer.warmup_steps = 101 is more than run.steps = 100"),
+        ({"optimizer": {"min_learning_rate": 1.0}}, "optimizer.min_learning_rate = 1.0 is above"),
+        ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2 = 1 never forgets"),
+        ({"optimizer": {"overlap_param_gather": True}}, "optimizer.overlap_param_gather needs"),
+        ({"verifier": {"kind": "exact_match", "pattern": "(("}}, "verifier.pattern: not a regular expression"),
+        ({"verifier": {"kind": "exact_match", "pattern": "x"}}, "verifier.pattern: expected a group"),
+        ({"run": {"replay": "run"}}, "run.replay and run.dir are both run"),
+        ({"student": {"path": "~/model"}}, "student.path: `~` is not expanded"),
+    ],
+)
+def test_each_wrong_combination_gives_one_line(sections, expected):
+    (problem,) = problems_across_sections(make_config(**sections))
+    assert problem.startswith(expected) and "\n" not in problem
+
+
+def test_all_problems_of_all_sections_are_returned_together():
+    config = make_config(parallel={"sequence_parallel": True}, optimizer={"warmup_steps": 101}, rollout={"top_k": 0})
+    assert len(problems_across_sections(config)) == 3
+
+
+def test_the_longest_sample_counts_prompt_prefix_and_new_tokens():
+    config = make_config(batch={"tokens_per_micro_batch": 18000})
+    (problem,) = data_problems(config, longest_prompt=1800, longest_response=8192)
+    assert problem.startswith(
+        "batch.tokens_per_micro_batch = 18000 but the longest sample can have 1800 prompt + 8128 prefix + 8096 new = "
+        "18024 tokens; set batch.tokens_per_micro_batch=18024"
+    )
+    shared = make_config(objective={"kind": "tropd", "guidance": {"continuation_budget": "shared"}})
+    assert data_problems(shared, longest_prompt=1800, longest_response=8192) == []
+    assert data_problems(make_config(objective={"kind": "opd"}), longest_prompt=2048, longest_response=0) == []

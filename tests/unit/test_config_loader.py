@@ -1,0 +1,225 @@
+"""Loading a configuration: sources, every problem at once, and messages that say what to write instead."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tropd_mcore.config
+from tropd_mcore.config import loader
+from tropd_mcore.config.explain import schema_keys
+from tropd_mcore.config.loader import leaves, load
+from tropd_mcore.config.plan import plan, resolved_yaml
+from tropd_mcore.config.schema import OpdObjective
+from tropd_mcore.errors import ConfigError
+
+GOOD = """\
+run:
+  dir: runs/a
+student:
+  path: models/student
+teacher:
+  kind: megatron
+  path: models/teacher
+data:
+  prompts: prompts.jsonl
+  teacher_responses: responses.jsonl
+optimizer:
+  learning_rate: 1e-5
+"""
+
+
+def write(folder: Path, text: str = GOOD) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str = GOOD, overrides: list[str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(write(folder, text), overrides or [])
+    return [problem.replace(str(folder), "DIR") for problem in caught.value.problems]
+
+
+def test_a_file_gives_its_values_and_the_line_they_came_from(tmp_path):
+    path = write(tmp_path)
+    config, sources = load(path, [])
+    assert config.run.dir == Path("runs/a") and config.optimizer.learning_rate == 1e-5
+    assert sources["run.dir"] == f"{path}:2" and sources["optimizer.learning_rate"] == f"{path}:12"
+    assert sources["run.steps"] == "default" and sources["objective.guidance.beta"] == "default"
+    assert set(sources) == set(leaves(config))
+
+
+def test_overrides_are_yaml_and_win_over_the_file(tmp_path):
+    overrides = [
+        "optimizer.learning_rate=3e-6",
+        "parallel.sequence_parallel=false",
+        "objective.policy_gradient.mismatch=off",
+        "rollout.server.extra_args=[--enable-metrics, --log-level, warning]",
+        "run.steps=7",
+        "run.steps=8",
+        "run.dir=a=b",
+        "data.teacher_responses=other.jsonl",
+    ]
+    config, sources = load(write(tmp_path), overrides)
+    assert config.optimizer.learning_rate == 3e-6 and config.run.steps == 8
+    assert config.objective.policy_gradient.mismatch == "off"
+    assert config.rollout.server.extra_args == ("--enable-metrics", "--log-level", "warning")
+    assert config.run.dir == Path("a=b")
+    assert sources["run.steps"] == sources["rollout.server.extra_args"] == "command line"
+
+
+def test_a_section_set_on_the_command_line_replaces_the_one_of_the_file(tmp_path):
+    text = GOOD + "objective:\n  kind: tropd\n  guidance:\n    beta: 0.5\n"
+    config, sources = load(write(tmp_path, text), ["objective={kind: opd, topk: 8}"])
+    assert isinstance(config.objective, OpdObjective) and config.objective.topk == 8
+    assert sources["objective.topk"] == "command line"
+
+
+def test_keys_of_the_default_variant_need_no_kind(tmp_path):
+    config, _ = load(write(tmp_path), ["objective.guidance.beta=0.25"])
+    assert config.objective.kind == "tropd" and config.objective.guidance.beta == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("off", "off"), ("yes", "yes"), ("1e-3", 1e-3), ("5E6", 5e6), ("0o7", "0o7"), ("1:30", "1:30")]
+)
+def test_scalars_follow_yaml_1_2(text, value):
+    parsed = loader.parse_yaml(text, "x").value
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_every_problem_is_reported_at_once_with_its_place(tmp_path):
+    text = (
+        GOOD.replace("learning_rate: 1e-5", "lerning_rate: 1e-5\n  beta1: 7\n  eps: tiny") + "objctive: {}\nrun: {}\n"
+    )
+    found = problems(tmp_path, text, ["run.steps=0", "nonsense", "teacher.kind=vllm", "rollout.beta=1"])
+    assert found == [
+        "DIR/recipe.yaml:16: run: given twice, first in line 1; keep one",
+        "command line: expected section.key=value, found 'nonsense'",
+        "command line: run.steps: expected greater than 0, found 0",
+        "command line: teacher.kind: expected one of 'megatron', 'sglang', found 'vllm'",
+        "command line: rollout.beta: unknown key; did you mean objective.guidance.beta?",
+        "DIR/recipe.yaml:13: optimizer.beta1: expected less than or equal to 1, found 7",
+        "DIR/recipe.yaml:14: optimizer.eps: expected a valid number, unable to parse string as a number, found 'tiny'",
+        "DIR/recipe.yaml:12: optimizer.lerning_rate: unknown key; did you mean optimizer.learning_rate?",
+        "DIR/recipe.yaml:15: objctive: unknown key; did you mean objective?",
+    ]
+
+
+def test_an_unknown_key_inside_a_variant_is_found_without_the_variant_in_its_name(tmp_path):
+    (problem,) = problems(tmp_path, overrides=["objective.guidance.bta=1"])
+    assert problem == "command line: objective.guidance.bta: unknown key; did you mean objective.guidance.beta?"
+
+
+def test_an_unknown_key_like_no_other_lists_the_section(tmp_path):
+    (problem,) = problems(tmp_path, overrides=["platform.zzz=1"])
+    assert problem == "command line: platform.zzz: unknown key; platform has kind"
+
+
+def test_a_renamed_key_is_an_error_that_names_the_new_key(tmp_path, monkeypatch):
+    monkeypatch.setitem(loader.RENAMED_KEYS, "optimizer.lr", "optimizer.learning_rate")
+    (problem,) = problems(tmp_path, GOOD.replace("learning_rate", "lr"))
+    assert problem == "DIR/recipe.yaml:12: optimizer.lr: unknown key: it was renamed; use optimizer.learning_rate"
+
+
+def test_renamed_keys_lead_to_keys_that_exist_and_do_not_exist_themselves():
+    known = schema_keys()
+    for old, new in loader.RENAMED_KEYS.items():
+        assert new in known and old not in known
+
+
+def test_a_teacher_without_kind_lists_the_kinds(tmp_path):
+    (problem,) = problems(tmp_path, GOOD.replace("  kind: megatron\n", ""))
+    assert (
+        problem == "DIR/recipe.yaml:5: teacher.kind: missing; it has no default, expected one of 'megatron', 'sglang'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: [", "DIR/recipe.yaml:1: not valid YAML"),
+        ("- 1\n", "DIR/recipe.yaml: expected sections such as `run:`, found \\[1\\]"),
+        ("a: !!python/object:os.system {}\n", "DIR/recipe.yaml:1: not valid YAML"),
+        ("run: 3\n", "DIR/recipe.yaml:1: run: expected a section with keys, found 3"),
+    ],
+)
+def test_a_file_that_is_no_configuration_says_where(tmp_path, text, expected):
+    assert re.match(expected, problems(tmp_path, text)[0])
+
+
+def test_an_override_into_a_value_says_that_it_has_no_keys(tmp_path):
+    assert problems(tmp_path, overrides=["run.dir.x=1"])[0] == (
+        "command line: run.dir.x: dir holds 'runs/a', which has no keys"
+    )
+
+
+def test_a_missing_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read the configuration: No such file"):
+        load(tmp_path / "absent.yaml", [])
+
+
+def test_the_resolved_file_loads_to_the_same_config_and_names_every_source(tmp_path):
+    overrides = [
+        "rollout.server.extra_args=['--a', 'b: c # d']",
+        "objective.policy_gradient.mismatch=off",
+        "run.dir=päth with spaces",
+        "teacher={kind: sglang, path: t, server: {url: 'http://h:1'}}",
+    ]
+    config, sources = load(write(tmp_path), overrides)
+    text = resolved_yaml(config, sources)
+    again, _ = load(write(tmp_path, text), [])
+    assert again == config
+    assert "  steps: 200  # default\n" in text and "  dir: päth with spaces  # command line\n" in text
+    assert yaml.safe_load(text)["teacher"]["server"]["url"] == "http://h:1"
+    leaf_lines = [line for line in text.splitlines() if "  # " in line]
+    assert len(leaf_lines) == len(leaves(config))
+
+
+def test_the_plan_shows_layout_samples_schedule_and_files(tmp_path):
+    config, _ = load(write(tmp_path), ["parallel.tensor=2", "parallel.pipeline=2", "monitor.tensorboard=true"])
+    text = plan(config, world_size=12)
+    assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks" in text
+    assert "128 prompts x 4 = 512 samples, at most 5,193,728 tokens + teacher prefixes in packs of 16,384" in text
+    assert "alpha 1.000 at 0, 0.854 at 50, 0.500 at 100, 0.146 at 150, 0.000 at 200" in text
+    for expected in ("runs/a/metrics.jsonl", "runs/a/export", "runs/a/tensorboard", "models/teacher"):
+        assert expected in text
+    replayed, _ = load(write(tmp_path), ["run.replay=runs/b"])
+    assert "replayed from runs/b" in plan(replayed)
+    assert "dp ? = WORLD_SIZE ranks, a multiple of 4" in plan(config)
+
+
+def test_the_plan_of_plain_opd_with_a_running_teacher_server(tmp_path):
+    overrides = ["objective={kind: opd}", "teacher={kind: sglang, path: t, server: {url: 'http://h:1'}}"]
+    config, _ = load(write(tmp_path), overrides)
+    text = plan(config)
+    assert (
+        "opd: every token trusted" in text
+        and "scored by SGLang at http://h:1" in text
+        and "off: every token is sampled" in text
+    )
+
+
+def test_the_config_package_imports_no_torch():
+    code = (
+        "import sys, tropd_mcore.config.loader, tropd_mcore.config.plan;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'aiohttp', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_config_package_reads_no_environment_and_no_argv():
+    for path in Path(tropd_mcore.config.__file__).parent.glob("*.py"):
+        names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"os.environ", "os.getenv", "sys.argv"}, path
+
+
+def test_every_leaf_of_the_schema_has_a_description():
+    kinds = {key for key in schema_keys() if key.endswith(".kind")}
+    undocumented = [key for key, field in schema_keys().items() if not field.description and key not in kinds]
+    assert undocumented == []

@@ -1,0 +1,216 @@
+"""Every metric of the catalogue against a loop over tokens written from its description."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tropd_mcore.config.schema import PolicyGradientConfig
+from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
+from tropd_mcore.monitor.record import StepRecord
+from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
+
+NAN = float("nan")
+COLUMNS = [
+    *("student_logp", "behav_logp", "teacher_logp", "log_ratio", "loss", "divergence", "advantage"),
+    *("student_entropy", "teacher_entropy", "teacher_mass", "student_mass", "topk_overlap"),
+]
+
+
+def make_rollout(index: int, prompt: int, prefix: int, response: int, reason: str) -> Rollout:
+    ids = np.arange(prompt + prefix + response, dtype=np.int32) + 100 * index
+    return Rollout(
+        sample_id=f"000001/p{index}/0",
+        prompt_id=f"p{index}",
+        prompt_ids=ids[:prompt],
+        prefix_ids=ids[prompt : prompt + prefix],
+        response_ids=ids[prompt + prefix :],
+        behav_logp=np.zeros(response, dtype=np.float32),
+        trust_u=np.zeros(response, dtype=np.float32),
+        policy_version="1",
+        finish_reason=reason,
+        carries_prefix_loss=index == 0,
+        answer=None,
+    )
+
+
+ROLLOUTS = [make_rollout(0, 3, 4, 23, "stop"), make_rollout(1, 2, 4, 31, "length"), make_rollout(2, 5, 0, 7, "stop")]
+
+
+def make_record(*, soft: bool = False, **changes) -> StepRecord:
+    """A step whose third sample the teacher could not score."""
+    generator = np.random.default_rng(5)
+    rows = []
+    for sample, rollout in enumerate(ROLLOUTS):
+        start = len(rollout.prompt_ids)
+        for token in range(start, len(rollout.token_ids)):
+            on = token >= start + len(rollout.prefix_ids)
+            if on or rollout.carries_prefix_loss:
+                rows.append((sample, token, on and sample != 2, not on and sample != 2))
+    columns = {name: generator.normal(size=len(rows)).astype(np.float32) for name in COLUMNS}
+    columns["log_ratio"] *= 9
+    columns["teacher_entropy"][::3] = NAN
+    columns["sample_index"], columns["token_index"] = (np.array([row[i] for row in rows]) for i in (0, 1))
+    columns["on"], columns["off"] = (np.array([row[i] for row in rows]) for i in (2, 3))
+    trusted = generator.random(len(rows))
+    columns["trusted"] = (trusted if soft else (trusted > 0.4).astype(np.float32)) * columns["on"]
+    values = {
+        "table": TokenTable(columns),
+        "rollouts": ROLLOUTS,
+        "optimizer": OptimizerReport(grad_norm=1.5, learning_rate=2e-6, loss=0.25, token_count=58),
+        "alpha": 0.75,
+        "timings": {"step": 2.0, "rollout": 1.25},
+        "masked_samples": 1,
+        "accuracy": 2 / 3,
+        "special_ids": frozenset({10, 110, 111}),
+    }
+    return StepRecord(**(values | changes))
+
+
+def rows_of(record: StepRecord) -> list[dict]:
+    names = list(record.table.columns)
+    return [dict(zip(names, row, strict=True)) for row in zip(*record.table.columns.values(), strict=True)]
+
+
+def mean(pairs) -> float:
+    """Weighted mean of (value, weight), float64; NaN values left out; NaN without weight."""
+    pairs = [(float(value), float(weight)) for value, weight in pairs if weight > 0 and not math.isnan(value)]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else NAN
+
+
+def expected_metrics(record: StepRecord) -> dict[str, float]:
+    rows = rows_of(record)
+    on = [row for row in rows if row["on"]]
+    off = [row for row in rows if row["off"]]
+    trusted = [(row, float(row["trusted"])) for row in on]
+    outlier = [(row, 1 - float(row["trusted"])) for row in on if row["trusted"] < 1]
+    kl = [float(row["divergence"]) for row, _ in outlier]
+    engine = [float(row["student_logp"]) - float(row["behav_logp"]) for row in on]
+    lengths = [23, 31, 7]
+    special = [row for row in on if ROLLOUTS[row["sample_index"]].token_ids[row["token_index"]] in (10, 110, 111)]
+    assert special
+
+    def over(part, name):
+        return mean((row[name], weight) for row, weight in part)
+
+    student, prefix = [(row, 1) for row in on], [(row, 1) for row in off]
+    return {
+        "loss/total": 0.25,
+        "loss/objective": sum(float(row["loss"]) for row in on + off) / len(on + off),
+        "loss/trusted": over(trusted, "loss"),
+        "loss/outlier": over(outlier, "loss"),
+        "loss/prefix": over(prefix, "loss"),
+        "trust/fraction": over(student, "trusted"),
+        "trust/tv": mean((1 - min(math.exp(row["log_ratio"]), 1), 1) for row in on),
+        "log_ratio/mean": over(student, "log_ratio"),
+        "log_ratio/trusted": over(trusted, "log_ratio"),
+        "log_ratio/outlier": over(outlier, "log_ratio"),
+        "log_ratio/prefix": over(prefix, "log_ratio"),
+        "log_ratio/min": min(float(row["log_ratio"]) for row in on),
+        "log_ratio/special_extreme": mean((row["log_ratio"] < -10, 1) for row in special),
+        "outlier/fkl_mean": over(outlier, "divergence"),
+        "outlier/fkl_p95": float(np.percentile(np.array(kl), 95)),
+        "outlier/fkl_max": max(kl),
+        "outlier/fkl_negative": mean((row["divergence"] < 0, weight) for row, weight in outlier),
+        "topk/teacher_mass_mean": over(student, "teacher_mass"),
+        "topk/teacher_mass_min": min(float(row["teacher_mass"]) for row in on),
+        "topk/student_mass_mean": over(student, "student_mass"),
+        "topk/student_mass_min": min(float(row["student_mass"]) for row in on),
+        "topk/overlap": over(student, "topk_overlap"),
+        "advantage/trusted": mean((abs(row["advantage"]), weight) for row, weight in trusted),
+        "advantage/outlier": mean((abs(row["advantage"]), weight) for row, weight in outlier),
+        "advantage/prefix": mean((abs(row["advantage"]), 1) for row in off),
+        "entropy/student": over(student, "student_entropy"),
+        "entropy/teacher": over(student, "teacher_entropy"),
+        "tokens/student": 54.0,
+        "tokens/trusted": sum(weight for _, weight in trusted),
+        "tokens/outlier": sum(weight for _, weight in outlier),
+        "tokens/prefix": 4.0,
+        "tokens/total": 30 + 37 + 12.0,
+        "teacher/masked_samples": 1.0,
+        "guidance/alpha": 0.75,
+        "guidance/prefix_length": 8 / 3,
+        "rollout/length_mean": sum(lengths) / 3,
+        "rollout/length_p50": 23.0,
+        "rollout/length_p95": float(np.percentile(lengths, 95)),
+        "rollout/length_max": 31.0,
+        "rollout/truncated": 1 / 3,
+        "rollout/eos": 2 / 3,
+        "verifier/accuracy": 2 / 3,
+        "engine/kl": -sum(engine) / len(engine),
+        "engine/difference_mean": sum(map(abs, engine)) / len(engine),
+        "engine/difference_max": max(map(abs, engine)),
+        "engine/ratio_mean": sum(map(math.exp, engine)) / len(engine),
+        "engine/ratio_max": math.exp(max(engine)),
+        "engine/corrected": NAN,
+        "optimizer/grad_norm": 1.5,
+        "optimizer/learning_rate": 2e-6,
+        "optimizer/token_count": 58.0,
+        "throughput/tokens_per_second": 79 / 2,
+        "time/step": 2.0,
+        "time/rollout": 1.25,
+    }
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_every_metric_equals_a_loop_over_tokens(soft):
+    record = make_record(soft=soft)
+    found, expected = compute_metrics(record), expected_metrics(record)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-6, nan_ok=True), name
+
+
+def test_an_empty_step_gives_nan_for_means_and_zero_for_counts_only():
+    empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None, masked_samples=0)
+    found = compute_metrics(empty)
+    counts = {"tokens/student", "tokens/trusted", "tokens/outlier", "tokens/prefix", "tokens/total"}
+    given = {"teacher/masked_samples", "guidance/alpha", "loss/total", "time/step", "time/rollout"}
+    for name, value in found.items():
+        if name.startswith("optimizer/") or name in given or name == "throughput/tokens_per_second":
+            continue
+        assert (value == 0) if name in counts else math.isnan(value), name
+
+
+def test_a_region_without_tokens_is_nan_and_the_others_are_not():
+    record = make_record()
+    record.table.columns["trusted"][:] = record.table["on"]
+    found = compute_metrics(record)
+    assert math.isnan(found["outlier/fkl_mean"]) and math.isnan(found["loss/outlier"])
+    assert math.isnan(found["outlier/fkl_p95"]) and found["tokens/outlier"] == 0
+    assert found["trust/fraction"] == 1.0 and not math.isnan(found["loss/trusted"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"),
+    [
+        ({"mismatch": "tis", "tis_cap": 1.5}, lambda p, s: p / s > 1.5),
+        ({"mismatch": "icepop"}, lambda p, s: not 0.5 <= p / s <= 5.0),
+        ({"mismatch": "mask"}, lambda p, s: p - s < -0.2),
+    ],
+)
+def test_the_corrected_fraction_counts_the_tokens_whose_weight_was_changed(settings, changed):
+    record = make_record(policy_gradient=PolicyGradientConfig(**settings))
+    on = [row for row in rows_of(record) if row["on"]]
+    probabilities = [(math.exp(row["student_logp"]), math.exp(row["behav_logp"])) for row in on]
+    expected = sum(changed(student, sampler) for student, sampler in probabilities) / len(on)
+    assert 0 < expected < 1
+    assert compute_metrics(record)["engine/corrected"] == pytest.approx(expected)
+
+
+def test_one_minus_the_trusted_fraction_agrees_with_the_tv_estimate_under_the_bernoulli_gate():
+    count = 40_000
+    generator = np.random.default_rng(0)
+    log_ratio = generator.normal(size=count) - 0.5
+    trusted = np.log(generator.random(count)) < log_ratio
+    columns = {"on": np.ones(count, bool), "off": np.zeros(count, bool), "trusted": trusted, "log_ratio": log_ratio}
+    columns |= {"sample_index": np.zeros(count, int), "token_index": np.ones(count, int)}
+    found = compute_metrics(make_record(table=TokenTable(columns)))
+    assert 1 - found["trust/fraction"] == pytest.approx(found["trust/tv"], abs=0.01)
+
+
+def test_metric_names_are_unique_and_each_says_unit_denominator_and_meaning():
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert metric.unit and metric.over and metric.description and metric.name.count("/") == 1

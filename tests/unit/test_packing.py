@@ -1,0 +1,232 @@
+"""Packing: every supervised token is a row exactly once, whatever the layout, and the slices tile the packs."""
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tropd_mcore.data.packing import pack
+from tropd_mcore.data.placement import place
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.types import Rollout
+
+MAX_SAMPLE = 5 + 9 + 17
+
+
+def make_rollout(index: int, prompt: int, prefix: int, response: int, carries: bool) -> Rollout:
+    generator = np.random.default_rng(index)
+
+    def ids(count: int) -> np.ndarray:
+        return generator.integers(1, 1000, count).astype(np.int32)
+
+    return Rollout(
+        sample_id=f"000003/p{index}/0",
+        prompt_id=f"p{index}",
+        prompt_ids=ids(prompt),
+        prefix_ids=ids(prefix),
+        response_ids=ids(response),
+        behav_logp=-generator.random(response, dtype=np.float32),
+        trust_u=generator.random(response, dtype=np.float32),
+        policy_version="3",
+        finish_reason="stop",
+        carries_prefix_loss=carries,
+        answer=None,
+    )
+
+
+@st.composite
+def steps_to_pack(draw):
+    sizes = draw(
+        st.lists(
+            st.tuples(st.integers(1, 5), st.integers(0, 9), st.integers(0, 17), st.booleans()), min_size=0, max_size=9
+        )
+    )
+    dp, cp, tp = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    multiple = 2 * cp * tp
+    smallest = -(-(MAX_SAMPLE + 2 * cp) // multiple) * multiple
+    return {
+        "rollouts": [make_rollout(index, *size) for index, size in enumerate(sizes)],
+        "tokens_per_micro_batch": draw(st.integers(smallest, 4 * smallest)),
+        "dp_size": dp,
+        "cp_size": cp,
+        "tp_size": tp,
+        "micro_batch_multiple": draw(st.integers(1, 2)),
+        "aggregation": draw(st.sampled_from(["token_mean", "sequence_mean"])),
+        "prefix_denominator": draw(st.sampled_from(["joint", "separate"])),
+        "device": "cpu",
+    }
+
+
+def pack_all(case: dict) -> dict:
+    """{(dp_rank, cp_rank): PackedStep} of every rank."""
+    ranks = [(dp, cp) for dp in range(case["dp_size"]) for cp in range(case["cp_size"])]
+    return {(dp, cp): pack(**case, dp_rank=dp, cp_rank=cp) for dp, cp in ranks}
+
+
+def expected_rows(rollouts: list[Rollout]) -> Counter:
+    """(sample, token index, on, off) of every supervised token, by a loop over tokens."""
+    rows: Counter = Counter()
+    for sample, rollout in enumerate(rollouts):
+        prompt, prefix = len(rollout.prompt_ids), len(rollout.prefix_ids)
+        for token in range(prompt, prompt + prefix + len(rollout.response_ids)):
+            on = token >= prompt + prefix
+            if on or rollout.carries_prefix_loss:
+                rows[sample, token, on, not on] += 1
+    return rows
+
+
+def zigzag(length: int, cp_size: int, cp_rank: int) -> list[int]:
+    """Positions of one sample that a context rank holds, by asking each position for its chunk."""
+    chunk = length / (2 * cp_size)
+    return [i for i in range(length) if cp_size == 1 or int(i // chunk) in (cp_rank, 2 * cp_size - 1 - cp_rank)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps_to_pack())
+def test_every_supervised_token_is_a_row_exactly_once_over_all_ranks(case):
+    found: Counter = Counter()
+    for packed in pack_all(case).values():
+        for micro in packed.micro_batches:
+            columns = (micro.sample_index, micro.token_index, micro.on_mask, micro.off_mask)
+            found.update(zip(*(column.tolist() for column in columns), strict=True))
+    expected = expected_rows(case["rollouts"])
+    assert found == expected
+    assert {packed.global_token_count for packed in pack_all(case).values()} == {expected.total()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps_to_pack())
+def test_each_row_predicts_its_token_and_carries_its_sampler_values(case):
+    for packed in pack_all(case).values():
+        for micro in packed.micro_batches:
+            for row in range(len(micro.rows)):
+                rollout = case["rollouts"][micro.sample_index[row]]
+                token = int(micro.token_index[row])
+                start = len(rollout.prompt_ids) + len(rollout.prefix_ids)
+                assert micro.target_ids[row] == rollout.token_ids[token]
+                assert micro.input_ids[micro.rows[row]] == rollout.token_ids[token - 1]
+                assert micro.position_ids[micro.rows[row]] == token - 1
+                on = token >= start
+                assert micro.behav_logp[row] == (rollout.behav_logp[token - start] if on else 0)
+                assert micro.trust_u[row] == (rollout.trust_u[token - start] if on else 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps_to_pack())
+def test_packs_have_one_length_and_context_slices_tile_them(case):
+    ranks = pack_all(case)
+    lengths = {packed.pack_length for packed in ranks.values()}
+    counts = {len(packed.micro_batches) for packed in ranks.values()}
+    assert len(lengths) == len(counts) == 1
+    (pack_length,), (count,) = lengths, counts
+    assert count >= 1 and count % case["micro_batch_multiple"] == 0
+    assert pack_length % (2 * case["cp_size"] * case["tp_size"]) == 0
+    assert pack_length <= case["tokens_per_micro_batch"]
+    for dp_rank in range(case["dp_size"]):
+        for index in range(count):
+            parts = [ranks[dp_rank, cp].micro_batches[index] for cp in range(case["cp_size"])]
+            boundaries = parts[0].cu_seqlens.tolist()
+            assert boundaries[0] == 0 and boundaries[-1] == pack_length and boundaries == sorted(set(boundaries))
+            assert parts[0].max_seqlen == max(np.diff(boundaries))
+            seen = np.zeros(pack_length, dtype=int)
+            for cp_rank, part in enumerate(parts):
+                assert part.cu_seqlens.tolist() == boundaries
+                expected = [
+                    (start, position)
+                    for start, stop in pairwise(boundaries)
+                    for position in zigzag(stop - start, case["cp_size"], cp_rank)
+                ]
+                assert part.position_ids.tolist() == [position for _, position in expected]
+                assert part.rows.tolist() == sorted(set(part.rows.tolist()))
+                seen[[start + position for start, position in expected]] += 1
+            assert (seen == 1).all()
+
+
+def mean_of_ones_and_twos(case: dict) -> float:
+    """Sum of weight * value / N over all ranks, with value 1 on on rows and 2 on off rows, scaled by sample + 1."""
+    total = 0.0
+    count = 0
+    for packed in pack_all(case).values():
+        count = packed.global_token_count
+        for micro in packed.micro_batches:
+            value = (micro.on_mask.double() + 2 * micro.off_mask.double()) * (micro.sample_index + 1)
+            total += float((micro.weight.double() * value).sum())
+    return total / max(count, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps_to_pack())
+def test_weights_turn_the_global_sum_into_the_mean_asked_for(case):
+    parts: list[list[list[float]]] = [[], []]
+    for sample, rollout in enumerate(case["rollouts"]):
+        on = [1.0 * (sample + 1)] * len(rollout.response_ids)
+        off = [2.0 * (sample + 1)] * (len(rollout.prefix_ids) if rollout.carries_prefix_loss else 0)
+        if case["prefix_denominator"] == "joint":
+            parts[0].append(on + off)
+        else:
+            parts[0].append(on)
+            parts[1].append(off)
+    expected = 0.0
+    for samples in parts:
+        samples = [values for values in samples if values]
+        if samples and case["aggregation"] == "sequence_mean":
+            expected += sum(sum(values) / len(values) for values in samples) / len(samples)
+        elif samples:
+            expected += sum(map(sum, samples)) / sum(map(len, samples))
+    assert mean_of_ones_and_twos(case) == pytest.approx(expected, rel=1e-5)
+
+
+def options(**changes) -> dict:
+    base = {
+        "tokens_per_micro_batch": 64,
+        "dp_size": 1,
+        "dp_rank": 0,
+        "cp_size": 1,
+        "cp_rank": 0,
+        "tp_size": 1,
+        "aggregation": "token_mean",
+        "prefix_denominator": "joint",
+        "device": "cpu",
+    }
+    return base | changes
+
+
+def test_the_token_mean_weighs_every_row_exactly_one():
+    packed = pack([make_rollout(i, 3, 4, 11, i == 0) for i in range(3)], **options())
+    for micro in packed.micro_batches:
+        assert torch.equal(micro.weight, torch.ones_like(micro.weight))
+
+
+def test_a_sample_over_the_budget_names_the_key_and_the_size_it_needs():
+    with pytest.raises(ConfigError, match=r"batch\.tokens_per_micro_batch = 16 is too small .* of 18 tokens"):
+        pack([make_rollout(0, 3, 4, 11, True)], **options(tokens_per_micro_batch=16))
+    with pytest.raises(ConfigError, match="set it to at least 24"):
+        pack([make_rollout(0, 3, 4, 11, True)], **options(tokens_per_micro_batch=18, cp_size=2, tp_size=2))
+    pack([make_rollout(0, 3, 4, 11, True)], **options(tokens_per_micro_batch=24, cp_size=2, tp_size=2))
+
+
+def test_a_rank_without_samples_gets_packs_of_padding_without_rows():
+    packed = pack([make_rollout(0, 3, 0, 5, False)], **options(dp_size=2, dp_rank=1))
+    (micro,) = packed.micro_batches
+    assert packed.pack_length == 8 and micro.cu_seqlens.tolist() == [0, 8]
+    assert micro.rows.numel() == 0 and micro.target_ids.dtype == torch.int64
+
+
+def test_samples_are_spread_evenly_over_the_data_ranks():
+    lengths = [10] * 12
+    placed = place(lengths, budget=90, ranks=4)
+    assert [sum(map(len, rank)) for rank in placed] == [3, 3, 3, 3]
+
+
+def test_placement_falls_back_to_first_fit_where_spreading_exceeds_the_budget():
+    lengths = [6, 6, 4, 4, 4]  # two packs of 12 hold them only as 6+6 and 4+4+4
+    assert place(lengths, budget=12, ranks=1) == [[[0, 1], [2, 3, 4]]]
+
+
+def test_placement_does_not_depend_on_anything_but_the_lengths():
+    lengths = [7, 3, 9, 9, 1, 4, 4, 2]
+    assert place(lengths, budget=12, ranks=2) == place(list(lengths), budget=12, ranks=2)

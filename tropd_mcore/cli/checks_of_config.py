@@ -1,0 +1,69 @@
+"""Findings about the files, ports and servers that a configuration names, for `tropd doctor`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from tropd_mcore.cli.findings import Finding
+from tropd_mcore.config.schema import Config, ServerConfig, SglangTeacherConfig
+
+HEALTH_TIMEOUT_S = 10.0
+
+
+def files(config: Config) -> Iterator[Finding]:
+    """Model folders, data files, and a run directory that can be written."""
+    for key, folder in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
+        if (folder / "config.json").is_file():
+            yield Finding("ok", key, str(folder))
+        else:
+            yield Finding("FAIL", key, f"{folder}/config.json not found; expected a Hugging Face folder")
+    for key, path in (("data.prompts", config.data.prompts), ("responses", config.data.teacher_responses)):
+        if path is None:
+            continue
+        if path.is_file():
+            yield Finding("ok", key, str(path))
+        else:
+            yield Finding(
+                "FAIL", key, f"{path} not found (data.{'prompts' if 'prompts' in key else 'teacher_responses'})"
+            )
+    existing = next(parent for parent in (config.run.dir, *config.run.dir.absolute().parents) if parent.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        state = "exists: the run resumes there" if config.run.dir.exists() else "will be created"
+        yield Finding("ok", "run.dir", f"{config.run.dir} {state}")
+    else:
+        yield Finding("FAIL", "run.dir", f"{existing} cannot be written; choose another run.dir")
+
+
+def servers(config: Config) -> Iterator[Finding]:
+    """Ports of servers to start are free; servers at a URL are healthy."""
+    yield from _server("rollout", config.rollout.server)
+    if isinstance(config.teacher, SglangTeacherConfig):
+        yield from _server("teacher", config.teacher.server)
+
+
+def _server(name: str, server: ServerConfig) -> Iterator[Finding]:
+    if server.url is not None:
+        yield _health(name, server.url)
+    elif server.port is not None:
+        yield _free_port(name, server.port)
+
+
+def _health(name: str, url: str) -> Finding:
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=HEALTH_TIMEOUT_S) as answer:
+            status = answer.status
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        return Finding("FAIL", name, f"{name}.server.url={url} does not answer /health: {error}")
+    return Finding("ok", name, f"{url} answers /health with {status}")
+
+
+def _free_port(name: str, port: int) -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            return Finding("ok", name, f"port {port} is free")
+    except OSError as error:
+        return Finding("FAIL", name, f"{name}.server.port={port}: {error.strerror}; choose another or remove it")

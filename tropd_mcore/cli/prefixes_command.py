@@ -1,0 +1,75 @@
+"""`tropd prefixes`: the teacher answers every prompt once, and its responses become the prefixes of guidance.
+
+Not for training. Invariant: prompts are rendered with the student's template, as in training, and the file is whole or
+absent; an interrupted call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tropd_mcore.cli.arguments import add_config_arguments, positive
+from tropd_mcore.config.loader import load
+from tropd_mcore.config.schema import Config, ServerConfig, SglangTeacherConfig
+from tropd_mcore.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments. The defaults of sampling are those of spec section 6, row 15."""
+    add_config_arguments(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL to write (default: data.teacher_responses)")
+    parser.add_argument("--max-new-tokens", type=positive, default=8192, metavar="N", help="longest response (8192)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="sampling temperature (1.0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass (1.0)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Sample what is missing and write the file. Raises TropdError."""
+    config, _ = load(options.config, options.overrides)
+    out: Path | None = options.out or config.data.teacher_responses
+    if out is None:
+        raise ConfigError(["tropd prefixes: no file to write; set data.teacher_responses or give --out"])
+
+    from tropd_mcore.cli.server import open_server
+    from tropd_mcore.data.chat import Renderer
+    from tropd_mcore.data.prompts import load_prompts
+    from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
+    from tropd_mcore.teacher.vocabulary import check_same_vocabulary
+    from tropd_mcore.weights.architecture import read_architecture
+
+    check_same_vocabulary(config.student.path, config.teacher.path)
+    renderer = Renderer(config.student.path)
+    data = config.data.model_copy(update={"teacher_responses": None})
+    prompts = load_prompts(data, renderer, seed=config.run.seed).prompts
+    widths = [read_architecture(path).vocab_size for path in (config.student.path, config.teacher.path)]
+    sampling = ResponseSampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        eos_ids=tuple(sorted({*renderer.eos_ids, *Renderer(config.teacher.path).eos_ids})),
+        vocab_size=min(widths),
+    )
+    server = open_server(
+        "teacher",
+        model_key="teacher.path",
+        model=config.teacher.path,
+        config=teacher_server(config),
+        platform=config.platform,
+        logs=config.run.dir / "logs",
+    )
+    with server:
+        report = generate_responses(server.client, prompts, out, sampling)
+    print(
+        f"{out}: {report.prompts} responses, {report.sampled} sampled now, {report.finished} ended by themselves, "
+        f"{report.prompts - report.finished} were cut at {options.max_new_tokens} tokens"
+    )
+    return 0
+
+
+def teacher_server(config: Config) -> ServerConfig:
+    """The server that answers for the teacher: its own section, or, for a teacher in the training job, one like the
+    students' that is started for this call."""
+    if isinstance(config.teacher, SglangTeacherConfig):
+        return config.teacher.server
+    return config.rollout.server.model_copy(update={"url": None, "port": None, "dtype": config.teacher.dtype})

@@ -1,0 +1,38 @@
+"""An SGLang server for the length of one subcommand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tropd_mcore.config.schema import PlatformConfig, ServerConfig
+from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.serving.supervisor import SupervisedServer
+
+
+def open_server(
+    name: str, *, model_key: str, model: Path, config: ServerConfig, platform: PlatformConfig, logs: Path
+) -> SupervisedServer:
+    """Return a context manager that starts the server of `config` (or uses its `url`) and stops what it started.
+
+    `name` is the section that holds `config`, for messages and for <logs>/<name>.log. Raises ServerError on entry.
+    """
+    spec = ServerSpec(
+        key=f"{name}.server",
+        model_key=model_key,
+        model_path=model,
+        config=config,
+        device=device(platform),
+        run_dir=logs,
+        name=name,
+    )
+    return SupervisedServer(spec)
+
+
+def device(platform: PlatformConfig) -> Literal["cpu", "cuda"]:
+    """Return what `platform.kind` means on this machine."""
+    if platform.kind != "auto":
+        return platform.kind
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,1 @@
+"""One YAML, dotted overrides, every problem reported at once. Imports no torch."""

@@ -1,0 +1,192 @@
+"""Checks that span sections, or that need the number of ranks or the data's lengths.
+
+Not for the range of a single key (see `schema`). Invariant: each check returns its problems, one line each, naming the
+keys to change; nothing is raised, so that all problems can be reported together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from tropd_mcore.config.derived import active_guidance, longest_sample
+from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig, SglangTeacherConfig
+
+MANAGED_SERVER_ARGS = {
+    "--model-path": "student.path or teacher.path",
+    "--model": "student.path or teacher.path",
+    "--host": "the loopback address of the started server",
+    "--port": "server.port",
+    "--dtype": "server.dtype",
+    "--tp": "server.tensor_parallel",
+    "--tp-size": "server.tensor_parallel",
+    "--tensor-parallel-size": "server.tensor_parallel",
+    "--max-total-tokens": "server.max_total_tokens",
+    "--mem-fraction-static": "server.mem_fraction",
+    "--api-key": "server.api_key_env",
+}
+"""Arguments of the SGLang server that have a key of their own, and that key."""
+
+
+def problems_across_sections(config: Config) -> list[str]:
+    """Return every problem that needs no more than the configuration itself."""
+    checks = (_parallel, _objective, _rollout, _servers, _optimizer, _others)
+    return [problem for check in checks for problem in check(config)]
+
+
+def layout_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
+    """Return what is wrong between the parallel section and the number of launched ranks."""
+    tensor, pipeline, context, data = parallel.tensor, parallel.pipeline, parallel.context, parallel.data
+    model = tensor * pipeline * context
+    if data is None:
+        if world_size % model == 0:
+            return []
+        return [
+            f"parallel: tp*pp*cp = {tensor}*{pipeline}*{context} = {model} does not divide WORLD_SIZE {world_size}; "
+            f"launch a multiple of {model} ranks or change parallel.tensor, parallel.pipeline or parallel.context"
+        ]
+    total = model * data
+    if total == world_size:
+        return []
+    remedy = f"set parallel.data={world_size // model} or " if world_size % model == 0 else ""
+    return [
+        f"parallel: tp*pp*cp*dp = {tensor}*{pipeline}*{context}*{data} = {total} but WORLD_SIZE is {world_size}; "
+        f"{remedy}launch {total} ranks"
+    ]
+
+
+def data_problems(config: Config, *, longest_prompt: int, longest_response: int) -> list[str]:
+    """Return what does not fit between the configuration and the data: lengths in tokens, responses without EOS."""
+    needed = longest_sample(config, longest_prompt=longest_prompt, longest_response=longest_response)
+    budget = config.batch.tokens_per_micro_batch
+    if needed <= budget:
+        return []
+    prefix = needed - longest_prompt - config.rollout.max_new_tokens
+    return [
+        f"batch.tokens_per_micro_batch = {budget} but the longest sample can have {longest_prompt} prompt + {prefix} "
+        f"prefix + {config.rollout.max_new_tokens} new = {needed} tokens; set batch.tokens_per_micro_batch={needed} or "
+        "more, lower rollout.max_new_tokens, or set objective.guidance.continuation_budget=shared"
+    ]
+
+
+def _parallel(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.virtual_pipeline is not None and parallel.pipeline < 2:
+        yield (
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs parallel.pipeline >= 2, "
+            f"found {parallel.pipeline}; remove it or set parallel.pipeline=2"
+        )
+    if parallel.virtual_pipeline == 1:
+        yield "parallel.virtual_pipeline = 1 is one chunk a stage, which is no interleaving; remove it or set 2 or more"
+    if parallel.sequence_parallel and parallel.tensor < 2:
+        yield (
+            "parallel.sequence_parallel needs parallel.tensor >= 2, found 1; "
+            "set parallel.sequence_parallel=false or parallel.tensor=2"
+        )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    guidance = active_guidance(config)
+    if guidance is not None and config.data.teacher_responses is None:
+        yield (
+            "objective.guidance.enabled needs data.teacher_responses, which is not set; "
+            "write the file with `tropd prefixes`, or set objective.guidance.enabled=false"
+        )
+    new_tokens = config.rollout.max_new_tokens
+    if guidance is not None and guidance.continuation_budget == "shared" and guidance.min_continuation >= new_tokens:
+        yield (
+            f"objective.guidance.min_continuation = {guidance.min_continuation} leaves no room for a prefix within the "
+            f"shared rollout.max_new_tokens = {new_tokens}; lower the one or raise the other"
+        )
+    correction = config.objective.policy_gradient
+    if correction.icepop_low >= correction.icepop_high:
+        yield (
+            f"objective.policy_gradient: icepop_low = {correction.icepop_low} must be below "
+            f"icepop_high = {correction.icepop_high}"
+        )
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.top_k != -1 and rollout.top_k < 1:
+        yield f"rollout.top_k = {rollout.top_k}: expected -1 (off) or at least 1"
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    if rollout.server.max_total_tokens is not None and rollout.server.max_total_tokens < longest:
+        yield (
+            f"rollout.server.max_total_tokens = {rollout.server.max_total_tokens} holds less than one request of "
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it or lower those"
+        )
+    if config.batch.tokens_per_micro_batch < longest:
+        yield (
+            f"batch.tokens_per_micro_batch = {config.batch.tokens_per_micro_batch} is below data.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {longest}; raise it or lower those"
+        )
+
+
+def _servers(config: Config) -> Iterator[str]:
+    servers = {"rollout.server": config.rollout.server}
+    if isinstance(config.teacher, SglangTeacherConfig):
+        servers["teacher.server"] = config.teacher.server
+    for key, server in servers.items():
+        yield from _server(key, server)
+    ports = [server.port for server in servers.values() if server.port is not None]
+    if len(ports) != len(set(ports)):
+        yield f"rollout.server.port and teacher.server.port are both {ports[0]}; give them different ones or none"
+    urls = [server.url for server in servers.values() if server.url is not None]
+    if len(urls) != len(set(urls)):
+        yield f"rollout.server.url and teacher.server.url are both {urls[0]}; student and teacher need a server each"
+
+
+def _server(key: str, server: ServerConfig) -> Iterator[str]:
+    if server.url is not None:
+        if not re.match(r"https?://[^/]+", server.url):
+            yield f"{key}.url: expected http://host:port or https://host, found {server.url!r}"
+        starting = ("port", "tensor_parallel", "max_total_tokens", "mem_fraction", "extra_args")
+        given = [name for name in starting if getattr(server, name) != ServerConfig.model_fields[name].default]
+        if given:
+            yield f"{key}.url names a running server, so {key}.{{{','.join(given)}}} would have no effect; remove one"
+    for argument in server.extra_args:
+        flag = argument.partition("=")[0]
+        if flag in MANAGED_SERVER_ARGS:
+            yield f"{key}.extra_args: {flag} is set by {MANAGED_SERVER_ARGS[flag]}; remove it there"
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.warmup_steps > config.run.steps:
+        yield (
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than run.steps = {config.run.steps}; "
+            "lower it or raise run.steps"
+        )
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield (
+            f"optimizer.min_learning_rate = {optimizer.min_learning_rate} is above "
+            f"optimizer.learning_rate = {optimizer.learning_rate}"
+        )
+    for name in ("beta1", "beta2"):
+        if getattr(optimizer, name) == 1.0:
+            yield f"optimizer.{name} = 1 never forgets the first gradient; expected less than 1"
+    if optimizer.overlap_param_gather and not (optimizer.distributed and optimizer.overlap_grad_reduce):
+        yield "optimizer.overlap_param_gather needs optimizer.distributed=true and optimizer.overlap_grad_reduce=true"
+
+
+def _others(config: Config) -> Iterator[str]:
+    if config.run.replay == config.run.dir:
+        yield f"run.replay and run.dir are both {config.run.dir}; replay another run, or remove run.replay to resume"
+    try:
+        groups = re.compile(config.verifier.pattern).groups
+    except re.error as error:
+        yield f"verifier.pattern: not a regular expression: {error}; found {config.verifier.pattern!r}"
+    else:
+        if groups < 1:
+            yield f"verifier.pattern: expected a group that holds the answer, found none in {config.verifier.pattern!r}"
+    paths = {
+        "run.dir": config.run.dir,
+        "student.path": config.student.path,
+        "teacher.path": config.teacher.path,
+        "data.prompts": config.data.prompts,
+        "data.teacher_responses": config.data.teacher_responses,
+    }
+    for key, path in paths.items():
+        if path is not None and str(path).startswith("~"):
+            yield f"{key}: `~` is not expanded here; write the whole path instead of {str(path)!r}"

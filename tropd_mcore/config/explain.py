@@ -1,0 +1,119 @@
+"""Validation errors -> one line each: the place, the key, what was expected, what was found, what to write instead.
+
+Not for deciding what is wrong (see `schema`). Invariant: every error of the validator yields exactly one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from tropd_mcore.config.schema import Config
+
+
+def explain_validation_error(
+    error: ValidationError, places: Mapping[str, str], name: str, renamed: Mapping[str, str]
+) -> list[str]:
+    """Return one line per problem. `places`: dotted key -> `<file>:<line>` or `command line`; `name`: the file."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        keys = _without_tags(detail["loc"])
+        if detail["type"].startswith("union_tag"):
+            keys.append("kind")
+        dotted = ".".join(keys)
+        place = next((places[key] for key in _ancestors(keys) if key in places), name)
+        lines.append(f"{place}: {_message(dotted, keys, detail, renamed)}")
+    return lines
+
+
+def schema_keys() -> dict[str, FieldInfo]:
+    """Return {dotted key: field} of every leaf the schema knows, over all variants."""
+    return dict(_keys(Config, ""))
+
+
+def _message(dotted: str, keys: list[str], detail: Mapping[str, Any], renamed: Mapping[str, str]) -> str:
+    kind, found = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"{dotted}: unknown key{_suggestion(dotted, keys, renamed)}"
+    if kind == "missing":
+        return f"{dotted}: missing; it has no default"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{dotted}: expected a section with keys, found {found!r}"
+    if kind == "union_tag_invalid":
+        return f"{dotted}: expected one of {detail['ctx']['expected_tags']}, found {detail['ctx']['tag']!r}"
+    if kind == "union_tag_not_found":
+        kinds = ", ".join(repr(kind) for kind in _variants(_field(keys[:-1])))
+        return f"{dotted}: missing; it has no default, expected one of {kinds}"
+    expected = detail["msg"].replace("Input should be ", "expected ").replace("Value error, ", "")
+    return f"{dotted}: {expected}, found {found!r}"
+
+
+def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str:
+    """The new name of a renamed key, else the closest sibling, else the section that has a key of this name."""
+    if dotted in renamed:
+        return f": it was renamed; use {renamed[dotted]}"
+    known = schema_keys()
+    everything = {ancestor for key in known for ancestor in _ancestors(key.split("."))}
+    parent = ".".join(keys[:-1])
+    siblings = [key for key in everything if key.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.75)
+    if not close:
+        close = sorted(key for key in everything if key.rpartition(".")[2] == keys[-1])[:2]
+    return f"; did you mean {' or '.join(close)}?" if close else f"; {parent or 'the file'} has {_listing(siblings)}"
+
+
+def _listing(keys: list[str]) -> str:
+    return ", ".join(sorted(key.rpartition(".")[2] for key in keys))
+
+
+def _ancestors(keys: list[str]) -> Iterator[str]:
+    """The dotted key, then the sections around it, innermost first."""
+    for end in range(len(keys), 0, -1):
+        yield ".".join(keys[:end])
+
+
+def _without_tags(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of an error's location; the validator puts the chosen `kind` in between, which is no key."""
+    keys: list[str] = []
+    models: list[type[BaseModel]] = [Config]
+    skip_tag = False
+    for part in loc:
+        if skip_tag:
+            skip_tag = False
+            continue
+        keys.append(str(part))
+        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        skip_tag = any(field.discriminator is not None for field in fields)
+        models = [model for field in fields for model in _models(field)]
+    return keys
+
+
+def _field(keys: list[str]) -> FieldInfo:
+    """The field of a section that has variants."""
+    fields = Config.model_fields
+    for key in keys[:-1]:
+        fields = _models(fields[key])[0].model_fields
+    return fields[keys[-1]]
+
+
+def _models(field: FieldInfo) -> list[type[BaseModel]]:
+    """The section classes a field can hold: one, its variants, or none for a leaf."""
+    candidates = (field.annotation, *get_args(field.annotation))
+    return [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _variants(field: FieldInfo) -> list[str]:
+    return [get_args(model.model_fields["kind"].annotation)[0] for model in _models(field)]
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        models = _models(field)
+        if not models:
+            yield f"{prefix}{name}", field
+        for child in models:
+            yield from _keys(child, f"{prefix}{name}.")

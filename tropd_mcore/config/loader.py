@@ -1,0 +1,122 @@
+"""A YAML file and dotted overrides -> one frozen `Config`, and where each of its values came from.
+
+Not for checks across sections (see `checks`, which this calls). Invariants: the environment and argv are never read;
+a key that does not exist is an error; all problems are reported together, each with its place.
+Relative paths in the file or in an override are relative to the current directory, not to the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tropd_mcore.config.checks import problems_across_sections
+from tropd_mcore.config.explain import explain_validation_error
+from tropd_mcore.config.schema import Config
+from tropd_mcore.config.yaml_reader import parse_yaml
+from tropd_mcore.errors import ConfigError
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+RENAMED_KEYS: dict[str, str] = {}
+"""Old dotted key -> the key to use now. An old key stays an error; this table lets the error name the new one."""
+
+
+def load(path: Path | str, overrides: list[str]) -> tuple[Config, dict[str, str]]:
+    """Read `path`, apply `a.b=value` overrides in order (values are YAML), validate, and check across sections.
+
+    Returns the config and the source of each leaf key: `<file>:<line>`, `command line` or `default`.
+    Raises ConfigError with every problem found in the file, the overrides and the values.
+    """
+    name = str(path)
+    document = parse_yaml(_read(Path(path)), name)
+    problems = list(document.problems)
+    tree = document.value if isinstance(document.value, dict) else {}
+    if not isinstance(document.value, dict):
+        problems.append(f"{name}: expected sections such as `run:`, found {document.value!r}")
+    places = {key: f"{name}:{line}" for key, line in document.lines.items()}
+    for override in overrides:
+        problems += _apply(override, tree, places)
+    _fill_default_kinds(tree)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(problems + explain_validation_error(error, places, name, RENAMED_KEYS)) from None
+    problems += problems_across_sections(config)
+    if problems:
+        raise ConfigError(problems)
+    return config, {key: _source(key, places) for key in leaves(config)}
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """Return {dotted key: value} of every leaf in the order of the schema; paths as strings, tuples as lists."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                visit(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    visit("", config.model_dump(mode="json"))
+    return flat
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError([f"{path}: cannot read the configuration: {reason}"]) from error
+
+
+def _apply(override: str, tree: dict[str, Any], places: dict[str, str]) -> list[str]:
+    """Set one override in `tree`; returns its problems."""
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not all(dotted.split(".")):
+        return [f"{COMMAND_LINE}: expected section.key=value, found {override!r}"]
+    document = parse_yaml(text, f"{COMMAND_LINE}: {dotted}")
+    if document.problems:
+        return list(document.problems)
+    value = None if text.strip() == "" else document.value
+    *sections, leaf = dotted.split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            return [f"{COMMAND_LINE}: {dotted}: {section} holds {child!r}, which has no keys"]
+        node = child
+    node[leaf] = value
+    for key in [key for key in places if key.startswith(f"{dotted}.")]:
+        del places[key]
+    places[dotted] = COMMAND_LINE
+    return []
+
+
+def _fill_default_kinds(tree: dict[str, Any]) -> None:
+    """Name the default variant where a section gives keys of it but no `kind`."""
+    for name, field in Config.model_fields.items():
+        section = tree.get(name)
+        if field.discriminator == "kind" and field.default is not None and isinstance(section, dict):
+            kind = getattr(field.default, "kind", None)
+            if kind is not None:
+                section.setdefault("kind", kind)
+
+
+def _source(key: str, places: Mapping[str, str]) -> str:
+    """The place of the key itself, or of the nearest section that was set as a whole on the command line."""
+    if key in places:
+        return places[key]
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if places.get(".".join(parts[:end])) == COMMAND_LINE:
+            return COMMAND_LINE
+    return DEFAULT

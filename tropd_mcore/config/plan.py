@@ -1,0 +1,141 @@
+"""What a run would do, from its configuration alone: the resolved file and the plan of `--dry-run`.
+
+Not for reading models or data, or starting anything. Invariant: loading a resolved file gives the same config again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from tropd_mcore.config.derived import active_guidance, alpha, support_size
+from tropd_mcore.config.loader import leaves
+from tropd_mcore.config.schema import Config, ServerConfig, SglangTeacherConfig, TropdObjective
+
+
+def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
+    """Return every key as YAML, one a line, each with the source of its value after two spaces and `# `."""
+    lines: list[str] = []
+    open_sections: list[str] = []
+    for dotted, value in leaves(config).items():
+        *sections, leaf = dotted.split(".")
+        shared = 0
+        while shared < min(len(sections), len(open_sections)) and sections[shared] == open_sections[shared]:
+            shared += 1
+        lines += [f"{'  ' * depth}{sections[depth]}:" for depth in range(shared, len(sections))]
+        open_sections = sections
+        lines.append(f"{'  ' * len(sections)}{leaf}: {_scalar(value)}  # {sources[dotted]}")
+    return "\n".join(lines) + "\n"
+
+
+def plan(config: Config, world_size: int | None = None) -> str:
+    """Return the plan as aligned lines; `world_size` is the number of ranks where it is known."""
+    rows = {
+        "layout": _layout(config, world_size),
+        "student": f"{config.student.path}, {config.student.dtype}, recompute {config.student.recompute}",
+        "rollouts": _rollouts(config),
+        "teacher": _teacher(config),
+        "objective": _objective(config),
+        "a step": _step(config),
+        "guidance": _guidance(config),
+        "optimizer": _optimizer(config),
+        "run": f"{config.run.steps} steps, checkpoint every {config.run.checkpoint_every}, seed {config.run.seed}",
+        **_files(config),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()) + "\n"
+
+
+def _layout(config: Config, world_size: int | None) -> str:
+    parallel = config.parallel
+    model = parallel.tensor * parallel.pipeline * parallel.context
+    data = parallel.data or (world_size // model if world_size else None)
+    ranks = f"{model * data} ranks" if data else f"WORLD_SIZE ranks, a multiple of {model}"
+    chunks = f" (x {parallel.virtual_pipeline} chunks)" if parallel.virtual_pipeline else ""
+    sequence = ", sequence parallel" if parallel.sequence_parallel else ""
+    return (
+        f"tp {parallel.tensor} x pp {parallel.pipeline}{chunks} x cp {parallel.context} x dp {data or '?'} = {ranks}"
+        f"{sequence}, platform {config.platform.kind}"
+    )
+
+
+def _rollouts(config: Config) -> str:
+    if config.run.replay is not None:
+        return f"replayed from {config.run.replay}, with the teacher's scores where the layout is the same"
+    return _server(config.rollout.server, "started by rank 0 from the student's weights")
+
+
+def _server(server: ServerConfig, started: str) -> str:
+    if server.url is not None:
+        return f"SGLang at {server.url}"
+    port = "a free port" if server.port is None else f"port {server.port}"
+    return f"SGLang on {port}, {started}, tp {server.tensor_parallel}, {server.dtype}"
+
+
+def _teacher(config: Config) -> str:
+    teacher = config.teacher
+    if isinstance(teacher, SglangTeacherConfig):
+        return f"{teacher.path}, scored by {_server(teacher.server, 'started by rank 0')}"
+    return f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
+
+
+def _objective(config: Config) -> str:
+    objective, k = config.objective, support_size(config)
+    if not isinstance(objective, TropdObjective):
+        return f"opd: every token trusted, top-{k} of the teacher for the metrics"
+    outlier = objective.outlier
+    return (
+        f"tropd: trust {objective.trust.mode}, outliers {outlier.mode} x {outlier.weight:g} "
+        f"({outlier.norm} top-{k}), {config.loss.aggregation}"
+    )
+
+
+def _step(config: Config) -> str:
+    rollout = config.rollout
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    tokens = samples * (config.data.max_prompt_tokens + rollout.max_new_tokens)
+    guidance = active_guidance(config)
+    prefix = " + teacher prefixes" if guidance is not None and guidance.continuation_budget == "full" else ""
+    return (
+        f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {samples} samples, at most {tokens:,} "
+        f"tokens{prefix} in packs of {config.batch.tokens_per_micro_batch:,}"
+    )
+
+
+def _guidance(config: Config) -> str:
+    guidance = active_guidance(config)
+    if guidance is None:
+        return "off: every token is sampled by the student"
+    steps = [config.run.steps * quarter // 4 for quarter in range(5)]
+    values = ", ".join(f"{alpha(step, config):.3f} at {step}" for step in steps)
+    return f"{guidance.schedule}, {guidance.length_mode}, {guidance.loss} x {guidance.beta:g}; alpha {values}"
+
+
+def _optimizer(config: Config) -> str:
+    optimizer = config.optimizer
+    return (
+        f"Adam, learning rate {optimizer.learning_rate:g} {optimizer.schedule} after {optimizer.warmup_steps} warm-up "
+        f"steps, weight decay {optimizer.weight_decay:g}, clip {optimizer.clip_grad_norm:g}, "
+        f"{'sharded over data ranks' if optimizer.distributed else 'replicated'}"
+    )
+
+
+def _files(config: Config) -> dict[str, str]:
+    root = config.run.dir
+    files = {
+        "settings": f"{root}/config.resolved.yaml",
+        "metrics": f"{root}/metrics.jsonl",
+        "checkpoints": f"{root}/checkpoints, the newest {config.run.keep_checkpoints} are kept",
+    }
+    if config.run.export_at_end:
+        files["export"] = f"{root}/export, a Hugging Face folder"
+    if config.monitor.tensorboard:
+        files["tensorboard"] = f"{root}/tensorboard"
+    return files
+
+
+def _scalar(value: object) -> str:
+    """One value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,255 @@
+"""Rollouts of one step -> packs of whole samples -> this rank's micro-batches.
+
+Not for scoring or for the loss. Invariants: the plan is a pure function of the rollouts and the layout, so every rank
+computes the same one; a supervised token is a row of exactly one (data, context) rank; the shift by one is done here,
+before the context-parallel split; every pack of the step has the same length on every rank.
+
+Legend: P positions on this context rank, T rows on this rank, N rows of the whole step, S samples of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tropd_mcore.data.placement import place
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.types import MicroBatch, Rollout
+
+PADDING_ID = 0
+"""Token id of padding positions: any legal id does, because nothing attends to them and no row reads them."""
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """One data-parallel rank's part of a step."""
+
+    micro_batches: list[MicroBatch]
+    pack_length: int
+    """Positions of each pack over all context ranks; the same on all ranks of the step."""
+    global_token_count: int
+    """Rows of the step over all ranks: N, the denominator of the loss where the teacher scored every sample."""
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """Factor of a row's loss, for on rows and off rows of each rollout; the trainer divides the weighted sum by N."""
+
+    on: npt.NDArray[np.float64]
+    off: npt.NDArray[np.float64]
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    *,
+    tokens_per_micro_batch: int,
+    dp_size: int,
+    dp_rank: int,
+    cp_size: int,
+    cp_rank: int,
+    tp_size: int,
+    aggregation: str,
+    prefix_denominator: str,
+    device: torch.device | str,
+    micro_batch_multiple: int = 1,
+) -> PackedStep:
+    """Pack the rollouts of a step and return the micro-batches of one (data, context) rank.
+
+    `tokens_per_micro_batch` bounds the length of a pack over all context ranks. Each sample is padded to a multiple of
+    2 * cp_size where cp_size > 1 (zigzag chunks), each pack by one padding sample to `pack_length`, a multiple of
+    2 * cp_size * tp_size. Every data rank gets the same number of packs, a multiple of `micro_batch_multiple` (the
+    pipeline size for interleaved schedules); packs may be empty (padding only, T = 0).
+    Raises ConfigError where the longest sample does not fit. Source: spec sections 3.2, 3.4, 5.5.
+    """
+    assert all(len(rollout.prompt_ids) > 0 for rollout in rollouts), "a response token needs a token before it"
+    sample_multiple = 2 * cp_size if cp_size > 1 else 1
+    pack_multiple = 2 * cp_size * tp_size
+    lengths = [_round_up(len(rollout.token_ids), sample_multiple) for rollout in rollouts]
+    budget = tokens_per_micro_batch // pack_multiple * pack_multiple
+    _check_longest(rollouts, lengths, budget, pack_multiple, tokens_per_micro_batch)
+
+    packs = place(lengths, budget=budget, ranks=dp_size, multiple=micro_batch_multiple)
+    longest_pack = max(sum(lengths[sample] for sample in samples) for rank in packs for samples in rank)
+    pack_length = _round_up(max(longest_pack, 1), pack_multiple)
+    weights = row_weights(rollouts, aggregation=aggregation, prefix_denominator=prefix_denominator)
+    micro_batches = [
+        _micro_batch(rollouts, samples, lengths, weights, pack_length, cp_size, cp_rank).on(device)
+        for samples in packs[dp_rank]
+    ]
+    on_counts, off_counts = _row_counts(rollouts)
+    return PackedStep(micro_batches, pack_length, int(on_counts.sum() + off_counts.sum()))
+
+
+def row_weights(rollouts: Sequence[Rollout], *, aggregation: str, prefix_denominator: str) -> RowWeights:
+    """Return the factors that turn `sum / N` into the mean the config asks for.
+
+    `token_mean` + `joint`: 1. `separate`: the mean over on rows plus the mean over off rows. `sequence_mean`: the mean
+    over samples (that have rows) of the mean over their rows. Counts are of the step before any row is left out because
+    the teacher failed on it. Source: spec section 5.5; section 6, row 10.
+    """
+    on_counts, off_counts = _row_counts(rollouts)
+    parts = [on_counts, off_counts] if prefix_denominator == "separate" else [on_counts + off_counts]
+    rows = float(on_counts.sum() + off_counts.sum())
+    factors = []
+    for counts in parts:
+        if aggregation == "sequence_mean":
+            samples = np.count_nonzero(counts)
+            factors.append(rows / np.maximum(samples * counts, 1))
+        else:
+            factors.append(np.full(len(rollouts), rows / max(counts.sum(), 1.0)))
+    return RowWeights(on=factors[0], off=factors[-1])
+
+
+def context_positions(cu_seqlens: npt.NDArray[np.int32], cp_size: int, cp_rank: int) -> npt.NDArray[np.int64]:
+    """Return the positions of a pack that one context rank holds, int64 [P].
+
+    Each sample is cut into 2 * cp_size equal chunks, of which rank r holds chunks r and 2 * cp_size - 1 - r: the order
+    that Megatron's rotary embedding and packed attention expect.
+    """
+    if cp_size == 1:
+        return np.arange(cu_seqlens[-1], dtype=np.int64)
+    pieces = []
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        chunk, remainder = divmod(stop - start, 2 * cp_size)
+        assert remainder == 0, f"sample of {stop - start} positions is no multiple of 2 * cp = {2 * cp_size}"
+        for index in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            pieces.append(np.arange(start + index * chunk, start + (index + 1) * chunk, dtype=np.int64))
+    return np.concatenate(pieces)
+
+
+@dataclass
+class _PackArrays:
+    """Host arrays of one pack over all context ranks; every column is indexed by position."""
+
+    input_ids: npt.NDArray[np.int64]
+    position_ids: npt.NDArray[np.int64]
+    target_ids: npt.NDArray[np.int64]
+    on: npt.NDArray[np.bool_]
+    off: npt.NDArray[np.bool_]
+    behav_logp: npt.NDArray[np.float32]
+    trust_u: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
+    sample_index: npt.NDArray[np.int64]
+    token_index: npt.NDArray[np.int64]
+
+    @classmethod
+    def padding(cls, length: int) -> _PackArrays:
+        """Nothing but padding: no position is supervised."""
+        return cls(
+            input_ids=np.full(length, PADDING_ID, dtype=np.int64),
+            position_ids=np.zeros(length, dtype=np.int64),
+            target_ids=np.zeros(length, dtype=np.int64),
+            on=np.zeros(length, dtype=np.bool_),
+            off=np.zeros(length, dtype=np.bool_),
+            behav_logp=np.zeros(length, dtype=np.float32),
+            trust_u=np.zeros(length, dtype=np.float32),
+            weight=np.zeros(length, dtype=np.float32),
+            sample_index=np.zeros(length, dtype=np.int64),
+            token_index=np.zeros(length, dtype=np.int64),
+        )
+
+    def write(self, start: int, index: int, rollout: Rollout, weights: RowWeights) -> None:
+        """Put one sample at positions [start, start + length): the token at `start + i` predicts token i + 1."""
+        token_ids = rollout.token_ids
+        length = len(token_ids)
+        prefix_start = len(rollout.prompt_ids)
+        response_start = prefix_start + len(rollout.prefix_ids)
+        self.input_ids[start : start + length] = token_ids
+        predicting = slice(start, start + length - 1)
+        self.target_ids[predicting] = token_ids[1:]
+        self.token_index[predicting] = np.arange(1, length)
+        self.sample_index[predicting] = index
+        on = slice(start + response_start - 1, start + length - 1)
+        self.on[on] = True
+        self.behav_logp[on] = rollout.behav_logp
+        self.trust_u[on] = rollout.trust_u
+        self.weight[on] = weights.on[index]
+        if rollout.carries_prefix_loss:
+            off = slice(start + prefix_start - 1, start + response_start - 1)
+            self.off[off] = True
+            self.weight[off] = weights.off[index]
+
+
+@dataclass(frozen=True)
+class _HostMicroBatch:
+    arrays: _PackArrays
+    cu_seqlens: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int64]
+
+    def on(self, device: torch.device | str) -> MicroBatch:
+        """Slice to this context rank, keep the supervised positions as rows, and copy to the device."""
+        arrays = self.arrays
+        supervised = (arrays.on | arrays.off)[self.positions]
+        at = self.positions[supervised]
+
+        def tensor(values: npt.NDArray[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+        return MicroBatch(
+            input_ids=tensor(arrays.input_ids[self.positions]),
+            position_ids=tensor(arrays.position_ids[self.positions]),
+            cu_seqlens=tensor(self.cu_seqlens),
+            max_seqlen=int(np.diff(self.cu_seqlens).max()),
+            rows=tensor(np.flatnonzero(supervised).astype(np.int64)),
+            target_ids=tensor(arrays.target_ids[at]),
+            on_mask=tensor(arrays.on[at]),
+            off_mask=tensor(arrays.off[at]),
+            behav_logp=tensor(arrays.behav_logp[at]),
+            trust_u=tensor(arrays.trust_u[at]),
+            weight=tensor(arrays.weight[at]),
+            sample_index=tensor(arrays.sample_index[at]),
+            token_index=tensor(arrays.token_index[at]),
+        )
+
+
+def _micro_batch(
+    rollouts: Sequence[Rollout],
+    samples: list[int],
+    lengths: list[int],
+    weights: RowWeights,
+    pack_length: int,
+    cp_size: int,
+    cp_rank: int,
+) -> _HostMicroBatch:
+    sizes = [lengths[sample] for sample in samples]
+    if (padding := pack_length - sum(sizes)) > 0:
+        sizes.append(padding)
+    cu_seqlens = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    arrays = _PackArrays.padding(pack_length)
+    arrays.position_ids[:] = np.concatenate([np.arange(size) for size in sizes])
+    for start, sample in zip(cu_seqlens, samples, strict=False):  # the padding sample has no rollout
+        arrays.write(int(start), sample, rollouts[sample], weights)
+    return _HostMicroBatch(arrays, cu_seqlens, context_positions(cu_seqlens, cp_size, cp_rank))
+
+
+def _row_counts(rollouts: Sequence[Rollout]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    on = [len(rollout.response_ids) for rollout in rollouts]
+    off = [len(rollout.prefix_ids) * rollout.carries_prefix_loss for rollout in rollouts]
+    return np.array(on, dtype=np.float64), np.array(off, dtype=np.float64)
+
+
+def _check_longest(
+    rollouts: Sequence[Rollout], lengths: list[int], budget: int, multiple: int, configured: int
+) -> None:
+    if not lengths or (longest := max(lengths)) <= budget:
+        return
+    rollout = rollouts[lengths.index(longest)]
+    parts = (
+        f"{len(rollout.prompt_ids)} prompt + {len(rollout.prefix_ids)} prefix + {len(rollout.response_ids)} response"
+    )
+    raise ConfigError(
+        [
+            f"batch.tokens_per_micro_batch = {configured} is too small for sample {rollout.sample_id} of "
+            f"{len(rollout.token_ids)} tokens ({parts}); set it to at least {_round_up(longest, multiple)}, "
+            "or lower rollout.max_new_tokens"
+        ]
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,49 @@
+"""The errors a user can cause or meet, each one line: what was expected, what was found, which key to change.
+
+Not for our own invariants: those are `assert`. A `TropdError` ends the run with its message alone (no traceback)
+and exit code 2; any other exception is a bug and keeps its traceback.
+"""
+
+
+class TropdError(Exception):
+    """Base of every error that the user can act upon."""
+
+
+class ConfigError(TropdError):
+    """The configuration is wrong; `problems` holds every problem found, one line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
+        """Pickled by its problems, so that it can be met on all ranks of a job."""
+        return type(self), (self.problems,)
+
+
+class DataError(TropdError):
+    """A prompt file, a stored response or a tokenizer does not fit."""
+
+
+class ModelError(TropdError):
+    """A model folder, a weight file or a checkpoint is missing, damaged or of another shape."""
+
+
+class ServerError(TropdError):
+    """An inference server did not start, died, or answered something that cannot be used."""
+
+
+class ServerDied(ServerError):
+    """A server that answered before does not answer any more: the caller may restart it and ask again."""
+
+
+class TeacherError(TropdError):
+    """The teacher could not score what it was given."""
+
+
+class GateError(TropdError):
+    """A check before the first step failed: training would have run on wrong numbers."""
+
+
+class TrainingError(TropdError):
+    """The optimisation itself went wrong (non-finite loss or gradient)."""

@@ -1,0 +1,46 @@
+"""Intervals for accuracies: of one model, of samples that share prompts, and of the difference of two models.
+
+All are 95 % intervals (normal quantile 1.96). Not for metrics of training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z95 = 1.959963984540054
+"""97.5 % quantile of the standard normal distribution."""
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the score interval of a proportion. Source: Wilson 1927."""
+    assert 0 <= correct <= total and total > 0
+    share = correct / total
+    centre = share + Z95**2 / (2 * total)
+    spread = Z95 * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
+    scale = 1 + Z95**2 / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def clustered_interval(means: Sequence[float]) -> tuple[float, float]:
+    """Return the normal interval of the mean of per-prompt accuracies: samples of one prompt are not independent."""
+    count = len(means)
+    assert count > 0
+    mean = sum(means) / count
+    variance = sum((value - mean) ** 2 for value in means) / max(count - 1, 1)
+    spread = Z95 * math.sqrt(variance / count)
+    return max(0.0, mean - spread), min(1.0, mean + spread)
+
+
+def paired_difference_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
+    """Return the interval of accuracy(after) - accuracy(before) on the same prompts.
+
+    Adjusted Wald interval for matched pairs: half an observation is added to each cell. Source: Agresti and Min 2005.
+    """
+    assert len(before) == len(after) > 0, f"{len(before)} and {len(after)} judgements; expected the same prompts"
+    gained = sum(new and not old for old, new in zip(before, after, strict=True)) + 0.5
+    lost = sum(old and not new for old, new in zip(before, after, strict=True)) + 0.5
+    total = len(before) + 2
+    difference = (gained - lost) / total
+    spread = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
+    return max(-1.0, difference - spread), min(1.0, difference + spread)

@@ -1,0 +1,301 @@
+"""Checkpoints of a run: weights, optimizer, schedule, random states, a small JSON; Megatron's `torch_dist` format.
+
+Not for Hugging Face folders (`weights_io`). Invariants: a folder without the suffix `.partial` is complete; on the same
+layout a run goes on bit for bit; on another tensor, pipeline or data layout weights, main weights and moments are the
+same numbers, cut anew. All ranks must see the same file system, and every function here is collective.
+
+What is read back is safe to read from strangers: see `torch_dist`. Of our own there is JSON and safetensors only.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tropd_mcore.errors import ModelError
+from tropd_mcore.mcore.checkpoint_info import (
+    HF_FOLDER,
+    INFO_FILE,
+    PARTIAL_SUFFIX,
+    CheckpointInfo,
+    complete_checkpoints,
+    partial_checkpoints,
+    read_info,
+    step_folder,
+)
+from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.mcore.rng_state import load_rng, save_rng
+from tropd_mcore.mcore.torch_dist import InProcessSave, RestrictedLoad
+from tropd_mcore.mcore.weights_io import synchronize_parameters
+from tropd_mcore.weights.architecture import check_same_architecture
+from tropd_mcore.weights.hf_folder import copy_companions
+from tropd_mcore.weights.publish import fsync_tree, replace_folder
+
+logger = logging.getLogger(__name__)
+
+_EXTRA_STATE = "_extra_state"
+_MEGATRON_FILES = ("metadata.json", "common.pt", ".metadata")
+_READ_ERRORS = (
+    CheckpointException, CheckpointingException, OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError,
+)  # fmt: skip
+"""What Megatron, torch and pickle raise for a missing, damaged or unacceptable file."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds; a model alone (teacher, conversion) has neither optimizer nor scheduler."""
+
+    model: Model
+    optimizer: MegatronOptimizer | None = None
+    scheduler: OptimizerParamScheduler | None = None
+
+
+def save(
+    directory: Path,
+    step: int,
+    state: TrainState,
+    extra: dict[str, Any],
+    *,
+    keep: int,
+    hf_folder: Path | None = None,
+) -> Path:
+    """Write <directory>/step_<step> and remove all but the newest `keep` checkpoints; returns the folder.
+
+    `extra` is plain JSON; config.json and tokenizer are copied from `hf_folder`. Until the last rename the folder has
+    the suffix `.partial`, and the checkpoints before it stay. Raises ModelError on all ranks where writing fails on
+    one of them.
+    """
+    final = step_folder(directory, step)
+    write(final, state, step=step, extra=extra, hf_folder=hf_folder)
+    _on_first_rank(state.model.layout, lambda: _prune(directory, keep), f"checkpoints in {directory}: removing failed")
+    return final
+
+
+def write(final: Path, state: TrainState, *, step: int, extra: dict[str, Any], hf_folder: Path | None) -> None:
+    """Write one checkpoint to `final`, replacing it if it exists. Raises ModelError as `save` does."""
+    model, layout = state.model, state.model.layout
+    partial = final.with_name(final.name + PARTIAL_SUFFIX)
+    failed = f"checkpoint {final}: writing failed"
+    _on_first_rank(layout, lambda: _make_empty(partial), failed)
+    synchronize_parameters(model)
+    try:
+        dist_checkpointing.save(
+            _sharded_state(state, is_loading=False),
+            str(partial),
+            sharded_strategy=InProcessSave(layout.groups.control),
+        )
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise ModelError(f"{failed} ({_first_failure(error)})") from error
+    if state.optimizer is not None:
+        _on_every_rank(layout, lambda: save_rng(partial, layout.rank), failed)
+    info = CheckpointInfo(
+        step=step,
+        architecture=model.arch,
+        param_dtype=_dtype_name(model),
+        layout=_layout_json(layout),
+        optimizer=_optimizer_kind(state),
+        scheduler=state.scheduler.state_dict() if state.scheduler is not None else None,
+        extra=extra,
+    )
+    _on_first_rank(layout, lambda: _publish(partial, final, info, hf_folder), failed)
+
+
+def load(path: Path, state: TrainState) -> CheckpointInfo:
+    """Fill model, optimizer, scheduler and random states from one checkpoint; returns its JSON.
+
+    The model is built for the layout at hand, the optimizer on top of it; their contents are replaced. Without an
+    optimizer only the weights are read, in the model's dtype. Random states are restored, with the optimizer, where the
+    layout is the one that wrote them. Raises ModelError where the checkpoint is damaged, of another architecture, or
+    does not fit the optimizer's or the schedule's settings.
+    """
+    model, layout = state.model, state.model.layout
+    info = read_info(path)
+    check_same_architecture(info.architecture, model.arch, source=f"checkpoint {path}")
+    _check_optimizer(path, info, state)
+    missing = [name for name in _MEGATRON_FILES if not (path / name).is_file()]
+    if missing:
+        raise ModelError(f"checkpoint {path}: {', '.join(missing)} not found; it is damaged")
+    sharded = _sharded_state(state, is_loading=True)
+    try:
+        # Copies into views of leaf parameters, which autograd refuses.
+        with torch.no_grad():
+            loaded = dist_checkpointing.load(sharded, str(path), sharded_strategy=RestrictedLoad(layout.groups.control))
+    except _READ_ERRORS as error:
+        raise ModelError(f"checkpoint {path}: cannot be read ({_first_failure(error)})") from error
+    with torch.no_grad():
+        _load_modules(path, model, loaded)
+        if state.optimizer is not None:
+            state.optimizer.load_state_dict(loaded["optimizer"])
+    if state.scheduler is not None:
+        assert info.scheduler is not None, "a checkpoint with optimizer state has a schedule"
+        state.scheduler.num_steps = info.scheduler["num_steps"]
+        state.scheduler.step(increment=0)
+    if state.optimizer is not None and info.layout == _layout_json(layout):
+        _on_every_rank(layout, lambda: load_rng(path, layout.rank), f"checkpoint {path}: reading failed")
+    elif state.optimizer is not None:
+        logger.info("checkpoint %s: written at %s, random states stay as seeded", path, info.layout)
+    return info
+
+
+def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
+    """Megatron's description of the tensors, with views of them; a fresh one each time, because Megatron changes it.
+
+    Object shards are left out: the only ones are Transformer Engine's fp8 states, which bf16 and fp32 do not have.
+    """
+    modules = state.model.modules
+    names = ["model"] if len(modules) == 1 else [f"model{index}" for index in range(len(modules))]
+    sharded: dict[str, Any] = {}
+    for name, module in zip(names, modules, strict=True):
+        values = module.sharded_state_dict(metadata=_metadata())
+        sharded[name] = {key: value for key, value in values.items() if not _is_extra_state(key, value)}
+    if state.optimizer is not None:
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=_metadata())
+    return sharded
+
+
+def _metadata() -> dict[str, Any]:
+    """Settings of the format. Megatron stores process groups in this dict, so it must not be used twice.
+
+    The memory-efficient exchange gathers the sharded optimizer state on the CPU of the first replica; the other one
+    needs several times that much memory on every GPU.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _is_extra_state(key: str, value: Any) -> bool:
+    return key.endswith(_EXTRA_STATE) and isinstance(value, ShardedObject)
+
+
+def _load_modules(path: Path, model: Model, loaded: dict[str, Any]) -> None:
+    for index, module in enumerate(model.modules):
+        name = "model" if len(model.modules) == 1 else f"model{index}"
+        result = module.load_state_dict(loaded[name], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
+        if missing or result.unexpected_keys:
+            raise ModelError(f"checkpoint {path}: lacks {missing} and has unknown {result.unexpected_keys}")
+
+
+def _check_optimizer(path: Path, info: CheckpointInfo, state: TrainState) -> None:
+    """Refuse what would load without an error and train differently."""
+    if state.optimizer is None:
+        return
+    kind = _optimizer_kind(state)
+    if info.optimizer is None:
+        raise ModelError(f"checkpoint {path}: holds weights only, no optimizer state to resume from")
+    if info.optimizer != kind:
+        raise ModelError(
+            f"checkpoint {path}: written with a {info.optimizer} optimizer, found a {kind} one; "
+            f"set optimizer.distributed={str(info.optimizer == 'distributed').lower()}"
+        )
+    if info.param_dtype != _dtype_name(state.model):
+        raise ModelError(
+            f"checkpoint {path}: written with student.dtype={info.param_dtype}, found {_dtype_name(state.model)}"
+        )
+    if state.scheduler is not None:
+        _check_schedule(path, info.scheduler or {}, state.scheduler.state_dict())
+
+
+def _check_schedule(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """The schedule is rebuilt from the configuration; only its position is restored."""
+    free = {"num_steps", "wd_incr_steps"}
+    if current["lr_decay_style"] == "constant":
+        free.add("lr_decay_steps")
+    differences = [
+        f"{name} is {current[name]}, the checkpoint has {saved.get(name)}"
+        for name in current
+        if name not in free and saved.get(name) != current[name]
+    ]
+    if differences:
+        raise ModelError(
+            f"checkpoint {path}: another schedule: {'; '.join(differences)}; restore optimizer.* and run.steps, "
+            "or start a new run.dir"
+        )
+
+
+def _optimizer_kind(state: TrainState) -> str | None:
+    if state.optimizer is None:
+        return None
+    return "distributed" if state.optimizer.config.use_distributed_optimizer else "replicated"
+
+
+def _dtype_name(model: Model) -> str:
+    return str(model.config.params_dtype).removeprefix("torch.")
+
+
+def _layout_json(layout: Layout) -> dict[str, int]:
+    sizes = ("world_size", "tp_size", "pp_size", "vpp_size", "dp_size", "cp_size")
+    return {name: getattr(layout, name) for name in sizes}
+
+
+def _make_empty(partial: Path) -> None:
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def _publish(partial: Path, final: Path, info: CheckpointInfo, hf_folder: Path | None) -> None:
+    if hf_folder is not None:
+        (partial / HF_FOLDER).mkdir()
+        shutil.copyfile(hf_folder / "config.json", partial / HF_FOLDER / "config.json")
+        copy_companions(hf_folder, partial / HF_FOLDER)
+    (partial / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
+    fsync_tree(partial)
+    replace_folder(partial, final)
+
+
+def _prune(directory: Path, keep: int) -> None:
+    """Remove the oldest checkpoints and what interrupted saves left."""
+    for path in [*complete_checkpoints(directory)[:-keep], *partial_checkpoints(directory)]:
+        shutil.rmtree(path)
+
+
+def _on_first_rank(layout: Layout, action: Callable[[], None], failed: str) -> None:
+    """Run `action` on rank 0; raise its failure as ModelError on all ranks."""
+    _on_every_rank(layout, action if layout.rank == 0 else lambda: None, failed)
+
+
+def _on_every_rank(layout: Layout, action: Callable[[], None], failed: str) -> None:
+    """Run `action`; where it failed on one rank, raise ModelError on all of them. Also a barrier."""
+    problem: str | None = None
+    try:
+        action()
+    except (OSError, SafetensorError, ModelError) as error:
+        problem = f"rank {layout.rank}: {error}"
+    problems: list[str | None] = [None] * layout.world_size
+    dist.all_gather_object(problems, problem, group=layout.groups.control)
+    first = next((found for found in problems if found is not None), None)
+    if first is not None:
+        raise ModelError(f"{failed} ({first})")
+
+
+def _first_failure(error: BaseException) -> str:
+    """One line of an error; of torch's CheckpointException, which collects a traceback a rank, the first cause."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {_one_line(cause)}"
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence: what follows in torch's own is advice to unpickle without restrictions."""
+    return " ".join(str(error).split()).split(". ")[0][:300]

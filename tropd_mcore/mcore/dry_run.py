@@ -1,0 +1,80 @@
+"""Forward and backward of the longest pack there can be, before any rollout, so that memory runs out early.
+
+Not a measurement. Invariant: parameters and optimizer are untouched and gradients are zero afterwards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tropd_mcore.data.packing import context_positions
+from tropd_mcore.errors import GateError
+from tropd_mcore.losses.method_table import Objective
+from tropd_mcore.mcore.loss import LossSettings, make_distillation_loss
+from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.mcore.pipeline import run_pipeline, zero_gradients
+from tropd_mcore.types import MicroBatch, TeacherScores
+
+
+def dry_run(model: Model, objective: Objective, settings: LossSettings, *, tokens_per_micro_batch: int, k: int) -> None:
+    """Run as many full packs as the pipeline holds at once, one sample each, every token supervised.
+
+    `tokens_per_micro_batch` counts positions over all context ranks. Raises GateError where the GPU's memory is short.
+    """
+    layout = model.layout
+    pack_length = max(1, tokens_per_micro_batch // pack_multiple(layout)) * pack_multiple(layout)
+    micro_batch = longest_micro_batch(pack_length, layout, model.platform.device)
+    count = layout.pp_size * min(layout.vpp_size, 2)
+    scores = [_any_scores(micro_batch, k)] * count
+    loss = make_distillation_loss(model, objective, scores, settings)
+    try:
+        run_pipeline(model, [micro_batch] * count, pack_length, loss=loss, forward_only=False)
+    except torch.OutOfMemoryError as error:
+        raise GateError(
+            f"gates.longest_sequence: out of memory on rank {layout.rank} with a pack of {pack_length} tokens; lower "
+            "batch.tokens_per_micro_batch, or raise parallel.tensor or parallel.context, or set student.recompute=full"
+        ) from error
+    zero_gradients(model)
+
+
+def pack_multiple(layout: Layout) -> int:
+    """The number of positions that every pack length is a multiple of."""
+    return 2 * layout.cp_size * layout.tp_size
+
+
+def longest_micro_batch(pack_length: int, layout: Layout, device: torch.device) -> MicroBatch:
+    """Return one sample of `pack_length` positions, of which each is a row; this context rank's part of it."""
+    boundaries = np.array([0, pack_length], dtype=np.int32)
+    positions = torch.from_numpy(context_positions(boundaries, layout.cp_size, layout.cp_rank)).to(device)
+    zeros = torch.zeros(len(positions), dtype=torch.int64, device=device)
+    return MicroBatch(
+        input_ids=zeros,
+        position_ids=positions,
+        cu_seqlens=torch.from_numpy(boundaries).to(device),
+        max_seqlen=pack_length,
+        rows=torch.arange(len(positions), device=device),
+        target_ids=zeros,
+        on_mask=torch.ones_like(zeros, dtype=torch.bool),
+        off_mask=torch.zeros_like(zeros, dtype=torch.bool),
+        behav_logp=zeros.float(),
+        trust_u=zeros.float(),
+        weight=torch.ones_like(zeros, dtype=torch.float32),
+        sample_index=zeros,
+        token_index=positions + 1,
+    )
+
+
+def _any_scores(micro_batch: MicroBatch, k: int) -> TeacherScores:
+    """Scores of a teacher for whom the k first tokens of the vocabulary are equally likely."""
+    rows, device = len(micro_batch.rows), micro_batch.rows.device
+    logp_T = torch.full((rows,), -float(np.log(k)), device=device)
+    return TeacherScores(
+        logp_T=logp_T,
+        topk_ids_TK=torch.arange(k, device=device).expand(rows, k),
+        topk_logp_TK=logp_T[:, None].expand(rows, k),
+        tail_mass_T=torch.zeros_like(logp_T),
+        entropy_T=-logp_T,
+        scored_T=torch.ones_like(logp_T, dtype=torch.bool),
+    )

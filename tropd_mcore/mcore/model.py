@@ -1,0 +1,244 @@
+"""Builds a sharded GPTModel, student or teacher, from an `Architecture`: the one file that knows Megatron's builder.
+
+Not for weights (`weights_io`): the matrices of a new model are NaN, so that a model nobody loaded cannot train.
+Invariants: the student is wrapped for data parallelism with float32 gradients; a teacher is frozen and in eval mode;
+columns of the padded vocabulary at or above `Architecture.vocab_size` belong to no token.
+
+A teacher shares the job's groups with the student and nothing else: its sizes and its padding are its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from tropd_mcore.config.schema import Dtype, OptimizerConfig, ParallelConfig
+from tropd_mcore.errors import ModelError
+from tropd_mcore.losses.support import VocabShard
+from tropd_mcore.mcore.checks import check_transformer_config
+from tropd_mcore.mcore.head import HeadRows
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.mcore.platform import Platform
+from tropd_mcore.weights.architecture import Architecture
+
+Recompute = Literal["none", "selective", "full"]
+
+VOCABULARY_MULTIPLE = 128
+"""Each tensor rank's vocabulary shard is a multiple of this, as in Megatron's own trainer."""
+
+# The constants of Megatron's llama3 rotary scaling; only the factor is a parameter there.
+_LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+_TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One rank's part of a model."""
+
+    chunks: list[GPTModel | DistributedDataParallel]
+    """One a virtual stage; wrapped in DistributedDataParallel where trainable."""
+    config: TransformerConfig
+    arch: Architecture
+    shard: VocabShard
+    """Columns of the logits that this tensor rank computes."""
+    padded_vocab_size: int
+    layout: Layout
+    platform: Platform
+    trainable: bool
+    head_rows: HeadRows | None
+    """Selects the positions whose logits are computed; None where this rank has no output layer."""
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        """The chunks without their data-parallel wrapper."""
+        return [chunk.module if self.trainable else chunk for chunk in self.chunks]
+
+
+def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
+    """Return the smallest multiple of 128 * tp_size that holds `vocab_size` columns."""
+    multiple = VOCABULARY_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    layout: Layout,
+    platform: Platform,
+    *,
+    dtype: Dtype,
+    trainable: bool,
+    recompute: Recompute = "none",
+    optimizer: OptimizerConfig | None = None,
+) -> Model:
+    """Build this rank's chunks on the platform's device, with weights that are not yet loaded.
+
+    `optimizer` decides how the student's gradients are reduced and is needed where `trainable`. A teacher is not
+    interleaved, whatever `parallel.virtual_pipeline` says. Raises ModelError where the architecture cannot be cut as
+    `parallel` asks.
+    """
+    virtual_pipeline = layout.vpp_size if trainable and layout.vpp_size > 1 else None
+    _check_divisible(arch, parallel, virtual_pipeline)
+    config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recompute, virtual_pipeline)
+    check_transformer_config(config)
+    padded = padded_vocabulary(arch.vocab_size, layout.tp_size)
+    stages = [None] if virtual_pipeline is None else list(range(virtual_pipeline))
+    modules = [_chunk(arch, config, layout, platform, padded, vp_stage) for vp_stage in stages]
+    head_rows = None
+    if modules[-1].post_process:
+        head_rows = HeadRows(modules[-1].output_layer, layout.groups.tp, layout.sequence_parallel)
+    if trainable:
+        assert optimizer is not None, "a trainable model needs the optimizer section"
+        chunks = _wrap(modules, config, optimizer)
+    else:
+        chunks = [module.requires_grad_(False).eval() for module in modules]
+    width = padded // layout.tp_size
+    shard = VocabShard(start=layout.tp_rank * width, stop=(layout.tp_rank + 1) * width, vocab_size=arch.vocab_size)
+    return Model(chunks, config, arch, shard, padded, layout, platform, trainable, head_rows)
+
+
+def _check_divisible(arch: Architecture, parallel: ParallelConfig, virtual_pipeline: int | None) -> None:
+    stages = parallel.pipeline * (virtual_pipeline or 1)
+    cuts = [
+        ("num_hidden_layers", arch.num_layers, "parallel.pipeline * parallel.virtual_pipeline", stages),
+        ("num_attention_heads", arch.num_heads, "parallel.tensor", parallel.tensor),
+        ("num_key_value_heads", arch.num_kv_heads, "parallel.tensor", parallel.tensor),
+        ("intermediate_size", arch.ffn_hidden_size, "parallel.tensor", parallel.tensor),
+    ]
+    problems = [f"{what} = {size} of {arch.family} is not divisible by {key} = {by}"
+                for what, size, key, by in cuts if size % by != 0]  # fmt: skip
+    if problems:
+        raise ModelError("; ".join(problems))
+
+
+def _transformer_config(
+    arch: Architecture,
+    layout: Layout,
+    platform: Platform,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    virtual_pipeline: int | None,
+) -> TransformerConfig:
+    interleaved = virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        qk_layernorm=arch.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method=_not_loaded,
+        output_layer_init_method=_not_loaded,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+        context_parallel_size=layout.cp_size,
+        sequence_parallel=layout.sequence_parallel,
+        calculate_per_token_loss=True,
+        # Other values make interleaved stages exchange wrong tensors without an error (see `checks`).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=not interleaved,
+        **_RECOMPUTE[recompute],
+        **platform.config_defaults(),
+    )
+
+
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _chunk(
+    arch: Architecture,
+    config: TransformerConfig,
+    layout: Layout,
+    platform: Platform,
+    padded_vocab_size: int,
+    vp_stage: int | None,
+) -> GPTModel:
+    vpp_size = config.virtual_pipeline_model_parallel_size or 1
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=platform.layer_spec(config, vp_stage),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=layout.is_first_stage and vp_stage in (None, 0),
+        post_process=layout.is_last_stage and vp_stage in (None, vpp_size - 1),
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        **_rope_scaling(arch),
+        vp_stage=vp_stage,
+    )
+
+
+def _rope_scaling(arch: Architecture) -> dict[str, Any]:
+    """GPTModel's arguments for the scaling of the architecture. Raises ModelError where Megatron has none."""
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return {}
+    if scaling["rope_type"] == "linear":
+        return {"seq_len_interpolation_factor": float(scaling["factor"])}
+    if scaling["rope_type"] != "llama3":
+        raise ModelError(f"rope_type {scaling['rope_type']!r} of {arch.family}: supported are linear and llama3")
+    other = {key: scaling[key] for key, fixed in _LLAMA3_FIXED.items() if scaling[key] != fixed}
+    if other:
+        raise ModelError(f"llama3 rope scaling with {other}: megatron-core computes it with {_LLAMA3_FIXED} only")
+    return {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
+
+
+@torch.no_grad()
+def _not_loaded(weight: Tensor) -> Tensor:
+    """The initialisation of every matrix. (`perform_initialization=False` would also skip Megatron's marks on it.)"""
+    return weight.fill_(float("nan"))
+
+
+def _wrap(
+    modules: list[GPTModel], config: TransformerConfig, optimizer: OptimizerConfig
+) -> list[DistributedDataParallel]:
+    """Wrap for data parallelism and tell the schedules how gradients are finished."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+    )
+    chunks = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=module,
+            # As in Megatron's trainer: only the reduction of the first chunk is on the critical path.
+            disable_bucketing=index > 0,
+        )
+        for index, module in enumerate(modules)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if optimizer.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return chunks

@@ -1,0 +1,123 @@
+"""Megatron's Adam and learning-rate schedule, and the one update of a step.
+
+Not for gradients (`pipeline` finishes them). Invariants: nothing is updated from a gradient that is not finite; step t
+(from 1) uses the learning rate of position t of the schedule, so that no rollout is spent on a step of rate 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from tropd_mcore.config.schema import OptimizerConfig
+from tropd_mcore.errors import ConfigError, TrainingError
+from tropd_mcore.mcore.checks import check_optimizer_config
+from tropd_mcore.mcore.model import Model
+
+
+def build_optimizer(
+    model: Model, config: OptimizerConfig, steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Build the optimizer of a trainable model whose weights are loaded, and its schedule over `steps` steps.
+
+    Weight decay is decoupled and spares biases and norms. Raises ConfigError for a schedule that cannot be.
+    """
+    _check_schedule(config, steps)
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.learning_rate,
+        min_lr=config.min_learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad_norm,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=config.distributed,
+        overlap_param_gather=config.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(megatron_config)
+    check_optimizer_config(megatron_config, overrides)
+    optimizer = get_megatron_optimizer(megatron_config, model.chunks, config_overrides=overrides)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.learning_rate,
+        min_lr=config.min_learning_rate,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def _check_schedule(config: OptimizerConfig, steps: int) -> None:
+    problems = []
+    if config.warmup_steps >= steps:
+        problems.append(f"optimizer.warmup_steps = {config.warmup_steps} must be below run.steps = {steps}")
+    if config.min_learning_rate > config.learning_rate:
+        problems.append(
+            f"optimizer.min_learning_rate = {config.min_learning_rate} exceeds optimizer.learning_rate = "
+            f"{config.learning_rate}"
+        )
+    if config.overlap_param_gather and not (config.distributed and config.overlap_grad_reduce):
+        problems.append("optimizer.overlap_param_gather needs optimizer.distributed and optimizer.overlap_grad_reduce")
+    if problems:
+        raise ConfigError(problems)
+
+
+def optimizer_step(
+    model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, step: int
+) -> tuple[float, bool]:
+    """Clip the finished gradients and update the parameters once.
+
+    Returns (global L2 norm before clipping, whether the update happened). Raises TrainingError on every rank, with
+    parameters and optimizer untouched, where the norm is not finite; it names a parameter whose gradient is not.
+    `step` is for that message only.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        optimizer.zero_grad()
+        raise TrainingError(
+            f"step {step}: the gradient norm is {grad_norm}, expected a finite number; {_culprit(model)}"
+        )
+    scheduler.step(1)
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    updated = bool(optimizer.step_with_ready_grads())
+    optimizer.zero_grad()
+    return grad_norm, updated
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """Return the rate of the last step (before the first: of position 0 of the schedule)."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _culprit(model: Model) -> str:
+    """Name the first parameter with a non-finite gradient, of the lowest rank that has one. Collective."""
+    name = next((name for module in model.modules for name, param in module.named_parameters() if _broken(param)), None)
+    names: list[str | None] = [None] * model.layout.world_size
+    dist.all_gather_object(names, name, group=model.layout.groups.control)
+    found = [(rank, name) for rank, name in enumerate(names) if name is not None]
+    if not found:
+        return "each gradient is, so the sum of their squares overflowed"
+    rank, name = found[0]
+    return f"first in {name} of rank {rank} ({len(found)} of {len(names)} ranks have such gradients)"
+
+
+def _broken(param: torch.nn.Parameter) -> bool:
+    return not bool(param.main_grad.isfinite().all())  # type: ignore[attr-defined]

@@ -1,0 +1,172 @@
+"""Which rank does what: the sizes and process groups of one job.
+
+Not for the model or for schedules. Invariants: tensor * pipeline * context * data = WORLD_SIZE; every group is a real
+group, never None; outside `mcore/` a group comes from `Layout.groups` and nobody asks Megatron's global state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from tropd_mcore.config.checks import layout_problems
+from tropd_mcore.config.schema import ParallelConfig
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.mcore.platform import Platform
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""Longest wait in one collective: the other ranks wait in one while rank 0 samples or a checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """What the launcher told this process. MASTER_ADDR and MASTER_PORT are read by torch.distributed itself."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None) -> RankEnvironment:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them. Raises ConfigError naming what is missing."""
+        environ = os.environ if environ is None else environ
+        values: dict[str, int] = {}
+        problems: list[str] = []
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            text = environ.get(name, "")
+            if text.isdecimal():
+                values[name] = int(text)
+            else:
+                problems.append(f"environment: {name} is {text!r}, expected a number; launch the job with torchrun")
+        if problems:
+            raise ConfigError(problems)
+        return cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Process groups that this rank is a member of."""
+
+    tp: ProcessGroup
+    """Vocabulary shards and heads of one layer."""
+    pp: ProcessGroup
+    """Stages of one pipeline."""
+    dp: ProcessGroup
+    """Replicas that see other packs."""
+    cp: ProcessGroup
+    """Ranks that share one pack."""
+    dp_cp: ProcessGroup
+    """All ranks with the same parameters: gradients are summed here."""
+    world: ProcessGroup
+    control: ProcessGroup
+    """All ranks, gloo, for host objects."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place in the job; `*_size` are the same on all ranks."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+    vpp_size: int
+    """Model chunks a stage; 1 = not interleaved."""
+    sequence_parallel: bool
+    groups: Groups
+    owns_world: bool
+    """Whether `destroy` also ends torch.distributed, because `initialize` started it."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer: loss and scores exist here only."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def initialize(parallel: ParallelConfig, platform: Platform, seed: int, environment: RankEnvironment) -> Layout:
+    """Activate the platform, join the job, create the groups and seed the model's random states.
+
+    Uses torch.distributed as it is where it is already initialised (with ranks that match `environment`). Replaces a
+    former layout of the process. Raises ConfigError where the sizes do not fit the world.
+    """
+    if problems := layout_problems(parallel, environment.world_size):
+        raise ConfigError(problems)
+    platform.activate()
+    owns_world = not dist.is_initialized()
+    if owns_world:
+        dist.init_process_group(
+            platform.backend,
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    assert (dist.get_rank(), dist.get_world_size()) == (environment.rank, environment.world_size)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    layout = _layout(parallel, owns_world)
+    logger.info("parallel: %s ranks, %s", layout.world_size, parallel)
+    return layout
+
+
+def _layout(parallel: ParallelConfig, owns_world: bool) -> Layout:
+    world = dist.group.WORLD
+    assert world is not None
+    groups = Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        world=world,
+        control=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT),
+    )
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        cp_rank=groups.cp.rank(),
+        cp_size=groups.cp.size(),
+        vpp_size=parallel.virtual_pipeline or 1,
+        sequence_parallel=parallel.sequence_parallel,
+        groups=groups,
+        owns_world=owns_world,
+    )
+
+
+def destroy(layout: Layout) -> None:
+    """Forget the groups of the layout, and leave the job where `initialize` joined it."""
+    parallel_state.destroy_model_parallel()
+    if layout.owns_world:
+        dist.destroy_process_group()

@@ -1,0 +1,135 @@
+"""Runs micro-batches through a model: Megatron's schedules, packed samples, one callable at the end of the pipeline.
+
+Not for what is computed from the logits (`loss`) or for the optimizer. Invariants: each data rank passes the same
+number of micro-batches, so collectives stay in step also where a pack is empty; after a training run the gradients of
+all parameters are those of (sum of the losses) / (token count), both over all ranks.
+
+Legend: P positions on this context rank, T rows, W vocabulary shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from tropd_mcore.mcore.model import Model
+from tropd_mcore.types import MicroBatch
+
+Result = TypeVar("Result")
+
+Loss = Callable[[Tensor, MicroBatch, int], tuple[Tensor, Tensor, Result]]
+"""(logits_TW, micro-batch, its index) -> (loss sum, token count, result), on the last stage."""
+
+Measure = Callable[[Tensor, MicroBatch, int], Result]
+"""(logits_TW, micro-batch, its index) -> result, on the last stage."""
+
+
+def run_pipeline(
+    model: Model, micro_batches: list[MicroBatch], pack_length: int, *, loss: Loss[Result], forward_only: bool
+) -> list[Result | None]:
+    """Forward, and unless `forward_only` also backward, of all micro-batches.
+
+    `pack_length` counts positions over all context ranks. The loss sum is differentiated; the token count (integer
+    scalar, 0 for an empty pack) is summed over micro-batches, data and context ranks, and divides all gradients once.
+    Gradients are zeroed before a backward run. Returns what the loss returned as its third value, in micro-batch order;
+    None on the other stages.
+    """
+    assert micro_batches, "a step has at least one micro-batch, if an empty one"
+    if forward_only:
+        with torch.no_grad():
+            return _run(model, micro_batches, pack_length, loss, forward_only=True)
+    assert model.trainable, "gradients need a model built with trainable=True"
+    zero_gradients(model)
+    return _run(model, micro_batches, pack_length, loss, forward_only=False)
+
+
+def only_measure(measure: Measure[Result]) -> Loss[Result]:
+    """Return a loss for forward-only runs, which looks at the logits and differentiates nothing."""
+
+    def loss(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, Result]:
+        nothing = torch.zeros((), device=logits_TW.device)
+        return nothing, nothing.int(), measure(logits_TW, micro_batch, index)
+
+    return loss
+
+
+def zero_gradients(model: Model) -> None:
+    """Set the gradients of a trainable model to zero."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+
+
+def _run(
+    model: Model, micro_batches: list[MicroBatch], pack_length: int, loss: Loss[Result], *, forward_only: bool
+) -> list[Result | None]:
+    results: list[Result | None] = [None] * len(micro_batches)
+    padded = _fill_interleaved(model, micro_batches)
+
+    def finish(index: int, micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logits_TW = output[0, : micro_batch.rows.numel()]
+        if index >= len(micro_batches):  # filler: a zero that depends on the output, so that backward keeps in step
+            return logits_TW.sum(), torch.zeros((), dtype=torch.int32, device=output.device), {}
+        loss_sum, token_count, results[index] = loss(logits_TW, micro_batch, index)
+        return loss_sum, token_count.to(torch.int32), {}
+
+    def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        index, micro_batch = next(batches)
+        return _forward(model, chunk, micro_batch), partial(finish, index, micro_batch)
+
+    schedule = get_forward_backward_func(
+        pp_size=model.layout.pp_size, vp_size=model.config.virtual_pipeline_model_parallel_size
+    )
+    schedule(
+        forward_step_func=forward_step,
+        data_iterator=[iter(enumerate(padded)) for _ in model.chunks],
+        model=model.chunks,
+        num_microbatches=len(padded),
+        seq_length=pack_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results
+
+
+def _forward(model: Model, chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Hidden states, or on the last stage logits [1, max(T, 1), W]."""
+    if model.head_rows is not None:
+        model.head_rows.rows = micro_batch.rows
+    output: Tensor = chunk(
+        input_ids=micro_batch.input_ids[None],
+        position_ids=micro_batch.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=micro_batch.cu_seqlens,
+            cu_seqlens_kv=micro_batch.cu_seqlens,
+            # The true maximum, never a bound: where it equals the length of the pack, Megatron's rotary embedding
+            # takes the pack for one sample and would count positions across samples.
+            max_seqlen_q=micro_batch.max_seqlen,
+            max_seqlen_kv=micro_batch.max_seqlen,
+        ),
+    )
+    return output
+
+
+def _fill_interleaved(model: Model, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """The interleaved schedule takes multiples of the pipeline size: fill up with empty micro-batches."""
+    if model.config.virtual_pipeline_model_parallel_size is None:
+        return micro_batches
+    missing = -len(micro_batches) % model.layout.pp_size
+    return micro_batches + [without_rows(micro_batches[0])] * missing
+
+
+def without_rows(micro_batch: MicroBatch) -> MicroBatch:
+    """Return the same pack with nothing supervised (T = 0)."""
+    per_row = [
+        "rows", "target_ids", "on_mask", "off_mask", "behav_logp", "trust_u", "weight", "sample_index", "token_index",
+    ]  # fmt: skip
+    return dataclasses.replace(micro_batch, **{name: getattr(micro_batch, name)[:0] for name in per_row})

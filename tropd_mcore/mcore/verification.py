@@ -1,0 +1,205 @@
+"""Is a converted model the same model: tensors byte by byte, and log-probs against transformers in float32.
+
+Not for the numerics of bfloat16 or of GPU kernels. Invariant: the Hugging Face side is computed by transformers alone
+and the Megatron side by the code that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.errors import ConfigError, ModelError
+from tropd_mcore.mcore.conversion import Job, load_checkpoint
+from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
+from tropd_mcore.mcore.weights_io import iterate_hf
+from tropd_mcore.types import MicroBatch
+from tropd_mcore.weights.families import hf_weight_plan
+from tropd_mcore.weights.hf_folder import HfReader
+
+LIMIT_NATS = 1e-4
+"""Largest difference of a float32 log-prob between two implementations of one model."""
+RANDOM_SEQUENCES = 3
+RANDOM_TOKENS = 64
+"""Length of the random sequences; even, like every pack."""
+TEXTS = (
+    "A train leaves at 9:40 and arrives at 12:05. How many minutes does the trip take? The trip takes 145 minutes.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Die Fläche eines Kreises ist πr². 圆的面积等于圆周率乘以半径的平方。",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    compared: str
+    found: str
+    limit: str
+    passed: bool
+
+
+def compare_tensors(name: str, expected: HfReader, found: Iterable[tuple[str, Tensor]]) -> list[Check]:
+    """Compare names, dtypes and bytes of all tensors with those of a folder; holds one tensor at a time."""
+    plan = [tensor_name for tensor_name, _ in hf_weight_plan(expected.arch)]
+    seen: list[str] = []
+    different: list[str] = []
+    for tensor_name, tensor in found:
+        seen.append(tensor_name)
+        if tensor_name not in plan:
+            continue
+        original = expected.tensor(tensor_name)
+        if original.dtype != tensor.dtype or not torch.equal(_bytes(original), _bytes(tensor)):
+            different.append(tensor_name)
+    odd = sorted(set(plan) ^ set(seen))
+    return [
+        Check(f"{name}: names", f"{len(plan)} tensors", _summary(odd, "the same"), "the same", not odd),
+        Check(f"{name}: bytes", f"{len(seen)} tensors", _summary(different, "equal"), "equal", not different),
+    ]
+
+
+def compare_log_probs(name: str, expected: list[Tensor], found: list[Tensor], labels: list[str]) -> list[Check]:
+    """Largest difference of the log-probs [T, V] of each sequence, in nats."""
+    checks = []
+    for label, left, right in zip(labels, expected, found, strict=True):
+        difference = float((left - right).abs().max())
+        checks.append(
+            Check(
+                f"{name}: log-probs, {label}",
+                f"{left.shape[0]} x {left.shape[1]}",
+                f"{difference:.1e} nats",
+                f"{LIMIT_NATS:.0e} nats",
+                difference <= LIMIT_NATS,  # False for NaN
+            )
+        )
+    return checks
+
+
+def verify(hf: Path, job: Job, *, mcore: Path | None, other_hf: Path | None, seed: int = 0) -> list[Check]:
+    """Compare the folder `hf` with a checkpoint, with another folder, or with both. One process.
+
+    Raises ModelError where one of them cannot be read, ConfigError where there are several ranks.
+    """
+    if job.layout.world_size != 1:
+        raise ConfigError(
+            [f"verification runs in one process, found {job.layout.world_size} ranks; leave out torchrun"]
+        )
+    with HfReader(hf) as reader:
+        reader.check()
+        sequences = sample_sequences(hf, reader.arch.vocab_size, seed)
+        labels, ids = [label for label, _ in sequences], [tokens for _, tokens in sequences]
+        expected = hf_log_probs(hf, ids)
+        checks = []
+        if mcore is not None:
+            stored = load_checkpoint(mcore, job)
+            checks += compare_tensors("mcore", reader, iterate_hf(stored, job.layout))
+            del stored
+            model = load_checkpoint(mcore, job, dtype="float32")
+            checks += compare_log_probs("mcore", expected, mcore_log_probs(model, ids), labels)
+            del model
+        if other_hf is not None:
+            with HfReader(other_hf) as other:
+                other.check()
+                checks += compare_tensors("other-hf", reader, _all_tensors(other))
+            checks += compare_log_probs("other-hf", expected, hf_log_probs(other_hf, ids), labels)
+    return checks
+
+
+def sample_sequences(hf: Path, vocab_size: int, seed: int) -> list[tuple[str, Tensor]]:
+    """(label, token ids [P]) of random ids and, where the folder has a tokenizer, of a few real texts."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = [
+        (f"random ids {index + 1}", torch.randint(vocab_size, (RANDOM_TOKENS,), generator=generator))
+        for index in range(RANDOM_SEQUENCES)
+    ]
+    if (hf / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(hf)
+        for index, text in enumerate(TEXTS):
+            ids = tokenizer(text)["input_ids"]
+            sequences.append((f"text {index + 1}", torch.tensor(ids[: len(ids) // 2 * 2])))
+    return sequences
+
+
+@torch.no_grad()
+def hf_log_probs(folder: Path, sequences: list[Tensor]) -> list[Tensor]:
+    """Log-probs [T, V], nats, of transformers' model in float32 with its plain attention."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model folder {folder}: transformers cannot load it ({error})") from error
+    return [model(tokens[None]).logits[0].log_softmax(-1) for tokens in sequences]
+
+
+def mcore_log_probs(model: Model, sequences: list[Tensor]) -> list[Tensor]:
+    """Log-probs [T, V], nats, of every position of each sequence, on the CPU; the vocabulary is not sharded."""
+    assert model.shard.start == 0 and model.shard.stop == model.padded_vocab_size, "one tensor rank"
+
+    def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> Tensor:
+        return logits_TW[:, : model.arch.vocab_size].float().log_softmax(-1).cpu()
+
+    results = []
+    for tokens in sequences:
+        batch = whole_sequence(tokens.to(model.platform.device))
+        results += run_pipeline(model, [batch], len(tokens), loss=only_measure(measure), forward_only=True)
+    return [result for result in results if result is not None]
+
+
+def whole_sequence(tokens: Tensor) -> MicroBatch:
+    """A pack of one sample [P] in which every position is a row."""
+    size, device = len(tokens), tokens.device
+    zeros = torch.zeros(size, device=device)
+    counts = torch.zeros(size, dtype=torch.int64, device=device)
+    return MicroBatch(
+        input_ids=tokens,
+        position_ids=torch.arange(size, device=device),
+        cu_seqlens=torch.tensor([0, size], dtype=torch.int32, device=device),
+        max_seqlen=size,
+        rows=torch.arange(size, device=device),
+        target_ids=counts,
+        on_mask=torch.ones(size, dtype=torch.bool, device=device),
+        off_mask=torch.zeros(size, dtype=torch.bool, device=device),
+        behav_logp=zeros,
+        trust_u=zeros,
+        weight=zeros,
+        sample_index=counts,
+        token_index=counts,
+    )
+
+
+def table(checks: list[Check]) -> str:
+    """The report as aligned text, one line a check, and a verdict."""
+    rows = [("check", "compared", "found", "limit", "")]
+    rows += [(c.name, c.compared, c.found, c.limit, "ok" if c.passed else "MISS") for c in checks]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    misses = sum(not check.passed for check in checks)
+    verdict = f"{len(checks)} checks, all passed" if not misses else f"{misses} of {len(checks)} checks missed"
+    return "\n".join([*lines, verdict])
+
+
+def _all_tensors(reader: HfReader) -> Iterator[tuple[str, Tensor]]:
+    for name, _ in hf_weight_plan(reader.arch):
+        yield name, reader.tensor(name)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Compared as bytes: -0.0 differs from 0.0, and NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _summary(names: list[str], good: str) -> str:
+    if not names:
+        return good
+    return f"{len(names)} differ: {names[0]}" + (", ..." if len(names) > 1 else "")

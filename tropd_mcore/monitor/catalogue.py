@@ -1,0 +1,249 @@
+"""Every metric of a step, declared once: name, unit, what it is taken over, meaning, and how it is computed.
+
+Not for writing metrics anywhere (see `monitor`). Invariant: a metric without anything to measure is NaN, never 0; no
+metric depends on the layout, the packing or the micro-batch split, because the table does not.
+
+Throughout, p is the student, q the teacher, r = log q(x) - log p(x) in nats (positive: the teacher likes the token
+more), FKL the top-k forward KL. Source: spec section 3.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tropd_mcore.losses.importance import mismatch_weight
+from tropd_mcore.monitor.record import Region, StepRecord, Values
+
+Compute = Callable[[StepRecord], float]
+
+STUDENT = "student tokens"
+TRUSTED = "trusted student tokens"
+OUTLIER = "distrusted student tokens"
+PREFIX = "teacher-prefix tokens with a loss"
+SAMPLES = "samples"
+STEP = "the step"
+
+EXTREME_LOG_RATIO = -10.0
+"""r (nats) below which a special token points at templates or end tokens that differ. Source: spec 3.7, 5.3."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number a step. `over` is the denominator: what a mean, a fraction or a quantile is taken over."""
+
+    name: str
+    unit: str
+    over: str
+    description: str
+    compute: Compute
+
+
+def compute_metrics(record: StepRecord) -> dict[str, float]:
+    """Return {name: value} of every metric and of every timing (`time/<phase>`, seconds); NaN where undefined."""
+    values = {metric.name: metric.compute(record) for metric in METRICS}
+    return values | {f"time/{phase}": float(seconds) for phase, seconds in record.timings.items()}
+
+
+def _mean(region: str, column: str) -> Compute:
+    def compute(record: StepRecord) -> float:
+        rows: Region = getattr(record, region)
+        return rows.mean(rows[column])
+
+    return compute
+
+
+def _abs_mean(region: str, column: str) -> Compute:
+    def compute(record: StepRecord) -> float:
+        rows: Region = getattr(record, region)
+        return rows.mean(np.abs(rows[column]))
+
+    return compute
+
+
+def _quantile(region: str, column: str, fraction: float) -> Compute:
+    def compute(record: StepRecord) -> float:
+        rows: Region = getattr(record, region)
+        return rows.quantile(rows[column], fraction)
+
+    return compute
+
+
+def _below(region: str, column: str, limit: float) -> Compute:
+    def compute(record: StepRecord) -> float:
+        rows: Region = getattr(record, region)
+        values = rows[column]
+        return rows.mean(np.where(np.isnan(values), np.nan, values < limit))
+
+    return compute
+
+
+def _size(region: str) -> Compute:
+    return lambda record: float(getattr(record, region).size)
+
+
+def _over_samples(values: Callable[[StepRecord], Sequence[float]], fraction: float | None = None) -> Compute:
+    """Mean (or quantile) over samples; NaN without samples."""
+
+    def compute(record: StepRecord) -> float:
+        samples = np.array(values(record), dtype=np.float64)
+        if not len(samples):
+            return float("nan")
+        return float(samples.mean() if fraction is None else np.quantile(samples, fraction))
+
+    return compute
+
+
+def _response_lengths(record: StepRecord) -> list[float]:
+    return [float(len(rollout.response_ids)) for rollout in record.rollouts]
+
+
+def _prefix_lengths(record: StepRecord) -> list[float]:
+    return [float(len(rollout.prefix_ids)) for rollout in record.rollouts]
+
+
+def _finished(reason: str) -> Callable[[StepRecord], list[float]]:
+    return lambda record: [float(rollout.finish_reason == reason) for rollout in record.rollouts]
+
+
+def _tv(record: StepRecord) -> float:
+    student = record.student
+    return student.mean(1.0 - np.exp(np.minimum(student["log_ratio"], 0.0)))
+
+
+def _engine_log_ratio(record: StepRecord) -> Values:
+    return record.student["student_logp"] - record.student["behav_logp"]
+
+
+def _engine_kl(record: StepRecord) -> float:
+    return record.student.mean(-_engine_log_ratio(record))
+
+
+def _engine_difference(fraction: float | None) -> Compute:
+    def compute(record: StepRecord) -> float:
+        difference = np.abs(_engine_log_ratio(record))
+        return record.student.mean(difference) if fraction is None else record.student.quantile(difference, fraction)
+
+    return compute
+
+
+def _engine_ratio(fraction: float | None) -> Compute:
+    def compute(record: StepRecord) -> float:
+        ratio = np.exp(np.minimum(_engine_log_ratio(record), 700.0))  # the largest exponent float64 can hold
+        return record.student.mean(ratio) if fraction is None else record.student.quantile(ratio, fraction)
+
+    return compute
+
+
+def _corrected(record: StepRecord) -> float:
+    """Fraction of student tokens whose weight the correction of `objective.policy_gradient.mismatch` changed."""
+    settings = record.policy_gradient
+    if settings.mismatch == "off":
+        return float("nan")
+    bounds = settings.model_dump(include={"tis_cap", "icepop_low", "icepop_high", "mask_below"})
+    columns = [torch.from_numpy(record.student[name]) for name in ("student_logp", "behav_logp")]
+    weight = mismatch_weight(*columns, mode=settings.mismatch, **bounds)
+    plain = torch.ones_like(weight)
+    if settings.mismatch != "mask":
+        plain = mismatch_weight(*columns, mode="tis", **(bounds | {"tis_cap": float("inf")}))
+    return record.student.mean((weight != plain).double().numpy())
+
+
+def _objective(record: StepRecord) -> float:
+    rows = record.student.size + record.prefix.size
+    total = record.student["loss"].sum() + record.prefix["loss"].sum()
+    return float(total / rows) if rows else float("nan")
+
+
+def _total_tokens(record: StepRecord) -> float:
+    return float(sum(len(rollout.token_ids) for rollout in record.rollouts))
+
+
+def _tokens_per_second(record: StepRecord) -> float:
+    seconds = record.timings.get("step", 0.0)
+    return _total_tokens(record) / seconds if seconds > 0 else float("nan")
+
+
+def _accuracy(record: StepRecord) -> float:
+    return float("nan") if record.accuracy is None else float(record.accuracy)
+
+
+# fmt: off
+METRICS: tuple[Metric, ...] = (
+    Metric("loss/total", "nats", STEP, "weighted surrogate over the token count, what is differentiated",
+           lambda record: record.optimizer.loss),
+    Metric("loss/objective", "nats", f"{STUDENT} and {PREFIX}", "value of the objective, not the surrogate",
+           _objective),
+    Metric("loss/trusted", "nats", TRUSTED, "objective, the reverse-KL estimate -r", _mean("trusted", "loss")),
+    Metric("loss/outlier", "nats", OUTLIER, "objective of the outlier term", _mean("outlier", "loss")),
+    Metric("loss/prefix", "nats", PREFIX, "objective of the prefix, beta times r", _mean("prefix", "loss")),
+    Metric("trust/fraction", "1", STUDENT, "mean trust weight; expected to equal 1 - trust/tv",
+           _mean("student", "trusted")),
+    Metric("trust/tv", "1", STUDENT, "mean of 1 - min(q/p, 1), an estimate of the total variation distance", _tv),
+    Metric("log_ratio/mean", "nats", STUDENT, "mean r; minus the reverse KL of student and teacher",
+           _mean("student", "log_ratio")),
+    Metric("log_ratio/trusted", "nats", TRUSTED, "mean r", _mean("trusted", "log_ratio")),
+    Metric("log_ratio/outlier", "nats", OUTLIER, "mean r", _mean("outlier", "log_ratio")),
+    Metric("log_ratio/prefix", "nats", PREFIX, "mean r; the forward KL of teacher and student on its own tokens",
+           _mean("prefix", "log_ratio")),
+    Metric("log_ratio/min", "nats", STUDENT, "smallest r", _quantile("student", "log_ratio", 0.0)),
+    Metric("log_ratio/special_extreme", "1", "student tokens that are special tokens", "fraction with r < -10",
+           _below("special", "log_ratio", EXTREME_LOG_RATIO)),
+    Metric("outlier/fkl_mean", "nats", OUTLIER, "mean top-k forward KL", _mean("outlier", "divergence")),
+    Metric("outlier/fkl_p95", "nats", OUTLIER, "95 % quantile of the top-k forward KL",
+           _quantile("outlier", "divergence", 0.95)),
+    Metric("outlier/fkl_max", "nats", OUTLIER, "largest top-k forward KL", _quantile("outlier", "divergence", 1.0)),
+    Metric("outlier/fkl_negative", "1", OUTLIER, "fraction with a negative (truncated) forward KL",
+           _below("outlier", "divergence", 0.0)),
+    Metric("topk/teacher_mass_mean", "1", STUDENT, "mean teacher probability of its top-k",
+           _mean("student", "teacher_mass")),
+    Metric("topk/teacher_mass_min", "1", STUDENT, "least teacher probability of its top-k",
+           _quantile("student", "teacher_mass", 0.0)),
+    Metric("topk/student_mass_mean", "1", STUDENT, "mean student probability of the teacher's top-k",
+           _mean("student", "student_mass")),
+    Metric("topk/student_mass_min", "1", STUDENT, "least student probability of the teacher's top-k",
+           _quantile("student", "student_mass", 0.0)),
+    Metric("topk/overlap", "1", STUDENT, "mean share of the teacher's top-k in the student's top-k",
+           _mean("student", "topk_overlap")),
+    Metric("advantage/trusted", "nats", TRUSTED, "mean |advantage|", _abs_mean("trusted", "advantage")),
+    Metric("advantage/outlier", "nats", OUTLIER, "mean |advantage|", _abs_mean("outlier", "advantage")),
+    Metric("advantage/prefix", "nats", PREFIX, "mean |advantage|", _abs_mean("prefix", "advantage")),
+    Metric("entropy/student", "nats", STUDENT, "mean full-vocabulary entropy of p",
+           _mean("student", "student_entropy")),
+    Metric("entropy/teacher", "nats", STUDENT, "mean full-vocabulary entropy of q",
+           _mean("student", "teacher_entropy")),
+    Metric("tokens/student", "tokens", STEP, "student tokens with a loss", _size("student")),
+    Metric("tokens/trusted", "tokens", STEP, "sum of trust weights", _size("trusted")),
+    Metric("tokens/outlier", "tokens", STEP, "sum of distrust weights", _size("outlier")),
+    Metric("tokens/prefix", "tokens", STEP, "teacher-prefix tokens with a loss", _size("prefix")),
+    Metric("tokens/total", "tokens", STEP, "prompt, prefix and response tokens of all samples", _total_tokens),
+    Metric("teacher/masked_samples", "samples", STEP, "samples the teacher could not score",
+           lambda record: float(record.masked_samples)),
+    Metric("guidance/alpha", "1", STEP, "guided fraction of the teacher responses", lambda record: record.alpha),
+    Metric("guidance/prefix_length", "tokens", SAMPLES, "mean teacher prefix", _over_samples(_prefix_lengths)),
+    Metric("rollout/length_mean", "tokens", SAMPLES, "mean response", _over_samples(_response_lengths)),
+    Metric("rollout/length_p50", "tokens", SAMPLES, "median response", _over_samples(_response_lengths, 0.5)),
+    Metric("rollout/length_p95", "tokens", SAMPLES, "95 % quantile of the response",
+           _over_samples(_response_lengths, 0.95)),
+    Metric("rollout/length_max", "tokens", SAMPLES, "longest response", _over_samples(_response_lengths, 1.0)),
+    Metric("rollout/truncated", "1", SAMPLES, "fraction cut by the token budget", _over_samples(_finished("length"))),
+    Metric("rollout/eos", "1", SAMPLES, "fraction that ended by themselves", _over_samples(_finished("stop"))),
+    Metric("verifier/accuracy", "1", "judged samples", "fraction whose answer is right", _accuracy),
+    Metric("engine/kl", "nats", STUDENT, "mean sampler minus trainer log-prob: KL of sampler and trainer", _engine_kl),
+    Metric("engine/difference_mean", "nats", STUDENT, "mean |sampler - trainer log-prob|", _engine_difference(None)),
+    Metric("engine/difference_max", "nats", STUDENT, "largest |sampler - trainer log-prob|", _engine_difference(1.0)),
+    Metric("engine/ratio_mean", "1", STUDENT, "mean trainer/sampler probability", _engine_ratio(None)),
+    Metric("engine/ratio_max", "1", STUDENT, "largest trainer/sampler probability", _engine_ratio(1.0)),
+    Metric("engine/corrected", "1", STUDENT, "fraction whose weight policy_gradient.mismatch changed", _corrected),
+    Metric("optimizer/grad_norm", "1", STEP, "global gradient norm before clipping",
+           lambda record: record.optimizer.grad_norm),
+    Metric("optimizer/learning_rate", "1", STEP, "learning rate of the step",
+           lambda record: record.optimizer.learning_rate),
+    Metric("optimizer/token_count", "tokens", STEP, "denominator of the loss",
+           lambda record: float(record.optimizer.token_count)),
+    Metric("throughput/tokens_per_second", "tokens/s", STEP, "tokens/total over the whole step", _tokens_per_second),
+)
+# fmt: on

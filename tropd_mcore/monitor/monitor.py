@@ -1,0 +1,65 @@
+"""The one object the trainer logs to.
+
+Not for measuring (see `catalogue`). Invariant: it does something on rank 0 only, so that its callers need no branch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from tropd_mcore.config.schema import Config
+from tropd_mcore.monitor.catalogue import compute_metrics
+from tropd_mcore.monitor.console import Console
+from tropd_mcore.monitor.jsonl import JsonLines
+from tropd_mcore.monitor.record import StepRecord
+from tropd_mcore.monitor.tensorboard import TensorBoard
+from tropd_mcore.monitor.wandb import WeightsAndBiases
+
+
+class Sink(Protocol):
+    """A place that metrics go to; NaN means that there is no value."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one step."""
+
+    def close(self) -> None:
+        """Finish what is open."""
+
+
+class Monitor:
+    """Writes each step to the console, to <run.dir>/metrics.jsonl, and to TensorBoard and W&B where the config says so.
+
+    `start_step` is the first step of this launch: what an earlier launch logged for it or later is dropped.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, rank: int, start_step: int = 0) -> None:
+        self._sinks: list[Sink] = []
+        if rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._sinks = _sinks(config, run_dir, start_step)
+
+    def log(self, step: int, record: StepRecord | None) -> None:
+        """Compute and write all metrics of one step; `record` is None on the ranks that write nothing."""
+        if not self._sinks:
+            return
+        assert record is not None, "rank 0 logs a record"
+        metrics = compute_metrics(record)
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def _sinks(config: Config, run_dir: Path, start_step: int) -> list[Sink]:
+    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", start_step), Console(sys.stdout)]
+    if config.monitor.tensorboard:
+        sinks.append(TensorBoard(run_dir / "tensorboard", start_step))
+    if config.monitor.wandb_project is not None:
+        sinks.append(WeightsAndBiases(config.monitor.wandb_project, run_dir, config.model_dump(mode="json")))
+    return sinks

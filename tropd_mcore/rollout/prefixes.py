@@ -1,0 +1,143 @@
+"""Teacher responses for a prompt file, sampled once before training (`tropd prefixes`) and stored as token ids.
+
+Not for student rollouts (see `sampler`). Invariants: the output file is whole or absent; what was sampled before an
+interruption is kept beside it and not sampled again; a stored response never ends with its stop token.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tropd_mcore.errors import DataError, ServerError
+from tropd_mcore.files import publish_text
+from tropd_mcore.rollout.sampler import check_ids
+from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.wire import Generation, GenerationRequest
+from tropd_mcore.types import Prompt
+
+log = logging.getLogger(__name__)
+
+PROMPTS_PER_CHUNK = 256
+"""Responses between two flushes to the disk."""
+
+
+@dataclass(frozen=True)
+class ResponseSampling:
+    """How the teacher answers. Source: spec section 6, row 15 (temperature 1, at most 8192 tokens)."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ResponseReport:
+    """What a call did; `finished` responses ended by themselves, the others at max_new_tokens."""
+
+    prompts: int
+    sampled: int
+    finished: int
+
+
+def generate_responses(
+    client: SglangClient,
+    prompts: list[Prompt],
+    out: Path,
+    sampling: ResponseSampling,
+    *,
+    chunk: int = PROMPTS_PER_CHUNK,
+) -> ResponseReport:
+    """Write one line `{id, response_ids, finished}` a prompt to `out`, in the order of `prompts`.
+
+    Prompts that `out` or its `.partial` already answers are not sampled. Raises ServerError where the server cannot
+    answer, DataError where a prompt or a stored line does not fit; what was sampled until then is kept.
+    """
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = {**_stored(out, may_be_cut=False), **_stored(partial, may_be_cut=True)}
+    missing = [prompt for prompt in prompts if prompt.prompt_id not in lines]
+    for prompt in missing:
+        check_ids(prompt.token_ids, sampling.vocab_size, what=f"prompt {prompt.prompt_id!r}")
+    _check_lengths(client, missing, sampling)
+    for start in range(0, len(missing), chunk):
+        fresh = _sample(client, missing[start : start + chunk], sampling)
+        _append(partial, fresh)
+        lines.update(fresh)
+        log.info("%d of %d teacher responses", len(lines), len(prompts))
+    wanted = [lines[prompt.prompt_id] for prompt in prompts]
+    publish_text(out, "".join(line + "\n" for line in wanted))
+    partial.unlink(missing_ok=True)
+    finished = sum(bool(json.loads(line)["finished"]) for line in wanted)
+    return ResponseReport(prompts=len(prompts), sampled=len(missing), finished=finished)
+
+
+def _sample(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampling) -> dict[str, str]:
+    requests = [
+        GenerationRequest(
+            input_ids=prompt.token_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=sampling.eos_ids,
+        )
+        for prompt in prompts
+    ]
+    lines = {}
+    for prompt, answer in zip(prompts, client.generate(requests), strict=True):
+        if isinstance(answer, ServerError):
+            raise answer
+        if answer.finish_reason == "abort":
+            raise ServerError(f"{client.key}: the response to prompt {prompt.prompt_id!r} was aborted; run it again")
+        lines[prompt.prompt_id] = _line(prompt, answer)
+    return lines
+
+
+def _line(prompt: Prompt, answer: Generation) -> str:
+    finished = answer.finish_reason == "stop"
+    ids = answer.output_ids[:-1] if finished else answer.output_ids
+    return json.dumps({"id": prompt.prompt_id, "response_ids": ids.tolist(), "finished": finished})
+
+
+def _check_lengths(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampling) -> None:
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
+    limit = client.info().longest_sequence if prompts else longest
+    if longest > limit:
+        raise ServerError(
+            f"{client.key}: the longest prompt with its response may reach {longest} tokens but the server takes "
+            f"{limit}: lower the response length, or raise {client.key}.max_total_tokens or --context-length in "
+            f"{client.key}.extra_args"
+        )
+
+
+def _stored(path: Path, *, may_be_cut: bool) -> dict[str, str]:
+    """Read id -> line; the last line may be cut where the writer was killed."""
+    if not path.is_file():
+        return {}
+    stored = {}
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            stored[str(entry["id"])] = json.dumps({name: entry[name] for name in ("id", "response_ids", "finished")})
+        except (ValueError, KeyError, TypeError) as error:
+            if may_be_cut and number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: expected id, response_ids and finished ({error!r})") from error
+    return stored
+
+
+def _append(path: Path, lines: dict[str, str]) -> None:
+    """Add whole lines after the last whole line and flush them to the disk."""
+    with path.open("ab+") as stream:
+        stream.seek(0)
+        content = stream.read()
+        stream.truncate(content.rfind(b"\n") + 1)
+        stream.write("".join(line + "\n" for line in lines.values()).encode())
+        stream.flush()
+        os.fsync(stream.fileno())

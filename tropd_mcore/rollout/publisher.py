@@ -1,0 +1,189 @@
+"""The student's weights on their way to the rollout server: validated against a plan, bucketed, labelled, proven.
+
+Not for gathering shards (see `mcore.weights_io`). Invariants: a tensor that is not in the plan, or has another shape or
+dtype, is never sent; the server carries the new version label only once every tensor of the plan has arrived, and an
+update that stops half-way leaves a label that no sampler expects.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tropd_mcore.errors import GateError, ServerError
+from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.wire import ScoringRequest
+from tropd_mcore.types import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BUCKET_BYTES = 512 * 2**20
+"""Tensor bytes of one request, counted once for each tensor-parallel rank of the server. Source: PERFORMANCE 9.4."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of every update, by its Hugging Face name, unsharded."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What one update did."""
+
+    version: str
+    tensors: int
+    gib: float
+    buckets: int
+    seconds: float
+
+
+class WeightPublisher:
+    """Sends full updates of the tensors in `plan` through `client`."""
+
+    def __init__(
+        self,
+        client: SglangClient,
+        plan: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self._client = client
+        self._plan = {name: PlannedTensor(name, tuple(shape), dtype) for name, shape, dtype in plan}
+        self._bucket_bytes = bucket_bytes
+        assert self._plan, "a plan without tensors"
+
+    def publish(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> PublishReport:
+        """Replace all weights of the server by `tensors` (any order, any device) and label them `version`.
+
+        Sampling is paused meanwhile and the KV cache of the old weights is dropped. Raises ServerError where a tensor
+        is unknown, repeated, missing or of another shape or dtype, and where the server refuses or does not report the
+        new label; after any error the server's label is not `version`.
+        """
+        started = time.monotonic()
+        copies = self._client.info().tensor_parallel
+        update = _Update(self._client, copies=copies, version=version)
+        try:
+            for bucket in self._buckets(tensors, self._bucket_bytes // copies):
+                update.send(bucket)
+            update.finish()
+        finally:
+            update.abandon()
+        reported = self._client.info().weight_version
+        if reported != version:
+            raise ServerError(f"{self._client.key}: the server reports weights {reported!r} after one to {version!r}")
+        seconds = time.monotonic() - started
+        report = PublishReport(version, len(self._plan), update.bytes_sent / 2**30, update.buckets, seconds)
+        log.info("%s: weights published: %s", self._client.key, report)
+        return report
+
+    def probe(self, token_ids: IntArray) -> FloatArray:
+        """Return the server's log-probs (nats, temperature 1) of token_ids[1:], float32, to compare with the trainer's.
+
+        Raises ServerError.
+        """
+        (scores,) = self._client.score([ScoringRequest(token_ids, first=1)])
+        if isinstance(scores, ServerError):
+            raise scores
+        return scores.logp_N
+
+    def prove(self, make_stream: Callable[[], Iterator[tuple[str, Tensor]]], version: str) -> None:
+        """Prove that an update sets every weight of the server: publish, destroy the weights, publish again, compare.
+
+        Unknown names pass SGLang without a word, so a plan with a wrong name leaves an old weight in place; the
+        server's own checksum over all ranks shows it, whatever the device or the layout. The server ends with
+        `version`. Raises GateError where the checksums differ.
+        """
+        self.publish(make_stream(), f"{version}:first")
+        first = self._client.weights_checksum()
+        self._client.randomize_weights()
+        if self._client.weights_checksum() == first:
+            raise GateError(f"{self._client.key}: the server kept its weights when asked to destroy them")
+        self.publish(make_stream(), version)
+        if self._client.weights_checksum() != first:
+            raise GateError(
+                f"{self._client.key}: two updates with the same {len(self._plan)} tensors left different weights: the "
+                "server has weights that no tensor of the plan sets, so training would sample from a mixture"
+            )
+
+    def _buckets(self, tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield checked buckets; the last one comes only after all of the plan was seen."""
+        missing = dict(self._plan)
+        bucket: list[tuple[str, Tensor]] = []
+        size = 0
+        for name, tensor in tensors:
+            self._check(name, tensor, missing)
+            del missing[name]
+            if bucket and size + tensor.nbytes > limit:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((name, tensor))
+            size += tensor.nbytes
+        if missing:
+            raise ServerError(
+                f"{self._client.key}: the weights to publish end without {len(missing)} of {len(self._plan)} tensors, "
+                f"the first being {next(iter(missing))}"
+            )
+        yield bucket
+
+    def _check(self, name: str, tensor: Tensor, missing: dict[str, PlannedTensor]) -> None:
+        planned = self._plan.get(name)
+        if planned is None:
+            raise ServerError(f"{self._client.key}: {name} is not a tensor of the plan ({len(self._plan)} tensors)")
+        if name not in missing:
+            raise ServerError(f"{self._client.key}: {name} comes twice in one update")
+        if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
+            raise ServerError(
+                f"{self._client.key}: {name} is {tensor.dtype} {list(tensor.shape)}; the plan says "
+                f"{planned.dtype} {list(planned.shape)}"
+            )
+
+
+class _Update:
+    """One update session: opened by the first bucket, so that an early error leaves the server alone."""
+
+    def __init__(self, client: SglangClient, *, copies: int, version: str) -> None:
+        self.buckets = 0
+        self.bytes_sent = 0
+        self._client = client
+        self._copies = copies
+        self._version = version
+        self._to_undo: list[Callable[[], None]] = []
+
+    def send(self, bucket: list[tuple[str, Tensor]]) -> None:
+        """Load one bucket, under a label that says that more must come."""
+        if not self._to_undo:
+            self._client.pause()
+            self._to_undo.append(self._client.resume)
+            self._client.begin_weight_update()
+            self._to_undo.append(self._client.end_weight_update)
+        self._client.update_weights(bucket, copies=self._copies, version=f"{self._version}:incomplete")
+        self.buckets += 1
+        self.bytes_sent += sum(tensor.nbytes for _, tensor in bucket)
+
+    def finish(self) -> None:
+        """End the session, drop the KV of the old weights, give the new ones their label, and sample again."""
+        self._client.end_weight_update()
+        self._to_undo.pop()
+        self._client.flush_cache()
+        self._client.label_weights(self._version)
+        self._client.resume()
+        self._to_undo.pop()
+
+    def abandon(self) -> None:
+        """Leave a session that `finish` did not end; a failure here does not hide the one that led here."""
+        while self._to_undo:
+            try:
+                self._to_undo.pop()()
+            except ServerError as error:
+                log.warning("%s (while an update was abandoned)", error)

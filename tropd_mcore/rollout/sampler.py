@@ -1,0 +1,170 @@
+"""Student continuations from an SGLang server, checked and stamped with the policy that sampled them.
+
+Not for restarting servers (see `engine`). Invariant: a `Rollout` holds exactly the tokens and log-probs that the server
+answered for one weight version, the expected one; a partial answer is asked for again and never completed by us.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tropd_mcore.config.schema import RolloutConfig
+from tropd_mcore.data.uniforms import trust_uniforms
+from tropd_mcore.errors import DataError, ServerDied, ServerError
+from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
+from tropd_mcore.types import IntArray, Rollout, SampleRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Collected:
+    """The rollouts of a step that are there so far, by sample id, and why it stopped before the end."""
+
+    rollouts: dict[str, Rollout] = field(default_factory=dict)
+    died: ServerDied | None = None
+
+
+class SglangSampler:
+    """Samples with the temperature, top_p and top_k of `config` and stops at `eos_ids`.
+
+    `vocab_size` is the width of the served model: SGLang dies of a token id outside it. `seed` is the run's.
+    """
+
+    def __init__(
+        self, client: SglangClient, config: RolloutConfig, *, eos_ids: tuple[int, ...], vocab_size: int, seed: int
+    ) -> None:
+        self.aborted = 0
+        """Partial answers that were asked for again, over the sampler's life."""
+        self._client = client
+        self._config = config
+        self._eos_ids = eos_ids
+        self._vocab_size = vocab_size
+        self._seed = seed
+
+    def sample(self, requests: list[SampleRequest], *, step: int, expected_version: str) -> list[Rollout]:
+        """Return one rollout a request, in their order.
+
+        Raises ServerError where the server cannot be used or has other weights, ServerDied where it is gone, DataError
+        where a request holds a token id outside the vocabulary.
+        """
+        collected = self.collect(requests, step=step, expected_version=expected_version)
+        if collected.died is not None:
+            raise collected.died
+        return [collected.rollouts[request.sample_id] for request in requests]
+
+    def collect(
+        self, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected | None = None
+    ) -> Collected:
+        """Return the rollouts of `found` and those missing there; of a dead server, what it had finished.
+
+        Errors as in `sample`, except ServerDied, which is handed back with the rollouts.
+        """
+        collected = Collected(rollouts=dict(found.rollouts) if found else {})
+        self._check_ids(requests)
+        try:
+            self._check_server(requests, expected_version)
+            for attempt in range(self._config.server.max_retries + 1):
+                missing = [request for request in requests if request.sample_id not in collected.rollouts]
+                if not missing:
+                    return collected
+                if attempt:
+                    self.aborted += len(missing)
+                    log.warning("%s: asking again for %d aborted samples", self._client.key, len(missing))
+                collected.died = self._round(missing, collected.rollouts, step, expected_version)
+                if collected.died is not None:
+                    return collected
+        except ServerDied as error:
+            collected.died = error
+            return collected
+        missing_count = len(requests) - len(collected.rollouts)
+        if missing_count:
+            raise ServerError(
+                f"{self._client.key}: {missing_count} of {len(requests)} samples were still aborted after "
+                f"max_retries={self._config.server.max_retries}"
+            )
+        return collected
+
+    def _round(
+        self, requests: list[SampleRequest], rollouts: dict[str, Rollout], step: int, version: str
+    ) -> ServerDied | None:
+        """Ask once for each request; add what is complete to `rollouts`, return why the server is gone, if it is."""
+        died: ServerDied | None = None
+        answers = self._client.generate([self._generation_request(request) for request in requests])
+        for request, answer in zip(requests, answers, strict=True):
+            if isinstance(answer, ServerDied):
+                died = answer
+            elif isinstance(answer, ServerError):
+                raise answer
+            elif answer.finish_reason != "abort":
+                rollouts[request.sample_id] = self._rollout(request, answer, step, version)
+        return died
+
+    def _generation_request(self, request: SampleRequest) -> GenerationRequest:
+        return GenerationRequest(
+            input_ids=np.concatenate([request.prompt_ids, request.prefix_ids]).astype(np.int32),
+            max_new_tokens=request.max_new_tokens,
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            top_k=self._config.top_k,
+            stop_token_ids=self._eos_ids,
+        )
+
+    def _rollout(self, request: SampleRequest, answer: Generation, step: int, version: str) -> Rollout:
+        if set(answer.weight_versions) != {version}:
+            raise ServerError(
+                f"{self._client.key}: sample {request.sample_id} was drawn from weights "
+                f"{list(answer.weight_versions)}; expected {version!r} alone: publish the weights first, "
+                "and let nothing else update this server"
+            )
+        count = len(answer.output_ids)
+        cut = answer.finish_reason == "length" and count != request.max_new_tokens
+        if cut or count > request.max_new_tokens:
+            raise ServerError(
+                f"{self._client.key}: sample {request.sample_id} has {count} tokens and ended by "
+                f"{answer.finish_reason!r}; expected {request.max_new_tokens} (rollout.max_new_tokens)"
+            )
+        return Rollout(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            prompt_ids=request.prompt_ids,
+            prefix_ids=request.prefix_ids,
+            response_ids=answer.output_ids,
+            behav_logp=answer.logp,
+            trust_u=trust_uniforms(self._seed, step, request.sample_id, count),
+            policy_version=version,
+            finish_reason=answer.finish_reason,
+            carries_prefix_loss=request.carries_prefix_loss,
+            answer=request.answer,
+        )
+
+    def _check_ids(self, requests: list[SampleRequest]) -> None:
+        for request in requests:
+            for name, ids in (("prompt", request.prompt_ids), ("prefix", request.prefix_ids)):
+                check_ids(ids, self._vocab_size, what=f"the {name} of sample {request.sample_id}")
+
+    def _check_server(self, requests: list[SampleRequest], version: str) -> None:
+        info = self._client.info()
+        if info.weight_version != version:
+            raise ServerError(
+                f"{self._client.key}: the server has weights {info.weight_version!r}; expected {version!r}: "
+                "publish the weights first"
+            )
+        longest = max((len(r.prompt_ids) + len(r.prefix_ids) + r.max_new_tokens for r in requests), default=0)
+        if longest > info.longest_sequence:
+            raise ServerError(
+                f"{self._client.key}: the longest sample may reach {longest} tokens but the server takes "
+                f"{info.longest_sequence}: lower rollout.max_new_tokens, or raise {self._client.key}.max_total_tokens "
+                f"or --context-length in {self._client.key}.extra_args"
+            )
+
+
+def check_ids(ids: IntArray, vocab_size: int, *, what: str) -> None:
+    """Raise DataError where `ids` of `what` holds an id outside [0, vocab_size)."""
+    outside = find_outside(ids, vocab_size)
+    if outside is not None:
+        raise DataError(f"{what} holds token id {outside}; expected ids in [0, {vocab_size}), the model's vocabulary")

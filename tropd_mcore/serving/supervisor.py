@@ -1,0 +1,84 @@
+"""A server with what keeps it up: its process where we started it, its client, and a bounded number of restarts.
+
+Not for what is asked of it (see `rollout` and `teacher`). Invariant: a server that runs elsewhere (`url`) is never
+started or stopped; after a restart the weights are those of the model folder, and the caller is told so by `recover`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.errors import ServerDied, ServerError
+from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.process import ServerProcess, ServerSpec
+
+log = logging.getLogger(__name__)
+
+
+class SupervisedServer:
+    """The server of one section of the configuration; a context manager that stops what it started."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        self.spec = spec
+        self.restarts = 0
+        """Restarts so far, at most `max_restarts` over the launch."""
+        self._process = ServerProcess(spec) if spec.config.url is None else None
+        self._client: SglangClient | None = None
+
+    @property
+    def config(self) -> ServerConfig:
+        return self.spec.config
+
+    @property
+    def client(self) -> SglangClient:
+        """The client of the running server."""
+        assert self._client is not None, "start() first"
+        return self._client
+
+    def start(self) -> None:
+        """Start the process and return at once; with `url` there is nothing to start. Raises ServerError."""
+        if self._process is not None:
+            self._process.start()
+            self._client = self._process.client()
+        else:
+            assert self.config.url is not None
+            self._client = SglangClient(self.config.url, self.config, key=self.spec.key)
+
+    def wait_ready(self) -> None:
+        """Wait until the server answers. Raises ServerError where it does not."""
+        if self._process is not None:
+            self._process.wait_ready()
+            return
+        # a launch that was killed while it updated weights left the server paused
+        self.client.resume()
+        if not self.client.healthy():
+            raise ServerError(f"{self.spec.key}.url={self.config.url}: the server there is not healthy (GET /health)")
+
+    def recover(self, error: ServerDied) -> None:
+        """Restart the server that `error` is about and wait until it is ready; its weights are the folder's again.
+
+        Raises ServerDied with the reason where it runs elsewhere or `max_restarts` are used up.
+        """
+        if self._process is None:
+            raise error
+        if self.restarts >= self.config.max_restarts:
+            raise ServerDied(
+                f"{self._process.describe_end()}; {self.spec.key}.max_restarts={self.config.max_restarts} are used up"
+            ) from error
+        self.restarts += 1
+        log.warning("%s; restart %d of %d", self._process.describe_end(), self.restarts, self.config.max_restarts)
+        self._process.restart()
+
+    def stop(self) -> None:
+        """Stop the process that we started, if any."""
+        if self._process is not None:
+            self._process.stop()
+
+    def __enter__(self) -> SupervisedServer:
+        self.start()
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()

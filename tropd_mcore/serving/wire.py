@@ -1,0 +1,252 @@
+"""What SGLang 0.5.23 takes and answers, as typed values: JSON bodies out, checked numpy arrays in.
+
+Not for HTTP (see `client`). Invariant: an answer that is incomplete, of other tokens than those asked about or not
+finite is a ServerError that names the field; no value is ever filled in.
+
+Shapes: N tokens, K entries of the top-k.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import pickle
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+import numpy as np
+
+from tropd_mcore.errors import ServerError
+from tropd_mcore.types import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Json = dict[str, object]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One continuation. Temperature 0 is greedy decoding."""
+
+    input_ids: IntArray
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation as the server sampled it."""
+
+    output_ids: IntArray
+    """int32 [N], the stop token included"""
+    logp: FloatArray
+    """float32 [N], nats, of the softmax at the request's temperature, not renormalised for top_p and top_k"""
+    finish_reason: FinishReason
+    weight_versions: tuple[str, ...]
+    """Version labels that its tokens were sampled under, in order; one where no update came in between"""
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """Log-probs of the given tokens from index `first` on (>= 1), at temperature 1, with the top-k of each position."""
+
+    token_ids: IntArray
+    first: int
+    topk: int = 0
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of N = len(token_ids) - first tokens; full-vocabulary log-probs in nats."""
+
+    logp_N: FloatArray
+    topk_ids_NK: IntArray
+    topk_logp_NK: FloatArray
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of itself."""
+
+    version: str
+    weight_version: str
+    tensor_parallel: int
+    longest_input: int
+    """Tokens of the longest sequence that it scores"""
+    longest_sequence: int
+    """Input and new tokens together; a longer request is cut without a word"""
+
+
+def find_outside(token_ids: IntArray, vocab_size: int) -> int | None:
+    """Return a token id that is not in [0, vocab_size), or None; SGLang dies of such an id, so look before sending."""
+    outside = token_ids[(token_ids < 0) | (token_ids >= vocab_size)]
+    return int(outside[0]) if len(outside) else None
+
+
+def generation_body(request: GenerationRequest) -> Json:
+    """Return the JSON body of /generate for one continuation with the log-prob of each sampled token."""
+    sampling = {
+        "max_new_tokens": request.max_new_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": list(request.stop_token_ids),
+        "skip_special_tokens": False,
+    }
+    return {"input_ids": request.input_ids.tolist(), "sampling_params": sampling, "return_logprob": True}
+
+
+def scoring_body(request: ScoringRequest) -> Json:
+    """Return the JSON body of /generate that scores and samples nothing."""
+    assert 1 <= request.first < len(request.token_ids), "the first token has no log-prob"
+    body: Json = {
+        "input_ids": request.token_ids.tolist(),
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        # the entry at the start is always null, so the first score needs one position more
+        "logprob_start_len": request.first - 1,
+    }
+    if request.topk:
+        body |= {
+            "top_logprobs_num": request.topk,
+            "return_flat_raw_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        }
+    return body
+
+
+def read_generation(answer: object) -> Generation:
+    """Check and decode an answer to `generation_body`. Raises ServerError."""
+    answer = _object(answer, "the answer")
+    meta = _object(answer.get("meta_info"), "meta_info")
+    output_ids = np.array(_list(answer, "output_ids"), dtype=np.int32)
+    reason = _object(meta.get("finish_reason"), "meta_info.finish_reason").get("type")
+    if reason not in ("stop", "length", "abort"):
+        raise ServerError(f"SGLang answered finish_reason {reason!r}; expected stop, length or abort")
+    finish_reason = cast(FinishReason, reason)
+    if finish_reason == "abort":
+        return Generation(output_ids, np.zeros(0, np.float32), finish_reason, _weight_versions(meta))
+    logp = _token_logp(_list(meta, "output_token_logprobs"), output_ids, "output_token_logprobs")
+    if not len(output_ids):
+        raise ServerError("SGLang answered an empty continuation; expected at least one token")
+    return Generation(output_ids, logp, finish_reason, _weight_versions(meta))
+
+
+def read_scores(answer: object, request: ScoringRequest) -> TokenScores:
+    """Check and decode an answer to `scoring_body`. Raises ServerError."""
+    meta = _object(_object(answer, "the answer").get("meta_info"), "meta_info")
+    scored_ids = request.token_ids[request.first :]
+    entries = _list(meta, "input_token_logprobs")
+    logp_N = _token_logp(entries[1:], scored_ids, "input_token_logprobs", echo_of_last=0)
+    if not request.topk:
+        empty = (len(scored_ids), 0)
+        return TokenScores(logp_N, np.zeros(empty, np.int32), np.zeros(empty, np.float32))
+    expected = (len(scored_ids), request.topk)
+    shape = meta.get("input_top_logprobs_shape")
+    if shape != list(expected) or meta.get("input_top_logprobs_null_prefix") != 1:
+        raise ServerError(
+            f"SGLang answered top log-probs of shape {shape} after {meta.get('input_top_logprobs_null_prefix')} null "
+            f"rows; expected {list(expected)} after 1 (SGLang 0.5.23 or newer with return_flat_raw_top_logprobs_b64)"
+        )
+    topk_logp_NK = _base64_array(meta, "input_top_logprobs_val_flat_b64", np.dtype("<f4"), expected)
+    topk_ids_NK = _base64_array(meta, "input_top_logprobs_idx_flat_b64", np.dtype("<i4"), expected)
+    if not np.isfinite(topk_logp_NK).all():
+        raise ServerError("SGLang answered top log-probs that are not finite: the model's logits overflow")
+    return TokenScores(logp_N, topk_ids_NK.astype(np.int32), topk_logp_NK.astype(np.float32))
+
+
+def read_server_info(server: object, model: object) -> ServerInfo:
+    """Decode the answers of /server_info and /model_info. Raises ServerError."""
+    server, model = _object(server, "/server_info"), _object(model, "/model_info")
+    bound, tensor_parallel = server.get("max_req_input_len"), server.get("tp_size")
+    if not isinstance(bound, int) or not isinstance(tensor_parallel, int):
+        raise ServerError("/server_info lacks max_req_input_len or tp_size: expected SGLang 0.5.23 or newer")
+    return ServerInfo(
+        version=str(server.get("version")),
+        weight_version=str(model.get("weight_version")),
+        tensor_parallel=tensor_parallel,
+        # SGLang refuses inputs >= max_req_input_len and cuts max_new_tokens at max_req_input_len + 4 - input
+        longest_input=bound - 1,
+        longest_sequence=bound + 4,
+    )
+
+
+def weights_body(named_tensors: list[tuple[str, Tensor]], *, copies: int, version: str) -> bytes:
+    """Return the body of /update_weights_from_tensor: the tensors by value, once for each of `copies` ranks.
+
+    The KV cache is left alone: flush it when all are there. By value because SGLang's own serializer shares file
+    descriptors, which two unrelated processes cannot.
+    """
+    whole = [(name, _storage_of_its_own(tensor)) for name, tensor in named_tensors]
+    payload = base64.b64encode(pickle.dumps(whole, protocol=pickle.HIGHEST_PROTOCOL)).decode()
+    ranks = '","'.join([payload] * copies)
+    assert '"' not in version and "\\" not in version
+    return f'{{"serialized_named_tensors":["{ranks}"],"weight_version":"{version}","flush_cache":false}}'.encode()
+
+
+def _storage_of_its_own(tensor: Tensor) -> Tensor:
+    """A CPU tensor whose pickle holds its own elements and not those of a tensor that it is a slice of."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _token_logp(
+    entries: list[object], token_ids: IntArray, field: str, *, echo_of_last: int | None = None
+) -> FloatArray:
+    """Decode [[log-prob, token id, text], ...] that must be about exactly `token_ids`.
+
+    `echo_of_last` is what the server names the last id of its vocabulary, whose log-prob is right all the same.
+    """
+    if len(entries) != len(token_ids):
+        raise ServerError(f"SGLang answered {len(entries)} {field} for {len(token_ids)} tokens; expected one each")
+    values = np.empty(len(entries), dtype=np.float32)
+    for index, (entry, token_id) in enumerate(zip(entries, token_ids.tolist(), strict=True)):
+        if not isinstance(entry, list) or len(entry) < 2 or entry[1] not in (token_id, echo_of_last):
+            raise ServerError(f"SGLang answered {entry} in {field}[{index}]; expected [log-prob, {token_id}, ...]")
+        if not isinstance(entry[0], float | int) or not math.isfinite(entry[0]):
+            raise ServerError(f"SGLang answered log-prob {entry[0]} in {field}[{index}]; expected a finite number")
+        values[index] = entry[0]
+    return values
+
+
+def _weight_versions(meta: Json) -> tuple[str, ...]:
+    spans = meta.get("weight_versions")
+    if isinstance(spans, list) and spans:
+        return tuple(str(_object(span, "meta_info.weight_versions").get("version")) for span in spans)
+    if "weight_version" not in meta:
+        raise ServerError("SGLang answered without meta_info.weight_version: expected SGLang 0.5.23 or newer")
+    return (str(meta["weight_version"]),)
+
+
+def _base64_array(meta: Json, field: str, dtype: np.dtype[np.generic], shape: tuple[int, int]) -> np.ndarray:
+    text = meta.get(field)
+    if not isinstance(text, str):
+        raise ServerError(f"SGLang answered without meta_info.{field}: expected SGLang 0.5.23 or newer")
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ServerError(f"SGLang answered {field} that is not base64: {error}") from error
+    if len(raw) != shape[0] * shape[1] * dtype.itemsize:
+        raise ServerError(f"SGLang answered {len(raw)} bytes in {field}; expected {shape} of {dtype.itemsize} bytes")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def _object(value: object, name: str) -> Json:
+    if not isinstance(value, dict):
+        raise ServerError(f"SGLang answered {type(value).__name__} as {name}; expected a JSON object")
+    return value
+
+
+def _list(parent: Json, field: str) -> list[object]:
+    value = parent.get(field)
+    if not isinstance(value, list):
+        raise ServerError(f"SGLang answered {type(value).__name__} as {field}; expected a list")
+    return value

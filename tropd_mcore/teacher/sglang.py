@@ -1,0 +1,209 @@
+"""Teacher log-probs from an SGLang server: one scoring request a rollout, then rows of each micro-batch.
+
+Not for sampling from the teacher (see `rollout.prefixes`). Invariants: HTTP happens in `fetch` alone, so one rank can
+fetch and hand the arrays to the others; log-probs are of the teacher's whole vocabulary at temperature 1; a sample that
+could not be scored has `scored_T` False on all of its rows and never made-up numbers that count.
+
+Shapes: N scored tokens of one sample, T rows of a micro-batch, K teacher top-k.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tropd_mcore.errors import ServerDied, ServerError, TeacherError
+from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.serving.wire import ScoringRequest, TokenScores, find_outside
+from tropd_mcore.types import FloatArray, IntArray, MicroBatch, Rollout, TeacherScores
+
+log = logging.getLogger(__name__)
+
+PADDING_MARGIN = 16
+"""Top-k entries asked for beyond k where the teacher's vocabulary is wider, to make up for padding ids among them."""
+
+NO_ENTRY_LOGP = -50.0
+"""Log-prob beside id -1 (no entry) in rows that are not scored: finite, and nothing once exponentiated."""
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """Scores of the supervised tokens of one rollout: indices first, first + 1, ... of `Rollout.token_ids`."""
+
+    first: int
+    logp_N: FloatArray
+    topk_ids_NK: IntArray
+    topk_logp_NK: FloatArray
+    tail_mass_N: FloatArray
+    complete_N: npt.NDArray[np.bool_]
+    """False where padding ids of a wider teacher left fewer than K entries"""
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """One entry a rollout, in their order; None where the teacher could not score it. Plain numpy: made to be sent."""
+
+    samples: list[SampleScore | None]
+    topk: int
+
+    @property
+    def failed(self) -> int:
+        """Rollouts without scores."""
+        return sum(sample is None for sample in self.samples)
+
+
+class SglangTeacher:
+    """Scores rollouts on `server`, which the caller starts and stops.
+
+    `teacher_width` and `student_width` are the vocabulary sizes of the two models' configs: the server dies of ids
+    outside the first, the loss takes ids inside the second.
+    """
+
+    def __init__(
+        self,
+        server: SupervisedServer,
+        *,
+        topk: int,
+        teacher_width: int,
+        student_width: int,
+        on_failure: Literal["mask", "stop"],
+    ) -> None:
+        if topk > min(teacher_width, student_width):
+            raise TeacherError(
+                f"the objective's topk={topk} is wider than the vocabulary "
+                f"({min(teacher_width, student_width)}); lower it"
+            )
+        self.failed = 0
+        """Rollouts that could not be scored, over the teacher's life."""
+        self._server = server
+        self._topk = topk
+        self._asked = min(teacher_width, topk + min(max(teacher_width - student_width, 0), PADDING_MARGIN))
+        self._teacher_width = teacher_width
+        self._student_width = student_width
+        self._on_failure = on_failure
+
+    def check_length(self, longest: int) -> None:
+        """Raise TeacherError where a rollout of `longest` tokens would not fit into the teacher's context."""
+        limit = self._server.client.info().longest_input
+        if longest > limit:
+            key = self._server.spec.key
+            raise TeacherError(
+                f"{key}: the longest rollout has {longest} tokens but the teacher's server scores at most {limit}: "
+                f"lower rollout.max_new_tokens, or raise {key}.max_total_tokens or --context-length in {key}.extra_args"
+            )
+
+    def fetch(self, rollouts: Sequence[Rollout]) -> SampleScores:
+        """Score all rollouts, restarting a server that died; HTTP and numpy only, to be called on one rank.
+
+        Raises TeacherError where a rollout is longer than the teacher's context, where none could be scored, and with
+        on_failure=stop where any could not; ServerDied once the restarts are used up. Source: spec section 3.5 b.
+        """
+        requests = [self._request(rollout) for rollout in rollouts]
+        answers = self._answers(requests)
+        samples: list[SampleScore | None] = []
+        problems: list[str] = []
+        for rollout, request, answer in zip(rollouts, requests, answers, strict=True):
+            if isinstance(answer, ServerError):
+                problems.append(f"{rollout.sample_id}: {answer}")
+                samples.append(None)
+            else:
+                samples.append(self._sample_score(request.first, answer))
+        if problems:
+            self.failed += len(problems)
+            summary = f"{len(problems)} of {len(rollouts)} rollouts could not be scored; first: {problems[0]}"
+            if self._on_failure == "stop" or len(problems) == len(rollouts):
+                raise TeacherError(f"{summary} (teacher.on_failure={self._on_failure})")
+            log.warning("%s: %s; they are left out of the loss", self._server.spec.key, summary)
+        return SampleScores(samples, self._topk)
+
+    def _request(self, rollout: Rollout) -> ScoringRequest:
+        first = len(rollout.prompt_ids) + (0 if rollout.carries_prefix_loss else len(rollout.prefix_ids))
+        return ScoringRequest(rollout.token_ids, first=first, topk=self._asked)
+
+    def _answers(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
+        """One answer a request; a dead server is restarted and asked for what is still missing."""
+        answers: list[TokenScores | ServerError | None] = [self._refused(request) for request in requests]
+        longest = max((len(request.token_ids) for request in requests), default=0)
+        while True:
+            missing = [index for index, answer in enumerate(answers) if answer is None]
+            died: ServerDied | None = None
+            try:
+                self.check_length(longest)
+                for index, answer in zip(missing, self._ask([requests[i] for i in missing]), strict=True):
+                    if isinstance(answer, ServerDied):
+                        died = answer
+                    else:
+                        answers[index] = answer
+            except ServerDied as error:
+                died = error
+            if died is None:
+                return [answer for answer in answers if answer is not None]
+            self._server.recover(died)
+
+    def _ask(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
+        return self._server.client.score(requests)
+
+    def _refused(self, request: ScoringRequest) -> ServerError | None:
+        outside = find_outside(request.token_ids, self._teacher_width)
+        if outside is None:
+            return None
+        return ServerError(f"token id {outside} is outside the teacher's vocabulary of {self._teacher_width}")
+
+    def _sample_score(self, first: int, scores: TokenScores) -> SampleScore:
+        """Keep the k best entries that the student has too, by descending log-prob and then ascending id."""
+        ids, logp = scores.topk_ids_NK, scores.topk_logp_NK
+        foreign = ids >= self._student_width
+        best = np.lexsort((ids, -logp, foreign), axis=-1)[:, : self._topk]
+        topk_logp = np.take_along_axis(logp, best, axis=-1)
+        mass = np.exp(topk_logp.astype(np.float64)).sum(axis=-1)
+        return SampleScore(
+            first=first,
+            logp_N=scores.logp_N,
+            topk_ids_NK=np.take_along_axis(ids, best, axis=-1),
+            topk_logp_NK=topk_logp,
+            tail_mass_N=np.clip(1.0 - mass, 0.0, 1.0).astype(np.float32),
+            complete_N=(~foreign).sum(axis=-1) >= self._topk,
+        )
+
+
+def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
+    """Return the scores of the rows of `batch`, on its device; pure, so every rank can do it with the same `scores`.
+
+    Rows without scores have `scored_T` False, log-prob 0 and ids -1.
+    """
+    sample_T = batch.sample_index.cpu().numpy()
+    token_T = batch.token_index.cpu().numpy()
+    rows, topk = len(sample_T), scores.topk
+    logp_T = np.zeros(rows, np.float32)
+    topk_ids_TK = np.full((rows, topk), -1, np.int64)
+    topk_logp_TK = np.full((rows, topk), NO_ENTRY_LOGP, np.float32)
+    tail_mass_T = np.ones(rows, np.float32)
+    scored_T = np.zeros(rows, np.bool_)
+    for sample_index in np.unique(sample_T):
+        sample = scores.samples[sample_index]
+        if sample is None:
+            continue
+        mine = np.flatnonzero(sample_T == sample_index)
+        entry = token_T[mine] - sample.first
+        assert entry.min() >= 0 and entry.max() < len(sample.logp_N), "a row that was not scored"
+        mine, entry = mine[sample.complete_N[entry]], entry[sample.complete_N[entry]]
+        logp_T[mine] = sample.logp_N[entry]
+        topk_ids_TK[mine] = sample.topk_ids_NK[entry]
+        topk_logp_TK[mine] = sample.topk_logp_NK[entry]
+        tail_mass_T[mine] = sample.tail_mass_N[entry]
+        scored_T[mine] = True
+    device = batch.sample_index.device
+    return TeacherScores(
+        logp_T=torch.from_numpy(logp_T).to(device),
+        topk_ids_TK=torch.from_numpy(topk_ids_TK).to(device),
+        topk_logp_TK=torch.from_numpy(topk_logp_TK).to(device),
+        tail_mass_T=torch.from_numpy(tail_mass_T).to(device),
+        entropy_T=None,
+        scored_T=torch.from_numpy(scored_T).to(device),
+    )

@@ -1,0 +1,64 @@
+"""Where the rollouts of a step come from: the run directory if the step was sampled before, else the server.
+
+Invariants: a step's rollouts are on disk before anything is computed from them; every rank gets the same list; the
+same step of the same run never has two sets of rollouts.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tropd_mcore.config.schema import Config
+from tropd_mcore.data.prompts import PromptSet
+from tropd_mcore.data.requests import build_requests
+from tropd_mcore.errors import DataError
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.train.collective import on_rank_zero
+from tropd_mcore.train.policy_server import PolicyServer
+from tropd_mcore.train.replay import load_rollouts, save_rollouts
+from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.types import Rollout
+
+log = logging.getLogger(__name__)
+
+
+class RolloutSource:
+    """Rollouts by step; `policy` is asked only for steps that are not on disk, and is None in a replay."""
+
+    def __init__(
+        self, config: Config, run_dir: RunDir, prompts: PromptSet, policy: PolicyServer | None, layout: Layout
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._prompts = prompts
+        self._policy = policy
+        self._control = layout.groups.control
+
+    def at_step(self, step: int) -> list[Rollout]:
+        """The rollouts of `step` on every rank; collective. Raises DataError and what the server raises."""
+        stored = on_rank_zero(lambda: self._stored(step), self._control)
+        if stored is not None:
+            return stored
+        assert self._policy is not None
+        prompts = self._prompts.at_step(step, self._config.rollout.prompts_per_step)
+        requests = build_requests(
+            prompts, step=step, config=self._config, longest_response=self._prompts.longest_response
+        )
+        rollouts = self._policy.sample(requests, step=step)
+        on_rank_zero(lambda: save_rollouts(self._run_dir.rollouts(step), rollouts), self._control)
+        return rollouts
+
+    def _stored(self, step: int) -> list[Rollout] | None:
+        own = self._run_dir.rollouts(step)
+        if own.exists():
+            log.info("step %d: rollouts from %s", step, own)
+            return load_rollouts(own)
+        if self._config.run.replay is None:
+            return None
+        other: Path = RunDir(self._config.run.replay).rollouts(step)
+        if not other.exists():
+            raise DataError(f"run.replay: {other} does not exist; expected the rollouts of step {step} there")
+        rollouts = load_rollouts(other)
+        save_rollouts(own, rollouts)
+        return rollouts

@@ -1,0 +1,151 @@
+"""The values that travel between the parts of one training step; each is frozen and made once.
+
+Prompt -> Rollout -> MicroBatch (+ TeacherScores) -> TokenTable -> metrics.
+
+Per-sample arrays are numpy on the host. Per-token tensors of a `MicroBatch` are torch. A *row* is a position whose
+next token is supervised: `rows` lists those positions, and everything the loss sees has one entry a row, indexed by
+the *predicted* token. The shift by one is done once, in `data.packing`, before any context-parallel split.
+
+Shapes: S samples in a pack, P positions on this context-parallel rank, T rows on this rank, K teacher top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One rendered prompt. `teacher_response_ids` has no EOS; it is None where no response is stored."""
+
+    prompt_id: str
+    token_ids: IntArray
+    answer: str | None
+    teacher_response_ids: IntArray | None
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One continuation to sample: the student continues `prompt_ids + prefix_ids` (never re-tokenised)."""
+
+    sample_id: str
+    prompt_id: str
+    prompt_ids: IntArray
+    prefix_ids: IntArray
+    max_new_tokens: int
+    carries_prefix_loss: bool
+    """True in one of the samples that share a prompt and its prefix, so that the prefix counts once."""
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sampled continuation with what decided it. All arrays over the response have its length."""
+
+    sample_id: str
+    prompt_id: str
+    prompt_ids: IntArray
+    prefix_ids: IntArray
+    response_ids: IntArray
+    """EOS included where the student ended by itself."""
+    behav_logp: FloatArray
+    """Log-prob (nats) of each response token at the rollout temperature, from the rollout engine."""
+    trust_u: FloatArray
+    """One uniform in [0, 1) a response token, drawn from (run seed, step, sample id)."""
+    policy_version: str
+    finish_reason: str
+    """`stop` (EOS) or `length`."""
+    carries_prefix_loss: bool
+    answer: str | None
+
+    @property
+    def token_ids(self) -> IntArray:
+        """prompt + prefix + response, int32 [length]."""
+        return np.concatenate([self.prompt_ids, self.prefix_ids, self.response_ids]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One pack of whole samples without padding between them, and this rank's context-parallel slice of it."""
+
+    input_ids: Tensor
+    """int64 [P]"""
+    position_ids: Tensor
+    """int64 [P], restarting at 0 in each sample"""
+    cu_seqlens: Tensor
+    """int32 [S+1], sample boundaries of the whole pack (all context ranks); the padding tail is the last sample"""
+    max_seqlen: int
+    rows: Tensor
+    """int64 [T], positions in [0, P) whose next token is supervised"""
+    target_ids: Tensor
+    """int64 [T], the predicted token of each row"""
+    on_mask: Tensor
+    """bool [T], sampled by the student"""
+    off_mask: Tensor
+    """bool [T], teacher prefix in the sample that carries the prefix loss; never both"""
+    behav_logp: Tensor
+    """float32 [T], 0 on prefix rows"""
+    trust_u: Tensor
+    """float32 [T], 0 on prefix rows"""
+    weight: Tensor
+    """float32 [T], factor of each row's loss from `loss.aggregation`; 1 for the token mean"""
+    sample_index: Tensor
+    """int64 [T], index into the step's list of rollouts"""
+    token_index: Tensor
+    """int64 [T], index of the predicted token in `Rollout.token_ids` (>= 1)"""
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What the teacher says of the rows of one `MicroBatch`, on the last pipeline stage; full-vocabulary log-probs."""
+
+    logp_T: Tensor
+    """float32 [T], log q of the predicted token, nats"""
+    topk_ids_TK: Tensor
+    """int64 [T, K], global ids, descending log q, ties by lower id"""
+    topk_logp_TK: Tensor
+    """float32 [T, K], true log q (not renormalised), nats"""
+    tail_mass_T: Tensor
+    """float32 [T], 1 - sum of the top-k probabilities, in [0, 1]"""
+    entropy_T: Tensor | None
+    """float32 [T], full-vocabulary entropy, nats; None where the scorer cannot give it"""
+    scored_T: Tensor
+    """bool [T], False where the teacher failed on the sample: those rows leave the loss and its denominator"""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The step's per-row results of all ranks on rank 0, one numpy array a column, rows in pack order.
+
+    Columns: sample_index, token_index, on (bool), off (bool), trusted (bool), student_logp, behav_logp, teacher_logp,
+    log_ratio, loss, divergence (outlier term, nats; NaN where not computed), advantage, student_entropy,
+    teacher_entropy (NaN if unknown), teacher_mass (m_A), student_mass (c_A), topk_overlap (NaN if not computed).
+    """
+
+    columns: dict[str, npt.NDArray[np.generic]]
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.generic]:
+        return self.columns[name]
+
+
+@dataclass(frozen=True)
+class OptimizerReport:
+    """One optimizer step as it happened."""
+
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    loss: float
+    """Sum of the surrogate over all rows / token_count, nats."""
+    token_count: int
+    """Rows that count in the denominator, over all ranks."""

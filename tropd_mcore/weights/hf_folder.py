@@ -1,0 +1,250 @@
+"""Hugging Face model folders: lazy reading of safetensors, and writing a complete folder at once.
+
+Not for renaming or cutting tensors (`mapping`). Invariants: a reader has checked every shard's header before it gives
+out a tensor; a folder that was written has every tensor of its architecture and the source's tokenizer files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tropd_mcore.errors import ModelError
+from tropd_mcore.weights.architecture import Architecture, read_architecture
+from tropd_mcore.weights.families import check_hf_names, hf_weight_plan
+from tropd_mcore.weights.mapping import Sliceable
+from tropd_mcore.weights.publish import check_new_folder, new_folder
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+"""Size of one safetensors file. Source: the default of transformers' `save_pretrained`."""
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Copied unchanged beside config.json, where the source has them."""
+COMPANION_FOLDERS = ("additional_chat_templates",)
+_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""How safetensors abbreviates them."""
+
+
+class HfReader:
+    """The tensors of one folder, read slice by slice. Use as a context manager, or call `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every shard and read its header; no tensor is read.
+
+        Raises ModelError for a missing folder or config.json, an unsupported architecture, a missing or truncated
+        shard, or an index that names a tensor which its shard lacks.
+        """
+        self.folder = Path(folder)
+        self.arch: Architecture = read_architecture(self.folder)
+        self._shards: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        index = self.folder / INDEX_FILE
+        if index.is_file():
+            self._open_indexed(_read_index(index))
+        elif (self.folder / SINGLE_FILE).is_file():
+            shard = self._open(SINGLE_FILE)
+            self._file_of = dict.fromkeys(shard.keys(), SINGLE_FILE)
+        else:
+            raise ModelError(f"model folder {folder}: neither {SINGLE_FILE} nor {INDEX_FILE} found")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the open files; slices already taken stay valid."""
+        self._shards.clear()
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor. Raises ModelError if the folder lacks it."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtypes(self) -> set[str]:
+        """Names of the dtypes of all weights (of the architecture; not of what old files store besides)."""
+        stored = {self._slice(name).get_dtype() for name, _ in hf_weight_plan(self.arch) if name in self._file_of}
+        return {_DTYPE_NAMES.get(code, code) for code in stored}
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor on the CPU. Raises ModelError if the folder lacks it or its file cannot be read."""
+        return self[name][:]
+
+    def __getitem__(self, name: str) -> Sliceable:
+        """A lazy view: indexing with slices reads them from the file. Raises ModelError if the folder lacks it."""
+        return self._slice(name)
+
+    def check(self) -> None:
+        """Raise ModelError where a name or a shape is not that of the folder's own config.json."""
+        check_hf_names(self._file_of, self.arch, source=str(self.folder))
+        for name, expected in hf_weight_plan(self.arch):
+            found = self.shape(name)
+            if found != expected:
+                raise ModelError(
+                    f"{self.folder / self._file_of[name]}: {name} has shape {found}, config.json asks for {expected}"
+                )
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ModelError(f"model folder {self.folder}: tensor {name} not found")
+        return self._shards[self._file_of[name]].get_slice(name)
+
+    def _open(self, file: str) -> Any:
+        path = self.folder / file
+        try:
+            self._shards[file] = safe_open(path, framework="pt", device="cpu")
+        except FileNotFoundError as error:
+            raise ModelError(f"{path}: not found, but {INDEX_FILE} names it") from error
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: damaged or truncated safetensors file ({error})") from error
+        return self._shards[file]
+
+    def _open_indexed(self, weight_map: dict[str, str]) -> None:
+        held = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in held[file]:
+                raise ModelError(f"{self.folder / file}: tensor {name} not found, but {INDEX_FILE} says it is there")
+        self._file_of = weight_map
+
+
+def write_hf_folder(
+    out: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    source_folder: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers and SGLang load: safetensors, config.json, tokenizer and chat template.
+
+    `weights` gives CPU tensors of one dtype, which config.json then states; at most `max_shard_bytes` of them are
+    held at a time. Everything but the weights comes from `source_folder`. Raises ModelError where `out` is not new or
+    empty, cannot be written, or the names and shapes are not those of `source_folder`'s config.json.
+    """
+    out, source_folder = Path(out), Path(source_folder)
+    arch = read_architecture(source_folder)
+    check_new_folder(out)
+    with new_folder(out) as partial:
+        try:
+            written = _write_shards(partial, _checked(weights, arch, source_folder), max_shard_bytes)
+            copy_companions(source_folder, partial)
+            _write_config(source_folder, partial, written)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"output {out}: writing failed ({error})") from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation settings, those that `source` has."""
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for name in COMPANION_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: expected a JSON object with weight_map ({error!r})") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelError(f"{path}: weight_map is not an object of tensor name to file name")
+    outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
+    if outside:
+        raise ModelError(f"{path}: weight_map names files outside the folder ({', '.join(outside)})")
+    return weight_map
+
+
+def _checked(
+    weights: Iterable[tuple[str, Tensor]], arch: Architecture, source_folder: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass `weights` on and raise at the first surprise, or at the end if one is missing."""
+    plan = dict(hf_weight_plan(arch))
+    seen: set[str] = set()
+    dtypes: set[torch.dtype] = set()
+    for name, tensor in weights:
+        if name not in plan:
+            raise ModelError(f"{name}: not a weight of {source_folder / 'config.json'} ({arch.family})")
+        if tuple(tensor.shape) != plan[name]:
+            raise ModelError(f"{name}: expected shape {plan[name]}, found {tuple(tensor.shape)}")
+        if name in seen:
+            raise ModelError(f"{name}: given twice")
+        dtypes.add(tensor.dtype)
+        if len(dtypes) > 1:
+            raise ModelError(f"{name}: weights have several dtypes ({', '.join(sorted(map(str, dtypes)))})")
+        seen.add(name)
+        yield name, tensor
+    check_hf_names(seen, arch, source=f"weights to write with the config.json of {source_folder}")
+
+
+def _write_shards(folder: Path, weights: Iterator[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
+    """Write the shards and, if there are several, their index; returns the dtype."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    held_bytes = total_bytes = 0
+    dtype: torch.dtype | None = None
+
+    def flush() -> None:
+        save_file(held, folder / _temporary_name(len(shards)), metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in weights:
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > max_shard_bytes:
+            flush()
+            held_bytes = 0
+        held[name] = tensor.contiguous()
+        held_bytes, total_bytes, dtype = held_bytes + size, total_bytes + size, tensor.dtype
+    flush()
+    assert dtype is not None, "the check of names has passed, so there are tensors"
+    if len(shards) == 1:
+        (folder / _temporary_name(0)).rename(folder / SINGLE_FILE)
+        return dtype
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / _temporary_name(number)).rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    return dtype
+
+
+def _temporary_name(number: int) -> str:
+    return f"shard-{number:05d}.tmp"
+
+
+def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """The source's config.json with the dtype that was written, under the key that the source uses."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    _write_json(target / "config.json", config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,79 @@
+"""Publish a folder at once: written beside its final place, flushed to the disk, renamed.
+
+Not for single files. Invariant: under the final name there is either nothing or the complete folder, whenever the
+process or the machine dies.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tropd_mcore.errors import ModelError
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty sibling of `out` to write into; on success it becomes `out`, on an exception it is removed.
+
+    A leftover of a killed run is replaced. Raises ModelError where `out` exists and is not an empty directory, or
+    where its parent cannot be written to.
+    """
+    check_new_folder(out)
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ModelError(f"cannot write to {out.parent}: {error.strerror}") from error
+    try:
+        yield partial
+        fsync_tree(partial)
+        os.replace(partial, out)
+        fsync_path(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there any more once it was renamed
+
+
+def replace_folder(fresh: Path, final: Path) -> None:
+    """Give `fresh` the name `final`; a folder of that name goes. Raises ModelError where the place cannot be written.
+
+    A crash in between leaves the new one under its old name, or the old one as `.<name>.replaced`.
+    """
+    replaced = final.with_name(f".{final.name}.replaced")
+    try:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(fresh, final)
+        fsync_path(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(f"cannot write to {final.parent}: {error.strerror}") from error
+
+
+def check_new_folder(out: Path) -> None:
+    """Raise ModelError where `out` exists and is not an empty directory."""
+    if out.exists() and not out.is_dir():
+        raise ModelError(f"output {out}: a file of that name exists; expected a new or empty directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise ModelError(f"output {out}: not empty; choose a new directory or remove its content")
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and directory under `folder`, and `folder` itself."""
+    for path in sorted(folder.rglob("*")):
+        fsync_path(path)
+    fsync_path(folder)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
