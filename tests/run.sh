@@ -32,7 +32,7 @@ step "ruff check" "$bin/ruff" check .
 step "ruff format" "$bin/ruff" format --check .
 step "mypy" "$bin/mypy"
 step "layers" "$bin/lint-imports" --no-cache
-step "fast tests" "$bin/python" -m pytest -n "$WORKERS" -m "not slow and not sglang and not e2e and not gpu"
+step "fast tests" "$bin/python" -m pytest -n "$WORKERS" --dist loadfile -m "not slow and not sglang and not e2e and not gpu"
 if [[ "$TIER" == full ]]; then
   step "full tests" "$bin/python" -m pytest -m "(slow or sglang or e2e) and not gpu"
   if command -v nvidia-smi >/dev/null; then

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.dist.layouts import Case, Constants, build, layout_of, pack_for
+from tests.dist.layouts import Case, Constants, build, gather_results, layout_of, pack_for, whole_gradients
 from tropd_mcore.errors import TrainingError
 from tropd_mcore.mcore.dry_run import dry_run
 from tropd_mcore.mcore.loss import check_finite, make_distillation_loss
@@ -90,7 +90,8 @@ def dry_run_and_look(folder: Path, cases: dict[str, Case], tokens: int, k: int) 
     for name, case in cases.items():
         with layout_of(case) as (layout, platform):
             model = build(folder, case, layout, platform, trainable=True)
-            before, seen = parameters(model), []
+            before = parameters(model)
+            seen: list[bool] = []
             finalize = model.config.finalize_model_grads_func
 
             def spy(*args: Any, seen: list[bool] = seen, finalize: Any = finalize, **keywords: Any) -> None:
@@ -110,6 +111,26 @@ def log_probs_without_gradients(folder: Path, rollouts: list[Rollout], case: Cas
         packed = pack_for(rollouts, case, layout)
         assert not torch.is_inference_mode_enabled()
         return sampled_log_probs(model, packed.micro_batches, packed.pack_length, chunk_tokens=4)
+
+
+def step_with_unscored_samples(
+    student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, k: int, unscored: list[int]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(gathered results, gradients on rank 0) of a step in which the teacher failed on some samples."""
+    constants = Constants(k=k, temperature=1.0, beta=0.1, outlier_weight=1.0)
+    with layout_of(case) as (layout, platform):
+        student = build(student_folder, case, layout, platform, trainable=True)
+        teacher = build(teacher_folder, case, layout, platform, trainable=False)
+        packed = pack_for(rollouts, case, layout)
+        scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=k, chunk_tokens=5)
+        failed = torch.tensor(unscored, dtype=torch.int64)
+        masked = [
+            replace(score, scored_T=~torch.isin(micro_batch.sample_index, failed)) if score else None
+            for micro_batch, score in zip(packed.micro_batches, scores, strict=True)
+        ]
+        loss = make_distillation_loss(student, constants.objective(), masked, constants.settings)
+        results = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
+        return gather_results(layout, packed, results), whole_gradients(student, layout)
 
 
 def teacher_of_smaller_vocabulary(folder: Path, rollouts: list[Rollout], k: int) -> list[tuple[Tensor, Tensor]]:

@@ -166,6 +166,7 @@ def gather_results(layout: Layout, packed: PackedStep, results: Sequence[LossRes
         "token_count": count,
         "columns": {name: torch.cat([part[3][name] for part in parts])[order] for name in parts[0][3]},
         "micro_batches": len(packed.micro_batches),
+        "own_rows": sum(len(batch.rows) for batch in packed.micro_batches),
         "pack_length": packed.pack_length,
     }
 
@@ -176,7 +177,7 @@ def whole_gradients(model: Model, layout: Layout) -> dict[str, Tensor]:
     saved = {}
     for name, parameter in named_parameters(model).items():
         saved[name] = parameter.detach().clone()
-        parameter.copy_(parameter.main_grad)
+        parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
     gradients = dict(iterate_hf(model, layout))
     for name, parameter in named_parameters(model).items():
         parameter.copy_(saved[name])

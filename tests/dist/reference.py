@@ -159,7 +159,9 @@ def reference_step(student: torch.nn.Module, teacher: torch.nn.Module, rollouts:
                 columns.setdefault(name, []).append(value.detach())
     count = len(columns["student_logp"])
     (total / count).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in student.named_parameters() if parameter.grad is not None
+    }
     stacked = {name: torch.stack(values) for name, values in columns.items()}
     return Step(float(total.detach()) / count, count, gradients, stacked, all_logits)
 

@@ -55,6 +55,31 @@ def test_step_does_not_depend_on(found: dict[str, Any], name: str) -> None:
         assert relative_error(step["gradients"][key], gradient) <= TOLERANCE, key
 
 
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [
+        (2, Case()),
+        (4, Case(tensor=2, sequence_parallel=True)),
+        (4, Case(pipeline=2, virtual_pipeline=2)),
+        (4, Case(context=2)),
+    ],
+    ids=["dp2", "dp2-tp2-sp", "dp2-pp2-vpp2", "dp2-cp2"],
+)
+def test_a_data_rank_whose_packs_are_empty_adds_nothing(
+    folders: tuple[Path, Path], world_size: int, case: Case
+) -> None:
+    """One sample: the second replica has packs of padding only, and collectives stay in step."""
+    rollouts = reference.make_rollouts(LENGTHS[:1])
+    expected = run_on_ranks(run_cases, 1, *folders, rollouts, {"one": Case()}, CONSTANTS)[0]["one"]
+    answers = run_on_ranks(run_cases, world_size, *folders, rollouts, {"one": case}, CONSTANTS)
+    assert min(answer["one"]["own_rows"] for answer in answers) == 0
+    found = answers[0]["one"]
+    assert found["token_count"] == expected["token_count"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    for key, gradient in expected["gradients"].items():
+        assert relative_error(found["gradients"][key], gradient) <= TOLERANCE, key
+
+
 def test_variants_differ_in_what_they_are_about(found: dict[str, Any]) -> None:
     assert found["whole"]["micro_batches"] == 1
     assert found["split"]["micro_batches"] > 3

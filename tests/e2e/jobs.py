@@ -50,9 +50,11 @@ def run(run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = 400.0
     return output
 
 
-def attempt(run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = 400.0) -> tuple[int, str]:
+def attempt(
+    run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = 400.0, log: Path | None = None
+) -> tuple[int, str]:
     """Run a job to its end, good or bad; returns (exit code, output)."""
-    log = run_dir.with_suffix(".log")
+    log = log or run_dir.with_suffix(".log")
     written = log.stat().st_size if log.exists() else 0
     process = start(run_dir, *overrides, ranks=ranks, log=log)
     try:

@@ -14,15 +14,15 @@ from tests.e2e import jobs
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def refused(run_dir: Path, *overrides: str) -> str:
+def refused(run_dir: Path, *overrides: str, log: Path | None = None) -> str:
     """The one error line of a job that must not start."""
-    code, output = jobs.attempt(run_dir, *overrides, "parallel.tensor=1", ranks=1)
+    code, output = jobs.attempt(run_dir, *overrides, "parallel.tensor=1", ranks=1, log=log)
     assert code == 2, output[-4000:]
     errors = [line for line in output.splitlines() if line.startswith("error")]
     assert len(errors) == 1, output[-4000:]
     assert "Traceback" not in output
-    assert not (run_dir / "checkpoints").exists()
-    assert not (run_dir / "metrics.jsonl").exists()
+    assert not (run_dir / "checkpoints").is_dir()
+    assert not (run_dir / "metrics.jsonl").is_file()
     return errors[0]
 
 
@@ -55,7 +55,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(settings: list[str], examp
 
 def test_a_run_directory_that_cannot_be_written_is_named(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert "run.dir" in refused(tmp_path / "file" / "run", *settings)
+    assert "run.dir" in refused(tmp_path / "file" / "run", *settings, log=tmp_path / "run.log")
 
 
 def test_a_teacher_with_a_context_shorter_than_a_rollout_is_refused(

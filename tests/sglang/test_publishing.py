@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,20 @@ import torch
 
 from tests.sglang.conftest import VOCABULARY, Oracle
 from tests.sglang.streams import plan, request, stream, weights
+from tests.sglang.test_sampling import assert_log_probs
 from tropd_mcore.config.schema import RolloutConfig
-from tropd_mcore.errors import GateError, ServerError
+from tropd_mcore.errors import GateError, ServerDied, ServerError
+from tropd_mcore.rollout import publisher as publisher_module
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.types import Rollout
 
 JSON_HEADER = {"Content-Type": "application/json"}
 PROBE = [5, 77, 201, 4, 4, 90, 17]
 
 Stream = Iterator[tuple[str, torch.Tensor]]
+Breakage = Callable[[Path], Stream]
 
 
 def assert_serves(server: SupervisedServer, publisher: WeightPublisher, folder: Path, oracle: Oracle) -> None:
@@ -33,29 +38,30 @@ def assert_serves(server: SupervisedServer, publisher: WeightPublisher, folder: 
     np.testing.assert_allclose(publisher.probe(np.array(PROBE, np.int32)), expected, atol=1e-4)
 
 
-def sample_version(server: SupervisedServer, version: str) -> str:
-    sampler = SglangSampler(
-        server.client, RolloutConfig(server=server.config), eos_ids=(), vocab_size=VOCABULARY, seed=0
-    )
+def sample(server: SupervisedServer, version: str) -> Rollout:
+    config = RolloutConfig(server=server.config)
+    sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0)
     (rollout,) = sampler.sample([request("a", PROBE)], step=0, expected_version=version)
-    return rollout.policy_version
+    assert rollout.policy_version == version
+    return rollout
 
 
+@pytest.mark.parametrize("transport", ["shared", "value"])
 def test_log_probs_follow_the_published_weights_and_cached_prefixes_do_not_survive(
-    server: SupervisedServer, qwen3_folder: Path, other_folder: Path, log_softmax: Oracle
+    server: SupervisedServer, qwen3_folder: Path, other_folder: Path, log_softmax: Oracle, transport: str
 ) -> None:
-    publisher = WeightPublisher(server.client, plan(qwen3_folder), bucket_bytes=20_000)
+    publisher = WeightPublisher(server.client, plan(qwen3_folder), transport=transport, bucket_bytes=20_000)  # type: ignore[arg-type]
     for version, folder in (("a", qwen3_folder), ("b", other_folder), ("c", qwen3_folder)):
         report = publisher.publish(stream(folder), version)
         assert report.tensors == len(weights(folder)) and report.buckets > 3
         assert_serves(server, publisher, folder, log_softmax)
-        assert sample_version(server, version) == version
-        # the probe's prefix is in the KV cache now; the next weights must not reuse it
-        assert_serves(server, publisher, folder, log_softmax)
+        # leaves the KV of the prompt in the cache, which the next weights must not reuse
+        assert_log_probs(sample(server, version), folder, log_softmax, 1.0)
 
 
 def test_the_server_holds_exactly_the_bits_that_were_published(server: SupervisedServer, other_folder: Path) -> None:
-    WeightPublisher(server.client, plan(other_folder), bucket_bytes=20_000).publish(stream(other_folder), "bits")
+    publisher = WeightPublisher(server.client, plan(other_folder), bucket_bytes=20_000)
+    publisher.publish(stream(other_folder), "bits")
     ask = urllib.request.Request(f"{server.client.url}/weights_checker", b'{"action": "checksum"}', JSON_HEADER)
     (rank,) = json.load(urllib.request.urlopen(ask))["ranks"]
     source = weights(other_folder)
@@ -96,7 +102,7 @@ def test_proof_passes_for_a_whole_plan_and_fails_for_one_with_a_wrong_name(
     publisher = WeightPublisher(server.client, plan(qwen3_folder))
     publisher.prove(lambda: stream(qwen3_folder), "proven")
     assert_serves(server, publisher, qwen3_folder, log_softmax)
-    assert sample_version(server, "proven") == "proven"
+    sample(server, "proven")
 
 
 def unknown(folder: Path) -> Stream:
@@ -136,13 +142,18 @@ def twice(folder: Path) -> Stream:
     ],
 )
 def test_a_wrong_stream_of_one_bucket_leaves_the_server_alone(
-    server: SupervisedServer, qwen3_folder: Path, other_folder: Path, log_softmax: Oracle, broken, message: str
+    server: SupervisedServer,
+    qwen3_folder: Path,
+    other_folder: Path,
+    log_softmax: Oracle,
+    broken: Breakage,
+    message: str,
 ) -> None:
     publisher = WeightPublisher(server.client, plan(qwen3_folder))
     publisher.publish(stream(qwen3_folder), "before")
     with pytest.raises(ServerError, match=message):
         publisher.publish(broken(other_folder), "after")
-    assert sample_version(server, "before") == "before"
+    sample(server, "before")
     assert_serves(server, publisher, qwen3_folder, log_softmax)
 
 
@@ -155,9 +166,9 @@ def test_a_stream_that_breaks_after_some_buckets_leaves_a_label_that_no_sampler_
         publisher.publish(missing(other_folder), "half")
     for version in ("whole", "half"):
         with pytest.raises(ServerError, match="has weights 'half:incomplete'"):
-            sample_version(server, version)
+            sample(server, version)
     publisher.publish(stream(other_folder), "half")
-    assert sample_version(server, "half") == "half"
+    sample(server, "half")
     assert_serves(server, publisher, other_folder, log_softmax)
 
 
@@ -168,5 +179,34 @@ def test_an_update_session_and_a_pause_that_a_killed_trainer_left_behind_do_not_
     server.client.begin_weight_update()
     publisher = WeightPublisher(server.client, plan(qwen3_folder))
     publisher.publish(stream(qwen3_folder), "again")
-    assert sample_version(server, "again") == "again"
+    sample(server, "again")
     assert_serves(server, publisher, qwen3_folder, log_softmax)
+
+
+def test_without_room_in_shared_memory_weights_go_by_value_with_a_warning(
+    server: SupervisedServer,
+    other_folder: Path,
+    log_softmax: Oracle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(publisher_module, "shared_memory_room", lambda: 1000)
+    publisher = WeightPublisher(server.client, plan(other_folder))
+    assert "usable; weights go through HTTP by value" in caplog.text
+    publisher.publish(stream(other_folder), "small")
+    assert_serves(server, publisher, other_folder, log_softmax)
+
+
+def test_a_server_that_runs_elsewhere_gets_weights_by_value_and_is_neither_restarted_nor_stopped(
+    server: SupervisedServer, qwen3_folder: Path, log_softmax: Oracle
+) -> None:
+    config = server.config.model_copy(update={"url": server.client.url})
+    server.client.pause()  # as a launch that was killed while it published leaves it
+    with SupervisedServer(dataclasses.replace(server.spec, config=config)) as elsewhere:
+        publisher = WeightPublisher(elsewhere.client, plan(qwen3_folder))
+        assert not elsewhere.client.same_host
+        publisher.publish(stream(qwen3_folder), "elsewhere")
+        assert_serves(elsewhere, publisher, qwen3_folder, log_softmax)
+        with pytest.raises(ServerDied, match="as it was"):
+            elsewhere.recover(ServerDied("as it was"))
+    assert server.client.healthy()

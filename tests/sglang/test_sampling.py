@@ -62,7 +62,9 @@ def test_behaviour_log_probs_are_those_of_the_tempered_softmax(
         assert_ended_by_itself_or_whole(rollout, 12)
         assert rollout.policy_version == version
         assert_log_probs(rollout, qwen3_folder, log_softmax, temperature)
-        np.testing.assert_array_equal(rollout.trust_u, trust_uniforms(7, 3, rollout.sample_id, len(rollout.response_ids)))
+        np.testing.assert_array_equal(
+            rollout.trust_u, trust_uniforms(7, 3, rollout.sample_id, len(rollout.response_ids))
+        )
 
 
 def test_the_stop_token_stays_in_the_response_with_its_log_prob(

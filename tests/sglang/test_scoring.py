@@ -138,7 +138,9 @@ def test_a_rollout_that_cannot_be_scored_is_masked_and_counted_or_stops_the_run(
 
 def test_a_teacher_with_a_shorter_context_than_the_longest_rollout_is_refused(server: SupervisedServer) -> None:
     limit = server.client.info().longest_input
-    with pytest.raises(TeacherError, match=rf"{limit + 1} tokens but the teacher's server scores at most {limit}.*rollou"):
+    with pytest.raises(
+        TeacherError, match=rf"{limit + 1} tokens but the teacher's server scores at most {limit}.*rollou"
+    ):
         make_teacher(server).fetch([ROLLOUTS[0], rollout("long", 11, 0, limit - 10)])
     scores = make_teacher(server).fetch([rollout("fits", 11, 0, limit - 11)])
     assert scores.failed == 0 and scores.samples[0] is not None and len(scores.samples[0].logp_N) == limit - 11

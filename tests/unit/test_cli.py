@@ -179,6 +179,26 @@ def test_prefixes_without_a_file_to_write_names_the_key(capsys, recipe):
     assert code == 2 and "set data.teacher_responses or give --out" in err
 
 
+def test_report_writes_one_file_into_the_run_directory_and_refuses_what_is_none(capsys, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text('{"step": 0, "loss/trusted": 0.5}\n{"step": 1, "loss/trusted": 0.25}\n')
+    assert run(capsys, "report", str(run_dir)) == (0, f"{run_dir / 'report.html'}\n", "")
+    assert "Loss by region" in (run_dir / "report.html").read_text()
+    code, _, err = run(capsys, "report", str(tmp_path / "none"))
+    assert code == 2 and err.startswith(f"error: {tmp_path / 'none'}: expected the run directory")
+
+
+def test_eval_needs_a_verifier_and_a_model(capsys, recipe, tmp_path):
+    code, _, err = run(capsys, "eval", recipe, "--prompts", "p.jsonl")
+    assert code == 2 and "verifier.kind is none; set verifier.kind to exact_match or math_verify" in err
+    code, _, err = run(capsys, "eval", recipe, "verifier.kind=exact_match", "--prompts", "p.jsonl")
+    assert code == 2 and f"no model folder at {tmp_path / 'run' / 'export'}; give --model" in err
+    arguments = ["--prompts", "p.jsonl", "--compare-with", str(tmp_path / "none.json")]
+    code, _, err = run(capsys, "eval", recipe, "verifier.kind=exact_match", *arguments)
+    assert code == 2 and "none.json: expected a result of `tropd eval`" in err
+
+
 def test_convert_refuses_a_comparison_with_nothing_and_a_layout_of_no_ranks(capsys):
     code, _, err = run(capsys, "convert", "verify", "--hf", "x")
     assert code == 2 and "give --mcore, --other-hf or both" in err

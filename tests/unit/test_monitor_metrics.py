@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from tropd_mcore.config.schema import PolicyGradientConfig
+from tropd_mcore.evaluation.report import CHARTS
 from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
+from tropd_mcore.monitor.console import COLUMNS as COLUMNS_OF_CONSOLE
 from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 
@@ -208,6 +210,13 @@ def test_one_minus_the_trusted_fraction_agrees_with_the_tv_estimate_under_the_be
     columns |= {"sample_index": np.zeros(count, int), "token_index": np.ones(count, int)}
     found = compute_metrics(make_record(table=TokenTable(columns)))
     assert 1 - found["trust/fraction"] == pytest.approx(found["trust/tv"], abs=0.01)
+
+
+def test_console_and_report_show_metrics_that_exist():
+    known = {metric.name for metric in METRICS} | {"time/step"}
+    assert {column.metric for column in COLUMNS_OF_CONSOLE} <= known
+    drawn = {line.metric for chart in CHARTS for line in chart.lines}
+    assert {name for name in drawn if not name.startswith("time/")} <= known
 
 
 def test_metric_names_are_unique_and_each_says_unit_denominator_and_meaning():

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving import client as client_module
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.wire import GenerationRequest, ScoringRequest
-from tropd_mcore.types import Prompt, SampleRequest
+from tropd_mcore.teacher.sglang import SglangTeacher
+from tropd_mcore.types import Prompt, Rollout, SampleRequest
 
 Answer = web.Response | dict[str, object]
 SECRET = "sk-not-in-any-log"
@@ -54,9 +56,7 @@ class Scripted:
         return web.Response(status=answer.status, body=answer.body, content_type="application/json")
 
     async def info(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response(
-            {"max_req_input_len": 506, "tp_size": 1, "version": "0.5.23", "weight_version": "v1"}
-        )
+        return web.json_response({"max_req_input_len": 506, "tp_size": 1, "version": "0.5.23", "weight_version": "v1"})
 
 
 @pytest.fixture
@@ -90,7 +90,12 @@ def serve() -> Iterator[Callable[..., Scripted]]:
         thread = threading.Thread(target=work)
         thread.start()
         ready.wait()
-        stops.append(lambda: (loop.call_soon_threadsafe(loop.stop), thread.join()) and None)
+
+        def stop() -> None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+        stops.append(stop)
         return scripted
 
     yield start
@@ -303,3 +308,46 @@ def test_teacher_responses_survive_an_interruption(serve: Callable[..., Scripted
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["response_ids"] for line in lines] == [[7, 8], [9], [9]]
     assert [line["finished"] for line in lines] == [False, True, True]
+
+
+class Restarting:
+    """A supervised server that is gone until it is recovered, at most `restarts` times."""
+
+    def __init__(self, gone: str, alive: str, *, restarts: int) -> None:
+        config = ServerConfig(max_retries=0)
+        self.client = SglangClient(gone, config, key="teacher.server")
+        self.spec = SimpleNamespace(key="teacher.server")
+        self._after = SglangClient(alive, config, key="teacher.server")
+        self._restarts = restarts
+
+    def recover(self, error: ServerDied) -> None:
+        if not self._restarts:
+            raise error
+        self._restarts -= 1
+        self.client = self._after
+
+
+def test_a_teacher_that_died_is_restarted_and_asked_again(serve: Callable[..., Scripted]) -> None:
+    top = base64.b64encode(np.log(np.array([[0.25, 0.5]], "<f4")).tobytes()).decode()
+    ids = base64.b64encode(np.array([[9, 4]], "<i4").tobytes()).decode()
+    meta = {
+        "input_token_logprobs": [[None, 4, None], [-1.0, 5, None]],
+        "input_top_logprobs_shape": [1, 2],
+        "input_top_logprobs_null_prefix": 1,
+        "input_top_logprobs_val_flat_b64": top,
+        "input_top_logprobs_idx_flat_b64": ids,
+    }
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        gone = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    alive = serve({"meta_info": meta}).url
+    one_token = np.array([5], np.int32)
+    prompt, nothing = np.array([3, 4], np.int32), np.zeros(1, np.float32)
+    rollout = Rollout("s", "p", prompt, prompt[:0], one_token, nothing, nothing, "v", "stop", False, None)
+    settings = {"topk": 2, "teacher_width": 10, "student_width": 10, "on_failure": "mask"}
+    teacher = SglangTeacher(Restarting(gone, alive, restarts=1), **settings)  # type: ignore[arg-type]
+    (score,) = teacher.fetch([rollout]).samples
+    assert score is not None and score.first == 2
+    assert score.topk_ids_NK.tolist() == [[4, 9]]
+    np.testing.assert_allclose(score.tail_mass_N, [0.25], atol=1e-6)
+    with pytest.raises(ServerDied):
+        SglangTeacher(Restarting(gone, alive, restarts=0), **settings).fetch([rollout])  # type: ignore[arg-type]

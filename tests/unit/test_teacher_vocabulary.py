@@ -37,7 +37,9 @@ def test_widths_may_differ_by_padding(tmp_path: Path) -> None:
 def test_one_renamed_token_is_two_differences(tmp_path: Path) -> None:
     student, teacher = write_folder(tmp_path / "student"), write_folder(tmp_path / "teacher")
     rename(teacher, "A", "AA")
-    with pytest.raises(DataError, match=r"differ in 2 of \d+ tokens \(first: 'A' is \d+ and absent; 'AA' is absent and"):
+    with pytest.raises(
+        DataError, match=r"differ in 2 of \d+ tokens \(first: 'A' is \d+ and absent; 'AA' is absent and"
+    ):
         check_same_vocabulary(student, teacher)
 
 

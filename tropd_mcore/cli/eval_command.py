@@ -1,20 +1,19 @@
-"""`tropd eval`: accuracy of one or several models on prompts with answers, with intervals, and their differences.
+"""`tropd eval`: accuracy of a model on prompts with answers, with its interval, and the difference to another result.
 
-Not for training metrics. Invariant: all models of one call answer the same prompts with the same settings, each from a
-server of its own that serves nothing else.
+Not for training metrics. Invariants: lengths, temperature, server and verifier are those of the configuration, so that
+results of one configuration can be compared; the server is started for the call and serves nothing but the model.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tropd_mcore.cli.arguments import add_server_arguments, positive, server_config
-from tropd_mcore.config.schema import PlatformConfig, VerifierConfig
-from tropd_mcore.errors import ConfigError
+from tropd_mcore.cli.arguments import add_config_arguments, natural, positive
+from tropd_mcore.config.loader import load
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tropd_mcore.evaluation.evaluate import EvaluationResult, EvaluationSettings
@@ -22,73 +21,84 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="Hugging Face folders; first the baseline")
+    add_config_arguments(parser)
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL; every line has an answer")
-    parser.add_argument("--max-new-tokens", type=positive, required=True, metavar="N", help="longest answer")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="sampled answers a prompt; 0: greedy only (4)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the sampled answers (1.0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the sampled answers (1.0)")
-    parser.add_argument(
-        "--verifier", choices=("exact_match", "math_verify"), default="exact_match", help="how answers are judged"
-    )
-    default = VerifierConfig.model_fields["pattern"].default
-    parser.add_argument("--pattern", default=default, metavar="REGEX", help=f"group 1 is the answer ({default})")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: <run.dir>/export)")
+    parser.add_argument("--samples", type=natural, default=4, metavar="N", help="sampled answers a prompt (4)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/<name of the model folder>.json")
-    add_server_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the result as JSON; not evaluated again if there"
+    )
+    parser.add_argument(
+        "--compare-with",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="print the difference to a result",
+    )
+    parser.add_argument("--url", help="base URL of a server that already serves the model")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate each model and print a line for it, and one for each comparison with the first. Raises TropdError."""
-    names = [model.resolve().name for model in options.models]
-    if options.out is not None and len(set(names)) < len(names):
-        raise ConfigError([f"tropd eval: --out needs folders of different names, found {', '.join(names)}"])
-    if options.url is not None and len(names) > 1:
-        raise ConfigError(["tropd eval: a server at --url serves one model; give one MODEL"])
-    from tropd_mcore.evaluation.evaluate import EvaluationSettings, compare, describe
+    """Evaluate, and print one line for the model and one for each comparison. Raises TropdError."""
+    config, _ = load(options.config, options.overrides)
+    if config.verifier.kind == "none":
+        raise ConfigError(["tropd eval: verifier.kind is none; set verifier.kind to exact_match or math_verify"])
+    from tropd_mcore.evaluation.evaluate import EvaluationSettings, compare, describe, load_result
 
+    model = options.model or config.run.dir / "export"
     settings = EvaluationSettings(
         prompts=str(options.prompts),
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=config.rollout.max_new_tokens,
         samples=options.samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        verifier=options.verifier,
-        pattern=options.pattern,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        verifier=config.verifier.kind,
+        pattern=config.verifier.pattern,
         limit=options.limit,
     )
-    results: list[EvaluationResult] = []
-    for name, model in zip(names, options.models, strict=True):
-        result = _evaluate(name, model, settings, options)
-        print(describe(result), flush=True)
+    others = [load_result(path) for path in options.compare_with]
+    result = _stored(options.out, model, settings)
+    if result is None:
+        result = _evaluate(model, settings, config, options.url)
         if options.out is not None:
-            result.save(options.out / f"{name}.json")
-        results.append(result)
-    for result in results[1:]:
-        change = compare(results[0], result)
+            result.save(options.out)
+    print(describe(result))
+    for other in others:
+        change = compare(other, result)
         print(
-            f"{result.model} - {results[0].model}: greedy {change['difference']:+.1%} "
+            f"{result.model} - {other.model}: greedy {change['difference']:+.1%} "
             f"[{change['low']:+.1%}, {change['high']:+.1%}]"
         )
     return 0
 
 
-def _evaluate(
-    name: str, model: Path, settings: EvaluationSettings, options: argparse.Namespace
-) -> EvaluationResult:
+def _stored(out: Path | None, model: Path, settings: EvaluationSettings) -> EvaluationResult | None:
+    """The result in `out` where it is of these weights and settings."""
+    from tropd_mcore.evaluation.evaluate import load_result, weights_hash
+
+    if out is None or not out.is_file():
+        return None
+    found = load_result(out)
+    same = found.settings == settings and found.model == str(model) and found.weights_sha256 == weights_hash(model)
+    return found if same else None
+
+
+def _evaluate(model: Path, settings: EvaluationSettings, config: Config, url: str | None) -> EvaluationResult:
     from tropd_mcore.cli.server import open_server
     from tropd_mcore.evaluation.evaluate import evaluate
 
-    logs = Path(tempfile.mkdtemp(prefix="tropd-eval-"))
+    if not model.is_dir():
+        raise DataError(f"tropd eval: no model folder at {model}; give --model, or train to the end for an export")
     server = open_server(
-        name,
-        model_key="MODEL",
+        "evaluation",
+        key="rollout.server",
+        model_key="--model",
         model=model,
-        config=server_config(options),
-        platform=PlatformConfig(kind=options.platform),
-        logs=logs,
+        config=config.rollout.server.model_copy(update={"url": url, "port": None}),
+        platform=config.platform,
+        logs=config.run.dir / "logs",
     )
     with server:
-        result = evaluate(model, server.client.generate, settings)
-    shutil.rmtree(logs)  # kept where the server failed
-    return result
+        return evaluate(model, server.client.generate, settings)

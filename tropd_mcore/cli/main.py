@@ -18,7 +18,7 @@ COMMANDS = {
     "config": "check a configuration; print it resolved, or the plan of the run",
     "doctor": "check this machine and environment, and the files a configuration names",
     "prefixes": "sample the teacher responses that guidance continues",
-    "eval": "measure the accuracy of models on a prompt file, and compare them",
+    "eval": "measure the accuracy of a model on held-out prompts, and compare results",
     "report": "write a report of a run directory as one HTML file",
     "convert": "convert between Hugging Face folders and Megatron checkpoints",
 }

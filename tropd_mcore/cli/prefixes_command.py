@@ -16,7 +16,7 @@ from tropd_mcore.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments. The defaults of sampling are those of spec section 6, row 15."""
+    """Declare the arguments."""
     add_config_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL to write (default: data.teacher_responses)")
     parser.add_argument("--max-new-tokens", type=positive, default=8192, metavar="N", help="longest response (8192)")
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
 
     from tropd_mcore.cli.server import open_server
     from tropd_mcore.data.chat import Renderer
-    from tropd_mcore.data.prompts import load_prompts
+    from tropd_mcore.data.prompts import load_prompts, read_responses
     from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
     from tropd_mcore.teacher.vocabulary import check_same_vocabulary
     from tropd_mcore.weights.architecture import read_architecture
@@ -42,6 +42,9 @@ def run(options: argparse.Namespace) -> int:
     renderer = Renderer(config.student.path)
     data = config.data.model_copy(update={"teacher_responses": None})
     prompts = load_prompts(data, renderer, seed=config.run.seed).prompts
+    if out.is_file() and {prompt.prompt_id for prompt in prompts} <= read_responses(out, renderer.eos_ids).keys():
+        print(f"{out}: all {len(prompts)} responses are there")
+        return 0
     widths = [read_architecture(path).vocab_size for path in (config.student.path, config.teacher.path)]
     sampling = ResponseSampling(
         max_new_tokens=options.max_new_tokens,
@@ -52,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     )
     server = open_server(
         "teacher",
+        key="teacher.server" if isinstance(config.teacher, SglangTeacherConfig) else "rollout.server",
         model_key="teacher.path",
         model=config.teacher.path,
         config=teacher_server(config),

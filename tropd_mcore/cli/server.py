@@ -11,14 +11,15 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 
 
 def open_server(
-    name: str, *, model_key: str, model: Path, config: ServerConfig, platform: PlatformConfig, logs: Path
+    name: str, *, key: str, model_key: str, model: Path, config: ServerConfig, platform: PlatformConfig, logs: Path
 ) -> SupervisedServer:
     """Return a context manager that starts the server of `config` (or uses its `url`) and stops what it started.
 
-    `name` is the section that holds `config`, for messages and for <logs>/<name>.log. Raises ServerError on entry.
+    `key` is the section that `config` comes from and `model_key` the one of `model`, for messages; the output goes to
+    <logs>/<name>.log. Raises ServerError on entry.
     """
     spec = ServerSpec(
-        key=f"{name}.server",
+        key=key,
         model_key=model_key,
         model_path=model,
         config=config,

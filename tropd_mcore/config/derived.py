@@ -20,7 +20,7 @@ def active_guidance(config: Config) -> GuidanceConfig | None:
 def alpha(step: int, config: Config) -> float:
     """Return the guided fraction of the teacher response at `step` (from 0), in [0, 1]; 0 without guidance.
 
-    Source: TrOPD section 3.3 (annealed to zero with a cosine), spec section 3.1 `guidance.schedule`.
+    Source: TrOPD section 3.3 (annealed to zero with a cosine); docs/method.md, 6.
     """
     guidance = active_guidance(config)
     if guidance is None:
@@ -38,7 +38,7 @@ def prefix_length(response_length: int, step: int, config: Config, *, longest_re
     """Return the number of teacher tokens that one prompt's samples continue.
 
     `response_length` and `longest_response` count tokens without EOS. The result leaves `min_continuation` tokens of
-    the response to the student, and under a shared budget at least as many new tokens. Source: spec sections 2.6, 3.3.
+    the response to the student, and under a shared budget at least as many new tokens. Source: docs/method.md, 5 and 6.
     """
     guidance = active_guidance(config)
     if guidance is None:

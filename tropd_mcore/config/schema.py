@@ -172,7 +172,7 @@ class OutlierConfig(Section):
     topk: PositiveInt = 64
     """Teacher support size k. Source: TrOPD section 4."""
     norm: Literal["truncated", "tail", "renorm", "teacher_renorm"] = "truncated"
-    """Support normalisation of the FKL: spec 2.3 a, b, c, d."""
+    """Support normalisation of the FKL (docs/method.md, 4)."""
     clip_tau: float = math.log(0.3 / 0.7)
     """Log-ratio floor of `clip` and `mask`. Source: REOPOLD, lambda = 0.3."""
 
@@ -215,7 +215,7 @@ class PolicyGradientConfig(Section):
 
 
 class TropdObjective(Section):
-    """TrOPD, spec section 3.3."""
+    """TrOPD, docs/method.md."""
 
     kind: Literal["tropd"] = "tropd"
     trust: TrustConfig = TrustConfig()
@@ -240,9 +240,9 @@ class LossConfig(Section):
     chunk_tokens: PositiveInt = 1024
     """Rows of one chunk of the support kernel; bounds its temporary memory (chunk_tokens x vocabulary shard, fp32)."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Every supervised token of the global batch weighs the same, or every sample does. Source: spec 5.5."""
+    """Every supervised token of the global batch weighs the same, or every sample does."""
     prefix_denominator: Literal["joint", "separate"] = "joint"
-    """Student and prefix tokens share one token count, or each part is divided by its own. Source: spec 6, row 10."""
+    """Student and prefix tokens share one token count, or each part is divided by its own."""
 
 
 class BatchConfig(Section):

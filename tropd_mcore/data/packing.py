@@ -64,7 +64,7 @@ def pack(
     2 * cp_size where cp_size > 1 (zigzag chunks), each pack by one padding sample to `pack_length`, a multiple of
     2 * cp_size * tp_size. Every data rank gets the same number of packs, a multiple of `micro_batch_multiple` (the
     pipeline size for interleaved schedules); packs may be empty (padding only, T = 0).
-    Raises ConfigError where the longest sample does not fit. Source: spec sections 3.2, 3.4, 5.5.
+    Raises ConfigError where the longest sample does not fit. Source: docs/method.md, 7.
     """
     assert all(len(rollout.prompt_ids) > 0 for rollout in rollouts), "a response token needs a token before it"
     sample_multiple = 2 * cp_size if cp_size > 1 else 1
@@ -90,7 +90,7 @@ def row_weights(rollouts: Sequence[Rollout], *, aggregation: str, prefix_denomin
 
     `token_mean` + `joint`: 1. `separate`: the mean over on rows plus the mean over off rows. `sequence_mean`: the mean
     over samples (that have rows) of the mean over their rows. Counts are of the step before any row is left out because
-    the teacher failed on it. Source: spec section 5.5; section 6, row 10.
+    the teacher failed on it. Source: docs/method.md, 7.
     """
     on_counts, off_counts = _row_counts(rollouts)
     parts = [on_counts, off_counts] if prefix_denominator == "separate" else [on_counts + off_counts]

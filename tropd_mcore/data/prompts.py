@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class PromptRecord:
     prompt_id: str
     prompt: str | list[dict[str, str]]
     answer: str | None
+    line: int
 
 
 class PromptSet:
@@ -68,17 +69,21 @@ def load_prompts(config: DataConfig, renderer: Renderer, *, seed: int) -> Prompt
     prompts: list[Prompt] = []
     problems: list[str] = []
     for record in read_prompt_file(config.prompts):
+        where = f"{config.prompts}:{record.line}: prompt {record.prompt_id!r}"
         try:
             token_ids = renderer.prompt_ids(record.prompt)
         except DataError as error:
-            problems.append(f"{config.prompts}: {record.prompt_id}: {error}")
+            problems.append(f"{where}: {error}")
             continue
         if len(token_ids) > config.max_prompt_tokens:
-            problems.append(
-                f"{config.prompts}: {record.prompt_id} has {len(token_ids)} tokens; data.max_prompt_tokens is "
-                f"{config.max_prompt_tokens}"
-            )
+            limit = config.max_prompt_tokens
+            problems.append(f"{where} has {len(token_ids)} tokens but data.max_prompt_tokens is {limit}")
         prompts.append(Prompt(record.prompt_id, token_ids, record.answer, responses.get(record.prompt_id)))
+    if responses and prompts and all(prompt.teacher_response_ids is None for prompt in prompts):
+        problems.append(
+            f"{config.teacher_responses}: none of its {len(responses)} ids is the id of a prompt in {config.prompts}; "
+            "data.teacher_responses belongs to other prompts"
+        )
     _raise_all(problems)
     return PromptSet(prompts, shuffle=config.shuffle, seed=seed)
 
@@ -89,7 +94,7 @@ def read_prompt_file(path: Path) -> list[PromptRecord]:
     problems: list[str] = []
     first_line: dict[str, int] = {}
     for number, line in _lines(path, "data.prompts"):
-        record = _parse(line, _prompt_record)
+        record = _parse(line, partial(_prompt_record, line=number))
         if isinstance(record, str):
             problems.append(f"{path}:{number}: {record}")
         elif record.prompt_id in first_line:
@@ -109,12 +114,17 @@ def read_responses(path: Path, eos_ids: tuple[int, ...]) -> dict[str, IntArray]:
     """Return {prompt id: teacher response without the EOS at its end, int32}. Raises DataError with every problem."""
     responses: dict[str, IntArray] = {}
     problems: list[str] = []
+    first_line: dict[str, int] = {}
     for number, line in _lines(path, "data.teacher_responses"):
         record = _parse(line, _response)
         if isinstance(record, str):
             problems.append(f"{path}:{number}: {record}")
             continue
         prompt_id, ids = record
+        if prompt_id in first_line:
+            problems.append(f"{path}:{number}: id {prompt_id!r} stands in line {first_line[prompt_id]} too")
+            continue
+        first_line[prompt_id] = number
         while ids and ids[-1] in eos_ids:
             ids.pop()
         responses[prompt_id] = np.array(ids, dtype=np.int32)
@@ -148,7 +158,7 @@ def _parse(line: str, convert: Callable[[dict[str, Any]], Any]) -> Any:
     return convert(value)
 
 
-def _prompt_record(value: dict[str, Any]) -> PromptRecord | str:
+def _prompt_record(value: dict[str, Any], line: int) -> PromptRecord | str:
     prompt_id, answer = value.get("id"), value.get("answer")
     if not isinstance(prompt_id, str) or not prompt_id:
         return f"expected a text `id`, found {prompt_id!r}"
@@ -159,7 +169,7 @@ def _prompt_record(value: dict[str, Any]) -> PromptRecord | str:
     prompt: Any = value.get("prompt", value.get("messages"))
     if not (isinstance(prompt, str) or _is_chat(prompt)):
         return f"expected a text `prompt` or `messages` with `role` and `content`, found {str(prompt)[:60]!r}"
-    return PromptRecord(prompt_id, prompt, answer)
+    return PromptRecord(prompt_id, prompt, answer, line)
 
 
 def _is_chat(messages: Any) -> bool:

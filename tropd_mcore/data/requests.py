@@ -26,7 +26,7 @@ def build_requests(
     All samples of a prompt share one prefix; the first alone carries its loss, and none does where
     `objective.guidance.loss` is `none`. Sample ids are `<step>/<prompt id>/<index>`; a prompt that appears twice in a
     step goes on counting, so ids never repeat. `longest_response`: tokens of the longest stored response (`cap` mode).
-    Raises DataError where guidance needs a stored response and the prompt has none. Source: spec 3.3, steps 1-2.
+    Raises DataError where guidance needs a stored response and the prompt has none. Source: docs/method.md, 6.
     """
     guidance = active_guidance(config)
     seen: Counter[str] = Counter()

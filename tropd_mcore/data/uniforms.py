@@ -17,7 +17,7 @@ def trust_uniforms(seed: int, step: int, sample_id: str, count: int) -> FloatArr
     """Return `count` float32 uniforms in [0, 1) for the response tokens of one sample.
 
     The generator is counter-based (Philox) and keyed by a hash of the three names; a longer draw starts with the
-    shorter one. Source: TrOPD section 3.2 (the Bernoulli gate), spec section 3.2 (`trust_u`).
+    shorter one. Source: TrOPD section 3.2 (the Bernoulli gate).
     """
     digest = hashlib.sha256(f"{seed}\n{step}\n{sample_id}".encode()).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))

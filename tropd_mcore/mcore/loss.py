@@ -34,7 +34,7 @@ class LossResult:
     token_count: Tensor
     """scalar int64, rows that count"""
     broken: Tensor
-    """scalar bool: the sum is not finite, or a row that counts has a NaN log-prob (a gate would take it for distrust)"""
+    """scalar bool: the sum is not finite, or a row that counts has a NaN log-prob, which a gate takes for distrust"""
     columns: dict[str, Tensor]
     """[T] each, the columns of `TokenTable` except sample_index, token_index and behav_logp, which the pack has"""
 
@@ -57,7 +57,7 @@ def make_distillation_loss(
     """Return the loss of each micro-batch, `scores[i]` being what the teacher says of micro-batch i.
 
     Rows that the teacher could not score leave the loss and its denominator. Teacher ids that the student's vocabulary
-    does not have (padding rows of a wider teacher) leave the teacher's top-k. Source: spec sections 3.3, 3.4.
+    does not have (padding rows of a wider teacher) leave the teacher's top-k. Source: docs/method.md.
     """
     shard, group = model.shard, model.layout.groups.tp
 
@@ -111,7 +111,7 @@ def check_finite(
     if not at_hand or not bool(torch.stack([result.broken for _, result in at_hand]).any()):
         return
     index, result = next((index, result) for index, result in at_hand if result.broken)
-    where = "no row has a NaN log-prob or an infinite loss: the sum overflowed"
+    where = "its rows are finite, so the sum overflowed or the teacher's top-k is no number"
     columns = {name: result.columns[name].float() for name in ("student_logp", "teacher_logp", "loss")}
     rows = _rows_with_nan(result.columns) | (_counted(result.columns) & ~columns["loss"].isfinite())
     if rows.any():

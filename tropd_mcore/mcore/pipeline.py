@@ -110,8 +110,6 @@ def _forward(model: Model, chunk: torch.nn.Module, micro_batch: MicroBatch) -> T
             qkv_format="thd",
             cu_seqlens_q=micro_batch.cu_seqlens,
             cu_seqlens_kv=micro_batch.cu_seqlens,
-            # The true maximum, never a bound: where it equals the length of the pack, Megatron's rotary embedding
-            # takes the pack for one sample and would count positions across samples.
             max_seqlen_q=micro_batch.max_seqlen,
             max_seqlen_kv=micro_batch.max_seqlen,
         ),

@@ -4,7 +4,7 @@ Not for writing metrics anywhere (see `monitor`). Invariant: a metric without an
 metric depends on the layout, the packing or the micro-batch split, because the table does not.
 
 Throughout, p is the student, q the teacher, r = log q(x) - log p(x) in nats (positive: the teacher likes the token
-more), FKL the top-k forward KL. Source: spec section 3.7.
+more), FKL the top-k forward KL.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLES = "samples"
 STEP = "the step"
 
 EXTREME_LOG_RATIO = -10.0
-"""r (nats) below which a special token points at templates or end tokens that differ. Source: spec 3.7, 5.3."""
+"""r (nats) below which a special token points at templates or end tokens that differ."""
 
 
 @dataclass(frozen=True)

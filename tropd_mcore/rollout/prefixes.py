@@ -27,7 +27,7 @@ PROMPTS_PER_CHUNK = 256
 
 @dataclass(frozen=True)
 class ResponseSampling:
-    """How the teacher answers. Source: spec section 6, row 15 (temperature 1, at most 8192 tokens)."""
+    """How the teacher answers."""
 
     max_new_tokens: int
     temperature: float

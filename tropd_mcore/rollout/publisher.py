@@ -8,13 +8,15 @@ update that stops half-way leaves a label that no sampler expects.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tropd_mcore.errors import GateError, ServerError
 from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.weight_payload import SharedBuffer, by_value, shared_memory_room
 from tropd_mcore.serving.wire import ScoringRequest
 from tropd_mcore.types import FloatArray, IntArray
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 512 * 2**20
-"""Tensor bytes of one request, counted once for each tensor-parallel rank of the server. Source: PERFORMANCE 9.4."""
+"""Tensor bytes of one request."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,27 @@ class PublishReport:
 
 
 class WeightPublisher:
-    """Sends full updates of the tensors in `plan` through `client`."""
+    """Sends full updates of the tensors in `plan` through `client`.
+
+    `transport`: `shared` memory, for a server on this host, or by `value` in the request (see
+    `serving.weight_payload`); None takes shared memory for a server that we started. Where the shared memory is too
+    small for a bucket, weights go by value as well, with a warning.
+    """
 
     def __init__(
         self,
         client: SglangClient,
         plan: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
         *,
+        transport: Literal["shared", "value"] | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._client = client
         self._plan = {name: PlannedTensor(name, tuple(shape), dtype) for name, shape, dtype in plan}
         self._bucket_bytes = bucket_bytes
         assert self._plan, "a plan without tensors"
+        transport = transport or ("shared" if client.same_host else "value")
+        self._buffer = self._shared_buffer() if transport == "shared" else None
 
     def publish(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> PublishReport:
         """Replace all weights of the server by `tensors` (any order, any device) and label them `version`.
@@ -72,9 +82,11 @@ class WeightPublisher:
         """
         started = time.monotonic()
         copies = self._client.info().tensor_parallel
-        update = _Update(self._client, copies=copies, version=version)
+        update = _Update(self._client, self._buffer, copies=copies, version=version)
+        # by value each rank of the server gets its own copy in the request
+        limit = self._bucket_bytes if self._buffer is not None else self._bucket_bytes // copies
         try:
-            for bucket in self._buckets(tensors, self._bucket_bytes // copies):
+            for bucket in self._buckets(tensors, limit):
                 update.send(bucket)
             update.finish()
         finally:
@@ -84,7 +96,7 @@ class WeightPublisher:
             raise ServerError(f"{self._client.key}: the server reports weights {reported!r} after one to {version!r}")
         seconds = time.monotonic() - started
         report = PublishReport(version, len(self._plan), update.bytes_sent / 2**30, update.buckets, seconds)
-        log.info("%s: weights published: %s", self._client.key, report)
+        log.debug("%s: weights published: %s", self._client.key, report)
         return report
 
     def probe(self, token_ids: IntArray) -> FloatArray:
@@ -115,6 +127,21 @@ class WeightPublisher:
                 f"{self._client.key}: two updates with the same {len(self._plan)} tensors left different weights: the "
                 "server has weights that no tensor of the plan sets, so training would sample from a mixture"
             )
+
+    def _shared_buffer(self) -> SharedBuffer | None:
+        largest = max(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._plan.values())
+        total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._plan.values())
+        needed = max(largest, min(self._bucket_bytes, total))
+        if needed <= shared_memory_room():
+            return SharedBuffer()
+        log.warning(
+            "%s: weight updates need %d MiB of /dev/shm but %d are usable; weights go through HTTP by value, about a "
+            "hundred times as slow (docker: --shm-size)",
+            self._client.key,
+            needed >> 20,
+            shared_memory_room() >> 20,
+        )
+        return None
 
     def _buckets(self, tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield checked buckets; the last one comes only after all of the plan was seen."""
@@ -152,10 +179,11 @@ class WeightPublisher:
 class _Update:
     """One update session: opened by the first bucket, so that an early error leaves the server alone."""
 
-    def __init__(self, client: SglangClient, *, copies: int, version: str) -> None:
+    def __init__(self, client: SglangClient, buffer: SharedBuffer | None, *, copies: int, version: str) -> None:
         self.buckets = 0
         self.bytes_sent = 0
         self._client = client
+        self._buffer = buffer
         self._copies = copies
         self._version = version
         self._to_undo: list[Callable[[], None]] = []
@@ -167,7 +195,8 @@ class _Update:
             self._to_undo.append(self._client.resume)
             self._client.begin_weight_update()
             self._to_undo.append(self._client.end_weight_update)
-        self._client.update_weights(bucket, copies=self._copies, version=f"{self._version}:incomplete")
+        pack = by_value if self._buffer is None else self._buffer.payloads
+        self._client.update_weights(pack(bucket, copies=self._copies), version=f"{self._version}:incomplete")
         self.buckets += 1
         self.bytes_sent += sum(tensor.nbytes for _, tensor in bucket)
 

@@ -1,7 +1,8 @@
 """Student continuations from an SGLang server, checked and stamped with the policy that sampled them.
 
-Not for restarting servers (see `engine`). Invariant: a `Rollout` holds exactly the tokens and log-probs that the server
-answered for one weight version, the expected one; a partial answer is asked for again and never completed by us.
+Not for restarting servers (see `serving.supervisor`). Invariant: a `Rollout` holds exactly the tokens and log-probs
+that the server answered for one weight version, the expected one; a partial answer is asked for again and never
+completed by us.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import aiohttp
 import tenacity
@@ -21,9 +21,6 @@ from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.serving import wire
 from tropd_mcore.serving.environment import read_api_key
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +42,8 @@ class _UnreachableError(_PassingError):
 class SglangClient:
     """Talks to the server at `url`. `key` is the section that configures it, for messages (`rollout.server`).
 
-    `alive` tells whether the process of a started server runs; once it does not, nothing is retried.
+    `alive` tells whether the process of a started server runs; once it does not, nothing is retried. Such a server
+    listens on loopback and has no API key; `api_key_env` is for one that runs elsewhere.
     """
 
     def __init__(self, url: str, config: ServerConfig, *, key: str, alive: Callable[[], bool] | None = None) -> None:
@@ -53,6 +51,8 @@ class SglangClient:
         self.key = key
         self.retries = 0
         """Attempts beyond the first, over the client's life."""
+        self.same_host = alive is not None
+        """Whether the server shares this host's memory, as one that we started does."""
         self._config = config
         self._alive = alive
         self._api_key = read_api_key(config.api_key_env, key=f"{key}.api_key_env") if config.url else None
@@ -122,13 +122,13 @@ class SglangClient:
             self._post("/end_weight_update", {}, retry=False)
             self._post("/begin_weight_update", {}, retry=False)
 
-    def update_weights(self, named_tensors: list[tuple[str, Tensor]], *, copies: int, version: str) -> None:
-        """Load full tensors by their Hugging Face names and label the server's weights `version`.
+    def update_weights(self, payloads: list[bytes], *, version: str) -> None:
+        """Load one payload a rank (see `weight_payload`) and label the server's weights `version`; never retried.
 
-        `copies` is the server's tensor-parallel size. The server ignores unknown names and dies of wrong shapes: check
-        both before (see `rollout.publisher`). Raises ServerError where the server refuses.
+        The server ignores unknown names and dies of wrong shapes: check both before (see `rollout.publisher`). Raises
+        ServerError where the server refuses.
         """
-        self._post("/update_weights_from_tensor", wire.weights_body(named_tensors, copies=copies, version=version))
+        self._post("/update_weights_from_tensor", wire.weights_body(payloads, version=version), retry=False)
 
     def end_weight_update(self) -> None:
         """Close the update session."""

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
-import pickle
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
 
 import numpy as np
 
 from tropd_mcore.errors import ServerError
 from tropd_mcore.types import FloatArray, IntArray
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Json = dict[str, object]
 FinishReason = Literal["stop", "length", "abort"]
@@ -131,13 +128,12 @@ def read_generation(answer: object) -> Generation:
     reason = _object(meta.get("finish_reason"), "meta_info.finish_reason").get("type")
     if reason not in ("stop", "length", "abort"):
         raise ServerError(f"SGLang answered finish_reason {reason!r}; expected stop, length or abort")
-    finish_reason = cast(FinishReason, reason)
-    if finish_reason == "abort":
-        return Generation(output_ids, np.zeros(0, np.float32), finish_reason, _weight_versions(meta))
+    if reason == "abort":
+        return Generation(output_ids, np.zeros(0, np.float32), reason, _weight_versions(meta))
     logp = _token_logp(_list(meta, "output_token_logprobs"), output_ids, "output_token_logprobs")
     if not len(output_ids):
         raise ServerError("SGLang answered an empty continuation; expected at least one token")
-    return Generation(output_ids, logp, finish_reason, _weight_versions(meta))
+    return Generation(output_ids, logp, reason, _weight_versions(meta))
 
 
 def read_scores(answer: object, request: ScoringRequest) -> TokenScores:
@@ -179,23 +175,12 @@ def read_server_info(server: object, model: object) -> ServerInfo:
     )
 
 
-def weights_body(named_tensors: list[tuple[str, Tensor]], *, copies: int, version: str) -> bytes:
-    """Return the body of /update_weights_from_tensor: the tensors by value, once for each of `copies` ranks.
-
-    The KV cache is left alone: flush it when all are there. By value because SGLang's own serializer shares file
-    descriptors, which two unrelated processes cannot.
-    """
-    whole = [(name, _storage_of_its_own(tensor)) for name, tensor in named_tensors]
-    payload = base64.b64encode(pickle.dumps(whole, protocol=pickle.HIGHEST_PROTOCOL)).decode()
-    ranks = '","'.join([payload] * copies)
-    assert '"' not in version and "\\" not in version
-    return f'{{"serialized_named_tensors":["{ranks}"],"weight_version":"{version}","flush_cache":false}}'.encode()
-
-
-def _storage_of_its_own(tensor: Tensor) -> Tensor:
-    """A CPU tensor whose pickle holds its own elements and not those of a tensor that it is a slice of."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def weights_body(payloads: list[bytes], *, version: str) -> bytes:
+    """Return the body of /update_weights_from_tensor: one pickle a rank (see `weight_payload`); leaves the KV cache."""
+    encoded = {payload: base64.b64encode(payload).decode() for payload in payloads}
+    ranks = ",".join(f'"{encoded[payload]}"' for payload in payloads)
+    label = json.dumps(version)
+    return f'{{"serialized_named_tensors":[{ranks}],"weight_version":{label},"flush_cache":false}}'.encode()
 
 
 def _token_logp(

@@ -102,7 +102,7 @@ class SglangTeacher:
         """Score all rollouts, restarting a server that died; HTTP and numpy only, to be called on one rank.
 
         Raises TeacherError where a rollout is longer than the teacher's context, where none could be scored, and with
-        on_failure=stop where any could not; ServerDied once the restarts are used up. Source: spec section 3.5 b.
+        on_failure=stop where any could not; ServerDied once the restarts are used up.
         """
         requests = [self._request(rollout) for rollout in rollouts]
         answers = self._answers(requests)

@@ -18,7 +18,6 @@ def check_same_vocabulary(student_folder: Path, teacher_folder: Path) -> None:
     """Return where the two vocabularies agree; the widths (config `vocab_size`) may differ by padding only.
 
     Raises DataError listing the first differences and how many there are, ModelError where a folder lacks its config.
-    Source: spec section 5.3.
     """
     student, teacher = read_vocabulary(student_folder), read_vocabulary(teacher_folder)
     differences = _differences(student, teacher)

@@ -60,7 +60,7 @@ def install() -> None:
     global _active
     assert not torch.cuda.is_available(), "the CPU platform never runs beside a GPU"
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]  # used as device=... only
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
     # Megatron's jit_fuser is torch.compile: on a CPU it costs a C++ build in the first step and gains nothing.
     torch._dynamo.config.disable = True
     _keep_mode_in_backward()

@@ -1,4 +1,4 @@
-"""A real server that dies: in the middle of sampling, at its start, with its parent, and one left by another launch."""
+"""A real server that dies, or should: while it samples, at its start, with its parent, after an earlier launch."""
 
 from __future__ import annotations
 
@@ -22,17 +22,12 @@ from tests.sglang.streams import plan, request, stream
 from tests.sglang.test_sampling import assert_ended_by_itself_or_whole, assert_log_probs
 from tropd_mcore.config.schema import RolloutConfig
 from tropd_mcore.errors import ServerDied, ServerError
-from tropd_mcore.rollout.engine import RolloutEngine
+from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving.process import ServerProcess
+from tropd_mcore.serving.supervisor import SupervisedServer
 
 NEW_TOKENS = (4, 8, 200, 220, 230, 240)
-
-
-def make_engine(folder: Path, run_dir: Path, *, max_restarts: int) -> RolloutEngine:
-    spec = cpu_server(folder, run_dir, max_restarts=max_restarts)
-    return RolloutEngine(
-        spec, RolloutConfig(server=spec.config), plan=plan(folder), eos_ids=(), vocab_size=VOCABULARY, seed=0
-    )
 
 
 def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
@@ -52,32 +47,42 @@ def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
 def test_a_server_killed_while_it_samples_is_restarted_gets_the_weights_again_and_finishes(
     llama_folder: Path, tmp_path: Path, log_softmax: Oracle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    republished = []
-    with make_engine(llama_folder, tmp_path, max_restarts=1) as engine:
-        engine.publish(stream(llama_folder), "v1")
-
-        def republish() -> None:
-            republished.append(engine.publish(stream(llama_folder), "v1"))
-
-        pid = json.loads((tmp_path / "rollout.server.json").read_text())["pid"]
-        requests = [request(f"{i}", [5, 9 + i], new=new) for i, new in enumerate(NEW_TOKENS)]
-        killer = kill_once_some_are_done(pid, tmp_path / "rollout.log")
-        with caplog.at_level(logging.WARNING):
-            rollouts = engine.sample(requests, step=4, expected_version="v1", republish=republish)
+    spec = cpu_server(llama_folder, tmp_path, max_restarts=1)
+    requests = [request(f"{i}", [5, 9 + i], new=new) for i, new in enumerate(NEW_TOKENS)]
+    with SupervisedServer(spec) as server:
+        publisher = WeightPublisher(server.client, plan(llama_folder))
+        config = RolloutConfig(server=spec.config)
+        sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0)
+        publisher.publish(stream(llama_folder), "v1")
+        killer = kill_once_some_are_done(server_pid(tmp_path), tmp_path / "rollout.log")
+        some = sampler.collect(requests, step=4, expected_version="v1")
         killer.join()
-        assert len(republished) == 1 and engine.server.restarts == 1
+        assert some.died is not None and 2 <= len(some.rollouts) < len(requests)
+
+        with caplog.at_level(logging.WARNING):
+            server.recover(some.died)
         assert "was killed by signal 9" in caplog.text and "restart 1 of 1" in caplog.text
-        assert "0 of 6 samples were finished" not in caplog.text
-        for asked, rollout in zip(requests, rollouts, strict=True):
-            assert rollout.sample_id == asked.sample_id
+        with pytest.raises(ServerError, match="has weights 'default'; expected 'v1'"):
+            sampler.collect(requests, step=4, expected_version="v1", found=some)
+        publisher.publish(stream(llama_folder), "v1")
+        whole = sampler.collect(requests, step=4, expected_version="v1", found=some)
+        assert whole.died is None and sorted(whole.rollouts) == [asked.sample_id for asked in requests]
+        for asked in requests:
+            rollout = whole.rollouts[asked.sample_id]
+            assert some.rollouts.get(asked.sample_id, rollout) is rollout
             assert_ended_by_itself_or_whole(rollout, asked.max_new_tokens)
             assert_log_probs(rollout, llama_folder, log_softmax, 1.0)
 
-        pid = json.loads((tmp_path / "rollout.server.json").read_text())["pid"]
-        os.kill(pid, signal.SIGKILL)
+        os.kill(server_pid(tmp_path), signal.SIGKILL)
+        gone = sampler.collect(requests, step=5, expected_version="v1")
+        assert gone.died is not None and not gone.rollouts
         with pytest.raises(ServerDied, match=r"rollout.server.max_restarts=1 are used up"):
-            engine.sample(requests, step=5, expected_version="v1", republish=republish)
-    assert not (tmp_path / "rollout.server.json").exists()
+            server.recover(gone.died)
+    assert not spec.record_path.exists()
+
+
+def server_pid(run_dir: Path) -> int:
+    return int(json.loads((run_dir / "rollout.server.json").read_text())["pid"])
 
 
 def test_the_whole_server_dies_when_its_parent_is_killed_before_it_is_ready(qwen3_folder: Path, tmp_path: Path) -> None:
@@ -167,5 +172,3 @@ def test_a_process_that_only_has_the_recorded_pid_is_left_alone(qwen3_folder: Pa
     finally:
         stranger.kill()
         stranger.wait()
-
-

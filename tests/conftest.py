@@ -1,0 +1,19 @@
+"""What holds for all tests: which tier a folder belongs to, and property tests that try the same examples each time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+MARK_OF_FOLDER = ("sglang", "e2e", "gpu")
+"""Every test below tests/<name> carries the mark <name>."""
+
+settings.register_profile("project", deadline=None, derandomize=True, database=None)
+settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in MARK_OF_FOLDER:
+            if name in item.path.parts:
+                item.add_marker(getattr(pytest.mark, name))

@@ -1,0 +1,119 @@
+"""The evaluation part of the report: accuracies with intervals, and paired differences.
+
+Not for measuring (see `evaluate`). Invariant: a difference is shown with its interval or not at all.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from tropd_mcore.errors import DataError
+from tropd_mcore.evaluation.charts import Hue, Interval, interval_chart
+from tropd_mcore.evaluation.evaluate import EvaluationResult, Score, compare
+from tropd_mcore.evaluation.run_records import RunRecords
+
+_ROLES: tuple[tuple[str, str, Hue], ...] = (
+    ("student.path", "student before", "plain"),
+    ("teacher.path", "teacher", "prefix"),
+)
+"""(setting that names a model folder, what the model is called, its hue)"""
+_READING = (
+    "Filled: greedy, hollow: sampled. Bars are 95 % intervals: Wilson for greedy, normal over prompts for sampled "
+    "answers; adjusted Wald for matched pairs for the differences."
+)
+
+
+def evaluation_section(run: RunRecords) -> str:
+    """Return the section, or what to call where nothing was evaluated."""
+    results = _ordered(run)
+    if not results:
+        call = "tropd eval STUDENT RUN/export --prompts HELD_OUT.jsonl --out RUN/evaluation ..."
+        text = f"No evaluation in this run directory; <code>{call}</code> puts one here."
+        return f'<section><h2>Held-out accuracy</h2><p class="note">{text}</p></section>'
+    chart = interval_chart(_intervals(run, results), description="Held-out accuracy with 95 % intervals")
+    differences = "".join(f"<li>{line}</li>" for line in _differences(run, results))
+    return (
+        '<section><h2>Held-out accuracy</h2><div class="evaluation"><figure>'
+        f'{chart}<p class="reading">{_READING}</p></figure>'
+        f"<div>{_table(run, results)}<ul>{differences}</ul></div></div></section>"
+    )
+
+
+def headline(run: RunRecords) -> tuple[str, str, str] | None:
+    """Return (title, greedy accuracy before and after, counts) where both were evaluated."""
+    results = _ordered(run)
+    before = next((result for result in results if _role(run, result) == _ROLES[0][1]), None)
+    after = next((result for result in reversed(results) if _role(run, result) is None), None)
+    if before is None or after is None:
+        return None
+    counts = f"{before.greedy.correct} and {after.greedy.correct} of {after.greedy.total} held-out, greedy"
+    return "Right answers", f"{before.greedy.accuracy:.1%} → {after.greedy.accuracy:.1%}", counts
+
+
+def _role(run: RunRecords, result: EvaluationResult) -> str | None:
+    """What the run's configuration calls the model; None for one it does not know, such as the export."""
+    for key, name, _ in _ROLES:
+        path = run.settings.get(key)
+        if isinstance(path, str) and Path(path).resolve() == Path(result.model).resolve():
+            return name
+    return None
+
+
+def _name(run: RunRecords, result: EvaluationResult) -> str:
+    return _role(run, result) or f"student after ({Path(result.model).name})"
+
+
+def _hue(run: RunRecords, result: EvaluationResult) -> Hue:
+    return next((hue for _, name, hue in _ROLES if name == _role(run, result)), "trusted")
+
+
+def _ordered(run: RunRecords) -> list[EvaluationResult]:
+    """Before, after, teacher."""
+    order = {_ROLES[0][1]: 0, None: 1, _ROLES[1][1]: 2}
+    return sorted(run.evaluations, key=lambda result: (order[_role(run, result)], result.model))
+
+
+def _intervals(run: RunRecords, results: list[EvaluationResult]) -> list[Interval]:
+    rows = []
+    for result in results:
+        for score, hollow in ((result.greedy, False), (result.sampled, True)):
+            if score is not None:
+                label = f"{_name(run, result)}{', sampled' if hollow else ''}"
+                rows.append(Interval(label, score.accuracy, score.low, score.high, _hue(run, result), hollow))
+    return rows
+
+
+def _differences(run: RunRecords, results: list[EvaluationResult]) -> list[str]:
+    """One line a model that is compared with the first."""
+    lines = []
+    for result in results[1:]:
+        pair = f"{escape(_name(run, result))} - {escape(_name(run, results[0]))}"
+        try:
+            change = compare(results[0], result)
+        except DataError as error:
+            lines.append(f"{pair}: not comparable ({escape(str(error))})")
+            continue
+        lines.append(
+            f"{pair}: greedy <b>{100 * change['difference']:+.1f} points</b> "
+            f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}], paired by prompt"
+        )
+    return lines
+
+
+def _table(run: RunRecords, results: list[EvaluationResult]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(_name(run, result))}</th><td>{_score(result.greedy)}</td><td>{_score(result.sampled)}</td>"
+        f"<td>{result.mean_length:.1f}</td><td>{result.truncated:.1%}</td>"
+        f'<td title="SHA-256 of the weights"><code>{escape(result.weights_sha256[:10])}</code></td></tr>'
+        for result in results
+    )
+    heads = "".join(f"<th>{head}</th>" for head in ("model", "greedy", "sampled", "tokens", "truncated", "weights"))
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _score(score: Score | None) -> str:
+    if score is None:
+        return "not sampled"
+    counts = f"{score.correct} of {score.total}<br>[{score.low:.1%}, {score.high:.1%}]"
+    return f"{score.accuracy:.1%} <small>{counts}</small>"

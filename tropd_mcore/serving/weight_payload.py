@@ -1,0 +1,106 @@
+"""Tensors in the form that `/update_weights_from_tensor` takes: by handle in shared memory, or by value.
+
+Not for deciding what to send (see `rollout.publisher`). By handle needs a server on this host: it then costs one copy
+into /dev/shm, whatever the number of the server's ranks; by value works everywhere and costs base64 in JSON, about a
+hundred times as much. Invariant: what a payload holds is a copy, so that the trainer's own weights are never shared.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from tropd_mcore.errors import ServerError
+
+SHARED_MEMORY = Path("/dev/shm")
+ALIGNMENT = 64
+ROOM_FOR_OTHERS = 0.8
+"""Fraction of the free shared memory that a buffer may take; writing beyond what is there kills the process."""
+
+
+def by_value(named_tensors: list[tuple[str, Tensor]], *, copies: int) -> list[bytes]:
+    """Return one payload for each of `copies` ranks that holds the tensors themselves."""
+    whole = [(name, _storage_of_its_own(tensor)) for name, tensor in named_tensors]
+    return [pickle.dumps(whole, protocol=pickle.HIGHEST_PROTOCOL)] * copies
+
+
+class SharedBuffer:
+    """A piece of shared memory that carries one bucket after the other; grows where a bucket needs more."""
+
+    def __init__(self) -> None:
+        self._bytes: Tensor | None = None
+
+    def payloads(self, named_tensors: list[tuple[str, Tensor]], *, copies: int) -> list[bytes]:
+        """Copy the tensors in and return one payload of handles for each of `copies` ranks.
+
+        Valid until the next call, and each payload for one load: the server must have loaded before. Raises ServerError
+        where the shared memory is too small.
+        """
+        offsets, size = _layout([tensor for _, tensor in named_tensors])
+        buffer = self._reserve(size)
+        views = []
+        for (name, tensor), offset in zip(named_tensors, offsets, strict=True):
+            view = buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            view.copy_(tensor.detach())
+            views.append((name, view))
+        with _shared_by_file_name():
+            return [_pickled(views) for _ in range(copies)]
+
+    def _reserve(self, size: int) -> Tensor:
+        if self._bytes is None or self._bytes.nbytes < size:
+            self._bytes = None
+            room = shared_memory_room()
+            if size > room:
+                raise ServerError(
+                    f"a weight update needs {size >> 20} MiB of {SHARED_MEMORY} but {room >> 20} are usable: "
+                    "enlarge it (docker: --shm-size)"
+                )
+            with _shared_by_file_name():
+                self._bytes = torch.empty(size, dtype=torch.uint8).share_memory_()
+        return self._bytes
+
+
+def shared_memory_room() -> int:
+    """Return the bytes of shared memory that a buffer may take now."""
+    return int(shutil.disk_usage(SHARED_MEMORY).free * ROOM_FOR_OTHERS) if SHARED_MEMORY.is_dir() else 0
+
+
+def _layout(tensors: list[Tensor]) -> tuple[list[int], int]:
+    """Byte offset of each tensor, and the end of the last one."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += (tensor.nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return offsets, max(end, ALIGNMENT)
+
+
+def _pickled(views: list[tuple[str, Tensor]]) -> bytes:
+    stream = io.BytesIO()
+    ForkingPickler(stream, pickle.HIGHEST_PROTOCOL).dump(views)
+    return stream.getvalue()
+
+
+@contextmanager
+def _shared_by_file_name() -> Iterator[None]:
+    """Share by name: the default shares open files, which only a process that we started from Python could receive."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+def _storage_of_its_own(tensor: Tensor) -> Tensor:
+    """A CPU tensor whose pickle holds its own elements and not those of a tensor that it is a slice of."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
