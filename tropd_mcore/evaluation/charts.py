@@ -20,6 +20,8 @@ WIDTH, HEIGHT = 460, 236
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 30
 """Margins of the plot area in the units of the view box."""
 TARGET_TICKS = 5
+OVERSHOOT = 0.1
+"""Part of a tick's spacing that values may lie outside the outermost ticks."""
 SINGLE_POINT_RADIUS = 3
 """A value between two missing ones has no line and is drawn as a point of this radius."""
 
@@ -133,7 +135,7 @@ class _Axis:
                 ticks.append(10 * ticks[0])
         else:
             ticks = _even_ticks(low, high)
-        return _Axis(ticks[0], ticks[-1], tuple(ticks), logarithmic)
+        return _Axis(min(low, ticks[0]), max(high, ticks[-1]), tuple(ticks), logarithmic)
 
     def place(self, value: float) -> float:
         """0 at the low end, 1 at the high end."""
@@ -157,7 +159,7 @@ def _even_ticks(low: float, high: float) -> list[float]:
     rough = (high - low) / TARGET_TICKS
     magnitude = 10.0 ** math.floor(math.log10(rough))
     spacing = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * (1 - 1e-9))
-    first, last = math.floor(low / spacing + 1e-9), math.ceil(high / spacing - 1e-9)
+    first, last = math.floor(low / spacing + OVERSHOOT), math.ceil(high / spacing - OVERSHOOT)
     return [round(index * spacing, 12) for index in range(first, last + 1)]
 
 

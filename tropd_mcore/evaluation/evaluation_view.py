@@ -28,7 +28,7 @@ def evaluation_section(run: RunRecords) -> str:
     """Return the section, or what to call where nothing was evaluated."""
     results = _ordered(run)
     if not results:
-        call = "tropd eval STUDENT RUN/export --prompts HELD_OUT.jsonl --out RUN/evaluation ..."
+        call = "tropd eval CONFIG --prompts HELD_OUT.jsonl --out RUN/evaluation_after.json"
         text = f"No evaluation in this run directory; <code>{call}</code> puts one here."
         return f'<section><h2>Held-out accuracy</h2><p class="note">{text}</p></section>'
     chart = interval_chart(_intervals(run, results), description="Held-out accuracy with 95 % intervals")

@@ -16,7 +16,7 @@ from tropd_mcore.data.chat import Renderer
 from tropd_mcore.errors import DataError
 from tropd_mcore.evaluation.charts import Dash, Hue, Series, format_value, legend_mark, line_chart
 from tropd_mcore.evaluation.evaluation_view import evaluation_section, headline
-from tropd_mcore.evaluation.rollout_view import LEGEND, TokenTexts, rollout_html, shown_samples
+from tropd_mcore.evaluation.rollout_view import LEGEND, TokenTexts, rollout_html, samples_to_show
 from tropd_mcore.evaluation.run_records import LoadRollouts, RunRecords, read_run
 from tropd_mcore.files import publish_text
 
@@ -123,13 +123,14 @@ CHARTS = (
         logarithmic=True,
     ),
     Chart(
-        "Seconds by phase", "s", "Where the time of a step goes.",
+        "Seconds by phase", "s, logarithmic", "Where the time of a step goes; the first one starts the servers.",
         (
             Line("rollout", "time/rollout"),
             Line("teacher", "time/teacher", "prefix", "dashed"),
             Line("forward and backward", "time/forward_backward", "trusted"),
             Line("optimizer", "time/optimizer", "outlier", "dotted"),
         ),
+        logarithmic=True,
     ),
 )  # fmt: skip
 """In the order of the page."""
@@ -179,14 +180,15 @@ def _header(run: RunRecords, name: str) -> str:
 
 
 _TILES = (
-    ("Trusted tokens", "trust/fraction", "{:.1%}"),
-    ("Mean log-ratio", "log_ratio/mean", "{:+.3f}"),
-    ("Right rollouts", "verifier/accuracy", "{:.1%}"),
-    ("Tokens a second", "throughput/tokens_per_second", "{:,.0f}"),
+    ("Trusted tokens", "trust/fraction", "{:.1%}", ""),
+    ("Mean log-ratio", "log_ratio/mean", "{:+.3f}", ", nats"),
+    ("Right rollouts", "verifier/accuracy", "{:.1%}", ", teacher prefix included"),
+    ("Tokens a second", "throughput/tokens_per_second", "{:,.0f}", ""),
 )
+"""(title, metric, format, remark)"""
 
 
-def _change_tile(run: RunRecords, title: str, metric: str, form: str) -> tuple[str, str, str] | None:
+def _change_tile(run: RunRecords, title: str, metric: str, form: str, remark: str) -> tuple[str, str, str] | None:
     """A metric at the start and at the end: means over the first and the last tenth of the steps."""
     values = [value for value in run.series(metric) if value is not None and math.isfinite(value)]
     if not values:
@@ -194,7 +196,7 @@ def _change_tile(run: RunRecords, title: str, metric: str, form: str) -> tuple[s
     count = max(1, len(values) // 10)
     first, last = (sum(part) / count for part in (values[:count], values[-count:]))
     over = "step" if count == 1 else f"{count} steps"
-    return title, f"{form.format(first)} → {form.format(last)}", f"first and last {over}"
+    return title, f"{form.format(first)} → {form.format(last)}", f"first and last {over}{remark}"
 
 
 def _curves(run: RunRecords) -> str:
@@ -243,8 +245,8 @@ def _rollouts(run: RunRecords) -> str:
     token_texts, note = _token_texts(run)
     parts = [LEGEND, note]
     for tokens in run.tokens:
-        parts.append(f"<h3>Step {tokens.step}</h3>")
-        parts += [rollout_html(tokens, sample, token_texts) for sample in shown_samples(tokens, SAMPLES_PER_STEP)]
+        shown = [rollout_html(tokens, sample, token_texts) for sample in samples_to_show(tokens, SAMPLES_PER_STEP)]
+        parts.append(f'<h3>Step {tokens.step}</h3><div class="rollouts">{"".join(shown)}</div>')
     return _section("Rollouts", "".join(parts))
 
 

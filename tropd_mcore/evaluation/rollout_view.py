@@ -29,7 +29,8 @@ LEGEND = (
     '<span class="token trusted" style="--strength:.6">trusted</span> '
     '<span class="token outlier" style="--strength:.8">outlier</span> '
     '<span class="token unscored">not scored</span>'
-    "<span>A stronger colour is a larger |log-ratio|. Point at a token for its numbers.</span></p>"
+    "<span>A stronger colour is a larger |log-ratio|; point at a token for its numbers. "
+    "Of the samples that were kept, those with the most outliers are shown.</span></p>"
 )
 
 
@@ -66,14 +67,13 @@ def rollout_html(tokens: StepTokens, sample: int, token_texts: TokenTexts) -> st
     return f'<figure class="rollout"><figcaption>{_caption(rollout)}</figcaption>{shown}</figure>'
 
 
-def shown_samples(tokens: StepTokens, count: int) -> list[int]:
-    """Return the first `count` samples whose token values were kept, of different prompts where there are as many."""
-    kept = [int(index) for index in np.unique(tokens.table["sample_index"])]
-    first_of_prompt: dict[str, int] = {}
-    for index in kept:
-        first_of_prompt.setdefault(tokens.rollouts[index].prompt_id, index)
-    first = list(first_of_prompt.values())
-    return (first + [index for index in kept if index not in first])[:count]
+def samples_to_show(tokens: StepTokens, count: int) -> list[int]:
+    """Return at most `count` of the samples whose token values were kept: those with the most outliers first."""
+    table = tokens.table
+    on = table["on"].astype(bool)
+    kept, sample_of_row = np.unique(table["sample_index"], return_inverse=True)
+    outliers = np.bincount(sample_of_row[on], weights=1.0 - table["trusted"][on].astype(float), minlength=len(kept))
+    return [int(kept[index]) for index in np.argsort(-outliers, kind="stable")[:count]]
 
 
 def _rows(tokens: StepTokens, sample: int) -> dict[int, _Row]:
