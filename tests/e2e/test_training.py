@@ -107,13 +107,10 @@ def test_the_sglang_teacher_and_the_megatron_teacher_give_the_same_numbers(
     finished_run: Path, settings: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "served"
-    teacher = next(setting for setting in settings if setting.startswith("teacher.path"))
     jobs.run(
         run_dir,
         *settings,
-        teacher,
         "teacher.kind=sglang",
-        "teacher.server.dtype=float32",
         "teacher.server.max_total_tokens=8192",
         "run.steps=1",
         "objective.guidance.total_steps=6",

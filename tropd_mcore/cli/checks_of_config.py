@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 
 from tropd_mcore.cli.findings import Finding
-from tropd_mcore.config.schema import Config, ServerConfig, SglangTeacherConfig
+from tropd_mcore.config.schema import Config, ServerConfig
 
 HEALTH_TIMEOUT_S = 10.0
 
@@ -41,7 +41,7 @@ def files(config: Config) -> Iterator[Finding]:
 def servers(config: Config) -> Iterator[Finding]:
     """Ports of servers to start are free; servers at a URL are healthy."""
     yield from _server("rollout", config.rollout.server)
-    if isinstance(config.teacher, SglangTeacherConfig):
+    if config.teacher.kind == "sglang":
         yield from _server("teacher", config.teacher.server)
 
 

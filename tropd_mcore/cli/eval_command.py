@@ -96,6 +96,7 @@ def _evaluate(model: Path, settings: EvaluationSettings, config: Config, url: st
         key="rollout.server",
         model_key="--model",
         model=model,
+        dtype=config.student.dtype,
         config=config.rollout.server.model_copy(update={"url": url, "port": None}),
         platform=config.platform,
         logs=config.run.dir / "logs",

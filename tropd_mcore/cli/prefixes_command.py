@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tropd_mcore.cli.arguments import add_config_arguments, positive
 from tropd_mcore.config.loader import load
-from tropd_mcore.config.schema import Config, ServerConfig, SglangTeacherConfig
+from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import ConfigError
 
 
@@ -55,9 +55,10 @@ def run(options: argparse.Namespace) -> int:
     )
     server = open_server(
         "teacher",
-        key="teacher.server" if isinstance(config.teacher, SglangTeacherConfig) else "rollout.server",
+        key="teacher.server" if config.teacher.kind == "sglang" else "rollout.server",
         model_key="teacher.path",
         model=config.teacher.path,
+        dtype=config.teacher.dtype,
         config=teacher_server(config),
         platform=config.platform,
         logs=config.run.dir / "logs",
@@ -74,6 +75,6 @@ def run(options: argparse.Namespace) -> int:
 def teacher_server(config: Config) -> ServerConfig:
     """The server that answers for the teacher: its own section, or, for a teacher in the training job, one like the
     students' that is started for this call."""
-    if isinstance(config.teacher, SglangTeacherConfig):
+    if config.teacher.kind == "sglang":
         return config.teacher.server
-    return config.rollout.server.model_copy(update={"url": None, "port": None, "dtype": config.teacher.dtype})
+    return config.rollout.server.model_copy(update={"url": None, "port": None, "dtype": None})

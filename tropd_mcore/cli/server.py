@@ -5,18 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from tropd_mcore.config.schema import PlatformConfig, ServerConfig
+from tropd_mcore.config.schema import Dtype, PlatformConfig, ServerConfig
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 
 
 def open_server(
-    name: str, *, key: str, model_key: str, model: Path, config: ServerConfig, platform: PlatformConfig, logs: Path
+    name: str,
+    *,
+    key: str,
+    model_key: str,
+    model: Path,
+    dtype: Dtype,
+    config: ServerConfig,
+    platform: PlatformConfig,
+    logs: Path,
 ) -> SupervisedServer:
     """Return a context manager that starts the server of `config` (or uses its `url`) and stops what it started.
 
-    `key` is the section that `config` comes from and `model_key` the one of `model`, for messages; the output goes to
-    <logs>/<name>.log. Raises ServerError on entry.
+    `key` is the section that `config` comes from and `model_key` the one of `model`, for messages; `dtype` is used
+    where `config` names none; the output goes to <logs>/<name>.log. Raises ServerError on entry.
     """
     spec = ServerSpec(
         key=key,
@@ -26,6 +34,7 @@ def open_server(
         device=device(platform),
         run_dir=logs,
         name=name,
+        dtype=dtype,
     )
     return SupervisedServer(spec)
 

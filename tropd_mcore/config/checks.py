@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from tropd_mcore.config.derived import active_guidance, longest_sample
-from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig, SglangTeacherConfig
+from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig
 
 MANAGED_SERVER_ARGS = {
     "--model-path": "student.path or teacher.path",
@@ -125,7 +125,7 @@ def _rollout(config: Config) -> Iterator[str]:
 
 def _servers(config: Config) -> Iterator[str]:
     servers = {"rollout.server": config.rollout.server}
-    if isinstance(config.teacher, SglangTeacherConfig):
+    if config.teacher.kind == "sglang":
         servers["teacher.server"] = config.teacher.server
     for key, server in servers.items():
         yield from _server(key, server)

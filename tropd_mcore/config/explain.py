@@ -58,6 +58,8 @@ def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str
         return f": it was renamed; use {renamed[dotted]}"
     known = schema_keys()
     everything = {ancestor for key in known for ancestor in _ancestors(key.split("."))}
+    if dotted in everything:
+        return f": not a key of the chosen {keys[0]}.kind"
     parent = ".".join(keys[:-1])
     siblings = [key for key in everything if key.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.75)

@@ -11,7 +11,7 @@ import yaml
 
 from tropd_mcore.config.derived import active_guidance, alpha, support_size
 from tropd_mcore.config.loader import leaves
-from tropd_mcore.config.schema import Config, ServerConfig, SglangTeacherConfig, TropdObjective
+from tropd_mcore.config.schema import Config, Dtype, ServerConfig, TropdObjective
 
 
 def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
@@ -63,20 +63,20 @@ def _layout(config: Config, world_size: int | None) -> str:
 def _rollouts(config: Config) -> str:
     if config.run.replay is not None:
         return f"replayed from {config.run.replay}, with the teacher's scores where the layout is the same"
-    return _server(config.rollout.server, "started by rank 0 from the student's weights")
+    return _server(config.rollout.server, config.student.dtype, "started by rank 0 from the student's weights")
 
 
-def _server(server: ServerConfig, started: str) -> str:
+def _server(server: ServerConfig, dtype: Dtype, started: str) -> str:
     if server.url is not None:
         return f"SGLang at {server.url}"
     port = "a free port" if server.port is None else f"port {server.port}"
-    return f"SGLang on {port}, {started}, tp {server.tensor_parallel}, {server.dtype}"
+    return f"SGLang on {port}, {started}, tp {server.tensor_parallel}, {server.dtype or dtype}"
 
 
 def _teacher(config: Config) -> str:
     teacher = config.teacher
-    if isinstance(teacher, SglangTeacherConfig):
-        return f"{teacher.path}, scored by {_server(teacher.server, 'started by rank 0')}"
+    if teacher.kind == "sglang":
+        return f"{teacher.path}, scored by {_server(teacher.server, teacher.dtype, 'started by rank 0')}"
     return f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
 
 

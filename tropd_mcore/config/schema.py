@@ -85,8 +85,8 @@ class ServerConfig(Section):
     """Port to start on; None asks the OS for a free one."""
     tensor_parallel: PositiveInt = 1
     """Ranks of the started server."""
-    dtype: Dtype = "bfloat16"
-    """Weights and activations of the started server."""
+    dtype: Dtype | None = None
+    """Weights and activations of the started server; None = those of its model (student.dtype or teacher.dtype)."""
     max_total_tokens: PositiveInt | None = None
     """KV-cache size in tokens; None lets SGLang decide."""
     mem_fraction: Fraction | None = None
@@ -104,29 +104,20 @@ class ServerConfig(Section):
     max_concurrency: PositiveInt = 64
     """Requests in flight from one client."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the API key; the key itself is never in a config."""
+    """Name of the environment variable that holds the API key, only with `url`; the key itself is never in a config."""
 
 
-class MegatronTeacherConfig(Section):
-    kind: Literal["megatron"] = "megatron"
-    """Frozen Megatron model in the training job, sharded like the student."""
+class TeacherConfig(Section):
+    kind: Literal["megatron", "sglang"] = "megatron"
+    """Who scores: a frozen Megatron model in the training job, sharded like the student, or an SGLang server."""
     path: Path
     """Hugging Face folder of the teacher."""
     dtype: Dtype = "bfloat16"
-    """Parameter dtype; log-probs are float32."""
-
-
-class SglangTeacherConfig(Section):
-    kind: Literal["sglang"] = "sglang"
-    """SGLang server that scores with max_new_tokens=0."""
-    path: Path
-    """Hugging Face folder of the teacher: its tokenizer is checked, and the server is started from it."""
+    """Parameters of the teacher; log-probs are float32."""
     server: ServerConfig = ServerConfig()
+    """`sglang` only."""
     on_failure: Literal["mask", "stop"] = "mask"
-    """A sample that could not be scored after all retries: leave it out (counted) or stop the run."""
-
-
-TeacherConfig = Annotated[MegatronTeacherConfig | SglangTeacherConfig, Field(discriminator="kind")]
+    """`sglang` only. A sample that could not be scored after all retries: leave it out (counted) or stop the run."""
 
 
 class DataConfig(Section):
@@ -314,6 +305,8 @@ class GatesConfig(Section):
 
 
 class Config(Section):
+    """The whole file."""
+
     run: RunConfig
     platform: PlatformConfig = PlatformConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -78,7 +78,7 @@ def line_chart(steps: Sequence[int], series: Sequence[Series], *, description: s
 
 def interval_chart(rows: Sequence[Interval], *, description: str) -> str:
     """Return the SVG of proportions in [0, 1] with their intervals, one row each, from top to bottom."""
-    row_height, left, height = 30, 190, 30 * len(rows) + 34
+    row_height, left, height = 30, 204, 30 * len(rows) + 34
 
     def x(value: float) -> float:
         return left + (WIDTH - left - RIGHT - 12) * value

@@ -24,7 +24,7 @@ from typing import Literal
 
 import psutil
 
-from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.config.schema import Dtype, ServerConfig
 from tropd_mcore.errors import ServerError
 from tropd_mcore.files import publish_text
 from tropd_mcore.serving.client import SglangClient
@@ -60,6 +60,8 @@ class ServerSpec:
     run_dir: Path
     """Gets `<name>.log` and `<name>.server.json`."""
     name: str
+    dtype: Dtype = "bfloat16"
+    """Of the model, for a `config` that names none."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
     cpu_threads: int = 1
     """Threads of each rank of a CPU server."""
@@ -139,7 +141,8 @@ class ServerProcess:
         spec, config = self.spec, self.spec.config
         command = [sys.executable, "-m", "tropd_mcore.serving.sglang_launch", "--parent-pid", str(os.getpid())]
         command += ["--model-path", str(spec.model_path), "--host", HOST, "--port", str(self.port)]
-        command += ["--device", spec.device, "--dtype", config.dtype, "--tp-size", str(config.tensor_parallel)]
+        command += ["--device", spec.device, "--dtype", config.dtype or spec.dtype]
+        command += ["--tp-size", str(config.tensor_parallel)]
         if config.max_total_tokens is not None:
             command += ["--max-total-tokens", str(config.max_total_tokens)]
         if config.mem_fraction is not None:

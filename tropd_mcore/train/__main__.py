@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, for example optimizer.learning_rate=1e-5")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     try:
         config, sources = load(options.config, options.overrides)

@@ -18,7 +18,7 @@ BFLOAT16_BOUNDS = (0.25, 2.0)
 
 def sampler_bounds(config: Config) -> tuple[float, float]:
     """(99th percentile, maximum) allowed of |sampler - trainer| log-prob, nats."""
-    exact = config.student.dtype == "float32" and config.rollout.server.dtype == "float32"
+    exact = {config.student.dtype, config.rollout.server.dtype or config.student.dtype} == {"float32"}
     p99, largest = FLOAT32_BOUNDS if exact else BFLOAT16_BOUNDS
     gates = config.gates
     return gates.sampler_logprob_p99 or p99, gates.sampler_logprob_max or largest

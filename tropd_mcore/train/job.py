@@ -11,11 +11,12 @@ import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 from tropd_mcore.config.checks import data_problems, layout_problems
 from tropd_mcore.config.derived import longest_sample
 from tropd_mcore.config.plan import resolved_yaml
-from tropd_mcore.config.schema import Config, ServerConfig, SglangTeacherConfig
+from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.prompts import PromptSet, load_prompts
 from tropd_mcore.errors import ConfigError
@@ -202,27 +203,26 @@ def _check_lengths(site: Site, prompts: PromptSet) -> int:
 def _policy_process(site: Site, cleanup: ExitStack) -> SupervisedServer | None:
     if site.config.run.replay is not None:
         return None
-    return _start_server(site, site.config.rollout.server, name="rollout", cleanup=cleanup)
+    return _start_server(site, "rollout", cleanup)
 
 
 def _teacher_process(site: Site, cleanup: ExitStack) -> SupervisedServer | None:
-    teacher = site.config.teacher
-    if not isinstance(teacher, SglangTeacherConfig):
-        return None
-    return _start_server(site, teacher.server, name="teacher", cleanup=cleanup)
+    return _start_server(site, "teacher", cleanup) if site.config.teacher.kind == "sglang" else None
 
 
-def _start_server(site: Site, config: ServerConfig, *, name: str, cleanup: ExitStack) -> SupervisedServer | None:
-    """Start the server of one section on rank 0, without waiting for it; on other ranks, one that runs elsewhere."""
-    is_rollout = name == "rollout"
+def _start_server(site: Site, name: Literal["rollout", "teacher"], cleanup: ExitStack) -> SupervisedServer | None:
+    """Start the server of a section on rank 0, without waiting for it; on other ranks, None if it is a started one."""
+    served = site.config.student if name == "rollout" else site.config.teacher
+    config = site.config.rollout.server if name == "rollout" else site.config.teacher.server
     spec = ServerSpec(
         key=f"{name}.server",
-        model_key="student.path" if is_rollout else "teacher.path",
-        model_path=site.config.student.path if is_rollout else site.config.teacher.path,
+        model_key="student.path" if name == "rollout" else "teacher.path",
+        model_path=served.path,
         config=config,
         device=site.platform.name,
         run_dir=site.run_dir.logs,
         name=name,
+        dtype=served.dtype,
     )
     server = SupervisedServer(spec) if site.layout.rank == 0 or config.url is not None else None
     with shared_fate(site.layout.groups.control):
@@ -253,8 +253,8 @@ def _policy(site: Site, student: Model, renderer: Renderer, server: SupervisedSe
 def _teacher(site: Site, server: SupervisedServer | None, longest: int) -> Teacher:
     config, layout = site.config, site.layout
     k = topk_of(config.objective)
-    if isinstance(config.teacher, SglangTeacherConfig):
-        return _served_teacher(site, config.teacher, server, longest)
+    if config.teacher.kind == "sglang":
+        return _served_teacher(site, server, longest)
     model = build_model(
         site.teacher, config.parallel, layout, site.platform, dtype=config.teacher.dtype, trainable=False
     )
@@ -262,10 +262,8 @@ def _teacher(site: Site, server: SupervisedServer | None, longest: int) -> Teach
     return MegatronTeacher(model, k=k, chunk_tokens=config.loss.chunk_tokens)
 
 
-def _served_teacher(
-    site: Site, config: SglangTeacherConfig, server: SupervisedServer | None, longest: int
-) -> ServedTeacher:
-    k = topk_of(site.config.objective)
+def _served_teacher(site: Site, server: SupervisedServer | None, longest: int) -> ServedTeacher:
+    config, k = site.config.teacher, topk_of(site.config.objective)
     teacher: SglangTeacher | None = None
     with shared_fate(site.layout.groups.control):
         if server is not None:

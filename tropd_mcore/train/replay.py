@@ -6,6 +6,7 @@ cannot exist (files are published whole); a score file that belongs to other rol
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,5 +115,5 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read {path}: {error}; remove the file to have the step sampled again") from error

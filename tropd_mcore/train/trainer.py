@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from tropd_mcore.config.derived import alpha
 from tropd_mcore.config.schema import Config
@@ -24,7 +22,7 @@ from tropd_mcore.losses.method_table import Objective
 from tropd_mcore.mcore.checkpoint import TrainState, save
 from tropd_mcore.mcore.loss import LossResult, LossSettings, check_finite, make_distillation_loss
 from tropd_mcore.mcore.model import Model
-from tropd_mcore.mcore.optimizer import learning_rate, optimizer_step
+from tropd_mcore.mcore.optimizer import MegatronOptimizer, OptimizerParamScheduler, learning_rate, optimizer_step
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.monitor.monitor import Monitor
