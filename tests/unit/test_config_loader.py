@@ -102,7 +102,7 @@ def test_every_problem_is_reported_at_once_with_its_place(tmp_path):
         "DIR/recipe.yaml:16: run: given twice, first in line 1; keep one",
         "command line: expected section.key=value, found 'nonsense'",
         "command line: run.steps: expected greater than 0, found 0",
-        "command line: teacher.kind: expected one of 'megatron', 'sglang', found 'vllm'",
+        "command line: teacher.kind: expected 'megatron' or 'sglang', found 'vllm'",
         "command line: rollout.beta: unknown key; did you mean objective.guidance.beta?",
         "DIR/recipe.yaml:13: optimizer.beta1: expected less than or equal to 1, found 7",
         "DIR/recipe.yaml:14: optimizer.eps: expected a valid number, unable to parse string as a number, found 'tiny'",
@@ -133,11 +133,14 @@ def test_renamed_keys_lead_to_keys_that_exist_and_do_not_exist_themselves():
         assert new in known and old not in known
 
 
-def test_a_teacher_without_kind_lists_the_kinds(tmp_path):
-    (problem,) = problems(tmp_path, GOOD.replace("  kind: megatron\n", ""))
-    assert (
-        problem == "DIR/recipe.yaml:5: teacher.kind: missing; it has no default, expected one of 'megatron', 'sglang'"
-    )
+def test_an_objective_that_does_not_exist_lists_those_that_do(tmp_path):
+    (problem,) = problems(tmp_path, overrides=["objective.kind=opt"])
+    assert problem == "command line: objective.kind: expected one of 'tropd', 'opd', found 'opt'"
+
+
+def test_a_key_of_another_objective_is_told_to_be_that(tmp_path):
+    (problem,) = problems(tmp_path, overrides=["objective.kind=opd", "objective.outlier.topk=3"])
+    assert problem == "command line: objective.outlier: unknown key: not a key of the chosen objective.kind"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def explain_validation_error(
         if detail["type"].startswith("union_tag"):
             keys.append("kind")
         dotted = ".".join(keys)
-        place = next((places[key] for key in _ancestors(keys) if key in places), name)
+        inside = (place for key, place in places.items() if key.startswith(f"{dotted}."))
+        place = next((places[key] for key in _ancestors(keys) if key in places), next(inside, name))
         lines.append(f"{place}: {_message(dotted, keys, detail, renamed)}")
     return lines
 
@@ -45,9 +46,6 @@ def _message(dotted: str, keys: list[str], detail: Mapping[str, Any], renamed: M
         return f"{dotted}: expected a section with keys, found {found!r}"
     if kind == "union_tag_invalid":
         return f"{dotted}: expected one of {detail['ctx']['expected_tags']}, found {detail['ctx']['tag']!r}"
-    if kind == "union_tag_not_found":
-        kinds = ", ".join(repr(kind) for kind in _variants(_field(keys[:-1])))
-        return f"{dotted}: missing; it has no default, expected one of {kinds}"
     expected = detail["msg"].replace("Input should be ", "expected ").replace("Value error, ", "")
     return f"{dotted}: {expected}, found {found!r}"
 
@@ -94,22 +92,10 @@ def _without_tags(loc: tuple[int | str, ...]) -> list[str]:
     return keys
 
 
-def _field(keys: list[str]) -> FieldInfo:
-    """The field of a section that has variants."""
-    fields = Config.model_fields
-    for key in keys[:-1]:
-        fields = _models(fields[key])[0].model_fields
-    return fields[keys[-1]]
-
-
 def _models(field: FieldInfo) -> list[type[BaseModel]]:
     """The section classes a field can hold: one, its variants, or none for a leaf."""
     candidates = (field.annotation, *get_args(field.annotation))
     return [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
-def _variants(field: FieldInfo) -> list[str]:
-    return [get_args(model.model_fields["kind"].annotation)[0] for model in _models(field)]
 
 
 def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
