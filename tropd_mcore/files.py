@@ -24,7 +24,7 @@ def publish_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise DataError(
@@ -37,8 +37,8 @@ def publish_text(path: Path, text: str) -> None:
     publish_file(path, lambda stream: stream.write(text.encode()))
 
 
-def sync_directory(path: Path) -> None:
-    """Make a rename in `path` durable."""
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

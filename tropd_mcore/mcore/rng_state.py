@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tropd_mcore.errors import ModelError
-from tropd_mcore.weights.publish import fsync_path
+from tropd_mcore.files import sync
 
 _HOST, _DEVICE, _TRACKER = "host", "device", "tracker."
 
@@ -31,7 +31,7 @@ def save_rng(folder: Path, rank: int) -> None:
     states: dict[str, Tensor] = {_HOST: torch.get_rng_state(), _DEVICE: megatron_random._get_cuda_rng_state()}
     states |= {_TRACKER + name: state for name, state in get_cuda_rng_tracker().get_states().items()}
     save_file({name: state.cpu().clone() for name, state in states.items()}, rng_file(folder, rank))
-    fsync_path(rng_file(folder, rank))
+    sync(rng_file(folder, rank))
 
 
 def load_rng(folder: Path, rank: int) -> None:

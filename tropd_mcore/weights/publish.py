@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.files import sync
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield partial
         fsync_tree(partial)
         os.replace(partial, out)
-        fsync_path(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there any more once it was renamed
 
@@ -49,7 +50,7 @@ def replace_folder(fresh: Path, final: Path) -> None:
         if final.exists():
             os.replace(final, replaced)
         os.replace(fresh, final)
-        fsync_path(final.parent)
+        sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"cannot write to {final.parent}: {error.strerror}") from error
@@ -66,14 +67,5 @@ def check_new_folder(out: Path) -> None:
 def fsync_tree(folder: Path) -> None:
     """Flush every file and directory under `folder`, and `folder` itself."""
     for path in sorted(folder.rglob("*")):
-        fsync_path(path)
-    fsync_path(folder)
-
-
-def fsync_path(path: Path) -> None:
-    """Flush one file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)
