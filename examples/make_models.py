@@ -5,11 +5,10 @@
 
     teacher/ student/          Hugging Face folders (Qwen3, float32) with the same tokenizer
     train.jsonl heldout.jsonl  prompts: id, messages, answer
-    teacher_responses.jsonl    what the teacher answers to the training prompts: id, response_ids, finished
     example.json               settings, content hash, measured accuracies and times
 
-Not for training on your own data. Invariants: the folder is whole or absent; a second call with the same settings and
-the same code returns at once.
+Not for training on your own data, nor for teacher responses (`tropd prefixes`). Invariants: the folder is whole or
+absent; a second call with the same settings and the same code returns at once.
 """
 
 from __future__ import annotations
@@ -90,16 +89,6 @@ def _build(folder: Path, settings: ExampleSettings, threads: int) -> dict[str, A
             model, fast_tokenizer, splits.heldout, max_new_tokens=settings.max_response_tokens
         )
         clock.lap("evaluation")
-    responses = models.answer_all(  # by the model of the last round, the teacher
-        model,
-        fast_tokenizer,
-        splits.train,
-        max_new_tokens=settings.max_response_tokens,
-        temperature=settings.teacher_response_temperature,
-        seed=settings.seed,
-    )
-    _write_lines(folder / "teacher_responses.jsonl", _response_lines(responses, fast_tokenizer.eos_token_id))
-    clock.lap("responses")
     return {"greedy_heldout_correct": accuracy, **clock.summary()}
 
 
@@ -116,13 +105,6 @@ def _prompt_id(split: str, number: int) -> str:
 def _prompt_lines(split: str, problems: Iterable[Problem]) -> Iterator[dict[str, Any]]:
     for number, problem in enumerate(problems):
         yield {"id": _prompt_id(split, number), "messages": problem.messages, "answer": problem.answer}
-
-
-def _response_lines(responses: list[list[int]], eos_id: int) -> Iterator[dict[str, Any]]:
-    """The format of `tropd prefixes`: the EOS is not stored."""
-    for number, ids in enumerate(responses):
-        finished = ids[-1] == eos_id
-        yield {"id": _prompt_id("train", number), "response_ids": ids[:-1] if finished else ids, "finished": finished}
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -27,10 +27,10 @@ SETTINGS=(
 )
 
 say "models: a tokenizer, prompts, a teacher and a weaker student ($MODELS)"
-OMP_NUM_THREADS=2 "$PYTHON" -m examples.make_models "$MODELS" "${MAKE[@]}"
+OMP_NUM_THREADS=2 "$PYTHON" -m examples.make_models "$MODELS" --threads 2 "${MAKE[@]}"
 
 say "teacher responses, the prefixes that guide the student"
-tropd prefixes "$CONFIG" "${SETTINGS[@]}" --max-new-tokens 64
+tropd prefixes "$CONFIG" "${SETTINGS[@]}" --max-new-tokens 48
 
 say "accuracy before: the student as it was made"
 tropd eval "$CONFIG" "${SETTINGS[@]}" --model "$MODELS/student" --prompts "$MODELS/heldout.jsonl" \

@@ -53,8 +53,6 @@ class ExampleSettings:
     teacher_training: PretrainSettings
     student: ModelSettings
     student_training: PretrainSettings
-    teacher_response_temperature: float = 1.0
-    """Sampling temperature of the stored teacher responses."""
     max_response_tokens: int = 64
     tokenizer_texts: int = 2000
     """Conversations that the tokenizer is trained on."""
@@ -79,7 +77,7 @@ TINY = ExampleSettings(
     max_digits=3,
     train_prompts=256,
     heldout_prompts=64,
-    teacher=ModelSettings(hidden_size=64, num_layers=3, intermediate_size=128, vocab_size=384, tied=False),
+    teacher=ModelSettings(hidden_size=64, num_layers=4, intermediate_size=128, vocab_size=384, tied=False),
     teacher_training=PretrainSettings(max_steps=340, learning_rate=5e-3, random_slip_rate=0.05),
     student=ModelSettings(hidden_size=48, num_layers=2, intermediate_size=96, vocab_size=320, tied=True),
     student_training=PretrainSettings(max_steps=260, learning_rate=5e-3, forget_carry_from=11),

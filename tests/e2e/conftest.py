@@ -22,23 +22,40 @@ def example() -> Path:
     with (folder.parent / ".tiny.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run(
-            [sys.executable, "-m", "examples.make_models", str(folder), "--tiny"],
+            [sys.executable, "-m", "examples.make_models", str(folder), "--tiny", "--threads", "2"],
             cwd=jobs.REPOSITORY,
             env=jobs.environment(OMP_NUM_THREADS="2"),
+            check=True,
+            timeout=600,
+        )
+        subprocess.run(
+            [
+                *[sys.executable, "-m", "tropd_mcore.cli.main", "prefixes", str(jobs.CONFIG), *paths(folder)],
+                *["--max-new-tokens", "48", f"run.dir={folder / 'prefixes'}"],
+            ],
+            cwd=jobs.REPOSITORY,
+            env=jobs.environment(),
             check=True,
             timeout=600,
         )
     return folder
 
 
-@pytest.fixture(scope="session")
-def settings(example: Path) -> list[str]:
-    """Overrides that turn the quickstart's configuration into a short run of the tiny example."""
+def paths(example: Path) -> list[str]:
+    """Overrides that name the files of an example."""
     return [
         f"student.path={example / 'student'}",
         f"teacher.path={example / 'teacher'}",
         f"data.prompts={example / 'train.jsonl'}",
         f"data.teacher_responses={example / 'teacher_responses.jsonl'}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def settings(example: Path) -> list[str]:
+    """Overrides that turn the quickstart's configuration into a short run of the tiny example."""
+    return [
+        *paths(example),
         f"run.steps={STEPS}",
         "run.checkpoint_every=2",
         "rollout.prompts_per_step=8",

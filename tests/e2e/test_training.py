@@ -13,6 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e import jobs
 from tests.e2e.conftest import STEPS
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -142,6 +146,30 @@ def test_a_server_killed_in_mid_step_is_started_again_and_the_step_is_complete(
         assert rollouts["response_ids_lengths"].min() > 0
     assert "restart 1 of" in run_dir.with_suffix(".log").read_text()
     assert not [server for server in jobs.server_processes(run_dir) if server.status() != "zombie"]
+
+
+def test_the_export_served_by_sglang_gives_the_log_probs_of_transformers(finished_run: Path, tmp_path: Path) -> None:
+    export = finished_run / "export"
+    with np.load(finished_run / "rollouts" / f"step_{STEPS - 1:06d}.npz") as rollouts:
+        count = int(rollouts["prompt_ids_lengths"][0])
+        ids = np.concatenate([rollouts["prompt_ids"][:count], rollouts["response_ids"][:16]])
+    spec = ServerSpec(
+        key="rollout.server",
+        model_key="student.path",
+        model_path=export,
+        config=ServerConfig(dtype="float32", max_total_tokens=4096),
+        device="cpu",
+        run_dir=tmp_path,
+        name="export",
+    )
+    with SupervisedServer(spec) as server:
+        (scores,) = server.client.score([ScoringRequest(ids.astype(np.int32), first=1)])
+    assert isinstance(scores, TokenScores)
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    with torch.no_grad():
+        logp = model(torch.from_numpy(ids)[None].long()).logits[0, :-1].log_softmax(-1)
+    expected = logp.gather(1, torch.from_numpy(ids)[1:, None].long())[:, 0].numpy()
+    np.testing.assert_allclose(scores.logp_N, expected, atol=1e-4)
 
 
 def same_weights(first: Path, second: Path) -> bool:
