@@ -27,7 +27,7 @@ SETTINGS=(
 )
 
 say "models: a tokenizer, prompts, a teacher and a weaker student ($MODELS)"
-OMP_NUM_THREADS=2 "$PYTHON" -m examples.make_models "$MODELS" --threads 2 "${MAKE[@]}"
+"$PYTHON" -m examples.make_models "$MODELS" "${MAKE[@]}"
 
 say "teacher responses, the prefixes that guide the student"
 tropd prefixes "$CONFIG" "${SETTINGS[@]}" --max-new-tokens 48

@@ -1,4 +1,4 @@
-"""Make the two models: Qwen3 from random weights, supervised training on worked answers, sampling from the result.
+"""Make the two models: Qwen3 from random weights, supervised training on worked answers, greedy accuracy.
 
 Not for distillation (that is what the example is an input of). Invariants: everything drawn comes from the seed in the
 settings; a problem that is held out is never trained on.
@@ -99,7 +99,7 @@ def greedy_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, max_new_tokens: int
 ) -> str:
     """`right/all` of the greedy answers, judged by what stands after `####`."""
-    responses = answer_all(model, tokenizer, problems, max_new_tokens=max_new_tokens, temperature=0.0, seed=0)
+    responses = _greedy_responses(model, tokenizer, problems, max_new_tokens)
     texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
     right = [
         text.rpartition("####")[2].strip() == problem.answer for text, problem in zip(texts, problems, strict=True)
@@ -108,31 +108,20 @@ def greedy_accuracy(
 
 
 @torch.no_grad()
-def answer_all(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
+def _greedy_responses(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], max_new_tokens: int
 ) -> list[list[int]]:
-    """One response a problem, EOS included where it came; temperature 0 is greedy."""
-    torch.manual_seed(seed)
+    """One response a problem, padded after its EOS."""
     model.eval()
     prompts = [encode_problem(tokenizer, problem).prompt_ids for problem in problems]
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=(ids != tokenizer.pad_token_id).long(),
-        max_new_tokens=max_new_tokens,
-        **(sampling if temperature > 0 else {"do_sample": False}),
-    )
-    return [_until_eos(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+    mask = (ids != tokenizer.pad_token_id).long()
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+    responses: list[list[int]] = output[:, width:].tolist()
+    return responses
 
 
 def _example_drawer(
@@ -165,7 +154,3 @@ def _right_padded(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]
         ids[row, :stop] = torch.tensor(example.prompt_ids + example.response_ids)
         labels[row, start:stop] = torch.tensor(example.label_ids)
     return ids, labels
-
-
-def _until_eos(ids: list[int], eos_id: int) -> list[int]:
-    return ids[: ids.index(eos_id) + 1] if eos_id in ids else ids

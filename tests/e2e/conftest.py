@@ -22,9 +22,9 @@ def example() -> Path:
     with (folder.parent / ".tiny.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run(
-            [sys.executable, "-m", "examples.make_models", str(folder), "--tiny", "--threads", "2"],
+            [sys.executable, "-m", "examples.make_models", str(folder), "--tiny"],
             cwd=jobs.REPOSITORY,
-            env=jobs.environment(OMP_NUM_THREADS="2"),
+            env=jobs.environment(),
             check=True,
             timeout=600,
         )
