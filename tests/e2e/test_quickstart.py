@@ -1,0 +1,56 @@
+"""The README's first command, shortened: from models to a better student and its report, with real servers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import jobs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+SHORT = ("run.steps=20", "run.checkpoint_every=10", "rollout.prompts_per_step=8")
+MARGIN = 0.10
+"""Rise of the greedy accuracy that 20 steps of the tiny example have to reach (measured: 0.30)."""
+
+
+def quickstart(run_dir: Path) -> str:
+    """Run it; returns what it printed."""
+    done = subprocess.run(
+        ["bash", "examples/quickstart.sh", *SHORT],
+        cwd=jobs.REPOSITORY,
+        env=jobs.environment(QUICKSTART_SIZE="tiny", QUICKSTART_RUN=str(run_dir)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def test_the_quickstart_lifts_the_student_and_a_second_run_does_nothing(example: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "quickstart"
+    printed = quickstart(run_dir)
+    assert "Everything is in" in printed
+    before, after = (json.loads((run_dir / f"evaluation_{when}.json").read_text()) for when in ("before", "after"))
+    assert before["greedy"]["total"] == after["greedy"]["total"] == 64
+    assert after["greedy"]["accuracy"] >= before["greedy"]["accuracy"] + MARGIN, printed[-2000:]
+    report = (run_dir / "report.html").read_text()
+    assert report.count("<svg") >= 7
+    for word in ("trust", "prefix", "entropy", "outlier"):
+        assert word in report.lower()
+
+    weights = (run_dir / "export" / "model.safetensors").stat().st_mtime_ns
+    lines = (run_dir / "metrics.jsonl").read_text()
+    started = time.monotonic()
+    again = quickstart(run_dir)
+    assert time.monotonic() - started < 60, "the second run started a server or trained"
+    assert "is complete: 20 of 20 steps" in again
+    assert (run_dir / "export" / "model.safetensors").stat().st_mtime_ns == weights
+    assert (run_dir / "metrics.jsonl").read_text() == lines
