@@ -20,10 +20,10 @@ from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-SAME_GRADIENT = 1e-5
-"""Relative difference of loss and gradient norm between layouts, float32."""
-SAME_CURVE = 2e-3
-"""The same after several Adam steps, which amplify rounding where gradients are near zero."""
+SAME_STEP = {"rel": 1e-5, "abs": 1e-6}
+"""Difference of loss (nats) and gradient norm between layouts, float32; a loss near 0 is a sum that cancels."""
+SAME_CURVE = {"rel": 5e-3, "abs": 3e-4}
+"""The same after Adam steps, which turn rounding into whole steps where a gradient is near zero."""
 
 
 def test_a_run_leaves_metrics_rollouts_checkpoints_and_an_export_that_transformers_loads(finished_run: Path) -> None:
@@ -101,9 +101,9 @@ def test_the_same_rollouts_give_the_same_curve_at_every_layout(
     jobs.run(run_dir, *settings, *short, f"run.replay={finished_run}", *overrides, ranks=ranks)
     expected, found = jobs.metrics(finished_run)[:3], jobs.metrics(run_dir)
     for name in ("loss/total", "loss/objective", "optimizer/grad_norm"):
-        assert found[0][name] == pytest.approx(expected[0][name], rel=SAME_GRADIENT), name
+        assert found[0][name] == pytest.approx(expected[0][name], **SAME_STEP), name
         for line, reference in zip(found, expected, strict=True):
-            assert line[name] == pytest.approx(reference[name], rel=SAME_CURVE), (name, line["step"])
+            assert line[name] == pytest.approx(reference[name], **SAME_CURVE), (name, line["step"])
     assert [line["optimizer/token_count"] for line in found] == [line["optimizer/token_count"] for line in expected]
 
 
