@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-MARK_OF_FOLDER = ("sglang", "e2e", "gpu")
+MARK_OF_FOLDER = ("sglang", "e2e")
 """Every test below tests/<name> carries the mark <name>."""
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)

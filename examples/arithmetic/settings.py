@@ -77,7 +77,7 @@ TINY = ExampleSettings(
     max_digits=2,
     train_prompts=256,
     heldout_prompts=64,
-    teacher=ModelSettings(hidden_size=64, num_layers=3, intermediate_size=128, vocab_size=384, tied=False),
+    teacher=ModelSettings(hidden_size=64, num_layers=4, intermediate_size=128, vocab_size=384, tied=False),
     teacher_training=PretrainSettings(max_steps=300, learning_rate=5e-3, random_slip_rate=0.05),
     student=ModelSettings(hidden_size=48, num_layers=2, intermediate_size=96, vocab_size=320, tied=True),
     student_training=PretrainSettings(

@@ -140,7 +140,7 @@ def _train(
         )
         Trainer(parts, first_step=first_step, last_step=last_step).fit()
     if last_step == config.run.steps and config.run.export_at_end:
-        export(site, student, last_step)
+        export(site, student, max(first_step, last_step))
 
 
 def export(site: Site, student: Model, step: int) -> None:
