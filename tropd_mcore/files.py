@@ -1,12 +1,14 @@
 """Files that are either whole or absent: written beside their place, flushed to disk, then renamed.
 
+The exception is a file of step records (metrics.jsonl), which grows by a line at a time; here is how it is read.
 Not for directories (see `weights.hf_folder` and `mcore.checkpoint`).
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tropd_mcore.errors import DataError
 
@@ -44,3 +46,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_step_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file in order; a last line cut off by a crash is left out, no file is no lines.
+
+    Raises `DataError` where another line is not one of ours.
+    """
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}:{number}: expected a JSON object with `step`, found {line[:80]!r}") from error
+        records.append(record)
+    return records

@@ -10,8 +10,9 @@ import pytest
 from tests.unit.test_monitor_metrics import make_record
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, DataError
+from tropd_mcore.files import read_step_lines
 from tropd_mcore.monitor.console import COLUMNS, Console
-from tropd_mcore.monitor.jsonl import JsonLines, read, truncate
+from tropd_mcore.monitor.jsonl import JsonLines, truncate
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.monitor.tensorboard import TensorBoard
 from tropd_mcore.monitor.wandb import WeightsAndBiases
@@ -37,7 +38,7 @@ def test_rank_zero_writes_one_json_line_a_step_and_other_ranks_write_nothing(tmp
         monitor.log(0, make_record() if rank == 0 else None)
         monitor.close()
     assert not (tmp_path / "1").exists()
-    (record,) = read(tmp_path / "0" / "metrics.jsonl")
+    (record,) = read_step_lines(tmp_path / "0" / "metrics.jsonl")
     assert record["step"] == 0 and record["guidance/alpha"] == 0.75 and record["engine/corrected"] is None
     assert capsys.readouterr().out.count("\n") == 2
 
@@ -61,7 +62,12 @@ def test_a_resume_drops_the_steps_it_repeats_and_a_line_cut_off_by_a_crash(tmp_p
     path.write_text(path.read_text() + '{"step": 5, "x": 1.')
     resumed = JsonLines(path, 3)
     resumed.write(3, {"x": -1.0})
-    assert [(record["step"], record["x"]) for record in read(path)] == [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, -1.0)]
+    assert [(record["step"], record["x"]) for record in read_step_lines(path)] == [
+        (0, 0.0),
+        (1, 1 / 3),
+        (2, 2 / 3),
+        (3, -1.0),
+    ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -84,7 +90,7 @@ def test_a_damaged_line_is_an_error_with_its_number(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected a JSON object with `step`"):
-        read(path)
+        read_step_lines(path)
 
 
 def test_console_lines_are_aligned_and_the_header_comes_back_every_twenty_lines():

@@ -6,7 +6,6 @@ part that is there and damaged is a DataError.
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import yaml
 
 from tropd_mcore.errors import DataError
 from tropd_mcore.evaluation.evaluate import EvaluationResult, load_result
+from tropd_mcore.files import read_step_lines
 from tropd_mcore.types import Rollout, TokenTable
 
 LoadRollouts = Callable[[Path], list[Rollout]]
@@ -62,7 +62,7 @@ def read_run(run_dir: Path, load_rollouts: LoadRollouts, *, token_steps: int) ->
     config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
     return RunRecords(
         root=run_dir,
-        metrics=_read_metrics(run_dir / "metrics.jsonl"),
+        metrics=read_step_lines(run_dir / "metrics.jsonl"),
         settings=_flat(_read_yaml(config_text, config)),
         config_text=config_text,
         evaluations=[load_result(path) for path in evaluation_files(run_dir)],
@@ -73,21 +73,6 @@ def read_run(run_dir: Path, load_rollouts: LoadRollouts, *, token_steps: int) ->
 def evaluation_files(run_dir: Path) -> list[Path]:
     """Return the results of `tropd eval` in a run directory: evaluation_*.json and evaluation/*.json."""
     return sorted(run_dir.glob("evaluation_*.json")) + sorted(run_dir.glob("evaluation/*.json"))
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The finished lines of metrics.jsonl; what follows the last newline was cut off by a crash."""
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            record["step"] = int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}:{number}: expected a JSON object with `step`, found {line[:80]!r}") from error
-        records.append(record)
-    return records
 
 
 def _read_tokens(run_dir: Path, load_rollouts: LoadRollouts, count: int) -> list[StepTokens]:

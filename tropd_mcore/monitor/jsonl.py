@@ -11,10 +11,8 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from tropd_mcore.errors import DataError
-from tropd_mcore.files import publish_text
+from tropd_mcore.files import publish_text, read_step_lines
 
 
 class JsonLines:
@@ -37,30 +35,11 @@ class JsonLines:
         """Nothing to close: each line opens and closes the file."""
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file in order; a last line cut off by a crash is left out.
-
-    Raises DataError where another line is not one of ours.
-    """
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
-        try:
-            record = json.loads(line)
-            record["step"] = int(record["step"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number}: expected a JSON object with `step`, found {line[:80]!r}") from error
-        records.append(record)
-    return records
-
-
 def truncate(path: Path, step: int) -> None:
     """Keep the lines before `step` (and drop a cut-off last line); the file is replaced as a whole or not at all."""
     if not path.exists():
         return
-    kept = [record for record in read(path) if record["step"] < step]
+    kept = [record for record in read_step_lines(path) if record["step"] < step]
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
     if text != path.read_text(encoding="utf-8"):
         publish_text(path, text)
