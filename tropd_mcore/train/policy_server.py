@@ -70,11 +70,6 @@ class PolicyServer:
                 return [found.rollouts[request.sample_id] for request in requests]
             self._recover(died)
 
-    def close(self) -> None:
-        """Stop the server where we started it; safe to call more than once."""
-        if self._server is not None:
-            self._server.stop()
-
     def _collect(self, requests: list[SampleRequest], step: int, version: str, found: Collected) -> Collected:
         assert self._sampler is not None
         return self._sampler.collect(requests, step=step, expected_version=version, found=found)
