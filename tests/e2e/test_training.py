@@ -130,6 +130,27 @@ def test_the_sglang_teacher_and_the_megatron_teacher_give_the_same_numbers(
     assert found["optimizer/grad_norm"] == pytest.approx(expected["optimizer/grad_norm"], rel=1e-4)
 
 
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
+    finished_run: Path, settings: list[str], example: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "own"
+    jobs.run(
+        run_dir,
+        *settings,
+        f"teacher.path={example / 'student'}",
+        "objective.guidance.loss=none",
+        "objective.guidance.total_steps=6",
+        "run.steps=1",
+        "run.export_at_end=false",
+        f"run.replay={finished_run}",
+    )
+    (line,) = jobs.metrics(run_dir)
+    assert line["trust/fraction"] == 1.0
+    assert abs(line["log_ratio/mean"]) < 1e-6
+    assert line["trust/tv"] < 1e-6
+    assert line["optimizer/grad_norm"] < 1e-4  # rounding; 0.01 to 3 with the real teacher
+
+
 def test_a_server_killed_in_mid_step_is_started_again_and_the_step_is_complete(
     settings: list[str], tmp_path: Path
 ) -> None:
