@@ -310,6 +310,20 @@ def test_teacher_responses_survive_an_interruption(serve: Callable[..., Scripted
     assert [line["finished"] for line in lines] == [False, True, True]
 
 
+def test_a_teacher_response_is_cut_before_an_id_that_is_no_token(
+    serve: Callable[..., Scripted], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [Prompt("p", np.array([3], np.int32), None, None)]
+    sampling = ResponseSampling(max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50)
+    out = tmp_path / "responses.jsonl"
+    report = generate_responses(
+        make_client(serve(generation([7, 60, 8, 2], reason="stop")).url), prompts, out, sampling
+    )
+    assert report.finished == 0
+    assert json.loads(out.read_text()) == {"id": "p", "response_ids": [7], "finished": False}
+    assert "cut before id 60" in caplog.text
+
+
 class Restarting:
     """A supervised server that is gone until it is recovered, at most `restarts` times."""
 

@@ -35,8 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from tropd_mcore.data.chat import Renderer
     from tropd_mcore.data.prompts import load_prompts, read_responses
     from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
-    from tropd_mcore.teacher.vocabulary import check_same_vocabulary
-    from tropd_mcore.weights.architecture import read_architecture
+    from tropd_mcore.teacher.vocabulary import check_same_vocabulary, read_vocabulary
 
     check_same_vocabulary(config.student.path, config.teacher.path)
     renderer = Renderer(config.student.path)
@@ -45,13 +44,12 @@ def run(options: argparse.Namespace) -> int:
     if out.is_file() and {prompt.prompt_id for prompt in prompts} <= read_responses(out, renderer.eos_ids).keys():
         print(f"{out}: all {len(prompts)} responses are there")
         return 0
-    widths = [read_architecture(path).vocab_size for path in (config.student.path, config.teacher.path)]
     sampling = ResponseSampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         eos_ids=tuple(sorted({*renderer.eos_ids, *Renderer(config.teacher.path).eos_ids})),
-        vocab_size=min(widths),
+        vocab_size=max(read_vocabulary(config.student.path).values()) + 1,
     )
     server = open_server(
         "teacher",
@@ -67,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         report = generate_responses(server.client, prompts, out, sampling)
     print(
         f"{out}: {report.prompts} responses, {report.sampled} sampled now, {report.finished} ended by themselves, "
-        f"{report.prompts - report.finished} were cut at {options.max_new_tokens} tokens"
+        f"{report.prompts - report.finished} were cut (longest {options.max_new_tokens} tokens)"
     )
     return 0
 

@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tropd_mcore.errors import DataError, ServerError
 from tropd_mcore.files import publish_text
 from tropd_mcore.rollout.sampler import check_ids
@@ -34,11 +36,13 @@ class ResponseSampling:
     top_p: float
     eos_ids: tuple[int, ...]
     vocab_size: int
+    """Ids that are tokens. A teacher whose embedding is padded can sample others: its response is cut before them."""
 
 
 @dataclass(frozen=True)
 class ResponseReport:
-    """What a call did; `finished` responses ended by themselves, the others at max_new_tokens."""
+    """What a call did; `finished` responses ended by themselves, the others at max_new_tokens or before an id
+    that is no token."""
 
     prompts: int
     sampled: int
@@ -94,13 +98,17 @@ def _sample(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampl
             raise answer
         if answer.finish_reason == "abort":
             raise ServerError(f"{client.key}: the response to prompt {prompt.prompt_id!r} was aborted; run it again")
-        lines[prompt.prompt_id] = _line(prompt, answer)
+        lines[prompt.prompt_id] = _line(prompt, answer, sampling.vocab_size)
     return lines
 
 
-def _line(prompt: Prompt, answer: Generation) -> str:
+def _line(prompt: Prompt, answer: Generation, vocab_size: int) -> str:
     finished = answer.finish_reason == "stop"
     ids = answer.output_ids[:-1] if finished else answer.output_ids
+    no_tokens = np.flatnonzero(ids >= vocab_size)
+    if len(no_tokens):
+        log.warning("prompt %r: response cut before id %d, which is no token", prompt.prompt_id, ids[no_tokens[0]])
+        ids, finished = ids[: no_tokens[0]], False
     return json.dumps({"id": prompt.prompt_id, "response_ids": ids.tolist(), "finished": finished})
 
 

@@ -16,7 +16,8 @@ from tropd_mcore.config.loader import load
 from tropd_mcore.config.plan import plan
 from tropd_mcore.errors import TropdError
 
-ECHO_DELAY_S = 5.0
+ECHO_DELAY_S = 30.0
+"""Longer than rank 0 needs to stop its servers and end with the message."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from tropd_mcore.mcore.platform import Platform, choose
 from tropd_mcore.mcore.weights_io import iterate_hf, load_hf
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.rollout.publisher import WeightPublisher
-from tropd_mcore.rollout.sampler import SglangSampler
+from tropd_mcore.rollout.sampler import SglangSampler, check_ids
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.megatron import MegatronTeacher
@@ -81,7 +81,7 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
             on_rank_zero(lambda: check_same_vocabulary(config.student.path, config.teacher.path), layout.groups.control)
         renderer = Renderer(config.student.path)
         prompts = load_prompts(config.data, renderer, seed=config.run.seed)
-        longest = _check_lengths(site, prompts)
+        longest = _check_data(site, prompts)
         first_step = _first_step(site)
         exported = not config.run.export_at_end or site.run_dir.exported_at() == first_step
         if first_step >= config.run.steps and exported:
@@ -180,9 +180,17 @@ def _first_step(site: Site) -> int:
     return on_rank_zero(steps_done, site.layout.groups.control)
 
 
-def _check_lengths(site: Site, prompts: PromptSet) -> int:
-    """The most tokens a sample of this run can have. Raises ConfigError where packs or models are too short for it."""
+def _check_data(site: Site, prompts: PromptSet) -> int:
+    """The most tokens a sample of this run can have.
+
+    Raises ConfigError where packs or models are too short for it, DataError where an id is not in the vocabulary.
+    """
     config = site.config
+    for prompt in prompts.prompts:
+        check_ids(prompt.token_ids, site.student.vocab_size, what=f"prompt {prompt.prompt_id!r} of data.prompts")
+        if prompt.teacher_response_ids is not None:
+            what = f"the response to {prompt.prompt_id!r} in data.teacher_responses"
+            check_ids(prompt.teacher_response_ids, site.student.vocab_size, what=what)
     lengths = {"longest_prompt": prompts.longest_prompt, "longest_response": prompts.longest_response}
     problems = data_problems(config, **lengths)
     longest = longest_sample(config, **lengths)
