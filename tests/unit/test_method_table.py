@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.unit.test_objectives import Batch
+from tropd_mcore.config.derived import support_size
 from tropd_mcore.config.schema import (
     GuidanceConfig,
     ObjectiveConfig,
@@ -15,7 +16,7 @@ from tropd_mcore.config.schema import (
     TropdObjective,
     TrustConfig,
 )
-from tropd_mcore.losses.method_table import OBJECTIVES, bind_objective, topk_of
+from tropd_mcore.losses.method_table import OBJECTIVES, bind_objective
 from tropd_mcore.losses.objectives import tropd
 
 
@@ -68,7 +69,7 @@ def test_guidance_that_is_off_has_no_loss_on_prefix_tokens() -> None:
     ("config", "topk"), [(TropdObjective(outlier=OutlierConfig(topk=7)), 7), (OpdObjective(topk=9), 9)]
 )
 def test_topk_comes_from_the_section_of_the_kind(config: ObjectiveConfig, topk: int) -> None:
-    assert topk_of(config) == topk
+    assert support_size(config) == topk
 
 
 def test_every_kind_of_the_schema_has_an_objective() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from tropd_mcore.config.schema import Config, GuidanceConfig, ParallelConfig, TropdObjective
+from tropd_mcore.config.schema import Config, GuidanceConfig, ObjectiveConfig, ParallelConfig, TropdObjective
 from tropd_mcore.errors import ConfigError
 
 
@@ -54,9 +54,8 @@ def prefix_length(response_length: int, step: int, config: Config, *, longest_re
     return max(0, min(wanted, allowed))
 
 
-def support_size(config: Config) -> int:
-    """Return k, the number of teacher candidates a token that are scored."""
-    objective = config.objective
+def support_size(objective: ObjectiveConfig) -> int:
+    """Return k, the number of teacher candidates a token that are scored (objective.outlier.topk; of `opd`: .topk)."""
     return objective.outlier.topk if isinstance(objective, TropdObjective) else objective.topk
 
 

@@ -81,7 +81,7 @@ def _teacher(config: Config) -> str:
 
 
 def _objective(config: Config) -> str:
-    objective, k = config.objective, support_size(config)
+    objective, k = config.objective, support_size(config.objective)
     if not isinstance(objective, TropdObjective):
         return f"opd: every token trusted, top-{k} of the teacher for the metrics"
     outlier = objective.outlier

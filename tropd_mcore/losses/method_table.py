@@ -21,11 +21,6 @@ def bind_objective(objective: ObjectiveConfig) -> Objective:
     return OBJECTIVES[objective.kind](objective)
 
 
-def topk_of(objective: ObjectiveConfig) -> int:
-    """Teacher top-k tokens that the objective looks at (objective.outlier.topk; objective.topk of `opd`)."""
-    return objective.topk if isinstance(objective, OpdObjective) else objective.outlier.topk
-
-
 def _bind_tropd(objective: TropdObjective) -> Objective:
     trust, outlier, guidance = objective.trust, objective.outlier, objective.guidance
     return partial(

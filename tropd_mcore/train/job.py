@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tropd_mcore.config.checks import data_problems, layout_problems
-from tropd_mcore.config.derived import longest_sample
+from tropd_mcore.config.derived import longest_sample, support_size
 from tropd_mcore.config.plan import resolved_yaml
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.prompts import PromptSet, load_prompts
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
-from tropd_mcore.losses.method_table import bind_objective, topk_of
+from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.checkpoint import TrainState, load
 from tropd_mcore.mcore.checkpoint_info import latest
 from tropd_mcore.mcore.dry_run import dry_run
@@ -118,7 +118,7 @@ def _train(
     if config.gates.longest_sequence and first_step < last_step:
         dry_run(
             student, objective, loss_settings(config),
-            tokens_per_micro_batch=config.batch.tokens_per_micro_batch, k=topk_of(config.objective),
+            tokens_per_micro_batch=config.batch.tokens_per_micro_batch, k=support_size(config.objective),
         )  # fmt: skip
     if first_step < last_step:
         policy = _policy(site, student, renderer, policy_process) if config.run.replay is None else None
@@ -260,7 +260,7 @@ def _policy(site: Site, student: Model, renderer: Renderer, server: SupervisedSe
 
 def _teacher(site: Site, server: SupervisedServer | None, longest: int) -> Teacher:
     config, layout = site.config, site.layout
-    k = topk_of(config.objective)
+    k = support_size(config.objective)
     if config.teacher.kind == "sglang":
         return _served_teacher(site, server, longest)
     model = build_model(
@@ -271,7 +271,7 @@ def _teacher(site: Site, server: SupervisedServer | None, longest: int) -> Teach
 
 
 def _served_teacher(site: Site, server: SupervisedServer | None, longest: int) -> ServedTeacher:
-    config, k = site.config.teacher, topk_of(site.config.objective)
+    config, k = site.config.teacher, support_size(site.config.objective)
     teacher: SglangTeacher | None = None
     with shared_fate(site.layout.groups.control):
         if server is not None:
