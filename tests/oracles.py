@@ -103,6 +103,8 @@ class Token:
     """One supervised token: the distributions at its position, and what was drawn there."""
 
     z: Array
+    old_z: Array
+    """the student's logits before the first update, from which x was drawn"""
     log_q: Array
     x: int
     u: float
@@ -122,6 +124,19 @@ class TokenResult:
     trusted: float
     log_ratio: float
     divergence: float
+    ratio: float
+    clipped: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy-gradient loss of one sampled token."""
+
+    loss: float
+    slope: float
+    """d loss / d log p(x)"""
+    ratio: float
+    clipped: float
 
 
 def trust(log_ratio: float, mode: str, u: float, threshold: float) -> float:
@@ -150,25 +165,45 @@ def engine_weight(logp: float, behav_logp: float, settings: dict[str, Any]) -> f
     return 0.0 if trainer - sampler < settings["mask_below"] else 1.0
 
 
+def policy(advantage: float, logp: float, anchor_logp: float, settings: dict[str, Any]) -> Policy:
+    """By cases: with A > 0 a ratio above the band is held, with A < 0 one below it, or above the dual clip."""
+    if settings["ratio"] == "none":
+        return Policy(-advantage * logp, -advantage, 1.0, 0.0)
+    w = math.exp(logp - anchor_logp)
+    free = Policy(-advantage * w, -advantage * w, w, 0.0)
+    if settings["ratio"] == "importance":
+        return free
+    assert settings["ratio"] == "ppo_clip"
+    low, high, dual = 1.0 - settings["clip_low"], 1.0 + settings["clip_high"], settings["dual_clip"]
+    if advantage > 0 and w > high:
+        return Policy(-advantage * high, 0.0, w, 1.0)
+    if advantage < 0 and w < low:
+        return Policy(-advantage * low, 0.0, w, 1.0)
+    if advantage < 0 and dual is not None and w > dual:
+        return Policy(-advantage * dual, 0.0, w, 1.0)
+    return free
+
+
 def tropd_token(token: Token, k: int, settings: dict[str, Any]) -> TokenResult:
-    """Loss and gradient of one token, by cases; `settings` has the keywords of the objective."""
+    """Loss and gradient of one token, by cases; `settings` has the keywords of the objective and of its policy."""
     vocabulary = len(token.z)
-    log_p = log_softmax(token.z)
+    log_p, old_log_p = log_softmax(token.z), log_softmax(token.old_z)
     p = np.exp(log_p)
     ids = top_ids(token.log_q, k)
     fkl = forward_kl(token.log_q, log_p, ids, settings["outlier_norm"])
     fkl_gradient = forward_kl_gradient(token.log_q, log_p, ids, settings["outlier_norm"])
-    r = float(token.log_q[token.x] - log_p[token.x])
-    minus_log_p_gradient = np.array([p[v] - (1.0 if v == token.x else 0.0) for v in range(vocabulary)])
+    r = float(token.log_q[token.x] - old_log_p[token.x])
+    log_p_gradient = np.array([(1.0 if v == token.x else 0.0) - p[v] for v in range(vocabulary)])
 
     if token.origin == "none":
-        return TokenResult(0.0, np.zeros(vocabulary), 0.0, 0.0, 0.0, r, math.nan)
+        return TokenResult(0.0, np.zeros(vocabulary), 0.0, 0.0, 0.0, r, math.nan, 1.0, 0.0)
     if token.origin == "prefix":
         beta, loss = settings["beta"], settings["prefix_loss"]
-        advantage = {"nll": beta, "scalar_adv": beta * (log_p[token.x] - token.log_q[token.x])}.get(loss, 0.0)
+        advantage = {"nll": beta, "scalar_adv": beta * (old_log_p[token.x] - token.log_q[token.x])}.get(loss, 0.0)
         divergence_weight = beta if loss == "topk_fkl" else 0.0
         value = {"nll": beta * r, "scalar_adv": beta * r, "topk_fkl": beta * fkl, "none": 0.0}[loss]
         trusted = 0.0
+        sampled = Policy(-advantage * float(log_p[token.x]), -advantage, 1.0, 0.0)
     else:
         reward, clip = r, settings["advantage_clip"]
         if clip is not None:
@@ -188,13 +223,16 @@ def tropd_token(token: Token, k: int, settings: dict[str, Any]) -> TokenResult:
         elif mode == "clip":
             advantage += outlier * settings["clip_tau"]
         value = -advantage + divergence_weight * fkl
-        advantage *= engine_weight(float(log_p[token.x]), token.behav_logp, settings)
+        advantage *= engine_weight(float(old_log_p[token.x]), token.behav_logp, settings)
+        sampled = policy(advantage, float(log_p[token.x]), float(old_log_p[token.x]), settings)
     return TokenResult(
-        surrogate=token.weight * (-advantage * float(log_p[token.x]) + divergence_weight * fkl),
-        gradient=token.weight * (advantage * minus_log_p_gradient + divergence_weight * fkl_gradient),
+        surrogate=token.weight * (sampled.loss + divergence_weight * fkl),
+        gradient=token.weight * (sampled.slope * log_p_gradient + divergence_weight * fkl_gradient),
         value=value,
         advantage=advantage,
         trusted=trusted,
         log_ratio=r,
         divergence=fkl,
+        ratio=sampled.ratio,
+        clipped=sampled.clipped,
     )

@@ -30,7 +30,7 @@ import torch.distributed as dist
 DEFAULT_TIMEOUT_S = 120.0
 GRACE_S = 5.0
 """Time the other ranks have to end after the first failure, before they are killed."""
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1"}
 
 
 def run_on_ranks(
@@ -75,7 +75,7 @@ def _start_worker() -> _Worker:
     os.close(handle)
     process = context.Process(target=_serve, args=(theirs, stack_file), daemon=True)
     saved = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
-    os.environ.update(WORKER_ENVIRONMENT)  # read by OpenMP and gloo when the child loads them
+    os.environ.update(WORKER_ENVIRONMENT)  # read by OpenMP, gloo and Triton when the child loads them
     try:
         process.start()
     finally:

@@ -33,8 +33,8 @@ step "ruff check" "$bin/ruff" check .
 step "ruff format" "$bin/ruff" format --check .
 step "mypy" "$bin/mypy"
 step "layers" "$bin/lint-imports" --no-cache
-step "fast tests" "$bin/python" -m pytest -n "$WORKERS" --dist loadfile -m "not slow and not sglang and not e2e"
+step "fast tests" "$bin/python" -m pytest -n "$WORKERS" --dist loadfile --ignore tests/gpu -m "not slow and not sglang and not e2e"
 if [[ "$TIER" == full ]]; then
-  step "full tests" "$bin/python" -m pytest -m "slow or sglang or e2e"
+  step "full tests" "$bin/python" -m pytest --ignore tests/gpu -m "slow or sglang or e2e"
 fi
 echo "== all: $SECONDS s"

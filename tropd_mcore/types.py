@@ -1,12 +1,13 @@
 """The values that travel between the parts of one training step; each is frozen and made once.
 
-Prompt -> Rollout -> MicroBatch (+ TeacherScores) -> TokenTable -> metrics.
+Prompt -> Rollout -> MicroBatch (+ StudentPass, TeacherScores, RowContext) -> TokenTable -> metrics.
 
 Per-sample arrays are numpy on the host. Per-token tensors of a `MicroBatch` are torch. A *row* is a position whose
 next token is supervised: `rows` lists those positions, and everything the loss sees has one entry a row, indexed by
 the *predicted* token. The shift by one is done once, in `data.packing`, before any context-parallel split.
 
-Shapes: S samples in a pack, P positions on this context-parallel rank, T rows on this rank, K teacher top-k.
+Shapes: S samples in a pack, P positions on this context-parallel rank, T rows on this rank, K teacher top-k, L student
+top-k, D hidden size of the teacher.
 """
 
 from __future__ import annotations
@@ -121,15 +122,61 @@ class TeacherScores:
     """float32 [T], full-vocabulary entropy, nats; None where the scorer cannot give it"""
     scored_T: Tensor
     """bool [T], False where the teacher failed on the sample: those rows leave the loss and its denominator"""
+    own_logp_TL: Tensor | None = None
+    """float32 [T, L], true log q of the student's own candidates, -inf where the teacher's vocabulary lacks the id;
+    None where the scorer was not asked for them"""
+    hidden_TD: Tensor | None = None
+    """[T, D] in the teacher's dtype, input of its output layer; a teacher in this process and objectives over the whole
+    vocabulary only, never stored on disk"""
+
+
+@dataclass(frozen=True)
+class StudentPass:
+    """What the student says of the rows of one `MicroBatch` before the first update on the rollout batch.
+
+    On the last pipeline stage, without gradients, at the rollout temperature.
+    """
+
+    logp_T: Tensor
+    """float32 [T], log p of the predicted token, nats"""
+    entropy_T: Tensor
+    """float32 [T], full-vocabulary entropy, nats"""
+    own_ids_TL: Tensor
+    """int64 [T, L], the student's own candidates by descending log p, ties by lower id; L = 0 where none are needed"""
+    own_logp_TL: Tensor
+    """float32 [T, L], true log p of them, nats"""
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """What was made once for the whole rollout batch, before its first update, of the rows of one `MicroBatch`.
+
+    None where the objective does not need it. Exists on the last pipeline stage only.
+    """
+
+    old_logp_T: Tensor | None = None
+    """float32 [T], log p of the predicted token, nats"""
+    reference_logp_T: Tensor | None = None
+    """float32 [T], its log-prob under the frozen reference model, nats"""
+    statistic_T: Tensor | None = None
+    """float32 [T], what the objective's statistic over the batch says of the row (`losses.batch_statistics`)"""
+    own_ids_TL: Tensor | None = None
+    """int64 [T, L], the student's own candidates"""
+    old_own_logp_TL: Tensor | None = None
+    """float32 [T, L], log p of them, nats"""
+    teacher_own_logp_TL: Tensor | None = None
+    """float32 [T, L], log q of them, nats; -inf marks an entry that does not count"""
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The step's per-row results of all ranks on rank 0, one numpy array a column, rows in pack order.
+    """The step's per-row results of all ranks on rank 0, one numpy array a column, ordered by sample, token and epoch.
 
-    Columns: sample_index, token_index, on (bool), off (bool), trusted (bool), student_logp, behav_logp, teacher_logp,
-    log_ratio, loss, divergence (outlier term, nats; NaN where not computed), advantage, student_entropy,
-    teacher_entropy (NaN if unknown), teacher_mass (m_A), student_mass (c_A), topk_overlap (NaN if not computed).
+    A row for each time that an update looked at a token, which is once an epoch. Columns: sample_index, token_index,
+    epoch (from 0), on (bool), off (bool), trusted (weight of the gate), student_logp (at that update), old_logp (before
+    the first), behav_logp, teacher_logp, log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio
+    (p / p_old), clipped (1 where PPO's clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if
+    unknown), teacher_mass (m_A), student_mass (c_A), topk_overlap (NaN if not computed).
     """
 
     columns: dict[str, npt.NDArray[np.generic]]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from torch import Tensor
 
 from tests.dist.conversion_ranks import open_layout
-from tropd_mcore.config.schema import Dtype, OptimizerConfig, ParallelConfig
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
+from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.mcore import checkpoint
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.conversion import Job
@@ -72,12 +75,14 @@ def train(state: TrainState, first: int, last: int) -> None:
     for step in range(first + 1, last + 1):
         generator = torch.Generator().manual_seed(1000 * step + layout.dp_rank)
         batches = [whole_sequence(torch.randint(300, (16,), generator=generator)) for _ in range(2)]
-        run_pipeline(state.model, batches, 16, loss=_squares, forward_only=False)
+        run_pipeline(state.model, batches, 16, loss=partial(_squares, state.model), forward_only=False)
         optimizer_step(state.model, state.optimizer, state.scheduler, step=step)
         torch.rand(3)  # advances the host's random state, as dropout would
 
 
-def _squares(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, None]:
+def _squares(model: Model, layer: OutputLayer, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, None]:
+    assert model.head is not None
+    logits_TW = model.head.given_logits(layer).logits_TW
     return logits_TW.float().square().sum(), torch.tensor(logits_TW.shape[0]), None
 
 

@@ -10,13 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.config.schema import ParallelConfig
+from tropd_mcore.errors import ModelError
+from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.mcore.conversion import Job, hf_to_mcore, load_checkpoint, mcore_to_hf
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import RankEnvironment, destroy, initialize
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.verification import whole_sequence
-from tropd_mcore.mcore.weights_io import iterate_hf, load_hf
+from tropd_mcore.mcore.weights_io import export_hf, iterate_hf, load_hf
 from tropd_mcore.types import MicroBatch
 from tropd_mcore.weights.architecture import read_architecture
 
@@ -73,6 +75,20 @@ def names_and_digests(parallel: ParallelConfig, folder: Path, trainable_vpp: boo
     return found
 
 
+def export_refused(parallel: ParallelConfig, folder: Path, out: Path) -> str:
+    """The error that this rank meets where rank 0 cannot write to `out`."""
+    job = open_layout(parallel)
+    model = job.build(read_architecture(folder), "float32")
+    load_hf(model, folder, job.layout)
+    try:
+        export_hf(model, job.layout, out, source_folder=folder)
+    except ModelError as error:
+        return str(error)
+    finally:
+        destroy(job.layout)
+    return "no error"
+
+
 def read_refused(parallel: ParallelConfig, checkpoint: Path) -> None:
     """Load a checkpoint that cannot be loaded."""
     job = open_layout(parallel)
@@ -83,7 +99,8 @@ def read_refused(parallel: ParallelConfig, checkpoint: Path) -> None:
 
 
 def _log_probs(model: Model, tokens: Tensor) -> Tensor | None:
-    def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> Tensor:
+    def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> Tensor:
+        logits_TW = layer.logits(slice(0, layer.tokens))
         shards = [torch.empty_like(logits_TW) for _ in range(model.layout.tp_size)]
         dist.all_gather(shards, logits_TW.contiguous(), group=model.layout.groups.tp)
         return torch.cat(shards, dim=-1)[:, : model.arch.vocab_size].log_softmax(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.dist.layouts import Case, Constants, build, gather_results, layout_of, pack_for, whole_gradients
 from tropd_mcore.errors import TrainingError
+from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.mcore.dry_run import dry_run
 from tropd_mcore.mcore.loss import check_finite, make_distillation_loss
 from tropd_mcore.mcore.model import Model, build_model
@@ -39,10 +40,13 @@ def non_finite_step(
         student = build(student_folder, case, layout, platform, trainable=True)
         teacher = build(teacher_folder, case, layout, platform, trainable=False)
         packed = pack_for(rollouts, case, layout)
-        scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=k, chunk_tokens=5)
+        scores = score_micro_batches(
+            teacher, packed.micro_batches, packed.pack_length, k=k, settings=case.settings(temperature=1.0)
+        )
         pairs = zip(packed.micro_batches, scores, strict=True)
         broken = [_break(micro_batch, score, topk_too) if score else None for micro_batch, score in pairs]
-        loss = make_distillation_loss(student, constants.objective(), broken, constants.settings)
+        settings = case.settings(constants.temperature)
+        loss = make_distillation_loss(student, constants.objective(), broken, [None] * len(broken), settings)
         results = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
         optimizer, scheduler = build_optimizer(student, case.optimizer, steps=3)
         before = parameters(student)
@@ -75,15 +79,17 @@ def logits_of_a_model_without_weights(folder: Path, rollouts: list[Rollout]) -> 
         model = build_model(arch, Case().parallel, layout, platform, dtype="float32", trainable=False)
         packed = pack_for(rollouts, Case(), layout)
 
-        def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> bool:
-            return bool(logits_TW.isnan().all())
+        def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> bool:
+            return bool(layer.logits(slice(0, layer.tokens)).isnan().all())
 
         loss = only_measure(measure)
         found = run_pipeline(model, packed.micro_batches, packed.pack_length, loss=loss, forward_only=True)
         return all(found)
 
 
-def dry_run_and_look(folder: Path, cases: dict[str, Case], tokens: int, k: int) -> dict[str, tuple[bool, bool, bool]]:
+def dry_run_and_look(
+    folder: Path, cases: dict[str, Case], tokens: int, k: int, own_topk: int
+) -> dict[str, tuple[bool, bool, bool]]:
     """(gradients existed during the run, are zero after, parameters untouched) of this rank."""
     constants = Constants(k=k, temperature=1.0, beta=0.1, outlier_weight=1.0)
     found = {}
@@ -99,7 +105,14 @@ def dry_run_and_look(folder: Path, cases: dict[str, Case], tokens: int, k: int) 
                 seen.append(all(float(p.main_grad.abs().max()) > 0 for p in args[0][0].parameters() if p.ndim == 1))
 
             model.config.finalize_model_grads_func = spy
-            dry_run(model, constants.objective(), constants.settings, tokens_per_micro_batch=tokens, k=k)
+            dry_run(
+                model,
+                constants.objective(),
+                case.settings(constants.temperature),
+                tokens_per_micro_batch=tokens,
+                k=k,
+                own_topk=own_topk,
+            )
             zero = all(not p.main_grad.any() for module in model.modules for p in module.parameters())
             found[name] = (all(seen) and len(seen) == 1, zero, all(map(torch.equal, before, parameters(model))))
     return found
@@ -110,7 +123,8 @@ def log_probs_without_gradients(folder: Path, rollouts: list[Rollout], case: Cas
         model = build(folder, case, layout, platform, trainable=True)
         packed = pack_for(rollouts, case, layout)
         assert not torch.is_inference_mode_enabled()
-        return sampled_log_probs(model, packed.micro_batches, packed.pack_length, chunk_tokens=4)
+        settings = case.settings(temperature=1.0)
+        return sampled_log_probs(model, packed.micro_batches, packed.pack_length, settings=settings)
 
 
 def step_with_unscored_samples(
@@ -122,23 +136,30 @@ def step_with_unscored_samples(
         student = build(student_folder, case, layout, platform, trainable=True)
         teacher = build(teacher_folder, case, layout, platform, trainable=False)
         packed = pack_for(rollouts, case, layout)
-        scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=k, chunk_tokens=5)
+        scores = score_micro_batches(
+            teacher, packed.micro_batches, packed.pack_length, k=k, settings=case.settings(temperature=1.0)
+        )
         failed = torch.tensor(unscored, dtype=torch.int64)
         masked = [
             replace(score, scored_T=~torch.isin(micro_batch.sample_index, failed)) if score else None
             for micro_batch, score in zip(packed.micro_batches, scores, strict=True)
         ]
-        loss = make_distillation_loss(student, constants.objective(), masked, constants.settings)
+        settings = case.settings(constants.temperature)
+        loss = make_distillation_loss(student, constants.objective(), masked, [None] * len(masked), settings)
         results = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
         return gather_results(layout, packed, results), whole_gradients(student, layout)
 
 
-def teacher_of_smaller_vocabulary(folder: Path, rollouts: list[Rollout], k: int) -> list[tuple[Tensor, Tensor]]:
-    """(predicted ids, scored) of each micro-batch."""
+def teacher_of_smaller_vocabulary(
+    folder: Path, rollouts: list[Rollout], k: int, candidates: list[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(predicted ids, scored, log q of the candidates [T, L]) of each micro-batch."""
     with layout_of(Case()) as (layout, platform):
         teacher = build(folder, Case(), layout, platform, trainable=False)
-        packed = pack_for(rollouts, Case(), layout)
-        scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=k, chunk_tokens=5)
+        packed, settings = pack_for(rollouts, Case(), layout), Case().settings(temperature=1.0)
+        batches, length = packed.micro_batches, packed.pack_length
+        extra = [torch.tensor(candidates).expand(len(batch.rows), -1) for batch in batches]
+        scores = score_micro_batches(teacher, batches, length, k=k, settings=settings, extra_ids=extra)
         assert all(score is not None and score.logp_T.isfinite().all() for score in scores)
-        pairs = zip(packed.micro_batches, scores, strict=True)
-        return [(micro_batch.target_ids, score.scored_T) for micro_batch, score in pairs if score is not None]
+        pairs = zip(batches, scores, strict=True)
+        return [(batch.target_ids, score.scored_T, score.own_logp_TL) for batch, score in pairs if score is not None]

@@ -9,30 +9,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.config.schema import (
-    Dtype,
-    GuidanceConfig,
-    OptimizerConfig,
-    OutlierConfig,
-    ParallelConfig,
-    TropdObjective,
-)
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
+from tropd_mcore.config.tropd_objectives import GuidanceConfig, OutlierConfig, TropdObjective
 from tropd_mcore.data.packing import PackedStep, pack
+from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.losses.kernel.support_loss import WeightGradientMode
 from tropd_mcore.losses.method_table import bind_objective
-from tropd_mcore.mcore.loss import LossResult, LossSettings, make_distillation_loss
+from tropd_mcore.mcore.loss import LossResult, make_distillation_loss
+from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, Recompute, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer, learning_rate, optimizer_step
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment, destroy, initialize
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline, without_rows
 from tropd_mcore.mcore.platform import choose
+from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
 from tropd_mcore.mcore.weights_io import iterate_hf, load_hf, named_parameters
-from tropd_mcore.teacher.megatron import MegatronTeacher
 from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
 from tropd_mcore.weights.architecture import read_architecture
 
@@ -55,6 +53,22 @@ class Case:
     pack_multiple: int = 1
     """Factor on the granularity of the pack length: more of it is a longer padding tail."""
     optimizer: OptimizerConfig = field(default=UNSHARDED_GRADIENTS)
+    form: Literal["fused", "logits"] = "fused"
+    weight_gradient: WeightGradientMode = "deferred"
+    overlap_chunks: bool = False
+    chunk_tokens: int = 7
+
+    def settings(self, temperature: float) -> LossSettings:
+        return LossSettings(
+            temperature=temperature,
+            form=self.form,
+            backend="eager",
+            weight_gradient=self.weight_gradient,
+            chunk_tokens=self.chunk_tokens,
+            overlap_chunks=self.overlap_chunks,
+            logit_softcap=None,
+            topk_overlap=True,
+        )
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -75,10 +89,6 @@ class Constants:
     temperature: float
     beta: float
     outlier_weight: float
-
-    @property
-    def settings(self) -> LossSettings:
-        return LossSettings(temperature=self.temperature, chunk_tokens=7, topk_overlap=True)
 
     def objective(self) -> Any:
         return bind_objective(
@@ -137,8 +147,9 @@ def train_step(
 ) -> tuple[PackedStep, list[LossResult | None], list[TeacherScores | None]]:
     """Score and train on one batch; gradients are finished and no parameter has moved."""
     packed = pack_for(rollouts, case, student.layout)
-    scores = MegatronTeacher(teacher, k=constants.k, chunk_tokens=5).score(rollouts, packed)
-    loss = make_distillation_loss(student, constants.objective(), scores, constants.settings)
+    settings = case.settings(constants.temperature)
+    scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=constants.k, settings=settings)
+    loss = make_distillation_loss(student, constants.objective(), scores, [None] * len(scores), settings)
     results = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
     return packed, results, scores
 
@@ -208,7 +219,8 @@ def logits_of_samples(folder: Path, rollouts: list[Rollout], case: Case) -> list
         everywhere = torch.arange(packed.pack_length)
         micro_batch = replace(without_rows(packed.micro_batches[0]), rows=everywhere)
 
-        def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> Tensor:
+        def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> Tensor:
+            logits_TW = layer.logits(slice(0, layer.tokens))
             shards = [torch.empty_like(logits_TW) for _ in range(layout.tp_size)]
             dist.all_gather(shards, logits_TW.contiguous(), group=layout.groups.tp)
             return torch.cat(shards, dim=1)[:, : model.arch.vocab_size]
@@ -237,7 +249,10 @@ def train_cases(
     constants: Constants,
     steps: int,
 ) -> dict[str, Trained]:
-    """On the ranks: one optimizer step a batch, for each case."""
+    """On the ranks: one optimizer step a batch, for each case, and before it a look at the batch without gradients.
+
+    That look is at the weights that the last step left, although nothing has trained on them yet.
+    """
     found = {}
     for name, case in cases.items():
         with layout_of(case) as (layout, platform):
@@ -246,7 +261,12 @@ def train_cases(
             optimizer, scheduler = build_optimizer(student, case.optimizer, steps)
             norms, rates = [], []
             for step, rollouts in enumerate(batches, start=1):
-                train_step(student, teacher, rollouts, case, constants)
+                packed, settings = pack_for(rollouts, case, layout), case.settings(constants.temperature)
+                looks = student_pass(student, packed.micro_batches, packed.pack_length, own_topk=0, settings=settings)
+                _, results, _ = train_step(student, teacher, rollouts, case, constants)
+                for look, result in zip(looks, results, strict=True):
+                    if look is not None and result is not None:
+                        torch.testing.assert_close(look.logp_T, result.columns["student_logp"], rtol=0, atol=1e-5)
                 norm, updated = optimizer_step(student, optimizer, scheduler, step=step)
                 assert updated
                 norms.append(norm)

@@ -117,6 +117,13 @@ def test_iterator_yields_the_plan_on_rank_0_at_every_layout(
     assert not any(others)
 
 
+def test_an_export_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m", num_hidden_layers=2)
+    (tmp_path / "file").write_text("in the way")
+    found = run_on_ranks(conversion_ranks.export_refused, 2, ParallelConfig(pipeline=2), folder, tmp_path / "file/out")
+    assert len(set(found)) == 1 and "cannot write to" in found[0]
+
+
 def test_a_tied_model_that_stores_another_output_layer_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

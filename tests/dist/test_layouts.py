@@ -1,7 +1,8 @@
-"""Every parallel layout trains with the loss and the gradients of an unsharded, unpacked float64 reference."""
+"""Every parallel layout and form of the loss trains with the loss and gradients of an unpacked float64 reference."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,26 @@ CASES: dict[int, dict[str, Case]] = {
     },
 }
 FAMILIES = list(reference.STUDENTS)
+MODES: list[dict[str, Any]] = [
+    {"form": "fused", "weight_gradient": "deferred"},
+    {"form": "logits", "weight_gradient": "deferred"},
+    {"form": "fused", "weight_gradient": "folded", "overlap_chunks": True},
+    {"form": "fused", "weight_gradient": "recompute"},
+    {"form": "logits", "weight_gradient": "recompute"},
+    {"form": "fused", "weight_gradient": "folded"},
+    {"form": "fused", "weight_gradient": "deferred", "overlap_chunks": True},
+]
+"""How the loss is made. Each layout meets three of these, each family thirteen: see `cases_of`."""
+
+
+def cases_of(family: str, world_size: int) -> dict[str, Case]:
+    """The layouts with a mode each, which differs between the families."""
+    shift = 2 * FAMILIES.index(family)
+    names = [name for cases in CASES.values() for name in cases]
+    return {
+        name: replace(case, **MODES[(names.index(name) + shift) % len(MODES)])
+        for name, case in CASES[world_size].items()
+    }
 
 
 class Outcomes:
@@ -68,7 +89,7 @@ class Outcomes:
     def found(self, family: str, world_size: int) -> dict[str, Any]:
         key = (family, world_size)
         if key not in self._found:
-            arguments = (self.student(family), self.teacher, self.rollouts, CASES[world_size], CONSTANTS)
+            arguments = (self.student(family), self.teacher, self.rollouts, cases_of(family, world_size), CONSTANTS)
             self._found[key] = {}  # a failure is met once, not by every test again
             self._found[key] = run_on_ranks(run_cases, world_size, *arguments)[0]
         return self._found[key]
@@ -81,10 +102,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 def every_case() -> list[Any]:
     return [
-        pytest.param(family, world_size, name, id=f"{family}-{name}")
+        pytest.param(family, world_size, name, id=f"{family}-{name}-{case.form}-{case.weight_gradient}")
         for family in FAMILIES
-        for world_size, cases in CASES.items()
-        for name in cases
+        for world_size in CASES
+        for name, case in cases_of(family, world_size).items()
     ]
 
 

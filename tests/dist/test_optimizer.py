@@ -17,21 +17,24 @@ from tropd_mcore.config.schema import OptimizerConfig
 CONSTANT = OptimizerConfig(learning_rate=3e-3, eps=reference.EPS, clip_grad_norm=8.0, weight_decay=0.3)
 OVERLAPPED = CONSTANT.model_copy(update={"overlap_grad_reduce": True, "overlap_param_gather": True})
 UNSHARDED = CONSTANT.model_copy(update={"distributed": False})
-BATCHES = [[(3, 4, 9), (5, 0, 12), (2, 6, 3)], [(7, 3, 17), (1, 0, 5), (4, 2, 1), (3, 1, 8)], [(2, 2, 6), (3, 0, 7)]]
+BATCHES = [[(3, 4, 9), (5, 0, 12), (2, 6, 3)], [(7, 3, 17), (1, 0, 5), (4, 2, 1), (3, 1, 8)], [(2, 2, 6)]]
+"""The last one has a single sample: with two data ranks, one of them has nothing."""
 CASES = {
-    1: {"one": Case(optimizer=CONSTANT), "one-unsharded": Case(optimizer=UNSHARDED)},
+    1: {"one": Case(optimizer=CONSTANT), "one-unsharded-logits": Case(optimizer=UNSHARDED, form="logits")},
     2: {
-        "dp2": Case(optimizer=CONSTANT),
+        "dp2-folded": Case(optimizer=CONSTANT, weight_gradient="folded"),
         "dp2-unsharded": Case(optimizer=UNSHARDED),
         "dp2-overlapped": Case(optimizer=OVERLAPPED),
-        "tp2-sp": Case(tensor=2, sequence_parallel=True, optimizer=CONSTANT),
-        "pp2-tied": Case(pipeline=2, optimizer=CONSTANT),
+        "tp2-sp-folded": Case(tensor=2, sequence_parallel=True, optimizer=CONSTANT, weight_gradient="folded"),
+        "pp2-tied-recompute": Case(pipeline=2, optimizer=CONSTANT, weight_gradient="recompute"),
         "cp2": Case(context=2, optimizer=CONSTANT),
     },
     4: {
         "dp2-pp2-tied": Case(pipeline=2, optimizer=CONSTANT),
-        "dp2-pp2-vpp2-overlapped": Case(pipeline=2, virtual_pipeline=2, optimizer=OVERLAPPED),
-        "tp2-dp2-sp": Case(tensor=2, sequence_parallel=True, optimizer=CONSTANT),
+        "dp2-pp2-vpp2-overlapped-folded": Case(
+            pipeline=2, virtual_pipeline=2, optimizer=OVERLAPPED, weight_gradient="folded"
+        ),
+        "tp2-dp2-sp-logits": Case(tensor=2, sequence_parallel=True, optimizer=CONSTANT, form="logits"),
     },
 }
 

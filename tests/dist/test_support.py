@@ -1,4 +1,4 @@
-"""The support kernel against the float64 oracle, on one, two and three uneven vocabulary shards.
+"""Log-probs of given logits' support against the float64 oracle, on one, two and three uneven vocabulary shards.
 
 Shapes: T tokens (37), V vocabulary (101), J support ids (1 + 16), W width of one shard.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,14 @@ from torch import Tensor
 from tests import oracles
 from tests.collectives import counted_collectives
 from tests.ranks import run_on_ranks
-from tropd_mcore.losses.support import VocabShard, support_log_probs
+from tropd_mcore.losses.kernel.backend import Kernel
+from tropd_mcore.losses.kernel.eager import EagerBackend
+from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
+from tropd_mcore.losses.kernel.source import GivenLogits
+from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
 
 TOKENS, VOCABULARY, SUPPORT = 37, 101, 17
+DISTINCT = (1, SUPPORT - 1)
 LAYOUTS = {
     "tp1": (0, 101),
     "tp1-padded": (0, 112),
@@ -83,19 +89,10 @@ def make_case(
 
 
 def kernel_on_this_rank(case: Case, borders: tuple[int, ...], with_entropy_gradient: bool = True) -> RankResult:
-    start, stop = borders[dist.get_rank()], borders[dist.get_rank() + 1]
-    logits_TW = case.logits_TV[:, start:stop].clone().requires_grad_(True)
-    group = dist.group.WORLD
-    assert group is not None
+    kernel = kernel_of_this_rank(case, borders)
+    logits_TW = case.logits_TV[:, kernel.shard.start : kernel.shard.stop].clone().requires_grad_(True)
     with counted_collectives() as forward_calls:
-        logp_TJ, entropy_T = support_log_probs(
-            logits_TW,
-            case.ids_TJ,
-            shard=VocabShard(start, stop, VOCABULARY),
-            group=group,
-            temperature=case.temperature,
-            chunk_tokens=case.chunk_tokens,
-        )
+        logp_TJ, entropy_T = support_log_probs(GivenLogits(logits_TW), case.ids_TJ, kernel, distinct=DISTINCT)
     with counted_collectives() as backward_calls:
         loss = (logp_TJ * case.grad_logp_TJ.to(logp_TJ.dtype)).sum()
         if with_entropy_gradient:
@@ -103,6 +100,12 @@ def kernel_on_this_rank(case: Case, borders: tuple[int, ...], with_entropy_gradi
         loss.backward()
     assert logits_TW.grad is not None
     return RankResult(logp_TJ.detach(), entropy_T.detach(), logits_TW.grad, forward_calls, backward_calls)
+
+
+def kernel_of_this_rank(case: Case, borders: tuple[int, ...]) -> Kernel:
+    assert dist.group.WORLD is not None
+    shard = VocabShard(borders[dist.get_rank()], borders[dist.get_rank() + 1], VOCABULARY)
+    return Kernel(shard, dist.group.WORLD, EagerBackend(), Scaling(case.temperature), case.chunk_tokens)
 
 
 def run_kernel(case: Case, borders: tuple[int, ...], with_entropy_gradient: bool = True) -> list[RankResult]:
@@ -249,41 +252,29 @@ def test_extreme_logits_stay_finite_and_exact() -> None:
     assert largest_error(whole_gradient(results), gradient) <= 1e-11
 
 
-def _call_without_group() -> None:
-    support_log_probs(
-        torch.zeros(2, 5),
-        torch.zeros(2, 1, dtype=torch.int64),
-        shard=VocabShard(0, 5, 5),
-        group=None,  # type: ignore[arg-type]
-        chunk_tokens=1,
-    )
-
-
 def test_no_group_is_refused_because_it_would_mean_the_world() -> None:
+    nobody: Any = None
     with pytest.raises(AssertionError, match="group of None"):
-        _call_without_group()
+        Kernel(VocabShard(0, 5, 5), nobody, EagerBackend(), Scaling(), chunk_tokens=1)
 
 
 def _saved_for_backward(borders: tuple[int, ...]) -> list[tuple[tuple[int, ...], bool]]:
     """Shape of each tensor that the forward saves, and whether it is the storage of the logits."""
-    case, start, stop = make_case(borders), borders[dist.get_rank()], borders[dist.get_rank() + 1]
-    logits_TW = case.logits_TV[:, start:stop].clone().requires_grad_(True)
+    case = make_case(borders)
+    kernel = kernel_of_this_rank(case, borders)
+    logits_TW = case.logits_TV[:, kernel.shard.start : kernel.shard.stop].clone().requires_grad_(True)
     saved: list[tuple[tuple[int, ...], bool]] = []
 
     def note(tensor: Tensor) -> Tensor:
         saved.append((tuple(tensor.shape), tensor.data_ptr() == logits_TW.data_ptr()))
         return tensor
 
-    group = dist.group.WORLD
-    assert group is not None
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        support_log_probs(
-            logits_TW, case.ids_TJ, shard=VocabShard(start, stop, VOCABULARY), group=group, chunk_tokens=8
-        )
+        support_log_probs(GivenLogits(logits_TW), case.ids_TJ, kernel, distinct=DISTINCT)
     return saved
 
 
 def test_forward_saves_the_logits_themselves_and_two_numbers_a_token() -> None:
     for saved in run_on_ranks(_saved_for_backward, 2, LAYOUTS["tp2-uneven"]):
-        assert [is_logits for _, is_logits in saved] == [True, False, False, False]
-        assert [shape for shape, _ in saved[1:]] == [(TOKENS, SUPPORT), (TOKENS,), (TOKENS,)]
+        assert [is_logits for _, is_logits in saved] == [True, False, False]
+        assert [shape for shape, _ in saved[1:]] == [(TOKENS,), (TOKENS,)]

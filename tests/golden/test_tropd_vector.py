@@ -8,24 +8,26 @@ import pytest
 import torch
 
 from tests import claims
+from tests.golden_rows import GOLDEN, assert_close
+from tests.mutants import real_losses
 from tests.oracles import forward_kl, forward_kl_gradient, log_softmax, top_ids
 from tests.ranks import run_on_ranks
-from tropd_mcore.losses import divergences, objectives, support, trust
+from tests.reward_claims import REWARD_CLAIMS
 from tropd_mcore.losses.trust import trust_gate
 
 
 def _check(claim: claims.Claim) -> None:
-    claim(claims.Losses(support, objectives, divergences, trust))
+    claim(real_losses())
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
-@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.__name__)
+@pytest.mark.parametrize("claim", claims.CLAIMS + REWARD_CLAIMS, ids=lambda claim: claim.__name__)
 def test_golden_claim(claim: claims.Claim, tp_size: int) -> None:
     run_on_ranks(_check, tp_size, claim)
 
 
 def test_worked_single_tokens_have_their_log_ratio_and_trust_probability() -> None:
-    for token in claims.GOLDEN["single_tokens"]:
+    for token in GOLDEN["single_tokens"]:
         log_ratio_T = torch.tensor([math.log(token["q"]) - math.log(token["p"])], dtype=torch.float64)
         trust_T = trust_gate(log_ratio_T, mode="soft", trust_u_T=torch.zeros(1), threshold=0.0)
         assert float(log_ratio_T) == pytest.approx(token["log_ratio"], abs=5e-3)
@@ -34,8 +36,8 @@ def test_worked_single_tokens_have_their_log_ratio_and_trust_probability() -> No
 
 @pytest.mark.parametrize("norm", ["truncated", "tail", "renorm"])
 def test_the_oracle_itself_gives_the_golden_forward_kl(norm: str) -> None:
-    log_p, log_q = log_softmax(claims.GOLDEN["student_logits"]), log_softmax(claims.GOLDEN["teacher_logits"])
-    ids = top_ids(claims.GOLDEN["teacher_logits"], claims.GOLDEN["topk"])
-    assert ids == claims.GOLDEN["teacher_topk_ids"]
-    claims.assert_close(forward_kl(log_q, log_p, ids, norm), claims.GOLDEN["forward_kl_topk"][norm], 1e-9)
-    claims.assert_close(forward_kl_gradient(log_q, log_p, ids, norm), claims.GOLDEN["forward_kl_topk_gradient"][norm])
+    log_p, log_q = log_softmax(GOLDEN["student_logits"]), log_softmax(GOLDEN["teacher_logits"])
+    ids = top_ids(GOLDEN["teacher_logits"], GOLDEN["topk"])
+    assert ids == GOLDEN["teacher_topk_ids"]
+    assert_close(forward_kl(log_q, log_p, ids, norm), GOLDEN["forward_kl_topk"][norm], 1e-9)
+    assert_close(forward_kl_gradient(log_q, log_p, ids, norm), GOLDEN["forward_kl_topk_gradient"][norm])

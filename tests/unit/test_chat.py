@@ -98,3 +98,12 @@ def test_a_chat_that_the_template_refuses_is_an_error_with_its_words(tmp_path):
 def test_an_empty_prompt_is_refused(renderer):
     with pytest.raises(DataError, match="the prompt has no tokens"):
         renderer.prompt_ids("")
+
+
+def test_a_token_is_found_by_its_vocabulary_entry_or_by_a_text_that_is_one_token(renderer):
+    vocabulary = FOLDER_TOKENIZER.get_vocab()
+    assert renderer.token_id("<|im_end|>") == vocabulary["<|im_end|>"]
+    assert all(renderer.token_id(entry) == index for entry, index in vocabulary.items())
+    ids = FOLDER_TOKENIZER.encode(" a", add_special_tokens=False)
+    assert renderer.token_id(" a") == (ids[0] if len(ids) == 1 else None)
+    assert renderer.token_id("no token at all") is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tropd_mcore.config.checks import data_problems, layout_problems, problems_across_sections
+from tropd_mcore.config.checks import backend_problems, data_problems, layout_problems, problems_across_sections
 from tropd_mcore.config.schema import Config, ParallelConfig
 
 BASE = {
@@ -69,7 +69,40 @@ def test_world_size_arithmetic_is_spelled_out(layout, world_size, expected):
             {"objective": {"kind": "opd", "policy_gradient": {"icepop_low": 5, "icepop_high": 2}}},
             "objective.policy_gradient: icepop_low = 5.0 must be below icepop_high = 2.0",
         ),
+        (
+            {"objective": {"kind": "opd", "policy_gradient": {"ratio": "ppo_clip", "mini_batches": 129}}},
+            "objective.policy_gradient.mini_batches = 129 is more than the rollout.prompts_per_step = 128 prompts",
+        ),
         ({"rollout": {"top_k": 0}}, "rollout.top_k = 0: expected -1"),
+        (
+            {"rollout": {"truncate": {"start": 8096}}},
+            "rollout.truncate.start = 8096 cuts nothing off rollout.max_new_tokens = 8096",
+        ),
+        (
+            {
+                "rollout": {"truncate": {"start": 64}},
+                "objective": {"kind": "tropd", "guidance": {"continuation_budget": "shared"}},
+            },
+            "objective.guidance.min_continuation = 64 leaves no room for a prefix within the shared "
+            "rollout.truncate.start = 64",
+        ),
+        (
+            {"loss": {"form": "logits", "overlap_chunks": True}},
+            "loss.overlap_chunks has no effect with loss.form=logits",
+        ),
+        (
+            {"loss": {"form": "logits", "weight_gradient": "folded"}},
+            "loss.weight_gradient=folded has no effect with loss.form=logits",
+        ),
+        (
+            {
+                "loss": {"weight_gradient": "recompute"},
+                "objective": {"kind": "gkd", "full_vocabulary": True},
+                "teacher": {"kind": "megatron"},
+            },
+            "loss.weight_gradient=recompute cannot be combined with objective.full_vocabulary",
+        ),
+        ({"loss": {"backend": "triton"}, "platform": {"kind": "cpu"}}, "loss.backend=triton needs CUDA"),
         (
             {"rollout": {"max_new_tokens": 100, "server": {"max_total_tokens": 2000}}},
             "rollout.server.max_total_tokens = 2000 holds less than one request",
@@ -93,6 +126,13 @@ def test_world_size_arithmetic_is_spelled_out(layout, world_size, expected):
             "rollout.server.url and teacher.server.url are both http://h:1",
         ),
         ({"optimizer": {"warmup_steps": 101}}, "optimizer.warmup_steps = 101 is more than run.steps = 100"),
+        (
+            {
+                "optimizer": {"warmup_steps": 601},
+                "objective": {"kind": "opd", "policy_gradient": {"ratio": "ppo_clip", "mini_batches": 3, "epochs": 2}},
+            },
+            "optimizer.warmup_steps = 601 is more than run.steps = 100 of 6 optimizer steps each",
+        ),
         ({"optimizer": {"min_learning_rate": 1.0}}, "optimizer.min_learning_rate = 1.0 is above"),
         ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2 = 1 never forgets"),
         ({"optimizer": {"overlap_param_gather": True}}, "optimizer.overlap_param_gather needs"),
@@ -100,11 +140,32 @@ def test_world_size_arithmetic_is_spelled_out(layout, world_size, expected):
         ({"verifier": {"kind": "exact_match", "pattern": "x"}}, "verifier.pattern: expected a group"),
         ({"run": {"replay": "run"}}, "run.replay and run.dir are both run"),
         ({"student": {"path": "~/model"}}, "student.path: `~` is not expanded"),
+        ({"objective": {"kind": "exopd", "reference": "~/model"}}, "objective.reference: `~` is not expanded"),
     ],
 )
 def test_each_wrong_combination_gives_one_line(sections, expected):
     (problem,) = problems_across_sections(make_config(**sections))
     assert problem.startswith(expected) and "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "count"),
+    [("triton", "cpu", 1), ("triton", "cuda", 0), ("triton", "auto", 0), ("eager", "cpu", 0), ("auto", "cpu", 0)],
+)
+def test_triton_is_refused_where_the_platform_is_known_to_be_a_cpu(backend, platform, count):
+    assert len(backend_problems(backend, platform)) == count
+
+
+@pytest.mark.parametrize("weight_gradient", ["deferred", "recompute"])
+def test_given_logits_take_the_gradient_modes_that_change_them(weight_gradient):
+    config = make_config(loss={"form": "logits", "weight_gradient": weight_gradient, "logit_softcap": 30.0})
+    assert problems_across_sections(config) == []
+
+
+def test_a_warm_up_counts_optimizer_steps():
+    policy = {"ratio": "ppo_clip", "mini_batches": 3, "epochs": 2}
+    config = make_config(optimizer={"warmup_steps": 600}, objective={"kind": "opd", "policy_gradient": policy})
+    assert problems_across_sections(config) == []
 
 
 def test_all_problems_of_all_sections_are_returned_together():

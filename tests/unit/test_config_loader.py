@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -14,7 +15,8 @@ from tropd_mcore.config import loader
 from tropd_mcore.config.explain import schema_keys
 from tropd_mcore.config.loader import leaves, load
 from tropd_mcore.config.plan import plan, resolved_yaml
-from tropd_mcore.config.schema import OpdObjective
+from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.config.tropd_objectives import OpdObjective
 from tropd_mcore.errors import ConfigError
 
 GOOD = """\
@@ -31,6 +33,9 @@ data:
 optimizer:
   learning_rate: 1e-5
 """
+
+KINDS = [get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(get_args(ObjectiveConfig)[0])]
+"""Every `objective.kind`."""
 
 
 def write(folder: Path, text: str = GOOD) -> Path:
@@ -97,13 +102,13 @@ def test_every_problem_is_reported_at_once_with_its_place(tmp_path):
     text = (
         GOOD.replace("learning_rate: 1e-5", "lerning_rate: 1e-5\n  beta1: 7\n  eps: tiny") + "objctive: {}\nrun: {}\n"
     )
-    found = problems(tmp_path, text, ["run.steps=0", "nonsense", "teacher.kind=vllm", "rollout.beta=1"])
+    found = problems(tmp_path, text, ["run.steps=0", "nonsense", "teacher.kind=vllm", "rollout.min_continuation=1"])
     assert found == [
         "DIR/recipe.yaml:16: run: given twice, first in line 1; keep one",
         "command line: expected section.key=value, found 'nonsense'",
         "command line: run.steps: expected greater than 0, found 0",
         "command line: teacher.kind: expected 'megatron' or 'sglang', found 'vllm'",
-        "command line: rollout.beta: unknown key; did you mean objective.guidance.beta?",
+        "command line: rollout.min_continuation: unknown key; did you mean objective.guidance.min_continuation?",
         "DIR/recipe.yaml:13: optimizer.beta1: expected less than or equal to 1, found 7",
         "DIR/recipe.yaml:14: optimizer.eps: expected a valid number, unable to parse string as a number, found 'tiny'",
         "DIR/recipe.yaml:12: optimizer.lerning_rate: unknown key; did you mean optimizer.learning_rate?",
@@ -135,7 +140,8 @@ def test_renamed_keys_lead_to_keys_that_exist_and_do_not_exist_themselves():
 
 def test_an_objective_that_does_not_exist_lists_those_that_do(tmp_path):
     (problem,) = problems(tmp_path, overrides=["objective.kind=opt"])
-    assert problem == "command line: objective.kind: expected one of 'tropd', 'opd', found 'opt'"
+    assert problem.startswith("command line: objective.kind: expected one of 'tropd', 'opd', 'reopold', ")
+    assert problem.endswith(", 'custom', found 'opt'")
 
 
 def test_a_key_of_another_objective_is_told_to_be_that(tmp_path):
@@ -184,6 +190,28 @@ def test_the_resolved_file_loads_to_the_same_config_and_names_every_source(tmp_p
     assert len(leaf_lines) == len(leaves(config))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *(
+            [f"objective={{kind: {kind}}}", "verifier.kind=exact_match", "data.teacher_responses=r.jsonl"]
+            for kind in sorted(set(KINDS) - {"custom", "rlad"})
+        ),
+        ["objective={kind: rlad, policy_gradient: {ratio: ppo_clip}}", "verifier.kind=exact_match"],
+        ["objective={kind: custom, function: 'a.b:c', arguments: {x: 1, y: {z: text}}}"],
+        ["rollout.truncate={start: 5}", "rollout.truncate.every=7", "loss.ignore_first_of=['<', \"it's\"]"],
+    ],
+    ids=lambda overrides: overrides[0].split(",")[0],
+)
+def test_the_resolved_file_of_every_objective_loads_to_the_same_config(tmp_path, overrides):
+    config, sources = load(write(tmp_path), overrides)
+    text = resolved_yaml(config, sources)
+    again, _ = load(write(tmp_path, text), [])
+    assert again == config
+    assert len([line for line in text.splitlines() if "  # " in line]) == len(leaves(config))
+    assert "objective" in plan(config)
+
+
 def test_the_plan_shows_layout_samples_schedule_and_files(tmp_path):
     config, _ = load(write(tmp_path), ["parallel.tensor=2", "parallel.pipeline=2", "monitor.tensorboard=true"])
     text = plan(config, world_size=12)
@@ -206,6 +234,53 @@ def test_the_plan_of_plain_opd_with_a_running_teacher_server(tmp_path):
         and "scored by SGLang at http://h:1" in text
         and "off: every token is sampled" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("objective", "line"),
+    [
+        ("{kind: power_opd}", "power_opd: topk 64, power 0.5"),
+        (
+            "{kind: exopd, policy_gradient: {ratio: ppo_clip, mini_batches: 4, epochs: 2}}",
+            "exopd: topk 64, scale 1.25; ratio ppo_clip; 8 updates a step (4 mini-batches x 2 epochs); "
+            "reference models/student",
+        ),
+        (
+            "{kind: rethinking, support: union}",
+            "rethinking: support union, topk 16, own_topk 16; ratio ppo_clip; the student's own top-16",
+        ),
+        ("{kind: entropy_opd}", "entropy_opd: topk 64, fraction 0.2, denominator selected; a statistic over the batch"),
+        (
+            "{kind: gkd, full_vocabulary: true}",
+            "gkd: divergence fkl, beta 0.5, full_vocabulary on, topk 64, norm tail, gradient direct",
+        ),
+        (
+            "{kind: tropd_aopd, aopd_weight: 0.5}",
+            "tropd_aopd: trust bernoulli, outliers fkl_direct x 1 (truncated top-64), token_mean, "
+            "plus forward KL x 0.5 where q - p <= 0",
+        ),
+    ],
+)
+def test_the_plan_has_one_line_for_an_objective_of_any_kind(tmp_path, objective, line):
+    config, _ = load(write(tmp_path), [f"objective={objective}"])
+    (found,) = [text for text in plan(config).splitlines() if text.startswith("objective ")]
+    assert found.removeprefix("objective").strip() == line
+
+
+def test_the_plan_tells_the_form_of_the_loss_and_the_truncation(tmp_path):
+    overrides = [
+        "loss.form=logits",
+        "loss.logit_softcap=30",
+        "loss.ignore_tokens=[a, b]",
+        "rollout.truncate={every: 5}",
+    ]
+    config, _ = load(write(tmp_path), overrides)
+    text = plan(config)
+    assert (
+        "logits given, auto backend, weight gradient deferred, 1,024 rows a chunk, logits capped at 30, 2 tokens"
+        in text
+    )
+    assert "responses cut at 256 tokens, 256 more every 5 steps" in text
 
 
 def test_the_config_package_imports_no_torch():

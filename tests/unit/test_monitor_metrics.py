@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tropd_mcore.config.schema import PolicyGradientConfig
+from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
 from tropd_mcore.evaluation.report import CHARTS
 from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
 from tropd_mcore.monitor.console import COLUMNS as COLUMNS_OF_CONSOLE
@@ -15,7 +15,7 @@ from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 NAN = float("nan")
 COLUMNS = [
     *("student_logp", "behav_logp", "teacher_logp", "log_ratio", "loss", "divergence", "advantage"),
-    *("student_entropy", "teacher_entropy", "teacher_mass", "student_mass", "topk_overlap"),
+    *("student_entropy", "teacher_entropy", "teacher_mass", "student_mass", "topk_overlap", "old_logp", "ratio"),
 ]
 
 
@@ -39,8 +39,8 @@ def make_rollout(index: int, prompt: int, prefix: int, response: int, reason: st
 ROLLOUTS = [make_rollout(0, 3, 4, 23, "stop"), make_rollout(1, 2, 4, 31, "length"), make_rollout(2, 5, 0, 7, "stop")]
 
 
-def make_record(*, soft: bool = False, **changes) -> StepRecord:
-    """A step whose third sample the teacher could not score."""
+def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord:
+    """A step whose third sample the teacher could not score, with one update an epoch."""
     generator = np.random.default_rng(5)
     rows = []
     for sample, rollout in enumerate(ROLLOUTS):
@@ -48,21 +48,27 @@ def make_record(*, soft: bool = False, **changes) -> StepRecord:
         for token in range(start, len(rollout.token_ids)):
             on = token >= start + len(rollout.prefix_ids)
             if on or rollout.carries_prefix_loss:
-                rows.append((sample, token, on and sample != 2, not on and sample != 2))
+                for epoch in range(epochs):
+                    rows.append((sample, token, on and sample != 2, not on and sample != 2, epoch))
     columns = {name: generator.normal(size=len(rows)).astype(np.float32) for name in COLUMNS}
     columns["log_ratio"] *= 9
     columns["teacher_entropy"][::3] = NAN
     columns["sample_index"], columns["token_index"] = (np.array([row[i] for row in rows]) for i in (0, 1))
-    columns["on"], columns["off"] = (np.array([row[i] for row in rows]) for i in (2, 3))
+    columns["on"], columns["off"], columns["epoch"] = (np.array([row[i] for row in rows]) for i in (2, 3, 4))
+    columns["clipped"] = (generator.random(len(rows)) > 0.7).astype(np.float32)
     trusted = generator.random(len(rows))
     columns["trusted"] = (trusted if soft else (trusted > 0.4).astype(np.float32)) * columns["on"]
     values = {
         "table": TokenTable(columns),
         "rollouts": ROLLOUTS,
-        "optimizer": OptimizerReport(grad_norm=1.5, learning_rate=2e-6, loss=0.25, token_count=58),
+        "updates": [
+            OptimizerReport(
+                grad_norm=1.5 + epoch, learning_rate=2e-6 + epoch, loss=0.25 - epoch, token_count=58 + epoch
+            )
+            for epoch in range(epochs)
+        ],
         "alpha": 0.75,
         "timings": {"step": 2.0, "rollout": 1.25},
-        "masked_samples": 1,
         "accuracy": 2 / 3,
         "special_ids": frozenset({10, 110, 111}),
     }
@@ -82,13 +88,15 @@ def mean(pairs) -> float:
 
 
 def expected_metrics(record: StepRecord) -> dict[str, float]:
-    rows = rows_of(record)
-    on = [row for row in rows if row["on"]]
-    off = [row for row in rows if row["off"]]
+    updated = [row for row in rows_of(record) if row["on"]]
+    on = [row for row in updated if row["epoch"] == 0]
+    off = [row for row in rows_of(record) if row["off"] and row["epoch"] == 0]
+    reports = record.updates
+    several = len(reports) > 1
     trusted = [(row, float(row["trusted"])) for row in on]
     outlier = [(row, 1 - float(row["trusted"])) for row in on if row["trusted"] < 1]
     kl = [float(row["divergence"]) for row, _ in outlier]
-    engine = [float(row["student_logp"]) - float(row["behav_logp"]) for row in on]
+    engine = [float(row["old_logp"]) - float(row["behav_logp"]) for row in on]
     lengths = [23, 31, 7]
     special = [row for row in on if ROLLOUTS[row["sample_index"]].token_ids[row["token_index"]] in (10, 110, 111)]
     assert special
@@ -98,7 +106,8 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
 
     student, prefix = [(row, 1) for row in on], [(row, 1) for row in off]
     return {
-        "loss/total": 0.25,
+        "loss/total": sum(report.loss * report.token_count for report in reports)
+        / sum(report.token_count for report in reports),
         "loss/objective": sum(float(row["loss"]) for row in on + off) / len(on + off),
         "loss/trusted": over(trusted, "loss"),
         "loss/outlier": over(outlier, "loss"),
@@ -146,18 +155,26 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "engine/ratio_mean": sum(map(math.exp, engine)) / len(engine),
         "engine/ratio_max": math.exp(max(engine)),
         "engine/corrected": NAN,
-        "optimizer/grad_norm": 1.5,
-        "optimizer/learning_rate": 2e-6,
-        "optimizer/token_count": 58.0,
+        "ratio/mean": mean((row["ratio"], 1) for row in updated) if several else NAN,
+        "ratio/max": max(float(row["ratio"]) for row in updated) if several else NAN,
+        "ratio/clipped": mean((row["clipped"], 1) for row in updated) if several else NAN,
+        "ratio/difference_mean": mean((abs(float(row["student_logp"]) - float(row["old_logp"])), 1) for row in updated)
+        if several
+        else NAN,
+        "optimizer/updates": len(reports),
+        "optimizer/grad_norm": sum(report.grad_norm for report in reports) / len(reports),
+        "optimizer/grad_norm_max": max(report.grad_norm for report in reports),
+        "optimizer/learning_rate": reports[-1].learning_rate,
+        "optimizer/token_count": sum(report.token_count for report in reports),
         "throughput/tokens_per_second": 79 / 2,
         "time/step": 2.0,
         "time/rollout": 1.25,
     }
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_every_metric_equals_a_loop_over_tokens(soft):
-    record = make_record(soft=soft)
+@pytest.mark.parametrize(("soft", "epochs"), [(False, 1), (True, 1), (False, 3)])
+def test_every_metric_equals_a_loop_over_tokens(soft, epochs):
+    record = make_record(soft=soft, epochs=epochs)
     found, expected = compute_metrics(record), expected_metrics(record)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -165,7 +182,7 @@ def test_every_metric_equals_a_loop_over_tokens(soft):
 
 
 def test_an_empty_step_gives_nan_for_means_and_zero_for_counts_only():
-    empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None, masked_samples=0)
+    empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None)
     found = compute_metrics(empty)
     counts = {"tokens/student", "tokens/trusted", "tokens/outlier", "tokens/prefix", "tokens/total"}
     given = {"teacher/masked_samples", "guidance/alpha", "loss/total", "time/step", "time/rollout"}
@@ -195,7 +212,7 @@ def test_a_region_without_tokens_is_nan_and_the_others_are_not():
 def test_the_corrected_fraction_counts_the_tokens_whose_weight_was_changed(settings, changed):
     record = make_record(policy_gradient=PolicyGradientConfig(**settings))
     on = [row for row in rows_of(record) if row["on"]]
-    probabilities = [(math.exp(row["student_logp"]), math.exp(row["behav_logp"])) for row in on]
+    probabilities = [(math.exp(row["old_logp"]), math.exp(row["behav_logp"])) for row in on]
     expected = sum(changed(student, sampler) for student, sampler in probabilities) / len(on)
     assert 0 < expected < 1
     assert compute_metrics(record)["engine/corrected"] == pytest.approx(expected)
@@ -207,9 +224,14 @@ def test_one_minus_the_trusted_fraction_agrees_with_the_tv_estimate_under_the_be
     log_ratio = generator.normal(size=count) - 0.5
     trusted = np.log(generator.random(count)) < log_ratio
     columns = {"on": np.ones(count, bool), "off": np.zeros(count, bool), "trusted": trusted, "log_ratio": log_ratio}
-    columns |= {"sample_index": np.zeros(count, int), "token_index": np.ones(count, int)}
+    columns |= {name: np.zeros(count, int) for name in ("sample_index", "token_index", "epoch")}
     found = compute_metrics(make_record(table=TokenTable(columns)))
     assert 1 - found["trust/fraction"] == pytest.approx(found["trust/tv"], abs=0.01)
+
+
+def test_a_single_update_with_a_ratio_measures_it():
+    ratio = PolicyGradientConfig(ratio="ppo_clip")
+    assert not math.isnan(compute_metrics(make_record(policy_gradient=ratio))["ratio/mean"])
 
 
 def test_console_and_report_show_metrics_that_exist():

@@ -1,5 +1,6 @@
 """Packing: every supervised token is a row exactly once, whatever the layout, and the slices tile the packs."""
 
+import dataclasses
 from collections import Counter
 from itertools import pairwise
 
@@ -9,19 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tropd_mcore.config.schema import LossConfig
+from tropd_mcore.data.groups import mini_batches, prompt_indices
 from tropd_mcore.data.packing import pack
 from tropd_mcore.data.placement import place
+from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.types import Rollout
 
 MAX_SAMPLE = 5 + 9 + 17
+VOCABULARY = 20
+"""Few ids, so that an ignored one stands in most samples, and often more than once."""
 
 
 def make_rollout(index: int, prompt: int, prefix: int, response: int, carries: bool) -> Rollout:
     generator = np.random.default_rng(index)
 
     def ids(count: int) -> np.ndarray:
-        return generator.integers(1, 1000, count).astype(np.int32)
+        return generator.integers(1, VOCABULARY, count).astype(np.int32)
 
     return Rollout(
         sample_id=f"000003/p{index}/0",
@@ -57,8 +63,18 @@ def steps_to_pack(draw):
         "micro_batch_multiple": draw(st.integers(1, 2)),
         "aggregation": draw(st.sampled_from(["token_mean", "sequence_mean"])),
         "prefix_denominator": draw(st.sampled_from(["joint", "separate"])),
+        "ignored": IgnoredTokens(
+            always=draw(st.frozensets(st.integers(1, VOCABULARY - 1), max_size=3)),
+            first=draw(st.frozensets(st.integers(1, VOCABULARY - 1), max_size=3)),
+        ),
+        "parts": draw(st.sampled_from([(), parts_of(len(sizes))])),
         "device": "cpu",
     }
+
+
+def parts_of(samples: int) -> list[range]:
+    """Three uneven parts, of which some may be empty."""
+    return [range(0, samples // 2), range(samples // 2, samples - samples // 5), range(samples - samples // 5, samples)]
 
 
 def pack_all(case: dict) -> dict:
@@ -67,14 +83,19 @@ def pack_all(case: dict) -> dict:
     return {(dp, cp): pack(**case, dp_rank=dp, cp_rank=cp) for dp, cp in ranks}
 
 
-def expected_rows(rollouts: list[Rollout]) -> Counter:
+def expected_rows(case: dict) -> Counter:
     """(sample, token index, on, off) of every supervised token, by a loop over tokens."""
     rows: Counter = Counter()
-    for sample, rollout in enumerate(rollouts):
+    for sample, rollout in enumerate(case["rollouts"]):
         prompt, prefix = len(rollout.prompt_ids), len(rollout.prefix_ids)
+        seen: set[int] = set()
         for token in range(prompt, prompt + prefix + len(rollout.response_ids)):
             on = token >= prompt + prefix
-            if on or rollout.carries_prefix_loss:
+            token_id = int(rollout.token_ids[token])
+            first = on and token_id in case["ignored"].first and token_id not in seen
+            if on:
+                seen.add(token_id)
+            if (on or rollout.carries_prefix_loss) and token_id not in case["ignored"].always and not first:
                 rows[sample, token, on, not on] += 1
     return rows
 
@@ -93,7 +114,7 @@ def test_every_supervised_token_is_a_row_exactly_once_over_all_ranks(case):
         for micro in packed.micro_batches:
             columns = (micro.sample_index, micro.token_index, micro.on_mask, micro.off_mask)
             found.update(zip(*(column.tolist() for column in columns), strict=True))
-    expected = expected_rows(case["rollouts"])
+    expected = expected_rows(case)
     assert found == expected
     assert {packed.global_token_count for packed in pack_all(case).values()} == {expected.total()}
 
@@ -146,38 +167,85 @@ def test_packs_have_one_length_and_context_slices_tile_them(case):
             assert (seen == 1).all()
 
 
-def mean_of_ones_and_twos(case: dict) -> float:
-    """Sum of weight * value / N over all ranks, with value 1 on on rows and 2 on off rows, scaled by sample + 1."""
-    total = 0.0
-    count = 0
-    for packed in pack_all(case).values():
-        count = packed.global_token_count
-        for micro in packed.micro_batches:
-            value = (micro.on_mask.double() + 2 * micro.off_mask.double()) * (micro.sample_index + 1)
-            total += float((micro.weight.double() * value).sum())
-    return total / max(count, 1)
+def means_of_ones_and_twos(case: dict) -> list[float]:
+    """Of each part: sum of weight * value over its number of rows, with value 1 on on rows and 2 on off rows, scaled by
+    sample + 1."""
+    ranks = list(pack_all(case).values())
+    means = []
+    for part in range(len(ranks[0].parts)):
+        total, count = 0.0, 0
+        for packed in ranks:
+            for micro in packed.micro_batches[packed.parts[part]]:
+                value = (micro.on_mask.double() + 2 * micro.off_mask.double()) * (micro.sample_index + 1)
+                total += float((micro.weight.double() * value).sum())
+                count += len(micro.rows)
+        means.append(total / max(count, 1))
+    return means
 
 
 @settings(max_examples=100, deadline=None)
 @given(steps_to_pack())
-def test_weights_turn_the_global_sum_into_the_mean_asked_for(case):
-    parts: list[list[list[float]]] = [[], []]
-    for sample, rollout in enumerate(case["rollouts"]):
-        on = [1.0 * (sample + 1)] * len(rollout.response_ids)
-        off = [2.0 * (sample + 1)] * (len(rollout.prefix_ids) if rollout.carries_prefix_loss else 0)
-        if case["prefix_denominator"] == "joint":
-            parts[0].append(on + off)
-        else:
-            parts[0].append(on)
-            parts[1].append(off)
-    expected = 0.0
-    for samples in parts:
-        samples = [values for values in samples if values]
-        if samples and case["aggregation"] == "sequence_mean":
-            expected += sum(sum(values) / len(values) for values in samples) / len(samples)
-        elif samples:
-            expected += sum(map(sum, samples)) / sum(map(len, samples))
-    assert mean_of_ones_and_twos(case) == pytest.approx(expected, rel=1e-5)
+def test_weights_turn_the_sum_of_each_part_into_the_mean_asked_for(case):
+    rows = expected_rows(case)
+    found = means_of_ones_and_twos(case)
+    parts = case["parts"] or [range(len(case["rollouts"]))]
+    assert len(found) == len(parts)
+    for part, mean in zip(parts, found, strict=True):
+        on = [[1.0 * (s + 1) for row in rows if row[0] == s and row[2]] for s in part]
+        off = [[2.0 * (s + 1) for row in rows if row[0] == s and row[3]] for s in part]
+        joint = [both[0] + both[1] for both in zip(on, off, strict=True)]
+        expected = 0.0
+        for samples in [joint] if case["prefix_denominator"] == "joint" else [on, off]:
+            samples = [values for values in samples if values]
+            if samples and case["aggregation"] == "sequence_mean":
+                expected += sum(sum(values) / len(values) for values in samples) / len(samples)
+            elif samples:
+                expected += sum(map(sum, samples)) / sum(map(len, samples))
+        assert mean == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps_to_pack())
+def test_no_pack_has_samples_of_two_parts(case):
+    parts = case["parts"] or [range(len(case["rollouts"]))]
+    for packed in pack_all(case).values():
+        assert [index for part in packed.parts for index in range(len(packed.micro_batches))[part]] == list(
+            range(len(packed.micro_batches))
+        )
+        for part, samples in zip(packed.parts, parts, strict=True):
+            for micro in packed.micro_batches[part]:
+                assert set(micro.sample_index.tolist()) <= set(samples)
+
+
+def of_prompts(*names: str) -> list[Rollout]:
+    made = [make_rollout(index, 3, 0, 5, False) for index in range(len(names))]
+    return [dataclasses.replace(rollout, prompt_id=name) for rollout, name in zip(made, names, strict=True)]
+
+
+def test_mini_batches_are_whole_groups_in_the_order_of_the_samples():
+    rollouts = of_prompts("a", "a", "b", "b", "b", "c", "d", "d", "e", "a")
+    assert mini_batches(rollouts, 1) == [range(0, 10)]
+    assert mini_batches(rollouts, 2) == [range(0, 6), range(6, 10)]
+    assert mini_batches(rollouts, 4) == [range(0, 2), range(2, 6), range(6, 8), range(8, 10)]
+    assert mini_batches(rollouts, 6) == [range(0, 2), range(2, 5), range(5, 6), range(6, 8), range(8, 9), range(9, 10)]
+    with pytest.raises(ConfigError, match=r"mini_batches = 7 but the step has 6 prompts"):
+        mini_batches(rollouts, 7)
+
+
+def test_samples_of_a_prompt_that_comes_twice_are_one_group():
+    assert prompt_indices(of_prompts("b", "b", "a", "b")).tolist() == [1, 1, 0, 1]
+
+
+def test_tokens_to_ignore_are_looked_up_and_every_unknown_one_is_named():
+    known = {"<": 4, "think": 9}
+    found = ignored_tokens(LossConfig(ignore_tokens=("<",), ignore_first_of=("think", "<")), known.get)
+    assert found == IgnoredTokens(always=frozenset({4}), first=frozenset({4, 9}))
+    with pytest.raises(ConfigError) as caught:
+        ignored_tokens(LossConfig(ignore_tokens=("<", "x y"), ignore_first_of=("z",)), known.get)
+    assert [problem.split(" is not")[0] for problem in caught.value.problems] == [
+        "loss.ignore_tokens: 'x y'",
+        "loss.ignore_first_of: 'z'",
+    ]
 
 
 def options(**changes) -> dict:

@@ -85,9 +85,10 @@ def table_of(rollouts: list[Rollout], outliers: dict[int, list[int]]) -> TokenTa
     names = ("sample_index", "token_index", "on", "off", "trusted")
     columns = {name: np.array([row[i] for row in rows]) for i, name in enumerate(names)}
     trusted = columns["trusted"]
-    columns["student_logp"] = np.full(len(rows), -1.5, np.float32)
+    columns["epoch"] = np.zeros(len(rows), np.int64)
+    columns["old_logp"] = np.full(len(rows), -1.5, np.float32)
     columns["teacher_logp"] = np.where(trusted > 0, -1.25, -9.75).astype(np.float32)
-    columns["log_ratio"] = columns["teacher_logp"] - columns["student_logp"]
+    columns["log_ratio"] = columns["teacher_logp"] - columns["old_logp"]
     return TokenTable(columns)
 
 
@@ -151,7 +152,7 @@ def test_the_same_run_gives_the_same_page(run_dir):
 
 def test_every_metric_of_a_chart_is_in_the_catalogue():
     known = {metric.name for metric in METRICS}
-    phases = {"time/rollout", "time/teacher", "time/forward_backward", "time/optimizer"}
+    phases = {f"time/{phase}" for phase in ("rollout", "student", "teacher", "forward_backward", "optimizer")}
     assert {line.metric for chart in CHARTS for line in chart.lines} <= known | phases
 
 

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from tropd_mcore.config.derived import alpha, prefix_length
+from tropd_mcore.config.derived import alpha, longest_response_at, prefix_length
 from tropd_mcore.config.schema import Config
-from tropd_mcore.data.requests import build_requests
+from tropd_mcore.data.requests import build_requests, cut_response
 from tropd_mcore.errors import DataError
-from tropd_mcore.types import Prompt
+from tropd_mcore.types import Prompt, Rollout
 
 
 def make_config(*, guidance=None, rollout=None, steps=200, kind="tropd") -> Config:
@@ -130,3 +130,45 @@ def test_a_prompt_that_appears_twice_in_a_step_gets_ids_that_never_repeat():
 def test_a_missing_teacher_response_names_the_prompt_and_the_key():
     with pytest.raises(DataError, match=r"guidance is enabled but prompt 'p7' .* data\.teacher_responses"):
         build_requests([make_prompt("p7", None)], step=0, config=make_config(), longest_response=0)
+
+
+def truncated(**rollout) -> dict:
+    return {"max_new_tokens": 1000, "truncate": {"start": 100, "increment": 250, "every": 3}} | rollout
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 100), (2, 100), (3, 350), (5, 350), (6, 600), (9, 850), (12, 1000), (10**6, 1000)]
+)
+def test_truncated_responses_grow_by_stages_up_to_the_longest(step, expected):
+    config = make_config(kind="opd", rollout=truncated())
+    assert longest_response_at(step, config) == expected
+    requests = build_requests([make_prompt("a", None)], step=step, config=config, longest_response=0)
+    assert {request.max_new_tokens for request in requests} == {expected}
+
+
+def test_a_shared_budget_leaves_the_continuation_its_tokens_at_every_stage():
+    config = make_config(guidance={"continuation_budget": "shared", "schedule": "constant"}, rollout=truncated())
+    for step, longest in ((0, 100), (3, 350)):
+        (request, *_) = build_requests([make_prompt("a", 5000)], step=step, config=config, longest_response=5000)
+        assert len(request.prefix_ids) == longest - 64
+        assert request.max_new_tokens == 64
+
+
+def test_a_replayed_response_is_cut_to_what_the_step_allows():
+    rollout = Rollout(
+        sample_id="000000/a/0",
+        prompt_id="a",
+        prompt_ids=np.array([5], dtype=np.int32),
+        prefix_ids=np.array([6], dtype=np.int32),
+        response_ids=np.arange(7, dtype=np.int32),
+        behav_logp=-np.arange(7, dtype=np.float32),
+        trust_u=np.linspace(0, 0.9, 7, dtype=np.float32),
+        policy_version="v",
+        finish_reason="stop",
+        carries_prefix_loss=True,
+        answer=None,
+    )
+    cut = cut_response(rollout, 4)
+    assert cut.response_ids.tolist() == [0, 1, 2, 3] and cut.behav_logp.tolist() == [0, -1, -2, -3]
+    assert len(cut.trust_u) == 4 and cut.finish_reason == "length" and cut.prefix_ids.tolist() == [6]
+    assert cut_response(rollout, 7) is rollout

@@ -20,6 +20,7 @@ COMMANDS = {
     "prefixes": "sample the teacher responses that guidance continues",
     "eval": "measure the accuracy of a model on held-out prompts, and compare results",
     "report": "write a report of a run directory as one HTML file",
+    "conformance": "check a vocabulary-parallel loss and its gradients against a float64 oracle",
     "convert": "convert between Hugging Face folders and Megatron checkpoints",
 }
 """Subcommand -> help; `tropd_mcore.cli.<subcommand>_command` implements it."""

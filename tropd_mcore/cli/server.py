@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from tropd_mcore.config.schema import Dtype, PlatformConfig, ServerConfig
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import PlatformConfig, ServerConfig
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 

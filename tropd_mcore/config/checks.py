@@ -9,7 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tropd_mcore.config.derived import active_guidance, longest_sample
+from tropd_mcore.config.derived import (
+    active_guidance,
+    full_vocabulary,
+    longest_response_at,
+    longest_sample,
+    policy_gradient,
+    updates_per_step,
+)
+from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig
 
 MANAGED_SERVER_ARGS = {
@@ -30,7 +38,7 @@ MANAGED_SERVER_ARGS = {
 
 def problems_across_sections(config: Config) -> list[str]:
     """Return every problem that needs no more than the configuration itself."""
-    checks = (_parallel, _objective, _rollout, _servers, _optimizer, _others)
+    checks = (_parallel, objective_problems, _objective, _rollout, _loss, _servers, _optimizer, _others)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -53,6 +61,13 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
         f"parallel: tp*pp*cp*dp = {tensor}*{pipeline}*{context}*{data} = {total} but WORLD_SIZE is {world_size}; "
         f"{remedy}launch {total} ranks"
     ]
+
+
+def backend_problems(backend: str, platform: str) -> list[str]:
+    """Return what is wrong between loss.backend and the platform (`cpu`, `cuda`, or `auto` where it is not known)."""
+    if backend == "triton" and platform == "cpu":
+        return ["loss.backend=triton needs CUDA but the platform is cpu; set loss.backend=auto, eager or compile"]
+    return []
 
 
 def data_problems(config: Config, *, longest_prompt: int, longest_response: int) -> list[str]:
@@ -92,17 +107,23 @@ def _objective(config: Config) -> Iterator[str]:
             "objective.guidance.enabled needs data.teacher_responses, which is not set; "
             "write the file with `tropd prefixes`, or set objective.guidance.enabled=false"
         )
-    new_tokens = config.rollout.max_new_tokens
+    new_tokens = longest_response_at(0, config)
     if guidance is not None and guidance.continuation_budget == "shared" and guidance.min_continuation >= new_tokens:
+        key = "max_new_tokens" if config.rollout.truncate is None else "truncate.start"
         yield (
             f"objective.guidance.min_continuation = {guidance.min_continuation} leaves no room for a prefix within the "
-            f"shared rollout.max_new_tokens = {new_tokens}; lower the one or raise the other"
+            f"shared rollout.{key} = {new_tokens}; lower the one or raise the other"
         )
-    correction = config.objective.policy_gradient
+    correction = policy_gradient(config.objective)
     if correction.icepop_low >= correction.icepop_high:
         yield (
             f"objective.policy_gradient: icepop_low = {correction.icepop_low} must be below "
             f"icepop_high = {correction.icepop_high}"
+        )
+    if correction.mini_batches > config.rollout.prompts_per_step:
+        yield (
+            f"objective.policy_gradient.mini_batches = {correction.mini_batches} is more than the "
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} prompts that it divides; lower it"
         )
 
 
@@ -110,6 +131,11 @@ def _rollout(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if rollout.top_k != -1 and rollout.top_k < 1:
         yield f"rollout.top_k = {rollout.top_k}: expected -1 (off) or at least 1"
+    if rollout.truncate is not None and rollout.truncate.start >= rollout.max_new_tokens:
+        yield (
+            f"rollout.truncate.start = {rollout.truncate.start} cuts nothing off rollout.max_new_tokens = "
+            f"{rollout.max_new_tokens}; lower it or remove rollout.truncate"
+        )
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     if rollout.server.max_total_tokens is not None and rollout.server.max_total_tokens < longest:
         yield (
@@ -120,6 +146,26 @@ def _rollout(config: Config) -> Iterator[str]:
         yield (
             f"batch.tokens_per_micro_batch = {config.batch.tokens_per_micro_batch} is below data.max_prompt_tokens + "
             f"rollout.max_new_tokens = {longest}; raise it or lower those"
+        )
+
+
+def _loss(config: Config) -> Iterator[str]:
+    loss = config.loss
+    yield from backend_problems(loss.backend, config.platform.kind)
+    if loss.form == "logits" and loss.overlap_chunks:
+        yield (
+            "loss.overlap_chunks has no effect with loss.form=logits, where no chunk's logits are left to be computed; "
+            "remove it or set loss.form=fused"
+        )
+    if loss.form == "logits" and loss.weight_gradient == "folded":
+        yield (
+            "loss.weight_gradient=folded has no effect with loss.form=logits, whose weight gradient is Megatron's; "
+            "set deferred or recompute"
+        )
+    if full_vocabulary(config.objective) and loss.weight_gradient == "recompute":
+        yield (
+            "loss.weight_gradient=recompute cannot be combined with objective.full_vocabulary, whose gradient is made "
+            "in the forward pass; set deferred or folded"
         )
 
 
@@ -152,10 +198,11 @@ def _server(key: str, server: ServerConfig) -> Iterator[str]:
 
 
 def _optimizer(config: Config) -> Iterator[str]:
-    optimizer = config.optimizer
-    if optimizer.warmup_steps > config.run.steps:
+    optimizer, updates = config.optimizer, updates_per_step(config.objective)
+    if optimizer.warmup_steps > config.run.steps * updates:
+        each = f" of {updates} optimizer steps each" if updates > 1 else ""
         yield (
-            f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than run.steps = {config.run.steps}; "
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than run.steps = {config.run.steps}{each}; "
             "lower it or raise run.steps"
         )
     if optimizer.min_learning_rate > optimizer.learning_rate:
@@ -186,6 +233,7 @@ def _others(config: Config) -> Iterator[str]:
         "teacher.path": config.teacher.path,
         "data.prompts": config.data.prompts,
         "data.teacher_responses": config.data.teacher_responses,
+        "objective.reference": getattr(config.objective, "reference", None),
     }
     for key, path in paths.items():
         if path is not None and str(path).startswith("~"):

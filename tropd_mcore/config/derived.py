@@ -6,8 +6,20 @@ Not for anything that needs data, a model or a process. Invariant: pure function
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from tropd_mcore.config.schema import Config, GuidanceConfig, ObjectiveConfig, ParallelConfig, TropdObjective
+from tropd_mcore.config.advantage_objectives import (
+    EntropyOpdObjective,
+    ExopdObjective,
+    IwOpdObjective,
+    KdrlObjective,
+    ReopoldObjective,
+    RladObjective,
+    TopdObjective,
+)
+from tropd_mcore.config.divergence_objectives import GkdObjective, SdpoObjective
+from tropd_mcore.config.schema import Config, ObjectiveConfig, ParallelConfig
+from tropd_mcore.config.tropd_objectives import GuidanceConfig, PolicyGradientConfig, TropdObjective
 from tropd_mcore.errors import ConfigError
 
 
@@ -38,7 +50,8 @@ def prefix_length(response_length: int, step: int, config: Config, *, longest_re
     """Return the number of teacher tokens that one prompt's samples continue.
 
     `response_length` and `longest_response` count tokens without EOS. The result leaves `min_continuation` tokens of
-    the response to the student, and under a shared budget at least as many new tokens. Source: docs/method.md, 5 and 6.
+    the response to the student, and under a shared budget at least as many new tokens of what the step allows.
+    Source: docs/method.md, 5 and 6.
     """
     guidance = active_guidance(config)
     if guidance is None:
@@ -50,13 +63,86 @@ def prefix_length(response_length: int, step: int, config: Config, *, longest_re
         wanted = min(math.floor(share * longest_response), response_length)
     allowed = response_length - guidance.min_continuation
     if guidance.continuation_budget == "shared":
-        allowed = min(allowed, config.rollout.max_new_tokens - guidance.min_continuation)
+        allowed = min(allowed, longest_response_at(step, config) - guidance.min_continuation)
     return max(0, min(wanted, allowed))
 
 
 def support_size(objective: ObjectiveConfig) -> int:
-    """Return k, the number of teacher candidates a token that are scored (objective.outlier.topk; of `opd`: .topk)."""
+    """Return k, the number of teacher candidates a token that are scored (objective.outlier.topk or .topk)."""
     return objective.outlier.topk if isinstance(objective, TropdObjective) else objective.topk
+
+
+def own_support_size(objective: ObjectiveConfig) -> int:
+    """Return l, the number of the student's own candidates a token (objective.own_topk); 0 where none are needed."""
+    return getattr(objective, "own_topk", 0)
+
+
+def policy_gradient(objective: ObjectiveConfig) -> PolicyGradientConfig:
+    """Return objective.policy_gradient; of an objective without one, the defaults, which change nothing."""
+    return getattr(objective, "policy_gradient", PolicyGradientConfig())
+
+
+def updates_per_step(objective: ObjectiveConfig) -> int:
+    """Return how many optimizer steps a rollout batch makes."""
+    correction = policy_gradient(objective)
+    return correction.mini_batches * correction.epochs
+
+
+def needs_student_pass(config: Config) -> bool:
+    """Return whether the trainer looks at the rollouts once without gradients before it trains on them.
+
+    That is for log p before the update where several updates or a ratio follow, for statistics over the batch or the
+    sample, and for the student's own candidates.
+    """
+    objective = config.objective
+    return (
+        policy_gradient(objective).ratio != "none"
+        or own_support_size(objective) > 0
+        or needs_batch_statistic(objective)
+        or isinstance(objective, RladObjective)
+    )
+
+
+def needs_batch_statistic(objective: ObjectiveConfig) -> bool:
+    """Return whether the loss of a token depends on other tokens: of its sample, its group or the whole batch."""
+    return isinstance(
+        objective, EntropyOpdObjective | TopdObjective | IwOpdObjective | KdrlObjective | RladObjective
+    ) or (isinstance(objective, ReopoldObjective) and objective.stages == 2)
+
+
+def learns_from_verifier(objective: ObjectiveConfig) -> bool:
+    """Return whether the objective needs the verifier's verdict on every sample."""
+    return isinstance(objective, KdrlObjective | RladObjective | SdpoObjective)
+
+
+def reference_path(config: Config) -> Path | None:
+    """Return the folder of the frozen reference model, None where the objective has none."""
+    objective = config.objective
+    if isinstance(objective, RladObjective) and objective.reference_weight == 0:
+        return None
+    if isinstance(objective, ExopdObjective | RladObjective):
+        return objective.reference or config.student.path
+    return None
+
+
+def full_vocabulary(objective: ObjectiveConfig) -> bool:
+    """Return whether the loss is a divergence over the whole vocabulary, which needs the teacher's hidden states."""
+    return isinstance(objective, GkdObjective) and objective.full_vocabulary
+
+
+def longest_response_at(step: int, config: Config) -> int:
+    """Return how many new tokens the rollouts of `step` may have (rollout.truncate, else rollout.max_new_tokens)."""
+    truncate = config.rollout.truncate
+    if truncate is None:
+        return config.rollout.max_new_tokens
+    return min(truncate.start + truncate.increment * (step // truncate.every), config.rollout.max_new_tokens)
+
+
+def new_token_budget(step: int, prefix_tokens: int, config: Config) -> int:
+    """Return how many new tokens a sample of `step` may have after a teacher prefix of `prefix_tokens`."""
+    guidance = active_guidance(config)
+    shared = guidance is not None and guidance.continuation_budget == "shared"
+    return longest_response_at(step, config) - (prefix_tokens if shared else 0)
 
 
 def longest_sample(config: Config, *, longest_prompt: int, longest_response: int) -> int:

@@ -5,13 +5,26 @@ Not for reading models or data, or starting anything. Invariant: loading a resol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 
 import yaml
 
-from tropd_mcore.config.derived import active_guidance, alpha, support_size
+from tropd_mcore.config.derived import (
+    active_guidance,
+    alpha,
+    needs_batch_statistic,
+    own_support_size,
+    policy_gradient,
+    reference_path,
+    support_size,
+    updates_per_step,
+)
+from tropd_mcore.config.divergence_objectives import TropdAopdObjective
+from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
-from tropd_mcore.config.schema import Config, Dtype, ServerConfig, TropdObjective
+from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.tropd_objectives import OpdObjective, TropdObjective
 
 
 def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
@@ -37,6 +50,7 @@ def plan(config: Config, world_size: int | None = None) -> str:
         "rollouts": _rollouts(config),
         "teacher": _teacher(config),
         "objective": _objective(config),
+        "loss": _loss(config),
         "a step": _step(config),
         "guidance": _guidance(config),
         "optimizer": _optimizer(config),
@@ -81,13 +95,58 @@ def _teacher(config: Config) -> str:
 
 
 def _objective(config: Config) -> str:
+    """Kind, constants, then what it needs beyond the teacher's scores."""
+    return "; ".join([f"{config.objective.kind}: {_constants(config)}", *_needs(config)])
+
+
+def _constants(config: Config) -> str:
     objective, k = config.objective, support_size(config.objective)
-    if not isinstance(objective, TropdObjective):
-        return f"opd: every token trusted, top-{k} of the teacher for the metrics"
-    outlier = objective.outlier
+    if isinstance(objective, OpdObjective):
+        return f"every token trusted, top-{k} of the teacher for the metrics"
+    if isinstance(objective, TropdObjective):
+        outlier = objective.outlier
+        text = (
+            f"trust {objective.trust.mode}, outliers {outlier.mode} x {outlier.weight:g} ({outlier.norm} top-{k}), "
+            f"{config.loss.aggregation}"
+        )
+        if isinstance(objective, TropdAopdObjective):
+            text += f", plus forward KL x {objective.aopd_weight:g} where q - p <= {objective.aopd_threshold:g}"
+        return text
+    left_out = {"kind", "policy_gradient", "reference", "template"}
+    values = objective.model_dump(exclude=left_out, exclude_none=True)
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+
+
+def _needs(config: Config) -> Iterator[str]:
+    objective = config.objective
+    correction, updates = policy_gradient(objective), updates_per_step(objective)
+    if correction.ratio != "none":
+        yield f"ratio {correction.ratio}"
+    if updates > 1:
+        yield f"{updates} updates a step ({correction.mini_batches} mini-batches x {correction.epochs} epochs)"
+    if own_support_size(objective):
+        yield f"the student's own top-{own_support_size(objective)}"
+    if (reference := reference_path(config)) is not None:
+        yield f"reference {reference}"
+    if needs_batch_statistic(objective):
+        yield "a statistic over the batch"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _loss(config: Config) -> str:
+    loss = config.loss
+    form = "output layer fused" if loss.form == "fused" else "logits given"
+    overlap = ", chunks overlapped" if loss.overlap_chunks else ""
+    softcap = f", logits capped at {loss.logit_softcap:g}" if loss.logit_softcap is not None else ""
+    ignored = len(loss.ignore_tokens) + len(loss.ignore_first_of)
     return (
-        f"tropd: trust {objective.trust.mode}, outliers {outlier.mode} x {outlier.weight:g} "
-        f"({outlier.norm} top-{k}), {config.loss.aggregation}"
+        f"{form}, {loss.backend} backend, weight gradient {loss.weight_gradient}, {loss.chunk_tokens:,} rows a chunk"
+        f"{overlap}{softcap}{f', {ignored} tokens ignored' if ignored else ''}"
     )
 
 
@@ -99,8 +158,15 @@ def _step(config: Config) -> str:
     prefix = " + teacher prefixes" if guidance is not None and guidance.continuation_budget == "full" else ""
     return (
         f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {samples} samples, at most {tokens:,} "
-        f"tokens{prefix} in packs of {config.batch.tokens_per_micro_batch:,}"
+        f"tokens{prefix} in packs of {config.batch.tokens_per_micro_batch:,}{_truncation(config)}"
     )
+
+
+def _truncation(config: Config) -> str:
+    truncate = config.rollout.truncate
+    if truncate is None:
+        return ""
+    return f"; responses cut at {truncate.start} tokens, {truncate.increment} more every {truncate.every} steps"
 
 
 def _guidance(config: Config) -> str:
@@ -137,5 +203,7 @@ def _files(config: Config) -> dict[str, str]:
 
 def _scalar(value: object) -> str:
     """One value as YAML on one line."""
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")

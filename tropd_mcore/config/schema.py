@@ -5,36 +5,27 @@ Not for checks that span sections (see `checks`) or for reading files (see `load
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, the text under a field is its documentation."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+from tropd_mcore.config.advantage_objectives import AdvantageObjective
+from tropd_mcore.config.divergence_objectives import DivergenceObjective
+from tropd_mcore.config.fields import Dtype, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from tropd_mcore.config.tropd_objectives import OpdObjective, TropdObjective
 
 
 class RunConfig(Section):
     dir: Path
     """Run directory: logs, rollouts, checkpoints, export. The same directory again means resume."""
     steps: PositiveInt = 200
-    """Optimizer steps of the whole run. Source: TrOPD section 4 (200)."""
+    """Steps of the whole run: rollout batches, each of one optimizer step unless objective.policy_gradient has more.
+    Source: TrOPD section 4 (200)."""
     seed: NonNegativeInt = 1234
     """Seeds prompt order, trust uniforms and dropout; stored with the data it decided."""
     checkpoint_every: PositiveInt = 50
-    """Optimizer steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: PositiveInt = 2
     """Newest complete checkpoints to keep."""
     export_at_end: bool = True
@@ -42,7 +33,8 @@ class RunConfig(Section):
     keep_rollouts: PositiveInt | None = None
     """Newest steps whose rollouts stay in <dir>/rollouts; None = all. Steps since the last checkpoint always stay."""
     replay: Path | None = None
-    """Take rollouts and teacher scores from this run directory instead of sampling and scoring."""
+    """Take rollouts from this run directory instead of sampling, and teacher scores where it has them for exactly these
+    rows, this teacher and this objective's candidates."""
     stop_after: PositiveInt | None = None
     """Stop after this many steps of this launch (a time-boxed queue); run the same command to go on."""
 
@@ -131,9 +123,20 @@ class DataConfig(Section):
     """A new order each pass, decided by run.seed; False keeps the order of the file."""
 
 
+class TruncateConfig(Section):
+    """Fast OPD: responses are cut at start + increment * floor(step / every) tokens, never above max_new_tokens."""
+
+    start: PositiveInt = 256
+    """Longest response of the first step, tokens."""
+    increment: NonNegativeInt = 256
+    """Tokens that each stage adds. Source: Fast OPD from reasoning prefixes (about 256)."""
+    every: PositiveInt = 20
+    """Steps of one stage."""
+
+
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt = 128
-    """Prompts of one optimizer step. Source: TrOPD section 4."""
+    """Prompts of one rollout batch. Source: TrOPD section 4."""
     samples_per_prompt: PositiveInt = 4
     """Student continuations a prompt; all share one teacher prefix. Source: TrOPD section 4."""
     max_new_tokens: PositiveInt = 8096
@@ -144,96 +147,42 @@ class RolloutConfig(Section):
     """Nucleus mass; below 1 the log-ratio estimator is biased."""
     top_k: int = -1
     """Top-k sampling; -1 = off."""
+    truncate: TruncateConfig | None = None
+    """Sample and train the beginning of responses only, longer with time; None = whole responses. Rollouts taken from
+    run.replay are cut likewise."""
     server: ServerConfig = ServerConfig()
 
 
-class TrustConfig(Section):
-    mode: Literal["bernoulli", "soft", "threshold", "none"] = "bernoulli"
-    """How a token is trusted: u < rho (TrOPD eq. of P_trust), weight min(rho, 1), rho > exp(threshold), or always."""
-    threshold: float = math.log(0.3 / 0.7)
-    """Log-ratio above which a token is trusted, `threshold` mode only. Source: REOPOLD, lambda = 0.3."""
-
-
-class OutlierConfig(Section):
-    mode: Literal["fkl_direct", "fkl_scalar", "mask", "clip"] = "fkl_direct"
-    """Loss of a distrusted token: differentiable top-k FKL (paper), the same as a scalar advantage, none, or a
-    reward floored at clip_tau. `mask` and `clip` use the static region r > clip_tau (TrOPD table 1)."""
-    weight: float = Field(default=1.0, ge=0)
-    """Factor of the outlier term. Source: TrOPD eq. of J_on (1:1)."""
-    topk: PositiveInt = 64
-    """Teacher support size k. Source: TrOPD section 4."""
-    norm: Literal["truncated", "tail", "renorm", "teacher_renorm"] = "truncated"
-    """Support normalisation of the FKL (docs/method.md, 4)."""
-    clip_tau: float = math.log(0.3 / 0.7)
-    """Log-ratio floor of `clip` and `mask`. Source: REOPOLD, lambda = 0.3."""
-
-
-class GuidanceConfig(Section):
-    enabled: bool = True
-    """Continue teacher prefixes; needs data.teacher_responses."""
-    beta: float = Field(default=1e-3, ge=0)
-    """Weight of the prefix loss. Source: TrOPD section 3.3."""
-    loss: Literal["nll", "none", "topk_fkl", "scalar_adv"] = "nll"
-    """Prefix loss: NLL (gradient of the K1 forward KL), none, top-k FKL, or the detached advantage of the authors."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """alpha(t): (1 + cos(pi t / T)) / 2, 1 - t / T, or 1; 0 after T (constant: 1)."""
-    total_steps: PositiveInt | None = None
-    """T of the schedule; None = run.steps."""
-    length_mode: Literal["proportional", "cap"] = "proportional"
-    """Prefix length: floor(alpha * len(response)), or min(floor(alpha * longest response), len(response))."""
-    min_continuation: PositiveInt = 64
-    """Tokens of the teacher response that are always left to the student."""
-    continuation_budget: Literal["full", "shared"] = "full"
-    """New tokens after the prefix: rollout.max_new_tokens, or that minus the prefix."""
-
-
-class PolicyGradientConfig(Section):
-    """One optimizer step a rollout batch: the ratio is 1 in value and `none` and `ratio` have the same gradient."""
-
-    mismatch: Literal["off", "tis", "icepop", "mask"] = "off"
-    """Weight of trainer/sampler probability: off, truncated at tis_cap, zero outside the icepop band, or zero where
-    p_trainer - p_sampler < mask_below."""
-    tis_cap: PositiveFloat = 2.0
-    """Upper bound of the truncated importance weight."""
-    icepop_low: PositiveFloat = 0.5
-    """Lower edge of the IcePop band."""
-    icepop_high: PositiveFloat = 5.0
-    """Upper edge of the IcePop band."""
-    mask_below: float = -0.2
-    """Probability difference below which `mask` drops a token."""
-    advantage_clip: PositiveFloat | None = None
-    """Clamp of the log-ratio advantage to [-c, c], nats; None = off (the paper)."""
-
-
-class TropdObjective(Section):
-    """TrOPD, docs/method.md."""
-
-    kind: Literal["tropd"] = "tropd"
-    trust: TrustConfig = TrustConfig()
-    outlier: OutlierConfig = OutlierConfig()
-    guidance: GuidanceConfig = GuidanceConfig()
-    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
-
-
-class OpdObjective(Section):
-    """Plain on-policy distillation: the same code with the gate open and no guidance."""
-
-    kind: Literal["opd"] = "opd"
-    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
-    topk: PositiveInt = 64
-    """Teacher support size, for the metrics only."""
-
-
-ObjectiveConfig = Annotated[TropdObjective | OpdObjective, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[
+    TropdObjective | OpdObjective | AdvantageObjective | DivergenceObjective, Field(discriminator="kind")
+]
 
 
 class LossConfig(Section):
+    form: Literal["fused", "logits"] = "fused"
+    """The output layer inside the loss, chunk by chunk, so that logits never exist as a whole; or logits given, with
+    the gradient written over them."""
+    backend: Literal["auto", "eager", "compile", "triton"] = "auto"
+    """Who computes the passes over the logits: PyTorch operations (the reference), torch.compile, or Triton kernels.
+    auto = triton on CUDA, eager on a CPU."""
+    weight_gradient: Literal["deferred", "folded", "recompute"] = "deferred"
+    """The output weight's gradient is kept in float32 and scaled in the backward pass; or (`fused` only) accumulated
+    into main_grad in the forward pass and checked to be unscaled; or all gradients of the loss are made in the backward
+    pass, from recomputed logits where `fused`."""
     chunk_tokens: PositiveInt = 1024
-    """Rows of one chunk of the support kernel; bounds its temporary memory (chunk_tokens x vocabulary shard, fp32)."""
+    """Rows of one chunk; bounds the memory of the loss (chunk_tokens x vocabulary shard, fp32)."""
+    overlap_chunks: bool = False
+    """`fused` only. Compute the next chunk's logits while the all-reduce of this one runs; a second chunk of memory."""
+    logit_softcap: PositiveFloat | None = None
+    """Logits z become cap * tanh(z / cap), in teacher and student; None = off, as for all supported families."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Every supervised token of the global batch weighs the same, or every sample does."""
     prefix_denominator: Literal["joint", "separate"] = "joint"
     """Student and prefix tokens share one token count, or each part is divided by its own."""
+    ignore_tokens: tuple[str, ...] = ()
+    """Tokens of the student's vocabulary, or texts that are one token, that are never supervised."""
+    ignore_first_of: tuple[str, ...] = ()
+    """The same for tokens whose first occurrence in a response is not supervised. Source: local support matching."""
 
 
 class BatchConfig(Section):
@@ -247,9 +196,9 @@ class OptimizerConfig(Section):
     min_learning_rate: float = Field(default=0.0, ge=0)
     """Floor of the decaying schedules."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning-rate schedule over run.steps. Source: TrOPD section 4 (constant)."""
+    """Learning-rate schedule over all optimizer steps of the run. Source: TrOPD section 4 (constant)."""
     warmup_steps: NonNegativeInt = 0
-    """Linear warm-up steps."""
+    """Optimizer steps of the linear warm-up."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay; norms and biases are exempt."""
     beta1: Fraction = 0.9

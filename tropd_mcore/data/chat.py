@@ -67,6 +67,14 @@ class Renderer:
         """Return the text of each id on its own, special tokens included."""
         return [self._tokenizer.decode([int(index)]) for index in ids]
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of a vocabulary entry, or of a text that is a single token; None where it is neither."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        if text in vocabulary:
+            return vocabulary[text]
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return int(ids[0]) if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id else None
+
 
 def _eos_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     """Ids that end a response, ascending. Raises DataError where neither file names one."""

@@ -2,7 +2,8 @@
 
 Not for scoring or for the loss. Invariants: the plan is a pure function of the rollouts and the layout, so every rank
 computes the same one; a supervised token is a row of exactly one (data, context) rank; the shift by one is done here,
-before the context-parallel split; every pack of the step has the same length on every rank.
+before the context-parallel split; every pack of the step has the same length on every rank; no pack has samples of two
+optimizer steps.
 
 Legend: P positions on this context rank, T rows on this rank, N rows of the whole step, S samples of a pack.
 """
@@ -18,11 +19,14 @@ import numpy.typing as npt
 import torch
 
 from tropd_mcore.data.placement import place
+from tropd_mcore.data.supervision import IgnoredTokens, Supervised, supervised
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.types import MicroBatch, Rollout
 
 PADDING_ID = 0
 """Token id of padding positions: any legal id does, because nothing attends to them and no row reads them."""
+
+NOTHING_IGNORED = IgnoredTokens()
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class PackedStep:
     pack_length: int
     """Positions of each pack over all context ranks; the same on all ranks of the step."""
     global_token_count: int
-    """Rows of the step over all ranks: N, the denominator of the loss where the teacher scored every sample."""
+    """Rows of the step over all ranks: N, the denominator of a single update where the teacher scored every sample."""
+    parts: list[slice]
+    """The micro-batches of each part of the rollouts, in their order."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class RowWeights:
 
     on: npt.NDArray[np.float64]
     off: npt.NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowWeights]) -> RowWeights:
+        """The weights of consecutive parts as those of the whole."""
+        return cls(np.concatenate([part.on for part in parts]), np.concatenate([part.off for part in parts]))
 
 
 def pack(
@@ -57,13 +68,16 @@ def pack(
     prefix_denominator: str,
     device: torch.device | str,
     micro_batch_multiple: int = 1,
+    parts: Sequence[range] = (),
+    ignored: IgnoredTokens = NOTHING_IGNORED,
 ) -> PackedStep:
     """Pack the rollouts of a step and return the micro-batches of one (data, context) rank.
 
     `tokens_per_micro_batch` bounds the length of a pack over all context ranks. Each sample is padded to a multiple of
     2 * cp_size where cp_size > 1 (zigzag chunks), each pack by one padding sample to `pack_length`, a multiple of
     2 * cp_size * tp_size. Every data rank gets the same number of packs, a multiple of `micro_batch_multiple` (the
-    pipeline size for interleaved schedules); packs may be empty (padding only, T = 0).
+    pipeline size for interleaved schedules); packs may be empty (padding only, T = 0). `parts` are consecutive ranges
+    of all rollouts, each packed and weighted on its own (none: all are one part); `ignored` tokens are no rows.
     Raises ConfigError where the longest sample does not fit. Source: docs/method.md, 7.
     """
     assert all(len(rollout.prompt_ids) > 0 for rollout in rollouts), "a response token needs a token before it"
@@ -73,26 +87,43 @@ def pack(
     budget = tokens_per_micro_batch // pack_multiple * pack_multiple
     _check_longest(rollouts, lengths, budget, pack_multiple, tokens_per_micro_batch)
 
-    packs = place(lengths, budget=budget, ranks=dp_size, multiple=micro_batch_multiple)
-    longest_pack = max(sum(lengths[sample] for sample in samples) for rank in packs for samples in rank)
+    parts = parts or [range(len(rollouts))]
+    assert [sample for part in parts for sample in part] == list(range(len(rollouts))), (
+        "parts do not cover the rollouts"
+    )
+    tokens = [supervised(rollout, ignored) for rollout in rollouts]
+    packs = [_place_part(part, lengths, budget=budget, ranks=dp_size, multiple=micro_batch_multiple) for part in parts]
+    longest_pack = max(
+        sum(lengths[sample] for sample in samples) for part in packs for rank in part for samples in rank
+    )
     pack_length = _round_up(max(longest_pack, 1), pack_multiple)
-    weights = row_weights(rollouts, aggregation=aggregation, prefix_denominator=prefix_denominator)
-    micro_batches = [
-        _micro_batch(rollouts, samples, lengths, weights, pack_length, cp_size, cp_rank).on(device)
-        for samples in packs[dp_rank]
+    weights = [
+        row_weights([tokens[sample] for sample in part], aggregation=aggregation, prefix_denominator=prefix_denominator)
+        for part in parts
     ]
-    on_counts, off_counts = _row_counts(rollouts)
-    return PackedStep(micro_batches, pack_length, int(on_counts.sum() + off_counts.sum()))
+    step = _Step(rollouts, tokens, RowWeights.joined(weights), lengths, pack_length)
+    mine = [part[dp_rank] for part in packs]
+    micro_batches = [step.micro_batch(samples, cp_size, cp_rank).on(device) for part in mine for samples in part]
+    ends = np.cumsum([0, *map(len, mine)]).tolist()
+    count = sum(int(mask.response.sum() + mask.prefix.sum()) for mask in tokens)
+    return PackedStep(micro_batches, pack_length, count, [slice(*edges) for edges in pairwise(ends)])
 
 
-def row_weights(rollouts: Sequence[Rollout], *, aggregation: str, prefix_denominator: str) -> RowWeights:
-    """Return the factors that turn `sum / N` into the mean the config asks for.
+def _place_part(part: range, lengths: list[int], *, budget: int, ranks: int, multiple: int) -> list[list[list[int]]]:
+    """`place` of the samples of one part, by their numbers in the step."""
+    placed = place([lengths[sample] for sample in part], budget=budget, ranks=ranks, multiple=multiple)
+    return [[[part[sample] for sample in samples] for samples in rank] for rank in placed]
+
+
+def row_weights(tokens: Sequence[Supervised], *, aggregation: str, prefix_denominator: str) -> RowWeights:
+    """Return the factors that turn `sum / N` into the mean the config asks for, given each sample's supervised tokens.
 
     `token_mean` + `joint`: 1. `separate`: the mean over on rows plus the mean over off rows. `sequence_mean`: the mean
     over samples (that have rows) of the mean over their rows. Counts are of the step before any row is left out because
     the teacher failed on it. Source: docs/method.md, 7.
     """
-    on_counts, off_counts = _row_counts(rollouts)
+    on_counts = np.array([mask.response.sum() for mask in tokens], dtype=np.float64)
+    off_counts = np.array([mask.prefix.sum() for mask in tokens], dtype=np.float64)
     parts = [on_counts, off_counts] if prefix_denominator == "separate" else [on_counts + off_counts]
     rows = float(on_counts.sum() + off_counts.sum())
     factors = []
@@ -101,7 +132,7 @@ def row_weights(rollouts: Sequence[Rollout], *, aggregation: str, prefix_denomin
             samples = np.count_nonzero(counts)
             factors.append(rows / np.maximum(samples * counts, 1))
         else:
-            factors.append(np.full(len(rollouts), rows / max(counts.sum(), 1.0)))
+            factors.append(np.full(len(tokens), rows / max(counts.sum(), 1.0)))
     return RowWeights(on=factors[0], off=factors[-1])
 
 
@@ -153,7 +184,7 @@ class _PackArrays:
             token_index=np.zeros(length, dtype=np.int64),
         )
 
-    def write(self, start: int, index: int, rollout: Rollout, weights: RowWeights) -> None:
+    def write(self, start: int, index: int, rollout: Rollout, tokens: Supervised, weights: RowWeights) -> None:
         """Put one sample at positions [start, start + length): the token at `start + i` predicts token i + 1."""
         token_ids = rollout.token_ids
         length = len(token_ids)
@@ -165,14 +196,13 @@ class _PackArrays:
         self.token_index[predicting] = np.arange(1, length)
         self.sample_index[predicting] = index
         on = slice(start + response_start - 1, start + length - 1)
-        self.on[on] = True
+        self.on[on] = tokens.response
         self.behav_logp[on] = rollout.behav_logp
         self.trust_u[on] = rollout.trust_u
         self.weight[on] = weights.on[index]
-        if rollout.carries_prefix_loss:
-            off = slice(start + prefix_start - 1, start + response_start - 1)
-            self.off[off] = True
-            self.weight[off] = weights.off[index]
+        off = slice(start + prefix_start - 1, start + response_start - 1)
+        self.off[off] = tokens.prefix
+        self.weight[off] = weights.off[index]
 
 
 @dataclass(frozen=True)
@@ -207,30 +237,27 @@ class _HostMicroBatch:
         )
 
 
-def _micro_batch(
-    rollouts: Sequence[Rollout],
-    samples: list[int],
-    lengths: list[int],
-    weights: RowWeights,
-    pack_length: int,
-    cp_size: int,
-    cp_rank: int,
-) -> _HostMicroBatch:
-    sizes = [lengths[sample] for sample in samples]
-    if (padding := pack_length - sum(sizes)) > 0:
-        sizes.append(padding)
-    cu_seqlens = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    arrays = _PackArrays.padding(pack_length)
-    arrays.position_ids[:] = np.concatenate([np.arange(size) for size in sizes])
-    for start, sample in zip(cu_seqlens, samples, strict=False):  # the padding sample has no rollout
-        arrays.write(int(start), sample, rollouts[sample], weights)
-    return _HostMicroBatch(arrays, cu_seqlens, context_positions(cu_seqlens, cp_size, cp_rank))
+@dataclass(frozen=True)
+class _Step:
+    """All samples of a step, one entry each, and the length of its packs."""
 
+    rollouts: Sequence[Rollout]
+    tokens: list[Supervised]
+    weights: RowWeights
+    lengths: list[int]
+    pack_length: int
 
-def _row_counts(rollouts: Sequence[Rollout]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    on = [len(rollout.response_ids) for rollout in rollouts]
-    off = [len(rollout.prefix_ids) * rollout.carries_prefix_loss for rollout in rollouts]
-    return np.array(on, dtype=np.float64), np.array(off, dtype=np.float64)
+    def micro_batch(self, samples: list[int], cp_size: int, cp_rank: int) -> _HostMicroBatch:
+        """The pack of `samples`, filled up with one padding sample."""
+        sizes = [self.lengths[sample] for sample in samples]
+        if (padding := self.pack_length - sum(sizes)) > 0:
+            sizes.append(padding)
+        cu_seqlens = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        arrays = _PackArrays.padding(self.pack_length)
+        arrays.position_ids[:] = np.concatenate([np.arange(size) for size in sizes])
+        for start, sample in zip(cu_seqlens, samples, strict=False):  # the padding sample has no rollout
+            arrays.write(int(start), sample, self.rollouts[sample], self.tokens[sample], self.weights)
+        return _HostMicroBatch(arrays, cu_seqlens, context_positions(cu_seqlens, cp_size, cp_rank))
 
 
 def _check_longest(

@@ -7,15 +7,16 @@ nothing is ever tokenised again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from tropd_mcore.config.derived import active_guidance, prefix_length
+from tropd_mcore.config.derived import active_guidance, new_token_budget, prefix_length
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
-from tropd_mcore.types import IntArray, Prompt, SampleRequest
+from tropd_mcore.types import IntArray, Prompt, Rollout, SampleRequest
 
 
 def build_requests(
@@ -33,9 +34,6 @@ def build_requests(
     requests = []
     for prompt in prompts:
         prefix_ids = _prefix(prompt, step, config, longest_response)
-        max_new_tokens = config.rollout.max_new_tokens
-        if guidance is not None and guidance.continuation_budget == "shared":
-            max_new_tokens -= len(prefix_ids)
         for position in range(config.rollout.samples_per_prompt):
             requests.append(
                 SampleRequest(
@@ -43,13 +41,27 @@ def build_requests(
                     prompt_id=prompt.prompt_id,
                     prompt_ids=prompt.token_ids,
                     prefix_ids=prefix_ids,
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=new_token_budget(step, len(prefix_ids), config),
                     carries_prefix_loss=position == 0 and guidance is not None and guidance.loss != "none",
                     answer=prompt.answer,
                 )
             )
             seen[prompt.prompt_id] += 1
     return requests
+
+
+def cut_response(rollout: Rollout, longest: int) -> Rollout:
+    """Return `rollout` with at most `longest` response tokens, as if it had been sampled with that budget."""
+    longest = max(longest, 0)
+    if len(rollout.response_ids) <= longest:
+        return rollout
+    return dataclasses.replace(
+        rollout,
+        response_ids=rollout.response_ids[:longest],
+        behav_logp=rollout.behav_logp[:longest],
+        trust_u=rollout.trust_u[:longest],
+        finish_reason="length",
+    )
 
 
 def _prefix(prompt: Prompt, step: int, config: Config, longest_response: int) -> IntArray:

@@ -1,6 +1,7 @@
 """Is the answer of a response right?
 
-Not a reward: it feeds metrics and evaluation. Invariant: a response without an answer is wrong, never an error.
+It feeds metrics, evaluation, and the objectives that learn from a verifier. Invariant: a response without an answer is
+wrong, never an error.
 """
 
 from __future__ import annotations

@@ -123,9 +123,23 @@ CHARTS = (
         logarithmic=True,
     ),
     Chart(
+        "Ratio to the policy of the step's start", "p / p_old", "Over all updates of the step; 1 before the first one.",
+        (
+            Line("mean", "ratio/mean", "trusted"),
+            Line("largest", "ratio/max", "outlier", "dotted"),
+        ),
+        logarithmic=True,
+    ),
+    Chart(
+        "Clipped ratios", "share of student tokens",
+        "Tokens whose gradient PPO's clip holds at 0: many ask for fewer updates.",
+        (Line("clipped", "ratio/clipped", "outlier"),),
+    ),
+    Chart(
         "Seconds by phase", "s, logarithmic", "Where the time of a step goes; the first one starts the servers.",
         (
             Line("rollout", "time/rollout"),
+            Line("student before", "time/student", "trusted", "dashed"),
             Line("teacher", "time/teacher", "prefix", "dashed"),
             Line("forward and backward", "time/forward_backward", "trusted"),
             Line("optimizer", "time/optimizer", "outlier", "dotted"),
@@ -141,7 +155,9 @@ KEY_SETTINGS = (
     "rollout.max_new_tokens", "rollout.temperature", "rollout.top_p", "objective.kind", "objective.trust.mode",
     "objective.outlier.mode", "objective.outlier.topk", "objective.outlier.norm", "objective.outlier.weight",
     "objective.guidance.enabled", "objective.guidance.beta", "objective.guidance.schedule",
-    "objective.guidance.min_continuation", "objective.policy_gradient.mismatch", "loss.aggregation",
+    "objective.guidance.min_continuation", "objective.policy_gradient.ratio",
+    "objective.policy_gradient.mini_batches", "objective.policy_gradient.epochs", "objective.policy_gradient.mismatch",
+    "loss.form", "loss.backend", "loss.aggregation",
     "optimizer.learning_rate", "optimizer.schedule", "optimizer.weight_decay", "optimizer.clip_grad_norm",
     "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data", "verifier.kind",
 )  # fmt: skip

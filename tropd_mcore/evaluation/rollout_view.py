@@ -40,7 +40,7 @@ class _Row:
 
     trusted: float
     log_ratio: float
-    student_logp: float
+    old_logp: float
     teacher_logp: float
     on: bool
 
@@ -84,7 +84,7 @@ def _rows(tokens: StepTokens, sample: int) -> dict[int, _Row]:
         int(table["token_index"][row]): _Row(
             trusted=float(table["trusted"][row]),
             log_ratio=float(table["log_ratio"][row]),
-            student_logp=float(table["student_logp"][row]),
+            old_logp=float(table["old_logp"][row]),
             teacher_logp=float(table["teacher_logp"][row]),
             on=bool(table["on"][row]),
         )
@@ -106,8 +106,7 @@ def _numbers(token_id: int, row: _Row | None) -> str:
         return f"id {token_id}, no loss here"
     trust = f", trust {row.trusted:g}" if row.on else ""
     return (
-        f"id {token_id}{trust}, log-ratio {row.log_ratio:+.3f}, "
-        f"log p {row.student_logp:.3f}, log q {row.teacher_logp:.3f}"
+        f"id {token_id}{trust}, log-ratio {row.log_ratio:+.3f}, log p {row.old_logp:.3f}, log q {row.teacher_logp:.3f}"
     )
 
 

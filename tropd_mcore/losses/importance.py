@@ -1,7 +1,7 @@
 """Correction for sampling with one engine and training with another: weights from trainer and sampler log-probs.
 
-Not for off-policy training over several optimizer steps: there is one step a rollout batch, so the policy ratio is 1
-and only the numerical mismatch of the two engines is left. Invariant: the weight is detached.
+Not for the ratio of a policy that has moved over several updates (`policy_gradient`): both sides are the policy that
+sampled, and only the numerical mismatch of the two engines is between them. Invariant: the weight is detached.
 
 Shapes: T tokens.
 """
@@ -16,7 +16,7 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def mismatch_weight(
-    student_logp_T: Tensor,
+    old_logp_T: Tensor,
     behav_logp_T: Tensor,
     *,
     mode: str,
@@ -27,20 +27,20 @@ def mismatch_weight(
 ) -> Tensor:
     """Detached weight of each sampled token's policy gradient.
 
-    With w = p_trainer(x) / p_sampler(x):
+    With w = p_trainer(x) / p_sampler(x), both before the update:
 
         off      1
         tis      min(w, tis_cap), truncated importance sampling
         icepop   w where icepop_low <= w <= icepop_high, else 0
         mask     1, but 0 where p_trainer(x) - p_sampler(x) < mask_below (probabilities)
     """
-    student_logp_T, behav_logp_T = student_logp_T.detach(), behav_logp_T.detach()
+    old_logp_T, behav_logp_T = old_logp_T.detach(), behav_logp_T.detach()
     if mode == "off":
-        return torch.ones_like(student_logp_T)
+        return torch.ones_like(old_logp_T)
     if mode == "mask":
-        difference_T = student_logp_T.exp() - behav_logp_T.exp()
-        return (difference_T >= mask_below).to(student_logp_T.dtype)
-    weight_T = (student_logp_T - behav_logp_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        difference_T = old_logp_T.exp() - behav_logp_T.exp()
+        return (difference_T >= mask_below).to(old_logp_T.dtype)
+    weight_T = (old_logp_T - behav_logp_T).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     if mode == "tis":
         return weight_T.clamp_max(tis_cap)
     assert mode == "icepop", f"unknown mismatch mode {mode!r}"

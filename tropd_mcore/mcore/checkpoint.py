@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.mcore.average import KEY as AVERAGE
+from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.checkpoint_info import (
     HF_FOLDER,
     INFO_FILE,
@@ -64,6 +66,8 @@ class TrainState:
     model: Model
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
+    average: WeightAverage | None = None
+    """Of the model's weights, where they are averaged; a checkpoint without it has no names of it."""
 
 
 def save(
@@ -111,16 +115,17 @@ def write(final: Path, state: TrainState, *, step: int, extra: dict[str, Any], h
         layout=_layout_json(layout),
         optimizer=_optimizer_kind(state),
         scheduler=state.scheduler.state_dict() if state.scheduler is not None else None,
+        average=state.average is not None,
         extra=extra,
     )
     _on_first_rank(layout, lambda: _publish(partial, final, info, hf_folder), failed)
 
 
 def load(path: Path, state: TrainState) -> CheckpointInfo:
-    """Fill model, optimizer, scheduler and random states from one checkpoint; returns its JSON.
+    """Fill model, optimizer, scheduler, average and random states from one checkpoint; returns its JSON.
 
     The model is built for the layout at hand, the optimizer on top of it; their contents are replaced. Without an
-    optimizer only the weights are read, in the model's dtype. Random states are restored, with the optimizer, where the
+    optimizer only the weights are read, in the model's dtype; an average that the state does not have is not read. Random states are restored, with the optimizer, where the
     layout is the one that wrote them. Raises ModelError where the checkpoint is damaged, of another architecture, or
     does not fit the optimizer's or the schedule's settings.
     """
@@ -128,6 +133,11 @@ def load(path: Path, state: TrainState) -> CheckpointInfo:
     info = read_info(path)
     check_same_architecture(info.architecture, model.arch, source=f"checkpoint {path}")
     _check_optimizer(path, info, state)
+    if state.average is not None and not info.average:
+        raise ModelError(
+            f"checkpoint {path}: holds no average of the weights, which objective.kind=sdpo resumes from; "
+            "restore the objective that wrote it, or start a new run.dir"
+        )
     missing = [name for name in _MEGATRON_FILES if not (path / name).is_file()]
     if missing:
         raise ModelError(f"checkpoint {path}: {', '.join(missing)} not found; it is damaged")
@@ -142,6 +152,8 @@ def load(path: Path, state: TrainState) -> CheckpointInfo:
         _load_modules(path, model, loaded)
         if state.optimizer is not None:
             state.optimizer.load_state_dict(loaded["optimizer"])
+        if state.average is not None:
+            state.average.load_state(loaded[AVERAGE])
     if state.scheduler is not None:
         assert info.scheduler is not None, "a checkpoint with optimizer state has a schedule"
         state.scheduler.num_steps = info.scheduler["num_steps"]
@@ -154,19 +166,27 @@ def load(path: Path, state: TrainState) -> CheckpointInfo:
 
 
 def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
-    """Megatron's description of the tensors, with views of them; a fresh one each time, because Megatron changes it.
+    """Megatron's description of the tensors, with views of them; a fresh one each time, because Megatron changes it."""
+    chunks = _sharded_chunks(state.model)
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    sharded: dict[str, Any] = dict(zip(names, chunks, strict=True))
+    if state.optimizer is not None:
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=_metadata())
+    if state.average is not None:
+        sharded[AVERAGE] = state.average.sharded_state(_sharded_chunks(state.average.model))
+    return sharded
+
+
+def _sharded_chunks(model: Model) -> list[dict[str, Any]]:
+    """Megatron's description of the parameters of each chunk.
 
     Object shards are left out: the only ones are Transformer Engine's fp8 states, which bf16 and fp32 do not have.
     """
-    modules = state.model.modules
-    names = ["model"] if len(modules) == 1 else [f"model{index}" for index in range(len(modules))]
-    sharded: dict[str, Any] = {}
-    for name, module in zip(names, modules, strict=True):
+    found = []
+    for module in model.modules:
         values = module.sharded_state_dict(metadata=_metadata())
-        sharded[name] = {key: value for key, value in values.items() if not _is_extra_state(key, value)}
-    if state.optimizer is not None:
-        sharded["optimizer"] = state.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=_metadata())
-    return sharded
+        found.append({key: value for key, value in values.items() if not _is_extra_state(key, value)})
+    return found
 
 
 def _metadata() -> dict[str, Any]:

@@ -38,6 +38,8 @@ class CheckpointInfo:
     scheduler: dict[str, Any] | None
     extra: dict[str, Any]
     """What the caller of `checkpoint.save` gave."""
+    average: bool = False
+    """Whether it holds a moving average of the weights."""
 
     def to_json(self) -> str:
         """The text of the file; `read_info` is the inverse."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tropd_mcore.config.schema import Dtype, ParallelConfig
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import ParallelConfig
 from tropd_mcore.errors import ModelError
 from tropd_mcore.mcore import checkpoint
 from tropd_mcore.mcore.checkpoint_info import HF_FOLDER, read_info

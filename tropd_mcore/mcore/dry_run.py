@@ -11,24 +11,37 @@ import torch
 from tropd_mcore.data.packing import context_positions
 from tropd_mcore.errors import GateError
 from tropd_mcore.losses.method_table import Objective
-from tropd_mcore.mcore.loss import LossSettings, make_distillation_loss
+from tropd_mcore.mcore.loss import make_distillation_loss
+from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline, zero_gradients
-from tropd_mcore.types import MicroBatch, TeacherScores
+from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 
-def dry_run(model: Model, objective: Objective, settings: LossSettings, *, tokens_per_micro_batch: int, k: int) -> None:
+def dry_run(
+    model: Model,
+    objective: Objective,
+    settings: LossSettings,
+    *,
+    tokens_per_micro_batch: int,
+    k: int,
+    own_topk: int = 0,
+    teacher: Model | None = None,
+) -> None:
     """Run as many full packs as the pipeline holds at once, one sample each, every token supervised.
 
-    `tokens_per_micro_batch` counts positions over all context ranks. Raises GateError where the GPU's memory is short.
+    `tokens_per_micro_batch` counts positions over all context ranks; `k` and `own_topk` are the teacher's and the
+    student's candidates; `teacher` is needed for a divergence over the whole vocabulary. Raises GateError where the
+    GPU's memory is short, ConfigError where the settings would make a wrong gradient.
     """
     layout = model.layout
     pack_length = max(1, tokens_per_micro_batch // pack_multiple(layout)) * pack_multiple(layout)
     micro_batch = longest_micro_batch(pack_length, layout, model.platform.device)
     count = layout.pp_size * min(layout.vpp_size, 2)
-    scores = [_any_scores(micro_batch, k)] * count
-    loss = make_distillation_loss(model, objective, scores, settings)
+    scores = [_any_scores(micro_batch, k, own_topk, teacher)] * count
+    context = [_any_context(scores[0])] * count
+    loss = make_distillation_loss(model, objective, scores, context, settings, teacher=teacher)
     try:
         run_pipeline(model, [micro_batch] * count, pack_length, loss=loss, forward_only=False)
     except torch.OutOfMemoryError as error:
@@ -66,10 +79,13 @@ def longest_micro_batch(pack_length: int, layout: Layout, device: torch.device) 
     )
 
 
-def _any_scores(micro_batch: MicroBatch, k: int) -> TeacherScores:
+def _any_scores(micro_batch: MicroBatch, k: int, own_topk: int, teacher: Model | None) -> TeacherScores:
     """Scores of a teacher for whom the k first tokens of the vocabulary are equally likely."""
     rows, device = len(micro_batch.rows), micro_batch.rows.device
     logp_T = torch.full((rows,), -float(np.log(k)), device=device)
+    hidden_TD = None
+    if teacher is not None:
+        hidden_TD = torch.zeros(rows, teacher.arch.hidden_size, dtype=teacher.config.params_dtype, device=device)
     return TeacherScores(
         logp_T=logp_T,
         topk_ids_TK=torch.arange(k, device=device).expand(rows, k),
@@ -77,4 +93,16 @@ def _any_scores(micro_batch: MicroBatch, k: int) -> TeacherScores:
         tail_mass_T=torch.zeros_like(logp_T),
         entropy_T=-logp_T,
         scored_T=torch.ones_like(logp_T, dtype=torch.bool),
+        own_logp_TL=logp_T[:, None].expand(rows, own_topk),
+        hidden_TD=hidden_TD,
+    )
+
+
+def _any_context(scores: TeacherScores) -> RowContext:
+    """Of a student whose own candidates are the first tokens of the vocabulary and as likely as to the teacher."""
+    assert scores.own_logp_TL is not None
+    rows, own_topk = scores.own_logp_TL.shape
+    return RowContext(
+        own_ids_TL=torch.arange(own_topk, device=scores.own_logp_TL.device).expand(rows, own_topk),
+        teacher_own_logp_TL=scores.own_logp_TL,
     )

@@ -1,28 +1,34 @@
-"""The distillation loss at the end of the pipeline: vocabulary shards in, one sum and one count out.
+"""The distillation loss at the end of the pipeline: the output layer's rows in, one sum and one count out.
 
 Not for the mathematics (`losses`) or for the schedule (`pipeline`). Invariants: what decides anything (trusted or not)
 is computed from numbers that are bit-identical on all tensor ranks; no mean and no host sync in the loss itself; a
 non-finite loss is found after the pipeline and before the optimizer.
 
-Legend: T rows, W vocabulary shard, K teacher top-k, J = 1 + K support ids, C rows of a chunk.
+Legend: T rows, C rows of a chunk, K teacher top-k, L student top-k, J = 1 + K + L support ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tropd_mcore.errors import TrainingError
+from tropd_mcore.losses.kernel.backend import Kernel
+from tropd_mcore.losses.kernel.full_vocabulary import FullVocabulary
+from tropd_mcore.losses.kernel.shard import chunks
+from tropd_mcore.losses.kernel.source import LogitSource, OutputLayer
+from tropd_mcore.losses.kernel.support_loss import support_loss
+from tropd_mcore.losses.kernel.topk import distributed_topk
 from tropd_mcore.losses.method_table import Objective
-from tropd_mcore.losses.objectives import ABSENT, TokenInputs
-from tropd_mcore.losses.support import NO_ENTRY, support_log_probs
-from tropd_mcore.losses.topk import distributed_topk
+from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.mcore.loss_settings import LossSettings, check_loss_settings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import Loss
-from tropd_mcore.types import MicroBatch, TeacherScores
+from tropd_mcore.mcore.row_constants import RowConstants
+from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 
 @dataclass(frozen=True)
@@ -39,60 +45,53 @@ class LossResult:
     """[T] each, the columns of `TokenTable` except sample_index, token_index and behav_logp, which the pack has"""
 
 
-@dataclass(frozen=True)
-class LossSettings:
-    """How the student's log-probs are computed."""
-
-    temperature: float
-    """Of the rollouts: log p is the log-prob of the distribution that was sampled."""
-    chunk_tokens: int
-    """Rows of one chunk of the support kernel."""
-    topk_overlap: bool
-    """Also find the student's own top-k, for the overlap metric; costs one more pass over the shard."""
-
-
 def make_distillation_loss(
-    model: Model, objective: Objective, scores: Sequence[TeacherScores | None], settings: LossSettings
+    model: Model,
+    objective: Objective,
+    scores: Sequence[TeacherScores | None],
+    context: Sequence[RowContext | None],
+    settings: LossSettings,
+    *,
+    teacher: Model | None = None,
 ) -> Loss[LossResult]:
-    """Return the loss of each micro-batch, `scores[i]` being what the teacher says of micro-batch i.
+    """Return the loss of each micro-batch, scores[i] being what the teacher says of micro-batch i.
 
-    Rows that the teacher could not score leave the loss and its denominator. Teacher ids that the student's vocabulary
-    does not have (padding rows of a wider teacher) leave the teacher's top-k. Source: docs/method.md.
+    context[i] is what was made of its rows before the first update; None where nothing was. Rows that the teacher could
+    not score leave the loss and its denominator. Teacher ids that the student's vocabulary does not have (padding rows
+    of a wider teacher) leave the teacher's top-k. A divergence over the whole vocabulary (`settings.divergence`) takes
+    the output layer of `teacher` and the hidden states in its scores. Raises ConfigError where the settings would make
+    a wrong gradient. Source: docs/method.md.
     """
-    shard, group = model.shard, model.layout.groups.tp
+    check_loss_settings(settings, model)
+    kernel = settings.kernel(model, temperature=settings.temperature)
 
-    def loss(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, LossResult]:
-        teacher = scores[index]
-        assert teacher is not None, f"micro-batch {index} has no teacher scores on the last stage"
-        known_TK = teacher.topk_ids_TK < shard.vocab_size
-        topk_ids_TK = torch.where(known_TK, teacher.topk_ids_TK, NO_ENTRY)
-        logp_TJ, entropy_T = support_log_probs(
-            logits_TW,
-            torch.cat([micro_batch.target_ids[:, None], topk_ids_TK], dim=1),
-            shard=shard,
-            group=group,
-            temperature=settings.temperature,
-            chunk_tokens=settings.chunk_tokens,
+    def loss(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, LossResult]:
+        assert model.head is not None, "the last stage has the output layer"
+        scored = scores[index]
+        assert scored is not None, f"micro-batch {index} has no teacher scores on the last stage"
+        rows_in_context = context[index] or RowContext()
+        constants = RowConstants.of(micro_batch, scored, rows_in_context, model.shard.vocab_size)
+        source = settings.source(model, layer)
+        # Before the loss, which writes its gradient over given logits.
+        topk_overlap_T = _topk_overlap(source, constants, kernel) if settings.topk_overlap else constants.unknown_T
+
+        def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+            inputs = constants.inputs(logp_CJ, entropy_C, divergence_C, rows)
+            output = objective(inputs)
+            student = {"student_logp": inputs.student_logp_T.detach(), "student_entropy": entropy_C.detach()}
+            return replace(output, columns={**output.columns, **student})
+
+        output = support_loss(
+            source,
+            constants.ids_TJ,
+            token_loss,
+            kernel,
+            distinct=constants.distinct,
+            weight_gradient=settings.weight_gradient,
+            reduce_hidden_gradient=model.head.reduces_hidden_gradient,
+            dense=_full_vocabulary(settings, kernel, scored, teacher),
         )
-        inputs = TokenInputs(
-            student_logp_T=logp_TJ[:, 0],
-            student_topk_logp_TK=logp_TJ[:, 1:],
-            student_entropy_T=entropy_T,
-            teacher_logp_T=teacher.logp_T,
-            teacher_topk_logp_TK=teacher.topk_logp_TK.masked_fill(~known_TK, ABSENT),
-            behav_logp_T=micro_batch.behav_logp,
-            trust_u_T=micro_batch.trust_u,
-            on_mask_T=micro_batch.on_mask & teacher.scored_T,
-            off_mask_T=micro_batch.off_mask & teacher.scored_T,
-            weight_T=micro_batch.weight,
-        )
-        output = objective(inputs)
-        columns = {**output.columns, **_observed(inputs, teacher)}
-        columns["topk_overlap"] = (
-            _topk_overlap(logits_TW.detach(), topk_ids_TK, model, settings)
-            if settings.topk_overlap
-            else torch.full_like(columns["student_logp"], torch.nan)
-        )
+        columns = {**output.columns, **constants.observed(), "topk_overlap": topk_overlap_T}
         loss_sum = output.loss_sum.detach()
         broken = ~loss_sum.isfinite() | _rows_with_nan(columns).any()
         return output.loss_sum, output.token_count, LossResult(loss_sum, output.token_count, broken, columns)
@@ -134,25 +133,37 @@ def _rows_with_nan(columns: dict[str, Tensor]) -> Tensor:
     return _counted(columns) & (columns["student_logp"].isnan() | columns["teacher_logp"].isnan())
 
 
-def _observed(inputs: TokenInputs, teacher: TeacherScores) -> dict[str, Tensor]:
-    """The columns that are inputs of the objective rather than its results."""
-    unknown_T = torch.full_like(teacher.logp_T, torch.nan)
-    return {
-        "on": inputs.on_mask_T,
-        "off": inputs.off_mask_T,
-        "student_logp": inputs.student_logp_T.detach(),
-        "teacher_logp": teacher.logp_T,
-        "student_entropy": inputs.student_entropy_T.detach(),
-        "teacher_entropy": teacher.entropy_T if teacher.entropy_T is not None else unknown_T,
-    }
+def _full_vocabulary(
+    settings: LossSettings, kernel: Kernel, scored: TeacherScores, teacher: Model | None
+) -> FullVocabulary | None:
+    """The divergence over the whole vocabulary, from the teacher's hidden states; None where the objective has none."""
+    if settings.divergence is None:
+        return None
+    assert teacher is not None and teacher.head is not None, "the teacher's output layer is needed"
+    assert scored.hidden_TD is not None, "the teacher was scored without keep_hidden"
+    return FullVocabulary(
+        teacher.head.output_layer(scored.hidden_TD),
+        kernel,
+        teacher_shard=teacher.shard,
+        divergence=settings.divergence,
+        beta=settings.divergence_beta,
+    )
 
 
-def _topk_overlap(logits_TW: Tensor, teacher_ids_TK: Tensor, model: Model, settings: LossSettings) -> Tensor:
-    """[T]: share of the teacher's top-k that is in the student's top-k."""
+def _topk_overlap(source: LogitSource, constants: RowConstants, kernel: Kernel) -> Tensor:
+    """[T]: share of the teacher's top-k that is in the student's top-k.
+
+    The student's own candidates (before the update) tell it where they are as many as the teacher's. Else one more pass
+    over the vocabulary finds them: of an output layer that is a second product hidden @ weight.T, 2 N D W operations.
+    """
+    teacher_ids_TK, own_ids_TL = constants.topk_ids_TK, constants.own_ids_TL
     k = teacher_ids_TK.shape[1]
-    student_ids_TK = distributed_topk(
-        logits_TW, k=k, shard=model.shard, group=model.layout.groups.tp, chunk_tokens=settings.chunk_tokens
-    ).ids_TK
-    pairs = zip(student_ids_TK.split(settings.chunk_tokens), teacher_ids_TK.split(settings.chunk_tokens), strict=True)
-    shared = [(student_CK[:, :, None] == teacher_CK[:, None, :]).any(1).sum(1) for student_CK, teacher_CK in pairs]
-    return torch.cat(shared).float() / k
+    if own_ids_TL.shape[1] >= k:
+        student_ids_TK = own_ids_TL[:, :k]
+    else:
+        student_ids_TK = distributed_topk(source, k=k, kernel=kernel).ids_TK
+    share_T = torch.empty(len(teacher_ids_TK), device=teacher_ids_TK.device)
+    for rows in chunks(len(teacher_ids_TK), kernel.chunk_tokens):
+        same_CKK = student_ids_TK[rows, :, None] == teacher_ids_TK[rows, None, :]
+        share_T[rows] = same_CKK.any(1).sum(1) / k
+    return share_T

@@ -19,11 +19,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tropd_mcore.config.schema import Dtype, OptimizerConfig, ParallelConfig
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.errors import ModelError
-from tropd_mcore.losses.support import VocabShard
+from tropd_mcore.losses.kernel.shard import VocabShard
 from tropd_mcore.mcore.checks import check_transformer_config
-from tropd_mcore.mcore.head import HeadRows
+from tropd_mcore.mcore.head import Head
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
 from tropd_mcore.weights.architecture import Architecture
@@ -53,8 +54,8 @@ class Model:
     layout: Layout
     platform: Platform
     trainable: bool
-    head_rows: HeadRows | None
-    """Selects the positions whose logits are computed; None where this rank has no output layer."""
+    head: Head | None
+    """Selects the positions that are supervised; None where this rank has no output layer."""
 
     @property
     def modules(self) -> list[GPTModel]:
@@ -78,23 +79,24 @@ def build_model(
     trainable: bool,
     recompute: Recompute = "none",
     optimizer: OptimizerConfig | None = None,
+    cut_like_student: bool = False,
 ) -> Model:
     """Build this rank's chunks on the platform's device, with weights that are not yet loaded.
 
     `optimizer` decides how the student's gradients are reduced and is needed where `trainable`. A teacher is not
-    interleaved, whatever `parallel.virtual_pipeline` says. Raises ModelError where the architecture cannot be cut as
-    `parallel` asks.
+    interleaved, whatever `parallel.virtual_pipeline` says, unless `cut_like_student`. Raises ModelError where the
+    architecture cannot be cut as `parallel` asks.
     """
-    virtual_pipeline = layout.vpp_size if trainable and layout.vpp_size > 1 else None
+    virtual_pipeline = layout.vpp_size if (trainable or cut_like_student) and layout.vpp_size > 1 else None
     _check_divisible(arch, parallel, virtual_pipeline)
     config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recompute, virtual_pipeline)
     check_transformer_config(config)
     padded = padded_vocabulary(arch.vocab_size, layout.tp_size)
     stages = [None] if virtual_pipeline is None else list(range(virtual_pipeline))
     modules = [_chunk(arch, config, layout, platform, padded, vp_stage) for vp_stage in stages]
-    head_rows = None
+    head = None
     if modules[-1].post_process:
-        head_rows = HeadRows(modules[-1].output_layer, layout.groups.tp, layout.sequence_parallel)
+        head = Head(modules[-1], layout.groups.tp, layout.sequence_parallel)
     if trainable:
         assert optimizer is not None, "a trainable model needs the optimizer section"
         chunks = _wrap(modules, config, optimizer)
@@ -102,7 +104,7 @@ def build_model(
         chunks = [module.requires_grad_(False).eval() for module in modules]
     width = padded // layout.tp_size
     shard = VocabShard(start=layout.tp_rank * width, stop=(layout.tp_rank + 1) * width, vocab_size=arch.vocab_size)
-    return Model(chunks, config, arch, shard, padded, layout, platform, trainable, head_rows)
+    return Model(chunks, config, arch, shard, padded, layout, platform, trainable, head)
 
 
 def _check_divisible(arch: Architecture, parallel: ParallelConfig, virtual_pipeline: int | None) -> None:

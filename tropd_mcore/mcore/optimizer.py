@@ -1,7 +1,8 @@
-"""Megatron's Adam and learning-rate schedule, and the one update of a step.
+"""Megatron's Adam and learning-rate schedule, and one optimizer step.
 
-Not for gradients (`pipeline` finishes them). Invariants: nothing is updated from a gradient that is not finite; step t
-(from 1) uses the learning rate of position t of the schedule, so that no rollout is spent on a step of rate 0.
+Not for gradients (`pipeline` finishes them). Invariants: nothing is updated from a gradient that is not finite;
+optimizer step t (from 1) uses the learning rate of position t of the schedule, so that no rollout is spent on a step of
+rate 0. A training step can have several optimizer steps.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tropd_mcore.mcore.model import Model
 def build_optimizer(
     model: Model, config: OptimizerConfig, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Build the optimizer of a trainable model whose weights are loaded, and its schedule over `steps` steps.
+    """Build the optimizer of a trainable model whose weights are loaded, and its schedule over `steps` optimizer steps.
 
     Weight decay is decoupled and spares biases and norms.
     """
@@ -68,7 +69,7 @@ def optimizer_step(
 
     Returns (global L2 norm before clipping, whether the update happened). Raises TrainingError on every rank, with
     parameters and optimizer untouched, where the norm is not finite; it names a parameter whose gradient is not.
-    `step` is for that message only.
+    `step`, of the training, is for that message only.
     """
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())

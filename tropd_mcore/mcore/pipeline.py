@@ -1,10 +1,10 @@
 """Runs micro-batches through a model: Megatron's schedules, packed samples, one callable at the end of the pipeline.
 
-Not for what is computed from the logits (`loss`) or for the optimizer. Invariants: each data rank passes the same
-number of micro-batches, so collectives stay in step also where a pack is empty; after a training run the gradients of
-all parameters are those of (sum of the losses) / (token count), both over all ranks.
+Not for what is computed from the output layer (`loss`, `scoring`) or for the optimizer. Invariants: each data rank
+passes the same number of micro-batches, so collectives stay in step also where a pack is empty; after a training run
+the gradients of all parameters are those of (sum of the losses) / (token count), both over all ranks.
 
-Legend: P positions on this context rank, T rows, W vocabulary shard.
+Legend: P positions on this context rank, T rows, D hidden.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.mcore.head import nothing_of
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.types import MicroBatch
 
 Result = TypeVar("Result")
 
-Loss = Callable[[Tensor, MicroBatch, int], tuple[Tensor, Tensor, Result]]
-"""(logits_TW, micro-batch, its index) -> (loss sum, token count, result), on the last stage."""
+Loss = Callable[[OutputLayer, MicroBatch, int], tuple[Tensor, Tensor, Result]]
+"""(output layer of the rows, micro-batch, its index) -> (loss sum, token count, result), on the last stage."""
 
-Measure = Callable[[Tensor, MicroBatch, int], Result]
-"""(logits_TW, micro-batch, its index) -> result, on the last stage."""
+Measure = Callable[[OutputLayer, MicroBatch, int], Result]
+"""(output layer of the rows, micro-batch, its index) -> result, on the last stage."""
 
 
 def run_pipeline(
@@ -51,11 +53,11 @@ def run_pipeline(
 
 
 def only_measure(measure: Measure[Result]) -> Loss[Result]:
-    """Return a loss for forward-only runs, which looks at the logits and differentiates nothing."""
+    """Return a loss for forward-only runs, which looks at the output layer and differentiates nothing."""
 
-    def loss(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, Result]:
-        nothing = torch.zeros((), device=logits_TW.device)
-        return nothing, nothing.int(), measure(logits_TW, micro_batch, index)
+    def loss(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, Result]:
+        nothing = torch.zeros((), device=layer.hidden_TD.device)
+        return nothing, nothing.int(), measure(layer, micro_batch, index)
 
     return loss
 
@@ -73,10 +75,11 @@ def _run(
     padded = _fill_interleaved(model, micro_batches)
 
     def finish(index: int, micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logits_TW = output[0, : micro_batch.rows.numel()]
-        if index >= len(micro_batches):  # filler: a zero that depends on the output, so that backward keeps in step
-            return logits_TW.sum(), torch.zeros((), dtype=torch.int32, device=output.device), {}
-        loss_sum, token_count, results[index] = loss(logits_TW, micro_batch, index)
+        assert model.head is not None, "the last stage has the output layer"
+        layer = model.head.output_layer(output.flatten(0, 1))
+        if index >= len(micro_batches):  # filler
+            return nothing_of(layer), torch.zeros((), dtype=torch.int32, device=output.device), {}
+        loss_sum, token_count, results[index] = loss(layer, micro_batch, index)
         return loss_sum, token_count.to(torch.int32), {}
 
     def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -99,9 +102,9 @@ def _run(
 
 
 def _forward(model: Model, chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """Hidden states, or on the last stage logits [1, max(T, 1), W]."""
-    if model.head_rows is not None:
-        model.head_rows.rows = micro_batch.rows
+    """Hidden states: of all positions [P, 1, D], or on the last stage of the rows [1, T, D]."""
+    if model.head is not None:
+        model.head.rows = micro_batch.rows
     output: Tensor = chunk(
         input_ids=micro_batch.input_ids[None],
         position_ids=micro_batch.position_ids[None],

@@ -1,21 +1,28 @@
 """What a model says of the rows of micro-batches: log-probs and top-k over its whole vocabulary, without gradients.
 
-For the teacher, for the comparison with the sampler and for evaluation; not for the loss. Invariant: all numbers are of
-the full vocabulary without its padding, and are the same on every tensor rank.
+For the teacher, for the student before an update, for the comparison with the sampler and for evaluation; not for the
+loss. Invariant: all numbers are of the full vocabulary without its padding, and are the same on every tensor rank; each
+function looks at the output layer once.
 
-Legend: T rows, W vocabulary shard, K top-k.
+Legend: T rows, K teacher top-k, L student top-k, J = 1 + L ids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from tropd_mcore.losses.support import NO_ENTRY, support_log_probs
-from tropd_mcore.losses.topk import distributed_topk
+from tropd_mcore.losses.kernel.shard import NO_ENTRY
+from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
+from tropd_mcore.losses.kernel.topk import distributed_topk
+from tropd_mcore.losses.objectives.inputs import ABSENT
+from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
-from tropd_mcore.types import MicroBatch, TeacherScores
+from tropd_mcore.types import MicroBatch, StudentPass, TeacherScores
 
 
 def score_micro_batches(
@@ -24,55 +31,69 @@ def score_micro_batches(
     pack_length: int,
     *,
     k: int,
-    chunk_tokens: int,
-    temperature: float = 1.0,
+    settings: LossSettings,
+    extra_ids: Sequence[Tensor | None] | None = None,
+    keep_hidden: bool = False,
 ) -> list[TeacherScores | None]:
-    """Score every row: log q of the predicted token, top-k, tail mass and entropy, in nats at `temperature`.
+    """Score every row at temperature 1: log q of the predicted token, top-k, tail mass and entropy, in nats.
 
-    A predicted id that this model's vocabulary does not have is not scored. None on all but the last stage.
+    `extra_ids[i]`, int64 [T, L], are further ids of micro-batch i whose log q is wanted (`own_logp_TL`). A predicted
+    id that this model's vocabulary does not have is not scored, a further one is ABSENT. `keep_hidden` also keeps the
+    input of the output layer, [T, D]. None on all but the last stage.
     """
+    kernel = settings.kernel(model, temperature=1.0)
 
-    def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> TeacherScores:
-        known_T = micro_batch.target_ids < model.shard.vocab_size
-        target_ids_T = torch.where(known_T, micro_batch.target_ids, NO_ENTRY)
-        top = distributed_topk(
-            logits_TW,
-            k=k,
-            shard=model.shard,
-            group=model.layout.groups.tp,
-            temperature=temperature,
-            chunk_tokens=chunk_tokens,
-        )
+    def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> TeacherScores:
+        extra_TL = extra_ids[index] if extra_ids is not None else None
+        ids_TJ = micro_batch.target_ids[:, None]
+        if extra_TL is not None:
+            ids_TJ = torch.cat([ids_TJ, extra_TL], dim=1)
+        known_TJ = ids_TJ < model.shard.vocab_size
+        ids_TJ = torch.where(known_TJ, ids_TJ, NO_ENTRY)
+        top = distributed_topk(settings.source(model, layer), k=k, kernel=kernel, ids_TJ=ids_TJ)
+        assert top.logp_TJ is not None, "log-probs of ids were asked for"
         return TeacherScores(
-            logp_T=_log_probs(model, logits_TW, target_ids_T, chunk_tokens, temperature),
+            logp_T=top.logp_TJ[:, 0],
             topk_ids_TK=top.ids_TK,
             topk_logp_TK=top.logp_TK,
             tail_mass_T=top.tail_mass_T,
             entropy_T=top.entropy_T,
-            scored_T=known_T,
+            scored_T=known_TJ[:, 0],
+            own_logp_TL=top.logp_TJ[:, 1:].masked_fill(~known_TJ[:, 1:], ABSENT) if extra_TL is not None else None,
+            hidden_TD=layer.hidden_TD if keep_hidden else None,
         )
+
+    return run_pipeline(model, micro_batches, pack_length, loss=only_measure(measure), forward_only=True)
+
+
+def student_pass(
+    model: Model, micro_batches: list[MicroBatch], pack_length: int, *, own_topk: int, settings: LossSettings
+) -> list[StudentPass | None]:
+    """What the student says of every row at the rollout temperature, with its own `own_topk` best candidates.
+
+    None on all but the last stage.
+    """
+    kernel = settings.kernel(model, temperature=settings.temperature)
+
+    def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> StudentPass:
+        source, ids_TJ = settings.source(model, layer), micro_batch.target_ids[:, None]
+        if own_topk == 0:
+            logp_TJ, entropy_T = support_log_probs(source, ids_TJ, kernel, distinct=(1,))
+            nothing_TL = logp_TJ[:, :0]
+            return StudentPass(logp_TJ[:, 0], entropy_T, nothing_TL.to(torch.int64), nothing_TL)
+        top = distributed_topk(source, k=own_topk, kernel=kernel, ids_TJ=ids_TJ)
+        assert top.logp_TJ is not None, "log-probs of ids were asked for"
+        return StudentPass(top.logp_TJ[:, 0], top.entropy_T, top.ids_TK, top.logp_TK)
 
     return run_pipeline(model, micro_batches, pack_length, loss=only_measure(measure), forward_only=True)
 
 
 def sampled_log_probs(
-    model: Model, micro_batches: list[MicroBatch], pack_length: int, *, chunk_tokens: int, temperature: float = 1.0
+    model: Model, micro_batches: list[MicroBatch], pack_length: int, *, settings: LossSettings
 ) -> list[Tensor | None]:
-    """Return log p of the predicted token of every row, float32 [T] nats; None on all but the last stage."""
+    """Return log p of the predicted token of every row at `settings.temperature`, float32 [T] nats.
 
-    def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> Tensor:
-        return _log_probs(model, logits_TW, micro_batch.target_ids, chunk_tokens, temperature)
-
-    return run_pipeline(model, micro_batches, pack_length, loss=only_measure(measure), forward_only=True)
-
-
-def _log_probs(model: Model, logits_TW: Tensor, ids_T: Tensor, chunk_tokens: int, temperature: float) -> Tensor:
-    logp_TJ, _ = support_log_probs(
-        logits_TW,
-        ids_T[:, None],
-        shard=model.shard,
-        group=model.layout.groups.tp,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-    )
-    return logp_TJ[:, 0]
+    None on all but the last stage.
+    """
+    passes = student_pass(model, micro_batches, pack_length, own_topk=0, settings=settings)
+    return [found.logp_T if found is not None else None for found in passes]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.errors import ConfigError, ModelError
+from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.mcore.conversion import Job, load_checkpoint
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
@@ -146,8 +147,9 @@ def mcore_log_probs(model: Model, sequences: list[Tensor]) -> list[Tensor]:
     """Log-probs [T, V], nats, of every position of each sequence, on the CPU; the vocabulary is not sharded."""
     assert model.shard.start == 0 and model.shard.stop == model.padded_vocab_size, "one tensor rank"
 
-    def measure(logits_TW: Tensor, micro_batch: MicroBatch, index: int) -> Tensor:
-        return logits_TW[:, : model.arch.vocab_size].float().log_softmax(-1).cpu()
+    def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> Tensor:
+        logits_TW = layer.logits(slice(0, layer.tokens))
+        return logits_TW[:, : model.arch.vocab_size].log_softmax(-1).cpu()
 
     results = []
     for tokens in sequences:

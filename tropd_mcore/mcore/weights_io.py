@@ -19,6 +19,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.mcore.collective import shared_fate
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.weights.architecture import check_same_architecture
@@ -82,14 +83,15 @@ def export_hf(
 ) -> None:
     """Write `model` as a Hugging Face folder from rank 0; collective.
 
-    Everything but the weights comes from `source_folder`. Raises ModelError on rank 0 as `write_hf_folder` does.
+    Everything but the weights comes from `source_folder`. Raises ModelError as `write_hf_folder` does, on every rank.
     """
     weights = iterate_hf(model, layout)
-    if layout.rank == 0:
-        write_hf_folder(out, weights, source_folder=source_folder, max_shard_bytes=max_shard_bytes)
-    else:
-        deque(weights, maxlen=0)
-    dist.barrier(group=layout.groups.control)
+    with shared_fate(layout.groups.control):
+        try:
+            if layout.rank == 0:
+                write_hf_folder(out, weights, source_folder=source_folder, max_shard_bytes=max_shard_bytes)
+        finally:
+            deque(weights, maxlen=0)  # every rank takes part to the end, whatever rank 0 met
 
 
 def synchronize_parameters(model: Model) -> None:

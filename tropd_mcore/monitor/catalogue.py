@@ -4,7 +4,8 @@ Not for writing metrics anywhere (see `monitor`). Invariant: a metric without an
 metric depends on the layout, the packing or the micro-batch split, because the table does not.
 
 Throughout, p is the student, q the teacher, r = log q(x) - log p(x) in nats (positive: the teacher likes the token
-more), FKL the top-k forward KL.
+more), FKL the top-k forward KL; p_old is the student before the first update of the step. Where a step has several
+updates, a metric over tokens counts each token once, as the first epoch saw it, unless it is taken over all updates.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ STUDENT = "student tokens"
 TRUSTED = "trusted student tokens"
 OUTLIER = "distrusted student tokens"
 PREFIX = "teacher-prefix tokens with a loss"
+UPDATED = "student tokens of all updates"
 SAMPLES = "samples"
 STEP = "the step"
 
@@ -114,8 +116,45 @@ def _tv(record: StepRecord) -> float:
     return student.mean(1.0 - np.exp(np.minimum(student["log_ratio"], 0.0)))
 
 
+def _ratio(values: Callable[[Region], float]) -> Compute:
+    """Of the ratio p / p_old; NaN where it is 1 by construction: one update, and no ratio in the loss."""
+
+    def compute(record: StepRecord) -> float:
+        if len(record.updates) == 1 and record.policy_gradient.ratio == "none":
+            return float("nan")
+        return values(record.updated)
+
+    return compute
+
+
+def _loss_total(record: StepRecord) -> float:
+    count = sum(update.token_count for update in record.updates)
+    return sum(update.loss * update.token_count for update in record.updates) / count if count else 0.0
+
+
+def _over_updates(values: Callable[[Sequence[float]], float], name: str) -> Compute:
+    return lambda record: float(values([getattr(update, name) for update in record.updates]))
+
+
+def _mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _last_of(values: Sequence[float]) -> float:
+    return values[-1]
+
+
+def _masked_samples(record: StepRecord) -> float:
+    columns = record.table.columns
+    if not columns:
+        return 0.0
+    scored = columns["on"].astype(bool) | columns["off"].astype(bool)
+    samples = columns["sample_index"]
+    return float(len(np.unique(samples)) - len(np.unique(samples[scored])))
+
+
 def _engine_log_ratio(record: StepRecord) -> Values:
-    return record.student["student_logp"] - record.student["behav_logp"]
+    return record.student["old_logp"] - record.student["behav_logp"]
 
 
 def _engine_kl(record: StepRecord) -> float:
@@ -144,7 +183,7 @@ def _corrected(record: StepRecord) -> float:
     if settings.mismatch == "off":
         return float("nan")
     bounds = settings.model_dump(include={"tis_cap", "icepop_low", "icepop_high", "mask_below"})
-    columns = [torch.from_numpy(record.student[name]) for name in ("student_logp", "behav_logp")]
+    columns = [torch.from_numpy(record.student[name]) for name in ("old_logp", "behav_logp")]
     weight = mismatch_weight(*columns, mode=settings.mismatch, **bounds)
     plain = torch.ones_like(weight)
     if settings.mismatch != "mask":
@@ -173,8 +212,7 @@ def _accuracy(record: StepRecord) -> float:
 
 # fmt: off
 METRICS: tuple[Metric, ...] = (
-    Metric("loss/total", "nats", STEP, "weighted surrogate over the token count, what is differentiated",
-           lambda record: record.optimizer.loss),
+    Metric("loss/total", "nats", STEP, "weighted surrogate over the token count, what is differentiated", _loss_total),
     Metric("loss/objective", "nats", f"{STUDENT} and {PREFIX}", "value of the objective, not the surrogate",
            _objective),
     Metric("loss/trusted", "nats", TRUSTED, "objective, the reverse-KL estimate -r", _mean("trusted", "loss")),
@@ -211,6 +249,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("advantage/trusted", "nats", TRUSTED, "mean |advantage|", _abs_mean("trusted", "advantage")),
     Metric("advantage/outlier", "nats", OUTLIER, "mean |advantage|", _abs_mean("outlier", "advantage")),
     Metric("advantage/prefix", "nats", PREFIX, "mean |advantage|", _abs_mean("prefix", "advantage")),
+    Metric("ratio/mean", "1", UPDATED, "mean p / p_old", _ratio(lambda rows: rows.mean(rows["ratio"]))),
+    Metric("ratio/max", "1", UPDATED, "largest p / p_old", _ratio(lambda rows: rows.quantile(rows["ratio"], 1.0))),
+    Metric("ratio/clipped", "1", UPDATED, "fraction whose gradient PPO's clip holds at 0",
+           _ratio(lambda rows: rows.mean(rows["clipped"]))),
+    Metric("ratio/difference_mean", "nats", UPDATED, "mean |log p - log p_old|",
+           _ratio(lambda rows: rows.mean(np.abs(rows["student_logp"] - rows["old_logp"])))),
     Metric("entropy/student", "nats", STUDENT, "mean full-vocabulary entropy of p",
            _mean("student", "student_entropy")),
     Metric("entropy/teacher", "nats", STUDENT, "mean full-vocabulary entropy of q",
@@ -221,7 +265,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens/prefix", "tokens", STEP, "teacher-prefix tokens with a loss", _size("prefix")),
     Metric("tokens/total", "tokens", STEP, "prompt, prefix and response tokens of all samples", _total_tokens),
     Metric("teacher/masked_samples", "samples", STEP, "samples the teacher could not score",
-           lambda record: float(record.masked_samples)),
+           _masked_samples),
     Metric("guidance/alpha", "1", STEP, "guided fraction of the teacher responses", lambda record: record.alpha),
     Metric("guidance/prefix_length", "tokens", SAMPLES, "mean teacher prefix", _over_samples(_prefix_lengths)),
     Metric("rollout/length_mean", "tokens", SAMPLES, "mean response", _over_samples(_response_lengths)),
@@ -238,12 +282,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("engine/ratio_mean", "1", STUDENT, "mean trainer/sampler probability", _engine_ratio(None)),
     Metric("engine/ratio_max", "1", STUDENT, "largest trainer/sampler probability", _engine_ratio(1.0)),
     Metric("engine/corrected", "1", STUDENT, "fraction whose weight policy_gradient.mismatch changed", _corrected),
-    Metric("optimizer/grad_norm", "1", STEP, "global gradient norm before clipping",
-           lambda record: record.optimizer.grad_norm),
-    Metric("optimizer/learning_rate", "1", STEP, "learning rate of the step",
-           lambda record: record.optimizer.learning_rate),
-    Metric("optimizer/token_count", "tokens", STEP, "denominator of the loss",
-           lambda record: float(record.optimizer.token_count)),
+    Metric("optimizer/updates", "1", STEP, "optimizer steps", lambda record: float(len(record.updates))),
+    Metric("optimizer/grad_norm", "1", "optimizer steps", "mean global gradient norm before clipping",
+           _over_updates(_mean_of, "grad_norm")),
+    Metric("optimizer/grad_norm_max", "1", "optimizer steps", "largest global gradient norm before clipping",
+           _over_updates(max, "grad_norm")),
+    Metric("optimizer/learning_rate", "1", STEP, "learning rate of the last optimizer step",
+           _over_updates(_last_of, "learning_rate")),
+    Metric("optimizer/token_count", "tokens", STEP, "denominator of the loss, summed over optimizer steps",
+           _over_updates(sum, "token_count")),
     Metric("throughput/tokens_per_second", "tokens/s", STEP, "tokens/total over the whole step", _tokens_per_second),
 )
 # fmt: on

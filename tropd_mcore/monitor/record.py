@@ -1,4 +1,4 @@
-"""What one optimizer step leaves behind for the metrics, and the parts of it that metrics are taken over.
+"""What one step leaves behind for the metrics, and the parts of it that metrics are taken over.
 
 Not for metrics themselves (see `catalogue`). Invariant: a record describes the whole step over all ranks; it exists on
 rank 0 alone.
@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from tropd_mcore.config.schema import PolicyGradientConfig
+from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
 from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 
 Values = npt.NDArray[np.float64]
@@ -25,13 +25,12 @@ class StepRecord:
 
     table: TokenTable
     rollouts: Sequence[Rollout]
-    optimizer: OptimizerReport
+    updates: Sequence[OptimizerReport]
+    """The optimizer steps, in order."""
     alpha: float
     """Guided fraction of the teacher responses, in [0, 1]."""
     timings: Mapping[str, float]
     """Seconds by phase; `step` is the whole step."""
-    masked_samples: int = 0
-    """Samples the teacher could not score; their rows are neither `on` nor `off`."""
     accuracy: float | None = None
     """Fraction of the judged samples whose answer is right; None where nothing was judged."""
     special_ids: frozenset[int] = frozenset()
@@ -40,13 +39,18 @@ class StepRecord:
 
     @cached_property
     def student(self) -> Region:
-        """Tokens the student sampled and the teacher scored, each with weight 1."""
-        return self._region("on")
+        """Tokens the student sampled and the teacher scored, each with weight 1, as the first epoch saw them."""
+        return self._region("on", epochs=1)
+
+    @cached_property
+    def updated(self) -> Region:
+        """The same tokens once for each update that looked at them."""
+        return self._region("on", epochs=None)
 
     @cached_property
     def prefix(self) -> Region:
-        """Teacher-prefix tokens that carry a loss, each with weight 1."""
-        return self._region("off")
+        """Teacher-prefix tokens that carry a loss, each with weight 1, as the first epoch saw them."""
+        return self._region("off", epochs=1)
 
     @cached_property
     def trusted(self) -> Region:
@@ -67,9 +71,15 @@ class StepRecord:
         rows = first[self.student["sample_index"].astype(np.int64)] + self.student["token_index"].astype(np.int64)
         return self.student.weighted(np.isin(ids[rows], list(self.special_ids)).astype(np.float64))
 
-    def _region(self, mask: str) -> Region:
+    def _region(self, mask: str, *, epochs: int | None) -> Region:
+        """Rows of `mask` in the first `epochs` epochs, or in all."""
         columns = self.table.columns
-        rows = np.flatnonzero(columns[mask]) if mask in columns else np.zeros(0, dtype=np.int64)
+        if mask not in columns:
+            return Region(columns, np.zeros(0, dtype=np.int64), np.zeros(0))
+        chosen = columns[mask].astype(bool)
+        if epochs is not None:
+            chosen = chosen & (columns["epoch"].astype(np.int64) < epochs)
+        rows = np.flatnonzero(chosen)
         return Region(columns, rows, np.ones(len(rows)))
 
 

@@ -24,7 +24,8 @@ from typing import Literal
 
 import psutil
 
-from tropd_mcore.config.schema import Dtype, ServerConfig
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerError
 from tropd_mcore.files import publish_text
 from tropd_mcore.serving.client import SglangClient

@@ -1,4 +1,4 @@
-"""Do teacher and student mean the same string by a token id? Decided from the two folders, without loading a model.
+"""Do two models mean the same string by a token id? Decided from the two folders, without loading a model.
 
 Not for translating between tokenizers: a teacher with another vocabulary is refused. Invariant: what passes has the
 same id for every string, added and special tokens included, and embedding widths that hold them all.
@@ -14,28 +14,28 @@ from tropd_mcore.errors import DataError, ModelError
 SHOWN_DIFFERENCES = 5
 
 
-def check_same_vocabulary(student_folder: Path, teacher_folder: Path) -> None:
+def check_same_vocabulary(student_folder: Path, other_folder: Path, *, key: str = "teacher.path") -> None:
     """Return where the two vocabularies agree; the widths (config `vocab_size`) may differ by padding only.
 
-    Raises DataError listing the first differences and how many there are, ModelError where a folder lacks its config.
+    `key` is the configuration key of the second folder. Raises DataError listing the first differences and how many
+    there are, ModelError where a folder lacks its config.
     """
-    student, teacher = read_vocabulary(student_folder), read_vocabulary(teacher_folder)
-    differences = _differences(student, teacher)
+    student, other = read_vocabulary(student_folder), read_vocabulary(other_folder)
+    differences = _differences(student, other)
     if differences:
         shown = "; ".join(differences[:SHOWN_DIFFERENCES])
         raise DataError(
-            f"student {student_folder} and teacher {teacher_folder} differ in {len(differences)} of "
-            f"{len(student.keys() | teacher.keys())} tokens (first: {shown}): choose teacher.path from the "
-            "student's family"
+            f"student.path={student_folder} and {key}={other_folder} differ in {len(differences)} of "
+            f"{len(student.keys() | other.keys())} tokens (first: {shown}): choose {key} from the student's family"
         )
-    for key, folder, vocabulary in (
-        ("student.path", student_folder, student),
-        ("teacher.path", teacher_folder, teacher),
-    ):
-        width = read_width(folder)
-        needed = max(vocabulary.values()) + 1
-        if width < needed:
-            raise DataError(f"{key}={folder}: vocab_size is {width} but the tokenizer has ids up to {needed - 1}")
+    _check_width("student.path", student_folder, student)
+    _check_width(key, other_folder, other)
+
+
+def _check_width(key: str, folder: Path, vocabulary: dict[str, int]) -> None:
+    width, needed = read_width(folder), max(vocabulary.values()) + 1
+    if width < needed:
+        raise DataError(f"{key}={folder}: vocab_size is {width} but the tokenizer has ids up to {needed - 1}")
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:
@@ -67,8 +67,8 @@ def read_width(folder: Path) -> int:
     return width
 
 
-def _differences(student: dict[str, int], teacher: dict[str, int]) -> list[str]:
+def _differences(student: dict[str, int], other: dict[str, int]) -> list[str]:
     """One text a token that is not the same in both, by ascending id."""
-    different = [token for token in student.keys() | teacher.keys() if student.get(token) != teacher.get(token)]
-    different.sort(key=lambda token: (student.get(token, teacher.get(token, 0)), token))
-    return [f"{token!r} is {student.get(token, 'absent')} and {teacher.get(token, 'absent')}" for token in different]
+    different = [token for token in student.keys() | other.keys() if student.get(token) != other.get(token)]
+    different.sort(key=lambda token: (student.get(token, other.get(token, 0)), token))
+    return [f"{token!r} is {student.get(token, 'absent')} and {other.get(token, 'absent')}" for token in different]

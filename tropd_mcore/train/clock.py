@@ -7,9 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+NOTHING_S = 1e-3
+"""A phase that took less had nothing to do in this run."""
+
 
 class StepClock:
-    """Phases of one step; `seconds` has their times and `step`, the time since the clock was made."""
+    """Phases of one step; `seconds` has the times of those that did something, and `step`, since the clock was made."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -26,4 +29,5 @@ class StepClock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return {**self._phases, "step": time.monotonic() - self._start}
+        done = {name: seconds for name, seconds in self._phases.items() if seconds >= NOTHING_S}
+        return {**done, "step": time.monotonic() - self._start}

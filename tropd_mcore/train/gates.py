@@ -32,7 +32,7 @@ def check_sampler_logprobs(table: TokenTable, config: Config) -> float:
     on = table["on"].astype(bool)
     if not on.any():
         return 0.0
-    difference = np.abs(table["student_logp"][on].astype(np.float64) - table["behav_logp"][on].astype(np.float64))
+    difference = np.abs(table["old_logp"][on].astype(np.float64) - table["behav_logp"][on].astype(np.float64))
     p99, largest = float(np.quantile(difference, 0.99)), float(difference.max())
     p99_bound, largest_bound = sampler_bounds(config)
     if p99 <= p99_bound and largest <= largest_bound:

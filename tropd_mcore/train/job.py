@@ -11,58 +11,70 @@ import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
 
-from tropd_mcore.config.checks import data_problems, layout_problems
-from tropd_mcore.config.derived import longest_sample, support_size
+from tropd_mcore.config.checks import backend_problems, data_problems, layout_problems
+from tropd_mcore.config.derived import (
+    full_vocabulary,
+    learns_from_verifier,
+    longest_sample,
+    own_support_size,
+    reference_path,
+    support_size,
+    updates_per_step,
+)
 from tropd_mcore.config.plan import resolved_yaml
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.prompts import PromptSet, load_prompts
+from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
 from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.checkpoint import TrainState, load
 from tropd_mcore.mcore.checkpoint_info import latest
+from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.mcore.dry_run import dry_run
+from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer
-from tropd_mcore.mcore.parallel import Layout, RankEnvironment, destroy, initialize
-from tropd_mcore.mcore.platform import Platform, choose
-from tropd_mcore.mcore.weights_io import iterate_hf, load_hf
+from tropd_mcore.mcore.parallel import RankEnvironment, destroy, initialize
+from tropd_mcore.mcore.platform import choose
+from tropd_mcore.mcore.weights_io import export_hf, load_hf
 from tropd_mcore.monitor.monitor import Monitor
-from tropd_mcore.rollout.publisher import WeightPublisher
-from tropd_mcore.rollout.sampler import SglangSampler, check_ids
-from tropd_mcore.serving.process import ServerSpec
-from tropd_mcore.serving.supervisor import SupervisedServer
-from tropd_mcore.teacher.megatron import MegatronTeacher
-from tropd_mcore.teacher.sglang import SglangTeacher
+from tropd_mcore.rollout.sampler import check_ids
 from tropd_mcore.teacher.vocabulary import check_same_vocabulary
-from tropd_mcore.train.collective import on_rank_zero, shared_fate
-from tropd_mcore.train.policy_server import PolicyServer
+from tropd_mcore.train.batch_context import BatchContextSource
+from tropd_mcore.train.parts import (
+    Servers,
+    Site,
+    make_policy,
+    make_teacher,
+    reference_model,
+    start_servers,
+    teacher_model,
+)
 from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.score_source import ScoreSource, Teacher
-from tropd_mcore.train.served_teacher import ServedTeacher
-from tropd_mcore.train.trainer import Parts, Trainer, loss_settings
-from tropd_mcore.weights.architecture import Architecture, read_architecture
-from tropd_mcore.weights.families import hf_weight_plan
-from tropd_mcore.weights.hf_folder import write_hf_folder
+from tropd_mcore.train.score_source import ScoreSource
+from tropd_mcore.train.trainer import Parts, Trainer
+from tropd_mcore.train.verdicts import check_answers
+from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.publish import replace_folder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where the run takes place."""
+class Material:
+    """What the run reads before it builds anything."""
 
-    config: Config
-    platform: Platform
-    layout: Layout
-    run_dir: RunDir
-    student: Architecture
-    teacher: Architecture
+    renderer: Renderer
+    prompts: PromptSet
+    ignored: IgnoredTokens
+    longest: int
+    """Most tokens that a sample can have."""
 
 
 def run_job(config: Config, sources: dict[str, str], environment: RankEnvironment) -> None:
@@ -70,94 +82,109 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
     problems = layout_problems(config.parallel, environment.world_size)
     if problems:
         raise ConfigError(problems)
-    student, teacher = read_architecture(config.student.path), read_architecture(config.teacher.path)
+    models = {key: read_architecture(path) for key, path in _model_paths(config).items()}
     platform = choose(config.platform.kind, environment.local_rank)
+    if problems := backend_problems(config.loss.backend, platform.name):
+        raise ConfigError(problems)
     layout = initialize(config.parallel, platform, config.run.seed, environment)
-    site = Site(config, platform, layout, RunDir(config.run.dir), student, teacher)
+    site = Site(config, platform, layout, RunDir(config.run.dir), models)
     with ExitStack() as cleanup:
         cleanup.callback(destroy, layout)
         _prepare_run_dir(site, sources, cleanup)
-        if config.gates.vocabulary:
-            on_rank_zero(lambda: check_same_vocabulary(config.student.path, config.teacher.path), layout.groups.control)
-        renderer = Renderer(config.student.path)
-        prompts = load_prompts(config.data, renderer, seed=config.run.seed)
-        longest = _check_data(site, prompts)
+        _check_vocabularies(site)
+        material = _read_material(site)
         first_step = _first_step(site)
         exported = not config.run.export_at_end or site.run_dir.exported_at() == first_step
         if first_step >= config.run.steps and exported:
             log.info("%s is complete: %d of %d steps", config.run.dir, first_step, config.run.steps)
             return
-        _train(site, renderer, prompts, longest, first_step, cleanup)
+        _train(site, material, first_step, cleanup)
 
 
-def _train(
-    site: Site, renderer: Renderer, prompts: PromptSet, longest: int, first_step: int, cleanup: ExitStack
-) -> None:
+def _train(site: Site, material: Material, first_step: int, cleanup: ExitStack) -> None:
     config, layout = site.config, site.layout
     last_step = config.run.steps
     if config.run.stop_after is not None:
         last_step = min(last_step, first_step + config.run.stop_after)
-    policy_process = teacher_process = None
-    if first_step < last_step:
-        policy_process = _policy_process(site, cleanup)
-        teacher_process = _teacher_process(site, cleanup)
+    servers = start_servers(site, cleanup) if first_step < last_step else Servers()
 
     student = build_model(
         site.student, config.parallel, layout, site.platform,
         dtype=config.student.dtype, trainable=True, recompute=config.student.recompute, optimizer=config.optimizer,
     )  # fmt: skip
     load_hf(student, config.student.path, layout)
-    optimizer, scheduler = build_optimizer(student, config.optimizer, config.run.steps)
+    optimizer, scheduler = build_optimizer(
+        student, config.optimizer, steps=config.run.steps * updates_per_step(config.objective)
+    )
+    state = TrainState(student, optimizer, scheduler)
     if first_step:
         checkpoint = latest(site.run_dir.checkpoints)
         assert checkpoint is not None
-        load(checkpoint, TrainState(student, optimizer, scheduler))
+        load(checkpoint, state)
         log.info("resumed from %s", checkpoint)
-
-    objective = bind_objective(config.objective)
-    if config.gates.longest_sequence and first_step < last_step:
-        dry_run(
-            student, objective, loss_settings(config),
-            tokens_per_micro_batch=config.batch.tokens_per_micro_batch, k=support_size(config.objective),
-        )  # fmt: skip
     if first_step < last_step:
-        policy = _policy(site, student, renderer, policy_process) if config.run.replay is None else None
-        teacher = _teacher(site, teacher_process, longest)
-        monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=first_step)
-        cleanup.callback(monitor.close)
-        parts = Parts(
-            config=config,
-            layout=layout,
-            run_dir=site.run_dir,
-            student=student,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            objective=objective,
-            rollouts=RolloutSource(config, site.run_dir, prompts, policy, layout),
-            scores=ScoreSource(teacher, site.run_dir, config.run.replay, layout),
-            monitor=monitor,
-            renderer=renderer,
-        )
+        parts = _make_parts(site, material, state, servers, first_step, cleanup)
         Trainer(parts, first_step=first_step, last_step=last_step).fit()
     if last_step == config.run.steps and config.run.export_at_end:
         export(site, student, max(first_step, last_step))
 
 
+def _make_parts(
+    site: Site, material: Material, state: TrainState, servers: Servers, first_step: int, cleanup: ExitStack
+) -> Parts:
+    config, layout, student = site.config, site.layout, state.model
+    settings = LossSettings.from_config(config)
+    teacher, reference = teacher_model(site), reference_model(site)
+    if config.gates.longest_sequence:
+        dry_run(
+            student,
+            bind_objective(config.objective),
+            settings,
+            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+            k=support_size(config.objective),
+            own_topk=own_support_size(config.objective),
+            teacher=teacher if full_vocabulary(config.objective) else None,
+        )
+    policy = make_policy(site, student, material.renderer, servers.policy) if config.run.replay is None else None
+    monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=first_step)
+    cleanup.callback(monitor.close)
+    assert state.optimizer is not None and state.scheduler is not None
+    return Parts(
+        config=config,
+        layout=layout,
+        run_dir=site.run_dir,
+        student=student,
+        optimizer=state.optimizer,
+        scheduler=state.scheduler,
+        teacher_model=teacher,
+        ignored=material.ignored,
+        rollouts=RolloutSource(config, site.run_dir, material.prompts, policy, layout),
+        scores=ScoreSource(
+            make_teacher(site, teacher, settings, servers.teacher, material.longest),
+            site.run_dir,
+            layout,
+            replay=config.run.replay,
+            name=f"{config.teacher.kind} {config.teacher.path} {config.teacher.dtype} {support_size(config.objective)}",
+            on_disk=not full_vocabulary(config.objective),
+        ),
+        context=BatchContextSource(config, student, reference),
+        monitor=monitor,
+        renderer=material.renderer,
+    )
+
+
 def export(site: Site, student: Model, step: int) -> None:
-    """Write the student as a Hugging Face folder to <run.dir>/export. Collective."""
-    stream = iterate_hf(student, site.layout)
-    with shared_fate(site.layout.groups.control):
-        try:
-            if site.layout.rank == 0:
-                fresh = site.run_dir.export.with_name("export.fresh")
-                shutil.rmtree(fresh, ignore_errors=True)
-                write_hf_folder(fresh, stream, source_folder=site.config.student.path)
-                replace_folder(fresh, site.run_dir.export)
-                publish_text(site.run_dir.export_step, f"{step}\n")
-        finally:
-            for _ in stream:  # every rank takes part to the end
-                pass
-    log.info("exported the student to %s", site.run_dir.export)
+    """Write the student as a Hugging Face folder to <run.dir>/export, which goes once that is complete. Collective."""
+    run_dir, control = site.run_dir, site.layout.groups.control
+    fresh = run_dir.export.with_name("export.fresh")
+    if site.layout.rank == 0:
+        shutil.rmtree(fresh, ignore_errors=True)
+    export_hf(student, site.layout, fresh, source_folder=site.config.student.path)
+    with shared_fate(control):
+        if site.layout.rank == 0:
+            replace_folder(fresh, run_dir.export)
+            publish_text(run_dir.export_step, f"{step}\n")
+    log.info("exported the student to %s", run_dir.export)
 
 
 def _prepare_run_dir(site: Site, sources: dict[str, str], cleanup: ExitStack) -> None:
@@ -180,11 +207,48 @@ def _first_step(site: Site) -> int:
     return on_rank_zero(steps_done, site.layout.groups.control)
 
 
-def _check_data(site: Site, prompts: PromptSet) -> int:
-    """The most tokens a sample of this run can have.
+def _model_paths(config: Config) -> dict[str, Path]:
+    """{configuration key: folder} of every model of the run."""
+    paths = {"student.path": config.student.path, "teacher.path": config.teacher.path}
+    reference = reference_path(config)
+    return paths if reference is None else {**paths, "objective.reference": reference}
 
-    Raises ConfigError where packs or models are too short for it, DataError where an id is not in the vocabulary.
+
+def _check_vocabularies(site: Site) -> None:
+    """Raise where a model does not have the student's tokens: the teacher unless told not to look, the reference."""
+    config, control = site.config, site.layout.groups.control
+    if config.gates.vocabulary:
+        for key, path in _model_paths(config).items():
+            if key != "student.path":
+                on_rank_zero(partial(check_same_vocabulary, config.student.path, path, key=key), control)
+    reference = site.models.get("objective.reference")
+    if reference is not None and reference.vocab_size < site.student.vocab_size:
+        raise ConfigError(
+            [
+                f"objective.reference={reference_path(config)}: its vocabulary has {reference.vocab_size} entries, the "
+                f"student's {site.student.vocab_size}; choose a reference that knows every token of the student"
+            ]
+        )
+
+
+def _read_material(site: Site) -> Material:
+    """Read tokenizer and data.
+
+    Raises ConfigError where packs or models are too short for the data, a token to ignore is unknown or a custom
+    objective cannot be imported, DataError where an id is not in the vocabulary or an answer is missing.
     """
+    config = site.config
+    bind_objective(config.objective)
+    renderer = Renderer(config.student.path)
+    ignored = ignored_tokens(config.loss, renderer.token_id)
+    prompts = load_prompts(config.data, renderer, seed=config.run.seed)
+    if learns_from_verifier(config.objective):
+        check_answers(prompts.prompts, config)
+    return Material(renderer, prompts, ignored, _longest_sample(site, prompts))
+
+
+def _longest_sample(site: Site, prompts: PromptSet) -> int:
+    """The most tokens a sample of this run can have."""
     config = site.config
     for prompt in prompts.prompts:
         check_ids(prompt.token_ids, site.student.vocab_size, what=f"prompt {prompt.prompt_id!r} of data.prompts")
@@ -194,94 +258,13 @@ def _check_data(site: Site, prompts: PromptSet) -> int:
     lengths = {"longest_prompt": prompts.longest_prompt, "longest_response": prompts.longest_response}
     problems = data_problems(config, **lengths)
     longest = longest_sample(config, **lengths)
-    for key, path, arch in (
-        ("student.path", config.student.path, site.student),
-        ("teacher.path", config.teacher.path, site.teacher),
-    ):
-        if longest > arch.max_position_embeddings:
+    for key, path in _model_paths(config).items():
+        context = site.models[key].max_position_embeddings
+        if longest > context:
             problems.append(
-                f"{key}={path}: its context is {arch.max_position_embeddings} tokens but the longest sample can have "
+                f"{key}={path}: its context is {context} tokens but the longest sample can have "
                 f"{longest}; lower rollout.max_new_tokens or choose another model"
             )
     if problems:
         raise ConfigError(problems)
     return longest
-
-
-def _policy_process(site: Site, cleanup: ExitStack) -> SupervisedServer | None:
-    if site.config.run.replay is not None:
-        return None
-    return _start_server(site, "rollout", cleanup)
-
-
-def _teacher_process(site: Site, cleanup: ExitStack) -> SupervisedServer | None:
-    return _start_server(site, "teacher", cleanup) if site.config.teacher.kind == "sglang" else None
-
-
-def _start_server(site: Site, name: Literal["rollout", "teacher"], cleanup: ExitStack) -> SupervisedServer | None:
-    """Start the server of a section on rank 0, without waiting for it; on other ranks, None if it is a started one."""
-    served = site.config.student if name == "rollout" else site.config.teacher
-    config = site.config.rollout.server if name == "rollout" else site.config.teacher.server
-    spec = ServerSpec(
-        key=f"{name}.server",
-        model_key="student.path" if name == "rollout" else "teacher.path",
-        model_path=served.path,
-        config=config,
-        device=site.platform.name,
-        run_dir=site.run_dir.logs,
-        name=name,
-        dtype=served.dtype,
-    )
-    server = SupervisedServer(spec) if site.layout.rank == 0 or config.url is not None else None
-    with shared_fate(site.layout.groups.control):
-        if server is not None:
-            cleanup.callback(server.stop)
-            server.start()
-    return server
-
-
-def _policy(site: Site, student: Model, renderer: Renderer, server: SupervisedServer | None) -> PolicyServer:
-    config = site.config
-    dtype = student.config.params_dtype
-    plan = [(name, shape, dtype) for name, shape in hf_weight_plan(site.student)]
-
-    def connect(server: SupervisedServer) -> tuple[SglangSampler, WeightPublisher]:
-        sampler = SglangSampler(
-            server.client,
-            config.rollout,
-            eos_ids=renderer.eos_ids,
-            vocab_size=site.student.vocab_size,
-            seed=config.run.seed,
-        )
-        return sampler, WeightPublisher(server.client, plan)
-
-    return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync)
-
-
-def _teacher(site: Site, server: SupervisedServer | None, longest: int) -> Teacher:
-    config, layout = site.config, site.layout
-    k = support_size(config.objective)
-    if config.teacher.kind == "sglang":
-        return _served_teacher(site, server, longest)
-    model = build_model(
-        site.teacher, config.parallel, layout, site.platform, dtype=config.teacher.dtype, trainable=False
-    )
-    load_hf(model, config.teacher.path, layout)
-    return MegatronTeacher(model, k=k, chunk_tokens=config.loss.chunk_tokens)
-
-
-def _served_teacher(site: Site, server: SupervisedServer | None, longest: int) -> ServedTeacher:
-    config, k = site.config.teacher, support_size(site.config.objective)
-    teacher: SglangTeacher | None = None
-    with shared_fate(site.layout.groups.control):
-        if server is not None:
-            server.wait_ready()
-            teacher = SglangTeacher(
-                server,
-                topk=k,
-                teacher_width=site.teacher.vocab_size,
-                student_width=site.student.vocab_size,
-                on_failure=config.on_failure,
-            )
-            teacher.check_length(longest)
-    return ServedTeacher(teacher, site.layout, topk=k, only_rank_zero=config.server.url is None)

@@ -15,13 +15,13 @@ from functools import partial
 from torch import Tensor
 
 from tropd_mcore.errors import ServerDied, TropdError
+from tropd_mcore.mcore.collective import on_rank_zero, raise_together
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.weights_io import iterate_hf
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import Collected, SglangSampler
 from tropd_mcore.serving.supervisor import SupervisedServer
-from tropd_mcore.train.collective import on_rank_zero, raise_together
 from tropd_mcore.types import Rollout, SampleRequest
 
 log = logging.getLogger(__name__)

@@ -1,18 +1,21 @@
 """Rollouts and teacher scores of a step on disk, so that a killed step is repeated with the same numbers.
 
 Plain `.npz` arrays, read without pickle. Variable-length arrays are stored flat beside their lengths. A damaged file
-cannot exist (files are published whole); a score file that belongs to other rollouts or another layout is not used.
+cannot exist (files are published whole); scores of other rollouts, another layout, another teacher or other candidates
+are not used.
 """
 
 import hashlib
 import io
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tropd_mcore.errors import DataError
 from tropd_mcore.files import publish_file
@@ -21,6 +24,7 @@ from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
 _RAGGED = ("prompt_ids", "prefix_ids", "response_ids", "behav_logp", "trust_u")
 _TEXT = ("sample_id", "prompt_id", "policy_version", "finish_reason")
 _SCORE_FIELDS = ("logp_T", "topk_ids_TK", "topk_logp_TK", "tail_mass_T", "scored_T")
+_OPTIONAL_SCORE_FIELDS = ("entropy_T", "own_logp_TL")
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
@@ -59,45 +63,54 @@ def _rollout(arrays: dict[str, np.ndarray], ragged: dict[str, list[Any]], index:
     return Rollout(**values)
 
 
-def fingerprint(micro_batches: Sequence[MicroBatch]) -> str:
-    """Hash of what a score file is aligned to: the predicted tokens of all rows, in order."""
-    digest = hashlib.sha256()
-    for micro_batch in micro_batches:
-        for tensor in (micro_batch.target_ids, micro_batch.sample_index, micro_batch.token_index):
-            digest.update(tensor.cpu().numpy().tobytes())
-        digest.update(b"|")
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class ScoreKey:
+    """What a score file belongs to."""
+
+    teacher: str
+    """Anything that tells one scorer, with the number of candidates it was asked for, from another."""
+    micro_batches: Sequence[MicroBatch]
+    own_ids: Sequence[Tensor | None]
+    """int64 [T, L] a micro-batch, the student's own candidates; None where none were asked for."""
+
+    def fingerprint(self) -> str:
+        """Hash of the teacher, of the predicted tokens of all rows in order, and of the candidates."""
+        digest = hashlib.sha256(self.teacher.encode())
+        for micro_batch, own_ids in zip(self.micro_batches, self.own_ids, strict=True):
+            rows = (micro_batch.target_ids, micro_batch.sample_index, micro_batch.token_index)
+            for tensor in rows if own_ids is None else (*rows, own_ids):
+                digest.update(tensor.cpu().numpy().tobytes())
+            digest.update(b"|")
+        return digest.hexdigest()
 
 
-def save_scores(path: Path, micro_batches: Sequence[MicroBatch], scores: Sequence[TeacherScores]) -> None:
-    """Publish the teacher's scores of this rank's micro-batches at `path`."""
+def save_scores(path: Path, key: ScoreKey, scores: Sequence[TeacherScores]) -> None:
+    """Publish the teacher's scores of this rank's micro-batches at `path`; hidden states are left out."""
     arrays = {name: torch.cat([getattr(score, name) for score in scores]).cpu().numpy() for name in _SCORE_FIELDS}
-    entropies = [score.entropy_T for score in scores if score.entropy_T is not None]
-    if len(entropies) == len(scores):
-        arrays["entropy_T"] = torch.cat(entropies).cpu().numpy()
-    arrays["fingerprint"] = np.array(fingerprint(micro_batches))
+    for name in _OPTIONAL_SCORE_FIELDS:
+        pieces = [piece for score in scores if (piece := getattr(score, name)) is not None]
+        if pieces and len(pieces) == len(scores):
+            arrays[name] = torch.cat(pieces).cpu().numpy()
+    arrays["fingerprint"] = np.array(key.fingerprint())
     _publish_arrays(path, arrays)
 
 
-def load_scores(path: Path, micro_batches: Sequence[MicroBatch]) -> list[TeacherScores] | None:
-    """The scores at `path` cut to `micro_batches`, or None where there are none for exactly these rows."""
+def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores] | None:
+    """The scores at `path` cut to the micro-batches of `key`, or None where there are none for exactly that."""
     if not path.exists():
         return None
     arrays = _read_arrays(path)
-    if str(arrays["fingerprint"]) != fingerprint(micro_batches):
+    if str(arrays["fingerprint"]) != key.fingerprint():
         return None
-    sizes = [len(micro_batch.rows) for micro_batch in micro_batches]
-    device = micro_batches[0].rows.device if micro_batches else torch.device("cpu")
+    sizes = [len(micro_batch.rows) for micro_batch in key.micro_batches]
+    device = key.micro_batches[0].rows.device if key.micro_batches else torch.device("cpu")
     pieces = {
         name: torch.from_numpy(arrays[name]).to(device).split(sizes)
-        for name in (*_SCORE_FIELDS, "entropy_T")
+        for name in (*_SCORE_FIELDS, *_OPTIONAL_SCORE_FIELDS)
         if name in arrays
     }
     return [
-        TeacherScores(
-            **{name: pieces[name][index] for name in _SCORE_FIELDS},
-            entropy_T=pieces["entropy_T"][index] if "entropy_T" in pieces else None,
-        )
+        TeacherScores(**{"entropy_T": None, **{name: values[index] for name, values in pieces.items()}})
         for index in range(len(sizes))
     ]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from tropd_mcore.config.derived import new_token_budget
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompts import PromptSet
-from tropd_mcore.data.requests import build_requests
+from tropd_mcore.data.requests import build_requests, cut_response
 from tropd_mcore.errors import DataError
+from tropd_mcore.mcore.collective import on_rank_zero
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train.collective import on_rank_zero
 from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.train.replay import load_rollouts, save_rollouts
 from tropd_mcore.train.run_dir import RunDir
@@ -60,5 +61,8 @@ class RolloutSource:
         if not other.exists():
             raise DataError(f"run.replay: {other} does not exist; expected the rollouts of step {step} there")
         rollouts = load_rollouts(other)
+        if self._config.rollout.truncate is not None:
+            budgets = [new_token_budget(step, len(rollout.prefix_ids), self._config) for rollout in rollouts]
+            rollouts = [cut_response(rollout, budget) for rollout, budget in zip(rollouts, budgets, strict=True)]
         save_rollouts(own, rollouts)
         return rollouts

@@ -1,61 +1,91 @@
 """Where a step's teacher scores come from: the run directory if the step was scored before, else the teacher.
 
-Invariant: scores on disk are used only where every rank finds its own, for exactly the rows it has; otherwise all ranks
-score again, so that collectives stay in step.
+Invariant: scores on disk are used only where every rank finds its own, for exactly the rows, the teacher and the
+candidates it has; otherwise all ranks score again, so that collectives stay in step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from tropd_mcore.data.packing import PackedStep
+from tropd_mcore.mcore.collective import all_agree, shared_fate
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train.collective import all_agree, shared_fate
-from tropd_mcore.train.replay import load_scores, save_scores
+from tropd_mcore.train.replay import ScoreKey, load_scores, save_scores
 from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.types import Rollout, TeacherScores
+from tropd_mcore.types import Rollout, StudentPass, TeacherScores
 
 
 class Teacher(Protocol):
     """Scores packs; collective over all ranks."""
 
-    def score(self, rollouts: list[Rollout], packed: PackedStep) -> list[TeacherScores | None]:
-        """The scores of each micro-batch in order; None on all but the last stage."""
+    def score(
+        self, rollouts: list[Rollout], packed: PackedStep, own_ids: Sequence[Tensor | None]
+    ) -> list[TeacherScores | None]:
+        """The scores of each micro-batch in order; None on all but the last stage.
+
+        `own_ids[i]`, int64 [T, L]: the student's own candidates of micro-batch i; None where none are needed.
+        """
         ...
 
 
 class ScoreSource:
-    """Teacher scores by step, kept on disk until no resume can need them."""
+    """Teacher scores by step, kept on disk until no resume can need them.
 
-    def __init__(self, teacher: Teacher, run_dir: RunDir, replay: Path | None, layout: Layout) -> None:
+    `name` tells the teacher from others. Where `on_disk` is False, scores are made again instead: of a deterministic
+    teacher whose scores hold hidden states.
+    """
+
+    def __init__(
+        self, teacher: Teacher, run_dir: RunDir, layout: Layout, *, replay: Path | None, name: str, on_disk: bool
+    ) -> None:
         self._teacher = teacher
         self._run_dir = run_dir
-        self._replay = RunDir(replay) if replay is not None else None
         self._layout = layout
+        self._replay = RunDir(replay) if replay is not None else None
+        self._name = name
+        self._on_disk = on_disk
 
-    def at_step(self, step: int, rollouts: list[Rollout], packed: PackedStep) -> list[TeacherScores | None]:
-        """The scores of this rank's micro-batches; None on all but the last stage. Collective."""
-        layout = self._layout
-        control = layout.groups.control
-        stored: list[TeacherScores] | None = None
-        with shared_fate(control):
-            if layout.is_last_stage:
-                stored = self._stored(step, packed)
-        if all_agree(stored is not None or not layout.is_last_stage, control):
-            return list(stored) if stored is not None else [None] * len(packed.micro_batches)
+    def at_step(
+        self, step: int, rollouts: list[Rollout], packed: PackedStep, passes: Sequence[StudentPass | None]
+    ) -> list[TeacherScores | None]:
+        """The scores of this rank's micro-batches; None on all but the last stage. Collective.
 
-        scores = self._teacher.score(rollouts, packed)
-        with shared_fate(control):
+        `passes` hold the student's own candidates, whose log q is part of the scores.
+        """
+        own_ids = [found.own_ids_TL if found is not None and found.own_ids_TL.shape[1] else None for found in passes]
+        if not self._on_disk:
+            return self._teacher.score(rollouts, packed, own_ids)
+        key = ScoreKey(self._name, packed.micro_batches, own_ids)
+        stored = self._stored(step, key)
+        if stored is not None:
+            return stored
+        scores = self._teacher.score(rollouts, packed, own_ids)
+        with shared_fate(self._layout.groups.control):
             present = [score for score in scores if score is not None]
-            if layout.is_last_stage and layout.tp_rank == 0:
-                save_scores(self._path(self._run_dir, step), packed.micro_batches, present)
+            if self._layout.is_last_stage and self._layout.tp_rank == 0:
+                save_scores(self._path(self._run_dir, step), key, present)
         return scores
 
-    def _stored(self, step: int, packed: PackedStep) -> list[TeacherScores] | None:
+    def _stored(self, step: int, key: ScoreKey) -> list[TeacherScores | None] | None:
+        """What `at_step` returns, where every rank of the last stage has it on disk."""
+        layout = self._layout
+        found: list[TeacherScores] | None = None
+        with shared_fate(layout.groups.control):
+            if layout.is_last_stage:
+                found = self._read(step, key)
+        if not all_agree(found is not None or not layout.is_last_stage, layout.groups.control):
+            return None
+        return list(found) if found is not None else [None] * len(key.micro_batches)
+
+    def _read(self, step: int, key: ScoreKey) -> list[TeacherScores] | None:
         for run_dir in (self._run_dir, self._replay):
             if run_dir is not None:
-                scores = load_scores(self._path(run_dir, step), packed.micro_batches)
+                scores = load_scores(self._path(run_dir, step), key)
                 if scores is not None:
                     return scores
         return None

@@ -8,13 +8,15 @@ replica's last stage get the same arrays; a failed fetch is met by all ranks of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch import Tensor
 
 from tropd_mcore.data.packing import PackedStep
+from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
-from tropd_mcore.train.collective import on_rank_zero, shared_fate
 from tropd_mcore.types import Rollout, TeacherScores
 
 
@@ -27,8 +29,11 @@ class ServedTeacher:
         self._topk = topk
         self._only_rank_zero = only_rank_zero
 
-    def score(self, rollouts: list[Rollout], packed: PackedStep) -> list[TeacherScores | None]:
+    def score(
+        self, rollouts: list[Rollout], packed: PackedStep, own_ids: Sequence[Tensor | None]
+    ) -> list[TeacherScores | None]:
         """The scores of each micro-batch in order; None on all but the last stage. Collective."""
+        assert all(ids is None for ids in own_ids), "a served teacher scores its own candidates only"
         layout = self._layout
         if self._only_rank_zero:
             everyone = range(len(rollouts))

@@ -1,7 +1,7 @@
 """The per-token results of a step, from the ranks that computed them to one table on rank 0.
 
 Invariant: the table does not depend on the parallel layout, the packing or the micro-batch split: rows are ordered by
-sample and token.
+sample, token and epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,35 +12,48 @@ import numpy as np
 import torch
 
 from tropd_mcore.files import publish_file
-from tropd_mcore.types import MicroBatch, TokenTable
+from tropd_mcore.types import MicroBatch, RowContext, TokenTable
 
 Columns = Mapping[str, torch.Tensor]
+NumpyColumns = dict[str, np.ndarray]
 
 
-def local_columns(micro_batches: Sequence[MicroBatch], outputs: Sequence[Columns]) -> dict[str, np.ndarray]:
-    """This rank's rows as numpy columns, [rows of all its micro-batches]; one copy to the host a column."""
+def local_columns(
+    micro_batches: Sequence[MicroBatch],
+    contexts: Sequence[RowContext | None],
+    outputs: Sequence[Columns],
+    *,
+    epoch: int,
+) -> NumpyColumns:
+    """This rank's rows of one update as numpy columns, [rows of its micro-batches]; one copy to the host a column."""
+    old_logp = [
+        context.old_logp_T if context is not None and context.old_logp_T is not None else output["student_logp"]
+        for context, output in zip(contexts, outputs, strict=True)
+    ]
     where = {
         "sample_index": [micro_batch.sample_index for micro_batch in micro_batches],
         "token_index": [micro_batch.token_index for micro_batch in micro_batches],
+        "epoch": [torch.full_like(micro_batch.token_index, epoch) for micro_batch in micro_batches],
         "behav_logp": [micro_batch.behav_logp for micro_batch in micro_batches],
+        "old_logp": old_logp,
     }
     what = {name: [output[name] for output in outputs] for name in (outputs[0] if outputs else {})}
     return {name: torch.cat(pieces).cpu().numpy() for name, pieces in {**where, **what}.items()}
 
 
-def merge_columns(parts: Sequence[Mapping[str, np.ndarray]]) -> TokenTable:
-    """One table of all ranks' columns; ranks without rows of their own (other stages, tensor rank > 0) give {}."""
+def merge_columns(parts: Sequence[NumpyColumns]) -> TokenTable:
+    """One table of the columns of all ranks and updates; those without rows (other stages, tensor rank > 0) give {}."""
     filled = [part for part in parts if part]
     merged = {name: np.concatenate([part[name] for part in filled]) for name in (filled[0] if filled else {})}
     if not merged:
         return TokenTable(columns={})
-    order = np.lexsort((merged["token_index"], merged["sample_index"]))
+    order = np.lexsort((merged["epoch"], merged["token_index"], merged["sample_index"]))
     return TokenTable(columns={name: values[order] for name, values in merged.items()})
 
 
 def save_token_sample(path: Path, table: TokenTable, samples: int) -> None:
-    """Publish the rows of the first `samples` samples of the step, for the report."""
-    keep = table["sample_index"].astype(np.int64) < samples
+    """Publish the rows of the first `samples` samples of the step, as the first epoch saw them, for the report."""
+    keep = (table["sample_index"].astype(np.int64) < samples) & (table["epoch"] == 0)
 
     def write(stream: BinaryIO) -> None:
         np.savez(stream, allow_pickle=False, **{name: values[keep] for name, values in table.columns.items()})

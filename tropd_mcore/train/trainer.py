@@ -1,40 +1,42 @@
-"""The training loop: sample, score, pack, one optimizer step, log, maybe checkpoint.
+"""The training loop: sample, pack, score, update, log, maybe checkpoint.
 
 Not for how any of it is done; every part was made once from the configuration (`train.job`). Invariants: the state at
-the start of step t is the checkpointed state, the rollouts of t come from exactly these weights, and what decided a
-step is on disk before the step changes anything.
+the start of step t is the checkpointed state, the rollouts of t come from exactly these weights, what decides a step is
+on disk or follows from that state before the step changes anything, and all updates of a step see the same decision.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from tropd_mcore.config.derived import alpha
+from tropd_mcore.config.derived import alpha, policy_gradient
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
+from tropd_mcore.data.groups import mini_batches
 from tropd_mcore.data.packing import PackedStep, pack
-from tropd_mcore.data.verify import judge
-from tropd_mcore.losses.method_table import Objective
+from tropd_mcore.data.supervision import IgnoredTokens
+from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.checkpoint import TrainState, save
-from tropd_mcore.mcore.loss import LossResult, LossSettings, check_finite, make_distillation_loss
+from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate
+from tropd_mcore.mcore.loss import LossResult, check_finite, make_distillation_loss
+from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.optimizer import MegatronOptimizer, OptimizerParamScheduler, learning_rate, optimizer_step
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.monitor.record import StepRecord
+from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.clock import StepClock
-from tropd_mcore.train.collective import gather_on_rank_zero, on_rank_zero, shared_fate
 from tropd_mcore.train.gates import check_sampler_logprobs
 from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import ScoreSource
-from tropd_mcore.train.tokens import local_columns, merge_columns, save_token_sample
-from tropd_mcore.types import OptimizerReport, Rollout, TeacherScores, TokenTable
+from tropd_mcore.train.tokens import NumpyColumns, local_columns, merge_columns, save_token_sample
+from tropd_mcore.train.verdicts import Verdict, accuracy, judge_rollouts
+from tropd_mcore.types import OptimizerReport, Rollout, RowContext, TeacherScores, TokenTable
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,37 @@ class Parts:
     student: Model
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    objective: Objective
+    teacher_model: Model | None
+    """The teacher in this process; None where another process scores."""
+    ignored: IgnoredTokens
     rollouts: RolloutSource
     scores: ScoreSource
+    context: BatchContextSource
     monitor: Monitor
     renderer: Renderer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout batch with all that its updates must not change; one entry a micro-batch in the last two."""
+
+    step: int
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+    """On rank 0 only; empty elsewhere."""
+    packed: PackedStep
+    scores: list[TeacherScores | None]
+    context: list[RowContext | None]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step on a part of a rollout batch."""
+
+    number: int
+    epoch: int
+    part: slice
+    """Its micro-batches."""
 
 
 class Trainer:
@@ -61,31 +89,47 @@ class Trainer:
 
     def __init__(self, parts: Parts, *, first_step: int, last_step: int) -> None:
         self.parts = parts
+        self.settings = LossSettings.from_config(parts.config)
         self.first_step = first_step
         self.last_step = last_step
 
     def fit(self) -> None:
         """Train; a step that was interrupted before is repeated with the rollouts and scores it had."""
-        parts = self.parts
         for step in range(self.first_step, self.last_step):
             clock = StepClock()
-            with clock.phase("rollout"):
-                rollouts = parts.rollouts.at_step(step)
-            with clock.phase("pack"):
-                packed = self.pack(rollouts)
-            with clock.phase("teacher"):
-                scores = parts.scores.at_step(step, rollouts, packed)
-            with clock.phase("forward_backward"):
-                results = self.forward_backward(step, rollouts, packed, scores)
-                tokens = gather_tokens(packed, results, parts.layout)
-            self.check_first_rollouts(step, tokens)
-            with clock.phase("optimizer"):
-                report = self.update(step, results)
-            parts.monitor.log(step, self.record(step, rollouts, tokens, report, clock))
-            self.keep(step, tokens)
+            batch = self.prepare(step, clock)
+            tokens: list[NumpyColumns] = []
+            reports: list[OptimizerReport] = []
+            for update in self.updates(batch):
+                with clock.phase("forward_backward"):
+                    results = self.forward_backward(batch, update)
+                    tokens += self.gather_tokens(batch, update, results)
+                self.check_first_rollouts(batch, update, tokens)
+                with clock.phase("optimizer"):
+                    reports.append(self.update(step, results))
+            table = merge_columns(tokens)
+            self.parts.monitor.log(step, self.record(batch, table, reports, clock))
+            self.keep(step, table)
+
+    def prepare(self, step: int, clock: StepClock) -> Batch:
+        """Everything that is made from the weights as they are at the start of the step."""
+        parts = self.parts
+        with clock.phase("rollout"):
+            rollouts = parts.rollouts.at_step(step)
+        with clock.phase("pack"):
+            packed = self.pack(rollouts)
+        with clock.phase("verifier"):
+            verdicts = self.judge(rollouts)
+        with clock.phase("student"):
+            passes = parts.context.student(packed)
+        with clock.phase("teacher"):
+            scores = parts.scores.at_step(step, rollouts, packed, passes)
+        with clock.phase("context"):
+            context = parts.context.complete(step, rollouts, packed, passes, scores, verdicts)
+        return Batch(step, rollouts, verdicts, packed, scores, context)
 
     def pack(self, rollouts: list[Rollout]) -> PackedStep:
-        """This rank's micro-batches of the step."""
+        """This rank's micro-batches of the step, those of one update together."""
         config, layout = self.parts.config, self.parts.layout
         return pack(
             rollouts,
@@ -99,29 +143,61 @@ class Trainer:
             prefix_denominator=config.loss.prefix_denominator,
             device=self.parts.student.platform.device,
             micro_batch_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
+            parts=mini_batches(rollouts, policy_gradient(config.objective).mini_batches),
+            ignored=self.parts.ignored,
         )
 
-    def forward_backward(
-        self, step: int, rollouts: list[Rollout], packed: PackedStep, scores: list[TeacherScores | None]
-    ) -> list[LossResult | None]:
-        """Gradients of the step's loss, divided by its global token count; refuses a loss that is not finite."""
-        parts = self.parts
-        loss = make_distillation_loss(parts.student, parts.objective, scores, loss_settings(parts.config))
-        results = run_pipeline(parts.student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
+    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
+        """The verifier's verdicts on rank 0, nothing elsewhere."""
+        layout = self.parts.layout
+        with shared_fate(layout.groups.control):
+            if layout.rank == 0:
+                return judge_rollouts(rollouts, self.parts.renderer, self.parts.config)
+        return []
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """Each part of the batch in turn, as often as there are epochs."""
+        slices = batch.packed.parts
+        for number in range(len(slices) * policy_gradient(self.parts.config.objective).epochs):
+            epoch, part = divmod(number, len(slices))
+            yield Update(number, epoch, slices[part])
+
+    def forward_backward(self, batch: Batch, update: Update) -> list[LossResult | None]:
+        """Gradients of the update's loss, divided by its global token count; refuses a loss that is not finite."""
+        parts, part = self.parts, update.part
+        micro_batches = batch.packed.micro_batches[part]
+        loss = make_distillation_loss(
+            parts.student,
+            bind_objective(parts.config.objective, progress=batch.step / parts.config.run.steps),
+            batch.scores[part],
+            batch.context[part],
+            self.settings,
+            teacher=parts.teacher_model,
+        )
+        results = run_pipeline(parts.student, micro_batches, batch.packed.pack_length, loss=loss, forward_only=False)
         with shared_fate(parts.layout.groups.control):
-            sample_ids = [rollout.sample_id for rollout in rollouts]
-            check_finite(results, packed.micro_batches, step=step, sample_ids=sample_ids)
+            sample_ids = [rollout.sample_id for rollout in batch.rollouts]
+            check_finite(results, micro_batches, step=batch.step, sample_ids=sample_ids)
         return results
 
-    def check_first_rollouts(self, step: int, tokens: TokenTable | None) -> None:
-        """At the first step of a launch: do sampler and trainer agree on the tokens that were sampled?"""
+    def gather_tokens(self, batch: Batch, update: Update, results: Sequence[LossResult | None]) -> list[NumpyColumns]:
+        """The rows of the update from all ranks on rank 0, nothing elsewhere. Collective."""
+        layout = self.parts.layout
+        mine: NumpyColumns = {}
+        if layout.is_last_stage and layout.tp_rank == 0:
+            columns = [result.columns for result in results if result is not None]
+            micro_batches, context = batch.packed.micro_batches[update.part], batch.context[update.part]
+            mine = local_columns(micro_batches, context, columns, epoch=update.epoch)
+        return gather_on_rank_zero(mine, layout.groups.control)
+
+    def check_first_rollouts(self, batch: Batch, update: Update, tokens: list[NumpyColumns]) -> None:
+        """Before the first update of a launch: do sampler and trainer agree on the tokens that were sampled?"""
         parts = self.parts
-        if step != self.first_step or not parts.config.gates.sampler_logprob:
+        if batch.step != self.first_step or update.number or not parts.config.gates.sampler_logprob:
             return
 
         def check() -> None:
-            assert tokens is not None
-            p99 = check_sampler_logprobs(tokens, parts.config)
+            p99 = check_sampler_logprobs(merge_columns(tokens), parts.config)
             log.info("gates.sampler_logprob: sampler and trainer agree to %.1e nats (99th percentile)", p99)
 
         on_rank_zero(check, parts.layout.groups.control)
@@ -139,43 +215,29 @@ class Trainer:
         )
 
     def record(
-        self,
-        step: int,
-        rollouts: list[Rollout],
-        tokens: TokenTable | None,
-        report: OptimizerReport,
-        clock: StepClock,
+        self, batch: Batch, table: TokenTable, reports: list[OptimizerReport], clock: StepClock
     ) -> StepRecord | None:
         """Everything the metrics are made from, on rank 0; None elsewhere."""
-        if tokens is None:
+        config, layout = self.parts.config, self.parts.layout
+        if layout.rank != 0:
             return None
-        config, renderer = self.parts.config, self.parts.renderer
-        answered = [rollout for rollout in rollouts if rollout.answer is not None and config.verifier.kind != "none"]
-        judged = [self.is_right(rollout) for rollout in answered]
         return StepRecord(
-            table=tokens,
-            rollouts=rollouts,
-            optimizer=report,
-            alpha=alpha(step, config),
+            table=table,
+            rollouts=batch.rollouts,
+            updates=reports,
+            alpha=alpha(batch.step, config),
             timings=clock.seconds,
-            masked_samples=len(rollouts) - len(np.unique(tokens["sample_index"][tokens["on"].astype(bool)])),
-            accuracy=sum(judged) / len(judged) if judged else None,
-            special_ids=renderer.special_ids,
-            policy_gradient=config.objective.policy_gradient,
+            accuracy=accuracy(batch.verdicts),
+            special_ids=self.parts.renderer.special_ids,
+            policy_gradient=policy_gradient(config.objective),
         )
 
-    def is_right(self, rollout: Rollout) -> bool:
-        """Whether prefix and response together end in the prompt's answer."""
-        assert rollout.answer is not None
-        text = self.parts.renderer.decode(np.concatenate([rollout.prefix_ids, rollout.response_ids]))
-        return judge(self.parts.config.verifier, text, rollout.answer)
-
-    def keep(self, step: int, tokens: TokenTable | None) -> None:
+    def keep(self, step: int, table: TokenTable) -> None:
         """Token values for the report; every `checkpoint_every` steps and at the end, a checkpoint."""
         parts, run = self.parts, self.parts.config.run
         with shared_fate(parts.layout.groups.control):
-            if tokens is not None and parts.config.monitor.token_samples:
-                save_token_sample(parts.run_dir.tokens(step), tokens, parts.config.monitor.token_samples)
+            if parts.layout.rank == 0 and parts.config.monitor.token_samples:
+                save_token_sample(parts.run_dir.tokens(step), table, parts.config.monitor.token_samples)
         done = step + 1
         if done % run.checkpoint_every and done != self.last_step:
             return
@@ -188,28 +250,10 @@ class Trainer:
             keep=run.keep_checkpoints,
             hf_folder=parts.config.student.path,
         )
-        if tokens is not None:
+        if parts.layout.rank == 0:
             parts.run_dir.forget(
                 scores_before=done, rollouts_before=done - run.keep_rollouts if run.keep_rollouts is not None else 0
             )
-
-
-def loss_settings(config: Config) -> LossSettings:
-    """How the student's log-probs are computed."""
-    return LossSettings(
-        temperature=config.rollout.temperature,
-        chunk_tokens=config.loss.chunk_tokens,
-        topk_overlap=config.monitor.topk_overlap,
-    )
-
-
-def gather_tokens(packed: PackedStep, results: Sequence[LossResult | None], layout: Layout) -> TokenTable | None:
-    """The rows of all ranks on rank 0, None elsewhere. Collective."""
-    mine: dict[str, np.ndarray] = {}
-    if layout.is_last_stage and layout.tp_rank == 0:
-        mine = local_columns(packed.micro_batches, [result.columns for result in results if result is not None])
-    parts = gather_on_rank_zero(mine, layout.groups.control)
-    return merge_columns(parts) if layout.rank == 0 else None
 
 
 def sum_over_job(results: Sequence[LossResult | None], layout: Layout) -> tuple[float, int]:

@@ -1,0 +1,228 @@
+"""What the ranks of `test_fused_head` run. Not a test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.collectives import counted_collectives
+from tests.dist.layouts import Case, Constants, build, gather_results, layout_of, pack_for, train_step, whole_gradients
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs
+from tropd_mcore.mcore.dry_run import dry_run
+from tropd_mcore.mcore.loss import make_distillation_loss
+from tropd_mcore.mcore.pipeline import run_pipeline
+from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
+from tropd_mcore.types import Rollout, RowContext, TeacherScores
+
+
+class MostRows(TorchDispatchMode):
+    """The most rows of any matrix with `width` columns (or rows) that an operation makes, in forward and backward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.ndim > 1 and self.width in leaf.shape:
+                self.rows = max(self.rows, leaf.numel() // self.width)
+        return result
+
+
+def most_rows_of_logits(
+    student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, constants: Constants
+) -> dict[str, int]:
+    """The most rows of a matrix as wide as a vocabulary shard, by phase; and what they are to be compared with."""
+    with layout_of(case) as (layout, platform):
+        student = build(student_folder, case, layout, platform, trainable=True)
+        teacher = build(teacher_folder, case, layout, platform, trainable=False)
+        packed, settings = pack_for(rollouts, case, layout), case.settings(constants.temperature)
+        batches, length = packed.micro_batches, packed.pack_length
+        assert len(batches) == 1 and length not in (student.shard.width, teacher.shard.width)
+        with MostRows(teacher.shard.width) as scoring:
+            scores = score_micro_batches(teacher, batches, length, k=constants.k, settings=settings)
+        with MostRows(student.shard.width) as sampled:
+            student_pass(student, batches, length, own_topk=0, settings=settings)
+        with MostRows(student.shard.width) as own:
+            student_pass(student, batches, length, own_topk=5, settings=settings)
+        loss = make_distillation_loss(student, constants.objective(), scores, [None], settings)
+        with MostRows(student.shard.width) as training:
+            run_pipeline(student, batches, length, loss=loss, forward_only=False)
+        return {
+            "scoring": scoring.rows,
+            "sampled": sampled.rows,
+            "own": own.rows,
+            "training": training.rows,
+            "rows": len(batches[0].rows),
+            "hidden": max(student.config.hidden_size, teacher.config.hidden_size),
+        }
+
+
+def collectives_of_a_step(
+    student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, constants: Constants
+) -> dict[str, Any]:
+    """Collectives that scoring and training run through torch.distributed, and the rows of each micro-batch."""
+    with layout_of(case) as (layout, platform):
+        student = build(student_folder, case, layout, platform, trainable=True)
+        teacher = build(teacher_folder, case, layout, platform, trainable=False)
+        packed = pack_for(rollouts, case, layout)
+        settings = replace(case.settings(constants.temperature), topk_overlap=False)
+        batches, length = packed.micro_batches, packed.pack_length
+        with counted_collectives() as scoring:
+            scores = score_micro_batches(teacher, batches, length, k=constants.k, settings=settings)
+        loss = make_distillation_loss(student, constants.objective(), scores, [None] * len(scores), settings)
+        with counted_collectives() as training:
+            run_pipeline(student, batches, length, loss=loss, forward_only=False)
+        rows = [len(batch.rows) for batch in batches]
+        return {"scoring": dict(scoring), "training": dict(training), "rows": rows}
+
+
+def passes_and_a_step(
+    student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, constants: Constants, own: int
+) -> list[dict[str, Tensor]]:
+    """For each micro-batch: what the passes before the update say, and what the objective of the update sees."""
+    with layout_of(case) as (layout, platform):
+        student = build(student_folder, case, layout, platform, trainable=True)
+        teacher = build(teacher_folder, case, layout, platform, trainable=False)
+        packed, settings = pack_for(rollouts, case, layout), case.settings(constants.temperature)
+        batches, length = packed.micro_batches, packed.pack_length
+        passes = student_pass(student, batches, length, own_topk=own, settings=settings)
+        sampled_only = student_pass(student, batches, length, own_topk=0, settings=settings)
+        own_ids = [found.own_ids_TL if found is not None else None for found in passes]
+        scores = score_micro_batches(teacher, batches, length, k=constants.k, settings=settings, extra_ids=own_ids)
+        context = [_context(found, scored) for found, scored in zip(passes, scores, strict=True)]
+        seen: list[list[TokenInputs]] = [[] for _ in batches]
+        results = []
+        for index in range(len(batches)):
+            loss = make_distillation_loss(
+                student, _recording(constants.objective(), seen[index]), [scores[index]], [context[index]], settings
+            )
+            results += run_pipeline(student, [batches[index]], length, loss=loss, forward_only=False)
+        return [
+            {
+                "pass_logp": found.logp_T,
+                "pass_entropy": found.entropy_T,
+                "pass_logp_alone": alone.logp_T,
+                "pass_entropy_alone": alone.entropy_T,
+                "own_ids": found.own_ids_TL,
+                "own_logp": found.own_logp_TL,
+                "teacher_topk_ids": scored.topk_ids_TK,
+                "teacher_topk_logp": scored.topk_logp_TK,
+                "teacher_own_logp": scored.own_logp_TL,
+                "statistic": given.statistic_T,
+                "student_logp": result.columns["student_logp"],
+                "topk_overlap": result.columns["topk_overlap"],
+                **{name: torch.cat([getattr(part, name).detach() for part in parts]) for name in _SEEN},
+            }
+            for found, alone, scored, given, result, parts in zip(
+                passes, sampled_only, scores, context, results, seen, strict=True
+            )
+            if found is not None and alone is not None and scored is not None and given is not None and result
+        ]
+
+
+_SEEN = (
+    "student_own_logp_TL",
+    "old_logp_T",
+    "old_own_logp_TL",
+    "reference_logp_T",
+    "statistic_T",
+    "own_ids_TL",
+    "teacher_own_logp_TL",
+)
+
+
+def _context(found: Any, scored: TeacherScores | None) -> RowContext | None:
+    """Old log-probs and numbers that are nobody's log-probs, so that they cannot be mistaken for computed ones."""
+    if found is None or scored is None:
+        return None
+    return RowContext(
+        old_logp_T=found.logp_T - 0.25,
+        reference_logp_T=found.logp_T - 7.0,
+        statistic_T=torch.arange(len(found.logp_T)) + 0.5,
+        own_ids_TL=found.own_ids_TL,
+        old_own_logp_TL=found.own_logp_TL - 0.5,
+        teacher_own_logp_TL=scored.own_logp_TL,
+    )
+
+
+def _recording(objective: Any, seen: list[TokenInputs]) -> Any:
+    def record(inputs: TokenInputs) -> ObjectiveOutput:
+        seen.append(inputs)
+        output: ObjectiveOutput = objective(inputs)
+        return output
+
+    return record
+
+
+def full_vocabulary_step(
+    student_folder: Path,
+    teacher_folder: Path,
+    rollouts: list[Rollout],
+    cases: dict[str, tuple[Case, str, float]],
+    temperature: float,
+) -> dict[str, dict[str, Any]]:
+    """One step on a divergence over the whole vocabulary, (case, divergence, beta) by name."""
+    found = {}
+    for name, (case, divergence, beta) in cases.items():
+        with layout_of(case) as (layout, platform):
+            student = build(student_folder, case, layout, platform, trainable=True)
+            teacher = build(teacher_folder, case, layout, platform, trainable=False)
+            packed = pack_for(rollouts, case, layout)
+            settings = replace(case.settings(temperature), divergence=divergence, divergence_beta=beta)
+            batches, length = packed.micro_batches, packed.pack_length
+            scores = score_micro_batches(teacher, batches, length, k=3, settings=settings, keep_hidden=True)
+            context = [None] * len(scores)
+            loss = make_distillation_loss(student, divergence_alone, scores, context, settings, teacher=teacher)
+            results = run_pipeline(student, batches, length, loss=loss, forward_only=False)
+            found[name] = gather_results(layout, packed, results)
+            found[name]["gradients"] = whole_gradients(student, layout)
+    return found
+
+
+def divergence_alone(inputs: TokenInputs) -> ObjectiveOutput:
+    """The divergence over the whole vocabulary of every supervised token."""
+    assert inputs.divergence_T is not None
+    counted_T = inputs.on_mask_T | inputs.off_mask_T
+    value_T = torch.where(counted_T, inputs.divergence_T, 0.0)
+    return ObjectiveOutput(value_T.sum(), counted_T.sum(), {"loss": value_T.detach()})
+
+
+def steps_with_one_sample(
+    student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, constants: Constants
+) -> tuple[int, list[dict[str, Tensor]]]:
+    """Rows of this rank in the last step, and the gradients of each step: all samples, then the first one twice."""
+    gradients = []
+    with layout_of(case) as (layout, platform):
+        student = build(student_folder, case, layout, platform, trainable=True)
+        teacher = build(teacher_folder, case, layout, platform, trainable=False)
+        for batch in (rollouts, rollouts[:1], rollouts[:1]):
+            packed, _, _ = train_step(student, teacher, batch, case, constants)
+            gradients.append(whole_gradients(student, layout))
+        return sum(len(micro_batch.rows) for micro_batch in packed.micro_batches), gradients
+
+
+def refusals(student_folder: Path, cases: dict[str, tuple[Case, dict[str, Any]]], constants: Constants) -> list[str]:
+    """The error of each case, whose settings are changed as given, at the dry run."""
+    found = []
+    for case, changed in cases.values():
+        with layout_of(case) as (layout, platform):
+            student = build(student_folder, case, layout, platform, trainable=True)
+            if changed.pop("scaled", False):
+                student.config.grad_scale_func = lambda loss: 2.0 * loss
+            settings = replace(case.settings(constants.temperature), **changed)
+            try:
+                dry_run(student, constants.objective(), settings, tokens_per_micro_batch=32, k=constants.k)
+            except ConfigError as error:
+                found.append(str(error))
+            else:
+                found.append("")
+    return found

@@ -1,0 +1,39 @@
+"""docs/objectives.md names functions and tests that exist, and has a row for every kind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tropd_mcore.losses.method_table import OBJECTIVES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEXT = (REPOSITORY / "docs" / "objectives.md").read_text(encoding="utf-8")
+TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("*.py"))
+
+
+def test_every_function_is_where_the_table_says() -> None:
+    named = re.findall(r"`([\w/]+\.py): (\w+)`", TEXT)
+    assert len(named) > 20
+    for file, name in named:
+        source = (REPOSITORY / "tropd_mcore" / "losses" / file).read_text(encoding="utf-8")
+        assert re.search(rf"(def|class) {name}\b", source), f"{file} has no {name}"
+
+
+def test_every_test_exists() -> None:
+    """A name that ends in ... is the beginning of one."""
+    named = re.findall(r"`(test_\w+?)(_?\.\.\.)?`", TEXT)
+    assert len(named) > 10
+    for name, open_end in named:
+        beginning = f"def {name}" if open_end else f"def {name}("
+        assert beginning in TESTS, f"no test {name}"
+
+
+def test_every_file_exists() -> None:
+    for file in re.findall(r"`((?:unit|dist)/\w+\.py|\w+_claims\.py)`", TEXT):
+        assert (REPOSITORY / "tests" / file).is_file(), file
+
+
+def test_every_kind_has_a_row() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", TEXT, flags=re.MULTILINE))
+    assert set(OBJECTIVES) - {"tropd", "opd"} <= rows

@@ -1,0 +1,90 @@
+"""Teacher scores on disk: the same numbers come back, and only to whom they belong."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_packing import make_rollout, options
+from tropd_mcore.data.packing import pack
+from tropd_mcore.train.replay import ScoreKey, load_scores, save_scores
+from tropd_mcore.train.tokens import local_columns, merge_columns, save_token_sample
+from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
+
+K, L = 5, 3
+
+
+def micro_batches(samples: int = 4) -> list[MicroBatch]:
+    return pack([make_rollout(i, 3, 4, 11 + i, i == 0) for i in range(samples)], **options()).micro_batches
+
+
+def scores_of(batch: MicroBatch, *, own: bool, entropy: bool) -> TeacherScores:
+    rows = len(batch.rows)
+    generator = torch.Generator().manual_seed(rows)
+    return TeacherScores(
+        logp_T=-torch.rand(rows, generator=generator),
+        topk_ids_TK=torch.randint(0, 300, (rows, K), generator=generator),
+        topk_logp_TK=-torch.rand(rows, K, generator=generator),
+        tail_mass_T=torch.rand(rows, generator=generator),
+        entropy_T=torch.rand(rows, generator=generator) if entropy else None,
+        scored_T=torch.rand(rows, generator=generator) > 0.2,
+        own_logp_TL=torch.full((rows, L), float("-inf")) if own else None,
+    )
+
+
+def candidates(batches: list[MicroBatch], first: int = 0) -> list[torch.Tensor]:
+    return [torch.arange(first, first + L).expand(len(batch.rows), L) for batch in batches]
+
+
+@pytest.mark.parametrize(("own", "entropy"), [(True, True), (False, False)])
+def test_scores_come_back_as_they_were(tmp_path: Path, own: bool, entropy: bool) -> None:
+    batches = micro_batches()
+    assert len(batches) > 1
+    scores = [scores_of(batch, own=own, entropy=entropy) for batch in batches]
+    key = ScoreKey("teacher", batches, candidates(batches) if own else [None] * len(batches))
+    save_scores(tmp_path / "scores.npz", key, scores)
+    found = load_scores(tmp_path / "scores.npz", key)
+    assert found is not None and len(found) == len(scores)
+    for one, two in zip(found, scores, strict=True):
+        for name, value in vars(two).items():
+            assert value is None if getattr(one, name) is None else torch.equal(getattr(one, name), value), name
+
+
+def test_scores_of_another_teacher_of_other_rows_or_of_other_candidates_are_not_used(tmp_path: Path) -> None:
+    batches = micro_batches()
+    key = ScoreKey("teacher", batches, candidates(batches))
+    path = tmp_path / "scores.npz"
+    save_scores(path, key, [scores_of(batch, own=True, entropy=True) for batch in batches])
+    assert load_scores(path, key) is not None
+    assert load_scores(path, replace(key, teacher="other")) is None
+    assert load_scores(path, replace(key, own_ids=candidates(batches, first=1))) is None
+    assert load_scores(path, replace(key, own_ids=[None] * len(batches))) is None
+    others = micro_batches(5)
+    assert load_scores(path, ScoreKey("teacher", others, candidates(others))) is None
+    assert load_scores(tmp_path / "absent.npz", key) is None
+
+
+def test_the_table_has_a_row_for_each_epoch_and_the_stored_sample_the_first_alone(tmp_path: Path) -> None:
+    batches = micro_batches()
+    outputs = [
+        [{"student_logp": torch.full((len(batch.rows),), -1.0 - epoch)} for batch in batches] for epoch in range(2)
+    ]
+    before = [RowContext(old_logp_T=torch.full((len(batch.rows),), -9.0)) for batch in batches]
+    table = merge_columns([local_columns(batches, before, outputs[epoch], epoch=epoch) for epoch in (1, 0)] + [{}])
+    assert table["epoch"].tolist() == [0, 1] * (len(table["epoch"]) // 2)
+    assert table["student_logp"][:2].tolist() == [-1.0, -2.0] and (table["old_logp"] == -9.0).all()
+    order = list(zip(table["sample_index"].tolist(), table["token_index"].tolist(), strict=True))
+    assert order == sorted(order)
+    save_token_sample(tmp_path / "tokens.npz", table, samples=2)
+    with np.load(tmp_path / "tokens.npz") as stored:
+        assert set(stored["sample_index"].tolist()) == {0, 1} and (stored["epoch"] == 0).all()
+        assert len(stored["epoch"]) == 4 + 11 + 12
+
+
+def test_without_a_pass_before_the_update_the_old_log_prob_is_the_one_of_the_update() -> None:
+    batches = micro_batches()
+    outputs = [{"student_logp": torch.rand(len(batch.rows))} for batch in batches]
+    columns = local_columns(batches, [None] * len(batches), outputs, epoch=0)
+    np.testing.assert_array_equal(columns["old_logp"], columns["student_logp"])

@@ -1,0 +1,101 @@
+"""`tropd conformance`: a vocabulary-parallel distillation loss, ours or anybody's, against a float64 oracle.
+
+Not for training or for speed. Invariant: exit code 0 only where every cell that its subject claims and that this
+machine can run is within the stated tolerance; nothing that was not run is counted as passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tropd_mcore.errors import TropdError
+from tropd_mcore.files import publish_text
+
+if TYPE_CHECKING:
+    from tropd_mcore.conformance.cells import Cell
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.description = (
+        "Run losses over the whole vocabulary in float64 and as training runs them, on several ranks, and compare loss "
+        "and gradients. Exit code 0: no miss, 1: at least one, 2: wrong arguments."
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one minute on two cores (default)")
+    size.add_argument("--full", action="store_true", help="every combination; several minutes")
+    parser.add_argument(
+        "--objective", action="append", default=[], metavar="NAME", help="a kind, a name or a pattern; may be repeated"
+    )
+    parser.add_argument("--backend", action="append", default=[], choices=("eager", "compile", "triton"))
+    parser.add_argument("--form", action="append", default=[], choices=("fused", "logits"))
+    parser.add_argument(
+        "--tp", action="append", default=[], choices=("1", "2", "3"), help="ranks that share the vocabulary"
+    )
+    parser.add_argument("--dtype", action="append", default=[], choices=("float64", "float32", "bfloat16"))
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="MODULE:FUNCTION[@PATH]", help="another loss (docs/peers.md)"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are (cpu)")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers; - prints them instead of the tables")
+    parser.add_argument("--list", action="store_true", help="print the names of the objectives and stop")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the matrix and report it; returns 1 where a cell misses. Raises TropdError."""
+    from tropd_mcore.conformance import matrix, report
+    from tropd_mcore.conformance.catalogue import ENTRIES
+
+    if options.list:
+        print("\n".join(entry.name for entry in ENTRIES))
+        return 0
+    started = time.monotonic()
+    results = matrix.run(_planned(options), options.device, lambda text: print(text, file=sys.stderr, flush=True))
+    numbers = json.dumps(report.as_json(results, options.device), indent=1)
+    if options.json == "-":
+        print(numbers)
+    else:
+        print(report.tables(results))
+        if options.json is not None:
+            publish_text(Path(options.json), numbers + "\n")
+    ran, missed = (sum(result.status in statuses for result in results) for statuses in (("ok", "miss"), ("miss",)))
+    print(f"{ran} cells in {time.monotonic() - started:.0f} s, {missed} missed", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _planned(options: argparse.Namespace) -> list[Cell]:
+    """The cells that the arguments ask for. Raises TropdError where these name nothing, or leave nothing."""
+    from tropd_mcore.conformance.catalogue import select
+    from tropd_mcore.conformance.cells import plan_ours, plan_peer
+    from tropd_mcore.conformance.peers import load_peer
+
+    try:
+        entries = select(tuple(options.objective))
+    except KeyError as error:
+        raise TropdError(f"--objective {error.args[0]} names nothing; `tropd conformance --list` shows all") from error
+    if options.peer:
+        for peer in options.peer:
+            load_peer(peer)
+        planned = [cell for peer in options.peer for cell in plan_peer(peer, entries, full=options.full)]
+    else:
+        planned = plan_ours(entries, full=options.full)
+    cells = [
+        cell
+        for cell in planned
+        if _asked(options.backend, cell.backend)
+        and _asked(options.form, cell.form)
+        and _asked(options.tp, str(cell.divided.tensor))
+        and _asked(options.dtype, cell.dtype)
+    ]
+    if not cells:
+        raise TropdError("tropd conformance: these filters leave no cell; give fewer of them, or --full")
+    return cells
+
+
+def _asked(wanted: list[str], value: str) -> bool:
+    return not wanted or value in wanted

@@ -1,0 +1,96 @@
+"""What a case consists of: the inputs of a loss as one process sees them that holds the whole vocabulary.
+
+Not for how they are made (see `cases`) or split over ranks (see `layouts`). p is the student, q the teacher, x the
+sampled token.
+
+Shapes: T tokens, V vocabulary, W >= V columns of the output layers with padding, D hidden, K teacher top-k, L student
+top-k, S samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Student:
+    """The student's last layer. Logits are what its product gives, rounded to its dtype: a form of the loss that is
+    given logits is held to the logits that it is given."""
+
+    hidden_TD: Tensor
+    weight_WD: Tensor
+    logits_TW: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Per-token numbers, the same on every rank: float64, but representable in the dtype that the loss computes in.
+
+    Where `hostile`, rows outside both masks hold NaN in every number.
+    """
+
+    target_ids_T: Tensor
+    """x"""
+    topk_ids_TK: Tensor
+    """the teacher's top-k; -1 where absent"""
+    own_ids_TL: Tensor
+    """the student's top-k before the update"""
+    teacher_logp_T: Tensor
+    """log q(x)"""
+    teacher_topk_logp_TK: Tensor
+    """log q of the top-k, over the whole vocabulary; -inf where absent"""
+    teacher_own_logp_TL: Tensor
+    """log q of the student's top-k; -inf where absent"""
+    teacher_entropy_T: Tensor
+    """entropy of q"""
+    reference_logp_T: Tensor
+    """log-prob of x under the reference"""
+    old_logp_T: Tensor
+    """log p(x) before the update"""
+    old_own_logp_TL: Tensor
+    """log p of the student's top-k before the update"""
+    old_entropy_T: Tensor
+    """entropy of p before the update"""
+    behav_logp_T: Tensor
+    """log p(x) as the sampler saw it"""
+    trust_u_T: Tensor
+    """uniform in [0, 1)"""
+    on_mask_T: Tensor
+    """sampled by the student"""
+    off_mask_T: Tensor
+    """sampled by the teacher"""
+    weight_T: Tensor
+    """factor of the token's loss"""
+    sample_T: Tensor
+    """index of the sample that the token belongs to; tokens of a sample are in order"""
+
+    def rows(self, index: Tensor) -> Tokens:
+        """Return the tokens of these rows."""
+        return Tokens(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything that a loss may look at."""
+
+    student: Student
+    teacher: Student
+    """the teacher's last layer, for divergences over the whole vocabulary"""
+    vocab_size: int
+    temperature: float
+    """of p; q is at 1"""
+    softcap: float | None
+    """of student and teacher"""
+    tokens: Tokens
+    group_S: Tensor
+    """index of the prompt that the sample answers"""
+    reward_S: Tensor
+    """what the verifier says of the sample"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output layers."""
+        return self.student.weight_WD.dtype

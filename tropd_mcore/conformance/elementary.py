@@ -1,0 +1,39 @@
+"""The two building blocks of every loss here, as objectives: the log-prob of the sampled token, and the entropy.
+
+They isolate what a vocabulary-parallel kernel does from what an objective does, and are an example of an objective of
+one's own (`objective.kind: custom`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs, reported
+
+
+def negative_log_prob(inputs: TokenInputs) -> ObjectiveOutput:
+    """-log p(x) of the tokens in either mask."""
+    return _summed(inputs, -inputs.student_logp_T)
+
+
+def negative_entropy(inputs: TokenInputs) -> ObjectiveOutput:
+    """sum_v p log p of the tokens in either mask."""
+    return _summed(inputs, -inputs.student_entropy_T)
+
+
+def _summed(inputs: TokenInputs, loss_T: Tensor) -> ObjectiveOutput:
+    counted_T = inputs.on_mask_T | inputs.off_mask_T
+    loss_T = torch.where(counted_T, loss_T, 0.0)
+    none_T = torch.zeros_like(loss_T)
+    columns = reported(
+        inputs,
+        trusted_T=none_T,
+        log_ratio_T=none_T,
+        divergence_T=none_T,
+        advantage_T=none_T,
+        ratio_T=none_T,
+        clipped_T=none_T,
+        loss_T=loss_T,
+    )
+    return ObjectiveOutput((inputs.weight_T * loss_T).sum(), counted_T.sum(), columns)

@@ -1,0 +1,107 @@
+"""The objectives that teach by a divergence from the teacher."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.config.divergence_objectives import (
+    EopdObjective,
+    GkdObjective,
+    JsdObjective,
+    LsmObjective,
+    SdpoObjective,
+)
+from tropd_mcore.conformance.oracle.decisions import Decisions
+from tropd_mcore.conformance.oracle.divergences import (
+    Part,
+    forward_kl,
+    kl_of_student_to_mixture,
+    kl_of_teacher_to_mixture,
+    parts_of,
+    reverse_kl,
+    whole_vocabulary,
+)
+from tropd_mcore.conformance.oracle.policy import clipped_reward, mismatch_weight, policy_loss
+from tropd_mcore.conformance.oracle.token import Candidate, Token
+
+
+def eopd(objective: EopdObjective, token: Token, decide: Decisions) -> Tensor:
+    """The log-ratio as a reward, plus the forward KL where the teacher's entropy is above the threshold."""
+    reward = clipped_reward(token.log_ratio, objective.policy_gradient)
+    loss = policy_loss(token, reward, objective.policy_gradient, decide)
+    if decide.above("teacher entropy", token.teacher_entropy, objective.entropy_threshold):
+        loss = loss + forward_kl(parts_of(token, token.teacher_candidates, objective.norm))
+    return loss
+
+
+def jsd(objective: JsdObjective, token: Token, decide: Decisions) -> Tensor:
+    """beta sum_A q log(q / m) + (1 - beta) E_x[log(p(x) / m(x))], the expectation by the one x ~ p.
+
+    The derivative of the expectation in log p(x) is that of the sampling, log(p / m), and that of the mixture in it,
+    1 - (1 - beta) p / m = beta q / m; less beta, which has mean 0 and makes it 0 where p = q. Source: TrOPD, J_JSD.
+    """
+    beta = objective.beta
+    teacher_half = kl_of_teacher_to_mixture(parts_of(token, token.teacher_candidates, "truncated"), beta)
+    p, q = math.exp(token.old_log_p), math.exp(token.log_q)
+    mixture = beta * q + (1.0 - beta) * p
+    reward = -(1.0 - beta) * (math.log(p / mixture) + beta * q / mixture - beta)
+    return beta * teacher_half + policy_loss(token, reward, objective.policy_gradient, decide)
+
+
+def gkd(objective: GkdObjective, token: Token) -> Tensor:
+    """KL(q || p), KL(p || q), or beta KL(q || m) + (1 - beta) KL(p || m). Source: GKD."""
+    if objective.full_vocabulary:
+        parts = whole_vocabulary(token)
+    else:
+        parts = parts_of(token, token.teacher_candidates, objective.norm)
+    if objective.divergence == "fkl":
+        return forward_kl(parts)
+    if objective.divergence == "rkl":
+        return reverse_kl(parts)
+    assert objective.divergence == "jsd", objective.divergence
+    return objective.beta * kl_of_teacher_to_mixture(parts, objective.beta) + (
+        1.0 - objective.beta
+    ) * kl_of_student_to_mixture(parts, objective.beta)
+
+
+def lsm(objective: LsmObjective, token: Token, decide: Decisions) -> Tensor:
+    """KL(p~ || q~), both renormalised on the teacher's candidates and, if asked, the sampled token.
+
+    With a bound, the log-ratio is held within it and constant: dL/dz = p~ (held - L), as p~ (log-ratio - L) without.
+    """
+    candidates = list(token.teacher_candidates)
+    if objective.sampled_tail and all(candidate.vocabulary_id != token.x for candidate in candidates):
+        candidates.append(Candidate(token.x, token.log_q, token.old_log_p))
+    parts = parts_of(token, candidates, "renorm")
+    bound = objective.clip_log_ratio
+    if bound is None:
+        return reverse_kl(parts)
+    held = [_held(float(log_p.detach()) - log_q, bound, decide) for log_p, log_q in parts]
+    return torch.stack([log_p.exp() * log_ratio for (log_p, _), log_ratio in zip(parts, held, strict=True)]).sum()
+
+
+def sdpo(objective: SdpoObjective, token: Token, decide: Decisions) -> Tensor:
+    """The generalised JSD on the student's candidates, times the bounded ratio of new to old policy, a constant."""
+    parts = parts_of(token, token.own_candidates, objective.norm)
+    ratio = math.exp(float(token.log_p.detach()) - token.old_log_p)
+    factor = objective.ratio_cap if decide.above("ratio cap", ratio, objective.ratio_cap) else ratio
+    factor *= mismatch_weight(token, objective.policy_gradient, decide)
+    return factor * _generalised_jsd(parts, objective.alpha)
+
+
+def _generalised_jsd(parts: list[Part], alpha: float) -> Tensor:
+    """(1 - alpha) KL(p || m) + alpha KL(q || m), m = (1 - alpha) p + alpha q; its ends are the KL divergences."""
+    if alpha == 0.0:
+        return forward_kl(parts)
+    if alpha == 1.0:
+        return reverse_kl(parts)
+    return (1.0 - alpha) * kl_of_student_to_mixture(parts, alpha) + alpha * kl_of_teacher_to_mixture(parts, alpha)
+
+
+def _held(log_ratio: float, bound: float, decide: Decisions) -> float:
+    if decide.above("log-ratio high", log_ratio, bound):
+        return bound
+    return -bound if decide.above("log-ratio low", -bound, log_ratio) else log_ratio

@@ -1,0 +1,121 @@
+"""What a teacher reads that is the student itself: the prompt together with a correct solution of it.
+
+Not for whether a response is correct (`verify`). Invariants: the solution is the response of another sample of the same
+prompt, never the one that is scored; prompt and solution are rendered as every prompt is; the choice depends on nothing
+but the order of the rollouts, their verdicts and the room there is.
+
+Shapes: S samples of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from tropd_mcore.data.chat import Message, Renderer
+from tropd_mcore.errors import DataError
+from tropd_mcore.types import IntArray, Rollout
+
+Asked = str | Sequence[Message]
+"""A prompt as it is in data.prompts: a text, or the messages of a chat."""
+
+_FIELDS = re.compile(r"\{(prompt|solution)\}")
+
+log = logging.getLogger(__name__)
+
+
+class SolutionPrompts:
+    """Renders prompts with a solution, as objective.template says; `asked` is what each prompt id stands for."""
+
+    def __init__(self, asked: Mapping[str, Asked], renderer: Renderer, template: str) -> None:
+        self._asked = asked
+        self._renderer = renderer
+        self._template = template
+
+    def ids(self, prompt_id: str, solution: str) -> IntArray:
+        """Return the ids of the prompt with the solution, int32 [length].
+
+        Raises DataError naming a prompt that is unknown, has no user message, or that the chat template refuses.
+        """
+        asked = self._asked.get(prompt_id)
+        if asked is None:
+            raise DataError(
+                f"prompt {prompt_id!r} of the rollouts is not in data.prompts; give the file they came from"
+            )
+        try:
+            return self._renderer.prompt_ids(with_solution(asked, self._template, solution))
+        except DataError as error:
+            raise DataError(f"prompt {prompt_id!r} with a solution (objective.template): {error}") from error
+
+    def longest_without_solution(self) -> int:
+        """Return the tokens of the longest prompt with an empty solution. Raises DataError as `ids` does."""
+        return max(len(self.ids(prompt_id, "")) for prompt_id in self._asked)
+
+    def contexts(
+        self, rollouts: Sequence[Rollout], verdicts: Sequence[bool | None], *, longest: int
+    ) -> list[IntArray | None]:
+        """Return what stands before each sample's response for the teacher; None where it has no teacher.
+
+        The solution is the first correct one among the other samples of the prompt that leaves room: context, prefix
+        and response have at most `longest` tokens. Source: SDPO (the authors' code, with its default
+        dont_reprompt_on_self_success; there the context is cut at a fixed length instead).
+        """
+        rendered: dict[int, IntArray] = {}
+
+        def context(solved: int) -> IntArray:
+            if solved not in rendered:
+                solution = rollouts[solved]
+                rendered[solved] = self.ids(solution.prompt_id, self._text(solution))
+            return rendered[solved]
+
+        found: list[IntArray | None] = []
+        too_long = 0
+        for rollout, others in zip(rollouts, other_solutions(rollouts, verdicts), strict=True):
+            room = longest - len(rollout.prefix_ids) - len(rollout.response_ids)
+            found.append(next((ids for ids in map(context, others) if len(ids) <= room), None))
+            too_long += bool(others) and found[-1] is None
+        if too_long:
+            log.warning(
+                "%d samples have no teacher: no solution of their prompt fits before their response into %d tokens "
+                "(batch.tokens_per_micro_batch, the student's context)",
+                too_long,
+                longest,
+            )
+        return found
+
+    def _text(self, rollout: Rollout) -> str:
+        """What the verifier judged."""
+        return self._renderer.decode(np.concatenate([rollout.prefix_ids, rollout.response_ids]))
+
+
+def with_solution(asked: Asked, template: str, solution: str) -> Asked:
+    """Fill {prompt} and {solution} of `template`: of the text, or of the chat's last user message, which it replaces.
+
+    Braces elsewhere, and in what is filled in, are text. Raises DataError where the chat has no user message.
+    """
+
+    def filled(prompt: str) -> str:
+        values = {"prompt": prompt, "solution": solution}
+        return _FIELDS.sub(lambda match: values[match[1]], template)
+
+    if isinstance(asked, str):
+        return filled(asked)
+    last = max((place for place, message in enumerate(asked) if message["role"] == "user"), default=None)
+    if last is None:
+        raise DataError("expected a message of role `user`, found none; the template takes its place")
+    changed = {**asked[last], "content": filled(asked[last]["content"])}
+    return [*asked[:last], changed, *asked[last + 1 :]]
+
+
+def other_solutions(rollouts: Sequence[Rollout], verdicts: Sequence[bool | None]) -> Iterator[list[int]]:
+    """Yield for each sample the correct other samples of its prompt, in the order of the rollouts."""
+    correct: dict[str, list[int]] = defaultdict(list)
+    for index, (rollout, verdict) in enumerate(zip(rollouts, verdicts, strict=True)):
+        if verdict:
+            correct[rollout.prompt_id].append(index)
+    for index, rollout in enumerate(rollouts):
+        yield [other for other in correct[rollout.prompt_id] if other != index]

@@ -1,0 +1,63 @@
+"""Self-distillation: the teacher is the student itself (an average of its weights) that has seen a solution.
+
+For one micro-batch of per-token numbers; not for how the teacher is made. p is the student, q the teacher, x the
+sampled token. Invariant: no mean, no host sync; a token outside both masks has no influence.
+
+Shapes: T tokens, L the student's own top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.losses.divergences import topk_forward_kl, topk_jensen_shannon, topk_reverse_kl
+from tropd_mcore.losses.importance import LOG_RATIO_LIMIT, mismatch_weight
+from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs, without_uncounted
+from tropd_mcore.losses.objectives.sampled import Reward, sampled_token_loss
+from tropd_mcore.losses.policy_gradient import PolicyGradient
+
+
+def sdpo(inputs: TokenInputs, *, alpha: float, norm: str, ratio_cap: float, policy: PolicyGradient) -> ObjectiveOutput:
+    """Jensen-Shannon divergence on the student's own candidates, times constants that correct for old samples.
+
+        min(p / p_old, ratio_cap) c ((1 - alpha) KL(p || mix) + alpha KL(q || mix)),  mix = (1 - alpha) p + alpha q,
+
+    c being the mismatch weight; alpha = 0 is KL(q || p), alpha = 1 is KL(p || q), as which they are computed (the
+    formula itself is 0 there). norm: `tail` or `renorm`. The gradient goes through the candidates' log-probs; the
+    ratio at x is a constant. Source: SDPO, arXiv 2601.20802 (0.5, top-100, tail, cap 2).
+    """
+    inputs = without_uncounted(inputs)
+    divergence_T = _on_own_candidates(inputs, alpha, norm)
+    moved_T = (inputs.student_logp_T - inputs.old_logp_T).detach()
+    ratio_T = moved_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp_max(ratio_cap)
+    engine_T = mismatch_weight(
+        inputs.old_logp_T,
+        inputs.behav_logp_T,
+        mode=policy.mismatch,
+        tis_cap=policy.tis_cap,
+        icepop_low=policy.icepop_low,
+        icepop_high=policy.icepop_high,
+        mask_below=policy.mask_below,
+    )
+    reward = Reward(
+        torch.zeros_like(ratio_T),
+        value_T=divergence_T,
+        direct_T=ratio_T * engine_T * divergence_T,
+        divergence_T=divergence_T,
+    )
+    output = sampled_token_loss(inputs, reward, policy=PolicyGradient())
+    used_T = torch.where(inputs.on_mask_T, ratio_T, 1.0)
+    return replace(output, columns={**output.columns, "ratio": used_T})
+
+
+def _on_own_candidates(inputs: TokenInputs, alpha: float, norm: str) -> Tensor:
+    """The divergence of each token on the student's own top-k, [T]."""
+    student_TL, teacher_TL = inputs.student_own_logp_TL, inputs.teacher_own_logp_TL
+    if alpha == 0.0:
+        return topk_forward_kl(student_TL, teacher_TL, norm=norm)
+    if alpha == 1.0:
+        return topk_reverse_kl(student_TL, teacher_TL, norm=norm)
+    return topk_jensen_shannon(student_TL, teacher_TL, beta=alpha, norm=norm)

@@ -1,0 +1,156 @@
+"""The parts of a job that have weights or a server: models in this process, processes that serve them.
+
+Not for their order (`job`) or their use. Invariant: what was started here is stopped by the caller's `cleanup`.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tropd_mcore.config.derived import full_vocabulary, reference_path, support_size
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import Config
+from tropd_mcore.data.chat import Renderer
+from tropd_mcore.mcore.collective import shared_fate
+from tropd_mcore.mcore.loss_settings import LossSettings
+from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.mcore.platform import Platform
+from tropd_mcore.mcore.weights_io import load_hf
+from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.rollout.sampler import SglangSampler
+from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.teacher.megatron import MegatronTeacher
+from tropd_mcore.teacher.sglang import SglangTeacher
+from tropd_mcore.train.policy_server import PolicyServer
+from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train.score_source import Teacher
+from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.weights.architecture import Architecture
+from tropd_mcore.weights.families import hf_weight_plan
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the run takes place."""
+
+    config: Config
+    platform: Platform
+    layout: Layout
+    run_dir: RunDir
+    models: dict[str, Architecture]
+    """By the key of their folder: student.path, teacher.path, and objective.reference where there is one."""
+
+    @property
+    def student(self) -> Architecture:
+        return self.models["student.path"]
+
+    @property
+    def teacher(self) -> Architecture:
+        return self.models["teacher.path"]
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Started servers on rank 0, and on every rank those that run elsewhere; None where there is none."""
+
+    policy: SupervisedServer | None = None
+    teacher: SupervisedServer | None = None
+
+
+def start_servers(site: Site, cleanup: ExitStack) -> Servers:
+    """Start the servers of the run without waiting for them. Collective."""
+    return Servers(
+        policy=_start_server(site, "rollout", cleanup) if site.config.run.replay is None else None,
+        teacher=_start_server(site, "teacher", cleanup) if site.config.teacher.kind == "sglang" else None,
+    )
+
+
+def teacher_model(site: Site) -> Model | None:
+    """The teacher in this process, None where a server is the teacher. Collective."""
+    config = site.config.teacher
+    return _frozen(site, site.teacher, config.path, config.dtype) if config.kind == "megatron" else None
+
+
+def reference_model(site: Site) -> Model | None:
+    """The objective's reference, in the student's dtype; None where it has none. Collective."""
+    path = reference_path(site.config)
+    return _frozen(site, site.models["objective.reference"], path, site.config.student.dtype) if path else None
+
+
+def make_policy(site: Site, student: Model, renderer: Renderer, server: SupervisedServer | None) -> PolicyServer:
+    """The rollout server as all ranks see it."""
+    config = site.config
+    dtype = student.config.params_dtype
+    plan = [(name, shape, dtype) for name, shape in hf_weight_plan(site.student)]
+
+    def connect(server: SupervisedServer) -> tuple[SglangSampler, WeightPublisher]:
+        sampler = SglangSampler(
+            server.client,
+            config.rollout,
+            eos_ids=renderer.eos_ids,
+            vocab_size=site.student.vocab_size,
+            seed=config.run.seed,
+        )
+        return sampler, WeightPublisher(server.client, plan)
+
+    return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync)
+
+
+def make_teacher(
+    site: Site, model: Model | None, settings: LossSettings, server: SupervisedServer | None, longest: int
+) -> Teacher:
+    """Who scores: `model` in this process, or `server` where that is None. Collective."""
+    objective = site.config.objective
+    if model is None:
+        return _served_teacher(site, server, longest)
+    return MegatronTeacher(model, k=support_size(objective), settings=settings, keep_hidden=full_vocabulary(objective))
+
+
+def _served_teacher(site: Site, server: SupervisedServer | None, longest: int) -> ServedTeacher:
+    config, k = site.config.teacher, support_size(site.config.objective)
+    teacher: SglangTeacher | None = None
+    with shared_fate(site.layout.groups.control):
+        if server is not None:
+            server.wait_ready()
+            teacher = SglangTeacher(
+                server,
+                topk=k,
+                teacher_width=site.teacher.vocab_size,
+                student_width=site.student.vocab_size,
+                on_failure=config.on_failure,
+            )
+            teacher.check_length(longest)
+    return ServedTeacher(teacher, site.layout, topk=k, only_rank_zero=config.server.url is None)
+
+
+def _frozen(site: Site, arch: Architecture, path: Path, dtype: Dtype) -> Model:
+    model = build_model(arch, site.config.parallel, site.layout, site.platform, dtype=dtype, trainable=False)
+    load_hf(model, path, site.layout)
+    return model
+
+
+def _start_server(site: Site, name: Literal["rollout", "teacher"], cleanup: ExitStack) -> SupervisedServer | None:
+    """Start the server of a section on rank 0, without waiting for it; on other ranks, None if it is a started one."""
+    served = site.config.student if name == "rollout" else site.config.teacher
+    config = site.config.rollout.server if name == "rollout" else site.config.teacher.server
+    spec = ServerSpec(
+        key=f"{name}.server",
+        model_key="student.path" if name == "rollout" else "teacher.path",
+        model_path=served.path,
+        config=config,
+        device=site.platform.name,
+        run_dir=site.run_dir.logs,
+        name=name,
+        dtype=served.dtype,
+    )
+    server = SupervisedServer(spec) if site.layout.rank == 0 or config.url is not None else None
+    with shared_fate(site.layout.groups.control):
+        if server is not None:
+            cleanup.callback(server.stop)
+            server.start()
+    return server
