@@ -1,0 +1,38 @@
+"""Our loss in the form that the measurements call: K1 policy gradient + top-k forward KL + entropy.
+
+Shapes: N tokens, W vocabulary shard of this rank, C tokens of a chunk, k teacher top-k, J = 1 + k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.inputs import Tokens
+from tropd_mcore.losses.divergences import topk_forward_kl
+from tropd_mcore.losses.kernel.backend import Kernel
+from tropd_mcore.losses.kernel.source import LogitSource
+from tropd_mcore.losses.kernel.support_loss import TokenLoss, WeightGradientMode, support_loss
+from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+
+
+def token_loss(tokens: Tokens) -> TokenLoss:
+    """-A log p(x) + sum over the teacher's top-k of q (log q - log p) - c H, summed over tokens."""
+
+    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+        loss_C = -tokens.advantage_T[rows] * logp_CJ[:, 0] - tokens.entropy_weight_T[rows] * entropy_C
+        if logp_CJ.shape[1] > 1:
+            loss_C = loss_C + topk_forward_kl(logp_CJ[:, 1:], tokens.topk_logp_TK[rows], norm="truncated")
+        count = torch.full((), loss_C.shape[0], device=loss_C.device)
+        return ObjectiveOutput(loss_C.sum(), count, {})
+
+    return loss
+
+
+def ours(source: LogitSource, tokens: Tokens, kernel: Kernel, *, weight_gradient: WeightGradientMode) -> Tensor:
+    """The loss sum; its backward pass gives the source's gradients."""
+    ids_TJ = torch.cat([tokens.target_T[:, None], tokens.topk_ids_TK], dim=1)
+    k = tokens.topk_ids_TK.shape[1]
+    return support_loss(
+        source, ids_TJ, token_loss(tokens), kernel, distinct=(1, k), weight_gradient=weight_gradient
+    ).loss_sum

@@ -1,0 +1,49 @@
+"""Other projects' losses as the measurements call them: K1 + top-k forward KL + entropy of given logits.
+
+Loaded from the user's checkouts by the adapters of `tropd conformance` (docs/peers.md); `naive` needs none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.inputs import Tokens
+from tropd_mcore.conformance.adapters.inputs import CompositeInputs
+
+PEERS = ("naive", "verl", "nemo_rl", "slime")
+PEER_CHUNK_TOKENS = 1024
+"""Chunk of the peers that have one; their own default or recipe value."""
+
+Composite = Callable[[Tensor, Tokens], Tensor]
+"""(logits shard that requires grad, tokens) -> loss sum"""
+
+
+def load_composite(name: str, roots: dict[str, str]) -> Composite:
+    """The peer's composite; `roots` says where its checkout is. Raises SystemExit where the name is none of PEERS."""
+    if name not in PEERS:
+        raise SystemExit(f"unknown method {name}: expected ours-<backend>[-<mode>] or one of {', '.join(PEERS)}")
+    adapter = importlib.import_module(f"tropd_mcore.conformance.adapters.{name}")
+    root = Path(roots[name]) if name in roots else None
+    group = dist.group.WORLD
+    assert group is not None
+
+    def composite(logits_TW: Tensor, tokens: Tokens) -> Tensor:
+        inputs = CompositeInputs(
+            logits_TW=logits_TW,
+            group=group,
+            target_ids_T=tokens.target_T,
+            topk_ids_TK=tokens.topk_ids_TK,
+            topk_logp_TK=tokens.topk_logp_TK,
+            advantage_T=tokens.advantage_T,
+            entropy_weight_T=tokens.entropy_weight_T,
+            chunk_tokens=PEER_CHUNK_TOKENS,
+        )
+        loss: Tensor = adapter.composite(inputs, root=root)
+        return loss
+
+    return composite

@@ -1,0 +1,96 @@
+"""Draws the committed results: benchmarks/results/*.json -> benchmarks/results/*.svg. Needs the extra [bench].
+
+python -m benchmarks.plot
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent / "results"
+AXIS_LABELS = {
+    "tokens": "tokens",
+    "vocabulary": "vocabulary",
+    "k": "teacher candidates k",
+    "world_size": "tensor-parallel ranks",
+}
+
+
+def main() -> None:
+    """Draw every result that is there."""
+    plt.rcParams["svg.hashsalt"] = "tropd"  # the same file from the same data
+    for axis in AXIS_LABELS:
+        path = RESULTS / f"scaling_{axis}.json"
+        if path.exists():
+            _save(path, _scaling(axis, json.loads(path.read_text())))
+    for name, draw in (("loss_only", _bars), ("fused", _over_floor), ("memory", _memory)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            _save(path, draw(json.loads(path.read_text())))
+
+
+def _scaling(axis: str, result: dict[str, Any]) -> Any:
+    figure, plot = plt.subplots(figsize=(5, 3.2))
+    for method in _methods(result):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        x = [row[axis] for row in rows]
+        y = [row["cpu_s"]["median"] for row in rows]
+        low = [row["cpu_s"]["median"] - row["cpu_s"]["least"] for row in rows]
+        high = [row["cpu_s"]["most"] - row["cpu_s"]["median"] for row in rows]
+        plot.errorbar(x, y, yerr=[low, high], marker="o", markersize=3, capsize=2, label=method)
+    plot.set(xscale="log", yscale="log", xlabel=AXIS_LABELS[axis], ylabel="CPU seconds a rank")
+    plot.legend(fontsize=7)
+    return figure
+
+
+def _bars(result: dict[str, Any]) -> Any:
+    figure, (times, memory) = plt.subplots(1, 2, figsize=(8, 3))
+    names = _methods(result)
+    times.barh(names, [row["cpu_s"]["median"] for row in result["rows"]])
+    times.set(xscale="log", xlabel="CPU seconds a rank")
+    memory.barh(names, [row["extra_bytes_per_element"] for row in result["rows"]])
+    memory.set(xlabel="extra bytes a (token x local column)", yticklabels=[])
+    return figure
+
+
+def _over_floor(result: dict[str, Any]) -> Any:
+    figure, plot = plt.subplots(figsize=(5, 2.6))
+    rows = [row for row in result["rows"] if row["method"] != "floor"]
+    middle = [row["over_floor"]["median"] for row in rows]
+    spread = [
+        [value - row["over_floor"]["least"] for value, row in zip(middle, rows, strict=True)],
+        [row["over_floor"]["most"] - value for value, row in zip(middle, rows, strict=True)],
+    ]
+    plot.errorbar(middle, [row["method"] for row in rows], xerr=spread, fmt="o", capsize=3)
+    plot.axvline(1.0, color="grey", linewidth=1)
+    plot.set(xlabel="CPU seconds / those of the three matrix products")
+    return figure
+
+
+def _memory(result: dict[str, Any]) -> Any:
+    figure, plot = plt.subplots(figsize=(5, 3.2))
+    for method in _methods(result):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        plot.plot([row["tokens"] for row in rows], [row["extra_bytes"] / 1e6 for row in rows], marker="o", label=method)
+    plot.set(xlabel="tokens", ylabel="peak MB beyond hidden, weight, dH, main_grad")
+    plot.legend(fontsize=7)
+    return figure
+
+
+def _methods(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in result["rows"]))
+
+
+def _save(path: Path, figure: Any) -> None:
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+    print(path.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

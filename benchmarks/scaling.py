@@ -1,0 +1,42 @@
+"""How the loss on given logits scales in tokens, vocabulary, top-k and tensor-parallel ranks, beside two peers.
+
+    python -m benchmarks.scaling --peer-root verl=PATH --peer-root nemo_rl=PATH
+
+One axis at a time around tokens = 512, vocabulary = 65536, k = 64, two ranks. Times only; memory is in loss_only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from benchmarks.loss_only import Sizes, measure, printed
+from benchmarks.measure import write_result
+
+CENTRE = Sizes(tokens=512, vocabulary=65536, k=64, world_size=2, chunk_tokens=1024, repeats=5)
+AXES = {
+    "tokens": [256, 512, 1024, 2048],
+    "vocabulary": [32768, 65536, 151936],
+    "k": [1, 16, 64, 128],
+    "world_size": [1, 2, 4],
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["verl", "nemo_rl", "ours-eager", "ours-compile"])
+    parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH")
+    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
+    args = parser.parse_args()
+    roots = dict(entry.split("=", 1) for entry in args.peer_root)
+    for axis in args.axes:
+        rows = []
+        for value in AXES[axis]:
+            rows += measure(args.methods, replace(CENTRE, **{axis: value}), roots, memory=False)
+        print(f"== {axis}\n{printed(rows, reference=args.methods[-1])}", flush=True)
+        write_result(f"scaling_{axis}", rows, command=f"python -m benchmarks.scaling --axes {axis}")
+
+
+if __name__ == "__main__":
+    main()
