@@ -62,6 +62,17 @@ def course(folder: Path, setup: Setup, rate: float, dtype: Dtype | None, steps: 
     return found
 
 
+def trained_alone(folder: Path, setup: Setup, steps: int) -> Weights:
+    """The student's parameters on this rank after as many steps without an average."""
+    job = open_layout(setup.parallel)
+    state = train_state(folder, job, setup)
+    train(state, 0, steps)
+    synchronize_parameters(state.model)
+    found = _copies(state.model)
+    destroy(job.layout)
+    return found
+
+
 def _copies(model: Model) -> Weights:
     return {
         f"{index} {name}": value.detach().clone()

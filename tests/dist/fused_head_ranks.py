@@ -19,7 +19,7 @@ from tropd_mcore.mcore.dry_run import dry_run
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
-from tropd_mcore.types import Rollout, RowContext, TeacherScores
+from tropd_mcore.types import MicroBatch, Rollout, RowContext, TeacherScores
 
 
 class MostRows(TorchDispatchMode):
@@ -93,7 +93,7 @@ def passes_and_a_step(
         student = build(student_folder, case, layout, platform, trainable=True)
         teacher = build(teacher_folder, case, layout, platform, trainable=False)
         packed, settings = pack_for(rollouts, case, layout), case.settings(constants.temperature)
-        batches, length = packed.micro_batches, packed.pack_length
+        batches, length = [_weighted(batch) for batch in packed.micro_batches], packed.pack_length
         passes = student_pass(student, batches, length, own_topk=own, settings=settings)
         sampled_only = student_pass(student, batches, length, own_topk=0, settings=settings)
         own_ids = [found.own_ids_TL if found is not None else None for found in passes]
@@ -118,12 +118,15 @@ def passes_and_a_step(
                 "teacher_topk_logp": scored.topk_logp_TK,
                 "teacher_own_logp": scored.own_logp_TL,
                 "statistic": given.statistic_T,
+                "weight": batch.weight,
+                "behav_logp": batch.behav_logp,
+                "trust_u": batch.trust_u,
                 "student_logp": result.columns["student_logp"],
                 "topk_overlap": result.columns["topk_overlap"],
                 **{name: torch.cat([getattr(part, name).detach() for part in parts]) for name in _SEEN},
             }
-            for found, alone, scored, given, result, parts in zip(
-                passes, sampled_only, scores, context, results, seen, strict=True
+            for batch, found, alone, scored, given, result, parts in zip(
+                batches, passes, sampled_only, scores, context, results, seen, strict=True
             )
             if found is not None and alone is not None and scored is not None and given is not None and result
         ]
@@ -137,7 +140,15 @@ _SEEN = (
     "statistic_T",
     "own_ids_TL",
     "teacher_own_logp_TL",
+    "weight_T",
+    "behav_logp_T",
+    "trust_u_T",
 )
+
+
+def _weighted(batch: MicroBatch) -> MicroBatch:
+    """The same rows with a weight of each that no aggregation gives."""
+    return replace(batch, weight=torch.arange(len(batch.rows)) + 0.25)
 
 
 def _context(found: Any, scored: TeacherScores | None) -> RowContext | None:

@@ -33,7 +33,9 @@ def courses(hf: Path, ranks: int, setup: Setup, rate: float, dtype: str | None =
     [
         pytest.param(Setup(optimizer=OVERLAPPED), 2, None, id="dp2 bf16, gather pending"),
         pytest.param(Setup(ParallelConfig(tensor=2), dtype="float32"), 2, None, id="tp2 fp32"),
-        pytest.param(Setup(ParallelConfig(tensor=2)), 2, "float32", id="tp2 bf16, fp32 teacher"),
+        pytest.param(
+            Setup(ParallelConfig(tensor=2)), 2, "float32", id="tp2 bf16, fp32 teacher", marks=pytest.mark.slow
+        ),
         pytest.param(
             Setup(ParallelConfig(pipeline=2, virtual_pipeline=2)), 2, None, id="pp2 vpp2", marks=pytest.mark.slow
         ),
@@ -66,6 +68,14 @@ def test_what_bfloat16_arithmetic_would_lose_is_kept(hf: Path) -> None:
         moved += int(changed.sum())
         lost += int((changed & (inexact == start)).sum())
     assert lost > 0.9 * moved > 1000
+
+
+@pytest.mark.slow
+def test_the_student_trains_as_without_an_average(hf: Path) -> None:
+    setup = Setup(optimizer=OVERLAPPED)
+    alone = run_on_ranks(average_ranks.trained_alone, 2, hf, setup, STEPS)
+    for found, expected in zip(courses(hf, 2, setup, 0.05), alone, strict=True):
+        assert all(torch.equal(found.student[-1][name], expected[name]) for name in expected)
 
 
 def test_rate_one_is_the_student_of_the_last_step_and_rate_zero_the_first_one(hf: Path) -> None:

@@ -73,6 +73,14 @@ def test_no_headers_of_python_are_an_error_of_one_line_when_the_backend_is_made(
         CompiledBackend(CPU)
 
 
+def test_no_triton_for_a_gpu_is_an_error_of_one_line_when_the_backend_is_made() -> None:
+    with (
+        mock.patch("tropd_mcore.losses.kernel.compiled.has_triton", return_value=False),
+        pytest.raises(ConfigError, match=r"^loss\.backend=compile needs Triton .* use eager$"),
+    ):
+        CompiledBackend(torch.device("cuda"))
+
+
 def test_eager_loads_neither_triton_nor_the_compiler() -> None:
     program = (
         "import sys, torch; from tropd_mcore.losses.kernel.choose import backend; backend('auto', torch.device('cpu'));"

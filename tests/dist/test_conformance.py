@@ -89,8 +89,10 @@ def test_the_command_ends_with_1_and_names_each_planted_fault(
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_0_for_a_faultless_peer() -> None:
+def test_the_command_ends_with_0_for_a_faultless_peer_and_with_2_where_nothing_ran() -> None:
     assert cli.main(["conformance", "--peer", f"{PEERS}:honest"]) == 0
+    nothing_claimed = ["--objective", "jsd", "--peer", f"{PEERS}:honest"]
+    assert cli.main(["conformance", *nothing_claimed]) == 2
 
 
 @pytest.mark.slow

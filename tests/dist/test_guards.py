@@ -81,11 +81,12 @@ def test_sampled_log_probs_are_those_of_the_training_forward(folders: tuple[Path
 
 
 def test_samples_that_the_teacher_failed_on_leave_loss_and_denominator(folders: tuple[Path, Path]) -> None:
-    """Dropping them before or after scoring is the same step; one data rank may lose more than the other."""
+    """Dropping them before or after scoring is the same step; sample 2 carries a prefix, whose rows go as well."""
     rollouts = reference.make_rollouts(LENGTHS)
-    kept = [rollouts[index] for index in (0, 2, 4, 5, 6)]
+    assert len(rollouts[2].prefix_ids) and rollouts[2].carries_prefix_loss
+    kept = [rollouts[index] for index in (0, 3, 4, 5, 6)]
     run = guard_ranks.step_with_unscored_samples
-    masked, gradients = run_on_ranks(run, 2, *folders, rollouts, Case(), 16, [1, 3])[0]
+    masked, gradients = run_on_ranks(run, 2, *folders, rollouts, Case(), 16, [1, 2])[0]
     expected, expected_gradients = run_on_ranks(run, 1, *folders, kept, Case(), 16, [])[0]
     assert masked["token_count"] == expected["token_count"]
     assert masked["loss"] == pytest.approx(expected["loss"], rel=1e-5)

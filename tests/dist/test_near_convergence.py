@@ -1,4 +1,4 @@
-"""The gradient of a top-k forward KL when the student almost equals its teacher, in bfloat16, against float64.
+"""What bfloat16 costs, against float64: log-probs, and the gradient of a student that almost equals its teacher.
 
 There dz on the support is a small difference of p and q, and every rounding of p before q is subtracted shows. Sizes:
 those of docs/numerics.md, smaller.
@@ -18,6 +18,11 @@ from torch import Tensor
 from tests.mutants import Losses, mutant_losses, real_losses
 from tests.oracles import log_softmax, top_ids
 from tests.ranks import run_on_ranks
+from tropd_mcore.losses.kernel.backend import Kernel
+from tropd_mcore.losses.kernel.eager import EagerBackend
+from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
+from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
 
 TOKENS, VOCABULARY, K, HIDDEN = 64, 4096, 64, 128
 LOGIT_STD, NOISE = 5.0, 0.05
@@ -88,6 +93,24 @@ def relative_errors(losses: Losses, backend: str) -> tuple[float, float]:
     assert hidden.grad is not None
     found_weight = weight.main_grad[: len(right_weight)]  # type: ignore[attr-defined]
     return _error(hidden.grad, right_hidden), _error(found_weight, right_weight)
+
+
+def _log_prob_errors(form: str) -> float:
+    """Largest error of the log-probs of the teacher's top-k, nats."""
+    ids, _, logits = teacher_topk()
+    hidden_TD, weight_VD, _ = operands()
+    assert dist.group.WORLD is not None
+    kernel = Kernel(VocabShard(0, ROWS, VOCABULARY), dist.group.WORLD, EagerBackend(), Scaling(), chunk_tokens=24)
+    layer = OutputLayer(hidden_TD, weight_VD)
+    source: LogitSource = layer if form == "fused" else GivenLogits(hidden_TD @ weight_VD.t())
+    logp_TK, _ = support_log_probs(source, torch.from_numpy(ids), kernel, distinct=(K,))
+    right = np.stack([log_softmax(z)[row] for z, row in zip(logits, ids, strict=True)])
+    return float(np.abs(logp_TK.double().numpy() - right).max())
+
+
+def test_log_probs_of_the_fused_layer_are_exact_and_those_of_bfloat16_logits_err_by_percents() -> None:
+    assert run_on_ranks(_log_prob_errors, 1, "fused")[0] <= 1e-5
+    assert run_on_ranks(_log_prob_errors, 1, "logits")[0] >= 2e-2
 
 
 def _error(found: Tensor, right: np.ndarray) -> float:

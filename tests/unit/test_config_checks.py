@@ -66,7 +66,12 @@ def test_world_size_arithmetic_is_spelled_out(layout, world_size, expected):
             "objective.guidance.min_continuation = 64 leaves no room",
         ),
         (
-            {"objective": {"kind": "opd", "policy_gradient": {"icepop_low": 5, "icepop_high": 2}}},
+            {
+                "objective": {
+                    "kind": "opd",
+                    "policy_gradient": {"mismatch": "icepop", "icepop_low": 5, "icepop_high": 2},
+                }
+            },
             "objective.policy_gradient: icepop_low = 5.0 must be below icepop_high = 2.0",
         ),
         (
@@ -91,8 +96,13 @@ def test_world_size_arithmetic_is_spelled_out(layout, world_size, expected):
             "loss.overlap_chunks has no effect with loss.form=logits",
         ),
         (
-            {"loss": {"form": "logits", "weight_gradient": "folded"}},
-            "loss.weight_gradient=folded has no effect with loss.form=logits",
+            {"loss": {"weight_gradient": "recompute", "overlap_chunks": True}, "parallel": {"tensor": 2}},
+            "loss.overlap_chunks has no effect with loss.weight_gradient=recompute",
+        ),
+        ({"loss": {"overlap_chunks": True}}, "loss.overlap_chunks hides an all-reduce between tensor ranks, found"),
+        (
+            {"loss": {"form": "logits", "weight_gradient": "deferred"}},
+            "loss.weight_gradient=deferred has no effect with loss.form=logits",
         ),
         (
             {
@@ -156,10 +166,14 @@ def test_triton_is_refused_where_the_platform_is_known_to_be_a_cpu(backend, plat
     assert len(backend_problems(backend, platform)) == count
 
 
-@pytest.mark.parametrize("weight_gradient", ["deferred", "recompute"])
-def test_given_logits_take_the_gradient_modes_that_change_them(weight_gradient):
-    config = make_config(loss={"form": "logits", "weight_gradient": weight_gradient, "logit_softcap": 30.0})
-    assert problems_across_sections(config) == []
+def test_given_logits_can_have_a_softcap():
+    assert problems_across_sections(make_config(loss={"form": "logits", "logit_softcap": 30.0})) == []
+
+
+@pytest.mark.parametrize("weight_gradient", ["deferred", "folded"])
+def test_chunks_of_several_tensor_ranks_can_overlap(weight_gradient):
+    loss = {"overlap_chunks": True, "weight_gradient": weight_gradient}
+    assert problems_across_sections(make_config(loss=loss, parallel={"tensor": 2})) == []
 
 
 def test_a_warm_up_counts_optimizer_steps():

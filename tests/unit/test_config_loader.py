@@ -195,8 +195,9 @@ def test_the_resolved_file_loads_to_the_same_config_and_names_every_source(tmp_p
     [
         *(
             [f"objective={{kind: {kind}}}", "verifier.kind=exact_match", "data.teacher_responses=r.jsonl"]
-            for kind in sorted(set(KINDS) - {"custom", "rlad"})
+            for kind in sorted(set(KINDS) - {"custom", "rlad", "sdpo"})
         ),
+        ["objective={kind: sdpo}", "verifier.kind=exact_match", "teacher.path=models/student"],
         ["objective={kind: rlad, policy_gradient: {ratio: ppo_clip}}", "verifier.kind=exact_match"],
         ["objective={kind: custom, function: 'a.b:c', arguments: {x: 1, y: {z: text}}}"],
         ["rollout.truncate={start: 5}", "rollout.truncate.every=7", "loss.ignore_first_of=['<', \"it's\"]"],
@@ -276,10 +277,7 @@ def test_the_plan_tells_the_form_of_the_loss_and_the_truncation(tmp_path):
     ]
     config, _ = load(write(tmp_path), overrides)
     text = plan(config)
-    assert (
-        "logits given, auto backend, weight gradient deferred, 1,024 rows a chunk, logits capped at 30, 2 tokens"
-        in text
-    )
+    assert "logits given, auto backend, 2,048 rows a chunk, logits capped at 30, 2 tokens" in text
     assert "responses cut at 256 tokens, 256 more every 5 steps" in text
 
 

@@ -19,7 +19,7 @@ from tropd_mcore.config.schema import ObjectiveConfig
 from tropd_mcore.conformance.batch import Batch, Student, Tokens
 from tropd_mcore.conformance.cases import Conditions, make_batch
 from tropd_mcore.conformance.catalogue import BY_NAME, ENTRIES
-from tropd_mcore.conformance.cells import plan_ours
+from tropd_mcore.conformance.cells import plan_ours, plan_peer
 from tropd_mcore.conformance.matrix import LEAST_MARGIN
 from tropd_mcore.conformance.oracle.truth import Truth, evaluate
 
@@ -228,8 +228,14 @@ def test_the_cases_reach_both_sides_of_every_decision() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", sorted({cell.conditions() for cell in plan_ours(ENTRIES, full=True)}, key=repr))
-def test_no_decision_of_a_case_is_as_close_as_the_rounding_of_float32(cell: Conditions) -> None:
-    batch = make_batch(cell)
+@pytest.mark.parametrize(
+    "conditions",
+    sorted(
+        {cell.conditions() for cell in [*plan_ours(ENTRIES, full=True), *plan_peer("any:peer", ENTRIES, full=True)]},
+        key=repr,
+    ),
+)
+def test_no_decision_of_a_case_is_as_close_as_the_rounding_of_float32(conditions: Conditions) -> None:
+    batch = make_batch(conditions)
     for entry in ENTRIES:
         assert evaluate(entry.objective, batch, entry.progress, "fused").decisions.margin > LEAST_MARGIN, entry.name

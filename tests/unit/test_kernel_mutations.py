@@ -116,7 +116,7 @@ MUTATIONS = {
         "support_loss", "range(2 if kernel.overlap else 1)", "range(1)", {**DEFERRED, "overlap": True}
     ),
     "weight gradient of the last chunk only": Mutation(
-        "weight_gradient", "hidden_CD, accumulate=True)", "hidden_CD, accumulate=False)", DEFERRED
+        "weight_gradient", "accumulate=not first)", "accumulate=False)", DEFERRED
     ),
     "weight gradient not scaled": Mutation(
         "weight_gradient", "return self._sum.mul_(factor).to", "return self._sum.to", DEFERRED

@@ -1,4 +1,4 @@
-"""Degenerate settings of the objectives with a reward: one line each, and none for what only looks degenerate."""
+"""Degenerate settings of the objectives with a reward, and keys without effect: one line each, none for the rest."""
 
 from __future__ import annotations
 
@@ -93,3 +93,61 @@ def test_a_setting_that_is_only_unusual_is_allowed(
     kind: str, objective: dict[str, Any], sections: dict[str, Any]
 ) -> None:
     assert problems_of(kind, objective, **sections) == []
+
+
+TRUST_ABOVE = {"trust": {"mode": "threshold", "threshold": -0.5}}
+PPO = {"ratio": "ppo_clip", "clip_low": 0.1, "clip_high": 0.3, "dual_clip": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "expected"),
+    [
+        ("opd", {"policy_gradient": {"clip_low": 0.1}}, "policy_gradient.clip_low=0.1 has no effect with objective"),
+        ("opd", {"policy_gradient": {"dual_clip": None}}, "policy_gradient.dual_clip=None has no effect"),
+        (
+            "eopd",
+            {"policy_gradient": {"ratio": "importance", "clip_high": 0.3}},
+            "with objective.policy_gradient.ratio",
+        ),
+        (
+            "aopd",
+            {"policy_gradient": {"mismatch": "icepop", "tis_cap": 3.0}},
+            "with objective.policy_gradient.mismatch",
+        ),
+        ("opd", {"policy_gradient": {"icepop_high": 2.0}}, "policy_gradient.icepop_high=2.0 has no effect"),
+        ("opd", {"policy_gradient": {"mask_below": -0.1}}, "policy_gradient.mask_below=-0.1 has no effect"),
+        ("tropd", {"trust": {"mode": "soft"}, "outlier": {"mode": "clip"}}, "trust.mode=soft has no effect with obj"),
+        ("tropd_aopd", {"trust": {"mode": "none"}, "outlier": {"mode": "mask"}}, "trust.mode=none has no effect"),
+        ("tropd", {"trust": {"threshold": -0.5}}, "trust.threshold=-0.5 has no effect with objective.trust.mode=berno"),
+        ("tropd", {"trust": {"threshold": -0.5}, "outlier": {"mode": "clip"}}, "with objective.outlier.mode=clip"),
+        ("tropd", {**TRUST_ABOVE, "outlier": {"clip_tau": -0.5}}, "outlier.clip_tau=-0.5 has no effect"),
+        ("tropd", {"outlier": {"mode": "mask", "weight": 0.5}}, "outlier.weight=0.5 has no effect"),
+        ("tropd", {"guidance": {"loss": "none", "beta": 0.1}}, "guidance.beta=0.1 has no effect"),
+        ("tropd", {"guidance": {"schedule": "constant", "total_steps": 9}}, "guidance.total_steps=9 has no effect"),
+        ("reopold", {"switch_at": 0.3}, "objective.switch_at=0.3 has no effect with objective.stages=1"),
+        ("rlad", {"reference": "base"}, "objective.reference=base has no effect with objective.reference_weight=0"),
+        ("gkd", {"beta": 0.1}, "objective.beta=0.1 has no effect with objective.divergence=fkl"),
+        ("gkd", {"full_vocabulary": True, "norm": "renorm"}, "objective.norm=renorm has no effect"),
+    ],
+)
+def test_a_changed_key_that_nothing_reads_gives_one_line(kind: str, objective: dict[str, Any], expected: str) -> None:
+    (problem,) = problems_of(kind, objective)
+    assert expected in problem and "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("opd", {"policy_gradient": PPO}),
+        ("aopd", {"policy_gradient": {"mismatch": "tis", "tis_cap": 3.0}}),
+        ("tropd", TRUST_ABOVE),
+        ("tropd", {"outlier": {"mode": "clip", "weight": 0.5, "clip_tau": -0.5}}),
+        ("tropd", {"outlier": {"mode": "mask", "clip_tau": -0.5}}),
+        ("reopold", {"stages": 2, "switch_at": 0.3, "entropy_fraction": 0.4}),
+        ("rlad", {"reference": "base", "reference_weight": 0.1}),
+        ("gkd", {"divergence": "jsd", "beta": 0.1, "full_vocabulary": True}),
+        ("custom", {"function": "package.module:function", "policy_gradient": {"tis_cap": 3.0}}),
+    ],
+)
+def test_a_changed_key_that_is_read_gives_none(kind: str, objective: dict[str, Any]) -> None:
+    assert problems_of(kind, objective) == []

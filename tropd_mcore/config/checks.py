@@ -18,7 +18,7 @@ from tropd_mcore.config.derived import (
     updates_per_step,
 )
 from tropd_mcore.config.objective_checks import objective_problems
-from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig
+from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig
 
 MANAGED_SERVER_ARGS = {
     "--model-path": "student.path or teacher.path",
@@ -82,6 +82,31 @@ def data_problems(config: Config, *, longest_prompt: int, longest_response: int)
         f"prefix + {config.rollout.max_new_tokens} new = {needed} tokens; set batch.tokens_per_micro_batch={needed} or "
         "more, lower rollout.max_new_tokens, or set objective.guidance.continuation_budget=shared"
     ]
+
+
+def self_teacher_problems(config: Config, *, longest_prompt: int, context: int) -> list[str]:
+    """Return what leaves no room for a solution between prompt and response, lengths in tokens.
+
+    `longest_prompt` is what the teacher reads with an empty solution, `context` that of the student.
+    """
+    needed = longest_prompt + config.rollout.max_new_tokens
+    budget = config.batch.tokens_per_micro_batch
+    reads = (
+        f"the teacher of objective.kind={config.objective.kind} can read {longest_prompt} prompt and template + "
+        f"{config.rollout.max_new_tokens} response = {needed} tokens, and a solution"
+    )
+    problems = []
+    if needed >= budget:
+        problems.append(
+            f"batch.tokens_per_micro_batch = {budget} but {reads}; set batch.tokens_per_micro_batch="
+            f"{needed + config.rollout.max_new_tokens} for the longest solution, or lower rollout.max_new_tokens"
+        )
+    if needed >= context:
+        problems.append(
+            f"student.path={config.student.path}: its context is {context} tokens but {reads}; lower "
+            "rollout.max_new_tokens, shorten objective.template or choose another model"
+        )
+    return problems
 
 
 def _parallel(config: Config) -> Iterator[str]:
@@ -157,10 +182,20 @@ def _loss(config: Config) -> Iterator[str]:
             "loss.overlap_chunks has no effect with loss.form=logits, where no chunk's logits are left to be computed; "
             "remove it or set loss.form=fused"
         )
-    if loss.form == "logits" and loss.weight_gradient == "folded":
+    elif loss.overlap_chunks and loss.weight_gradient == "recompute":
         yield (
-            "loss.weight_gradient=folded has no effect with loss.form=logits, whose weight gradient is Megatron's; "
-            "set deferred or recompute"
+            "loss.overlap_chunks has no effect with loss.weight_gradient=recompute, which waits for each chunk's "
+            "all-reduce; remove it or set weight_gradient=deferred or folded"
+        )
+    elif loss.overlap_chunks and config.parallel.tensor < 2:
+        yield (
+            "loss.overlap_chunks hides an all-reduce between tensor ranks, found parallel.tensor = 1; "
+            "remove it, which saves the memory of a chunk"
+        )
+    if loss.form == "logits" and loss.weight_gradient != LossConfig().weight_gradient:
+        yield (
+            f"loss.weight_gradient={loss.weight_gradient} has no effect with loss.form=logits, whose weight gradient "
+            "is Megatron's; remove it"
         )
     if full_vocabulary(config.objective) and loss.weight_gradient == "recompute":
         yield (

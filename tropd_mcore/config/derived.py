@@ -72,6 +72,11 @@ def support_size(objective: ObjectiveConfig) -> int:
     return objective.outlier.topk if isinstance(objective, TropdObjective) else objective.topk
 
 
+def support_key(objective: ObjectiveConfig) -> str:
+    """Return the key under `objective` that says how many teacher candidates a token are scored."""
+    return "outlier.topk" if isinstance(objective, TropdObjective) else "topk"
+
+
 def own_support_size(objective: ObjectiveConfig) -> int:
     """Return l, the number of the student's own candidates a token (objective.own_topk); 0 where none are needed."""
     return getattr(objective, "own_topk", 0)
@@ -113,6 +118,11 @@ def needs_batch_statistic(objective: ObjectiveConfig) -> bool:
 def learns_from_verifier(objective: ObjectiveConfig) -> bool:
     """Return whether the objective needs the verifier's verdict on every sample."""
     return isinstance(objective, KdrlObjective | RladObjective | SdpoObjective)
+
+
+def teaches_itself(objective: ObjectiveConfig) -> bool:
+    """Return whether the teacher is an average of the student, which reads a correct solution."""
+    return isinstance(objective, SdpoObjective)
 
 
 def reference_path(config: Config) -> Path | None:

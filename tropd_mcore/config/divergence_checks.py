@@ -92,6 +92,11 @@ def _sdpo(objective: SdpoObjective) -> Iterator[str]:
         )
     if policy.advantage_clip is not None:
         yield "objective.policy_gradient.advantage_clip: objective.kind=sdpo has no advantage; remove it"
+    if "{solution}" not in objective.template:
+        yield (
+            "objective.template: expected {solution}, where the teacher reads the correct solution, found "
+            f"{objective.template[:60]!r}; add it, and {{prompt}} for the question"
+        )
 
 
 def _needs_the_teacher_in_the_job(objective: ObjectiveConfig) -> Iterator[str]:

@@ -104,9 +104,11 @@ class SdpoObjective(Section):
     ratio_cap: PositiveFloat = 2.0
     """Upper bound of the detached ratio p / p_old that multiplies the divergence."""
     average_rate: float = Field(default=0.05, ge=0, le=1)
-    """Weights of the teacher move by this fraction of the difference after each step. Source: SDPO (0.05)."""
+    """Weights of the teacher move by this fraction of the difference after each optimizer step; 0 keeps the first
+    student, 1 is the last one. Source: SDPO (0.05)."""
     template: str = "{prompt}\n\nA correct solution:\n\n{solution}\n\nNow solve the original problem yourself."
-    """What the teacher reads instead of the prompt's last user message; {prompt} and {solution} are filled in."""
+    """What the teacher reads instead of the prompt's last user message, or of a text prompt; {prompt} and {solution},
+    which has to be there, are filled in."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
     """`mini_batches`, `epochs` and `mismatch`, whose weight also multiplies the divergence; there is no advantage."""
 

@@ -21,6 +21,7 @@ from tropd_mcore.config.advantage_objectives import (
 from tropd_mcore.config.derived import policy_gradient, updates_per_step
 from tropd_mcore.config.divergence_checks import divergence_problems
 from tropd_mcore.config.divergence_objectives import SdpoObjective, TropdAopdObjective
+from tropd_mcore.config.effect_checks import keys_without_effect
 from tropd_mcore.config.schema import Config, ObjectiveConfig
 from tropd_mcore.config.tropd_objectives import TropdObjective
 
@@ -29,6 +30,7 @@ def objective_problems(config: Config) -> Iterator[str]:
     """Return every problem of the objective's own settings."""
     yield from _rewards(config)
     yield from divergence_problems(config)
+    yield from keys_without_effect(config.objective)
 
 
 def _rewards(config: Config) -> Iterator[str]:
@@ -47,10 +49,26 @@ def _rewards(config: Config) -> Iterator[str]:
             f"objective.kind={objective.kind} compares the samples of a prompt, but rollout.samples_per_prompt = "
             f"{config.rollout.samples_per_prompt}; set it to 2 or more"
         )
+    if isinstance(objective, SdpoObjective):
+        yield from _self_teacher(config)
     if _counts_trained_only(objective) and config.loss.aggregation == "sequence_mean":
         yield (
             "loss.aggregation=sequence_mean divides by the number of all tokens of a sample, but objective.kind="
             f"{objective.kind} by that of the tokens it trains; set loss.aggregation=token_mean"
+        )
+
+
+def _self_teacher(config: Config) -> Iterator[str]:
+    kind = config.objective.kind
+    if config.teacher.path != config.student.path:
+        yield (
+            f"objective.kind={kind} has the student itself as teacher, but teacher.path={config.teacher.path} is not "
+            f"student.path={config.student.path}; set teacher.path={config.student.path}"
+        )
+    if config.rollout.samples_per_prompt < 2:
+        yield (
+            f"objective.kind={kind} shows the teacher the solution of another sample of the prompt, but "
+            f"rollout.samples_per_prompt = {config.rollout.samples_per_prompt}; set it to 2 or more"
         )
 
 

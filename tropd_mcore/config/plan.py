@@ -20,7 +20,7 @@ from tropd_mcore.config.derived import (
     support_size,
     updates_per_step,
 )
-from tropd_mcore.config.divergence_objectives import TropdAopdObjective
+from tropd_mcore.config.divergence_objectives import SdpoObjective, TropdAopdObjective
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.schema import Config, ServerConfig
@@ -88,7 +88,12 @@ def _server(server: ServerConfig, dtype: Dtype, started: str) -> str:
 
 
 def _teacher(config: Config) -> str:
-    teacher = config.teacher
+    teacher, objective = config.teacher, config.objective
+    if isinstance(objective, SdpoObjective):
+        return (
+            f"the student itself, {teacher.dtype}, weights averaged at rate {objective.average_rate:g}, with a correct "
+            "solution of another sample before the response"
+        )
     if teacher.kind == "sglang":
         return f"{teacher.path}, scored by {_server(teacher.server, teacher.dtype, 'started by rank 0')}"
     return f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
@@ -140,12 +145,13 @@ def _short(value: object) -> str:
 
 def _loss(config: Config) -> str:
     loss = config.loss
-    form = "output layer fused" if loss.form == "fused" else "logits given"
+    fused = f"output layer fused, weight gradient {loss.weight_gradient}"
+    form = fused if loss.form == "fused" else "logits given"
     overlap = ", chunks overlapped" if loss.overlap_chunks else ""
     softcap = f", logits capped at {loss.logit_softcap:g}" if loss.logit_softcap is not None else ""
     ignored = len(loss.ignore_tokens) + len(loss.ignore_first_of)
     return (
-        f"{form}, {loss.backend} backend, weight gradient {loss.weight_gradient}, {loss.chunk_tokens:,} rows a chunk"
+        f"{form}, {loss.backend} backend, {loss.chunk_tokens:,} rows a chunk"
         f"{overlap}{softcap}{f', {ignored} tokens ignored' if ignored else ''}"
     )
 

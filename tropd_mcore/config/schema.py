@@ -103,7 +103,7 @@ class TeacherConfig(Section):
     kind: Literal["megatron", "sglang"] = "megatron"
     """Who scores: a frozen Megatron model in the training job, sharded like the student, or an SGLang server."""
     path: Path
-    """Hugging Face folder of the teacher."""
+    """Hugging Face folder of the teacher; of objective.kind=sdpo the student's own."""
     dtype: Dtype = "bfloat16"
     """Parameters of the teacher; log-probs are float32."""
     server: ServerConfig = ServerConfig()
@@ -165,11 +165,11 @@ class LossConfig(Section):
     backend: Literal["auto", "eager", "compile", "triton"] = "auto"
     """Who computes the passes over the logits: PyTorch operations (the reference), torch.compile, or Triton kernels.
     auto = triton on CUDA, eager on a CPU."""
-    weight_gradient: Literal["deferred", "folded", "recompute"] = "deferred"
+    weight_gradient: Literal["deferred", "folded", "recompute"] = "folded"
     """The output weight's gradient is kept in float32 and scaled in the backward pass; or (`fused` only) accumulated
     into main_grad in the forward pass and checked to be unscaled; or all gradients of the loss are made in the backward
     pass, from recomputed logits where `fused`."""
-    chunk_tokens: PositiveInt = 1024
+    chunk_tokens: PositiveInt = 2048
     """Rows of one chunk; bounds the memory of the loss (chunk_tokens x vocabulary shard, fp32)."""
     overlap_chunks: bool = False
     """`fused` only. Compute the next chunk's logits while the all-reduce of this one runs; a second chunk of memory."""

@@ -20,6 +20,8 @@ from torch import Tensor
 from tropd_mcore.conformance.batch import Batch, Student, Tokens
 from tropd_mcore.conformance.catalogue import OWN_TOPK, TOPK
 
+SEED = 20_260_602
+"""One with which the decisions of the objectives come out both ways and none is close (see `oracle.decisions`)"""
 LOGIT_SPREAD = 2.9
 """Standard deviation of the student's logits"""
 SAMPLE_LENGTHS = (8, 1, 6, 5, 7)
@@ -48,7 +50,7 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape(29, 48, 7, (0, 11, 13, 14, 15, 16, 18, 19, 28)),
+    "small": Shape(29, 48, 7, (0, 10, 11, 13, 14, 15, 16, 18, 19, 28)),
     "megatron": Shape(203, 256, 16, (0, 127, 128, 202)),
 }
 """`megatron`: shards are multiples of 128 columns, as Megatron cuts them"""
@@ -66,13 +68,12 @@ class Conditions:
     """Weights other than 1"""
     hostile: bool = True
     """NaN where nothing may look, and absent candidates"""
-    seed: int = 0
 
 
 @lru_cache(maxsize=16)
 def make_batch(conditions: Conditions) -> Batch:
     """Return the case."""
-    draw = torch.Generator().manual_seed(20_260_601 + conditions.seed)
+    draw = torch.Generator().manual_seed(SEED)
     dtype = DTYPES[conditions.dtype]
     math_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     shape, tokens_count = SHAPES[conditions.shape], sum(SAMPLE_LENGTHS)

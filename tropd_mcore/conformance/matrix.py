@@ -6,6 +6,7 @@ Cells of one world size share one set of processes, which is replaced where a ce
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,6 +33,7 @@ PEER_LIMIT_S = 60.0
 """The first cell of a peer imports it"""
 LOST_SETS = 3
 """Sets of processes that may be lost to one subject before the rest of its cells is given up"""
+TELL_EVERY_S = 30.0
 LEAST_MARGIN = 1e-4
 """Comparisons of a case that are closer could come out otherwise in float32"""
 
@@ -67,11 +69,17 @@ def run(cells: list[Cell], device: str, say: Callable[[str], None]) -> list[Resu
         else:
             key = (cell.divided.world_size, tuple(sorted(environment_of(cell, device).items())))
             runnable.setdefault(key, []).append(cell)
-    for (world_size, environment), group in sorted(runnable.items()):
+    for (world_size, environment), unsorted in sorted(runnable.items()):
+        # Layout by layout: a process keeps the groups of every layout that it has been through, with their threads.
+        group = sorted(unsorted, key=lambda cell: (cell.layout, cell.dtype))
         words = ", ".join(f"{name}={value}" for name, value in environment)
         say(f"{len(group)} cells on {world_size} ranks{f' ({words})' if words else ''}")
-        for result in _run_group(group, world_size, dict(environment), device):
+        told = time.monotonic()
+        for done, result in enumerate(_run_group(group, world_size, dict(environment), device), start=1):
             results[result.cell] = result
+            if time.monotonic() - told > TELL_EVERY_S:
+                told = time.monotonic()
+                say(f"  {done} of {len(group)}, {sum(found.status == 'miss' for found in results.values())} missed")
     return [results[cell] for cell in cells]
 
 

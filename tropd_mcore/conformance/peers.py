@@ -72,7 +72,8 @@ class PeerCase:
     teacher_logp_T: Tensor
     """log q(x)"""
     topk_ids_TK: Tensor
-    """int64, global, the teacher's top-k by probability"""
+    """int64, global, K different candidates: the teacher's top-k, but for the last two in every third row, which lie on
+    the borders of shards"""
     teacher_topk_logp_TK: Tensor
     """log q of them, over the whole vocabulary, not renormalised"""
     own_ids_TL: Tensor

@@ -67,15 +67,7 @@ def policy_loss(
     functions are of each entry alone, so that any shape will do.
     Source: PPO (Schulman et al.); dual clip (Ye et al.).
     """
-    engine_T = mismatch_weight(
-        old_logp_T,
-        behav_logp_T,
-        mode=policy.mismatch,
-        tis_cap=policy.tis_cap,
-        icepop_low=policy.icepop_low,
-        icepop_high=policy.icepop_high,
-        mask_below=policy.mask_below,
-    )
+    engine_T = engine_weight(old_logp_T, behav_logp_T, policy)
     # A weight of 0 drops the token also where its reward is infinite.
     advantage_T = torch.where(engine_T > 0, engine_T * advantage_T.detach(), 0.0)
     one_T, never_T = torch.ones_like(advantage_T), torch.zeros_like(advantage_T)
@@ -88,6 +80,19 @@ def policy_loss(
     assert policy.ratio == "ppo_clip", f"unknown ratio {policy.ratio!r}"
     loss_T, clipped_T = _clipped_surrogate(ratio_T, advantage_T, policy)
     return PolicyLoss(loss_T, ratio_T.detach(), clipped_T.to(advantage_T.dtype), advantage_T)
+
+
+def engine_weight(old_logp_T: Tensor, behav_logp_T: Tensor, policy: PolicyGradient) -> Tensor:
+    """`mismatch_weight` with the constants of `policy`."""
+    return mismatch_weight(
+        old_logp_T,
+        behav_logp_T,
+        mode=policy.mismatch,
+        tis_cap=policy.tis_cap,
+        icepop_low=policy.icepop_low,
+        icepop_high=policy.icepop_high,
+        mask_below=policy.mask_below,
+    )
 
 
 def _clipped_surrogate(ratio_T: Tensor, advantage_T: Tensor, policy: PolicyGradient) -> tuple[Tensor, Tensor]:

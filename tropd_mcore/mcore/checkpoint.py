@@ -125,9 +125,10 @@ def load(path: Path, state: TrainState) -> CheckpointInfo:
     """Fill model, optimizer, scheduler, average and random states from one checkpoint; returns its JSON.
 
     The model is built for the layout at hand, the optimizer on top of it; their contents are replaced. Without an
-    optimizer only the weights are read, in the model's dtype; an average that the state does not have is not read. Random states are restored, with the optimizer, where the
-    layout is the one that wrote them. Raises ModelError where the checkpoint is damaged, of another architecture, or
-    does not fit the optimizer's or the schedule's settings.
+    optimizer only the weights are read, in the model's dtype; an average is read where the state has one. Random states
+    are restored, with the optimizer, where the layout is the one that wrote them. Raises ModelError where the
+    checkpoint is damaged, of another architecture, without the average that is asked for, or does not fit the
+    optimizer's or the schedule's settings.
     """
     model, layout = state.model, state.model.layout
     info = read_info(path)

@@ -264,7 +264,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens/outlier", "tokens", STEP, "sum of distrust weights", _size("outlier")),
     Metric("tokens/prefix", "tokens", STEP, "teacher-prefix tokens with a loss", _size("prefix")),
     Metric("tokens/total", "tokens", STEP, "prompt, prefix and response tokens of all samples", _total_tokens),
-    Metric("teacher/masked_samples", "samples", STEP, "samples the teacher could not score",
+    Metric("teacher/masked_samples", "samples", STEP, "samples the teacher could not score (sdpo: had no solution for)",
            _masked_samples),
     Metric("guidance/alpha", "1", STEP, "guided fraction of the teacher responses", lambda record: record.alpha),
     Metric("guidance/prefix_length", "tokens", SAMPLES, "mean teacher prefix", _over_samples(_prefix_lengths)),

@@ -31,12 +31,16 @@ class MegatronTeacher:
         self._keep_hidden = keep_hidden
 
     def score(
-        self, rollouts: list[Rollout], packed: PackedStep, own_ids: Sequence[Tensor | None]
+        self,
+        rollouts: list[Rollout],
+        packed: PackedStep,
+        own_ids: Sequence[Tensor | None],
+        verdicts: Sequence[bool | None],
     ) -> list[TeacherScores | None]:
         """Return the scores of each micro-batch in order; None on all but the last stage. Collective.
 
-        `rollouts` are not looked at: the packs hold their tokens. `own_ids[i]`, int64 [T, L]: further ids of
-        micro-batch i whose log q is wanted.
+        `rollouts` and `verdicts` are not looked at: the packs hold the tokens. `own_ids[i]`, int64 [T, L]: further ids
+        of micro-batch i whose log q is wanted.
         """
         return score_micro_batches(
             self._model,

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,8 +29,9 @@ from tropd_mcore.mcore.collective import on_rank_zero
 from tropd_mcore.mcore.dry_run import pack_multiple
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.row_route import RowRoute, row_places, row_samples
 from tropd_mcore.mcore.scoring import score_micro_batches
-from tropd_mcore.types import IntArray, MicroBatch, Rollout, TeacherScores
+from tropd_mcore.types import IntArray, Rollout, TeacherScores
 
 _BLANKS = {
     "logp_T": 0.0,
@@ -35,7 +39,7 @@ _BLANKS = {
     "topk_logp_TK": ABSENT,
     "tail_mass_T": 1.0,
     "entropy_T": 0.0,
-    "scored_T": 0,
+    "scored_T": False,
     "own_logp_TL": ABSENT,
 }
 """The scores of a row without a teacher."""
@@ -84,12 +88,111 @@ class SelfTeacher:
         contexts: list[IntArray | None] = on_rank_zero(
             lambda: self._prompts.contexts(rollouts, verdicts, longest=self._longest), layout.groups.control
         )
-        taught = [sample for sample in self._samples_of_replica(packed) if contexts[sample] is not None]
-        informed = [dataclasses.replace(rollouts[sample], prompt_ids=contexts[sample]) for sample in taught]
-        theirs = self._pack(informed)
+        lesson = self._lesson(rollouts, contexts, packed)
+        extra_ids = lesson.own_candidates(own_ids) if layout.is_last_stage else None
+        scores = score_micro_batches(
+            self._model,
+            lesson.packed.micro_batches,
+            lesson.packed.pack_length,
+            k=self._k,
+            settings=self._settings,
+            extra_ids=extra_ids,
+        )
         if not layout.is_last_stage:
-            self._forward(theirs, [None] * len(theirs.micro_batches))
             return [None] * len(packed.micro_batches)
-        routes = _Routes.between(packed.micro_batches, rollouts, taught, theirs.micro_batches, informed, layout.groups.cp)
-        scores = self._forward(theirs, routes.there(own_ids))
-        return routes.back(scores)
+        return lesson.scores(scores)
+
+    def _lesson(self, rollouts: list[Rollout], contexts: list[IntArray | None], packed: PackedStep) -> _Lesson:
+        """The packs of this replica's samples that have a teacher; an empty one where none has."""
+        informed: dict[int, Rollout] = {}
+        for sample in self._samples_of_replica(packed):
+            context = contexts[sample]
+            if context is not None:
+                informed[sample] = dataclasses.replace(rollouts[sample], prompt_ids=context)
+        theirs = self._pack(list(informed.values()))
+
+        # The place of a token: prefixes and responses of the informed samples laid end to end.
+        lengths = [len(rollout.prefix_ids) + len(rollout.response_ids) for rollout in informed.values()]
+        starts = np.cumsum([0, *lengths])
+        first_S = np.zeros(len(rollouts), dtype=np.int64)
+        first_informed = np.zeros(len(informed), dtype=np.int64)
+        for index, (sample, rollout) in enumerate(informed.items()):
+            first_S[sample] = starts[index] - len(rollouts[sample].prompt_ids)
+            first_informed[index] = starts[index] - len(rollout.prompt_ids)
+        is_taught_S = np.isin(np.arange(len(rollouts)), list(informed))
+
+        taught_R = self._tensor(is_taught_S)[row_samples(packed.micro_batches)]
+        route = RowRoute(
+            row_places(packed.micro_batches, self._tensor(first_S))[taught_R],
+            row_places(theirs.micro_batches, self._tensor(first_informed)),
+            int(starts[-1]),
+            self._model.layout.groups.cp,
+        )
+        return _Lesson(theirs, taught_R, route, [len(batch.rows) for batch in packed.micro_batches])
+
+    def _pack(self, informed: list[Rollout]) -> PackedStep:
+        """Packs of this replica alone: nothing in a forward pass of a frozen model waits for another replica."""
+        layout = self._model.layout
+        return pack(
+            informed,
+            tokens_per_micro_batch=self._tokens_per_micro_batch,
+            dp_size=1,
+            dp_rank=0,
+            cp_size=layout.cp_size,
+            cp_rank=layout.cp_rank,
+            tp_size=layout.tp_size,
+            aggregation="token_mean",
+            prefix_denominator="joint",
+            device=self._model.platform.device,
+            ignored=self._ignored,
+        )
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values).to(self._model.platform.device)
+
+    def _samples_of_replica(self, packed: PackedStep) -> list[int]:
+        """Rollouts that have rows in this replica's packs, on any of its context ranks; ascending."""
+        layout = self._model.layout
+        mine = {int(index) for micro_batch in packed.micro_batches for index in micro_batch.sample_index.unique()}
+        parts: list[set[int]] = [mine] * layout.cp_size
+        if layout.cp_size > 1:
+            dist.all_gather_object(parts, mine, group=layout.groups.cp)
+        return sorted(set().union(*parts))
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """The teacher's packs, and the way between the student's rows and theirs."""
+
+    packed: PackedStep
+    taught_R: Tensor
+    """bool [R], whether a row of the student's packs is one of the N that have a teacher"""
+    route: RowRoute
+    """from those N to the Q rows of the teacher's packs"""
+    rows: list[int]
+    """T of each of the student's micro-batches"""
+
+    def own_candidates(self, own_ids: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The student's candidates of each of the teacher's micro-batches; None where none are asked for."""
+        present = [ids_TL for ids_TL in own_ids if ids_TL is not None]
+        if not present:
+            return None
+        assert len(present) == len(own_ids), "the candidates of some micro-batches are missing"
+        sizes = [len(micro_batch.rows) for micro_batch in self.packed.micro_batches]
+        return list(self.route.carry(torch.cat(present)[self.taught_R]).split(sizes))
+
+    def scores(self, theirs: Sequence[TeacherScores | None]) -> list[TeacherScores | None]:
+        """The scores of each of the student's micro-batches."""
+        pieces = [vars(score) for score in theirs if score is not None]
+        back = self.route.back()
+        columns: dict[str, Sequence[Tensor]] = {}
+        for name, blank in _BLANKS.items():
+            column = [piece[name] for piece in pieces]
+            if column[0] is None:
+                continue
+            values_NX = back.carry(torch.cat(column))
+            all_RX = values_NX.new_full((len(self.taught_R), *values_NX.shape[1:]), blank)
+            all_RX[self.taught_R] = values_NX
+            columns[name] = all_RX.split(self.rows)
+        rows = range(len(self.rows))
+        return [TeacherScores(**{name: column[index] for name, column in columns.items()}) for index in rows]

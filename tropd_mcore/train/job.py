@@ -14,20 +14,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tropd_mcore.config.checks import backend_problems, data_problems, layout_problems
+from tropd_mcore.config.checks import backend_problems, data_problems, layout_problems, self_teacher_problems
 from tropd_mcore.config.derived import (
     full_vocabulary,
     learns_from_verifier,
     longest_sample,
     own_support_size,
     reference_path,
+    support_key,
     support_size,
+    teaches_itself,
     updates_per_step,
 )
+from tropd_mcore.config.divergence_objectives import SdpoObjective
 from tropd_mcore.config.plan import resolved_yaml
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
-from tropd_mcore.data.prompts import PromptSet, load_prompts
+from tropd_mcore.data.feedback import SolutionPrompts
+from tropd_mcore.data.prompts import PromptSet, load_prompts, read_prompt_file
 from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
@@ -50,9 +54,11 @@ from tropd_mcore.train.parts import (
     Servers,
     Site,
     make_policy,
+    make_self_teacher,
     make_teacher,
     reference_model,
     start_servers,
+    student_average,
     teacher_model,
 )
 from tropd_mcore.train.rollout_source import RolloutSource
@@ -75,6 +81,8 @@ class Material:
     ignored: IgnoredTokens
     longest: int
     """Most tokens that a sample can have."""
+    solution_prompts: SolutionPrompts | None
+    """What the teacher reads where that is the student itself; None elsewhere."""
 
 
 def run_job(config: Config, sources: dict[str, str], environment: RankEnvironment) -> None:
@@ -116,7 +124,8 @@ def _train(site: Site, material: Material, first_step: int, cleanup: ExitStack) 
     optimizer, scheduler = build_optimizer(
         student, config.optimizer, steps=config.run.steps * updates_per_step(config.objective)
     )
-    state = TrainState(student, optimizer, scheduler)
+    average = student_average(site, student) if first_step < last_step else None
+    state = TrainState(student, optimizer, scheduler, average)
     if first_step:
         checkpoint = latest(site.run_dir.checkpoints)
         assert checkpoint is not None
@@ -148,6 +157,10 @@ def _make_parts(
     policy = make_policy(site, student, material.renderer, servers.policy) if config.run.replay is None else None
     monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=first_step)
     cleanup.callback(monitor.close)
+    if state.average is not None and material.solution_prompts is not None:
+        scorer = make_self_teacher(site, state.average, settings, material.solution_prompts, material.ignored)
+    else:
+        scorer = make_teacher(site, teacher, settings, servers.teacher, material.longest)
     assert state.optimizer is not None and state.scheduler is not None
     return Parts(
         config=config,
@@ -157,15 +170,16 @@ def _make_parts(
         optimizer=state.optimizer,
         scheduler=state.scheduler,
         teacher_model=teacher,
+        average=state.average,
         ignored=material.ignored,
         rollouts=RolloutSource(config, site.run_dir, material.prompts, policy, layout),
         scores=ScoreSource(
-            make_teacher(site, teacher, settings, servers.teacher, material.longest),
+            scorer,
             site.run_dir,
             layout,
             replay=config.run.replay,
             name=f"{config.teacher.kind} {config.teacher.path} {config.teacher.dtype} {support_size(config.objective)}",
-            on_disk=not full_vocabulary(config.objective),
+            on_disk=not (full_vocabulary(config.objective) or teaches_itself(config.objective)),
         ),
         context=BatchContextSource(config, student, reference),
         monitor=monitor,
@@ -215,8 +229,21 @@ def _model_paths(config: Config) -> dict[str, Path]:
 
 
 def _check_vocabularies(site: Site) -> None:
-    """Raise where a model does not have the student's tokens: the teacher unless told not to look, the reference."""
+    """Raise where a model does not have the student's tokens: the teacher unless told not to look, the reference.
+
+    Also where a model has fewer tokens than the candidates that are asked of it.
+    """
     config, control = site.config, site.layout.groups.control
+    problems = [
+        f"objective.{key} = {candidates} but the vocabulary of the {name} has {vocab_size} tokens; lower it"
+        for key, candidates, name, vocab_size in (
+            (support_key(config.objective), support_size(config.objective), "teacher", site.teacher.vocab_size),
+            ("own_topk", own_support_size(config.objective), "student", site.student.vocab_size),
+        )
+        if candidates > vocab_size
+    ]
+    if problems:
+        raise ConfigError(problems)
     if config.gates.vocabulary:
         for key, path in _model_paths(config).items():
             if key != "student.path":
@@ -244,7 +271,24 @@ def _read_material(site: Site) -> Material:
     prompts = load_prompts(config.data, renderer, seed=config.run.seed)
     if learns_from_verifier(config.objective):
         check_answers(prompts.prompts, config)
-    return Material(renderer, prompts, ignored, _longest_sample(site, prompts))
+    longest = _longest_sample(site, prompts)
+    return Material(renderer, prompts, ignored, longest, _solution_prompts(site, renderer))
+
+
+def _solution_prompts(site: Site, renderer: Renderer) -> SolutionPrompts | None:
+    """Raises DataError where a prompt cannot take a solution, ConfigError where a response would not fit after one."""
+    config, objective = site.config, site.config.objective
+    if not isinstance(objective, SdpoObjective):
+        return None
+    asked = {record.prompt_id: record.prompt for record in read_prompt_file(config.data.prompts)}
+    prompts = SolutionPrompts(asked, renderer, objective.template)
+    longest, context = prompts.longest_without_solution(), site.student.max_position_embeddings
+    problems = self_teacher_problems(config, longest_prompt=longest, context=context)
+    if problems:
+        raise ConfigError(problems)
+    room = min(config.batch.tokens_per_micro_batch, context) - longest - config.rollout.max_new_tokens
+    log.info("solutions of up to %d tokens fit before the longest response to the longest prompt", room)
+    return prompts
 
 
 def _longest_sample(site: Site, prompts: PromptSet) -> int:

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tropd_mcore.config.derived import full_vocabulary, reference_path, support_size
+from tropd_mcore.config.derived import full_vocabulary, reference_path, support_size, teaches_itself
+from tropd_mcore.config.divergence_objectives import SdpoObjective
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
+from tropd_mcore.data.feedback import SolutionPrompts
+from tropd_mcore.data.supervision import IgnoredTokens
+from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.collective import shared_fate
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
@@ -25,6 +29,7 @@ from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.megatron import MegatronTeacher
+from tropd_mcore.teacher.self_teacher import SelfTeacher
 from tropd_mcore.teacher.sglang import SglangTeacher
 from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.train.run_dir import RunDir
@@ -71,9 +76,19 @@ def start_servers(site: Site, cleanup: ExitStack) -> Servers:
 
 
 def teacher_model(site: Site) -> Model | None:
-    """The teacher in this process, None where a server is the teacher. Collective."""
+    """The teacher in this process; None where a server is the teacher, or the student itself. Collective."""
     config = site.config.teacher
-    return _frozen(site, site.teacher, config.path, config.dtype) if config.kind == "megatron" else None
+    if config.kind != "megatron" or teaches_itself(site.config.objective):
+        return None
+    return _frozen(site, site.teacher, config.path, config.dtype)
+
+
+def student_average(site: Site, student: Model) -> WeightAverage | None:
+    """The average of `student`, from now on, where that is the teacher; None elsewhere."""
+    config, objective = site.config, site.config.objective
+    if not isinstance(objective, SdpoObjective):
+        return None
+    return WeightAverage(student, config.parallel, dtype=config.teacher.dtype, rate=objective.average_rate)
 
 
 def reference_model(site: Site) -> Model | None:
@@ -109,6 +124,20 @@ def make_teacher(
     if model is None:
         return _served_teacher(site, server, longest)
     return MegatronTeacher(model, k=support_size(objective), settings=settings, keep_hidden=full_vocabulary(objective))
+
+
+def make_self_teacher(
+    site: Site, average: WeightAverage, settings: LossSettings, prompts: SolutionPrompts, ignored: IgnoredTokens
+) -> Teacher:
+    """The student itself as the teacher; `ignored` tokens are no rows."""
+    return SelfTeacher(
+        average.model,
+        prompts,
+        k=support_size(site.config.objective),
+        settings=settings,
+        tokens_per_micro_batch=site.config.batch.tokens_per_micro_batch,
+        ignored=ignored,
+    )
 
 
 def _served_teacher(site: Site, server: SupervisedServer | None, longest: int) -> ServedTeacher:

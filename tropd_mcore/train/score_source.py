@@ -17,6 +17,7 @@ from tropd_mcore.mcore.collective import all_agree, shared_fate
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.train.replay import ScoreKey, load_scores, save_scores
 from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train.verdicts import Verdict
 from tropd_mcore.types import Rollout, StudentPass, TeacherScores
 
 
@@ -24,11 +25,16 @@ class Teacher(Protocol):
     """Scores packs; collective over all ranks."""
 
     def score(
-        self, rollouts: list[Rollout], packed: PackedStep, own_ids: Sequence[Tensor | None]
+        self,
+        rollouts: list[Rollout],
+        packed: PackedStep,
+        own_ids: Sequence[Tensor | None],
+        verdicts: Sequence[Verdict],
     ) -> list[TeacherScores | None]:
         """The scores of each micro-batch in order; None on all but the last stage.
 
         `own_ids[i]`, int64 [T, L]: the student's own candidates of micro-batch i; None where none are needed.
+        `verdicts` are those of the rollouts on rank 0, and not looked at elsewhere.
         """
         ...
 
@@ -37,7 +43,7 @@ class ScoreSource:
     """Teacher scores by step, kept on disk until no resume can need them.
 
     `name` tells the teacher from others. Where `on_disk` is False, scores are made again instead: of a deterministic
-    teacher whose scores hold hidden states.
+    teacher whose scores hold hidden states, or whose weights move, so that those of another run are not its own.
     """
 
     def __init__(
@@ -51,20 +57,25 @@ class ScoreSource:
         self._on_disk = on_disk
 
     def at_step(
-        self, step: int, rollouts: list[Rollout], packed: PackedStep, passes: Sequence[StudentPass | None]
+        self,
+        step: int,
+        rollouts: list[Rollout],
+        packed: PackedStep,
+        passes: Sequence[StudentPass | None],
+        verdicts: Sequence[Verdict],
     ) -> list[TeacherScores | None]:
         """The scores of this rank's micro-batches; None on all but the last stage. Collective.
 
-        `passes` hold the student's own candidates, whose log q is part of the scores.
+        `passes` hold the student's own candidates, whose log q is part of the scores; `verdicts` as of `Teacher.score`.
         """
         own_ids = [found.own_ids_TL if found is not None and found.own_ids_TL.shape[1] else None for found in passes]
         if not self._on_disk:
-            return self._teacher.score(rollouts, packed, own_ids)
+            return self._teacher.score(rollouts, packed, own_ids, verdicts)
         key = ScoreKey(self._name, packed.micro_batches, own_ids)
         stored = self._stored(step, key)
         if stored is not None:
             return stored
-        scores = self._teacher.score(rollouts, packed, own_ids)
+        scores = self._teacher.score(rollouts, packed, own_ids, verdicts)
         with shared_fate(self._layout.groups.control):
             present = [score for score in scores if score is not None]
             if self._layout.is_last_stage and self._layout.tp_rank == 0:

@@ -17,6 +17,7 @@ from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
+from tropd_mcore.train.verdicts import Verdict
 from tropd_mcore.types import Rollout, TeacherScores
 
 
@@ -30,7 +31,11 @@ class ServedTeacher:
         self._only_rank_zero = only_rank_zero
 
     def score(
-        self, rollouts: list[Rollout], packed: PackedStep, own_ids: Sequence[Tensor | None]
+        self,
+        rollouts: list[Rollout],
+        packed: PackedStep,
+        own_ids: Sequence[Tensor | None],
+        verdicts: Sequence[Verdict],
     ) -> list[TeacherScores | None]:
         """The scores of each micro-batch in order; None on all but the last stage. Collective."""
         assert all(ids is None for ids in own_ids), "a served teacher scores its own candidates only"

@@ -18,6 +18,7 @@ from tropd_mcore.data.groups import mini_batches
 from tropd_mcore.data.packing import PackedStep, pack
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.losses.method_table import bind_objective
+from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.checkpoint import TrainState, save
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate
 from tropd_mcore.mcore.loss import LossResult, check_finite, make_distillation_loss
@@ -52,7 +53,9 @@ class Parts:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     teacher_model: Model | None
-    """The teacher in this process; None where another process scores."""
+    """The teacher in this process; None where another process scores, or the student's average."""
+    average: WeightAverage | None
+    """The student's average where that is the teacher."""
     ignored: IgnoredTokens
     rollouts: RolloutSource
     scores: ScoreSource
@@ -123,7 +126,7 @@ class Trainer:
         with clock.phase("student"):
             passes = parts.context.student(packed)
         with clock.phase("teacher"):
-            scores = parts.scores.at_step(step, rollouts, packed, passes)
+            scores = parts.scores.at_step(step, rollouts, packed, passes, verdicts)
         with clock.phase("context"):
             context = parts.context.complete(step, rollouts, packed, passes, scores, verdicts)
         return Batch(step, rollouts, verdicts, packed, scores, context)
@@ -207,6 +210,8 @@ class Trainer:
         parts = self.parts
         loss_sum, token_count = sum_over_job(results, parts.layout)
         grad_norm, _ = optimizer_step(parts.student, parts.optimizer, parts.scheduler, step=step)
+        if parts.average is not None:
+            parts.average.update()
         return OptimizerReport(
             grad_norm=grad_norm,
             learning_rate=learning_rate(parts.optimizer),
@@ -241,7 +246,7 @@ class Trainer:
         done = step + 1
         if done % run.checkpoint_every and done != self.last_step:
             return
-        state = TrainState(parts.student, parts.optimizer, parts.scheduler)
+        state = TrainState(parts.student, parts.optimizer, parts.scheduler, parts.average)
         save(
             parts.run_dir.checkpoints,
             done,

@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.losses.kernel.backend import RowGradient
@@ -27,9 +28,9 @@ VARIANTS = 64
 
 
 class CompiledBackend:
-    """CPU with a C++ compiler, or CUDA with Triton.
+    """CPU with a C++ compiler, or CUDA with Triton; raises ConfigError without.
 
-    Raises ConfigError where there is no C++ compiler. The first use of a variant compiles for some seconds.
+    The first use of a variant compiles for some seconds.
     """
 
     name = "compile"
@@ -39,6 +40,8 @@ class CompiledBackend:
     def __init__(self, device: torch.device) -> None:
         if device.type == "cpu":
             _require_compiler()
+        elif not has_triton():
+            raise ConfigError(["loss.backend=compile needs Triton and a GPU that it supports; use eager"])
         self._stats = _compiled(_shard_stats)
         self._dense = _compiled(_write_dense)
         self._support = _compiled(_support_gradient)
@@ -82,7 +85,8 @@ class CompiledBackend:
         logits_CR = out_CR if in_place else logits_CW.detach()[:, :real]
         self._dense(logits_CR, *factors, row.dense_CR, scaling.temperature, scaling.softcap, out_CR)
         row_C1 = torch.arange(len(out_CR), device=out_CR.device)[:, None]
-        out_CR.index_put_((row_C1, local_CJ), support_CJ.to(out_CR.dtype))  # a bf16 scatter_ copies the whole to float32
+        # Not scatter_, which on a CPU copies the whole of a bfloat16 matrix to float32.
+        out_CR.index_put_((row_C1, local_CJ), support_CJ.to(out_CR.dtype))
 
 
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -2,7 +2,7 @@
 
 For losses that are sums over tokens of functions of a few log-probs, the entropy and perhaps one divergence over the
 whole vocabulary (`TokenLoss`). The gradient is made in the forward pass, while a chunk's logits are at hand, so that
-nothing is computed twice (6 N D W operations: logits, dH, dW) and no logits outlive their chunk. Invariant: the loss
+nothing is computed twice (6 T D W operations: logits, dH, dW) and no logits outlive their chunk. Invariant: the loss
 sum and what decided it are bit-identical on all ranks of the group; no host sync.
 
 Shapes: T tokens, C tokens of a chunk, W width of this rank's vocabulary shard, R <= W its real columns, J support ids a
@@ -82,7 +82,7 @@ def support_loss(
     runs of slots in which no id appears twice; ids that are equal across runs add up.
     weight_gradient: when dW, in float32, meets the factor that arrives in the backward pass (`OutputLayer`; see
     `WeightGradient`): `deferred` scales a buffer of its own, `folded` accumulates into main_grad at once and checks the
-    factor to be 1, `recompute` makes all gradients in the backward pass from recomputed logits (8 N D W operations).
+    factor to be 1, `recompute` makes all gradients in the backward pass from recomputed logits (8 T D W operations).
     Given logits: the gradient is written over them, so nobody else may need them; in the backward pass in every mode,
     which spares a pass over them to apply the factor, or with a dense term in the forward pass.
     reduce_hidden_gradient: sum dH over the ranks; False where the caller's gather does it (sequence parallelism).

@@ -26,24 +26,27 @@ class WeightGradient:
         self._weight = weight_WD
         self._main_grad: Tensor | None = getattr(weight_WD, "main_grad", None)
         self._folded = folded and self._main_grad is not None
-        dtype = accumulation_dtype(weight_WD)
-        self._sum = self._main_grad if self._folded else torch.zeros_like(weight_WD, dtype=dtype, requires_grad=False)
+        self._sum = self._main_grad if self._folded else None
 
     def add(self, dz_CW: Tensor, hidden_CD: Tensor) -> None:
         """Add one chunk."""
-        assert self._sum is not None
-        matmul_into(self._sum, dz_CW.t(), hidden_CD, accumulate=True)
+        first = self._sum is None
+        if self._sum is None:
+            dtype = accumulation_dtype(self._weight)
+            self._sum = torch.empty_like(self._weight, dtype=dtype, requires_grad=False)
+        matmul_into(self._sum, dz_CW.t(), hidden_CD, accumulate=not first)
 
     def finish(self, factor: Tensor) -> Tensor:
         """Scale by the scalar `factor` and deliver; returns what the autograd engine is to get. No host sync."""
-        assert self._sum is not None
-        if self._main_grad is None:
-            return self._sum.mul_(factor).to(self._weight.dtype)
         if self._folded:
             assert_is_one(factor)
-        else:
+        elif self._main_grad is not None and self._sum is not None:
             self._main_grad.addcmul_(self._sum, factor.to(self._sum.dtype))
-        return self._placeholder()
+        if self._main_grad is not None:
+            return self._placeholder()
+        if self._sum is None:
+            return torch.zeros_like(self._weight, requires_grad=False)
+        return self._sum.mul_(factor).to(self._weight.dtype)
 
     def _placeholder(self) -> Tensor:
         """What Megatron's hooks expect: they drop it, but add it where an embedding shares the parameter."""

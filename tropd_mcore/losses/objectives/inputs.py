@@ -46,7 +46,7 @@ class TokenInputs:
     target_ids_T: Tensor
     """int64, x"""
     reference_logp_T: Tensor
-    """log-prob of x under the frozen reference model; NaN where the objective has none"""
+    """log-prob of x under the frozen reference model, at the student's temperature; NaN where the objective has none"""
     old_logp_T: Tensor
     """log p(x) before the first update on this rollout batch; with a single update, log p(x) itself, detached"""
     old_own_logp_TL: Tensor

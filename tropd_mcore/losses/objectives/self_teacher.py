@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.losses.divergences import topk_forward_kl, topk_jensen_shannon, topk_reverse_kl
-from tropd_mcore.losses.importance import LOG_RATIO_LIMIT, mismatch_weight
+from tropd_mcore.losses.importance import LOG_RATIO_LIMIT
 from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs, without_uncounted
 from tropd_mcore.losses.objectives.sampled import Reward, sampled_token_loss
-from tropd_mcore.losses.policy_gradient import PolicyGradient
+from tropd_mcore.losses.policy_gradient import PolicyGradient, engine_weight
 
 
 def sdpo(inputs: TokenInputs, *, alpha: float, norm: str, ratio_cap: float, policy: PolicyGradient) -> ObjectiveOutput:
@@ -33,15 +33,7 @@ def sdpo(inputs: TokenInputs, *, alpha: float, norm: str, ratio_cap: float, poli
     divergence_T = _on_own_candidates(inputs, alpha, norm)
     moved_T = (inputs.student_logp_T - inputs.old_logp_T).detach()
     ratio_T = moved_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp_max(ratio_cap)
-    engine_T = mismatch_weight(
-        inputs.old_logp_T,
-        inputs.behav_logp_T,
-        mode=policy.mismatch,
-        tis_cap=policy.tis_cap,
-        icepop_low=policy.icepop_low,
-        icepop_high=policy.icepop_high,
-        mask_below=policy.mask_below,
-    )
+    engine_T = engine_weight(inputs.old_logp_T, inputs.behav_logp_T, policy)
     reward = Reward(
         torch.zeros_like(ratio_T),
         value_T=divergence_T,

@@ -53,8 +53,10 @@ def rlad(inputs: TokenInputs, *, anchor: float, reference_weight: float, policy:
 
 
 def k3(log_ratio_T: Tensor) -> Tensor:
-    """e^d - 1 - d >= 0 of the log-ratio d: over x ~ p, its mean is KL(p || the other), nats.
+    """e^d - 1 - d >= 0 of the log-ratio d = log(other / p): over x ~ p, its mean is KL(p || other), nats.
 
+    Differentiated directly, as in GRPO: the mean of its gradient is that of KL(other || p), which agrees with the
+    gradient of KL(p || other) to first order in d.
     Beyond LOG_RATIO_LIMIT it is constant; were e^d alone, the gradient of -d would be left and point the wrong way.
     """
     log_ratio_T = log_ratio_T.clamp_max(LOG_RATIO_LIMIT)

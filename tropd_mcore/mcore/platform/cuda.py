@@ -34,8 +34,13 @@ class CudaPlatform:
         self.device = torch.device("cuda", local_rank)
 
     def activate(self) -> None:
-        """Make this rank's GPU the current device."""
+        """Make this rank's GPU the current device, and have bfloat16 matrix products add up in float32.
+
+        The hidden states' gradient is a product over the whole vocabulary shard. Where the library splits that sum, it
+        may round the parts to bfloat16 first, which near convergence is most of the gradient's error.
+        """
         torch.cuda.set_device(self.device)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def layer_spec(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
         """Return Transformer Engine layers."""

@@ -1,0 +1,140 @@
+"""Whole jobs of objective.kind=sdpo that replay stored rollouts: who is taught, by which weights, and what is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.e2e import jobs, replayed
+from tests.e2e.replayed import PROMPTS, SAMPLES, STEPS, Stage
+from tests.ranks import run_on_ranks
+from tests.tiny_models import tiny_tokenizer
+from tropd_mcore.train.replay import load_rollouts, save_rollouts
+from tropd_mcore.types import Rollout
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+TEMPLATE = "{prompt} ({solution}) so"
+
+
+def sdpo(rate: float) -> list[str]:
+    return [
+        f"objective={{kind: sdpo, topk: 9, own_topk: 12, average_rate: {rate}, template: '{TEMPLATE}'}}",
+        "teacher.path=STUDENT",
+        "batch.tokens_per_micro_batch=160",
+    ]
+
+
+JOBS = {
+    "followed": sdpo(0.5),
+    "fixed": sdpo(0.0),
+    "on_data_ranks": [*sdpo(0.5), "parallel.tensor=1", "parallel.data=2"],
+    "on_context_ranks": [*sdpo(0.5), "parallel.tensor=1", "parallel.context=2"],
+    "unsolved": [*sdpo(0.5), "run.replay=UNSOLVED"],
+}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    stage = replayed.set_stage(tmp_path_factory.mktemp("stage"))
+    for step, rollouts in enumerate(stage.rollouts()):
+        if step == 0:
+            rollouts = [dataclasses.replace(rollout, answer="never said") for rollout in rollouts]
+        save_rollouts(stage.run("unsolved_rollouts") / "rollouts" / f"step_{step:06d}.npz", rollouts)
+    return stage
+
+
+def overrides(stage: Stage, name: str, wanted: list[str]) -> list[str]:
+    places = {"STUDENT": stage.model("student"), "UNSOLVED": stage.run("unsolved_rollouts")}
+    filled = []
+    for text in wanted:
+        for word, place in places.items():
+            text = text.replace(word, str(place))
+        filled.append(text)
+    return [f"run.dir={stage.run(name)}", *filled]
+
+
+@pytest.fixture(scope="module")
+def runs(stage: Stage) -> dict[str, Path]:
+    """{name: run directory} of all jobs, run one after the other by the same two processes."""
+    named = [overrides(stage, name, wanted) for name, wanted in JOBS.items()]
+    run_on_ranks(replayed.run_jobs, 2, stage.config, named, timeout_s=240)
+    return {name: stage.run(name) for name in JOBS}
+
+
+def tokens(run: Path, step: int) -> dict[str, np.ndarray]:
+    with np.load(run / "tokens" / f"step_{step:06d}.npz") as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def taught_by(stage: Stage, rollouts: list[Rollout]) -> np.ndarray:
+    """log q of the response tokens of the samples that are taught, which read the first sample of their prompt."""
+    tokenizer = tiny_tokenizer()
+    pieces = []
+    for index, rollout in enumerate(rollouts):
+        if index % SAMPLES == 0:
+            continue
+        solution = tokenizer.decode(rollouts[index - index % SAMPLES].response_ids.tolist(), skip_special_tokens=True)
+        prompt = tokenizer.decode(rollout.prompt_ids.tolist())
+        text = TEMPLATE.replace("{prompt}", prompt).replace("{solution}", solution)
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        logp = replayed.log_probs(stage.model("student"), dataclasses.replace(rollout, prompt_ids=ids))
+        pieces.append(logp[torch.arange(len(logp)), torch.from_numpy(rollout.response_ids.astype(np.int64))])
+    return torch.cat(pieces).numpy()
+
+
+def test_only_samples_with_the_solution_of_another_are_taught(runs: dict[str, Path], stage: Stage) -> None:
+    for step, line in enumerate(jobs.metrics(runs["followed"])):
+        columns = tokens(runs["followed"], step)
+        np.testing.assert_array_equal(columns["on"], columns["sample_index"] % SAMPLES != 0)
+        assert line["teacher/masked_samples"] == PROMPTS
+        assert line["optimizer/token_count"] == columns["on"].sum()
+        assert math.isfinite(line["loss/total"]) and line["loss/objective"] > 0 and line["optimizer/grad_norm"] > 0
+
+
+def test_the_teacher_is_the_student_after_the_prompt_with_a_solution(runs: dict[str, Path], stage: Stage) -> None:
+    for step, rollouts in enumerate(stage.rollouts()):
+        columns = tokens(runs["fixed"], step)
+        found = columns["teacher_logp"][columns["on"].astype(bool)]
+        np.testing.assert_allclose(found, taught_by(stage, rollouts), atol=1e-4)
+
+
+def test_the_teacher_follows_the_student_at_its_rate(runs: dict[str, Path]) -> None:
+    first, second = ([tokens(runs[name], step)["teacher_logp"] for name in ("followed", "fixed")] for step in (0, 1))
+    np.testing.assert_array_equal(*first)
+    assert np.abs(second[0] - second[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["on_data_ranks", "on_context_ranks"])
+def test_the_layout_does_not_matter(runs: dict[str, Path], name: str) -> None:
+    for line, reference in zip(jobs.metrics(runs[name]), jobs.metrics(runs["followed"]), strict=True):
+        assert line["teacher/masked_samples"] == reference["teacher/masked_samples"]
+        for metric in ("loss/total", "loss/objective", "optimizer/grad_norm", "entropy/student"):
+            assert line[metric] == pytest.approx(reference[metric], rel=5e-3, abs=3e-4), (metric, line["step"])
+
+
+def test_a_step_that_nobody_solved_trains_nothing_and_the_next_goes_on(runs: dict[str, Path]) -> None:
+    first, second = jobs.metrics(runs["unsolved"])
+    assert first["teacher/masked_samples"] == PROMPTS * SAMPLES
+    assert first["optimizer/token_count"] == 0 and first["loss/total"] == 0 and first["optimizer/grad_norm"] == 0
+    assert second["teacher/masked_samples"] == PROMPTS and second["optimizer/grad_norm"] > 0
+
+
+def test_a_killed_job_goes_on_with_the_average_it_had(runs: dict[str, Path], stage: Stage) -> None:
+    wanted = overrides(stage, "killed", JOBS["followed"])
+    run_on_ranks(replayed.run_until_killed, 2, stage.config, wanted, 1)
+    assert len(jobs.metrics(stage.run("killed"))) == STEPS - 1
+    # The stored rollouts of the second step come from the first weights, not from the checkpoint.
+    run_on_ranks(replayed.run_jobs, 2, stage.config, [[*wanted, "gates.sampler_logprob=false"]])
+    assert jobs.curve(stage.run("killed")) == jobs.curve(runs["followed"])
+
+
+def test_rollouts_are_kept_and_scores_are_not(runs: dict[str, Path], stage: Stage) -> None:
+    assert not list((runs["followed"] / "scores").glob("*"))
+    kept = load_rollouts(runs["followed"] / "rollouts" / "step_000001.npz")
+    assert [rollout.sample_id for rollout in kept] == [rollout.sample_id for rollout in stage.rollouts()[1]]

@@ -1,0 +1,61 @@
+"""From the section `loss` and the objective to how log-probs are made: every key arrives."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tropd_mcore.config.schema import Config
+from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
+from tropd_mcore.mcore.loss_settings import LossSettings
+
+BASE: dict[str, Any] = {
+    "run": {"dir": "run"},
+    "student": {"path": "student"},
+    "teacher": {"path": "teacher"},
+    "data": {"prompts": "prompts.jsonl"},
+}
+GROUP = object()
+MODEL: Any = SimpleNamespace(
+    shard=VocabShard(3, 10, 9),
+    layout=SimpleNamespace(groups=SimpleNamespace(tp=GROUP)),
+    platform=SimpleNamespace(device=torch.device("cpu")),
+)
+
+
+def settings(**sections: dict[str, Any]) -> LossSettings:
+    return LossSettings.from_config(Config.model_validate(BASE | sections))
+
+
+def test_the_keys_of_the_loss_section_reach_the_kernel() -> None:
+    keys = {"backend": "eager", "chunk_tokens": 7, "overlap_chunks": True, "logit_softcap": 30.0}
+    found = settings(loss=keys, rollout={"temperature": 0.6})
+    assert found.temperature == 0.6
+    kernel = found.kernel(MODEL, temperature=0.8)
+    assert kernel.scaling == Scaling(0.8, 30.0)
+    assert (kernel.shard, kernel.group, kernel.backend.name) == (MODEL.shard, GROUP, "eager")
+    assert (kernel.chunk_tokens, kernel.overlap) == (7, True)
+
+
+def test_the_mode_the_form_and_the_overlap_metric_are_those_of_the_configuration() -> None:
+    found = settings(loss={"form": "logits", "weight_gradient": "recompute"}, monitor={"topk_overlap": False})
+    assert (found.form, found.weight_gradient, found.topk_overlap) == ("logits", "recompute", False)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"kind": "gkd", "divergence": "jsd", "beta": 0.2, "full_vocabulary": True}, ("jsd", 0.2)),
+        ({"kind": "gkd", "divergence": "rkl", "full_vocabulary": True}, ("rkl", 0.5)),
+        ({"kind": "gkd", "divergence": "jsd", "beta": 0.2}, (None, 0.5)),
+        ({"kind": "tropd"}, (None, 0.5)),
+    ],
+)
+def test_only_a_divergence_over_the_whole_vocabulary_is_the_kernel_s(
+    objective: dict[str, Any], expected: tuple[str | None, float]
+) -> None:
+    found = settings(objective=objective)
+    assert (found.divergence, found.divergence_beta) == expected
