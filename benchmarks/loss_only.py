@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -180,14 +181,16 @@ def main() -> None:
         "--methods", nargs="+", default=["naive", "nemo_rl", "verl", "slime", "ours-eager", "ours-compile"]
     )
     parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--name", default="loss_only", help="results/<name>.json")
     args = parser.parse_args()
     roots = dict(entry.split("=", 1) for entry in args.peer_root)
     sizes = Sizes(args.tokens, args.vocabulary, args.k, args.tp, args.chunk_tokens, args.repeats)
-    rows = measure(args.methods, sizes, roots)
+    rows = measure(args.methods, sizes, roots, memory=not args.no_memory)
     print(printed(rows, reference=args.methods[-1]))
     command = f"python -m benchmarks.loss_only --methods {' '.join(args.methods)} --tokens {args.tokens}"
-    print(write_result(args.name, rows, command=command))
+    allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    print(write_result(args.name, rows, command=command, notes=f"allocator settings: {allocator or 'none'}"))
 
 
 if __name__ == "__main__":

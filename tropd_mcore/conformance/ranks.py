@@ -154,12 +154,10 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     limit = timedelta(seconds=START_LIMIT_S)
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is gone
+        while True:
             function, args = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            break
-        connection.send_bytes(pickle.dumps(_answer(function, args)))
+            connection.send_bytes(pickle.dumps(_answer(function, args)))
     dist.destroy_process_group()
 
 
