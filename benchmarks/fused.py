@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tropd_mcore.losses.kernel.choose import backend as choose_backend
 
 from benchmarks.inputs import Tokens, kernel_of, make_tokens, with_main_grad
 from benchmarks.measure import (
@@ -32,6 +31,7 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import ours
 from benchmarks.ranks import on_ranks
+from tropd_mcore.losses.kernel.choose import backend as choose_backend
 from tropd_mcore.losses.kernel.shard import chunks
 from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
 

@@ -14,12 +14,12 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from tropd_mcore.losses.kernel.choose import backend as choose_backend
 
 from benchmarks.inputs import kernel_of, with_main_grad
 from benchmarks.measure import table, write_result
 from benchmarks.ranks import on_ranks
 from tropd_mcore.losses.divergences import topk_forward_kl
+from tropd_mcore.losses.kernel.choose import backend as choose_backend
 from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
 from tropd_mcore.losses.kernel.support_loss import TokenLoss, support_loss
 from tropd_mcore.losses.objectives.inputs import ObjectiveOutput

@@ -50,10 +50,14 @@ def _scaling(axis: str, result: dict[str, Any]) -> Any:
 def _bars(result: dict[str, Any]) -> Any:
     figure, (times, memory) = plt.subplots(1, 2, figsize=(8, 3))
     names = _methods(result)
-    times.barh(names, [row["cpu_s"]["median"] for row in result["rows"]])
-    times.set(xscale="log", xlabel="CPU seconds a rank")
-    memory.barh(names, [row["extra_bytes_per_element"] for row in result["rows"]])
+    bars = times.barh(names, [row["cpu_s"]["median"] for row in result["rows"]])
+    times.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    times.set(xlabel="CPU seconds a rank")
+    bars = memory.barh(names, [row["extra_bytes_per_element"] for row in result["rows"]])
+    memory.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     memory.set(xlabel="extra bytes a (token x local column)", yticklabels=[])
+    for plot in (times, memory):
+        plot.margins(x=0.15)
     return figure
 
 
@@ -76,7 +80,7 @@ def _memory(result: dict[str, Any]) -> Any:
     for method in _methods(result):
         rows = [row for row in result["rows"] if row["method"] == method]
         plot.plot([row["tokens"] for row in rows], [row["extra_bytes"] / 1e6 for row in rows], marker="o", label=method)
-    plot.set(xlabel="tokens", ylabel="peak MB beyond hidden, weight, dH, main_grad")
+    plot.set(xlabel="tokens", ylabel="peak extra MB")
     plot.legend(fontsize=7)
     return figure
 
