@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and gradients. Exit code 0: no miss, 1: at least one, 2: wrong arguments, or no cell was run."
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="about a minute on two cores (default)")
-    size.add_argument("--full", action="store_true", help="every combination; about ten minutes")
+    size.add_argument("--quick", action="store_true", help="a minute and a half on two cores (default)")
+    size.add_argument("--full", action="store_true", help="every combination; about a quarter of an hour")
     parser.add_argument(
         "--objective", action="append", default=[], metavar="NAME", help="a kind, a name or a pattern; may be repeated"
     )

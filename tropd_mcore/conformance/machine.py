@@ -25,6 +25,8 @@ def environment_of(cell: Cell, device: str) -> dict[str, str]:
 
     Triton decides once, at its import, whether to interpret its kernels, which is the only way to run them on a CPU.
     """
+    if cell.backend == "compile" and cell.peer is None:
+        return {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool of processes that would outlive a rank
     return {"TRITON_INTERPRET": "1"} if cell.backend == "triton" and device == "cpu" else {}
 
 

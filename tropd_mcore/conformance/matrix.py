@@ -61,19 +61,20 @@ def run(cells: list[Cell], device: str, say: Callable[[str], None]) -> list[Resu
     if device == "cuda" and not torch.cuda.is_available():
         raise TropdError("tropd conformance: --device cuda, but PyTorch finds no CUDA device; use --device cpu")
     results: dict[Cell, Result] = {}
-    runnable: dict[tuple[int, tuple[tuple[str, str], ...]], list[Cell]] = {}
+    runnable: dict[tuple[int, bool, tuple[tuple[str, str], ...]], list[Cell]] = {}
     for cell in cells:
         ruled_out = _ruled_out(cell, device)
         if ruled_out is not None:
             results[cell] = ruled_out
         else:
-            key = (cell.divided.world_size, tuple(sorted(environment_of(cell, device).items())))
-            runnable.setdefault(key, []).append(cell)
-    for (world_size, environment), unsorted in sorted(runnable.items()):
+            # Megatron's CPU platform changes what other cells would run on, so that its cells have ranks of their own.
+            environment = tuple(sorted(environment_of(cell, device).items()))
+            runnable.setdefault((cell.divided.world_size, cell.divided.megatron, environment), []).append(cell)
+    for (world_size, megatron, environment), unsorted in sorted(runnable.items()):
         # Layout by layout: a process keeps the groups of every layout that it has been through, with their threads.
         group = sorted(unsorted, key=lambda cell: (cell.layout, cell.dtype))
-        words = ", ".join(f"{name}={value}" for name, value in environment)
-        say(f"{len(group)} cells on {world_size} ranks{f' ({words})' if words else ''}")
+        words = ["Megatron"] * megatron + [f"{name}={value}" for name, value in environment]
+        say(" ".join([f"{len(group)} cells on {world_size} ranks", *words]))
         told = time.monotonic()
         for done, result in enumerate(_run_group(group, world_size, dict(environment), device), start=1):
             results[result.cell] = result

@@ -28,12 +28,7 @@ START_LIMIT_S = 180.0
 """Time that all ranks have to start and to find each other"""
 GRACE_S = 5.0
 """Time that the others have to answer after one rank has failed"""
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "PYTHONWARNINGS": "ignore",
-    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of processes that would outlive a rank
-}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
 
 
 class RanksLost(Exception):
