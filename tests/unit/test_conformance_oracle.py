@@ -213,6 +213,7 @@ def test_the_gradient_of_a_case_is_that_of_finite_differences() -> None:
             assert slope == pytest.approx(float(truth.logits_TV[row, column]), rel=1e-6, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_the_cases_reach_both_sides_of_every_decision() -> None:
     taken: dict[str, list[int]] = {}
     for temperature, softcap in ((1.0, None), (0.8, 6.0)):

@@ -35,6 +35,7 @@ ABSENT_ROWS = (2, 9, 17)
 """without the last two teacher candidates and the last student candidate"""
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 NEGATIVE_INFINITY = float("-inf")
+GRID = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,10 @@ def scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
 
 
 def _output_layer(hidden_TD: Tensor, weight_WD: Tensor, dtype: torch.dtype) -> Student:
+    """In bfloat16 on a grid, on which the product is exact in float32 in any order of its terms: who makes logits and
+    rounds them to bfloat16 then finds the same ones everywhere."""
+    if dtype == torch.bfloat16:
+        hidden_TD, weight_WD = ((number / GRID).round() * GRID for number in (hidden_TD, weight_WD))
     layer = Student(hidden_TD.to(dtype), weight_WD.to(dtype), torch.empty(0))
     return replace(layer, logits_TW=exact_logits(layer).to(dtype))
 

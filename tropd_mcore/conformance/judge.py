@@ -7,7 +7,8 @@
 Tolerances: float64 1e-12, float32 1e-5: the arithmetic of a softmax over given numbers, no more. bfloat16: 1e-5 beyond
 what rounding an entry to bfloat16 (2^-8 of it) costs where it is stored: once for the gradient of the logits dz; for
 dH = dz W and dW = dz.T H that of every dz in the sum, and for dH once more for each tensor rank's part and for each
-addition of such parts. Every entry is held to its own bound, so that a second rounding of a larger number shows.
+addition of such parts, and for dW, which we keep in float32, once more where Megatron's own layer makes it, a part for
+each micro-batch. Every entry is held to its own bound, so that a second rounding of a larger number shows.
 
 Shapes: T tokens, V vocabulary, W columns of all ranks, D hidden.
 """
@@ -74,7 +75,8 @@ def judge(answers: list[Answer], truth: Truth, batch: Batch, cell: Cell, *, trun
         whole = [_present(answer.hidden_TD) for answer in answers]
         errors["hidden"] = _worst(whole, truth.hidden_TD, lost_TD, allowed)
     if answers[0].weight_WD is not None:
-        lost_VD = rounding * dz_TV.T @ batch.student.hidden_TD.double().abs()
+        roundings = 2 if cell.divided.megatron and cell.form == "logits" else 1
+        lost_VD = rounding * roundings * dz_TV.T @ batch.student.hidden_TD.double().abs()
         shards = [torch.cat([_present(answer.weight_WD) for answer in replica]) for replica in replicas]
         errors["weight"] = _worst(shards, _padded(truth.weight_VD.T, columns).T, _padded(lost_VD.T, columns).T, allowed)
     return errors
