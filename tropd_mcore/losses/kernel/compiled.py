@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._triton import has_triton
 
@@ -182,6 +183,10 @@ def _chain(grad: Tensor, scaled: Tensor, temperature: float, softcap: float | No
 
 def _require_compiler() -> None:
     """Stop where the loops could not be built."""
+    if torch._dynamo.config.disable:
+        raise ConfigError(
+            ["loss.backend=compile cannot run where torch.compile is off, as it is for Megatron on a CPU; use eager"]
+        )
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
