@@ -45,5 +45,9 @@ class GateError(TropdError):
     """A check before the first step failed: training would have run on wrong numbers."""
 
 
+class LossInputError(TropdError, ValueError):
+    """The loss was called, or differentiated, in a way whose gradient would be wrong."""
+
+
 class TrainingError(TropdError):
     """The optimisation itself went wrong (non-finite loss or gradient)."""

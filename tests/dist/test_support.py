@@ -274,7 +274,7 @@ def _saved_for_backward(borders: tuple[int, ...]) -> list[tuple[tuple[int, ...],
     return saved
 
 
-def test_forward_saves_the_logits_themselves_and_two_numbers_a_token() -> None:
+def test_forward_saves_the_logits_themselves_the_ids_and_two_numbers_per_token() -> None:
     for saved in run_on_ranks(_saved_for_backward, 2, LAYOUTS["tp2-uneven"]):
-        assert [is_logits for _, is_logits in saved] == [True, False, False]
-        assert [shape for shape, _ in saved[1:]] == [(TOKENS,), (TOKENS,)]
+        assert [is_logits for _, is_logits in saved] == [True, False, False, False]
+        assert [shape for shape, _ in saved[1:]] == [(TOKENS, sum(DISTINCT)), (TOKENS,), (TOKENS,)]

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tests import oracles
 from tests.dist.kernel_cases import (
+    DISTINCT,
     FORMS,
+    TOKENS,
     Case,
     RankResult,
     assert_equals_the_oracle,
@@ -42,9 +44,12 @@ class Mutation:
 
 
 DEFERRED, RECOMPUTE, LOGITS = FORMS["fused, deferred"], FORMS["fused, recompute"], FORMS["logits"]
+NO_ENTROPY = {**DEFERRED, "c_T": torch.zeros(TOKENS, dtype=torch.float64)}
+NO_SUPPORT = torch.zeros(TOKENS, sum(DISTINCT), dtype=torch.float64)
+ENTROPY_ALONE = {**LOGITS, "a_TJ": NO_SUPPORT, "b_TJ": NO_SUPPORT}
 UNCHANGED = "from __future__ import annotations"
 """A text that every module has once: replaced by itself it gives a copy."""
-MODULES = ("eager", "exchange", "shard", "support_log_probs", "support_loss", "weight_gradient")
+MODULES = ("backend", "eager", "exchange", "shard", "support_log_probs", "support_loss", "weight_gradient")
 MUTATIONS = {
     "dense coefficient 1 instead of the sum over the support": Mutation(
         "eager", "row_sum_C = row.grad_logp_CJ.sum(dim=1)", "row_sum_C = row.grad_logp_CJ.sum(dim=1) * 0 + 1", DEFERRED
@@ -81,8 +86,8 @@ MUTATIONS = {
     ),
     "unused slots have a gradient": Mutation(
         "support_loss",
-        "grad_logp_CJ=grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)",
-        "grad_logp_CJ=grad_logp_CJ",
+        "grad_logp_CJ = grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)",
+        "grad_logp_CJ = grad_logp_CJ + 0.0",
         DEFERRED,
     ),
     "unused slots have a gradient, made in the backward pass": Mutation(
@@ -133,13 +138,17 @@ MUTATIONS = {
         "self._main_grad.copy_(self._sum * factor)",
         {**DEFERRED, "with_main_grad": True},
     ),
-    "hidden gradient not scaled": Mutation("support_loss", "first_gradient.mul_(factor)", "pass", DEFERRED),
-    "hidden gradient not summed over the ranks": Mutation(
-        "support_loss", "call.reduce_hidden_gradient:\n", "False:\n", DEFERRED
+    "a row counts as one without a gradient because of its last entry": Mutation(
+        "backend", "live_C = (grad_logp_CJ != 0).any(dim=1)", "live_C = grad_logp_CJ[:, -1] != 0", NO_ENTROPY
     ),
+    "a row with an entropy gradient alone counts as one without": Mutation(
+        "backend", "live_C = live_C | (grad_C != 0)", "live_C = live_C & (grad_C != 0)", ENTROPY_ALONE
+    ),
+    "hidden gradient not scaled": Mutation("support_loss", "first_gradient.mul_(factor)", "pass", DEFERRED),
+    "hidden gradient not summed over the ranks": Mutation("support_loss", "if ctx.reduce:", "if False:", DEFERRED),
     "hidden gradient not summed over the ranks, made in the backward pass": Mutation(
         "support_log_probs",
-        "if weight_WD is not None and ctx.call.reduce_hidden_gradient:",
+        "if weight_WD is not None and first_gradient is not None and ctx.reduce:",
         "if False:",
         RECOMPUTE,
     ),

@@ -107,7 +107,7 @@ def stats_code(variant: Variant) -> Code:
 
 def gradient_code(variant: Variant) -> Code:
     types = {"logits_ptr": variant.logits, "out_ptr": variant.output, "ids_ptr": "i64"}
-    types |= dict.fromkeys(("grad_logp_ptr", "lse_ptr", "entropy_ptr"), variant.math)
+    types |= dict.fromkeys(("grad_logp_ptr", "lse_ptr", "entropy_ptr"), variant.math) | {"live_ptr": "i8"}
     constants = {
         "TEMPERATURE": 0.7,
         "SOFTCAP": variant.softcap,

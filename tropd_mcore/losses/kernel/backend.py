@@ -36,6 +36,28 @@ class RowGradient:
     """Lengths of consecutive runs of the J slots in which no id appears twice; they add up to J."""
     dense_CR: Tensor | None = None
     """A further dL/dz', math dtype; None = 0"""
+    live_C: Tensor | None = None
+    """bool, rows that have a gradient at all; None = every row. The others get 0 whatever their logits are: a masked
+    row may hold NaN or infinities, and 0 * NaN would reach the sum over rows in dW."""
+
+
+def rows_with_gradient(grad_logp_CJ: Tensor, *further_C: Tensor | None) -> Tensor:
+    """`RowGradient.live_C`: rows in which any of these derivatives is not 0 (NaN is not 0). No host sync."""
+    live_C = (grad_logp_CJ != 0).any(dim=1)
+    for grad_C in further_C:
+        if grad_C is not None:
+            live_C = live_C | (grad_C != 0)
+    return live_C
+
+
+def finite_where_live(hidden_CD: Tensor, live_C: Tensor) -> Tensor:
+    """The hidden states with 0 in rows without a gradient, whose dz of 0 would make NaN of a NaN in dz.T @ hidden.
+
+    Costs a copy of [C, D] on a GPU. On a CPU, where looking is free, only if there is such a row.
+    """
+    if live_C.device.type == "cpu" and bool(live_C.all()):
+        return hidden_CD
+    return hidden_CD.masked_fill(~live_C[:, None], 0.0)
 
 
 class Backend(Protocol):
@@ -51,6 +73,7 @@ class Backend(Protocol):
         """((m, s, u) of the shard's real columns [C, 3], z' of the ids that are here and 0 elsewhere [C, J]).
 
         Math dtype. m = max z', s = sum e^(z'-m), u = sum e^(z'-m) (z'-m); (EMPTY_SHARD_MAX, 0, 0) without real columns.
+        A logit of -inf counts as LEAST_LOGIT in m, s and u, and stays -inf among the ids.
         Reads the logits once and leaves them.
         """
         ...
@@ -60,7 +83,8 @@ class Backend(Protocol):
     ) -> None:
         """Write dL/dz to `out_CW`, 0 in padding columns. `out_CW` may be the logits themselves, or a narrower dtype.
 
-        Math in the math dtype; the support's part is added before the one rounding to the dtype of `out_CW`.
+        Math in the math dtype; the support's part is added before the one rounding to the dtype of `out_CW`. Rows
+        outside `row.live_C` get 0, whatever their logits are.
         """
         ...
 

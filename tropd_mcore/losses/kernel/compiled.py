@@ -19,7 +19,14 @@ from torch.utils._triton import has_triton
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.losses.kernel.backend import RowGradient
 from tropd_mcore.losses.kernel.eager import empty_shard_stats
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard, local_ids, math_dtype, support_logits
+from tropd_mcore.losses.kernel.shard import (
+    LEAST_LOGIT,
+    Scaling,
+    VocabShard,
+    local_ids,
+    math_dtype,
+    support_logits,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,7 +77,8 @@ class CompiledBackend:
         out_CW[:, real:] = 0.0
         if real == 0 or logits_CW.shape[0] == 0:
             return
-        factors = (row.lse_C, row.entropy_C, row.grad_logp_CJ.sum(dim=1), row.grad_entropy_C)
+        live_C = row.live_C if row.live_C is not None else torch.ones_like(row.lse_C, dtype=torch.bool)
+        factors = (live_C, row.lse_C, row.entropy_C, row.grad_logp_CJ.sum(dim=1), row.grad_entropy_C)
         local_CJ, here_CJ = local_ids(row.ids_CJ, shard)
         support_CJ = self._support(
             logits_CW.detach().gather(1, local_CJ),
@@ -114,6 +122,7 @@ def _shard_stats(logits_CR: Tensor, temperature: float, softcap: float | None) -
 
 def _write_dense(
     logits_CR: Tensor,
+    live_C: Tensor,
     lse_C: Tensor,
     entropy_C: Tensor,
     row_sum_C: Tensor,
@@ -126,11 +135,12 @@ def _write_dense(
     """The gradient without the support, to `out_CR`, which may be the logits."""
     scaled_CR = _scaled(logits_CR, temperature, softcap)
     grad_CR = _dense_gradient(scaled_CR, lse_C, entropy_C, row_sum_C, grad_entropy_C, dense_CR)
-    out_CR.copy_(_chain(grad_CR, scaled_CR, temperature, softcap))
+    out_CR.copy_(torch.where(live_C[:, None], _chain(grad_CR, scaled_CR, temperature, softcap), 0.0))
 
 
 def _support_gradient(
     logits_CJ: Tensor,
+    live_C: Tensor,
     lse_C: Tensor,
     entropy_C: Tensor,
     row_sum_C: Tensor,
@@ -146,7 +156,7 @@ def _support_gradient(
     grad_CJ = _dense_gradient(scaled_CJ, lse_C, entropy_C, row_sum_C, grad_entropy_C, dense_CJ)
     same_CJJ = local_CJ[:, :, None] == local_CJ[:, None, :]
     sparse_CJ = torch.where(same_CJJ, owned_CJ[:, None, :], 0.0).sum(dim=2)
-    return _chain(grad_CJ + sparse_CJ, scaled_CJ, temperature, softcap)
+    return torch.where(live_C[:, None], _chain(grad_CJ + sparse_CJ, scaled_CJ, temperature, softcap), 0.0)
 
 
 def _dense_gradient(
@@ -167,8 +177,8 @@ def _dense_gradient(
 
 
 def _scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """`Scaling.apply_`, not in place, in the math dtype."""
-    scaled = logits.to(math_dtype(logits))
+    """`Scaling.apply_`, not in place, in the math dtype; -inf becomes LEAST_LOGIT."""
+    scaled = logits.to(math_dtype(logits)).clamp_min(LEAST_LOGIT)
     if softcap is not None:
         scaled = softcap * torch.tanh(scaled / softcap)
     return scaled / temperature

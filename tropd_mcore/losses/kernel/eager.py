@@ -75,6 +75,16 @@ class EagerBackend:
             add_support_(grad_BR, local_CJ[rows], owned_CJ[rows], row.distinct)
             out_CW[rows, :real] = scaling.chain_(grad_BR, scaled_BR)
         out_CW[:, real:] = 0.0
+        if row.live_C is not None:
+            _clear_dead_rows_(out_CW, row.live_C)
+
+
+def _clear_dead_rows_(out_CW: Tensor, live_C: Tensor) -> None:
+    """0 in rows without a gradient, in place. Without a host sync a GPU has to go through all rows."""
+    if live_C.device.type != "cpu":
+        out_CW.masked_fill_(~live_C[:, None], 0.0)
+    elif not bool(live_C.all()):
+        out_CW[~live_C] = 0.0
 
 
 def empty_shard_stats(owned_CJ: Tensor) -> Tensor:

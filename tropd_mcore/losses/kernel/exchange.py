@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.losses.kernel.shard import NO_ENTRY, VocabShard
+from tropd_mcore.losses.kernel.shard import LEAST_LOGIT, NO_ENTRY, VocabShard
 
-EMPTY_SHARD_MAX = -1e30
-"""Stands for the maximum of no logits. Finite, because -inf - (-inf) and 0 * inf are NaN."""
+EMPTY_SHARD_MAX = LEAST_LOGIT
+"""Stands for the maximum of no logits."""
 
 
 @dataclass(frozen=True)

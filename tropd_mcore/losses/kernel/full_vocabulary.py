@@ -23,8 +23,11 @@ from tropd_mcore.errors import ModelError
 from tropd_mcore.losses.divergences import log_mixture
 from tropd_mcore.losses.kernel.backend import Kernel
 from tropd_mcore.losses.kernel.exchange import EMPTY_SHARD_MAX
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard, math_dtype, scaled_logits
+from tropd_mcore.losses.kernel.shard import LEAST_LOGIT, Scaling, VocabShard, math_dtype, scaled_logits
 from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource
+
+IMPOSSIBLE = -LEAST_LOGIT / 1e10
+"""A divergence above this many nats compares a possible token with one whose logit is -inf: it is infinite."""
 
 
 class FullVocabulary:
@@ -102,6 +105,7 @@ class FullVocabulary:
             else:
                 mean_C = _merged_mean(teacher_max_CN, teacher_sum_CN, cross_CN - teacher_sum_CN * gap_CN)
             value_C = mean_C.clone()
+        value_C.masked_fill_(value_C > IMPOSSIBLE, torch.inf)
         self._chunks[self._slot(rows)] = replace(chunk, mean_C1=mean_C[:, None])
         return value_C
 
@@ -155,7 +159,7 @@ class FullVocabulary:
         logits_CW = source.logits(rows, out=buffer)
         if isinstance(source, GivenLogits):
             logits_CW = buffer[: len(logits_CW)].copy_(logits_CW)
-        return self._teacher_scaling.apply_(logits_CW[:, : self._common])
+        return self._teacher_scaling.apply_(logits_CW[:, : self._common].clamp_(min=LEAST_LOGIT))
 
     def _slot(self, rows: slice) -> int:
         return rows.start // self._kernel.chunk_tokens % len(self._buffers)

@@ -10,19 +10,25 @@ from tropd_mcore.losses.kernel.source import LogitSource, OutputLayer
 
 
 class GradientBuffer:
-    """Over the logits where these have the dtype that the matrix products want, else a narrower matrix [C, W].
+    """Room for the gradient dz of each chunk's logits.
 
-    That one lies in the first half of each row of the logits, or, where the backend cannot do this, in memory of its
-    own that all chunks share.
+    Given logits: the rows of `given_TW`, which may be the logits themselves.
+    An output layer's logits: over them if they have the dtype that the matrix products want, else a narrower matrix
+    [C, W]. That one lies in the first half of each row of the logits, or, if the backend cannot do this, in memory of
+    its own that all chunks share.
     """
 
-    def __init__(self, source: LogitSource, backend: Backend) -> None:
+    def __init__(self, source: LogitSource, backend: Backend, given_TW: Tensor | None = None) -> None:
+        assert isinstance(source, OutputLayer) or given_TW is not None, "given logits need room for their gradient"
+        self._given_TW = None if isinstance(source, OutputLayer) else given_TW
         self._dtype = source.hidden_TD.dtype if isinstance(source, OutputLayer) else source.logits_TW.dtype
         self._backend = backend
         self._buffer: Tensor | None = None
 
-    def of(self, logits_CW: Tensor) -> Tensor:
+    def of(self, logits_CW: Tensor, rows: slice) -> Tensor:
         """Room for dz of these logits."""
+        if self._given_TW is not None:
+            return self._given_TW[rows]
         if logits_CW.dtype == self._dtype:
             return logits_CW
         if self._backend.shrinks_in_place:

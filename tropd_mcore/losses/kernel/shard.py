@@ -14,6 +14,10 @@ from torch import Tensor
 NO_ENTRY = -1
 """Support id of an unused slot: its log-prob is 0 and it has no gradient."""
 
+LEAST_LOGIT = -1e30
+"""Takes the place of a logit of -inf in sums over the vocabulary, and of the maximum of no logits. Its probability is 0
+in float32 and float64. It is finite, because -inf - (-inf) and 0 * inf are NaN."""
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -67,9 +71,16 @@ def chunks(rows: int, chunk_tokens: int) -> Iterator[slice]:
 
 
 def scaled_logits(logits_CW: Tensor, shard: VocabShard, scaling: Scaling, out: Tensor | None = None) -> Tensor:
-    """z' of the real columns, [C, R] in the math dtype: a copy (in `out`, where given), which may be overwritten."""
+    """z' of the real columns, [C, R] in the math dtype: a copy (in `out`, where given), which may be overwritten.
+
+    -inf becomes LEAST_LOGIT; NaN stays.
+    """
     real_CR = logits_CW[:, : shard.real_width]
-    copy_CR = real_CR.to(math_dtype(logits_CW), copy=True) if out is None else out.copy_(real_CR)
+    dtype = math_dtype(logits_CW)
+    if real_CR.dtype == dtype:
+        copy_CR = torch.clamp(real_CR, min=LEAST_LOGIT, out=out) if out is not None else real_CR.clamp(min=LEAST_LOGIT)
+    else:
+        copy_CR = (real_CR.to(dtype) if out is None else out.copy_(real_CR)).clamp_(min=LEAST_LOGIT)
     return scaling.apply_(copy_CR)
 
 
@@ -81,7 +92,10 @@ def local_ids(ids_CJ: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
 
 
 def support_logits(logits_CW: Tensor, ids_CJ: Tensor, shard: VocabShard, scaling: Scaling) -> Tensor:
-    """z' of the ids that are in this shard and 0 elsewhere, [C, J] in the math dtype."""
+    """z' of the ids that are in this shard and 0 elsewhere, [C, J] in the math dtype.
+
+    -inf stays, so that the log-prob of an impossible token is -inf and a loss that needs it is not finite.
+    """
     if shard.real_width == 0:
         return logits_CW.new_zeros(ids_CJ.shape, dtype=math_dtype(logits_CW))
     local_CJ, here_CJ = local_ids(ids_CJ, shard)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.losses.kernel.shard import chunks
+from tropd_mcore.losses.kernel.surroundings import saved_tensor_hooks_are_active
 
 CPU_BLOCK = 4096
 """Vocabulary columns that are converted at once where the machine has no mixed-precision matrix product."""
@@ -25,6 +26,10 @@ class GivenLogits:
     """Logits that an output layer outside our control has made."""
 
     logits_TW: Tensor
+    preserve: bool = False
+    """Keep the logits as they are. Their gradient then takes a buffer of their size, [T, W] in their dtype. Set it if
+    something else needs them after this loss's backward pass: another loss, an operation that saved its own result
+    (tanh), a further call on a slice of the same logits, a metric."""
 
     @property
     def tensors(self) -> tuple[Tensor, None]:
@@ -43,6 +48,18 @@ class GivenLogits:
     def buffer(self, chunk_tokens: int) -> Tensor | None:
         """None: the logits are their own buffer."""
         return None
+
+    def may_be_overwritten(self) -> bool:
+        """Whether the gradient may be written over the logits, as seen from the forward pass.
+
+        Not if the caller needs them: they are a leaf or a view of one, or `preserve` says so. Not if autograd could not
+        notice that somebody else needs them: saved tensors pass through hooks. Not if several rows share memory.
+        """
+        logits_TW = self.logits_TW
+        rows_are_apart = logits_TW.stride(0) >= logits_TW.shape[1] * logits_TW.stride(1)
+        base = logits_TW._base
+        of_a_leaf = logits_TW.is_leaf or (base is not None and base.is_leaf and base.requires_grad)
+        return rows_are_apart and not (self.preserve or of_a_leaf or saved_tensor_hooks_are_active())
 
 
 @dataclass(frozen=True)

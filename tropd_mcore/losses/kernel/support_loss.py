@@ -18,14 +18,21 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tropd_mcore.losses.kernel.backend import Kernel, RowGradient
+from tropd_mcore.losses.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
 from tropd_mcore.losses.kernel.exchange import Exchange, merge_stats, start_exchange, support_log_probs_of
 from tropd_mcore.losses.kernel.gradient_buffer import GradientBuffer
 from tropd_mcore.losses.kernel.shard import NO_ENTRY, chunks, math_dtype
 from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
 from tropd_mcore.losses.kernel.support_log_probs import check_arguments, support_log_probs
+from tropd_mcore.losses.kernel.surroundings import (
+    begin_backward,
+    refuse_a_repeated_forward,
+    refuse_forward_mode,
+    shield,
+    untraced,
+    without_autocast,
+)
 from tropd_mcore.losses.kernel.weight_gradient import WeightGradient, assert_is_one
 from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
 
@@ -56,6 +63,7 @@ class DenseTerm(Protocol):
         ...
 
 
+@untraced
 def support_loss(
     source: LogitSource,
     ids_TJ: Tensor,
@@ -83,9 +91,12 @@ def support_loss(
     weight_gradient: when dW, in float32, meets the factor that arrives in the backward pass (`OutputLayer`; see
     `WeightGradient`): `deferred` scales a buffer of its own, `folded` accumulates into main_grad at once and checks the
     factor to be 1, `recompute` makes all gradients in the backward pass from recomputed logits (8 T D W operations).
-    Given logits: the gradient is written over them, so nobody else may need them; in the backward pass in every mode,
-    which spares a pass over them to apply the factor, or with a dense term in the forward pass.
+    Given logits: in every mode the gradient is made in the backward pass, which spares a pass to apply the factor, and
+    is written over them if nobody else needs them (`GivenLogits.may_be_overwritten`). With a dense term it is made in
+    the forward pass, in a buffer of their size.
     reduce_hidden_gradient: sum dH over the ranks; False where the caller's gather does it (sequence parallelism).
+
+    Raises LossInputError as `support_log_probs` does, and where `folded` is run again inside a backward pass.
 
     Source: docs/method.md, the gradient of every term; docs/kernel.md.
     """
@@ -95,7 +106,8 @@ def support_loss(
         logp_TJ, entropy_T = support_log_probs(
             source, ids_TJ, kernel, distinct=distinct, reduce_hidden_gradient=reduce_hidden_gradient
         )
-        return token_loss(logp_TJ, entropy_T, None, slice(0, source.tokens))
+        with without_autocast(ids_TJ.device):
+            return token_loss(logp_TJ, entropy_T, None, slice(0, source.tokens))
     pieces: list[ObjectiveOutput] = []
     call = _Call(
         source=source,
@@ -109,7 +121,8 @@ def support_loss(
         with_gradients=torch.is_grad_enabled(),
         pieces=pieces,
     )
-    loss_sum = _SupportLoss.apply(*source.tensors, call)
+    with without_autocast(ids_TJ.device):
+        loss_sum = _SupportLoss.apply(*source.tensors, call)
     if not pieces:
         pieces.append(_loss_of_nothing(call))
     counts = [piece.token_count for piece in pieces]
@@ -151,48 +164,56 @@ class _SupportLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, first: Tensor, weight_WD: Tensor | None, call: _Call) -> Tensor:
         """`first` is the hidden states, or the logits where there is no weight."""
+        source, kernel = call.source, call.kernel
         needs_first = call.with_gradients and ctx.needs_input_grad[0]
         needs_weight = call.with_gradients and ctx.needs_input_grad[1]
-        ctx.first_gradient = ctx.weight_gradient = None
+        first_gradient = weight_gradient = None
         if needs_first:
-            ctx.first_gradient = first if weight_WD is None else torch.empty_like(first)
+            # Never over given logits: the caller may still read them in what is left of the forward pass.
+            first_gradient = torch.empty_like(first)
         if needs_weight:
-            assert isinstance(call.source, OutputLayer)
-            ctx.weight_gradient = WeightGradient(call.source.weight_WD, folded=call.folded)
-        ctx.call = call
-        ctx.spent = False
+            assert isinstance(source, OutputLayer)
+            weight_gradient = WeightGradient(source.weight_WD, folded=call.folded)
+            if weight_gradient.adds_in_forward:
+                refuse_a_repeated_forward("loss.weight_gradient=folded")
 
         loss_sum = torch.zeros((), dtype=math_dtype(first), device=first.device)
-        buffer = GradientBuffer(call.source, call.kernel.backend) if needs_first or needs_weight else None
+        room = GradientBuffer(source, kernel.backend, first_gradient) if needs_first or needs_weight else None
         for chunk in _chunks_under_way(call):
-            row, piece = _loss_of_chunk(call, chunk, with_gradient=buffer is not None)
+            row, piece = _loss_of_chunk(call, chunk, with_gradient=room is not None)
             call.pieces.append(piece)
             loss_sum += piece.loss_sum.detach()
-            if buffer is None:
+            if room is None:
                 continue
-            assert row is not None
-            dz_CW = buffer.of(chunk.logits_CW)
-            call.kernel.backend.write_gradient(chunk.logits_CW, row, call.kernel.shard, call.kernel.scaling, dz_CW)
-            if needs_first and weight_WD is not None:
-                torch.mm(dz_CW, weight_WD, out=ctx.first_gradient[chunk.rows])
-            if needs_weight:
-                ctx.weight_gradient.add(dz_CW, first[chunk.rows])
+            assert row is not None and row.live_C is not None
+            dz_CW = room.of(chunk.logits_CW, chunk.rows)
+            kernel.backend.write_gradient(chunk.logits_CW, row, kernel.shard, kernel.scaling, dz_CW)
+            if first_gradient is not None and weight_WD is not None:
+                torch.mm(dz_CW, weight_WD, out=first_gradient[chunk.rows])
+            if weight_gradient is not None:
+                weight_gradient.add(dz_CW, finite_where_live(first[chunk.rows], row.live_C))
+        # The gradients are ours until they are handed out. They are no saved tensors: nobody else reads or moves them.
+        ctx.first_gradient, ctx.weight_gradient = first_gradient, weight_gradient
+        ctx.folded, ctx.group = call.folded, kernel.group
+        ctx.reduce = call.reduce_hidden_gradient and weight_WD is not None
         return loss_sum
 
+    jvp = staticmethod(refuse_forward_mode)
+
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        call, first_gradient, weight_gradient = ctx.call, ctx.first_gradient, ctx.weight_gradient
-        assert not ctx.spent, "a second backward pass would scale the gradients twice"
-        ctx.spent = True
-        if first_gradient is not None:
-            if call.folded:
-                assert_is_one(factor)
-            else:
-                first_gradient.mul_(factor)
-            if isinstance(call.source, OutputLayer) and call.reduce_hidden_gradient:
-                dist.all_reduce(first_gradient, group=call.kernel.group)
-        return first_gradient, weight_gradient.finish(factor) if weight_gradient is not None else None, None
+        begin_backward(ctx, factor)
+        first_gradient, weight_gradient = ctx.first_gradient, ctx.weight_gradient
+        ctx.first_gradient = ctx.weight_gradient = None
+        with without_autocast(factor.device):
+            if first_gradient is not None:
+                if ctx.folded:
+                    assert_is_one(factor)
+                else:
+                    first_gradient.mul_(factor)
+                if ctx.reduce:
+                    dist.all_reduce(first_gradient, group=ctx.group)
+            return first_gradient, weight_gradient.finish(factor) if weight_gradient is not None else None, None
 
 
 def _chunks_under_way(call: _Call) -> Iterator[_Chunk]:
@@ -230,29 +251,31 @@ def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[
         divergence_C = call.dense.value(stats_CN3, slots_CNM[:, :, 3:], lse_C, chunk.logits_CW, rows)
 
     inputs = [logp_CJ, entropy_C] + ([divergence_C] if divergence_C is not None else [])
-    with torch.set_grad_enabled(with_gradient):
+    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    with torch.set_grad_enabled(with_gradient), shield():
         for number in inputs:
             number.requires_grad_(with_gradient)
         piece = call.token_loss(logp_CJ, entropy_C, divergence_C, rows)
+        if with_gradient and piece.loss_sum.requires_grad:
+            found = torch.autograd.grad(piece.loss_sum, inputs, allow_unused=True)
     if not with_gradient:
         return None, piece
-    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
-    if piece.loss_sum.requires_grad:
-        found = torch.autograd.grad(piece.loss_sum, inputs, allow_unused=True)
     grad_logp_CJ, grad_entropy_C, grad_divergence_C = (*found, None)[:3]
     if grad_logp_CJ is None:
         grad_logp_CJ = torch.zeros_like(logp_CJ)
     dense_CR = None
     if call.dense is not None and grad_divergence_C is not None:
         dense_CR = call.dense.gradient(chunk.logits_CW, grad_divergence_C, rows)
+    grad_logp_CJ = grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)
     row = RowGradient(
         ids_CJ=ids_CJ,
-        grad_logp_CJ=grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0),
+        grad_logp_CJ=grad_logp_CJ,
         grad_entropy_C=grad_entropy_C,
         lse_C=lse_C.detach(),
         entropy_C=entropy_C.detach(),
         distinct=call.distinct,
         dense_CR=dense_CR,
+        live_C=rows_with_gradient(grad_logp_CJ, grad_entropy_C, grad_divergence_C),
     )
     return row, piece
 

@@ -21,6 +21,7 @@ from tropd_mcore.losses.kernel.eager import block_rows
 from tropd_mcore.losses.kernel.exchange import merge_stats, support_log_probs_of
 from tropd_mcore.losses.kernel.shard import NO_ENTRY, VocabShard, chunks, math_dtype
 from tropd_mcore.losses.kernel.source import LogitSource
+from tropd_mcore.losses.kernel.surroundings import untraced, without_autocast
 
 COLUMN_BITS = 32
 LAST_COLUMN = 2**COLUMN_BITS - 1
@@ -49,6 +50,7 @@ class TopK:
     """log-probs of the ids that were asked for, nats; None where none were"""
 
 
+@untraced
 @torch.no_grad()
 def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Tensor | None = None) -> TopK:
     """The k most probable entries of the whole vocabulary, and the log-probs of `ids_TJ` from the same pass.
@@ -81,19 +83,20 @@ def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Ten
     logp_TK, logp_TJ = lse_T.new_empty(source.tokens, k), lse_T.new_empty(asked_TJ.shape)
     ids_TK = torch.empty(source.tokens, k, dtype=torch.int64, device=first.device)
     buffer = source.buffer(kernel.chunk_tokens)
-    for rows in chunks(source.tokens, kernel.chunk_tokens):
-        logits_CW = source.logits(rows, out=buffer)
-        stats_C3, owned_CJ = kernel.backend.stats_and_support(logits_CW, asked_TJ[rows], shard, kernel.scaling)
-        float_CNY, id_CX = _all_gather(
-            torch.cat([stats_C3, owned_CJ], dim=1), *_shard_candidates(logits_CW, k, shard), kernel.group
-        )
-        stats_CN3, owned_CNJ, value_CNK = float_CNY.split([3, asked_TJ.shape[1], k], dim=2)
-        lse_T[rows], entropy_T[rows] = merge_stats(stats_CN3)
-        logp_TJ[rows] = support_log_probs_of(owned_CNJ.sum(dim=1), lse_T[rows], asked_TJ[rows], shard)
-        # Candidates lie in rank order, which is id order, so a stable sort keeps ties in id order.
-        value_CX, order_CX = value_CNK.flatten(1).sort(dim=1, descending=True, stable=True)
-        ids_TK[rows] = id_CX.gather(1, order_CX[:, :k])
-        logp_TK[rows] = kernel.scaling.apply_(value_CX[:, :k]) - lse_T[rows, None]
+    with without_autocast(first.device):
+        for rows in chunks(source.tokens, kernel.chunk_tokens):
+            logits_CW = source.logits(rows, out=buffer)
+            stats_C3, owned_CJ = kernel.backend.stats_and_support(logits_CW, asked_TJ[rows], shard, kernel.scaling)
+            float_CNY, id_CX = _all_gather(
+                torch.cat([stats_C3, owned_CJ], dim=1), *_shard_candidates(logits_CW, k, shard), kernel.group
+            )
+            stats_CN3, owned_CNJ, value_CNK = float_CNY.split([3, asked_TJ.shape[1], k], dim=2)
+            lse_T[rows], entropy_T[rows] = merge_stats(stats_CN3)
+            logp_TJ[rows] = support_log_probs_of(owned_CNJ.sum(dim=1), lse_T[rows], asked_TJ[rows], shard)
+            # Candidates lie in rank order, which is id order, so a stable sort keeps ties in id order.
+            value_CX, order_CX = value_CNK.flatten(1).sort(dim=1, descending=True, stable=True)
+            ids_TK[rows] = id_CX.gather(1, order_CX[:, :k])
+            logp_TK[rows] = kernel.scaling.apply_(value_CX[:, :k]) - lse_T[rows, None]
     tail_mass_T = (1.0 - logp_TK.exp().sum(dim=1)).clamp(0.0, 1.0)
     return TopK(ids_TK, logp_TK, tail_mass_T, lse_T, entropy_T, logp_TJ if ids_TJ is not None else None)
 

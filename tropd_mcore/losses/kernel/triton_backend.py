@@ -8,6 +8,7 @@ Shapes as in `backend`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tropd_mcore.errors import ConfigError
@@ -94,6 +95,7 @@ class TritonBackend:
             row.entropy_C.contiguous(),
             row.grad_entropy_C.contiguous() if row.grad_entropy_C is not None else None,
             row.dense_CR.contiguous() if row.dense_CR is not None else None,
+            row.live_C.to(torch.int8) if row.live_C is not None else None,
             logits_CW.stride(0),
             out_CW.stride(0),
             shard.start,

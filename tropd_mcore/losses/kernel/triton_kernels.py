@@ -12,6 +12,10 @@ real, J support ids. The dtype of the statistics (float32, or float64) is that o
 import triton
 import triton.language as tl
 
+from tropd_mcore.losses.kernel import shard
+
+LEAST_LOGIT = tl.constexpr(shard.LEAST_LOGIT)
+
 
 @triton.jit
 def stats_and_support_kernel(
@@ -40,6 +44,7 @@ def stats_and_support_kernel(
 
     slot = tl.arange(0, SLOT_BLOCK)
     support_column, here = _columns_of(ids_ptr + row * slots, slot, slots, shard_start, real_width)
+    # An impossible token keeps its -inf: a loss that needs its log-prob must not be finite.
     support = _scaled(tl.load(logits_ptr + support_column, mask=here, other=0.0).to(math), TEMPERATURE, SOFTCAP)
     tl.store(support_ptr + row * slots + slot, tl.where(here, support, 0.0), mask=slot < slots)
 
@@ -49,7 +54,8 @@ def stats_and_support_kernel(
     for start in range(0, real_width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         real = column < real_width
-        scaled = _scaled(tl.load(logits_ptr + column, mask=column < width, other=0.0).to(math), TEMPERATURE, SOFTCAP)
+        logit = _finite(tl.load(logits_ptr + column, mask=column < width, other=0.0).to(math))
+        scaled = _scaled(logit, TEMPERATURE, SOFTCAP)
         new_top = tl.maximum(top, tl.max(tl.where(real, scaled, EMPTY_MAX), axis=0))
         change = top - new_top
         weight = tl.exp(change)
@@ -74,6 +80,7 @@ def write_gradient_kernel(
     entropy_ptr,
     grad_entropy_ptr,
     dense_ptr,
+    live_ptr,
     logits_stride,
     out_stride,
     shard_start,
@@ -89,7 +96,8 @@ def write_gradient_kernel(
 ):
     """dL/dz of a row, written to `out_ptr`: the logits themselves, a narrower row over their first bytes, or elsewhere.
 
-    grad_entropy_ptr and dense_ptr may be None. MERGE: an id may be in more than one slot.
+    grad_entropy_ptr, dense_ptr and live_ptr may be None. A row that is not live gets 0 whatever it holds. MERGE: an id
+    may be in more than one slot.
 
     Over the logits: blocks ascend, so a block of the output covers columns up to its own only; the barrier before its
     store waits for all threads' loads of those. The support's logits are read before the first store, and its complete
@@ -108,14 +116,16 @@ def write_gradient_kernel(
         grad_entropy = tl.load(grad_entropy_ptr + row)
     if dense_ptr is not None:
         dense_ptr += row * real_width
+    live = tl.full((), 1, tl.int1)
+    if live_ptr is not None:
+        live = tl.load(live_ptr + row) != 0
 
     slot = tl.arange(0, SLOT_BLOCK)
     grad_logp = tl.load(grad_logp_ptr + slot, mask=slot < slots, other=0.0)
     grad_sum = tl.sum(grad_logp, axis=0)
     support_column, stored = _columns_of(ids_ptr, slot, slots, shard_start, real_width)
-    support_scaled = _scaled(
-        tl.load(logits_ptr + support_column, mask=stored, other=0.0).to(math), TEMPERATURE, SOFTCAP
-    )
+    support_logit = _finite(tl.load(logits_ptr + support_column, mask=stored, other=0.0).to(math))
+    support_scaled = _scaled(support_logit, TEMPERATURE, SOFTCAP)
     support_gradient = _dense_gradient(
         support_scaled, lse, entropy, grad_sum, grad_entropy, grad_entropy_ptr is not None
     )
@@ -132,16 +142,17 @@ def write_gradient_kernel(
             stored = stored & (earlier == 0)
     else:
         support_gradient += grad_logp
-    support_gradient = _unscaled(support_gradient, support_scaled, TEMPERATURE, SOFTCAP)
+    support_gradient = tl.where(live, _unscaled(support_gradient, support_scaled, TEMPERATURE, SOFTCAP), 0.0)
 
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         real = column < real_width
-        scaled = _scaled(tl.load(logits_ptr + column, mask=column < width, other=0.0).to(math), TEMPERATURE, SOFTCAP)
+        logit = _finite(tl.load(logits_ptr + column, mask=column < width, other=0.0).to(math))
+        scaled = _scaled(logit, TEMPERATURE, SOFTCAP)
         gradient = _dense_gradient(scaled, lse, entropy, grad_sum, grad_entropy, grad_entropy_ptr is not None)
         if dense_ptr is not None:
             gradient += tl.load(dense_ptr + column, mask=real, other=0.0)
-        gradient = tl.where(real, _unscaled(gradient, scaled, TEMPERATURE, SOFTCAP), 0.0)
+        gradient = tl.where(real & live, _unscaled(gradient, scaled, TEMPERATURE, SOFTCAP), 0.0)
         tl.debug_barrier()
         tl.store(out_ptr + column, gradient.to(out_ptr.dtype.element_ty), mask=column < width)
     tl.debug_barrier()
@@ -154,6 +165,12 @@ def _columns_of(ids_ptr, slot, slots, shard_start, real_width):
     column = tl.load(ids_ptr + slot, mask=slot < slots, other=-1) - shard_start
     here = (slot < slots) & (column >= 0) & (column < real_width)
     return tl.where(here, column, 0).to(tl.int32), here
+
+
+@triton.jit
+def _finite(logit):
+    """-inf to LEAST_LOGIT. A comparison, because the maximum of two numbers would drop a NaN."""
+    return tl.where(logit < LEAST_LOGIT, LEAST_LOGIT, logit)
 
 
 @triton.jit

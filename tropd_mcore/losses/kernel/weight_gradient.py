@@ -28,6 +28,11 @@ class WeightGradient:
         self._folded = folded and self._main_grad is not None
         self._sum = self._main_grad if self._folded else None
 
+    @property
+    def adds_in_forward(self) -> bool:
+        """Whether `add` changes main_grad at once."""
+        return self._folded
+
     def add(self, dz_CW: Tensor, hidden_CD: Tensor) -> None:
         """Add one chunk."""
         first = self._sum is None

@@ -1,0 +1,161 @@
+"""What surrounds the kernel's autograd functions: saved-tensor hooks, checkpointing, autocast, functional transforms.
+
+The kernel runs inside the autograd of other people. This module answers what is active around a call, and refuses what
+would make a wrong gradient. It does not compute anything. The table of what is right and what is refused is in
+docs/autograd.md.
+
+Three questions have no public answer in PyTorch and are asked of the private functions that torch.utils.checkpoint and
+torch.autograd.function use themselves. Where a version lacks one, the careful answer is taken; tests/unit/
+test_surroundings.py fails for such a version.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.errors import LossInputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NO_GRAPH_TASK = -1
+"""What PyTorch calls the backward pass where none is running."""
+
+
+def saved_tensor_hooks_are_active() -> bool:
+    """Whether saved tensors pass through hooks here: activation offload, non-reentrant checkpointing, save_on_cpu.
+
+    Behind a hook, a saved tensor has no version check, and more than one reader may hold the same memory. So nothing
+    that has been saved may be overwritten. True where PyTorch cannot tell.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def inside_a_backward_pass() -> bool:
+    """Whether this code runs inside a backward pass, as a forward pass that a checkpoint repeats does.
+
+    False where PyTorch cannot tell.
+    """
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != NO_GRAPH_TASK
+
+
+def functional_transforms_are_active(*tensors: Tensor | None) -> bool:
+    """Whether torch.func.grad, vmap, jvp or the like wrap this call or one of the tensors.
+
+    False where PyTorch cannot tell.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if active is not None and active():
+        return True
+    names = ("is_functorch_wrapped_tensor", "is_legacy_batchedtensor")  # the second is that of is_grads_batched
+    wrapped = [getattr(torch._C._functorch, name) for name in names if hasattr(torch._C._functorch, name)]
+    return any(is_wrapped(tensor) for is_wrapped in wrapped for tensor in tensors if tensor is not None)
+
+
+def refuse_functional_transforms(*tensors: Tensor | None) -> None:
+    """Raise LossInputError inside torch.func transforms, which would run the loss on wrapped tensors."""
+    if functional_transforms_are_active(*tensors):
+        raise LossInputError(
+            "the loss was called inside a functional transform (torch.func.grad, vmap, jvp, is_grads_batched); "
+            "expected a plain call followed by backward() or torch.autograd.grad"
+        )
+
+
+def refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
+    """The `jvp` of the kernel's autograd functions: there is none."""
+    raise LossInputError("the loss has no forward-mode derivative; expected backward() or torch.autograd.grad")
+
+
+def refuse_a_repeated_forward(key: str) -> None:
+    """Raise LossInputError inside a backward pass, for a forward pass that already adds to main_grad."""
+    if inside_a_backward_pass():
+        raise LossInputError(
+            f"{key}: the forward pass adds dW to main_grad, and it was run again inside a backward pass, as activation "
+            "checkpointing does; keep the loss outside the checkpoint or use the weight-gradient mode deferred"
+        )
+
+
+def begin_backward(ctx: Any, *gradients: Tensor | None) -> None:
+    """Mark the backward pass of this call, which was given these gradients, as begun.
+
+    Raises LossInputError where it is the second one, where its result is to be differentiated again, or where it is
+    batched.
+    """
+    refuse_functional_transforms(*gradients)
+    # The engine runs a backward pass with gradients enabled in this case alone.
+    if torch.is_grad_enabled():
+        raise LossInputError(
+            "the loss has no second derivative: its backward pass was run with create_graph=True; expected "
+            "create_graph=False"
+        )
+    if getattr(ctx, "spent", False):
+        raise LossInputError(
+            "a second backward pass through the same loss: its gradients were handed out, or written over the logits, "
+            "by the first; call the loss again instead of backward(retain_graph=True)"
+        )
+    ctx.spent = True
+
+
+def shield() -> AbstractContextManager[None]:
+    """Keep the hooks around a call away from the small graph that the kernel differentiates itself.
+
+    Non-reentrant checkpointing would otherwise run the whole checkpointed function again for each tensor that this
+    graph saved, and with it the kernel. The graph lives for one chunk only, so there is nothing to offload.
+    """
+    return _version_checked() if saved_tensor_hooks_are_active() else nullcontext()
+
+
+@contextmanager
+def _version_checked() -> Iterator[None]:
+    """Hooks that change nothing and, unlike PyTorch's own treatment of hooked tensors, keep the version check."""
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+        return tensor, tensor._version
+
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        tensor, version = saved
+        if tensor._version != version:
+            raise LossInputError(
+                "the objective changed a number in place that its own gradient needs; use an operation that makes a "
+                "new tensor"
+            )
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: the kernel and the objective choose their dtypes themselves."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile out of `function`: a compiled caller breaks its graph here and calls it as it is.
+
+    Does what torch.compiler.disable does, which would import the compiler (1.4 s) also where nobody compiles.
+    """
+
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for where it meets a call
+    return call
