@@ -27,9 +27,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_TIMEOUT_S = 300.0
+"""Longest call. It is there to end a hang, and many times what a call takes on an idle machine."""
 GRACE_S = 5.0
 """Time the other ranks have to end after the first failure, before they are killed."""
+STACK_LIMIT_S = 30.0
+"""Longest wait for the stacks of ranks that hang."""
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1"}
 
 
@@ -128,17 +131,23 @@ def _receive(worker: _Worker, rank: int) -> Any:
     try:
         payload = worker.connection.recv_bytes()
     except EOFError:
+        worker.process.join(STACK_LIMIT_S)  # it has closed its pipe, and now it ends
         _kill([worker])
         return _Failure(RuntimeError(f"rank {rank} died with exit code {worker.process.exitcode}"), 0.0)
     return pickle.loads(payload)
 
 
 def _kill(workers: list[_Worker]) -> str:
-    """Take the stacks of these workers, kill them and drop them from the pool; returns the stacks."""
+    """Take the stacks of these workers, kill them and drop them from the pool; returns the stacks.
+
+    A worker ends by the signal that makes it write its stacks, as soon as they are written (`_serve`).
+    """
     for worker in workers:
         if worker.process.is_alive() and worker.process.pid is not None:
             os.kill(worker.process.pid, signal.SIGUSR1)
-    time.sleep(0.2)  # faulthandler writes the stacks from the signal handler
+    deadline = time.monotonic() + STACK_LIMIT_S
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
     stacks = [worker.stack_file.read_text() for worker in workers]
     for worker in workers:
         worker.process.kill()
@@ -168,7 +177,8 @@ def _serve(connection: Connection, stack_file: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the test session, which ends us
     torch.set_num_threads(1)
     with open(stack_file, "w", encoding="utf-8") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks)
+        # chain: what follows the dump is the default action of the signal, which ends the process
+        faulthandler.register(signal.SIGUSR1, file=stacks, chain=True)
         while True:
             try:
                 call, rank, world_size, store_path, timeout_s = connection.recv()
@@ -182,9 +192,9 @@ def _answer(call: bytes, rank: int, world_size: int, store_path: str, timeout_s:
     try:
         function, args = pickle.loads(call)
         store = dist.FileStore(store_path, world_size)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-        )
+        # Longer than the parent waits: a hang is reported there, with the stacks of all ranks that hang.
+        limit = timedelta(seconds=timeout_s + STACK_LIMIT_S)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
         dist.barrier()  # all are connected before any can fail
         answer = pickle.dumps(function(*args))
         if dist.is_initialized():

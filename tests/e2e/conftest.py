@@ -26,7 +26,7 @@ def example() -> Path:
             cwd=jobs.REPOSITORY,
             env=jobs.environment(),
             check=True,
-            timeout=600,
+            timeout=jobs.LIMIT_S,
         )
         subprocess.run(
             [
@@ -36,7 +36,7 @@ def example() -> Path:
             cwd=jobs.REPOSITORY,
             env=jobs.environment(),
             check=True,
-            timeout=600,
+            timeout=jobs.LIMIT_S,
         )
     return folder
 

@@ -18,6 +18,10 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "quickstart-cpu.yaml"
 NOT_REPRODUCIBLE = ("time/", "throughput/")
+LIMIT_S = 1200.0
+"""Longest time of one job, or of one wait for it. It is there to end a hang, not to tell a slow machine."""
+TEST_LIMIT_S = 4 * LIMIT_S
+"""Longest time of a test: that of the jobs that it runs one after the other, and of those that it shares."""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -43,7 +47,7 @@ def start(run_dir: Path, *overrides: str, ranks: int = 2, log: Path | None = Non
         )
 
 
-def run(run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = 400.0) -> str:
+def run(run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = LIMIT_S) -> str:
     """Run a job to its end; returns its output. Fails the test where it does not end well."""
     code, output = attempt(run_dir, *overrides, ranks=ranks, timeout_s=timeout_s)
     assert code == 0, f"exit code {code}\n{output[-6000:]}"
@@ -51,7 +55,7 @@ def run(run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = 400.0
 
 
 def attempt(
-    run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = 400.0, log: Path | None = None
+    run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = LIMIT_S, log: Path | None = None
 ) -> tuple[int, str]:
     """Run a job to its end, good or bad; returns (exit code, output)."""
     log = log or run_dir.with_suffix(".log")
@@ -87,7 +91,7 @@ def server_processes(run_dir: Path) -> list[psutil.Process]:
 
 
 def wait_for(
-    condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, timeout_s: float = 300
+    condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, timeout_s: float = LIMIT_S
 ) -> None:
     """Wait until `condition` holds; fails where the process ends or the time is up before."""
     deadline = time.monotonic() + timeout_s

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e import jobs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 
 def refused(run_dir: Path, *overrides: str, log: Path | None = None) -> str:

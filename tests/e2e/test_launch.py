@@ -11,7 +11,7 @@ import yaml
 
 from tests.e2e import jobs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 RECIPES = sorted((jobs.REPOSITORY / "configs").glob("*.yaml"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

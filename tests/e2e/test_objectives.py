@@ -17,8 +17,6 @@ from tests.e2e.replayed import PROMPTS, SAMPLES, Stage
 from tests.ranks import run_on_ranks
 from tropd_mcore.types import Rollout
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
 UPDATES = [
     "objective={kind: opd, topk: 9, policy_gradient: {ratio: ppo_clip, mini_batches: 2, epochs: 2}}",
     "optimizer.warmup_steps=8",
@@ -35,6 +33,8 @@ JOBS = {
     "gkd": ["objective={kind: gkd, topk: 9, full_vocabulary: true}", "gates.longest_sequence=true"],
     "truncated": ["rollout.truncate={start: 3, increment: 2, every: 1}", "loss.ignore_tokens=[a, ' apple']"],
 }
+# The first test runs all jobs.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def replay(stage: Stage, wanted: dict[str, list[str]]) -> None:
         ]
         for name, overrides in wanted.items()
     ]
-    run_on_ranks(replayed.run_jobs, 2, stage.config, named, timeout_s=240)
+    replayed.replay(stage.config, named)
 
 
 def tokens(run: Path, step: int = 0) -> dict[str, np.ndarray]:
@@ -104,10 +104,10 @@ def test_a_job_killed_between_two_updates_of_a_step_repeats_the_step_bit_for_bit
 ) -> None:
     killed = stage.run("killed")
     overrides = [f"run.dir={killed}", *JOBS["updates"]]
-    run_on_ranks(replayed.run_until_killed, 2, stage.config, overrides, 4 + 2)
+    run_on_ranks(replayed.run_until_killed, 2, stage.config, overrides, 4 + 2, timeout_s=replayed.JOB_LIMIT_S)
     assert len(jobs.metrics(killed)) == 1 and list((killed / "scores").glob("step_000001.*"))
     # The stored rollouts of the second step come from the first weights, not from the checkpoint.
-    run_on_ranks(replayed.run_jobs, 2, stage.config, [[*overrides, "gates.sampler_logprob=false"]])
+    replayed.replay(stage.config, [[*overrides, "gates.sampler_logprob=false"]])
     assert jobs.curve(killed) == jobs.curve(runs["updates"])
     one, two = (load_file(run / "export" / "model.safetensors") for run in (killed, runs["updates"]))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

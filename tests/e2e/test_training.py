@@ -18,7 +18,7 @@ from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 SAME_STEP = {"rel": 1e-5, "abs": 1e-6}
 """Difference of loss (nats) and gradient norm between layouts, float32; a loss near 0 is a sum that cancels."""
@@ -159,7 +159,7 @@ def test_a_server_killed_in_mid_step_is_started_again_and_the_step_is_complete(
     jobs.wait_for(lambda: len(jobs.metrics(run_dir)) >= 1, process)
     for server in jobs.server_processes(run_dir):
         server.kill()
-    assert process.wait(timeout=300) == 0, run_dir.with_suffix(".log").read_text()[-4000:]
+    assert process.wait(timeout=jobs.LIMIT_S) == 0, run_dir.with_suffix(".log").read_text()[-4000:]
     lines = jobs.metrics(run_dir)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(line["teacher/masked_samples"] == 0 for line in lines)

@@ -27,7 +27,7 @@ def cpu_server(folder: Path, run_dir: Path, *, name: str = "rollout", **config: 
         "dtype": "float32",
         "max_total_tokens": 4096,
         "extra_args": ("--chunked-prefill-size", "64"),
-        "start_timeout_s": 300.0,
+        "start_timeout_s": 600.0,
         "max_retries": 2,
     }
     return ServerSpec(

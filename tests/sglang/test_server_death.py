@@ -28,6 +28,8 @@ from tropd_mcore.serving.process import ServerProcess
 from tropd_mcore.serving.supervisor import SupervisedServer
 
 NEW_TOKENS = (4, 8, 200, 220, 230, 240)
+LIMIT_S = 300.0
+"""Longest wait for what has to happen. It is there to end a hang."""
 
 
 def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
@@ -35,11 +37,10 @@ def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
     before = log_path.read_text().count("POST /generate")
 
     def watch() -> None:
-        while log_path.read_text().count("POST /generate") < before + 2:
-            time.sleep(0.02)
+        wait_for(lambda: log_path.read_text().count("POST /generate") >= before + 2)
         os.kill(pid, signal.SIGKILL)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
 
@@ -101,15 +102,15 @@ def test_the_whole_server_dies_when_its_parent_is_killed_before_it_is_ready(qwen
     finally:
         parent.kill()
         parent.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def test_a_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause_and_log(

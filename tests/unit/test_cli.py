@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,14 +38,21 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
-def test_help_takes_less_than_a_second_and_lists_every_subcommand():
+def processor_time_of_children_s() -> float:
+    """Of the processes that we started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_help_takes_less_than_a_second_of_the_processor_and_lists_every_subcommand():
+    """Time on the processor, not on the clock: other processes may be busy."""
     fastest = 10.0
     for _ in range(3):
-        start = time.monotonic()
+        start = processor_time_of_children_s()
         result = subprocess.run(
-            [sys.executable, "-m", "tropd_mcore.cli.main", "--help"], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "tropd_mcore.cli.main", "--help"], capture_output=True, text=True, timeout=300
         )
-        fastest = min(fastest, time.monotonic() - start)
+        fastest = min(fastest, processor_time_of_children_s() - start)
     assert result.returncode == 0 and fastest < 1.0
     for name in cli.COMMANDS:
         assert re.search(rf"^\s+{name}\s", result.stdout, re.MULTILINE)
@@ -59,7 +66,7 @@ def test_the_help_of_a_subcommand_imports_no_tensor_library(name):
         "except SystemExit as error: assert error.code == 0\n"
         "assert not {'torch', 'megatron', 'transformers', 'aiohttp', 'sglang'} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert f"usage: tropd {name}" in result.stdout
 

@@ -240,7 +240,7 @@ def test_the_plan_of_plain_opd_with_a_running_teacher_server(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "line"),
     [
-        ("{kind: power_opd}", "power_opd: topk 64, power 0.5"),
+        ("{kind: power_opd}", "power_opd: topk 64, power 5"),
         (
             "{kind: exopd, policy_gradient: {ratio: ppo_clip, mini_batches: 4, epochs: 2}}",
             "exopd: topk 64, scale 1.25; ratio ppo_clip; 8 updates a step (4 mini-batches x 2 epochs); "
@@ -286,7 +286,7 @@ def test_the_config_package_imports_no_torch():
         "import sys, tropd_mcore.config.loader, tropd_mcore.config.plan;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'aiohttp', 'transformers')))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
 def test_the_config_package_reads_no_environment_and_no_argv():

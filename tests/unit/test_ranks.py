@@ -65,11 +65,14 @@ def test_the_cause_is_raised_and_not_its_consequence_on_another_rank() -> None:
 
 
 def test_a_hang_ends_at_the_timeout_with_the_stack_and_the_pool_recovers() -> None:
-    run_on_ranks(_process_id, 2)  # the workers run: the timeout below is not spent on their start
-    started = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2(.|\n)*_hang_on"):
-        run_on_ranks(_hang_on, 2, 1, timeout_s=5.0)
-    assert time.monotonic() - started < 100
+    """On a busy machine the ranks may not be at the place where they hang in time: then the next bound is tried."""
+    for timeout_s in (3.0, 15.0, 75.0):
+        run_on_ranks(_process_id, 2)  # the workers run: the timeout below is not spent on their start
+        with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2") as caught:
+            run_on_ranks(_hang_on, 2, 1, timeout_s=timeout_s)
+        if "_hang_on" in str(caught.value):
+            break
+    assert "_hang_on" in str(caught.value)
     assert run_on_ranks(_rank_and_sum, 2, 1.0) == [(0, 2, 3.0), (1, 2, 3.0)]
 
 

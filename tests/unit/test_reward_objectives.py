@@ -270,7 +270,7 @@ def test_power_opd_over_its_power_tends_to_the_log_ratio_and_is_bounded() -> Non
     small = power_opd(batch.inputs(), power=1e-6, policy=policy).columns["advantage"] / 1e-6
     torch.testing.assert_close(small[batch.on_T], _opd(batch).columns["advantage"][batch.on_T], rtol=0, atol=1e-3)
     excluded = replace(batch.inputs(), teacher_logp_T=torch.full((TOKENS,), -math.inf, dtype=torch.float64))
-    for power in (0.1, 1.0):
+    for power in (0.1, 1.0, 5.0):
         assert (power_opd(excluded, power=power, policy=policy).columns["advantage"].abs() <= 1.0).all()
 
 

@@ -47,7 +47,7 @@ class Checkout:
             env={**os.environ, "PYTHON": str(self.python), "STATE": str(self.state), "CXX": "g++", **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     @property

@@ -8,11 +8,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from tropd_mcore.config.fields import Fraction, PositiveFloat, PositiveInt, Section
-from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
+from tropd_mcore.config.fields import Fraction, PositiveFloat, PositiveInt
+from tropd_mcore.config.tropd_objectives import PolicyGradientConfig, PolicyGradientObjective
 
 
-class RewardObjective(Section):
+class RewardObjective(PolicyGradientObjective):
     """What all of them share."""
 
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
@@ -33,6 +33,7 @@ class ReopoldObjective(RewardObjective):
     """Fraction of run.steps after which the second phase begins (stages: 2)."""
     entropy_fraction: float = Field(default=0.2, gt=0, le=1)
     """Share of the batch's tokens, by student entropy, that the second phase trains. Source: REOPOLD eq. 8 (0.2)."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
 class EntropyOpdObjective(RewardObjective):
@@ -53,6 +54,8 @@ class ExopdObjective(RewardObjective):
     """lambda of the G-OPD reward; 1 is plain OPD. Source: ExOPD (1.25)."""
     reference: Path | None = None
     """Hugging Face folder of the reference model; None = the student as the run found it."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(mismatch="tis", tis_cap=5.0)
+    """Source of the mismatch weight: G-OPD's code, token level, at most 5.0."""
 
 
 class TopdObjective(RewardObjective):
@@ -65,14 +68,16 @@ class TopdObjective(RewardObjective):
     """Add the mean reward of the tokens that follow."""
     normalise: bool = True
     """Subtract the mean and divide by the standard deviation over all tokens of a prompt's samples."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
 class VopdObjective(RewardObjective):
     """vOPD: the log-ratio with the state's own baseline, KL(p || q) on the student's top tokens, a constant."""
 
     kind: Literal["vopd"] = "vopd"
-    own_topk: PositiveInt = 64
-    """Student candidates of the baseline, renormalised on both sides."""
+    own_topk: PositiveInt = 100
+    """Student candidates of the baseline, renormalised on both sides. Source: vOPD's code (100)."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
 class IwOpdObjective(RewardObjective):
@@ -81,14 +86,17 @@ class IwOpdObjective(RewardObjective):
     kind: Literal["iw_opd"] = "iw_opd"
     gamma: float = Field(default=0.5, ge=0)
     """h_t = 1 + gamma (1 - share of the sample's |A| that is before t). Source: IW-OPD (0.5)."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
 class PowerOpdObjective(RewardObjective):
     """PowerOPD: the reward q^a - p^a, bounded in [-1, 1]."""
 
     kind: Literal["power_opd"] = "power_opd"
-    power: float = Field(default=0.5, gt=0, le=1)
-    """a of q^a - p^a; towards 0 the reward divided by a becomes the log-ratio."""
+    power: PositiveFloat = 5.0
+    """a of q^a - p^a: the larger it is, the less a token counts that both models find unlikely. Towards 0 the reward
+    divided by a becomes the log-ratio. Source: PowerOPD's code (5)."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
 class KdrlObjective(RewardObjective):
@@ -99,6 +107,7 @@ class KdrlObjective(RewardObjective):
     """Weight of (log q - log p)^2 / 2 at the first step, then linear to beta_end. Source: KDRL (5e-3 to 1e-3)."""
     beta_end: float = Field(default=1e-3, ge=0)
     """Weight that is reached at run.steps."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
 class RladObjective(RewardObjective):
@@ -111,10 +120,12 @@ class RladObjective(RewardObjective):
     """Weight of the KL to the reference (one-sample K3); 0 needs no reference model."""
     reference: Path | None = None
     """Hugging Face folder of the reference model; None = the student as the run found it."""
-    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(ratio="ppo_clip")
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(ratio="ppo_clip", dual_clip=None)
+    """The ratio is far from 1 before any update, where student and teacher disagree. A dual clip would therefore leave
+    tokens with A < 0 and q much below p without gradient."""
 
 
-class RethinkingObjective(Section):
+class RethinkingObjective(PolicyGradientObjective):
     """Rethinking OPD: a policy gradient on several candidates of each state instead of the sampled token alone."""
 
     kind: Literal["rethinking"] = "rethinking"

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tropd_mcore.config.fields import Fraction, PositiveFloat, PositiveInt, Section
-from tropd_mcore.config.tropd_objectives import PolicyGradientConfig, TropdObjective
+from tropd_mcore.config.tropd_objectives import PolicyGradientConfig, PolicyGradientObjective, TropdObjective
 
 Norm = Literal["truncated", "tail", "renorm", "teacher_renorm"]
 
 
-class EopdObjective(Section):
+class EopdObjective(PolicyGradientObjective):
     """Entropy-aware OPD: the log-ratio reward on every token plus a forward KL where the teacher is uncertain."""
 
     kind: Literal["eopd"] = "eopd"
@@ -22,10 +22,10 @@ class EopdObjective(Section):
     """Teacher support size. Source: EOPD (16); TrOPD's tables use 64."""
     norm: Norm = "truncated"
     """Support normalisation of the forward KL."""
-    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
-class AopdObjective(Section):
+class AopdObjective(PolicyGradientObjective):
     """Asymmetric OPD: forward KL where the teacher gives the token no more than the student, else the reward."""
 
     kind: Literal["aopd"] = "aopd"
@@ -35,7 +35,7 @@ class AopdObjective(Section):
     """Teacher support size."""
     norm: Norm = "truncated"
     """Support normalisation of the forward KL."""
-    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None)
 
 
 class TropdAopdObjective(TropdObjective):
@@ -48,7 +48,7 @@ class TropdAopdObjective(TropdObjective):
     """Weight of the added forward KL."""
 
 
-class JsdObjective(Section):
+class JsdObjective(PolicyGradientObjective):
     """TrOPD's JSD baseline: a top-k half from the teacher's side, a one-sample half from the student's."""
 
     kind: Literal["jsd"] = "jsd"
@@ -89,7 +89,7 @@ class LsmObjective(Section):
     """Bound of |log p~ - log q~|, nats, as a constant factor of the gradient; None = off, the authors' default."""
 
 
-class SdpoObjective(Section):
+class SdpoObjective(PolicyGradientObjective):
     """Self-distillation: the teacher is the student (an average of its weights) that has seen a solution."""
 
     kind: Literal["sdpo"] = "sdpo"
@@ -109,11 +109,12 @@ class SdpoObjective(Section):
     template: str = "{prompt}\n\nA correct solution:\n\n{solution}\n\nNow solve the original problem yourself."
     """What the teacher reads instead of the prompt's last user message, or of a text prompt; {prompt} and {solution},
     which has to be there, are filled in."""
-    policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
-    """`mini_batches`, `epochs` and `mismatch`, whose weight also multiplies the divergence; there is no advantage."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig(dual_clip=None, mismatch="tis", tis_cap=2.0)
+    """`mini_batches`, `epochs` and `mismatch`, whose weight also multiplies the divergence; there is no advantage.
+    Source of the weight: SDPO's code, token level, at most 2.0."""
 
 
-class CustomObjective(Section):
+class CustomObjective(PolicyGradientObjective):
     """An objective of one's own: a function like those in `losses.objectives`."""
 
     kind: Literal["custom"] = "custom"

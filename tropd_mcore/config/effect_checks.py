@@ -13,14 +13,15 @@ from tropd_mcore.config.derived import policy_gradient
 from tropd_mcore.config.divergence_objectives import CustomObjective, GkdObjective
 from tropd_mcore.config.fields import Section
 from tropd_mcore.config.schema import ObjectiveConfig
-from tropd_mcore.config.tropd_objectives import PolicyGradientConfig, TropdObjective
+from tropd_mcore.config.tropd_objectives import PolicyGradientConfig, PolicyGradientObjective, TropdObjective
 
 
 def keys_without_effect(objective: ObjectiveConfig) -> Iterator[str]:
     """Return a line for each key that was changed and is not looked at."""
     if isinstance(objective, CustomObjective):
         return
-    yield from _policy_gradient(policy_gradient(objective))
+    if isinstance(objective, PolicyGradientObjective):
+        yield from _policy_gradient(policy_gradient(objective), objective.default_policy_gradient())
     if isinstance(objective, TropdObjective):
         yield from _tropd(objective)
     if isinstance(objective, ReopoldObjective) and objective.stages == 1:
@@ -34,14 +35,16 @@ def keys_without_effect(objective: ObjectiveConfig) -> Iterator[str]:
             yield from _changed(objective, "objective", ("norm",), "objective.full_vocabulary=true")
 
 
-def _policy_gradient(policy: PolicyGradientConfig) -> Iterator[str]:
+def _policy_gradient(policy: PolicyGradientConfig, default: PolicyGradientConfig) -> Iterator[str]:
+    """`default`: that of the objective's kind."""
     key = "objective.policy_gradient"
     if policy.ratio != "ppo_clip":
-        yield from _changed(policy, key, ("clip_low", "clip_high", "dual_clip"), f"{key}.ratio={policy.ratio}")
+        of_the_clip = ("clip_low", "clip_high", "dual_clip")
+        yield from _changed(policy, key, of_the_clip, f"{key}.ratio={policy.ratio}", default)
     constants = {"tis": ("tis_cap",), "icepop": ("icepop_low", "icepop_high"), "mask": ("mask_below",)}
     for mode, names in constants.items():
         if policy.mismatch != mode:
-            yield from _changed(policy, key, names, f"{key}.mismatch={policy.mismatch}")
+            yield from _changed(policy, key, names, f"{key}.mismatch={policy.mismatch}", default)
 
 
 def _tropd(objective: TropdObjective) -> Iterator[str]:
@@ -61,9 +64,15 @@ def _tropd(objective: TropdObjective) -> Iterator[str]:
         yield from _changed(guidance, "objective.guidance", ("total_steps",), "objective.guidance.schedule=constant")
 
 
-def _changed(section: Section, key: str, names: tuple[str, ...], other: str) -> Iterator[str]:
-    """A line for each of the keys `names` that is not at its default, because of the setting `other`."""
+def _changed(
+    section: Section, key: str, names: tuple[str, ...], other: str, default: Section | None = None
+) -> Iterator[str]:
+    """A line for each of the keys `names` that is not at its default, because of the setting `other`.
+
+    `default` has the defaults where they are not those of the section's class.
+    """
     for name in names:
         value = getattr(section, name)
-        if value != type(section).model_fields[name].default:
+        usual = type(section).model_fields[name].default if default is None else getattr(default, name)
+        if value != usual:
             yield f"{key}.{name}={value} has no effect with {other}; remove the one or change the other"

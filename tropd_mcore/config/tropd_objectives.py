@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tropd_mcore.config.fields import PositiveFloat, PositiveInt, Section
 
@@ -60,7 +61,8 @@ class PolicyGradientConfig(Section):
     clip_high: PositiveFloat = 0.2
     """PPO clips the ratio above 1 + clip_high (`ppo_clip`)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
-    """With an advantage A < 0, the loss is at most -dual_clip * A (`ppo_clip`); None = off. Source: dual-clip PPO."""
+    """With an advantage A < 0, the loss is at most -dual_clip * A (`ppo_clip`); None = off. Source: dual-clip PPO, in
+    verl with 3.0. Objectives whose source lacks it have None (docs/settings.md)."""
     mini_batches: PositiveInt = 1
     """Optimizer steps a rollout batch makes, each on its own part of the prompts; more than 1 needs a ratio."""
     epochs: PositiveInt = 1
@@ -80,7 +82,29 @@ class PolicyGradientConfig(Section):
     """Clamp of the log-ratio advantage to [-c, c], nats; None = off (the paper)."""
 
 
-class TropdObjective(Section):
+class PolicyGradientObjective(Section):
+    """An objective with the section `policy_gradient`, whose defaults are those of the objective's source.
+
+    A class states them as the default of that field (docs/settings.md). A key that the configuration leaves out has the
+    default of the objective, also where other keys of the section are given.
+    """
+
+    @field_validator("policy_gradient", mode="before", check_fields=False)
+    @classmethod
+    def _with_the_defaults_of_the_objective(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {**cls.default_policy_gradient().model_dump(), **value}
+
+    @classmethod
+    def default_policy_gradient(cls) -> PolicyGradientConfig:
+        """Return the defaults of `policy_gradient` for this objective."""
+        default = cls.model_fields["policy_gradient"].default
+        assert isinstance(default, PolicyGradientConfig)
+        return default
+
+
+class TropdObjective(PolicyGradientObjective):
     """TrOPD, docs/method.md."""
 
     kind: Literal["tropd"] = "tropd"
@@ -90,7 +114,7 @@ class TropdObjective(Section):
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
 
 
-class OpdObjective(Section):
+class OpdObjective(PolicyGradientObjective):
     """Plain on-policy distillation: the same code with the gate open and no guidance."""
 
     kind: Literal["opd"] = "opd"
