@@ -10,7 +10,8 @@
     G5  the teacher's top-k, ours beside torch.topk
 G6 (no host sync, CUDA graphs, bitwise reruns) is tests/gpu; G7 (numerics) is `python -m benchmarks.numerics --device
 cuda`. Times are CUDA events around one call, median and range, the L2 cache flushed before each; methods are
-interleaved. `--device cpu --small` runs the same code without a GPU, to see that it works; its times mean nothing.
+interleaved. `--plan quick` has one number of tokens and two widths, for some minutes on a GPU. `--device cpu --plan
+small` runs the same code without a GPU, to see that it works; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class Plan:
 
 
 REAL = Plan([4096, 8192, 16384], [VOCABULARY // tp for tp in (1, 2, 4, 8)], [3584, 5120], [16, 64, 128], 4096, 10, 50)
+QUICK = Plan([8192], [VOCABULARY, VOCABULARY // 8], [4096], [64], 4096, 5, 20)
 SMALL = Plan([32, 64], [512, 768], [64], [4, 8], 32, 1, 2)
+PLANS = {"full": REAL, "quick": QUICK, "small": SMALL}
 
 
 @dataclass(frozen=True)
@@ -275,11 +278,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--backends", nargs="+", default=["triton", "compile", "eager"])
     parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--plan", default="full", choices=list(PLANS), help="which sizes and how many repeats")
     parser.add_argument("--name", default="gpu", help="results/<name>.json")
     args = parser.parse_args()
     roots = dict(entry.split("=", 1) for entry in args.peer_root)
-    plan, clock = SMALL if args.small else REAL, Clock(torch.device(args.device))
+    plan, clock = PLANS[args.plan], Clock(torch.device(args.device))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
@@ -307,7 +310,8 @@ def main() -> None:
         for row in rows
     ]
     print(table(["method", "size", "ms [range]", "TF useful", "extra GB"], cells))
-    print(write_result(args.name, rows, command=f"python -m benchmarks.gpu --suite {' '.join(args.suite)}"))
+    options = f"--suite {' '.join(args.suite)} --plan {args.plan} --backends {' '.join(args.backends)}"
+    print(write_result(args.name, rows, command=f"python -m benchmarks.gpu {options}"))
 
 
 if __name__ == "__main__":

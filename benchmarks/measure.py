@@ -133,7 +133,7 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT"),  # a copy may have no history
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(UTC).date().isoformat(),
     }
