@@ -45,7 +45,8 @@ class SampleRequest:
     prefix_ids: IntArray
     max_new_tokens: int
     carries_prefix_loss: bool
-    """True in one of the samples that share a prompt and its prefix, so that the prefix counts once."""
+    """True in one of the samples that share a prompt and its prefix, so that the prefix counts once; in none where the
+    objective has no term for it"""
     answer: str | None
 
 
@@ -173,10 +174,11 @@ class TokenTable:
     """The step's per-row results of all ranks on rank 0, one numpy array a column, ordered by sample, token and epoch.
 
     A row for each time that an update looked at a token, which is once an epoch. Columns: sample_index, token_index,
-    epoch (from 0), on (bool), off (bool), trusted (weight of the gate), student_logp (at that update), old_logp (before
-    the first), behav_logp, teacher_logp, log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio
-    (p / p_old), clipped (1 where PPO's clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if
-    unknown), teacher_mass (m_A), student_mass (c_A), topk_overlap (NaN if not computed).
+    epoch (from 0), on (bool), off (bool), impossible (bool: the teacher's log q is -inf, and teacher_logp its floor),
+    trusted (weight of the gate), student_logp (at that update), old_logp (before the first), behav_logp, teacher_logp,
+    log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio (p / p_old), clipped (1 where PPO's
+    clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A), student_mass
+    (c_A), topk_overlap (NaN if not computed).
     """
 
     columns: dict[str, npt.NDArray[np.generic]]
@@ -187,12 +189,18 @@ class TokenTable:
 
 @dataclass(frozen=True)
 class OptimizerReport:
-    """One optimizer step as it happened."""
+    """One optimizer step as it happened, or that none did because no token counted (`token_count` 0)."""
 
     grad_norm: float
-    """Global L2 norm before clipping."""
+    """Global L2 norm before clipping; 0 without an optimizer step."""
     learning_rate: float
+    """Of the last optimizer step that was made."""
     loss: float
     """Sum of the surrogate over all rows / token_count, nats."""
     token_count: int
     """Rows that count in the denominator, over all ranks."""
+
+    @property
+    def made(self) -> bool:
+        """Whether there was an optimizer step."""
+        return self.token_count > 0

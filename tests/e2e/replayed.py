@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tests.ranks import run_on_ranks
 from tropd_mcore.config.loader import load
 from tropd_mcore.mcore.parallel import RankEnvironment
 from tropd_mcore.train.job import run_job
@@ -22,6 +23,8 @@ from tropd_mcore.train.trainer import Trainer
 from tropd_mcore.types import OptimizerReport, Rollout
 
 STEPS, PROMPTS, SAMPLES, LONGEST = 2, 4, 2, 11
+JOB_LIMIT_S = 300.0
+"""Longest time of one job. It is there to end a hang: on an idle machine a job takes a few seconds."""
 REAL_TOKENS = 280
 """Ids below have a text in the tiny tokenizer."""
 
@@ -52,6 +55,12 @@ def run_jobs(config: Path, jobs: list[list[str]]) -> None:
     for overrides in jobs:
         resolved, sources = load(config, overrides)
         run_job(resolved, sources, RankEnvironment(dist.get_rank(), dist.get_world_size(), local_rank=0))
+
+
+def replay(config: Path, jobs: list[list[str]]) -> None:
+    """One job after the other with these overrides, on the same two processes, each with a bound of its own."""
+    for overrides in jobs:
+        run_on_ranks(run_jobs, 2, config, [overrides], timeout_s=JOB_LIMIT_S)
 
 
 def run_until_killed(config: Path, overrides: list[str], updates: int) -> None:

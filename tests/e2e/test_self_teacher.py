@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.e2e import jobs, replayed
 from tests.e2e.replayed import PROMPTS, SAMPLES, STEPS, Stage
@@ -16,8 +17,6 @@ from tests.ranks import run_on_ranks
 from tests.tiny_models import tiny_tokenizer
 from tropd_mcore.train.replay import load_rollouts, save_rollouts
 from tropd_mcore.types import Rollout
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 TEMPLATE = "{prompt} ({solution}) so"
 
@@ -36,7 +35,10 @@ JOBS = {
     "on_data_ranks": [*sdpo(0.5), "parallel.tensor=1", "parallel.data=2"],
     "on_context_ranks": [*sdpo(0.5), "parallel.tensor=1", "parallel.context=2"],
     "unsolved": [*sdpo(0.5), "run.replay=UNSOLVED"],
+    "unsolved_alone": [*sdpo(0.5), "run.replay=UNSOLVED", "run.steps=1", "run.export_at_end=true"],
 }
+# The first test runs all jobs.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def overrides(stage: Stage, name: str, wanted: list[str]) -> list[str]:
 def runs(stage: Stage) -> dict[str, Path]:
     """{name: run directory} of all jobs, run one after the other by the same two processes."""
     named = [overrides(stage, name, wanted) for name, wanted in JOBS.items()]
-    run_on_ranks(replayed.run_jobs, 2, stage.config, named, timeout_s=240)
+    replayed.replay(stage.config, named)
     return {name: stage.run(name) for name in JOBS}
 
 
@@ -123,14 +125,26 @@ def test_a_step_that_nobody_solved_trains_nothing_and_the_next_goes_on(runs: dic
     assert first["teacher/masked_samples"] == PROMPTS * SAMPLES
     assert first["optimizer/token_count"] == 0 and first["loss/total"] == 0 and first["optimizer/grad_norm"] == 0
     assert second["teacher/masked_samples"] == PROMPTS and second["optimizer/grad_norm"] > 0
+    assert (first["optimizer/updates"], second["optimizer/updates"]) == (0, 1)
+
+
+def test_a_step_that_nobody_solved_leaves_every_bit_of_the_weights(runs: dict[str, Path], stage: Stage) -> None:
+    """No weight decay and no step of the schedule: the next step has the weights and the rate of a first one."""
+    found, before = (
+        load_file(folder / "model.safetensors")
+        for folder in (runs["unsolved_alone"] / "export", stage.model("student"))
+    )
+    assert found.keys() == before.keys() and all(torch.equal(found[name], before[name]) for name in found)
+    _, second = jobs.metrics(runs["unsolved"])
+    assert second["optimizer/learning_rate"] == jobs.metrics(runs["followed"])[0]["optimizer/learning_rate"]
 
 
 def test_a_killed_job_goes_on_with_the_average_it_had(runs: dict[str, Path], stage: Stage) -> None:
     wanted = overrides(stage, "killed", JOBS["followed"])
-    run_on_ranks(replayed.run_until_killed, 2, stage.config, wanted, 1)
+    run_on_ranks(replayed.run_until_killed, 2, stage.config, wanted, 1, timeout_s=replayed.JOB_LIMIT_S)
     assert len(jobs.metrics(stage.run("killed"))) == STEPS - 1
     # The stored rollouts of the second step come from the first weights, not from the checkpoint.
-    run_on_ranks(replayed.run_jobs, 2, stage.config, [[*wanted, "gates.sampler_logprob=false"]])
+    replayed.replay(stage.config, [[*wanted, "gates.sampler_logprob=false"]])
     assert jobs.curve(stage.run("killed")) == jobs.curve(runs["followed"])
 
 

@@ -1,5 +1,6 @@
 """Every metric of the catalogue against a loop over tokens written from its description."""
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
 from tropd_mcore.evaluation.report import CHARTS
 from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
 from tropd_mcore.monitor.console import COLUMNS as COLUMNS_OF_CONSOLE
+from tropd_mcore.monitor.jsonl import JsonLines
 from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 
@@ -55,6 +57,7 @@ def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord
     columns["teacher_entropy"][::3] = NAN
     columns["sample_index"], columns["token_index"] = (np.array([row[i] for row in rows]) for i in (0, 1))
     columns["on"], columns["off"], columns["epoch"] = (np.array([row[i] for row in rows]) for i in (2, 3, 4))
+    columns["impossible"] = generator.random(len(rows)) > 0.9
     columns["clipped"] = (generator.random(len(rows)) > 0.7).astype(np.float32)
     trusted = generator.random(len(rows))
     columns["trusted"] = (trusted if soft else (trusted > 0.4).astype(np.float32)) * columns["on"]
@@ -140,6 +143,7 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "tokens/prefix": 4.0,
         "tokens/total": 30 + 37 + 12.0,
         "teacher/masked_samples": 1.0,
+        "teacher/impossible_tokens": sum(bool(row["impossible"]) for row in on + off),
         "guidance/alpha": 0.75,
         "guidance/prefix_length": 8 / 3,
         "rollout/length_mean": sum(lengths) / 3,
@@ -185,11 +189,39 @@ def test_an_empty_step_gives_nan_for_means_and_zero_for_counts_only():
     empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None)
     found = compute_metrics(empty)
     counts = {"tokens/student", "tokens/trusted", "tokens/outlier", "tokens/prefix", "tokens/total"}
-    given = {"teacher/masked_samples", "guidance/alpha", "loss/total", "time/step", "time/rollout"}
+    given = {
+        "teacher/masked_samples",
+        "teacher/impossible_tokens",
+        "guidance/alpha",
+        "loss/total",
+        "time/step",
+        "time/rollout",
+    }
     for name, value in found.items():
         if name.startswith("optimizer/") or name in given or name == "throughput/tokens_per_second":
             continue
         assert (value == 0) if name in counts else math.isnan(value), name
+
+
+def report(grad_norm: float, token_count: int, learning_rate: float = 1e-3) -> OptimizerReport:
+    return OptimizerReport(grad_norm=grad_norm, learning_rate=learning_rate, loss=0.25, token_count=token_count)
+
+
+def test_a_part_without_a_token_is_no_optimizer_step_of_any_metric():
+    found = compute_metrics(make_record(updates=[report(2.0, 30), report(0.0, 0), report(4.0, 10)]))
+    assert found["optimizer/updates"] == 2 and found["optimizer/token_count"] == 40
+    assert found["optimizer/grad_norm"] == 3.0 and found["optimizer/grad_norm_max"] == 4.0
+    assert found["loss/total"] == 0.25
+
+
+def test_a_step_without_an_optimizer_step_has_the_numbers_of_nothing(tmp_path):
+    found = compute_metrics(make_record(updates=[report(0.0, 0, 3e-4)] * 2))
+    names = ("updates", "grad_norm", "grad_norm_max", "token_count", "learning_rate")
+    assert [found[f"optimizer/{name}"] for name in names] == [0, 0, 0, 0, 3e-4] and found["loss/total"] == 0
+    sink = JsonLines(tmp_path / "metrics.jsonl", 0)
+    sink.write(0, found)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=lambda text: pytest.fail(text))["optimizer/grad_norm"] == 0
 
 
 def test_a_region_without_tokens_is_nan_and_the_others_are_not():

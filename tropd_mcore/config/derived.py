@@ -17,7 +17,7 @@ from tropd_mcore.config.advantage_objectives import (
     RladObjective,
     TopdObjective,
 )
-from tropd_mcore.config.divergence_objectives import GkdObjective, SdpoObjective
+from tropd_mcore.config.divergence_objectives import CustomObjective, GkdObjective, SdpoObjective
 from tropd_mcore.config.schema import Config, ObjectiveConfig, ParallelConfig
 from tropd_mcore.config.tropd_objectives import GuidanceConfig, PolicyGradientConfig, TropdObjective
 from tropd_mcore.errors import ConfigError
@@ -27,6 +27,18 @@ def active_guidance(config: Config) -> GuidanceConfig | None:
     """Return the guidance section where the objective has one that is enabled, else None."""
     objective = config.objective
     return objective.guidance if isinstance(objective, TropdObjective) and objective.guidance.enabled else None
+
+
+def has_prefix_loss(objective: ObjectiveConfig) -> bool:
+    """Return whether the objective has a term for the tokens of a teacher prefix: only then are they rows.
+
+    TrOPD and its extensions have one where guidance is enabled and guidance.loss is not `none` (beta = 0 is a term of
+    weight 0, whose rows count). A custom objective has one where it says so: its arguments have a `prefix_loss` that is
+    not `none`, the keyword that `tropd` itself has.
+    """
+    if isinstance(objective, CustomObjective):
+        return objective.arguments.get("prefix_loss", "none") != "none"
+    return isinstance(objective, TropdObjective) and objective.guidance.enabled and objective.guidance.loss != "none"
 
 
 def alpha(step: int, config: Config) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tropd_mcore.config.derived import active_guidance, new_token_budget, prefix_length
+from tropd_mcore.config.derived import active_guidance, has_prefix_loss, new_token_budget, prefix_length
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import IntArray, Prompt, Rollout, SampleRequest
@@ -29,7 +29,7 @@ def build_requests(
     step goes on counting, so ids never repeat. `longest_response`: tokens of the longest stored response (`cap` mode).
     Raises DataError where guidance needs a stored response and the prompt has none. Source: docs/method.md, 6.
     """
-    guidance = active_guidance(config)
+    prefix_loss = has_prefix_loss(config.objective)
     seen: Counter[str] = Counter()
     requests = []
     for prompt in prompts:
@@ -42,7 +42,7 @@ def build_requests(
                     prompt_ids=prompt.token_ids,
                     prefix_ids=prefix_ids,
                     max_new_tokens=new_token_budget(step, len(prefix_ids), config),
-                    carries_prefix_loss=position == 0 and guidance is not None and guidance.loss != "none",
+                    carries_prefix_loss=position == 0 and prefix_loss,
                     answer=prompt.answer,
                 )
             )

@@ -1,13 +1,16 @@
-"""Which tokens of a rollout are supervised.
+"""Which tokens of a rollout are supervised, and which of the samples that share a prefix carries its loss.
 
-Not for whether the teacher could score them (`TeacherScores.scored_T`). Invariant: only tokens that student or teacher
-produced are supervised, never the prompt's.
+Not for which rows the teacher scored (`TeacherScores.scored_T`). Invariants: only tokens that student or teacher
+produced are supervised, never the prompt's; a prefix is supervised where the objective has a term for it, and then in
+one sample of its group. A group is a run of samples that share a prompt and a prefix; a prompt that a step has twice
+keeps one carrier for each time it was sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +70,56 @@ def supervised(rollout: Rollout, ignored: IgnoredTokens) -> Supervised:
         response[np.flatnonzero(rollout.response_ids == index)[:1]] = False
     prefix = ~_among(rollout.prefix_ids, ignored.always)
     return Supervised(response, prefix if rollout.carries_prefix_loss else np.zeros_like(prefix))
+
+
+def with_carriers(rollouts: Sequence[Rollout], *, prefix_loss: bool) -> list[Rollout]:
+    """Return the rollouts with the carriers that the objective asks for, wherever they were sampled.
+
+    Without a `prefix_loss` there are none. With one, a group keeps the carriers it was stored with, so that scores on
+    disk still belong to it, and one that was sampled for an objective without a prefix loss gets its first sample.
+    """
+    if not prefix_loss:
+        return _carried_by(rollouts, set())
+    carriers = _carriers(rollouts)
+    firsts = {group[0] for group in _groups(rollouts) if carriers.isdisjoint(group)}
+    return _carried_by(rollouts, carriers | firsts)
+
+
+def hand_over(rollouts: Sequence[Rollout], lost: Collection[int]) -> list[Rollout] | None:
+    """Return the rollouts with each prefix loss in a sample that is not `lost`; None where none can or has to move.
+
+    `lost` are the indices of samples without teacher scores. The first sample of the group that has scores and carries
+    nothing takes over; where there is none, the carrier stays, and its rows leave the loss with the teacher's failure.
+    """
+    before = _carriers(rollouts)
+    after = set(before)
+    for group in _groups(rollouts):
+        free = [index for index in group if index not in lost and index not in before]
+        for carrier, heir in zip([index for index in group if index in before and index in lost], free, strict=False):
+            after.remove(carrier)
+            after.add(heir)
+    return None if after == before else _carried_by(rollouts, after)
+
+
+def _groups(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """The indices of each run of samples that share a prompt and a prefix; samples without a prefix are in none."""
+
+    def shared(index: int) -> tuple[str, bytes]:
+        return rollouts[index].prompt_id, rollouts[index].prefix_ids.tobytes()
+
+    return [list(group) for (_, prefix), group in groupby(range(len(rollouts)), shared) if prefix]
+
+
+def _carriers(rollouts: Sequence[Rollout]) -> set[int]:
+    return {index for index, rollout in enumerate(rollouts) if rollout.carries_prefix_loss}
+
+
+def _carried_by(rollouts: Sequence[Rollout], carriers: Collection[int]) -> list[Rollout]:
+    return [
+        rollout if rollout.carries_prefix_loss == (index in carriers)
+        else replace(rollout, carries_prefix_loss=index in carriers)
+        for index, rollout in enumerate(rollouts)
+    ]  # fmt: skip
 
 
 def _among(ids: IntArray, chosen: frozenset[int]) -> Mask:

@@ -76,11 +76,11 @@ def evaluation_files(run_dir: Path) -> list[Path]:
 
 
 def _read_tokens(run_dir: Path, load_rollouts: LoadRollouts, count: int) -> list[StepTokens]:
-    both = [
+    both = sorted(
         (int(path.stem.removeprefix("step_")), path, run_dir / "rollouts" / path.name)
-        for path in sorted(run_dir.glob("tokens/step_*.npz"))
+        for path in run_dir.glob("tokens/step_*.npz")
         if (run_dir / "rollouts" / path.name).is_file()
-    ]
+    )
     chosen = sorted({round(index) for index in np.linspace(0, len(both) - 1, min(count, len(both)))}) if both else []
     return [
         StepTokens(step, _read_table(tokens), load_rollouts(rollouts))

@@ -129,7 +129,7 @@ def _counted(columns: dict[str, Tensor]) -> Tensor:
 
 
 def _rows_with_nan(columns: dict[str, Tensor]) -> Tensor:
-    """bool [T]. A log-prob of -inf is legal: the token is impossible for that model."""
+    """bool [T]. A log-prob of -inf is no NaN: the token is impossible for that model (`row_constants`)."""
     return _counted(columns) & (columns["student_logp"].isnan() | columns["teacher_logp"].isnan())
 
 

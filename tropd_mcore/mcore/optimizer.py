@@ -2,7 +2,7 @@
 
 Not for gradients (`pipeline` finishes them). Invariants: nothing is updated from a gradient that is not finite;
 optimizer step t (from 1) uses the learning rate of position t of the schedule, so that no rollout is spent on a step of
-rate 0. A training step can have several optimizer steps.
+rate 0. A training step can have several optimizer steps, or none.
 """
 
 from __future__ import annotations
@@ -85,6 +85,24 @@ def optimizer_step(
     updated = bool(optimizer.step_with_ready_grads())
     optimizer.zero_grad()
     return grad_norm, updated
+
+
+def skip_step(optimizer: MegatronOptimizer) -> float:
+    """Instead of `optimizer_step` where no token counts: drop the gradients, which are 0, and move nothing else.
+
+    Weights, moments and schedule stay as they are, bit for bit: Adam would move weights by its momentum and its weight
+    decay. Before the first optimizer step the moments are made, as zeros of step 0, because Megatron cannot save an
+    optimizer without them. Returns the gradient norm, 0.
+    """
+    optimizer.zero_grad()
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:  # this rank has no parameter of the part
+            continue
+        part.init_state_fn(part.optimizer, part.config)  # passes over parameters that have moments
+        for group in part.optimizer.param_groups:
+            if group["params"]:
+                group.setdefault("step", 0)
+    return 0.0
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

@@ -1,7 +1,8 @@
 """What an objective sees of the rows of one micro-batch beside the student's log-probs: numbers without gradients.
 
-Not for the student's own numbers, which the kernel makes chunk by chunk. Invariant: a candidate that the student's
-vocabulary does not have is in no support, and ABSENT among the teacher's log-probs.
+Not for the student's own numbers, which the kernel makes chunk by chunk. Invariants: a candidate that the student's
+vocabulary does not have is in no support, and ABSENT among the teacher's log-probs; log q of a sampled token is never
+-inf, which only a candidate's may be, and a NaN stays one.
 
 Legend: T rows, C rows of a chunk, K teacher top-k, L student top-k, J = 1 + K + L support ids.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tropd_mcore.losses.divergences import LOGP_FLOOR
 from tropd_mcore.losses.kernel.shard import NO_ENTRY
 from tropd_mcore.losses.objectives.inputs import ABSENT, TokenInputs
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
@@ -23,10 +25,15 @@ class RowConstants:
     """The constant columns of `TokenInputs` by name, all rows; what is not known before the forward pass is missing."""
 
     columns: dict[str, Tensor]
+    impossible_T: Tensor
+    """bool, rows that count and whose token the teacher gives no probability"""
 
     @classmethod
     def of(cls, batch: MicroBatch, scored: TeacherScores, context: RowContext, vocab_size: int) -> RowConstants:
-        """From the pack, the teacher and the passes before the first update; `vocab_size` is the student's."""
+        """From the pack, the teacher and the passes before the first update; `vocab_size` is the student's.
+
+        The uniform of an impossible token is 1, which a Bernoulli gate distrusts; it would trust the token at 0.
+        """
         known_TK = scored.topk_ids_TK < vocab_size
         nothing_TL = scored.logp_T.new_zeros(len(scored.logp_T), 0)
         unknown_T = torch.full_like(scored.logp_T, torch.nan)
@@ -34,8 +41,10 @@ class RowConstants:
         if own_ids_TL is None:
             own_ids_TL, teacher_own_logp_TL = nothing_TL.to(torch.int64), nothing_TL
         assert teacher_own_logp_TL is not None, "the teacher was not asked for the student's own candidates"
+        on_T, off_T = batch.on_mask & scored.scored_T, batch.off_mask & scored.scored_T
+        impossible_T = scored.logp_T.isneginf() & (on_T | off_T)
         columns = {
-            "teacher_logp_T": scored.logp_T,
+            "teacher_logp_T": without_neginf(scored.logp_T),
             "teacher_topk_logp_TK": scored.topk_logp_TK.masked_fill(~known_TK, ABSENT),
             "teacher_own_logp_TL": teacher_own_logp_TL,
             "teacher_entropy_T": _or(scored.entropy_T, unknown_T),
@@ -45,13 +54,14 @@ class RowConstants:
             "reference_logp_T": _or(context.reference_logp_T, unknown_T),
             "behav_logp_T": batch.behav_logp,
             "statistic_T": _or(context.statistic_T, torch.ones_like(scored.logp_T)),
-            "trust_u_T": batch.trust_u,
-            "on_mask_T": batch.on_mask & scored.scored_T,
-            "off_mask_T": batch.off_mask & scored.scored_T,
+            "trust_u_T": batch.trust_u.masked_fill(impossible_T, 1.0),
+            "on_mask_T": on_T,
+            "off_mask_T": off_T,
             "weight_T": batch.weight,
         }
         before = {"old_logp_T": context.old_logp_T, "old_own_logp_TL": context.old_own_logp_TL}
-        return cls(columns | {name: column for name, column in before.items() if column is not None})
+        known_before = {name: column for name, column in before.items() if column is not None}
+        return cls(columns | known_before, impossible_T)
 
     @property
     def topk_ids_TK(self) -> Tensor:
@@ -98,9 +108,18 @@ class RowConstants:
         return {
             "on": self.columns["on_mask_T"],
             "off": self.columns["off_mask_T"],
+            "impossible": self.impossible_T,
             "teacher_logp": self.columns["teacher_logp_T"],
             "teacher_entropy": self.columns["teacher_entropy_T"],
         }
+
+
+def without_neginf(logp_T: Tensor) -> Tensor:
+    """Return log q of the sampled tokens with LOGP_FLOOR in place of -inf; every other number is left as it is.
+
+    An impossible token would have a reward of -inf, and the loss would be no number. Source: docs/objectives.md.
+    """
+    return logp_T.masked_fill(logp_T.isneginf(), LOGP_FLOOR)
 
 
 def _or(column: Tensor | None, default: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ def _loss_total(record: StepRecord) -> float:
 
 
 def _over_updates(values: Callable[[Sequence[float]], float], name: str) -> Compute:
-    return lambda record: float(values([getattr(update, name) for update in record.updates]))
+    """Over the optimizer steps that were made, or, where none was, over what stands for them."""
+    return lambda record: float(values([getattr(update, name) for update in record.made or record.updates]))
 
 
 def _mean_of(values: Sequence[float]) -> float:
@@ -151,6 +152,10 @@ def _masked_samples(record: StepRecord) -> float:
     scored = columns["on"].astype(bool) | columns["off"].astype(bool)
     samples = columns["sample_index"]
     return float(len(np.unique(samples)) - len(np.unique(samples[scored])))
+
+
+def _impossible_tokens(record: StepRecord) -> float:
+    return float(sum(np.nansum(part["impossible"]) for part in (record.student, record.prefix)))
 
 
 def _engine_log_ratio(record: StepRecord) -> Values:
@@ -266,6 +271,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens/total", "tokens", STEP, "prompt, prefix and response tokens of all samples", _total_tokens),
     Metric("teacher/masked_samples", "samples", STEP, "samples the teacher could not score (sdpo: had no solution for)",
            _masked_samples),
+    Metric("teacher/impossible_tokens", "tokens", f"{STUDENT} and {PREFIX}",
+           "tokens that the teacher gives no probability, log q = -inf, which count with log q = -50",
+           _impossible_tokens),
     Metric("guidance/alpha", "1", STEP, "guided fraction of the teacher responses", lambda record: record.alpha),
     Metric("guidance/prefix_length", "tokens", SAMPLES, "mean teacher prefix", _over_samples(_prefix_lengths)),
     Metric("rollout/length_mean", "tokens", SAMPLES, "mean response", _over_samples(_response_lengths)),
@@ -282,10 +290,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("engine/ratio_mean", "1", STUDENT, "mean trainer/sampler probability", _engine_ratio(None)),
     Metric("engine/ratio_max", "1", STUDENT, "largest trainer/sampler probability", _engine_ratio(1.0)),
     Metric("engine/corrected", "1", STUDENT, "fraction whose weight policy_gradient.mismatch changed", _corrected),
-    Metric("optimizer/updates", "1", STEP, "optimizer steps", lambda record: float(len(record.updates))),
-    Metric("optimizer/grad_norm", "1", "optimizer steps", "mean global gradient norm before clipping",
+    Metric("optimizer/updates", "1", STEP, "optimizer steps; none where no token counts",
+           lambda record: float(len(record.made))),
+    Metric("optimizer/grad_norm", "1", "optimizer steps", "mean global gradient norm before clipping; 0 if none",
            _over_updates(_mean_of, "grad_norm")),
-    Metric("optimizer/grad_norm_max", "1", "optimizer steps", "largest global gradient norm before clipping",
+    Metric("optimizer/grad_norm_max", "1", "optimizer steps", "largest global gradient norm before clipping; 0 if none",
            _over_updates(max, "grad_norm")),
     Metric("optimizer/learning_rate", "1", STEP, "learning rate of the last optimizer step",
            _over_updates(_last_of, "learning_rate")),

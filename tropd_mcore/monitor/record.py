@@ -26,7 +26,7 @@ class StepRecord:
     table: TokenTable
     rollouts: Sequence[Rollout]
     updates: Sequence[OptimizerReport]
-    """The optimizer steps, in order."""
+    """One for each part of the batch and epoch, in order; without an optimizer step where no token counted."""
     alpha: float
     """Guided fraction of the teacher responses, in [0, 1]."""
     timings: Mapping[str, float]
@@ -36,6 +36,11 @@ class StepRecord:
     special_ids: frozenset[int] = frozenset()
     """Ids of the tokenizer's special tokens."""
     policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
+
+    @property
+    def made(self) -> list[OptimizerReport]:
+        """The optimizer steps."""
+        return [update for update in self.updates if update.made]
 
     @cached_property
     def student(self) -> Region:

@@ -98,11 +98,12 @@ class SglangTeacher:
                 f"lower rollout.max_new_tokens, or raise {key}.max_total_tokens or --context-length in {key}.extra_args"
             )
 
-    def fetch(self, rollouts: Sequence[Rollout]) -> SampleScores:
+    def fetch(self, rollouts: Sequence[Rollout], *, further: bool = False) -> SampleScores:
         """Score all rollouts, restarting a server that died; HTTP and numpy only, to be called on one rank.
 
-        Raises TeacherError where a rollout is longer than the teacher's context, where none could be scored, and with
-        on_failure=stop where any could not; ServerDied once the restarts are used up.
+        Raises TeacherError where a rollout is longer than the teacher's context, where none could be scored (unless
+        these are `further` requests of a step that has scores), and with on_failure=stop where any could not;
+        ServerDied once the restarts are used up.
         """
         requests = [self._request(rollout) for rollout in rollouts]
         answers = self._answers(requests)
@@ -117,14 +118,13 @@ class SglangTeacher:
         if problems:
             self.failed += len(problems)
             summary = f"{len(problems)} of {len(rollouts)} rollouts could not be scored; first: {problems[0]}"
-            if self._on_failure == "stop" or len(problems) == len(rollouts):
+            if self._on_failure == "stop" or (len(problems) == len(rollouts) and not further):
                 raise TeacherError(f"{summary} (teacher.on_failure={self._on_failure})")
             log.warning("%s: %s; they are left out of the loss", self._server.spec.key, summary)
         return SampleScores(samples, self._topk)
 
     def _request(self, rollout: Rollout) -> ScoringRequest:
-        first = len(rollout.prompt_ids) + (0 if rollout.carries_prefix_loss else len(rollout.prefix_ids))
-        return ScoringRequest(rollout.token_ids, first=first, topk=self._asked)
+        return ScoringRequest(rollout.token_ids, first=first_scored(rollout), topk=self._asked)
 
     def _answers(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
         """One answer a request; a dead server is restarted and asked for what is still missing."""
@@ -172,10 +172,19 @@ class SglangTeacher:
         )
 
 
+def first_scored(rollout: Rollout) -> int:
+    """Return the index in `token_ids` from which a rollout is scored: the response's, or that of a prefix it carries.
+
+    The samples of a prompt share its prefix, which the server would otherwise send as often, with K candidates a token.
+    """
+    return len(rollout.prompt_ids) + (0 if rollout.carries_prefix_loss else len(rollout.prefix_ids))
+
+
 def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
     """Return the scores of the rows of `batch`, on its device; pure, so every rank can do it with the same `scores`.
 
-    Rows without scores have `scored_T` False, log-prob 0 and ids -1.
+    Rows without scores have `scored_T` False, log-prob 0 and ids -1: those of a failed sample, and of a prefix that was
+    scored in no sample.
     """
     sample_T = batch.sample_index.cpu().numpy()
     token_T = batch.token_index.cpu().numpy()
@@ -191,7 +200,8 @@ def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
             continue
         mine = np.flatnonzero(sample_T == sample_index)
         entry = token_T[mine] - sample.first
-        assert entry.min() >= 0 and entry.max() < len(sample.logp_N), "a row that was not scored"
+        assert entry.max() < len(sample.logp_N), "a row that was not scored"
+        mine, entry = mine[entry >= 0], entry[entry >= 0]
         mine, entry = mine[sample.complete_N[entry]], entry[sample.complete_N[entry]]
         logp_T[mine] = sample.logp_N[entry]
         topk_ids_TK[mine] = sample.topk_ids_NK[entry]

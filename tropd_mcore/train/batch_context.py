@@ -24,6 +24,7 @@ from tropd_mcore.losses.batch_statistics import BatchRows, statistic_of
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.row_constants import without_neginf
 from tropd_mcore.mcore.scoring import sampled_log_probs, student_pass
 from tropd_mcore.train.verdicts import Verdict, rewards
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, StudentPass, TeacherScores
@@ -140,7 +141,7 @@ def _columns(
             "student_entropy_T": found.entropy_T.double(),
             "old_logp_T": found.logp_T.double(),
             "behav_logp_T": micro_batch.behav_logp.double(),
-            "teacher_logp_T": scored.logp_T.double(),
+            "teacher_logp_T": without_neginf(scored.logp_T).double(),
         }
         for name, column in columns.items():
             pieces.setdefault(name, []).append(column)

@@ -24,14 +24,15 @@ def sampler_bounds(config: Config) -> tuple[float, float]:
     return gates.sampler_logprob_p99 or p99, gates.sampler_logprob_max or largest
 
 
-def check_sampler_logprobs(table: TokenTable, config: Config) -> float:
+def check_sampler_logprobs(table: TokenTable, config: Config) -> float | None:
     """Compare trainer and sampler on the sampled tokens of the first rollouts; returns the 99th percentile, nats.
 
-    Raises `GateError` with the size of the difference and the likely cause.
+    Returns None where no sampled token was scored, so that there is nothing to compare. Raises `GateError` with the size
+    of the difference and the likely cause.
     """
     on = table["on"].astype(bool)
     if not on.any():
-        return 0.0
+        return None
     difference = np.abs(table["old_logp"][on].astype(np.float64) - table["behav_logp"][on].astype(np.float64))
     p99, largest = float(np.quantile(difference, 0.99)), float(difference.max())
     p99_bound, largest_bound = sampler_bounds(config)

@@ -17,6 +17,7 @@ from pathlib import Path
 from tropd_mcore.config.checks import backend_problems, data_problems, layout_problems, self_teacher_problems
 from tropd_mcore.config.derived import (
     full_vocabulary,
+    has_prefix_loss,
     learns_from_verifier,
     longest_sample,
     own_support_size,
@@ -61,9 +62,11 @@ from tropd_mcore.train.parts import (
     student_average,
     teacher_model,
 )
+from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import ScoreSource
+from tropd_mcore.train.served_teacher import ServedTeacher
 from tropd_mcore.train.trainer import Parts, Trainer
 from tropd_mcore.train.verdicts import check_answers
 from tropd_mcore.weights.architecture import read_architecture
@@ -162,6 +165,16 @@ def _make_parts(
     else:
         scorer = make_teacher(site, teacher, settings, servers.teacher, material.longest)
     assert state.optimizer is not None and state.scheduler is not None
+    rollouts = RolloutSource(config, site.run_dir, material.prompts, policy, layout)
+    scores = ScoreSource(
+        scorer,
+        site.run_dir,
+        layout,
+        replay=config.run.replay,
+        name=f"{config.teacher.kind} {config.teacher.path} {config.teacher.dtype} {support_size(config.objective)}",
+        on_disk=not (full_vocabulary(config.objective) or teaches_itself(config.objective)),
+    )
+    fallible = scorer if isinstance(scorer, ServedTeacher) and has_prefix_loss(config.objective) else None
     return Parts(
         config=config,
         layout=layout,
@@ -172,15 +185,9 @@ def _make_parts(
         teacher_model=teacher,
         average=state.average,
         ignored=material.ignored,
-        rollouts=RolloutSource(config, site.run_dir, material.prompts, policy, layout),
-        scores=ScoreSource(
-            scorer,
-            site.run_dir,
-            layout,
-            replay=config.run.replay,
-            name=f"{config.teacher.kind} {config.teacher.path} {config.teacher.dtype} {support_size(config.objective)}",
-            on_disk=not (full_vocabulary(config.objective) or teaches_itself(config.objective)),
-        ),
+        rollouts=rollouts,
+        prefixes=PrefixLosses(fallible, scores, rollouts),
+        scores=scores,
         context=BatchContextSource(config, student, reference),
         monitor=monitor,
         renderer=material.renderer,

@@ -8,7 +8,7 @@ are not used.
 import hashlib
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -95,6 +95,11 @@ def save_scores(path: Path, key: ScoreKey, scores: Sequence[TeacherScores]) -> N
     _publish_arrays(path, arrays)
 
 
+def has_scores(path: Path, key: ScoreKey) -> bool:
+    """Whether `load_scores` would find scores, without reading them. Raises `DataError` as that does."""
+    return path.exists() and str(_read_arrays(path, {"fingerprint"})["fingerprint"]) == key.fingerprint()
+
+
 def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores] | None:
     """The scores at `path` cut to the micro-batches of `key`, or None where there are none for exactly that."""
     if not path.exists():
@@ -124,9 +129,10 @@ def _publish_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     publish_file(path, write)
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of these names, or all."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in (archive.files if names is None else names)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"cannot read {path}: {error}; remove the file to have the step sampled again") from error

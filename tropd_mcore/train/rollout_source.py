@@ -1,7 +1,8 @@
 """Where the rollouts of a step come from: the run directory if the step was sampled before, else the server.
 
 Invariants: a step's rollouts are on disk before anything is computed from them; every rank gets the same list; the
-same step of the same run never has two sets of rollouts.
+same step of the same run never has two sets of rollouts. Which samples carry their prefix's loss follows from the
+objective of this run, not from that of the run that sampled.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from tropd_mcore.config.derived import new_token_budget
+from tropd_mcore.config.derived import has_prefix_loss, new_token_budget
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.data.requests import build_requests, cut_response
+from tropd_mcore.data.supervision import with_carriers
 from tropd_mcore.errors import DataError
 from tropd_mcore.mcore.collective import on_rank_zero
 from tropd_mcore.mcore.parallel import Layout
@@ -40,15 +42,19 @@ class RolloutSource:
         """The rollouts of `step` on every rank; collective. Raises DataError and what the server raises."""
         stored = on_rank_zero(lambda: self._stored(step), self._control)
         if stored is not None:
-            return stored
+            return with_carriers(stored, prefix_loss=has_prefix_loss(self._config.objective))
         assert self._policy is not None
         prompts = self._prompts.at_step(step, self._config.rollout.prompts_per_step)
         requests = build_requests(
             prompts, step=step, config=self._config, longest_response=self._prompts.longest_response
         )
         rollouts = self._policy.sample(requests, step=step)
-        on_rank_zero(lambda: save_rollouts(self._run_dir.rollouts(step), rollouts), self._control)
+        self.save(step, rollouts)
         return rollouts
+
+    def save(self, step: int, rollouts: list[Rollout]) -> None:
+        """Store what a repetition of `step` starts from, from rank 0; collective."""
+        on_rank_zero(lambda: save_rollouts(self._run_dir.rollouts(step), rollouts), self._control)
 
     def _stored(self, step: int) -> list[Rollout] | None:
         own = self._run_dir.rollouts(step)

@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tropd_mcore.errors import ConfigError
+from tropd_mcore.errors import ConfigError, DataError
 from tropd_mcore.files import publish_text
 
 
@@ -93,8 +93,20 @@ class RunDir:
         return int(self.export_step.read_text()) if self.export_step.exists() and self.export.exists() else None
 
     def forget(self, *, rollouts_before: int, scores_before: int) -> None:
-        """Remove stored rollouts and scores of steps that no resume can need any more."""
+        """Remove stored rollouts and scores of steps that no resume can need any more.
+
+        Raises `DataError` where a file cannot be removed.
+        """
         for folder, limit in (("rollouts", rollouts_before), ("scores", scores_before)):
             for path in (self.root / folder).glob("step_*.npz"):
-                if int(path.name[5:11]) < limit:
-                    path.unlink(missing_ok=True)
+                if int(path.name.removeprefix("step_").partition(".")[0]) < limit:
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot remove {path}: {error.strerror}; give the job the right to write in run.dir"
+        ) from error

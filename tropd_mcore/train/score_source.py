@@ -15,7 +15,7 @@ from torch import Tensor
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.mcore.collective import all_agree, shared_fate
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train.replay import ScoreKey, load_scores, save_scores
+from tropd_mcore.train.replay import ScoreKey, has_scores, load_scores, save_scores
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.verdicts import Verdict
 from tropd_mcore.types import Rollout, StudentPass, TeacherScores
@@ -79,8 +79,17 @@ class ScoreSource:
         with shared_fate(self._layout.groups.control):
             present = [score for score in scores if score is not None]
             if self._layout.is_last_stage and self._layout.tp_rank == 0:
-                save_scores(self._path(self._run_dir, step), key, present)
+                save_scores(self._paths(step)[0], key, present)
         return scores
+
+    def are_stored(self, step: int, packed: PackedStep) -> bool:
+        """Whether `at_step` will find the scores of these packs, without the student's own candidates. Collective."""
+        key = ScoreKey(self._name, packed.micro_batches, [None] * len(packed.micro_batches))
+        layout, found = self._layout, True
+        with shared_fate(layout.groups.control):
+            if layout.is_last_stage:
+                found = any(has_scores(path, key) for path in self._paths(step))
+        return all_agree(found, layout.groups.control)
 
     def _stored(self, step: int, key: ScoreKey) -> list[TeacherScores | None] | None:
         """What `at_step` returns, where every rank of the last stage has it on disk."""
@@ -94,12 +103,13 @@ class ScoreSource:
         return list(found) if found is not None else [None] * len(key.micro_batches)
 
     def _read(self, step: int, key: ScoreKey) -> list[TeacherScores] | None:
-        for run_dir in (self._run_dir, self._replay):
-            if run_dir is not None:
-                scores = load_scores(self._path(run_dir, step), key)
-                if scores is not None:
-                    return scores
+        for path in self._paths(step):
+            scores = load_scores(path, key)
+            if scores is not None:
+                return scores
         return None
 
-    def _path(self, run_dir: RunDir, step: int) -> Path:
-        return run_dir.scores(step, self._layout.dp_rank, self._layout.cp_rank)
+    def _paths(self, step: int) -> list[Path]:
+        """Where the scores of this rank's packs may be, those of this run first."""
+        run_dirs = [self._run_dir, *([self._replay] if self._replay is not None else [])]
+        return [run_dir.scores(step, self._layout.dp_rank, self._layout.cp_rank) for run_dir in run_dirs]

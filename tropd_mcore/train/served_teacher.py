@@ -1,13 +1,13 @@
 """The SGLang teacher as all ranks of the job see it: few ranks fetch, the others receive.
 
 Not for HTTP (`teacher.sglang`). A server that rank 0 started is asked by rank 0 alone, which can also restart it; one
-that runs elsewhere is asked by one rank of each replica, for that replica's rollouts. Invariant: the ranks of a
-replica's last stage get the same arrays; a failed fetch is met by all ranks of the job.
+that runs elsewhere is asked by one rank of each replica, for that replica's rollouts. Invariants: the ranks of a
+replica's last stage get the same arrays; a failed fetch is met by all ranks of the job; a sample is asked for once a
+step, and once more only where it takes over the prefix loss of a sample that could not be scored.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
+from tropd_mcore.teacher.sglang import SampleScore, SampleScores, SglangTeacher, first_scored, to_micro_batch
 from tropd_mcore.train.verdicts import Verdict
 from tropd_mcore.types import Rollout, TeacherScores
 
@@ -29,6 +29,10 @@ class ServedTeacher:
         self._layout = layout
         self._topk = topk
         self._only_rank_zero = only_rank_zero
+        self._answers: dict[str, SampleScore] = {}
+        """Of the present step by sample id, until `score` has handed them out."""
+        self._failed: set[str] = set()
+        """Samples of the present step of which a request failed, the first one or the one for the prefix."""
 
     def score(
         self,
@@ -39,34 +43,70 @@ class ServedTeacher:
     ) -> list[TeacherScores | None]:
         """The scores of each micro-batch in order; None on all but the last stage. Collective."""
         assert all(ids is None for ids in own_ids), "a served teacher scores its own candidates only"
-        layout = self._layout
-        if self._only_rank_zero:
-            everyone = range(len(rollouts))
-            scores = on_rank_zero(lambda: self._fetch(rollouts, list(everyone)), layout.groups.control)
-        else:
-            scores = self._fetch_by_replica(rollouts, self._samples_of_replica(packed))
-        if not layout.is_last_stage:
+        self._ask(rollouts, packed)
+        scores = SampleScores([self._answers.get(rollout.sample_id) for rollout in rollouts], self._topk)
+        self._answers, self._failed = {}, set()
+        if not self._layout.is_last_stage:
             return [None] * len(packed.micro_batches)
         return [to_micro_batch(scores, micro_batch) for micro_batch in packed.micro_batches]
 
-    def _fetch_by_replica(self, rollouts: list[Rollout], samples: list[int]) -> SampleScores:
+    def lost(self, rollouts: list[Rollout], packed: PackedStep) -> set[int]:
+        """Indices of the rollouts that could not be scored, or whose prefix could not. Collective.
+
+        Asks for what `score` would; the answers are kept for it. To be called again where other samples carry a prefix.
+        """
+        self._ask(rollouts, packed)
+        failed = [self._failed]
+        if not self._only_rank_zero:
+            failed *= self._layout.world_size
+            dist.all_gather_object(failed, self._failed, group=self._layout.groups.control)
+        everywhere = set().union(*failed)
+        return {index for index, rollout in enumerate(rollouts) if rollout.sample_id in everywhere}
+
+    def _ask(self, rollouts: list[Rollout], packed: PackedStep) -> None:
+        """Get the scores that the rows of this replica's packs need and no answer has. Collective."""
         layout = self._layout
-        box: list[SampleScores | None] = [None]
+        if self._only_rank_zero:
+            missing = self._missing(rollouts, range(len(rollouts)))
+            fetched = on_rank_zero(lambda: self._fetch(rollouts, missing), layout.groups.control)
+        else:
+            missing = self._missing(rollouts, self._samples_of_replica(packed))
+            fetched = self._fetch_by_replica(rollouts, missing)
+        for index, sample in zip(missing, fetched, strict=True):
+            if sample is None:
+                self._failed.add(rollouts[index].sample_id)
+            else:
+                self._answers[rollouts[index].sample_id] = sample
+
+    def _missing(self, rollouts: list[Rollout], wanted: Sequence[int]) -> list[int]:
+        """Those of the wanted rollouts that were not asked for, or not from the token that is needed now."""
+
+        def is_known(rollout: Rollout) -> bool:
+            answer = self._answers.get(rollout.sample_id)
+            return rollout.sample_id in self._failed or (answer is not None and answer.first <= first_scored(rollout))
+
+        return [index for index in wanted if not is_known(rollouts[index])]
+
+    def _fetch_by_replica(self, rollouts: list[Rollout], samples: list[int]) -> list[SampleScore | None]:
+        """What `_fetch` returns, on every rank of the replica's last stage; `samples` is empty on the other stages."""
+        layout = self._layout
+        box: list[list[SampleScore | None]] = [[]]
         with shared_fate(layout.groups.control):
-            if samples and layout.tp_rank == 0 and layout.cp_rank == 0:
+            if layout.tp_rank == 0 and layout.cp_rank == 0:
                 box[0] = self._fetch(rollouts, samples)
         if samples and layout.tp_rank == 0:
             dist.broadcast_object_list(box, group=layout.groups.cp, group_src=0)
         if samples:
             dist.broadcast_object_list(box, group=layout.groups.tp, group_src=0)
-        return box[0] or SampleScores([None] * len(rollouts), self._topk)
+        return box[0]
 
-    def _fetch(self, rollouts: list[Rollout], samples: list[int]) -> SampleScores:
-        """Scores of the named rollouts, in a list that has a place for all."""
+    def _fetch(self, rollouts: list[Rollout], samples: list[int]) -> list[SampleScore | None]:
+        """Scores of the named rollouts in their order, None where one could not be scored."""
+        if not samples:
+            return []
         assert self._teacher is not None
-        fetched = self._teacher.fetch([rollouts[index] for index in samples])
-        by_index = dict(zip(samples, fetched.samples, strict=True))
-        return dataclasses.replace(fetched, samples=[by_index.get(index) for index in range(len(rollouts))])
+        further = bool(self._answers)
+        return self._teacher.fetch([rollouts[index] for index in samples], further=further).samples
 
     def _samples_of_replica(self, packed: PackedStep) -> list[int]:
         """Rollouts that have rows in this replica's packs, on any of its context ranks; [] on the other stages."""

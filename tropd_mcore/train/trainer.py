@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from tropd_mcore.config.derived import alpha, policy_gradient
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
@@ -24,7 +26,13 @@ from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shar
 from tropd_mcore.mcore.loss import LossResult, check_finite, make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
-from tropd_mcore.mcore.optimizer import MegatronOptimizer, OptimizerParamScheduler, learning_rate, optimizer_step
+from tropd_mcore.mcore.optimizer import (
+    MegatronOptimizer,
+    OptimizerParamScheduler,
+    learning_rate,
+    optimizer_step,
+    skip_step,
+)
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.monitor.monitor import Monitor
@@ -32,6 +40,7 @@ from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.gates import check_sampler_logprobs
+from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import ScoreSource
@@ -58,6 +67,7 @@ class Parts:
     """The student's average where that is the teacher."""
     ignored: IgnoredTokens
     rollouts: RolloutSource
+    prefixes: PrefixLosses
     scores: ScoreSource
     context: BatchContextSource
     monitor: Monitor
@@ -95,6 +105,8 @@ class Trainer:
         self.settings = LossSettings.from_config(parts.config)
         self.first_step = first_step
         self.last_step = last_step
+        self.compared = False
+        """Whether sampler and trainer have been compared since the launch."""
 
     def fit(self) -> None:
         """Train; a step that was interrupted before is repeated with the rollouts and scores it had."""
@@ -123,6 +135,8 @@ class Trainer:
             packed = self.pack(rollouts)
         with clock.phase("verifier"):
             verdicts = self.judge(rollouts)
+        with clock.phase("teacher"):
+            rollouts, packed = parts.prefixes.settle(step, rollouts, packed, self.pack)
         with clock.phase("student"):
             passes = parts.context.student(packed)
         with clock.phase("teacher"):
@@ -194,24 +208,30 @@ class Trainer:
         return gather_on_rank_zero(mine, layout.groups.control)
 
     def check_first_rollouts(self, batch: Batch, update: Update, tokens: list[NumpyColumns]) -> None:
-        """Before the first update of a launch: do sampler and trainer agree on the tokens that were sampled?"""
+        """Before the first update of a launch that has sampled tokens: do sampler and trainer agree on them?"""
         parts = self.parts
-        if batch.step != self.first_step or update.number or not parts.config.gates.sampler_logprob:
+        if self.compared or not parts.config.gates.sampler_logprob:
             return
 
-        def check() -> None:
+        def check() -> bool:
             p99 = check_sampler_logprobs(merge_columns(tokens), parts.config)
-            log.info("gates.sampler_logprob: sampler and trainer agree to %.1e nats (99th percentile)", p99)
+            if p99 is not None:
+                log.info("gates.sampler_logprob: sampler and trainer agree to %.1e nats (99th percentile)", p99)
+            return p99 is not None
 
-        on_rank_zero(check, parts.layout.groups.control)
+        self.compared = on_rank_zero(check, parts.layout.groups.control)
 
     def update(self, step: int, results: list[LossResult | None]) -> OptimizerReport:
-        """One optimizer step; the loss and the token count of the report are of the whole job, on rank 0."""
+        """One optimizer step, or none where no token counts; the report is of the whole job, on every rank."""
         parts = self.parts
         loss_sum, token_count = sum_over_job(results, parts.layout)
-        grad_norm, _ = optimizer_step(parts.student, parts.optimizer, parts.scheduler, step=step)
-        if parts.average is not None:
-            parts.average.update()
+        if token_count == 0:
+            grad_norm = skip_step(parts.optimizer)
+            log.info("step %d: no token was scored and trained: no optimizer step", step)
+        else:
+            grad_norm, _ = optimizer_step(parts.student, parts.optimizer, parts.scheduler, step=step)
+            if parts.average is not None:
+                parts.average.update()
         return OptimizerReport(
             grad_norm=grad_norm,
             learning_rate=learning_rate(parts.optimizer),
@@ -255,17 +275,19 @@ class Trainer:
             keep=run.keep_checkpoints,
             hf_folder=parts.config.student.path,
         )
-        if parts.layout.rank == 0:
-            parts.run_dir.forget(
-                scores_before=done, rollouts_before=done - run.keep_rollouts if run.keep_rollouts is not None else 0
-            )
+        with shared_fate(parts.layout.groups.control):
+            if parts.layout.rank == 0:
+                parts.run_dir.forget(
+                    scores_before=done, rollouts_before=done - run.keep_rollouts if run.keep_rollouts is not None else 0
+                )
 
 
 def sum_over_job(results: Sequence[LossResult | None], layout: Layout) -> tuple[float, int]:
-    """(sum of the surrogate loss, number of tokens that count) over all ranks, on rank 0; 0 elsewhere. Collective."""
+    """(sum of the surrogate loss, number of tokens that count) over all ranks, the same on each. Collective."""
     mine = (0.0, 0)
     if layout.tp_rank == 0:
         present = [result for result in results if result is not None]
         mine = (sum(float(result.loss_sum) for result in present), sum(int(result.token_count) for result in present))
-    parts = gather_on_rank_zero(mine, layout.groups.control)
+    parts = [mine] * layout.world_size
+    dist.all_gather_object(parts, mine, group=layout.groups.control)
     return sum(loss for loss, _ in parts), sum(count for _, count in parts)

@@ -6,6 +6,7 @@ Faster than `eager` on a CPU by a factor of two (docs/kernel.md); on a GPU a sta
 
 from __future__ import annotations
 
+import inspect
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ class CompiledBackend:
     """The compiler does not know that a narrower row may be written over the row it is made from"""
 
     def __init__(self, device: torch.device) -> None:
+        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+            raise ConfigError([f"loss.backend=compile needs torch 2.13 or newer, found {torch.__version__}; use eager"])
         if device.type == "cpu":
             _require_compiler()
         elif not has_triton():

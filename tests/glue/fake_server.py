@@ -1,0 +1,163 @@
+"""An HTTP server on loopback that behaves as SGLang does towards a sampler and a publisher, without a model.
+
+What it answers follows from what it holds: tokens from the input, log-probs from the weights that its KV cache was made
+with. The start of an input is cached until the cache is flushed, whatever weights come in between, as in SGLang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import pickle
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from aiohttp import web
+
+Body = dict[str, Any]
+VOCABULARY = 50
+LONGEST = 500
+PAGE = 3
+"""Tokens at the start of an input that the cache knows it by."""
+
+
+@dataclass
+class FakeServer:
+    """`requests` are all bodies that came in, in order, by path."""
+
+    url: str = ""
+    requests: list[tuple[str, Body]] = field(default_factory=list)
+    label: str = "default"
+    weights: dict[str, bytes] = field(default_factory=dict)
+    cache: dict[tuple[int, ...], str] = field(default_factory=dict)
+    """The weights that each start of an input was computed with."""
+    in_update: bool = False
+    paused: bool = False
+    die_after: int | None = None
+    """Continuations until the connection breaks; None = never."""
+
+    def bodies(self, path: str) -> list[Body]:
+        """What was asked of a path."""
+        return [body for asked, body in self.requests if asked == path]
+
+    def paths(self) -> list[str]:
+        """What was asked, in order."""
+        return [path for path, _ in self.requests]
+
+    def checksum(self) -> str:
+        """Of the weights that it holds now."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            digest.update(name.encode() + self.weights[name])
+        return digest.hexdigest()
+
+    def routes(self) -> dict[str, Callable[[Body], Any]]:
+        """Answers by path."""
+        return {
+            "/generate": self._generate,
+            "/server_info": lambda _: {"max_req_input_len": LONGEST, "tp_size": 1, "version": "0.5.23"},
+            "/model_info": lambda _: {"weight_version": self.label},
+            "/pause_generation": lambda _: self._set(paused=True),
+            "/continue_generation": lambda _: self._set(paused=False),
+            "/flush_cache": lambda _: self.cache.clear(),
+            "/begin_weight_update": lambda _: self._set(in_update=True),
+            "/end_weight_update": lambda _: self._set(in_update=False),
+            "/update_weights_from_tensor": self._update,
+            "/update_weight_version": lambda body: self._set(label=body["new_version"]),
+            "/weights_checker": self._check,
+        }
+
+    def _set(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def _generate(self, body: Body) -> Body:
+        assert not self.paused and not self.in_update
+        if self.die_after is not None:
+            self.die_after -= 1
+            if self.die_after < 0:
+                raise ConnectionAbortedError
+        ids = tuple(body["input_ids"])
+        used = self.cache.setdefault(ids[:PAGE], self.checksum())
+        count = body["sampling_params"]["max_new_tokens"]
+        output = [3 + (sum(ids) + 7 * index) % (VOCABULARY - 3) for index in range(count)]
+        logp = logp_of(used)
+        meta = {
+            "finish_reason": {"type": "length"},
+            "output_token_logprobs": [[logp, token, None] for token in output],
+            "weight_version": self.label,
+            "weight_versions": [{"version": self.label}],
+        }
+        return {"output_ids": output, "meta_info": meta}
+
+    def _update(self, body: Body) -> None:
+        assert self.in_update and self.paused
+        for name, tensor in pickle.loads(base64.b64decode(body["serialized_named_tensors"][0])):
+            self.weights[name] = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        self.label = body["weight_version"]
+        if body["flush_cache"]:
+            self.cache.clear()
+
+    def _check(self, body: Body) -> Body:
+        if body["action"] == "reset_tensors":
+            self.weights = dict.fromkeys(self.weights, b"random")
+        return {"per_engine_checksum": self.checksum()}
+
+
+def logp_of(checksum: str) -> float:
+    """The log-prob of every token under weights with this checksum."""
+    return -0.1 - int(checksum[:4], 16) / 65536.0
+
+
+@contextmanager
+def fake_server() -> Iterator[FakeServer]:
+    """A running server, in a thread of its own."""
+    fake = FakeServer()
+    loop = asyncio.new_event_loop()
+    ready = threading.Event()
+
+    def handler(path: str, answer: Callable[[Body], Any]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            body = await request.json() if request.can_read_body else {}
+            if request.method == "POST":
+                fake.requests.append((path, body))
+            try:
+                return web.json_response(answer(body))
+            except ConnectionAbortedError:
+                assert request.transport is not None
+                request.transport.abort()
+                raise
+
+        return handle
+
+    async def start() -> web.AppRunner:
+        app = web.Application(client_max_size=2**24)
+        for path, answer in fake.routes().items():
+            app.router.add_route("*", path, handler(path, answer))
+        runner = web.AppRunner(app)
+        await runner.setup()
+        listener = socket.create_server(("127.0.0.1", 0))
+        fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        await web.SockSite(runner, listener).start()
+        return runner
+
+    def work() -> None:
+        runner = loop.run_until_complete(start())
+        ready.set()
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield fake
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()

@@ -1,0 +1,453 @@
+"""Faults of statistics, schedules and the wire that once went unnoticed: each is planted, and a test has to fail.
+
+A row is (what goes wrong, where and how it is planted, the test that notices). The test runs as it stands, on its rank
+processes as well (`faults.on_ranks`); without the fault it passes in its own file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.glue import (
+    test_average_resume,
+    test_batch_context,
+    test_gates,
+    test_policy_server,
+    test_rollout_source,
+    test_run_dir,
+    test_score_source,
+    test_trainer,
+    test_wire,
+)
+from tests.glue.faults import PLANTED, Fault, planted
+from tropd_mcore.data.uniforms import trust_uniforms
+from tropd_mcore.errors import TropdError
+
+Row = tuple[str, Fault, Callable[..., None], dict[str, Any]]
+NOTICED = (AssertionError, pytest.fail.Exception, TropdError)
+"""What a test raises that does not hold, or the product where it meets the fault itself; any other exception would say
+that the test broke."""
+
+
+def row(what: str, fault: Fault, claim: Callable[..., None], **arguments: Any) -> Row:
+    return what, fault, claim, arguments
+
+
+GATE = "if p99 <= p99_bound and largest <= largest_bound:"
+FIRST = "if self.compared or not parts.config.gates.sampler_logprob:"
+PROGRESS = "progress=batch.step / parts.config.run.steps"
+BEHAV = '"behav_logp_T": micro_batch.behav_logp.double(),'
+OLD = '"old_logp_T": found.logp_T.double(),'
+SCORED = '"on_T": micro_batch.on_mask & scored.scored_T,'
+NEW_STATISTIC = "statistic_of(self._config.objective, step / self._config.run.steps)"
+KEEP = "rollouts_before=done - run.keep_rollouts if run.keep_rollouts is not None else 0"
+
+GATES = (
+    row(
+        "the sampler gate never refuses on the percentile",
+        Fault("train.gates", GATE, "if True:"),
+        test_gates.test_the_gate_refuses_where_the_percentile_alone_is_above_its_bound,
+    ),
+    row(
+        "the sampler gate never refuses on the maximum",
+        Fault("train.gates", GATE, "if True:"),
+        test_gates.test_the_gate_refuses_where_the_maximum_alone_is_above_its_bound,
+    ),
+    row(
+        "`or` for `and` between the bounds of the gate, seen at the percentile",
+        Fault("train.gates", GATE, GATE.replace(" and ", " or ")),
+        test_gates.test_the_gate_refuses_where_the_percentile_alone_is_above_its_bound,
+    ),
+    row(
+        "`or` for `and` between the bounds of the gate, seen at the maximum",
+        Fault("train.gates", GATE, GATE.replace(" and ", " or ")),
+        test_gates.test_the_gate_refuses_where_the_maximum_alone_is_above_its_bound,
+    ),
+    row(
+        "the gate compares tokens that were not sampled",
+        Fault("train.gates", 'on = table["on"].astype(bool)', 'on = table["on"] == table["on"]'),
+        test_gates.test_only_tokens_that_were_sampled_are_compared,
+    ),
+    row(
+        "the trainer never asks the gate",
+        Fault("train.trainer", FIRST, "if True:"),
+        test_trainer.test_the_gate_refuses_before_the_first_optimizer_step_of_any_launch,
+    ),
+    row(
+        "the trainer asks the gate at step 0 of the run alone",
+        Fault("train.trainer", FIRST, FIRST.replace("self.compared or", "self.compared or batch.step or")),
+        test_trainer.test_the_gate_refuses_before_the_first_optimizer_step_of_any_launch,
+    ),
+    row(
+        "the gate is content with an update that has no sampled token",
+        Fault("train.trainer", "return p99 is not None", "return True"),
+        test_trainer.test_the_gate_waits_for_the_first_update_with_sampled_tokens,
+    ),
+    row(
+        "the trainer asks the gate at every step",
+        Fault("train.trainer", FIRST, FIRST.replace("self.compared or ", "")),
+        test_trainer.test_the_gate_looks_at_the_first_update_of_a_launch_alone,
+    ),
+)
+
+SCHEDULES = (
+    row(
+        "progress fixed at 0 in the trainer: KDRL stays at beta_start",
+        Fault("train.trainer", PROGRESS, "progress=0.0"),
+        test_trainer.test_the_objective_of_kdrl_gets_the_progress_of_every_step,
+    ),
+    row(
+        "progress fixed at 0 in the trainer: REOPOLD stays in phase 1",
+        Fault("train.trainer", PROGRESS, "progress=0.0"),
+        test_trainer.test_the_objective_of_reopold_changes_its_phase_at_its_share_of_the_run,
+    ),
+    row(
+        "progress counts from the launch",
+        Fault("train.trainer", PROGRESS, "progress=(batch.step - self.first_step) / parts.config.run.steps"),
+        test_trainer.test_the_objective_of_kdrl_gets_the_progress_of_every_step,
+    ),
+    row(
+        "progress fixed at 0 for the statistic",
+        Fault("train.batch_context", NEW_STATISTIC, "statistic_of(self._config.objective, 0.0)"),
+        test_batch_context.test_the_statistic_of_reopold_begins_with_its_second_phase,
+        step=2,
+        has_statistic=True,
+    ),
+    row(
+        "checkpoints one step late",
+        Fault("train.trainer", "if done % run.checkpoint_every and", "if step % run.checkpoint_every and"),
+        test_trainer.test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch,
+        first_step=0,
+        last_step=7,
+        every=3,
+        expected=[3, 6, 7],
+    ),
+    row(
+        "no checkpoint at the end of a launch",
+        Fault("train.trainer", "done % run.checkpoint_every and done != self.last_step", "done % run.checkpoint_every"),
+        test_trainer.test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch,
+        first_step=3,
+        last_step=5,
+        every=3,
+        expected=[5],
+    ),
+    row(
+        "one epoch however many are asked for",
+        Fault("train.trainer", "* policy_gradient(self.parts.config.objective).epochs", "* 1"),
+        test_trainer.test_parts_of_the_batch_are_trained_in_turn_as_often_as_there_are_epochs,
+    ),
+    row(
+        "the average never follows",
+        Fault("train.trainer", "parts.average.update()", "pass"),
+        test_trainer.test_the_average_follows_once_after_every_optimizer_step,
+    ),
+)
+
+STATISTICS = (
+    row(
+        "the statistic of IW-OPD from the trainer's log-prob instead of the sampler's",
+        Fault("train.batch_context", BEHAV, BEHAV.replace("micro_batch.behav_logp", "found.logp_T")),
+        test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
+        unscored="none",
+    ),
+    row(
+        "the same, inside the statistic",
+        Fault("losses.batch_statistics", "_gap(rows, rows.behav_logp_T)", "_gap(rows, rows.old_logp_T)"),
+        test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
+        unscored="none",
+    ),
+    row(
+        "the statistic of TOP-D from the sampler's log-prob instead of the trainer's",
+        Fault("train.batch_context", OLD, OLD.replace("found.logp_T", "micro_batch.behav_logp")),
+        test_batch_context.test_the_mixed_return_is_of_the_trainers_log_prob_before_the_update,
+        unscored="none",
+    ),
+    *(
+        row(
+            f"unscored rows ({unscored}) take part in the statistic: {claim.__name__}",
+            Fault("train.batch_context", SCORED, SCORED.replace(" & scored.scored_T", "")),
+            claim,
+            unscored=unscored,
+        )
+        for claim in (
+            test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
+            test_batch_context.test_the_mixed_return_is_of_the_trainers_log_prob_before_the_update,
+            test_batch_context.test_the_most_uncertain_tokens_are_chosen_among_the_scored_ones,
+        )
+        for unscored in ("a sample", "some rows")
+    ),
+    row(
+        "the statistic is of the rows of rank 0 alone",
+        Fault("train.batch_context", "[part for part in parts if part]", "parts[:1]"),
+        test_batch_context.test_the_rows_of_all_data_ranks_make_one_statistic_and_each_rank_gets_its_own_rows,
+    ),
+    row(
+        "a statistic goes to the row before",
+        Fault("train.batch_context", "values[starts[sample] + token]", "values[starts[sample] + token - 1]"),
+        test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
+        unscored="none",
+    ),
+)
+
+STORED = (
+    row(
+        "one rank's stored scores taken as everybody's",
+        Fault("mcore.collective", "return all(flags)", "return any(flags)"),
+        test_score_source.test_where_one_rank_has_no_scores_all_ranks_score_again,
+        rank=1,
+    ),
+    row(
+        "the same, where the other rank has scores of other rows",
+        Fault("mcore.collective", "return all(flags)", "return any(flags)"),
+        test_score_source.test_where_one_rank_has_the_scores_of_other_rows_all_ranks_score_again,
+        rank=0,
+    ),
+    row(
+        "all ranks read and write the scores of rank 0",
+        Fault("train.score_source", "run_dir.scores(step, self._layout.dp_rank,", "run_dir.scores(step, 0,"),
+        test_score_source.test_scores_of_a_repeated_step_come_from_the_disk_on_every_rank,
+    ),
+    row(
+        "scores that must not be kept are kept",
+        Fault("train.score_source", "if not self._on_disk:", "if False:"),
+        test_score_source.test_scores_that_are_not_kept_on_disk_are_neither_written_nor_read,
+    ),
+    row(
+        "the teacher's name is no part of what scores belong to",
+        Fault("train.replay", "hashlib.sha256(self.teacher.encode())", "hashlib.sha256()"),
+        test_score_source.test_scores_are_used_for_the_same_teacher_rows_and_candidates_alone,
+        change={"name": "another teacher"},
+    ),
+    row(
+        "the scoring copy of the student's average is not restored on resume",
+        Fault("mcore.average", "rounded[name].copy_(value)", "pass"),
+        test_average_resume.test_after_a_resume_what_scores_is_the_restored_average,
+        dtype="bfloat16",
+    ),
+    row(
+        "the float32 average is not restored on resume",
+        Fault("mcore.average", "value.copy_(loaded[str(index)][name])", "pass"),
+        test_average_resume.test_a_resumed_average_goes_on_from_the_float32_numbers,
+        dtype="bfloat16",
+    ),
+    row(
+        "keep_rollouts keeps one step too few",
+        Fault("train.trainer", KEEP, KEEP.replace("- run.keep_rollouts", "- run.keep_rollouts + 1")),
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        keep_rollouts=2,
+        last_step=3,
+        rollouts=[1, 2],
+        scores=[],
+    ),
+    row(
+        "keep_rollouts is not looked at",
+        Fault("train.trainer", KEEP, "rollouts_before=0"),
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        keep_rollouts=2,
+        last_step=3,
+        rollouts=[1, 2],
+        scores=[],
+    ),
+    row(
+        "without keep_rollouts none stay",
+        Fault("train.trainer", KEEP, KEEP.replace("else 0", "else done")),
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        keep_rollouts=None,
+        last_step=7,
+        rollouts=[0, 1, 2, 3, 4, 5, 6],
+        scores=[],
+    ),
+    row(
+        "scores of checkpointed steps stay",
+        Fault("train.trainer", "scores_before=done", "scores_before=0"),
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        keep_rollouts=None,
+        last_step=7,
+        rollouts=[0, 1, 2, 3, 4, 5, 6],
+        scores=[],
+    ),
+    row(
+        "`forget` removes the step at its bound as well",
+        Fault("train.run_dir", '.partition(".")[0]) < limit', '.partition(".")[0]) <= limit'),
+        test_run_dir.test_forget_removes_rollouts_and_scores_below_their_own_bounds_alone,
+        rollouts_before=3,
+        scores_before=5,
+    ),
+    row(
+        "`forget` takes the bound of the scores for the rollouts",
+        Fault("train.run_dir", '("rollouts", rollouts_before)', '("rollouts", scores_before)'),
+        test_run_dir.test_forget_removes_rollouts_and_scores_below_their_own_bounds_alone,
+        rollouts_before=3,
+        scores_before=5,
+    ),
+    row(
+        "a step that is on disk is sampled again",
+        Fault("train.rollout_source", "if own.exists():", "if False:"),
+        test_rollout_source.test_a_step_is_sampled_once_and_later_launches_get_the_same_rollouts,
+    ),
+    row(
+        "replayed responses are not cut",
+        Fault("train.rollout_source", "if self._config.rollout.truncate is not None:", "if False:"),
+        test_rollout_source.test_a_replayed_response_is_cut_at_the_budget_of_its_step,
+    ),
+)
+
+SERVED = (
+    row(
+        "uniforms of step 0 for every step",
+        Fault("rollout.sampler", "trust_uniforms(self._seed, step,", "trust_uniforms(self._seed, 0,"),
+        test_wire.test_the_uniforms_of_a_rollout_are_those_of_its_step,
+    ),
+    row(
+        "the same, where they are drawn",
+        Fault("data.uniforms", r'f"{seed}\n{step}\n{sample_id}"', r'f"{seed}\n{0}\n{sample_id}"'),
+        test_wire.test_the_uniforms_of_a_rollout_are_those_of_its_step,
+    ),
+    row(
+        "the same, from the step to the sampler",
+        Fault("train.policy_server", "collect(requests, step=step,", "collect(requests, step=0,"),
+        test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
+    ),
+    row(
+        "uniforms of another seed than the run's",
+        Fault("train.parts", "seed=config.run.seed,", "seed=0,"),
+        test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
+    ),
+    row(
+        "no publication is proven",
+        Fault("train.parts", "prove_sync=config.gates.weight_sync", "prove_sync=False"),
+        test_wire.test_the_first_publication_of_a_launch_is_proven_where_the_gate_is_on,
+        weight_sync=True,
+    ),
+    row(
+        "the prefix left out of the request",
+        Fault("rollout.sampler", "[request.prompt_ids, request.prefix_ids]", "[request.prompt_ids]"),
+        test_wire.test_the_server_is_asked_to_continue_the_prompt_and_then_the_prefix,
+    ),
+    row(
+        "the prefix before the prompt",
+        Fault(
+            "rollout.sampler",
+            "[request.prompt_ids, request.prefix_ids]",
+            "[request.prefix_ids, request.prompt_ids]",
+        ),
+        test_wire.test_the_server_is_asked_to_continue_the_prompt_and_then_the_prefix,
+    ),
+    row(
+        "the KV cache of old weights kept",
+        Fault("rollout.publisher", "self._client.flush_cache()", "pass"),
+        test_wire.test_after_an_update_no_token_comes_from_the_cache_of_the_old_weights,
+    ),
+    row(
+        "the KV cache of old weights kept, seen by a launch",
+        Fault("rollout.publisher", "self._client.flush_cache()", "pass"),
+        test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
+    ),
+    row(
+        "temperature 1 on the wire",
+        Fault("serving.wire", '"temperature": request.temperature,', '"temperature": 1.0,'),
+        test_wire.test_every_request_samples_as_the_configuration_says,
+        rollout={"temperature": 0.7},
+        expected={"temperature": 0.7},
+    ),
+    row(
+        "temperature 1 in the request",
+        Fault("rollout.sampler", "temperature=self._config.temperature,", "temperature=1.0,"),
+        test_wire.test_every_request_samples_as_the_configuration_says,
+        rollout={"temperature": 0.7},
+        expected={"temperature": 0.7},
+    ),
+    row(
+        "another length on the wire",
+        Fault("rollout.sampler", "max_new_tokens=request.max_new_tokens,", "max_new_tokens=6,"),
+        test_wire.test_every_request_samples_as_the_configuration_says,
+        rollout={},
+        expected={},
+    ),
+    row(
+        "weights published once a launch",
+        Fault("train.policy_server", "if self._published == version:", "if self._published:"),
+        test_policy_server.test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled,
+    ),
+    row(
+        "weights published for every request of a step",
+        Fault("train.policy_server", "if self._published == version:", "if False:"),
+        test_policy_server.test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled,
+    ),
+    row(
+        "every publication is proven",
+        Fault("train.policy_server", "= version, False", "= version, self._prove_sync"),
+        test_policy_server.test_publication_is_proven_at_the_first_one_of_a_launch_alone,
+    ),
+    row(
+        "after a restart the weights of the folder are sampled from",
+        Fault("train.policy_server", "on_rank_zero(recover, self._control)\n        self._published = None",
+              "on_rank_zero(recover, self._control)"),
+        test_policy_server.test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for,
+    ),
+    row(
+        "after a restart everything is sampled again",
+        Fault("train.policy_server", "expected_version=version, found=found)",
+              "expected_version=version, found=Collected())"),
+        test_policy_server.test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for,
+    ),
+    row(
+        "a launch uses the labels of an earlier one",
+        Fault("train.policy_server", "uuid.uuid4().hex[:8]", '"launch"'),
+        test_policy_server.test_a_version_label_tells_the_step_and_is_never_used_by_two_launches,
+    ),
+    row(
+        "rank 0 leaves a weight stream that failed before its end",
+        Fault("train.policy_server", "streams.exhaust()", "self._layout.rank and streams.exhaust()"),
+        test_policy_server.test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero,
+        prove=True,
+        taken=2,
+    ),
+)  # fmt: skip
+
+ROWS = (*GATES, *SCHEDULES, *STATISTICS, *STORED, *SERVED)
+
+
+@pytest.mark.parametrize(("fault", "claim", "arguments"), [pytest.param(*each[1:], id=each[0]) for each in ROWS])
+def test_the_planted_fault_is_noticed(
+    fault: Fault, claim: Callable[..., None], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    if "tmp_path" in inspect.signature(claim).parameters:
+        arguments = {**arguments, "tmp_path": tmp_path}
+    with planted(fault), pytest.raises(NOTICED):
+        claim(**arguments)
+    assert PLANTED == []
+
+
+@pytest.mark.parametrize("text", ["no such text", "p99"])
+def test_a_fault_whose_text_is_gone_or_stands_twice_is_refused(text: str) -> None:
+    message = f"tropd_mcore.train.gates has .* times {text!r}"
+    with pytest.raises(AssertionError, match=message), planted(Fault("train.gates", text, "")):
+        pass
+
+
+def test_a_fault_outside_all_functions_is_refused() -> None:
+    fault = Fault("train.gates", "FLOAT32_BOUNDS = (1e-4, 1e-2)", "FLOAT32_BOUNDS = (1.0, 1.0)")
+    with pytest.raises(AssertionError, match=r"in no function of tropd_mcore.train.gates"), planted(fault):
+        pass
+
+
+def test_a_fault_reaches_those_who_imported_the_function_by_name_and_leaves_with_its_block() -> None:
+    def draw() -> list[float]:
+        return trust_uniforms(1, 2, "s", 3).tolist()
+
+    def fail(*_: object) -> None:
+        with planted(Fault("data.uniforms", "return generator.random(", "return 0 * generator.random(")):
+            assert draw() == [0.0] * 3
+            raise KeyError
+
+    before = draw()
+    assert min(before) > 0
+    with pytest.raises(KeyError):
+        fail()
+    assert draw() == before and PLANTED == []

@@ -1,0 +1,269 @@
+"""The rollout server seen by all ranks: when weights are published and proven, and what a death costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.glue.faults import on_ranks
+from tests.glue.stubs import make_layout, make_rollout, make_student, one_rank
+from tropd_mcore.errors import GateError, ServerDied, ServerError
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.rollout.sampler import Collected
+from tropd_mcore.train import policy_server as policy_server_module
+from tropd_mcore.train.policy_server import PolicyServer
+from tropd_mcore.types import SampleRequest
+
+SAMPLES, TENSORS = 4, 3
+Event = tuple[Any, ...]
+Stream = Iterator[tuple[str, Tensor]]
+
+
+@dataclass
+class Site:
+    """A server, a publisher and a sampler that only take notes, and the weight streams of this rank.
+
+    `faults` are met one after the other: what `publish`, `prove` or `collect` raises at its next call (None: nothing).
+    """
+
+    layout: Layout
+    prove_sync: bool = False
+    publish_faults: list[Exception | None] = field(default_factory=list)
+    sample_faults: list[Exception | None] = field(default_factory=list)
+    read_before_fault: int = 0
+    """Tensors that the publisher takes before it fails."""
+    events: list[Event] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    """Tensors of each stream that this rank went through."""
+    connections: int = 0
+
+    def policy(self) -> PolicyServer:
+        """A launch. Collective."""
+        server: Any = SimpleNamespace(wait_ready=self._wait_ready, recover=self._recover)
+        return PolicyServer(
+            make_student(self.layout),
+            self.layout,
+            server if self.layout.rank == 0 else None,
+            self._connect,  # type: ignore[arg-type]
+            prove_sync=self.prove_sync,
+        )
+
+    def did(self, *kinds: str) -> list[Event]:
+        """The events of these kinds in order."""
+        return [event for event in self.events if event[0] in kinds]
+
+    def weights(self, _model: Any, _layout: Layout) -> Stream:
+        """In the place of `iterate_hf`: collective, so what counts is that a rank goes through all of it."""
+        self.streams.append(0)
+        for index in range(TENSORS):
+            self.streams[-1] += 1
+            yield f"weight {index}", torch.zeros(1)
+
+    def _wait_ready(self) -> None:
+        self.events.append(("ready",))
+
+    def _recover(self, died: ServerDied) -> None:
+        self.events.append(("recover", str(died)))
+
+    def _connect(self, server: Any) -> tuple[Any, Any]:
+        self.connections += 1
+        number = self.connections
+        sampler = SimpleNamespace(collect=lambda requests, **given: self._collect(number, requests, **given))
+        return sampler, SimpleNamespace(publish=self._publish, prove=self._prove)
+
+    def _publish(self, tensors: Stream, version: str) -> None:
+        self.events.append(("publish", version))
+        self._take(tensors)
+
+    def _prove(self, make_stream: Callable[[], Stream], version: str) -> None:
+        self.events.append(("prove", version))
+        self._take(make_stream())
+        self._take(make_stream())
+
+    def _take(self, tensors: Stream) -> None:
+        fault = self.publish_faults.pop(0) if self.publish_faults else None
+        if fault is None:
+            assert len(list(tensors)) == TENSORS
+            return
+        for _ in range(self.read_before_fault):
+            next(tensors)
+        raise fault
+
+    def _collect(
+        self, connection: int, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected
+    ) -> Collected:
+        """A death leaves half of what was missing."""
+        assert connection == self.connections, "a client of the server that died was asked"
+        missing = [request.sample_id for request in requests if request.sample_id not in found.rollouts]
+        self.events.append(("sample", step, expected_version, missing))
+        fault = self.sample_faults.pop(0) if self.sample_faults else None
+        if fault is not None and not isinstance(fault, ServerDied):
+            raise fault
+        answered = missing[: len(missing) // 2] if fault is not None else missing
+        fresh = {name: make_rollout(name, "p", 3, version=f"answer {len(self.events)}") for name in answered}
+        return Collected({**found.rollouts, **fresh}, fault if isinstance(fault, ServerDied) else None)
+
+
+def requests() -> list[SampleRequest]:
+    ids = torch.arange(3).numpy()
+    return [SampleRequest(f"s{i}", "p", ids, ids[:0], 3, False, None) for i in range(SAMPLES)]
+
+
+def run(site: Site, steps: list[int]) -> list[str]:
+    """The versions that the steps were sampled at, in one launch; every rollout of a step in the order asked for."""
+    with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
+        policy = site.policy()
+        for step in steps:
+            rollouts = policy.sample(requests(), step=step)
+            assert [rollout.sample_id for rollout in rollouts] == [f"s{i}" for i in range(SAMPLES)]
+    return [event[2] for event in site.did("sample")]
+
+
+def site_of(steps: list[int], **given: Any) -> Site:
+    """One launch of a single rank."""
+    with one_rank() as layout:
+        site = Site(layout, **given)
+        run(site, steps)
+        return site
+
+
+def test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled() -> None:
+    site = site_of([0, 0, 1])
+    kinds = [event[0] for event in site.events]
+    assert kinds == ["ready", "publish", "sample", "sample", "publish", "sample"]
+    published, sampled = site.did("publish"), site.did("sample")
+    assert [version for _, version in published] == [sampled[0][2], sampled[2][2]]
+    assert sampled[0][2] == sampled[1][2] != sampled[2][2]
+    assert [step for _, step, _, _ in sampled] == [0, 0, 1] and site.streams == [TENSORS] * 2
+
+
+def test_the_server_is_waited_for_and_connected_once_and_only_when_it_is_needed() -> None:
+    with one_rank() as layout:
+        site = Site(layout)
+        with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
+            site.policy()
+        assert site.events == [] and site.connections == 0
+        run(site, [0, 1, 2])
+    assert len(site.did("ready")) == site.connections == 1
+
+
+def test_publication_is_proven_at_the_first_one_of_a_launch_alone() -> None:
+    site = site_of([3, 4, 5], prove_sync=True)
+    assert [event[0] for event in site.did("prove", "publish")] == ["prove", "publish", "publish"]
+    assert site.streams == [TENSORS] * 4
+    assert site_of([0, 1], prove_sync=False).did("prove") == []
+
+
+def test_a_proof_that_a_death_broke_off_is_made_again() -> None:
+    site = site_of([0, 1], prove_sync=True, publish_faults=[None, ServerDied("gone")])
+    assert [event[0] for event in site.events] == [
+        "ready", "prove", "recover", "prove", "sample", "publish", "sample",
+    ]  # fmt: skip
+    assert site.streams == [TENSORS] * 5
+
+
+def test_a_failed_proof_stops_the_launch() -> None:
+    with one_rank() as layout:
+        site = Site(layout, prove_sync=True, publish_faults=[GateError("the server kept its weights")])
+        with pytest.raises(GateError, match="kept its weights"):
+            run(site, [0])
+    assert site.did("sample", "recover") == [] and site.streams == [TENSORS] * 2
+
+
+@pytest.mark.parametrize("taken", [0, 1, TENSORS])
+def test_a_server_that_dies_of_a_publication_is_restarted_and_gets_the_weights_again(taken: int) -> None:
+    site = site_of([0], publish_faults=[ServerDied("gone")], read_before_fault=taken)
+    assert [event[0] for event in site.events] == ["ready", "publish", "recover", "publish", "sample"]
+    assert site.did("recover") == [("recover", "gone")] and site.streams == [TENSORS] * 2
+    assert len({event[1] for event in site.did("publish")}) == 1 and site.connections == 2
+
+
+def test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for() -> None:
+    site = site_of([7], sample_faults=[ServerDied("gone"), ServerDied("gone again")])
+    assert [event[0] for event in site.events] == [
+        "ready", "publish", "sample", "recover", "publish", "sample", "recover", "publish", "sample",
+    ]  # fmt: skip
+    assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"], ["s2", "s3"], ["s3"]]
+    assert len({event[1] for event in site.did("publish")}) == 1
+
+
+def test_what_a_server_answered_before_it_died_is_kept() -> None:
+    with one_rank() as layout:
+        site = Site(layout, sample_faults=[ServerDied("gone")])
+        with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
+            rollouts = site.policy().sample(requests(), step=0)
+    assert [rollout.policy_version for rollout in rollouts] == ["answer 3"] * 2 + ["answer 6"] * 2
+
+
+def test_a_server_that_died_between_two_steps_is_not_taken_for_one_with_weights() -> None:
+    site = site_of([0, 0], sample_faults=[None, ServerDied("gone")])
+    assert [event[0] for event in site.did("publish", "sample")] == ["publish", "sample", "sample", "publish", "sample"]
+
+
+@pytest.mark.parametrize("where", ["publish_faults", "sample_faults"])
+def test_an_error_that_is_no_death_is_not_retried(where: str) -> None:
+    with one_rank() as layout:
+        site = Site(layout, **{where: [ServerError("refused")]})
+        with pytest.raises(ServerError, match="refused"):
+            run(site, [0])
+    assert site.did("recover") == [] and len(site.did("publish")) == 1
+
+
+def test_a_version_label_tells_the_step_and_is_never_used_by_two_launches() -> None:
+    with one_rank() as layout:
+        launches = [run(Site(layout), [0, 1, 12]) for _ in range(3)]
+    labels = [label for launch in launches for label in launch]
+    assert len(set(labels)) == 9
+    assert all([label.rpartition("/")[2] for label in launch] == ["step-000000", "step-000001", "step-000012"]
+               for launch in launches)  # fmt: skip
+
+
+def on_this_rank(steps: list[int], given: dict[str, Any]) -> tuple[str, list[int], list[Event], int]:
+    """(error, tensors of each stream, events, connections) of this rank."""
+    site = Site(make_layout("data"), **given)
+    error = ""
+    try:
+        run_everywhere(site, steps)
+    except ServerError as met:
+        error = f"{type(met).__name__}: {met}"
+    return error, site.streams, site.events, site.connections
+
+
+def run_everywhere(site: Site, steps: list[int]) -> None:
+    with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
+        policy = site.policy()
+        for step in steps:
+            rollouts = policy.sample(requests(), step=step)
+            assert [rollout.sample_id for rollout in rollouts] == [f"s{i}" for i in range(SAMPLES)]
+
+
+def test_http_is_on_rank_zero_and_every_rank_takes_part_in_every_stream() -> None:
+    given = {"prove_sync": True, "sample_faults": [None, ServerDied("gone")]}
+    (error, streams, events, connections), *others = on_ranks(on_this_rank, 2, [0, 1], given)
+    assert error == "" and streams == [TENSORS] * 4 and connections == 2
+    assert [event[0] for event in events] == [
+        "ready", "prove", "sample", "publish", "sample", "recover", "publish", "sample",
+    ]  # fmt: skip
+    assert others == [("", streams, [], 0)]
+
+
+@pytest.mark.parametrize("prove", [False, True])
+@pytest.mark.parametrize("taken", [0, 2])
+def test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero(prove: bool, taken: int) -> None:
+    given = {"prove_sync": prove, "publish_faults": [ServerError("refused")], "read_before_fault": taken}
+    one, two = on_ranks(on_this_rank, 2, [0], given)
+    assert one[0] == two[0] == "ServerError: refused"
+    assert one[1] == two[1] == [TENSORS] * (2 if prove else 1)
+
+
+def test_every_rank_goes_through_all_streams_again_after_a_death_on_rank_zero() -> None:
+    given = {"publish_faults": [ServerDied("gone")], "read_before_fault": 1}
+    one, two = on_ranks(on_this_rank, 2, [0], given)
+    assert one[0] == two[0] == "" and one[1] == two[1] == [TENSORS] * 2

@@ -1,0 +1,178 @@
+"""A token that the teacher gives no probability: a finite loss for every objective, distrusted, and counted.
+
+Shapes: T tokens, V vocabulary, J support ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from tests.objective_batch import Batch
+from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.losses.batch_statistics import BatchRows, statistic_of
+from tropd_mcore.losses.divergences import LOGP_FLOOR
+from tropd_mcore.losses.method_table import OBJECTIVES, bind_objective
+from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.mcore.row_constants import RowConstants, without_neginf
+from tropd_mcore.train.batch_context import _columns
+from tropd_mcore.types import MicroBatch, RowContext, StudentPass, TeacherScores
+
+NEGATIVE_INFINITY = float("-inf")
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "tropd": [
+        {},
+        {"trust": {"mode": "soft"}},
+        {"trust": {"mode": "none"}},
+        {"trust": {"mode": "threshold"}},
+        {"outlier": {"mode": "fkl_scalar"}},
+        {"outlier": {"mode": "clip"}},
+        {"outlier": {"mode": "mask"}},
+        {"guidance": {"loss": "scalar_adv"}},
+        {"guidance": {"loss": "topk_fkl"}},
+        {"policy_gradient": {"ratio": "ppo_clip"}},
+    ],
+    "lsm": [{}, {"sampled_tail": True}, {"sampled_tail": True, "clip_log_ratio": 2.0}],
+    "reopold": [{}, {"stages": 2, "switch_at": 0.9}, {"stages": 2, "switch_at": 0.1}],
+    "gkd": [{"divergence": "fkl"}, {"divergence": "rkl"}, {"divergence": "jsd"}],
+    "rethinking": [{"own_topk": 8, "support": support} for support in ("student", "union")],
+    "vopd": [{"own_topk": 8}],
+    "sdpo": [{"own_topk": 8}],
+    "custom": [{"function": "tropd_mcore.losses.objectives.tropd:opd"}],
+}
+CASES = [(kind, settings) for kind in sorted(OBJECTIVES) for settings in SETTINGS.get(kind, [{}])]
+
+
+def at_every_origin(batch: Batch) -> Tensor:
+    """bool [T]: two sampled tokens, one of a prefix and one of neither; the teacher gives them no probability."""
+    impossible_T = torch.zeros(len(batch.origin), dtype=torch.bool)
+    for origin, count in (("student", 2), ("prefix", 1), ("none", 1)):
+        places = [place for place, found in enumerate(batch.origin) if found == origin]
+        impossible_T[places[:count]] = True
+    return impossible_T
+
+
+def constants_of(
+    batch: Batch, config: ObjectiveConfig | None, logp_T: Tensor, u_T: Tensor | None = None
+) -> RowConstants:
+    """The constants of the batch's rows where the teacher says `logp_T` of the sampled tokens."""
+    inputs, rows = batch.inputs(), torch.arange(len(batch.origin))
+    micro_batch = MicroBatch(
+        input_ids=rows,
+        position_ids=rows,
+        cu_seqlens=torch.tensor([0, len(rows)]),
+        max_seqlen=len(rows),
+        rows=rows,
+        target_ids=inputs.target_ids_T,
+        on_mask=inputs.on_mask_T,
+        off_mask=inputs.off_mask_T,
+        behav_logp=inputs.behav_logp_T,
+        trust_u=batch.u_T if u_T is None else u_T,
+        weight=inputs.weight_T,
+        sample_index=rows // 10,
+        token_index=rows % 10 + 1,
+    )
+    scores = TeacherScores(
+        logp_T=logp_T,
+        topk_ids_TK=inputs.topk_ids_TK,
+        topk_logp_TK=inputs.teacher_topk_logp_TK,
+        tail_mass_T=torch.zeros_like(logp_T),
+        entropy_T=inputs.teacher_entropy_T,
+        scored_T=torch.ones_like(inputs.on_mask_T),
+        own_logp_TL=inputs.teacher_own_logp_TL,
+    )
+    found = StudentPass(inputs.old_logp_T, inputs.student_entropy_T.detach(), inputs.own_ids_TL, inputs.old_own_logp_TL)
+    statistic = statistic_of(config, 0.5) if config is not None else None
+    statistic_T = None
+    if statistic is not None:
+        samples = int(micro_batch.sample_index.max()) + 1
+        columns: dict[str, Any] = _columns([micro_batch], [found], [scores])
+        reward_S, prompt_index_S = np.arange(samples) % 2 * 1.0, np.zeros(samples, dtype=np.int64)
+        statistic_T = torch.from_numpy(
+            statistic(BatchRows(**columns, prompt_index_S=prompt_index_S, reward_S=reward_S))
+        )
+    context = RowContext(
+        old_logp_T=inputs.old_logp_T,
+        reference_logp_T=inputs.reference_logp_T,
+        statistic_T=statistic_T,
+        own_ids_TL=inputs.own_ids_TL,
+        old_own_logp_TL=inputs.old_own_logp_TL,
+        teacher_own_logp_TL=inputs.teacher_own_logp_TL,
+    )
+    return RowConstants.of(micro_batch, scores, context, batch.z_TV.shape[1])
+
+
+def run(batch: Batch, config: ObjectiveConfig, constants: RowConstants) -> ObjectiveOutput:
+    log_p_TV = batch.z_TV.log_softmax(dim=1)
+    entropy_T = -(log_p_TV.exp() * log_p_TV).sum(dim=1)
+    logp_TJ = log_p_TV.gather(1, constants.ids_TJ)
+    return bind_objective(config, progress=0.5)(constants.inputs(logp_TJ, entropy_T, None, slice(None)))
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_a_token_the_teacher_gives_no_probability_counts_as_one_at_the_floor(
+    kind: str, settings: dict[str, Any]
+) -> None:
+    """Loss, gradient and columns are finite, and those of log q = -50 with a uniform that distrusts."""
+    config: ObjectiveConfig = TypeAdapter(ObjectiveConfig).validate_python({"kind": kind, **settings})
+    batch = Batch(2, moved=0.3)
+    impossible_T = at_every_origin(batch)
+    logp_T = batch.inputs().teacher_logp_T
+    found = run(batch, config, constants_of(batch, config, logp_T.masked_fill(impossible_T, NEGATIVE_INFINITY)))
+    floored = constants_of(
+        batch, config, logp_T.masked_fill(impossible_T, LOGP_FLOOR), batch.u_T.masked_fill(impossible_T, 1.0)
+    )
+    expected = run(batch, config, floored)
+    gradient_TV = batch.gradient(found.loss_sum)
+    assert found.loss_sum.isfinite() and gradient_TV.isfinite().all()
+    assert torch.equal(found.loss_sum, expected.loss_sum) and torch.equal(found.token_count, expected.token_count)
+    assert torch.equal(gradient_TV, batch.gradient(expected.loss_sum))
+    for name, column in found.columns.items():
+        assert torch.equal(column.nan_to_num(7.0), expected.columns[name].nan_to_num(7.0)), name
+        assert column.isinf().sum() == 0, name
+
+
+@pytest.mark.parametrize("u", [0.0, 1e-30, 0.5, 1.0 - 2.0**-24])
+def test_the_bernoulli_gate_distrusts_an_impossible_token_whatever_was_drawn(u: float) -> None:
+    config: ObjectiveConfig = TypeAdapter(ObjectiveConfig).validate_python({"kind": "tropd"})
+    batch = Batch(2)
+    impossible_T = at_every_origin(batch)
+    logp_T = batch.inputs().teacher_logp_T.masked_fill(impossible_T, NEGATIVE_INFINITY)
+    output = run(batch, config, constants_of(batch, config, logp_T, torch.full_like(batch.u_T, u)))
+    assert not output.columns["trusted"][impossible_T].any()
+    others_T = batch.on_T & ~impossible_T
+    assert output.columns["trusted"][others_T].all() or u > 0, "a drawn 0 trusts every possible token"
+
+
+def test_only_minus_infinity_is_replaced_and_what_counts_is_reported() -> None:
+    batch = Batch(2)
+    impossible_T = at_every_origin(batch)
+    logp_T = batch.inputs().teacher_logp_T.masked_fill(impossible_T, NEGATIVE_INFINITY)
+    low, broken = 10, 11
+    assert batch.origin[low] == batch.origin[broken] == "student"
+    logp_T[low], logp_T[broken] = -73.0, torch.nan
+    constants = constants_of(batch, None, logp_T)
+    found_T = constants.columns["teacher_logp_T"]
+    assert (found_T[impossible_T] == LOGP_FLOOR).all()
+    assert found_T[low] == -73.0 and found_T[broken].isnan()
+    others_T = ~(impossible_T | found_T.isnan())
+    assert torch.equal(found_T[others_T], logp_T[others_T])
+    assert torch.equal(constants.columns["trust_u_T"][others_T], batch.u_T[others_T])
+    assert torch.equal(constants.observed()["impossible"], impossible_T & ~batch.uncounted_T)
+    assert int(constants.observed()["impossible"].sum()) == 3
+
+
+def test_a_teacher_log_prob_that_is_no_number_stays_none() -> None:
+    assert without_neginf(torch.tensor([torch.nan, torch.inf, -50.5])).tolist()[1:] == [float("inf"), -50.5]
+    assert without_neginf(torch.tensor([torch.nan])).isnan().all()
+
+
+def test_a_row_that_the_teacher_did_not_score_is_not_counted_as_impossible() -> None:
+    batch = Batch(2)
+    constants = constants_of(batch, None, torch.full_like(batch.u_T, NEGATIVE_INFINITY))
+    assert torch.equal(constants.impossible_T, ~batch.uncounted_T)

@@ -1,0 +1,60 @@
+"""Who carries the loss of a teacher prefix, where the teacher can fail on the sample that should.
+
+Not for who carries it in the first place (`data.supervision`, `rollout_source`). Invariants: after `settle`, a prefix
+that any scored sample of its prompt has is a row of one scored sample; what was decided is on disk before the step
+changes anything, so that a repetition decides the same; where every sample was scored, nothing is asked twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from tropd_mcore.data.packing import PackedStep
+from tropd_mcore.data.supervision import hand_over
+from tropd_mcore.train.rollout_source import RolloutSource
+from tropd_mcore.train.score_source import ScoreSource
+from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.types import Rollout
+
+log = logging.getLogger(__name__)
+
+Pack = Callable[[list[Rollout]], PackedStep]
+
+
+class PrefixLosses:
+    """`teacher` is None where there is no prefix loss, or a teacher that scores every sample or stops the run."""
+
+    def __init__(self, teacher: ServedTeacher | None, scores: ScoreSource, rollouts: RolloutSource) -> None:
+        self._teacher = teacher
+        self._scores = scores
+        self._rollouts = rollouts
+
+    def settle(
+        self, step: int, rollouts: list[Rollout], packed: PackedStep, pack: Pack
+    ) -> tuple[list[Rollout], PackedStep]:
+        """Rollouts and packs in which scored samples carry the prefix losses. Collective.
+
+        Pack lengths and places do not depend on carriers, so every sample stays on its rank. A sample that takes over
+        was scored from its response on and is asked for once more, from the prompt's end. Scores on disk were stored
+        after this was settled.
+        """
+        if self._teacher is None or self._scores.are_stored(step, packed):
+            return rollouts, packed
+        while True:
+            lost = self._teacher.lost(rollouts, packed)
+            moved = hand_over(rollouts, lost)
+            if moved is None:
+                return rollouts, packed
+            log.info(
+                "step %d: the teacher could not score the sample that carries the prefix loss of its prompt; another "
+                "sample of the prompt takes over: %s",
+                step,
+                ", ".join(new.sample_id for new, old in zip(moved, rollouts, strict=True) if _takes_over(new, old)),
+            )
+            self._rollouts.save(step, moved)
+            rollouts, packed = moved, pack(moved)
+
+
+def _takes_over(new: Rollout, old: Rollout) -> bool:
+    return new.carries_prefix_loss and not old.carries_prefix_loss
