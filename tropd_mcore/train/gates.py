@@ -27,8 +27,8 @@ def sampler_bounds(config: Config) -> tuple[float, float]:
 def check_sampler_logprobs(table: TokenTable, config: Config) -> float | None:
     """Compare trainer and sampler on the sampled tokens of the first rollouts; returns the 99th percentile, nats.
 
-    Returns None where no sampled token was scored, so that there is nothing to compare. Raises `GateError` with the size
-    of the difference and the likely cause.
+    Returns None where no sampled token was scored, so that there is nothing to compare. Raises `GateError` with the
+    size of the difference and the likely cause.
     """
     on = table["on"].astype(bool)
     if not on.any():
