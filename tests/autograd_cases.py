@@ -1,8 +1,9 @@
 """The loss inside other people's autograd: situations, and whether each form of the loss is right in them.
 
 This is not a test. A situation is a short program around a loss. It computes some logits (or hidden states) from a
-leaf, calls the loss, and runs a backward pass. It is run once with the loss under test and once with a plain PyTorch loss in
-float64. The outcome is `right`, `refused` (one clear error) or `WRONG`. Runs on any device and any number of ranks.
+leaf, calls the loss, and runs a backward pass. It is run once with the loss under test and once with a plain PyTorch
+loss in float64. The outcome is `right`, `refused` (one clear error) or `WRONG`. Runs on any device and any number of
+ranks.
 
 Shapes: T tokens, V vocabulary, D hidden, J support ids, W vocabulary shard of one rank.
 """
