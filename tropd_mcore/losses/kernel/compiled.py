@@ -32,8 +32,9 @@ from tropd_mcore.losses.kernel.shard import (
 P = ParamSpec("P")
 R = TypeVar("R")
 
-VARIANTS = 64
-"""Bound on the compilations of a pass in one process; a training job needs about four."""
+VARIANTS = 256
+"""Bound on the compilations of a pass in one process. A training job needs about four, the conformance matrix more than
+64: gradients over the logits and beside them are two variants."""
 
 
 class CompiledBackend:
