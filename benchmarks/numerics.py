@@ -125,7 +125,8 @@ def main() -> None:
     ]
     print(table(["form, backend", "log-prob rms", "max", "dH error", "dW error"], cells))
     suffix = "" if args.device == "cpu" else f"_{args.device}"
-    print(write_result(f"numerics{suffix}", rows, command=f"python -m benchmarks.numerics --device {args.device}"))
+    options = f"--device {args.device} --backends {' '.join(args.backends)}"
+    print(write_result(f"numerics{suffix}", rows, command=f"python -m benchmarks.numerics {options}"))
 
 
 if __name__ == "__main__":
