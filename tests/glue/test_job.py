@@ -1,0 +1,608 @@
+"""From a configuration to a finished run over stubs: which parts are made, what is refused, when a run is over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.glue.stubs import make_config, one_rank
+from tests.tiny_models import write_tiny_model
+from tropd_mcore.config.schema import Config
+from tropd_mcore.data.feedback import SolutionPrompts
+from tropd_mcore.data.prompts import PromptSet
+from tropd_mcore.errors import ConfigError, DataError
+from tropd_mcore.mcore.checkpoint import TrainState
+from tropd_mcore.mcore.checkpoint_info import INFO_FILE, step_folder
+from tropd_mcore.mcore.parallel import Layout, RankEnvironment
+from tropd_mcore.train import job
+from tropd_mcore.train.parts import Servers, Site
+from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.types import Prompt
+from tropd_mcore.weights.architecture import Architecture, read_architecture
+from tropd_mcore.weights.publish import new_folder
+
+STEPS = 4
+SOURCES: dict[str, str] = defaultdict(lambda: "test")
+"""Where every value of the configuration came from."""
+ALONE = RankEnvironment(rank=0, world_size=1, local_rank=0)
+SDPO = {"kind": "sdpo", "own_topk": 5, "topk": 3}
+GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose vocabulary has 307 tokens and whose context has 512."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
+
+
+@pytest.fixture
+def layout() -> Iterator[Layout]:
+    with one_rank() as layout:
+        yield layout
+
+
+def config_of(run_dir: Path, folder: Path, **sections: Any) -> Config:
+    """Student and teacher are `folder` where `sections` do not say otherwise."""
+    for name in ("student", "teacher"):
+        sections[name] = {"path": folder} | sections.get(name, {})
+    return make_config(run_dir, **sections)
+
+
+def site_of(config: Config, layout: Any, **changes: Architecture) -> Site:
+    """`changes` replace what the folders say, by the first word of the key."""
+    models = {
+        key: changes.get(key.partition(".")[0], read_architecture(path))
+        for key, path in job._model_paths(config).items()
+    }
+    return Site(config, SimpleNamespace(name="cpu", device="cpu"), layout, RunDir(config.run.dir), models)
+
+
+def checkpoint_at(run_dir: Path, step: int) -> Path:
+    """A folder that counts as a complete checkpoint."""
+    folder = step_folder(RunDir(run_dir).checkpoints, step)
+    folder.mkdir(parents=True)
+    (folder / INFO_FILE).write_text("{}")
+    return folder
+
+
+def exported_at(run_dir: Path, step: int) -> None:
+    RunDir(run_dir).export.mkdir(parents=True, exist_ok=True)
+    RunDir(run_dir).export_step.write_text(f"{step}\n")
+
+
+class Run:
+    """`run_job` whose parts only say that they were called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
+        self.did: list[str] = []
+        self.trained_from: int | None = None
+        self.fail: Exception | None = None
+        monkeypatch.setattr(job, "choose", lambda kind, local_rank: SimpleNamespace(name="cpu", device="cpu"))
+        monkeypatch.setattr(job, "initialize", lambda *_: self._did("initialize", layout))
+        monkeypatch.setattr(job, "destroy", lambda _: self._did("destroy", None))
+        monkeypatch.setattr(job, "_check_vocabularies", lambda _: self._did("vocabularies", None))
+        monkeypatch.setattr(job, "_read_material", lambda _: self._did("material", "the material"))
+        monkeypatch.setattr(job, "_train", self._train)
+
+    def _did(self, what: str, value: Any) -> Any:
+        self.did.append(what)
+        return value
+
+    def _train(self, site: Site, material: Any, first_step: int, cleanup: ExitStack) -> None:
+        assert material == "the material"
+        self.did.append("train")
+        self.trained_from = first_step
+        if self.fail is not None:
+            raise self.fail
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Run:
+    return Run(monkeypatch, layout)
+
+
+@pytest.mark.parametrize(
+    ("steps_done", "export_at_end", "export_of", "trained_from"),
+    [
+        pytest.param(STEPS, True, STEPS, None, id="complete and exported"),
+        pytest.param(STEPS, False, None, None, id="complete, no export asked for"),
+        pytest.param(STEPS, False, 2, None, id="complete, no export asked for, an old one there"),
+        pytest.param(STEPS, True, None, STEPS, id="complete, export missing"),
+        pytest.param(STEPS, True, 2, STEPS, id="complete, export of an earlier step"),
+        pytest.param(2, True, 2, 2, id="half, exported"),
+        pytest.param(2, False, None, 2, id="half, no export asked for"),
+        pytest.param(0, True, None, 0, id="new"),
+        pytest.param(0, False, None, 0, id="new, no export asked for"),
+    ],
+)
+def test_a_run_has_nothing_left_to_do_where_all_steps_and_the_export_that_was_asked_for_are_there(
+    run: Run,
+    folder: Path,
+    tmp_path: Path,
+    steps_done: int,
+    export_at_end: bool,
+    export_of: int | None,
+    trained_from: int | None,
+) -> None:
+    config = config_of(tmp_path, folder, run={"export_at_end": export_at_end})
+    if steps_done:
+        checkpoint_at(tmp_path, steps_done)
+    if export_of is not None:
+        exported_at(tmp_path, export_of)
+    job.run_job(config, SOURCES, ALONE)
+    assert run.trained_from == trained_from
+    assert run.did == ["initialize", "vocabularies", "material", *["train"] * (trained_from is not None), "destroy"]
+
+
+def test_the_lock_and_the_groups_go_where_training_fails(run: Run, folder: Path, tmp_path: Path) -> None:
+    run.fail = DataError("broken")
+    config = config_of(tmp_path, folder)
+    for _ in range(2):
+        with pytest.raises(DataError, match="broken"):
+            job.run_job(config, SOURCES, ALONE)
+    assert run.did[-2:] == ["train", "destroy"] and run.did.count("destroy") == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"parallel": {"tensor": 2}}, "does not divide WORLD_SIZE 1"),
+        ({"loss": {"backend": "triton"}}, "loss.backend=triton needs CUDA"),
+    ],
+    ids=["ranks", "backend"],
+)
+def test_what_does_not_fit_the_machine_is_refused_before_any_group_is_made(
+    run: Run, folder: Path, tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        job.run_job(config_of(tmp_path / "run", folder, **sections), SOURCES, ALONE)
+    assert run.did == [] and not (tmp_path / "run").exists()
+
+
+class Training:
+    """`_train` whose models, servers and loop only say what they were made from."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.did: list[tuple[Any, ...]] = []
+        student = SimpleNamespace(name="student")
+        for name, value in {
+            "start_servers": Servers(),
+            "build_model": student,
+            "load_hf": None,
+            "build_optimizer": ("optimizer", "scheduler"),
+            "student_average": "average",
+            "_make_parts": "parts",
+        }.items():
+            monkeypatch.setattr(job, name, self._maker(name, value))
+        monkeypatch.setattr(job, "load", lambda path, state: self.did.append(("load", path.name, state.average)))
+        monkeypatch.setattr(job, "export", lambda site, model, step: self.did.append(("export", model.name, step)))
+        monkeypatch.setattr(job, "Trainer", self._trainer)
+
+    def _maker(self, name: str, value: Any) -> Any:
+        def make(*_: Any, **given: Any) -> Any:
+            self.did.append((name, given["steps"]) if name == "build_optimizer" else (name,))
+            return value
+
+        return make
+
+    def _trainer(self, parts: Any, *, first_step: int, last_step: int) -> Any:
+        assert parts == "parts"
+        return SimpleNamespace(fit=lambda: self.did.append(("fit", first_step, last_step)))
+
+    def launched(self, config: Config, layout: Any, first_step: int) -> list[tuple[Any, ...]]:
+        with ExitStack() as cleanup:
+            job._train(site_of(config, layout), None, first_step, cleanup)  # type: ignore[arg-type]
+        return [event for event in self.did if event[0] in ("start_servers", "load", "fit", "export")]
+
+
+@pytest.mark.parametrize(
+    ("first_step", "settings", "expected"),
+    [
+        (0, {}, [("fit", 0, 4), ("export", "student", 4)]),
+        (0, {"export_at_end": False}, [("fit", 0, 4)]),
+        (0, {"stop_after": 1}, [("fit", 0, 1)]),
+        (1, {"stop_after": 2}, [("load", "step_000001", "average"), ("fit", 1, 3)]),
+        (2, {"stop_after": 3}, [("load", "step_000002", "average"), ("fit", 2, 4), ("export", "student", 4)]),
+        (4, {}, [("load", "step_000004", None), ("export", "student", 4)]),
+        (6, {}, [("load", "step_000006", None), ("export", "student", 6)]),
+    ],
+    ids=str,
+)
+def test_a_launch_resumes_trains_and_exports_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    first_step: int,
+    settings: dict[str, Any],
+    expected: list[tuple[Any, ...]],
+) -> None:
+    """An export alone needs neither servers nor the average."""
+    if first_step:
+        checkpoint_at(tmp_path, first_step)
+    config = config_of(tmp_path, folder, run=settings)
+    trains = any(event[0] == "fit" for event in expected)
+    found = Training(monkeypatch).launched(config, SimpleNamespace(rank=0), first_step)
+    assert found == [("start_servers",)] * trains + expected
+
+
+def test_the_schedule_has_as_many_steps_as_the_run_has_updates(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    several = {"ratio": "ppo_clip", "mini_batches": 2, "epochs": 3}
+    config = config_of(tmp_path, folder, objective={"kind": "opd", "topk": 3, "policy_gradient": several})
+    training = Training(monkeypatch)
+    training.launched(config, SimpleNamespace(rank=0), 0)
+    assert ("build_optimizer", STEPS * 2 * 3) in training.did
+
+
+class Parts:
+    """`_make_parts` over stubs; keeps what the parts were made with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, teacher: Any = "scorer") -> None:
+        self.dry_runs: list[Any] = []
+        self.closed = 0
+        self.scores: dict[str, Any] = {}
+        self.scorer: Any = None
+        self.fallible: Any = None
+        self.made: Any = None
+        stubs: dict[str, Any] = {
+            "teacher_model": lambda site: "frozen teacher",
+            "reference_model": lambda site: "reference",
+            "dry_run": lambda student, *_, **given: self.dry_runs.append(given),
+            "make_policy": lambda *_: "policy",
+            "make_teacher": lambda *_: teacher,
+            "make_self_teacher": lambda site, average, *_: f"self teacher of the {average}",
+            "Monitor": lambda *_, start_step: SimpleNamespace(close=self._close, start_step=start_step),
+            "ScoreSource": self._score_source,
+            "RolloutSource": lambda config, run_dir, prompts, policy, layout: SimpleNamespace(policy=policy),
+            "PrefixLosses": self._prefix_losses,
+            "BatchContextSource": lambda config, student, reference: SimpleNamespace(reference=reference),
+        }
+        for name, stub in stubs.items():
+            monkeypatch.setattr(job, name, stub)
+
+    def _close(self) -> None:
+        self.closed += 1
+
+    def _score_source(self, scorer: Any, *_: Any, **given: Any) -> str:
+        self.scorer, self.scores = scorer, given
+        return "scores"
+
+    def _prefix_losses(self, fallible: Any, scores: Any, rollouts: Any) -> str:
+        assert scores == "scores"
+        self.fallible = fallible
+        return "prefixes"
+
+    def make(self, config: Config, *, average: Any = None, solution_prompts: Any = None) -> Parts:
+        state = TrainState("student", "optimizer", "scheduler", average)  # type: ignore[arg-type]
+        material: Any = SimpleNamespace(
+            renderer="renderer", prompts="prompts", ignored="ignored", longest=9, solution_prompts=solution_prompts
+        )
+        site: Any = SimpleNamespace(config=config, layout=SimpleNamespace(rank=0), run_dir=RunDir(config.run.dir))
+        with ExitStack() as cleanup:
+            self.made = job._make_parts(site, material, state, Servers(), 2, cleanup)
+            assert self.closed == 0
+        assert self.closed == 1
+        return self
+
+
+def test_stored_scores_are_named_after_kind_folder_dtype_and_support_of_the_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variants: list[dict[str, Any]] = [
+        {},
+        {"teacher": {"kind": "sglang"}},
+        {"teacher": {"path": "another"}},
+        {"teacher": {"dtype": "bfloat16"}},
+        {"objective": {"kind": "opd", "topk": 4}},
+    ]
+    names = [Parts(monkeypatch).make(make_config(**variant)).scores["name"] for variant in variants]
+    assert len(set(names)) == len(variants), names
+    assert Parts(monkeypatch).make(make_config(run={"steps": 9})).scores["name"] == names[0]
+
+
+@pytest.mark.parametrize(
+    ("objective", "on_disk"),
+    [
+        ({"kind": "opd", "topk": 3}, True),
+        ({"kind": "gkd", "topk": 3}, True),
+        ({"kind": "gkd", "topk": 3, "full_vocabulary": True}, False),
+        (SDPO, False),
+    ],
+    ids=str,
+)
+def test_scores_with_hidden_states_or_of_a_teacher_that_moves_are_not_kept_on_disk(
+    monkeypatch: pytest.MonkeyPatch, objective: dict[str, Any], on_disk: bool
+) -> None:
+    assert Parts(monkeypatch).make(make_config(objective=objective)).scores["on_disk"] is on_disk
+
+
+def test_a_replay_has_no_sampler_and_reads_scores_of_the_replayed_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replayed = Parts(monkeypatch).make(make_config(run={"replay": tmp_path}))
+    assert replayed.made.rollouts.policy is None and replayed.scores["replay"] == tmp_path
+    sampled = Parts(monkeypatch).make(make_config())
+    assert sampled.made.rollouts.policy == "policy" and sampled.scores["replay"] is None
+
+
+def test_the_average_scores_only_where_it_has_prompts_with_solutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(objective=SDPO)
+    both = Parts(monkeypatch).make(config, average="average", solution_prompts="prompts with solutions")
+    assert both.scorer == "self teacher of the average" and both.made.average == "average"
+    assert Parts(monkeypatch).make(config, average="average").scorer == "scorer"
+    assert Parts(monkeypatch).make(config, solution_prompts="prompts with solutions").scorer == "scorer"
+
+
+@pytest.mark.parametrize("loss", ["topk_fkl", "none"])
+@pytest.mark.parametrize("is_served", [True, False])
+def test_only_a_served_teacher_of_an_objective_with_a_prefix_loss_can_lose_a_carrier(
+    monkeypatch: pytest.MonkeyPatch, loss: str, is_served: bool
+) -> None:
+    teacher: Any = ServedTeacher(None, SimpleNamespace(), topk=3, only_rank_zero=True) if is_served else "scorer"  # type: ignore[arg-type]
+    config = make_config(objective=GUIDED | {"guidance": {"loss": loss}})
+    parts = Parts(monkeypatch, teacher).make(config)
+    assert parts.scorer is teacher
+    assert parts.fallible is (teacher if is_served and loss != "none" else None)
+
+
+def test_the_longest_pack_is_tried_first_where_the_gate_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Parts(monkeypatch).make(make_config(gates={"longest_sequence": False})).dry_runs == []
+    (tried,) = Parts(monkeypatch).make(make_config(objective=SDPO)).dry_runs
+    assert tried == {"tokens_per_micro_batch": 24, "k": 3, "own_topk": 5, "teacher": None}
+    whole = make_config(objective={"kind": "gkd", "topk": 3, "full_vocabulary": True})
+    (tried,) = Parts(monkeypatch).make(whole).dry_runs
+    assert tried["teacher"] == "frozen teacher"
+
+
+def test_the_metrics_of_repeated_steps_are_dropped_and_the_reference_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Parts(monkeypatch).make(make_config()).made
+    assert made.monitor.start_step == 2 and made.context.reference == "reference"
+
+
+def write_export(student: Any, layout: Any, out: Path, *, source_folder: Path) -> None:
+    """Like the real one, it refuses a folder that has something in it."""
+    with new_folder(out) as partial:
+        (partial / "config.json").write_text(json.dumps({"source": str(source_folder)}))
+
+
+def test_an_export_replaces_the_former_one_and_what_an_interrupted_one_left(
+    monkeypatch: pytest.MonkeyPatch, layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(job, "export_hf", write_export)
+    for name in ("export", "export.fresh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old.safetensors").write_text("old")
+    site = site_of(config_of(tmp_path, folder), layout)
+    job.export(site, "student", 7)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "export.step"]
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "export" / "config.json").read_text()) == {"source": str(folder)}
+    assert site.run_dir.exported_at() == 7
+
+
+def test_ranks_other_than_0_touch_no_export(
+    monkeypatch: pytest.MonkeyPatch, layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(job, "export_hf", lambda *_, **__: None)
+    (tmp_path / "export.fresh").mkdir()
+    job.export(site_of(config_of(tmp_path, folder), replace(layout, rank=1)), "student", 7)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["export.fresh"]
+
+
+def test_a_run_directory_is_held_until_the_end_and_says_what_changed(
+    layout: Layout, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = site_of(config_of(tmp_path, folder), layout)
+    with ExitStack() as cleanup:
+        job._prepare_run_dir(site, SOURCES, cleanup)
+        with pytest.raises(ConfigError, match="in use by another job"):
+            job._prepare_run_dir(site, SOURCES, cleanup)
+    assert caplog.messages == [] and "max_new_tokens: 6" in site.run_dir.config.read_text()
+    with ExitStack() as cleanup, caplog.at_level(logging.WARNING):
+        job._prepare_run_dir(
+            site_of(config_of(tmp_path, folder, rollout={"max_new_tokens": 7}), layout), SOURCES, cleanup
+        )
+    (message,) = caplog.messages
+    assert "was made with another value than `max_new_tokens: 7" in message
+
+
+def test_ranks_other_than_0_write_nothing_in_the_run_directory(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    with ExitStack() as cleanup:
+        site = site_of(config_of(tmp_path / "run", folder), replace(layout, rank=1))
+        job._prepare_run_dir(site, SOURCES, cleanup)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_first_step_is_the_number_of_steps_of_the_newest_complete_checkpoint(
+    layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    site = site_of(config_of(tmp_path, folder), layout)
+    assert job._first_step(site) == 0
+    for step in (2, 10, 9):
+        checkpoint_at(tmp_path, step)
+    step_folder(site.run_dir.checkpoints, 11).mkdir()
+    assert job._first_step(site) == 10
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher_tokens", "student_tokens", "problems"),
+    [
+        ({"kind": "opd", "topk": 307}, 307, 307, []),
+        ({"kind": "opd", "topk": 308}, 307, 400, ["objective.topk = 308 but the vocabulary of the teacher has 307"]),
+        (
+            {"kind": "tropd", "outlier": {"topk": 308}},
+            307,
+            400,
+            ["objective.outlier.topk = 308 but the vocabulary of the teacher has 307"],
+        ),
+        (SDPO | {"own_topk": 307}, 307, 307, []),
+        (
+            SDPO | {"topk": 11, "own_topk": 13},
+            10,
+            12,
+            [
+                "objective.topk = 11 but the vocabulary of the teacher has 10",
+                "objective.own_topk = 13 but the vocabulary of the student has 12",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_more_candidates_than_tokens_are_refused_by_key(
+    layout: Layout,
+    folder: Path,
+    tmp_path: Path,
+    objective: dict[str, Any],
+    teacher_tokens: int,
+    student_tokens: int,
+    problems: list[str],
+) -> None:
+    arch = read_architecture(folder)
+    sizes = {"teacher": replace(arch, vocab_size=teacher_tokens), "student": replace(arch, vocab_size=student_tokens)}
+    site = site_of(config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False}), layout, **sizes)
+    if not problems:
+        job._check_vocabularies(site)
+        return
+    with pytest.raises(ConfigError) as caught:
+        job._check_vocabularies(site)
+    assert len(caught.value.problems) == len(problems)
+    for found, expected in zip(caught.value.problems, problems, strict=True):
+        assert found.startswith(expected), found
+
+
+def test_every_model_but_the_student_is_compared_with_it_where_the_gate_is_on(
+    monkeypatch: pytest.MonkeyPatch, layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    compared: list[tuple[Path, Path, str]] = []
+    monkeypatch.setattr(job, "check_same_vocabulary", lambda one, other, *, key: compared.append((one, other, key)))
+    other = tmp_path / "other"
+    other.symlink_to(folder, target_is_directory=True)
+    objective = {"kind": "exopd", "topk": 3, "reference": other}
+    job._check_vocabularies(site_of(config_of(tmp_path / "run", folder, objective=objective), layout))
+    assert compared == [(folder, folder, "teacher.path"), (folder, other, "objective.reference")]
+    compared.clear()
+    closed = config_of(tmp_path / "run", folder, objective=objective, gates={"vocabulary": False})
+    job._check_vocabularies(site_of(closed, layout))
+    assert compared == []
+
+
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+def test_a_reference_that_knows_fewer_tokens_than_the_student_is_refused(
+    layout: Layout, folder: Path, tmp_path: Path, difference: int
+) -> None:
+    objective = {"kind": "exopd", "topk": 3, "reference": folder}
+    config = config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False})
+    narrower = replace(read_architecture(folder), vocab_size=307 + difference)
+    site = site_of(config, layout, objective=narrower)
+    if difference >= 0:
+        job._check_vocabularies(site)
+        return
+    with pytest.raises(ConfigError, match="its vocabulary has 306 entries, the student's 307"):
+        job._check_vocabularies(site)
+
+
+def prompts_of(longest: int, **changes: Any) -> PromptSet:
+    """Two prompts, one of `longest` tokens; `changes` are of that one."""
+    short = Prompt("short", np.array([3, 4], np.int32), None, None)
+    given = {"token_ids": np.full(longest, 5, np.int32), "answer": None, "teacher_response_ids": None} | changes
+    return PromptSet([short, Prompt("long", **given)], shuffle=False, seed=0)
+
+
+LONGEST = 12 + 6
+"""Tokens of the prompts below and the new ones."""
+
+
+@pytest.mark.parametrize("short_of", [(), ("student",), ("teacher",), ("student", "teacher")], ids=str)
+def test_a_model_whose_context_is_shorter_than_the_longest_sample_is_refused_by_key(
+    layout: Layout, folder: Path, tmp_path: Path, short_of: tuple[str, ...]
+) -> None:
+    """A context of exactly the longest sample is enough."""
+    arch = read_architecture(folder)
+    contexts = {name: LONGEST - (name in short_of) for name in ("student", "teacher")}
+    models = {name: replace(arch, max_position_embeddings=tokens) for name, tokens in contexts.items()}
+    site = site_of(config_of(tmp_path, folder), layout, **models)
+    if not short_of:
+        assert job._longest_sample(site, prompts_of(12)) == LONGEST
+        return
+    with pytest.raises(ConfigError) as caught:
+        job._longest_sample(site, prompts_of(12))
+    assert [found.partition("; ")[0] for found in caught.value.problems] == [
+        f"{name}.path={folder}: its context is {LONGEST - 1} tokens but the longest sample can have {LONGEST}"
+        for name in short_of
+    ]
+
+
+def test_short_packs_and_short_contexts_are_reported_together(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    narrow = replace(read_architecture(folder), max_position_embeddings=LONGEST - 1)
+    config = config_of(tmp_path, folder, batch={"tokens_per_micro_batch": LONGEST - 1})
+    with pytest.raises(ConfigError) as caught:
+        job._longest_sample(site_of(config, layout, teacher=narrow), prompts_of(12))
+    keys = [found.split()[0].partition("=")[0] for found in caught.value.problems]
+    assert keys == ["batch.tokens_per_micro_batch", "teacher.path"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_ids": np.array([306, 307], np.int32)}, r"prompt 'long' of data\.prompts holds token id 307"),
+        (
+            {"teacher_response_ids": np.array([307], np.int32)},
+            r"the response to 'long' in data\.teacher_responses holds token id 307",
+        ),
+    ],
+    ids=["prompt", "response"],
+)
+def test_ids_that_the_student_does_not_have_are_refused_by_prompt(
+    layout: Layout, folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        job._longest_sample(site_of(config_of(tmp_path, folder), layout), prompts_of(12, **changes))
+
+
+def written_prompts(path: Path, *, answer: str | None = "7") -> Path:
+    lines = [{"id": f"p{index}", "prompt": "add " * (3 + 4 * index), "answer": answer} for index in range(2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_material_is_what_the_files_say(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    data = {"prompts": written_prompts(tmp_path / "prompts.jsonl")}
+    config = config_of(tmp_path, folder, data=data, batch={"tokens_per_micro_batch": 99})
+    material = job._read_material(site_of(config, layout))
+    assert [prompt.prompt_id for prompt in material.prompts.prompts] == ["p0", "p1"]
+    assert material.renderer.eos_ids == (2,) and material.solution_prompts is None
+    assert material.longest == material.prompts.longest_prompt + 6
+    ignoring = config.model_copy(update={"loss": config.loss.model_copy(update={"ignore_tokens": ("<|im_end|>",)})})
+    assert material.ignored != job._read_material(site_of(ignoring, layout)).ignored
+
+
+def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
+    layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    def config_for(**data: Any) -> Config:
+        return config_of(tmp_path, folder, objective=SDPO, data=data, batch={"tokens_per_micro_batch": 300})
+
+    config = config_for(prompts=written_prompts(tmp_path / "prompts.jsonl"))
+    material = job._read_material(site_of(config, layout))
+    assert isinstance(material.solution_prompts, SolutionPrompts)
+    longest = material.solution_prompts.longest_without_solution()
+    assert longest > material.prompts.longest_prompt
+    narrow = replace(read_architecture(folder), max_position_embeddings=longest + 6)
+    with pytest.raises(ConfigError, match="student.path=.*its context is .* tokens but the teacher of"):
+        job._read_material(site_of(config, layout, student=narrow))
+    job._read_material(site_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
+    without = config_for(prompts=written_prompts(tmp_path / "without.jsonl", answer=None))
+    with pytest.raises(DataError, match="prompt 'p0' \\(and 1 more\\) has no `answer`"):
+        job._read_material(site_of(without, layout))

@@ -1,0 +1,107 @@
+"""What becomes of a server's answer at its edges: ids that the student lacks, samples without scores, lengths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_packing import make_rollout, options
+from tropd_mcore.data.packing import pack
+from tropd_mcore.errors import ServerError
+from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
+from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, TokenScores
+from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
+from tropd_mcore.types import Prompt
+
+STUDENT_WIDTH = 300
+
+
+class Scorer:
+    """A client that gives every token the same candidates."""
+
+    def __init__(self, ids: list[int], probabilities: list[float]) -> None:
+        self.ids, self.logp = np.array(ids, np.int32), np.log(np.array(probabilities, np.float32))
+
+    def info(self) -> SimpleNamespace:
+        return SimpleNamespace(longest_input=1000)
+
+    def score(self, requests: Sequence[ScoringRequest]) -> list[TokenScores]:
+        return [self._score(len(request.token_ids) - request.first) for request in requests]
+
+    def _score(self, tokens: int) -> TokenScores:
+        logp_N = np.full(tokens, -1.0, np.float32)
+        return TokenScores(logp_N, np.tile(self.ids, (tokens, 1)), np.tile(self.logp, (tokens, 1)))
+
+
+def scores(ids: list[int], probabilities: list[float], topk: int) -> SampleScores:
+    server = SimpleNamespace(client=Scorer(ids, probabilities), spec=SimpleNamespace(key="teacher.server"))
+    teacher = SglangTeacher(
+        server,  # type: ignore[arg-type]
+        topk=topk,
+        teacher_width=STUDENT_WIDTH + 20,
+        student_width=STUDENT_WIDTH,
+        on_failure="mask",
+    )
+    return teacher.fetch([make_rollout(0, 3, 0, 4, False)])
+
+
+def test_the_first_id_beyond_the_students_vocabulary_is_no_candidate_and_the_last_one_in_it_is() -> None:
+    found = scores([STUDENT_WIDTH, STUDENT_WIDTH - 1, 5], [0.5, 0.25, 0.125], topk=2)
+    (sample,) = found.samples
+    assert sample is not None
+    assert sample.topk_ids_NK.tolist() == [[STUDENT_WIDTH - 1, 5]] * 4
+    np.testing.assert_allclose(sample.tail_mass_N, 1.0 - 0.375, atol=1e-6)
+    assert sample.complete_N.all()
+
+
+def test_a_token_with_too_few_candidates_of_the_students_is_not_scored() -> None:
+    (sample,) = scores([STUDENT_WIDTH, STUDENT_WIDTH + 1, 5], [0.5, 0.25, 0.125], topk=2).samples
+    assert sample is not None and not sample.complete_N.any()
+
+
+def test_rows_of_a_sample_without_scores_have_no_entry_and_no_number_that_counts() -> None:
+    batches = pack([make_rollout(index, 3, 0, 5, False) for index in range(2)], **options()).micro_batches
+    for batch in batches:
+        found = to_micro_batch(SampleScores([None, None], topk=3), batch)
+        rows = len(batch.rows)
+        assert not found.scored_T.any() and found.entropy_T is None
+        assert torch.equal(found.topk_ids_TK, torch.full((rows, 3), -1))
+        assert torch.equal(found.logp_T, torch.zeros(rows)) and torch.equal(found.tail_mass_T, torch.ones(rows))
+        assert float(found.topk_logp_TK.exp().sum()) < 1e-15
+
+
+class Generator:
+    """A client whose sequences may have `longest` tokens."""
+
+    key = "teacher.server"
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+
+    def info(self) -> SimpleNamespace:
+        return SimpleNamespace(longest_sequence=self.longest)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        answer = Generation(
+            output_ids=np.array([7, 2], np.int32),
+            logp=np.zeros(2, np.float32),
+            finish_reason="stop",
+            weight_versions=("default",),
+        )
+        return [answer for _ in requests]
+
+
+def test_a_prompt_with_its_response_may_fill_the_context_of_the_server_and_no_more(tmp_path: Path) -> None:
+    prompts = [Prompt("p", np.arange(3, 9, dtype=np.int32), None, None)]
+    sampling = ResponseSampling(max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50)
+    out = tmp_path / "responses.jsonl"
+    generate_responses(Generator(10), prompts, out, sampling)  # type: ignore[arg-type]
+    assert json.loads(out.read_text())["response_ids"] == [7]
+    with pytest.raises(ServerError, match=r"may reach 10 tokens but the server takes 9: lower the response length"):
+        generate_responses(Generator(9), prompts, tmp_path / "other.jsonl", sampling)  # type: ignore[arg-type]
