@@ -127,6 +127,15 @@ def test_prompts_that_are_too_long_or_empty_are_reported_together(tmp_path, rend
     assert re.search(r"prompts\.jsonl:3: prompt 'none': the prompt has no tokens", empty)
 
 
+def test_a_prompt_may_have_as_many_tokens_as_the_key_says(tmp_path, renderer):
+    path = write_lines(tmp_path / "prompts.jsonl", [{"id": "full", "prompt": "zz " * 5}])
+    (prompt,) = load_prompts(DataConfig(prompts=path, max_prompt_tokens=1000), renderer, seed=1).prompts
+    tokens = len(prompt.token_ids)
+    load_prompts(DataConfig(prompts=path, max_prompt_tokens=tokens), renderer, seed=1)
+    with pytest.raises(DataError, match=f"has {tokens} tokens but data.max_prompt_tokens is {tokens - 1}"):
+        load_prompts(DataConfig(prompts=path, max_prompt_tokens=tokens - 1), renderer, seed=1)
+
+
 def test_stored_responses_are_merged_by_id_without_their_eos(tmp_path, renderer):
     prompts = write_lines(tmp_path / "p.jsonl", [{"id": name, "prompt": name} for name in "abc"])
     eos = renderer.eos_ids[0]
