@@ -1,0 +1,388 @@
+"""One weight update as the publisher sends it, and what a failure leaves behind; the client only takes notes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tropd_mcore.errors import GateError, ServerDied, ServerError
+from tropd_mcore.rollout import publisher as publisher_module
+from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.serving.wire import ScoringRequest
+
+MIB = 2**20
+SHAPES = {"a": (3, 2), "b": (5,), "c": (2, 2, 3), "d": ()}
+TOTAL_BYTES = 4 * (6 + 5 + 12 + 1)
+PLAN = [(name, shape, torch.float32) for name, shape in SHAPES.items()]
+WHOLE_UPDATE = ["pause", "begin", "update", "end", "flush", "label", "resume"]
+
+Stream = Iterator[tuple[str, Tensor]]
+
+
+@dataclass
+class NotedServer:
+    """A server and its client in one. Like SGLang it ignores names that its model does not have."""
+
+    same_host: bool = False
+    tensor_parallel: int = 1
+    label: str = "default"
+    keeps_label: bool = False
+    keeps_weights: bool = False
+    """When asked to destroy them."""
+    refused: dict[str, ServerError] = field(default_factory=dict)
+    """Call -> what it raises."""
+    scores: list[Any] = field(default_factory=list)
+    weights: dict[str, bytes] = field(default_factory=lambda: dict.fromkeys(SHAPES, b"from the folder"))
+    calls: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    """Under which the updates came."""
+    payloads: list[list[bytes]] = field(default_factory=list)
+    names: list[list[str]] = field(default_factory=list)
+    """Tensors of each update."""
+    asked: list[ScoringRequest] = field(default_factory=list)
+    key: str = "rollout.server"
+
+    def info(self) -> Any:
+        return SimpleNamespace(weight_version=self.label, tensor_parallel=self.tensor_parallel)
+
+    def pause(self) -> None:
+        self._note("pause")
+
+    def resume(self) -> None:
+        self._note("resume")
+
+    def begin_weight_update(self) -> None:
+        self._note("begin")
+
+    def end_weight_update(self) -> None:
+        self._note("end")
+
+    def flush_cache(self) -> None:
+        self._note("flush")
+
+    def update_weights(self, payloads: list[bytes], *, version: str) -> None:
+        self._note("update")
+        self.labels.append(version)
+        self.label = version
+        self.payloads.append(payloads)
+        self.names.append([])
+        for name, tensor in pickle.loads(payloads[0]):
+            self.names[-1].append(name)
+            if name in self.weights:
+                self.weights[name] = bits(tensor)
+
+    def label_weights(self, version: str) -> None:
+        self._note("label")
+        self.label = self.label if self.keeps_label else version
+
+    def weights_checksum(self) -> str:
+        return repr(sorted(self.weights.items()))
+
+    def randomize_weights(self) -> None:
+        self._note("randomize")
+        if not self.keeps_weights:
+            self.weights = dict.fromkeys(self.weights, b"random")
+
+    def score(self, requests: list[ScoringRequest]) -> list[Any]:
+        self.asked += requests
+        return self.scores
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.refused:
+            raise self.refused[call]
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def weights(first: float = 0.0) -> dict[str, Tensor]:
+    """No two numbers are equal."""
+    sizes = [torch.Size(shape).numel() for shape in SHAPES.values()]
+    pieces = torch.arange(first, first + sum(sizes)).split(sizes)
+    return {name: piece.view(SHAPES[name]) for name, piece in zip(SHAPES, pieces, strict=True)}
+
+
+def held(first: float) -> dict[str, bytes]:
+    return {name: bits(tensor) for name, tensor in weights(first).items()}
+
+
+def publisher_of(server: NotedServer, plan: Any = PLAN, **given: Any) -> WeightPublisher:
+    return WeightPublisher(server, plan, **given)  # type: ignore[arg-type]
+
+
+def stream(first: float = 0.0) -> Stream:
+    return iter(weights(first).items())
+
+
+@pytest.mark.parametrize("transport", ["shared", "value"])
+def test_an_update_brings_the_bits_of_every_tensor_and_then_the_label(transport: Literal["shared", "value"]) -> None:
+    server = NotedServer()
+    report = publisher_of(server, transport=transport).publish(stream(7.0), "v1")
+    assert server.weights == held(7.0) and server.label == "v1"
+    assert server.calls == WHOLE_UPDATE and server.labels == ["v1:incomplete"]
+    assert report.version == "v1" and report.seconds >= 0
+
+
+def test_the_report_counts_tensors_requests_and_gibibytes_of_one_update() -> None:
+    publisher = publisher_of(NotedServer(), bucket_bytes=52)
+    for version in ("v1", "v2"):
+        report = publisher.publish(stream(), version)
+        assert (report.tensors, report.buckets, report.gib) == (len(SHAPES), 2, TOTAL_BYTES / 2**30)
+
+
+@pytest.mark.parametrize(
+    ("bucket_bytes", "expected"),
+    [
+        (96, ["abcd"]),
+        (95, ["abc", "d"]),
+        (44, ["ab", "c", "d"]),
+        (43, ["a", "b", "c", "d"]),
+        (24, ["a", "b", "c", "d"]),
+        (1, ["a", "b", "c", "d"]),
+    ],
+)
+def test_requests_are_filled_with_whole_tensors_in_order_up_to_the_limit(
+    bucket_bytes: int, expected: list[str]
+) -> None:
+    server = NotedServer()
+    publisher_of(server, bucket_bytes=bucket_bytes).publish(stream(), "v1")
+    assert ["".join(names) for names in server.names] == expected
+    assert server.labels == ["v1:incomplete"] * len(expected)
+    assert server.calls == ["pause", "begin", *["update"] * len(expected), "end", "flush", "label", "resume"]
+
+
+def test_a_request_holds_half_a_gibibyte_of_tensors_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"a": 256 * MIB, "b": 256 * MIB, "c": 1}
+    monkeypatch.setattr(
+        publisher_module,
+        "by_value",
+        lambda bucket, copies: [pickle.dumps([(name, torch.zeros(1)) for name, _ in bucket])],
+    )
+    server = NotedServer()
+    publisher = publisher_of(server, [(name, (size,), torch.uint8) for name, size in sizes.items()])
+    without_memory = torch.zeros(1, dtype=torch.uint8)
+    publisher.publish(((name, without_memory.expand(size)) for name, size in sizes.items()), "v1")
+    assert server.names == [["a", "b"], ["c"]]
+
+
+def test_every_rank_gets_a_payload_and_by_value_they_share_the_limit_of_a_request() -> None:
+    server = NotedServer(tensor_parallel=2)
+    publisher_of(server, transport="value", bucket_bytes=2 * 46).publish(stream(), "v1")
+    assert server.names == [["a", "b"], ["c"], ["d"]]
+    assert all(len(payloads) == 2 and payloads[0] == payloads[1] for payloads in server.payloads)
+    server = NotedServer(tensor_parallel=2)
+    publisher_of(server, transport="shared", bucket_bytes=2 * 46).publish(stream(), "v1")
+    assert server.names == [["a", "b", "c"], ["d"]]
+    assert all(len(payloads) == 2 for payloads in server.payloads)
+
+
+def test_weights_go_through_shared_memory_to_a_server_of_ours_and_by_value_to_any_other() -> None:
+    def through_shared_memory(**given: Any) -> bool:
+        server = NotedServer(**given)
+        publisher_of(server).publish(stream(), "v1")
+        return b"rebuild_storage_filename" in server.payloads[0][0]
+
+    assert through_shared_memory(same_host=True)
+    assert not through_shared_memory(same_host=False)
+
+
+def unknown() -> Stream:
+    yield from stream()
+    yield "e", torch.zeros(1)
+
+
+def wrong_shape() -> Stream:
+    for name, tensor in stream():
+        yield name, tensor.T if name == "a" else tensor
+
+
+def wrong_dtype() -> Stream:
+    for name, tensor in stream():
+        yield name, tensor.bfloat16() if name == "b" else tensor
+
+
+def same_size_other_dtype() -> Stream:
+    for name, tensor in stream():
+        yield name, tensor.int() if name == "b" else tensor
+
+
+def missing() -> Stream:
+    for name, tensor in stream():
+        if name not in ("c", "d"):
+            yield name, tensor
+
+
+def twice() -> Stream:
+    yield from stream()
+    yield "a", weights()["a"]
+
+
+BROKEN = [
+    (unknown, r"rollout.server: e is not a tensor of the plan \(4 tensors\)"),
+    (wrong_shape, r"rollout.server: a is torch.float32 \[2, 3\]; the plan says torch.float32 \[3, 2\]"),
+    (wrong_dtype, r"rollout.server: b is torch.bfloat16 \[5\]; the plan says torch.float32 \[5\]"),
+    (same_size_other_dtype, r"rollout.server: b is torch.int32 \[5\]; the plan says torch.float32 \[5\]"),
+    (missing, "rollout.server: the weights to publish end without 2 of 4 tensors, the first being c"),
+    (twice, "rollout.server: a comes twice in one update"),
+]
+
+
+@pytest.mark.parametrize(("broken", "message"), BROKEN)
+def test_a_wrong_stream_of_one_request_leaves_the_server_alone(broken: Callable[[], Stream], message: str) -> None:
+    server = NotedServer()
+    publisher = publisher_of(server)
+    publisher.publish(stream(), "v1")
+    server.calls.clear()
+    with pytest.raises(ServerError, match=message):
+        publisher.publish(broken(), "v2")
+    assert server.calls == [] and server.label == "v1" and server.weights == held(0.0)
+
+
+@pytest.mark.parametrize("broken", [unknown, missing, twice])
+def test_a_stream_that_goes_wrong_after_some_requests_leaves_a_label_that_nobody_expects_and_can_be_repeated(
+    broken: Callable[[], Stream],
+) -> None:
+    server = NotedServer()
+    publisher = publisher_of(server, bucket_bytes=1)
+    publisher.publish(stream(), "v1")
+    server.calls.clear()
+    with pytest.raises(ServerError, match=r"rollout.server: "):
+        publisher.publish(broken(), "v2")
+    assert server.label == "v2:incomplete" and set(server.calls[2:-2]) == {"update"}
+    assert server.calls[:2] == ["pause", "begin"] and server.calls[-2:] == ["end", "resume"]
+    publisher.publish(stream(5.0), "v2")
+    assert server.label == "v2" and server.weights == held(5.0)
+
+
+def test_a_server_that_does_not_take_the_label_is_an_error() -> None:
+    server = NotedServer(keeps_label=True)
+    with pytest.raises(
+        ServerError, match=r"rollout.server: the server reports weights 'v1:incomplete' after one to 'v1'"
+    ):
+        publisher_of(server).publish(stream(), "v1")
+
+
+@pytest.mark.parametrize(
+    ("refused", "calls"),
+    [
+        ("pause", ["pause"]),
+        ("begin", ["pause", "begin", "resume"]),
+        ("update", ["pause", "begin", "update", "end", "resume"]),
+        ("end", ["pause", "begin", "update", "end", "end", "resume"]),
+        ("flush", ["pause", "begin", "update", "end", "flush", "resume"]),
+        ("label", ["pause", "begin", "update", "end", "flush", "label", "resume"]),
+    ],
+)
+def test_after_a_refusal_the_session_is_closed_and_sampling_goes_on_without_the_label(
+    refused: str, calls: list[str]
+) -> None:
+    server = NotedServer(refused={refused: ServerError(f"no {refused}")})
+    with pytest.raises(ServerError, match=f"no {refused}"):
+        publisher_of(server).publish(stream(), "v1")
+    assert server.calls == calls and server.label != "v1"
+    server.refused.clear()
+    publisher_of(server).publish(stream(3.0), "v1")
+    assert server.label == "v1" and server.weights == held(3.0)
+
+
+def test_a_failure_to_close_the_session_does_not_hide_what_led_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    refused = {"update": ServerDied("gone"), "end": ServerError("cannot end"), "resume": ServerError("cannot resume")}
+    server = NotedServer(refused=refused)
+    with pytest.raises(ServerDied, match="gone"):
+        publisher_of(server).publish(stream(), "v1")
+    assert server.calls == ["pause", "begin", "update", "end", "resume"]
+    assert "cannot end (while an update was abandoned)" in caplog.text and "cannot resume (while" in caplog.text
+
+
+def test_an_error_of_the_trainer_while_it_gathers_closes_the_session_as_well() -> None:
+    def breaks() -> Stream:
+        yield "a", weights()["a"]
+        yield "b", weights()["b"]
+        raise RuntimeError("a collective failed")
+
+    server = NotedServer()
+    with pytest.raises(RuntimeError, match="a collective failed"):
+        publisher_of(server, bucket_bytes=1).publish(breaks(), "v1")
+    assert server.calls == ["pause", "begin", "update", "end", "resume"] and server.label == "v1:incomplete"
+
+
+def mebibytes(*sizes: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """A plan of bfloat16 tensors of these sizes."""
+    return [(f"weight {index}", (size, MIB // 2), torch.bfloat16) for index, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bucket_mib", "needed_mib"),
+    [
+        ((100, 200, 50), 1000, 350),  # all tensors fit in one bucket
+        ((100, 200, 50), 300, 300),  # one bucket
+        ((100, 200, 50), 60, 200),  # a tensor that is larger than a bucket
+    ],
+)
+def test_shared_memory_is_used_from_the_size_of_the_largest_bucket_on_and_else_weights_go_by_value_with_a_warning(
+    sizes: tuple[int, ...],
+    bucket_mib: int,
+    needed_mib: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    buffers: list[str] = []
+    monkeypatch.setattr(publisher_module, "SharedBuffer", lambda: buffers.append("one"))
+    for room in (needed_mib * MIB, needed_mib * MIB - 1):
+        assert caplog.text == ""
+        monkeypatch.setattr(publisher_module, "shared_memory_room", lambda room=room: room)
+        publisher_of(NotedServer(same_host=True), mebibytes(*sizes), bucket_bytes=bucket_mib * MIB)
+        assert buffers == ["one"]
+    expected = f"need {needed_mib} MiB of /dev/shm but {needed_mib - 1} are usable; weights go through HTTP by value"
+    assert expected in caplog.text
+
+
+def test_without_room_in_shared_memory_an_update_is_whole_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher_module, "shared_memory_room", lambda: TOTAL_BYTES - 1)
+    server = NotedServer(same_host=True)
+    publisher_of(server).publish(stream(2.0), "v1")
+    assert b"rebuild_storage_filename" not in server.payloads[0][0]
+    assert server.weights == held(2.0) and server.label == "v1"
+
+
+def test_the_probe_asks_for_the_scores_of_every_token_but_the_first() -> None:
+    logp_N = np.array([-1.0, -2.0], np.float32)
+    server = NotedServer(scores=[SimpleNamespace(logp_N=logp_N)])
+    assert publisher_of(server).probe(np.array([5, 6, 7], np.int32)) is logp_N
+    (asked,) = server.asked
+    assert asked.token_ids.tolist() == [5, 6, 7] and asked.first == 1 and not asked.topk
+    server.scores = [ServerError("refused")]
+    with pytest.raises(ServerError, match="refused"):
+        publisher_of(server).probe(np.array([5, 6, 7], np.int32))
+
+
+def test_a_proof_destroys_the_weights_between_two_updates_and_ends_with_the_version() -> None:
+    server = NotedServer()
+    publisher_of(server).prove(lambda: stream(4.0), "v1")
+    assert server.calls == [*WHOLE_UPDATE, "randomize", *WHOLE_UPDATE]
+    assert server.labels == ["v1:first:incomplete", "v1:incomplete"]
+    assert server.label == "v1" and server.weights == held(4.0)
+
+
+def test_a_proof_fails_where_the_server_has_a_weight_that_the_plan_does_not_name() -> None:
+    server = NotedServer()
+    server.weights["not in the plan"] = b"from the folder"
+    with pytest.raises(GateError, match="two updates with the same 4 tensors left different weights"):
+        publisher_of(server).prove(stream, "v1")
+
+
+def test_a_proof_fails_where_the_server_does_not_destroy_its_weights() -> None:
+    server = NotedServer(keeps_weights=True)
+    with pytest.raises(GateError, match="rollout.server: the server kept its weights when asked to destroy them"):
+        publisher_of(server).prove(stream, "v1")
+    assert server.label == "v1:first"

@@ -1,0 +1,261 @@
+"""Edges of serving: health, calls that change weights, the environment of a server, the width of a model folder."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.glue.fake_server import fake_server
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.errors import ModelError, ServerDied, ServerError
+from tropd_mcore.serving import client as client_module
+from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.environment import server_environment
+from tropd_mcore.serving.weight_payload import by_value
+from tropd_mcore.teacher.vocabulary import read_width
+
+Answer = tuple[int, Any]
+"""(HTTP status, JSON)."""
+
+
+class Scripted:
+    """A server that gives the `answers` of a path in turn, then the last one for ever, else 200; notes what came."""
+
+    def __init__(self, answers: dict[str, list[Answer]]) -> None:
+        self.answers = answers
+        self.url = ""
+        self.asked: list[tuple[str, str, bytes]] = []
+
+    def paths(self) -> list[str]:
+        return [path for _, path, _ in self.asked]
+
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
+        self.asked.append((method, path, body))
+        answers = self.answers.get(path, [(200, {})])
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+
+@contextmanager
+def scripted(**answers: list[Answer]) -> Iterator[Scripted]:
+    """A running server."""
+    script = Scripted({f"/{name}": given for name, given in answers.items()})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, content = script.answer(self.command, self.path, body)
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        script.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield script
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def client_of(url: str, *, max_retries: int = 2) -> SglangClient:
+    return SglangClient(url, ServerConfig(url=url, max_retries=max_retries), key="rollout.server")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (202, False), (404, False), (500, False), (503, False)])
+def test_only_a_server_whose_health_is_200_is_healthy_and_it_is_asked_once(status: int, healthy: bool) -> None:
+    with scripted(health=[(status, {})]) as server:
+        assert client_of(server.url).healthy() is healthy
+    assert server.asked == [("GET", "/health", b"")]
+
+
+def test_a_server_that_is_not_there_is_not_healthy() -> None:
+    with scripted() as server:
+        pass
+    assert client_of(server.url).healthy() is False
+
+
+def test_an_update_brings_the_tensors_to_the_server_under_the_label_given() -> None:
+    weight = torch.arange(6.0).view(2, 3)
+    with fake_server() as server:
+        client = client_of(server.url)
+        client.pause()
+        client.begin_weight_update()
+        client.update_weights(by_value([("a", weight)], copies=1), version="v1:incomplete")
+        client.end_weight_update()
+        client.resume()
+        assert server.weights == {"a": weight.numpy().tobytes()} and server.label == "v1:incomplete"
+
+
+def test_every_rank_of_the_server_gets_its_payload() -> None:
+    payloads = [pickle.dumps(rank) for rank in range(3)]
+    with scripted() as server:
+        client_of(server.url).update_weights(payloads, version='of "today"')
+    ((method, path, body),) = server.asked
+    assert (method, path) == ("POST", "/update_weights_from_tensor")
+    content = json.loads(body)
+    assert [base64.b64decode(text) for text in content["serialized_named_tensors"]] == payloads
+    assert content["weight_version"] == 'of "today"' and content["flush_cache"] is False
+
+
+@pytest.mark.parametrize("call", ["begin_weight_update", "end_weight_update", "update_weights"])
+def test_a_call_that_would_change_weights_twice_is_never_repeated(call: str) -> None:
+    path = "update_weights_from_tensor" if call == "update_weights" else call
+    with scripted(**{path: [(500, {"error": "boom"})]}) as server:
+        client = client_of(server.url)
+        with pytest.raises(ServerError, match=rf"/{path} answered 500: boom \(1 attempts"):
+            client.update_weights([b"x"], version="v") if call == "update_weights" else getattr(client, call)()
+    assert server.paths() == [f"/{path}"] and client.retries == 0
+
+
+def test_a_session_that_an_earlier_update_left_open_is_closed_first(caplog: pytest.LogCaptureFixture) -> None:
+    refusal = (400, {"error": {"message": "a session is already open"}})
+    with scripted(begin_weight_update=[refusal, (200, {})]) as server:
+        client_of(server.url).begin_weight_update()
+    assert server.paths() == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
+    assert "closing the weight-update session that an earlier update left open" in caplog.text
+
+
+def test_another_refusal_to_open_a_session_is_an_error() -> None:
+    with (
+        scripted(begin_weight_update=[(400, {"error": {"message": "not now"}})]) as server,
+        pytest.raises(ServerError, match="rollout.server: /begin_weight_update answered 400: not now"),
+    ):
+        client_of(server.url).begin_weight_update()
+    assert server.paths() == ["/begin_weight_update"]
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"per_engine_checksum": 7}])
+def test_an_answer_without_a_checksum_is_an_error(answer: Any) -> None:
+    with (
+        scripted(weights_checker=[(200, answer)]) as server,
+        pytest.raises(ServerError, match="/weights_checker answered no per_engine_checksum"),
+    ):
+        client_of(server.url).weights_checksum()
+    with scripted(weights_checker=[(200, {"per_engine_checksum": "abc"})]) as server:
+        assert client_of(server.url).weights_checksum() == "abc"
+
+
+def test_a_path_that_the_server_lacks_tells_the_version_that_has_it() -> None:
+    with (
+        scripted(flush_cache=[(404, {})]) as server,
+        pytest.raises(ServerError, match=r"has no /flush_cache: expected SGLang 0\.5\.23 or newer"),
+    ):
+        client_of(server.url).flush_cache()
+
+
+def test_a_server_that_is_gone_is_told_apart_from_one_that_refuses() -> None:
+    with scripted(flush_cache=[(500, {})]) as server, pytest.raises(ServerError) as refused:
+        client_of(server.url, max_retries=0).flush_cache()
+    assert not isinstance(refused.value, ServerDied)
+    with pytest.raises(ServerDied, match="rollout.server: no connection to"):
+        client_of(server.url, max_retries=0).flush_cache()
+
+
+OF_TORCHRUN = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+)
+
+
+def environment_of(device: str, *, ranks: int = 1, threads: int = 1, **extra: str) -> dict[str, str]:
+    """Of a server, without what pytest adds to ours."""
+    found = server_environment(device, tensor_parallel=ranks, cpu_threads=threads, extra=extra)
+    return {name: value for name, value in found.items() if not name.startswith("PYTEST_")}
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The whole environment."""
+    environment = {"PATH": "/bin", "HOME": "/nowhere", "CUDA_VISIBLE_DEVICES": "0", "MY_RANK": "7", "RANKING": "x"}
+    for name in tuple(os.environ):
+        if name not in environment:
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return environment
+
+
+def test_a_gpu_server_inherits_all_of_our_environment_and_nothing_else(ours: dict[str, str]) -> None:
+    assert environment_of("cuda", ranks=2, threads=3) == ours
+
+
+@pytest.mark.parametrize("name", [*OF_TORCHRUN, "SGLANG_RETURN_ORIGINAL_LOGPROB"])
+def test_what_torchrun_told_this_rank_and_what_changes_log_probs_is_not_inherited(
+    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert environment_of("cuda") == ours
+    assert environment_of("cuda", **{name: "2"}) == {**ours, name: "2"}
+
+
+def test_a_cpu_server_gets_its_threads_and_each_of_several_ranks_its_cpus(
+    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 4, 5})
+    engine = {"SGLANG_USE_CPU_ENGINE": "1"}
+    one = environment_of("cpu", threads=2)
+    assert one == {**ours, **engine, "OMP_NUM_THREADS": "2"}
+    two = environment_of("cpu", ranks=2, threads=2, OMP_NUM_THREADS="5")
+    assert two == {**ours, **engine, "OMP_NUM_THREADS": "5", "SGLANG_CPU_OMP_THREADS_BIND": "4,5|9,4"}
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("{}", "None"),
+        ('{"vocab_size": null}', "None"),
+        ('{"vocab_size": "307"}', "'307'"),
+        ('{"vocab_size": 307.0}', "307.0"),
+        ('{"text_config": {"vocab_size": 307}}', "None"),
+        ("[307]", "None"),
+        ("307", "None"),
+    ],
+)
+def test_a_model_config_without_an_integer_width_is_refused(tmp_path: Path, content: str, found: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=rf"config.json: expected an integer vocab_size, found {found}$"):
+        read_width(tmp_path)
+
+
+def test_the_width_of_a_model_is_that_of_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 307, "hidden_size": 8}')
+    assert read_width(tmp_path) == 307
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="config.json: cannot be read"):
+        read_width(tmp_path)
