@@ -5,8 +5,8 @@ would make a wrong gradient. It does not compute anything. The table of what is 
 docs/autograd.md.
 
 Three questions have no public answer in PyTorch and are asked of the private functions that torch.utils.checkpoint and
-torch.autograd.function use themselves. Where a version lacks one, the careful answer is taken; tests/unit/
-test_surroundings.py fails for such a version.
+torch.autograd.function use themselves. Each docstring says which answer is taken where a version lacks the function;
+tests/unit/test_surroundings.py fails for such a version.
 """
 
 from __future__ import annotations
