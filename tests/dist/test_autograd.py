@@ -1,6 +1,6 @@
 """The loss inside other people's autograd: right, or one clear error, in every form, mode, backend and situation.
 
-The situations are in tests/autograd_cases.py, the table that users read is in docs/autograd.md.
+The situations are in tests/autograd_situations.py, the table that users read is in docs/autograd.md.
 """
 
 from __future__ import annotations

@@ -27,13 +27,11 @@ from tropd_mcore.losses.kernel.surroundings import (
     begin_backward,
     refuse_forward_mode,
     refuse_functional_transforms,
-    untraced,
     without_autocast,
 )
 from tropd_mcore.losses.kernel.weight_gradient import WeightGradient
 
 
-@untraced
 def support_log_probs(
     source: LogitSource,
     ids_TJ: Tensor,

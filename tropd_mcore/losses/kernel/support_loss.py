@@ -30,7 +30,6 @@ from tropd_mcore.losses.kernel.surroundings import (
     refuse_a_repeated_forward,
     refuse_forward_mode,
     shield,
-    untraced,
     without_autocast,
 )
 from tropd_mcore.losses.kernel.weight_gradient import WeightGradient, assert_is_one
@@ -63,7 +62,6 @@ class DenseTerm(Protocol):
         ...
 
 
-@untraced
 def support_loss(
     source: LogitSource,
     ids_TJ: Tensor,

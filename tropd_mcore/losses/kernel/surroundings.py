@@ -11,19 +11,14 @@ tests/unit/test_surroundings.py fails for such a version.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd_mcore.errors import LossInputError
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 NO_GRAPH_TASK = -1
 """What PyTorch calls the backward pass where none is running."""
@@ -139,23 +134,3 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep torch.compile out of `function`: a compiled caller breaks its graph here and calls it as it is.
-
-    Does what torch.compiler.disable does, which would import the compiler (1.4 s) also where nobody compiles.
-    """
-
-    disabled: list[Callable[P, R]] = []
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks for where it meets a call
-    return call

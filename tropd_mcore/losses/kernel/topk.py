@@ -21,7 +21,7 @@ from tropd_mcore.losses.kernel.eager import block_rows
 from tropd_mcore.losses.kernel.exchange import merge_stats, support_log_probs_of
 from tropd_mcore.losses.kernel.shard import NO_ENTRY, VocabShard, chunks, math_dtype
 from tropd_mcore.losses.kernel.source import LogitSource
-from tropd_mcore.losses.kernel.surroundings import untraced, without_autocast
+from tropd_mcore.losses.kernel.surroundings import without_autocast
 
 COLUMN_BITS = 32
 LAST_COLUMN = 2**COLUMN_BITS - 1
@@ -50,7 +50,6 @@ class TopK:
     """log-probs of the ids that were asked for, nats; None where none were"""
 
 
-@untraced
 @torch.no_grad()
 def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Tensor | None = None) -> TopK:
     """The k most probable entries of the whole vocabulary, and the log-probs of `ids_TJ` from the same pass.
