@@ -4,6 +4,7 @@ The exception is a file of step records (metrics.jsonl), which grows by a line a
 Not for directories (see `weights.hf_folder` and `mcore.checkpoint`).
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -46,6 +47,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content as hexadecimal text. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_step_lines(path: Path) -> list[dict[str, Any]]:

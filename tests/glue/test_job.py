@@ -12,14 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
+from tests.glue.sites import SDPO, config_of, site_of
 from tests.glue.stubs import make_config, one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import Config
-from tropd_mcore.data.feedback import SolutionPrompts
-from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import ConfigError, DataError
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.checkpoint_info import INFO_FILE, step_folder
@@ -28,15 +26,12 @@ from tropd_mcore.train import job
 from tropd_mcore.train.parts import Servers, Site
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.served_teacher import ServedTeacher
-from tropd_mcore.types import Prompt
-from tropd_mcore.weights.architecture import Architecture, read_architecture
 from tropd_mcore.weights.publish import new_folder
 
 STEPS = 4
 SOURCES: dict[str, str] = defaultdict(lambda: "test")
 """Where every value of the configuration came from."""
 ALONE = RankEnvironment(rank=0, world_size=1, local_rank=0)
-SDPO = {"kind": "sdpo", "own_topk": 5, "topk": 3}
 GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
 
 
@@ -50,22 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def layout() -> Iterator[Layout]:
     with one_rank() as layout:
         yield layout
-
-
-def config_of(run_dir: Path, folder: Path, **sections: Any) -> Config:
-    """Student and teacher are `folder` where `sections` do not say otherwise."""
-    for name in ("student", "teacher"):
-        sections[name] = {"path": folder} | sections.get(name, {})
-    return make_config(run_dir, **sections)
-
-
-def site_of(config: Config, layout: Any, **changes: Architecture) -> Site:
-    """`changes` replace what the folders say, by the first word of the key."""
-    models = {
-        key: changes.get(key.partition(".")[0], read_architecture(path))
-        for key, path in job._model_paths(config).items()
-    }
-    return Site(config, SimpleNamespace(name="cpu", device="cpu"), layout, RunDir(config.run.dir), models)
 
 
 def checkpoint_at(run_dir: Path, step: int) -> Path:
@@ -91,8 +70,8 @@ class Run:
         monkeypatch.setattr(job, "choose", lambda kind, local_rank: SimpleNamespace(name="cpu", device="cpu"))
         monkeypatch.setattr(job, "initialize", lambda *_: self._did("initialize", layout))
         monkeypatch.setattr(job, "destroy", lambda _: self._did("destroy", None))
-        monkeypatch.setattr(job, "_check_vocabularies", lambda _: self._did("vocabularies", None))
-        monkeypatch.setattr(job, "_read_material", lambda _: self._did("material", "the material"))
+        monkeypatch.setattr(job, "check_vocabularies", lambda _: self._did("vocabularies", None))
+        monkeypatch.setattr(job, "read_material", lambda _: self._did("material", "the material"))
         monkeypatch.setattr(job, "_train", self._train)
 
     def _did(self, what: str, value: Any) -> Any:
@@ -434,175 +413,3 @@ def test_the_first_step_is_the_number_of_steps_of_the_newest_complete_checkpoint
         checkpoint_at(tmp_path, step)
     step_folder(site.run_dir.checkpoints, 11).mkdir()
     assert job._first_step(site) == 10
-
-
-@pytest.mark.parametrize(
-    ("objective", "teacher_tokens", "student_tokens", "problems"),
-    [
-        ({"kind": "opd", "topk": 307}, 307, 307, []),
-        ({"kind": "opd", "topk": 308}, 307, 400, ["objective.topk = 308 but the vocabulary of the teacher has 307"]),
-        (
-            {"kind": "tropd", "outlier": {"topk": 308}},
-            307,
-            400,
-            ["objective.outlier.topk = 308 but the vocabulary of the teacher has 307"],
-        ),
-        (SDPO | {"own_topk": 307}, 307, 307, []),
-        (
-            SDPO | {"topk": 11, "own_topk": 13},
-            10,
-            12,
-            [
-                "objective.topk = 11 but the vocabulary of the teacher has 10",
-                "objective.own_topk = 13 but the vocabulary of the student has 12",
-            ],
-        ),
-    ],
-    ids=str,
-)
-def test_more_candidates_than_tokens_are_refused_by_key(
-    layout: Layout,
-    folder: Path,
-    tmp_path: Path,
-    objective: dict[str, Any],
-    teacher_tokens: int,
-    student_tokens: int,
-    problems: list[str],
-) -> None:
-    arch = read_architecture(folder)
-    sizes = {"teacher": replace(arch, vocab_size=teacher_tokens), "student": replace(arch, vocab_size=student_tokens)}
-    site = site_of(config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False}), layout, **sizes)
-    if not problems:
-        job._check_vocabularies(site)
-        return
-    with pytest.raises(ConfigError) as caught:
-        job._check_vocabularies(site)
-    assert len(caught.value.problems) == len(problems)
-    for found, expected in zip(caught.value.problems, problems, strict=True):
-        assert found.startswith(expected), found
-
-
-def test_every_model_but_the_student_is_compared_with_it_where_the_gate_is_on(
-    monkeypatch: pytest.MonkeyPatch, layout: Layout, folder: Path, tmp_path: Path
-) -> None:
-    compared: list[tuple[Path, Path, str]] = []
-    monkeypatch.setattr(job, "check_same_vocabulary", lambda one, other, *, key: compared.append((one, other, key)))
-    other = tmp_path / "other"
-    other.symlink_to(folder, target_is_directory=True)
-    objective = {"kind": "exopd", "topk": 3, "reference": other}
-    job._check_vocabularies(site_of(config_of(tmp_path / "run", folder, objective=objective), layout))
-    assert compared == [(folder, folder, "teacher.path"), (folder, other, "objective.reference")]
-    compared.clear()
-    closed = config_of(tmp_path / "run", folder, objective=objective, gates={"vocabulary": False})
-    job._check_vocabularies(site_of(closed, layout))
-    assert compared == []
-
-
-@pytest.mark.parametrize("difference", [-1, 0, 1])
-def test_a_reference_that_knows_fewer_tokens_than_the_student_is_refused(
-    layout: Layout, folder: Path, tmp_path: Path, difference: int
-) -> None:
-    objective = {"kind": "exopd", "topk": 3, "reference": folder}
-    config = config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False})
-    narrower = replace(read_architecture(folder), vocab_size=307 + difference)
-    site = site_of(config, layout, objective=narrower)
-    if difference >= 0:
-        job._check_vocabularies(site)
-        return
-    with pytest.raises(ConfigError, match="its vocabulary has 306 entries, the student's 307"):
-        job._check_vocabularies(site)
-
-
-def prompts_of(longest: int, **changes: Any) -> PromptSet:
-    """Two prompts, one of `longest` tokens; `changes` are of that one."""
-    short = Prompt("short", np.array([3, 4], np.int32), None, None)
-    given = {"token_ids": np.full(longest, 5, np.int32), "answer": None, "teacher_response_ids": None} | changes
-    return PromptSet([short, Prompt("long", **given)], shuffle=False, seed=0)
-
-
-LONGEST = 12 + 6
-"""Tokens of the prompts below and the new ones."""
-
-
-@pytest.mark.parametrize("short_of", [(), ("student",), ("teacher",), ("student", "teacher")], ids=str)
-def test_a_model_whose_context_is_shorter_than_the_longest_sample_is_refused_by_key(
-    layout: Layout, folder: Path, tmp_path: Path, short_of: tuple[str, ...]
-) -> None:
-    """A context of exactly the longest sample is enough."""
-    arch = read_architecture(folder)
-    contexts = {name: LONGEST - (name in short_of) for name in ("student", "teacher")}
-    models = {name: replace(arch, max_position_embeddings=tokens) for name, tokens in contexts.items()}
-    site = site_of(config_of(tmp_path, folder), layout, **models)
-    if not short_of:
-        assert job._longest_sample(site, prompts_of(12)) == LONGEST
-        return
-    with pytest.raises(ConfigError) as caught:
-        job._longest_sample(site, prompts_of(12))
-    assert [found.partition("; ")[0] for found in caught.value.problems] == [
-        f"{name}.path={folder}: its context is {LONGEST - 1} tokens but the longest sample can have {LONGEST}"
-        for name in short_of
-    ]
-
-
-def test_short_packs_and_short_contexts_are_reported_together(layout: Layout, folder: Path, tmp_path: Path) -> None:
-    narrow = replace(read_architecture(folder), max_position_embeddings=LONGEST - 1)
-    config = config_of(tmp_path, folder, batch={"tokens_per_micro_batch": LONGEST - 1})
-    with pytest.raises(ConfigError) as caught:
-        job._longest_sample(site_of(config, layout, teacher=narrow), prompts_of(12))
-    keys = [found.split()[0].partition("=")[0] for found in caught.value.problems]
-    assert keys == ["batch.tokens_per_micro_batch", "teacher.path"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"token_ids": np.array([306, 307], np.int32)}, r"prompt 'long' of data\.prompts holds token id 307"),
-        (
-            {"teacher_response_ids": np.array([307], np.int32)},
-            r"the response to 'long' in data\.teacher_responses holds token id 307",
-        ),
-    ],
-    ids=["prompt", "response"],
-)
-def test_ids_that_the_student_does_not_have_are_refused_by_prompt(
-    layout: Layout, folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(DataError, match=words):
-        job._longest_sample(site_of(config_of(tmp_path, folder), layout), prompts_of(12, **changes))
-
-
-def written_prompts(path: Path, *, answer: str | None = "7") -> Path:
-    lines = [{"id": f"p{index}", "prompt": "add " * (3 + 4 * index), "answer": answer} for index in range(2)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_the_material_is_what_the_files_say(layout: Layout, folder: Path, tmp_path: Path) -> None:
-    data = {"prompts": written_prompts(tmp_path / "prompts.jsonl")}
-    config = config_of(tmp_path, folder, data=data, batch={"tokens_per_micro_batch": 99})
-    material = job._read_material(site_of(config, layout))
-    assert [prompt.prompt_id for prompt in material.prompts.prompts] == ["p0", "p1"]
-    assert material.renderer.eos_ids == (2,) and material.solution_prompts is None
-    assert material.longest == material.prompts.longest_prompt + 6
-    ignoring = config.model_copy(update={"loss": config.loss.model_copy(update={"ignore_tokens": ("<|im_end|>",)})})
-    assert material.ignored != job._read_material(site_of(ignoring, layout)).ignored
-
-
-def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
-    layout: Layout, folder: Path, tmp_path: Path
-) -> None:
-    def config_for(**data: Any) -> Config:
-        return config_of(tmp_path, folder, objective=SDPO, data=data, batch={"tokens_per_micro_batch": 300})
-
-    config = config_for(prompts=written_prompts(tmp_path / "prompts.jsonl"))
-    material = job._read_material(site_of(config, layout))
-    assert isinstance(material.solution_prompts, SolutionPrompts)
-    longest = material.solution_prompts.longest_without_solution()
-    assert longest > material.prompts.longest_prompt
-    narrow = replace(read_architecture(folder), max_position_embeddings=longest + 6)
-    with pytest.raises(ConfigError, match="student.path=.*its context is .* tokens but the teacher of"):
-        job._read_material(site_of(config, layout, student=narrow))
-    job._read_material(site_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
-    without = config_for(prompts=written_prompts(tmp_path / "without.jsonl", answer=None))
-    with pytest.raises(DataError, match="prompt 'p0' \\(and 1 more\\) has no `answer`"):
-        job._read_material(site_of(without, layout))

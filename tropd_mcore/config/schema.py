@@ -5,8 +5,9 @@ Not for checks that span sections (see `checks`) or for reading files (see `load
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +36,11 @@ class RunConfig(Section):
     replay: Path | None = None
     """Take rollouts from this run directory instead of sampling, and teacher scores where it has them for exactly these
     rows, this teacher and this objective's candidates."""
+    init_from: Path | None = None
+    """Begin a new run from the weights of this checkpoint folder (<dir>/checkpoints/step_<n>) of another run; looked
+    at by the first launch only. student.path names the model it was trained from."""
+    init_optimizer: bool = False
+    """Take the optimizer's moments and main weights from run.init_from too; False starts the optimizer afresh."""
     stop_after: PositiveInt | None = None
     """Stop after this many steps of this launch (a time-boxed queue); run the same command to go on."""
 
@@ -108,15 +114,25 @@ class TeacherConfig(Section):
     """Parameters of the teacher; log-probs are float32."""
     server: ServerConfig = ServerConfig()
     """`sglang` only."""
+    extra_tokens: Literal["refuse", "exclude"] = "refuse"
+    """Tokens that the teacher's tokenizer has beyond the student's: refuse the teacher, or take them out of its
+    candidates and count them. A token that both have with different ids is always refused."""
+    check_every: PositiveInt = 10
+    """`sglang` only. Steps between two checks that the server still serves the model it served at the start."""
     on_failure: Literal["mask", "stop"] = "mask"
     """`sglang` only. A sample that could not be scored after all retries: leave it out (counted) or stop the run."""
 
 
 class DataConfig(Section):
     prompts: Path
-    """JSONL, one object a line: `id`, `messages` (chat) or `prompt` (text), optional `answer`."""
+    """JSONL, one object per line: `id`, `messages` (chat) or `prompt` (text), optional `answer`, and for a chat
+    optional `tools` and `chat_template_kwargs`."""
     teacher_responses: Path | None = None
     """JSONL of stored teacher responses: `id`, `response_ids`; needed by objective.guidance."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template (Qwen3: enable_thinking); those of a line of data.prompts win over these."""
+    template_date: date | None = None
+    """Today's date for templates that print it, YYYY-MM-DD; None = the day of the run's first launch."""
     max_prompt_tokens: PositiveInt = 2048
     """Longer prompts are refused when the file is read."""
     shuffle: bool = True
@@ -141,6 +157,9 @@ class RolloutConfig(Section):
     """Student continuations a prompt; all share one teacher prefix. Source: TrOPD section 4."""
     max_new_tokens: PositiveInt = 8096
     """Longest response, prefix not counted (see objective.guidance.continuation_budget). Source: TrOPD section 4."""
+    end_tokens: tuple[str, ...] | None = None
+    """Tokens that end a response, in prefixes, training and evaluation; None = all that end one for the student or the
+    teacher (generation_config.json, tokenizer, chat template)."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer's log-probs are taken at the same temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -222,6 +241,10 @@ class VerifierConfig(Section):
     """How an answer is judged: not at all, as a string, or as mathematics (LaTeX)."""
     pattern: str = r"####\s*(.+)"
     """Regular expression whose last match's group 1 is the answer (`exact_match` only)."""
+    unfinished: Literal["wrong", "judge"] = "wrong"
+    """A response that was cut by length or whose thinking block is open has no answer, or is judged like any other."""
+    thinking: tuple[str, str] | None = ("<think>", "</think>")
+    """Texts that open and close a thinking block, in which no answer is looked for; None = there are no such blocks."""
 
 
 class MonitorConfig(Section):
@@ -236,17 +259,35 @@ class MonitorConfig(Section):
 
 
 class GatesConfig(Section):
-    """Checks before the first step; each stops the run with its likely cause."""
+    """Checks before the first step, some of them at every step; each stops the run with its likely cause."""
 
     sampler_logprob: bool = True
-    """Compare sampler and trainer log-probs on the first rollouts."""
+    """Compare sampler and trainer log-probs on the rollouts of every step; a launch's first step has to pass, later
+    ones stop the run where they fail in a row (sampler_logprob_steps)."""
     sampler_logprob_p99: PositiveFloat | None = None
     """Bound on the 99th percentile of |difference|, nats; None = 1e-4 where student and server are float32, else
     0.25 (docs/numerics.md)."""
     sampler_logprob_max: PositiveFloat | None = None
     """Bound on the largest |difference|, nats; None = 1e-2 where student and server are float32, else 2.0."""
+    sampler_logprob_mean: PositiveFloat | None = None
+    """Bound on the mean of |difference|, nats; None = 2e-5 where student and server are float32, else 0.05."""
+    sampler_logprob_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Bound on the share of tokens whose |difference| is above the bound of the 99th percentile."""
+    sampler_logprob_steps: PositiveInt = 3
+    """Steps in a row after which a mean, a 99th percentile or a share above its bound stops the run."""
     weight_sync: bool = True
-    """At the first publication, destroy the server's weights, send them again and compare checksums."""
+    """At the first publication, destroy the server's weights, send them again and compare checksums; at every later
+    one, see that the server's checksum moved with the weights."""
+    masked_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Largest share of a step's samples that may be left out because the rollout or the teacher server gave no usable
+    answer for them; more stop the run."""
+    tokenizer: bool = True
+    """Every tokenizer of the run turns a probe text into the ids that its tokenizer.json says, and back."""
+    model_reading: bool = True
+    """Compare every model in the job with an independent reading of its folder (transformers, on the CPU) on a short
+    text, where the host memory allows it."""
+    teacher_identity: bool = True
+    """A served teacher is the model of teacher.path, is not the student, and stays the same (teacher.check_every)."""
     vocabulary: bool = True
     """Same id for the same string in teacher and student; widths may differ by padding only."""
     longest_sequence: bool = True

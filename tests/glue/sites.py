@@ -1,0 +1,32 @@
+"""Configurations and sites of jobs over real, tiny model folders, for the tests of what a job reads and makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.glue.stubs import make_config
+from tropd_mcore.config.schema import Config
+from tropd_mcore.train import material
+from tropd_mcore.train.parts import Site
+from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.weights.architecture import Architecture, read_architecture
+
+SDPO = {"kind": "sdpo", "own_topk": 5, "topk": 3}
+
+
+def config_of(run_dir: Path, folder: Path, **sections: Any) -> Config:
+    """Student and teacher are `folder` where `sections` do not say otherwise."""
+    for name in ("student", "teacher"):
+        sections[name] = {"path": folder} | sections.get(name, {})
+    return make_config(run_dir, **sections)
+
+
+def site_of(config: Config, layout: Any, **changes: Architecture) -> Site:
+    """`changes` replace what the folders say, by the first word of the key."""
+    models = {
+        key: changes.get(key.partition(".")[0], read_architecture(path))
+        for key, path in material.model_paths(config).items()
+    }
+    return Site(config, SimpleNamespace(name="cpu", device="cpu"), layout, RunDir(config.run.dir), models)

@@ -1,0 +1,210 @@
+"""What a run reads before it builds anything: which folders, prompts and lengths are refused, by which key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.glue.sites import SDPO, config_of, site_of
+from tests.glue.stubs import one_rank
+from tests.tiny_models import write_tiny_model
+from tropd_mcore.config.schema import Config
+from tropd_mcore.data.feedback import SolutionPrompts
+from tropd_mcore.data.prompts import PromptSet
+from tropd_mcore.errors import ConfigError, DataError
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.train import material
+from tropd_mcore.types import Prompt
+from tropd_mcore.weights.architecture import read_architecture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose vocabulary has 307 tokens and whose context has 512."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
+
+
+@pytest.fixture
+def layout() -> Iterator[Layout]:
+    with one_rank() as layout:
+        yield layout
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher_tokens", "student_tokens", "problems"),
+    [
+        ({"kind": "opd", "topk": 307}, 307, 307, []),
+        ({"kind": "opd", "topk": 308}, 307, 400, ["objective.topk = 308 but the vocabulary of the teacher has 307"]),
+        (
+            {"kind": "tropd", "outlier": {"topk": 308}},
+            307,
+            400,
+            ["objective.outlier.topk = 308 but the vocabulary of the teacher has 307"],
+        ),
+        (SDPO | {"own_topk": 307}, 307, 307, []),
+        (
+            SDPO | {"topk": 11, "own_topk": 13},
+            10,
+            12,
+            [
+                "objective.topk = 11 but the vocabulary of the teacher has 10",
+                "objective.own_topk = 13 but the vocabulary of the student has 12",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_more_candidates_than_tokens_are_refused_by_key(
+    layout: Layout,
+    folder: Path,
+    tmp_path: Path,
+    objective: dict[str, Any],
+    teacher_tokens: int,
+    student_tokens: int,
+    problems: list[str],
+) -> None:
+    arch = read_architecture(folder)
+    sizes = {"teacher": replace(arch, vocab_size=teacher_tokens), "student": replace(arch, vocab_size=student_tokens)}
+    site = site_of(config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False}), layout, **sizes)
+    if not problems:
+        material.check_vocabularies(site)
+        return
+    with pytest.raises(ConfigError) as caught:
+        material.check_vocabularies(site)
+    assert len(caught.value.problems) == len(problems)
+    for found, expected in zip(caught.value.problems, problems, strict=True):
+        assert found.startswith(expected), found
+
+
+def test_every_model_but_the_student_is_compared_with_it_where_the_gate_is_on(
+    monkeypatch: pytest.MonkeyPatch, layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    compared: list[tuple[Path, Path, str]] = []
+    monkeypatch.setattr(
+        material, "check_same_vocabulary", lambda one, other, *, key: compared.append((one, other, key))
+    )
+    other = tmp_path / "other"
+    other.symlink_to(folder, target_is_directory=True)
+    objective = {"kind": "exopd", "topk": 3, "reference": other}
+    material.check_vocabularies(site_of(config_of(tmp_path / "run", folder, objective=objective), layout))
+    assert compared == [(folder, folder, "teacher.path"), (folder, other, "objective.reference")]
+    compared.clear()
+    closed = config_of(tmp_path / "run", folder, objective=objective, gates={"vocabulary": False})
+    material.check_vocabularies(site_of(closed, layout))
+    assert compared == []
+
+
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+def test_a_reference_that_knows_fewer_tokens_than_the_student_is_refused(
+    layout: Layout, folder: Path, tmp_path: Path, difference: int
+) -> None:
+    objective = {"kind": "exopd", "topk": 3, "reference": folder}
+    config = config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False})
+    narrower = replace(read_architecture(folder), vocab_size=307 + difference)
+    site = site_of(config, layout, objective=narrower)
+    if difference >= 0:
+        material.check_vocabularies(site)
+        return
+    with pytest.raises(ConfigError, match="its vocabulary has 306 entries, the student's 307"):
+        material.check_vocabularies(site)
+
+
+def prompts_of(longest: int, **changes: Any) -> PromptSet:
+    """Two prompts, one of `longest` tokens; `changes` are of that one."""
+    short = Prompt("short", np.array([3, 4], np.int32), None, None)
+    given = {"token_ids": np.full(longest, 5, np.int32), "answer": None, "teacher_response_ids": None} | changes
+    return PromptSet([short, Prompt("long", **given)], shuffle=False, seed=0)
+
+
+LONGEST = 12 + 6
+"""Tokens of the prompts below and the new ones."""
+
+
+@pytest.mark.parametrize("short_of", [(), ("student",), ("teacher",), ("student", "teacher")], ids=str)
+def test_a_model_whose_context_is_shorter_than_the_longest_sample_is_refused_by_key(
+    layout: Layout, folder: Path, tmp_path: Path, short_of: tuple[str, ...]
+) -> None:
+    """A context of exactly the longest sample is enough."""
+    arch = read_architecture(folder)
+    contexts = {name: LONGEST - (name in short_of) for name in ("student", "teacher")}
+    models = {name: replace(arch, max_position_embeddings=tokens) for name, tokens in contexts.items()}
+    site = site_of(config_of(tmp_path, folder), layout, **models)
+    if not short_of:
+        assert material._longest_sample(site, prompts_of(12)) == LONGEST
+        return
+    with pytest.raises(ConfigError) as caught:
+        material._longest_sample(site, prompts_of(12))
+    assert [found.partition("; ")[0] for found in caught.value.problems] == [
+        f"{name}.path={folder}: its context is {LONGEST - 1} tokens but the longest sample can have {LONGEST}"
+        for name in short_of
+    ]
+
+
+def test_short_packs_and_short_contexts_are_reported_together(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    narrow = replace(read_architecture(folder), max_position_embeddings=LONGEST - 1)
+    config = config_of(tmp_path, folder, batch={"tokens_per_micro_batch": LONGEST - 1})
+    with pytest.raises(ConfigError) as caught:
+        material._longest_sample(site_of(config, layout, teacher=narrow), prompts_of(12))
+    keys = [found.split()[0].partition("=")[0] for found in caught.value.problems]
+    assert keys == ["batch.tokens_per_micro_batch", "teacher.path"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_ids": np.array([306, 307], np.int32)}, r"prompt 'long' of data\.prompts holds token id 307"),
+        (
+            {"teacher_response_ids": np.array([307], np.int32)},
+            r"the response to 'long' in data\.teacher_responses holds token id 307",
+        ),
+    ],
+    ids=["prompt", "response"],
+)
+def test_ids_that_the_student_does_not_have_are_refused_by_prompt(
+    layout: Layout, folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        material._longest_sample(site_of(config_of(tmp_path, folder), layout), prompts_of(12, **changes))
+
+
+def written_prompts(path: Path, *, answer: str | None = "7") -> Path:
+    lines = [{"id": f"p{index}", "prompt": "add " * (3 + 4 * index), "answer": answer} for index in range(2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_material_is_what_the_files_say(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    data = {"prompts": written_prompts(tmp_path / "prompts.jsonl")}
+    config = config_of(tmp_path, folder, data=data, batch={"tokens_per_micro_batch": 99})
+    found = material.read_material(site_of(config, layout))
+    assert [prompt.prompt_id for prompt in found.prompts.prompts] == ["p0", "p1"]
+    assert found.renderer.eos_ids == (2,) and found.solution_prompts is None
+    assert found.longest == found.prompts.longest_prompt + 6
+    ignoring = config.model_copy(update={"loss": config.loss.model_copy(update={"ignore_tokens": ("<|im_end|>",)})})
+    assert found.ignored != material.read_material(site_of(ignoring, layout)).ignored
+
+
+def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
+    layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    def config_for(**data: Any) -> Config:
+        return config_of(tmp_path, folder, objective=SDPO, data=data, batch={"tokens_per_micro_batch": 300})
+
+    config = config_for(prompts=written_prompts(tmp_path / "prompts.jsonl"))
+    found = material.read_material(site_of(config, layout))
+    assert isinstance(found.solution_prompts, SolutionPrompts)
+    longest = found.solution_prompts.longest_without_solution()
+    assert longest > found.prompts.longest_prompt
+    narrow = replace(read_architecture(folder), max_position_embeddings=longest + 6)
+    with pytest.raises(ConfigError, match="student.path=.*its context is .* tokens but the teacher of"):
+        material.read_material(site_of(config, layout, student=narrow))
+    material.read_material(site_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
+    without = config_for(prompts=written_prompts(tmp_path / "without.jsonl", answer=None))
+    with pytest.raises(DataError, match="prompt 'p0' \\(and 1 more\\) has no `answer`"):
+        material.read_material(site_of(without, layout))
