@@ -37,12 +37,16 @@ class ServerDied(ServerError):
     """A server that answered before does not answer any more: the caller may restart it and ask again."""
 
 
+class AnswerError(ServerError):
+    """What a server answered about one sample cannot be used: the caller may ask once more, then leaves it out."""
+
+
 class TeacherError(TropdError):
     """The teacher could not score what it was given."""
 
 
 class GateError(TropdError):
-    """A check before the first step failed: training would have run on wrong numbers."""
+    """A check before the first step, or at a later one, failed: training would run on wrong numbers."""
 
 
 class LossInputError(TropdError, ValueError):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +30,8 @@ def publish_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         partial.replace(path)
         sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise DataError(
             f"cannot write {path}: {error.strerror or error}; set run.dir to a place with room and rights"
         ) from error

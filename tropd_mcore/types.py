@@ -129,6 +129,9 @@ class TeacherScores:
     hidden_TD: Tensor | None = None
     """[T, D] in the teacher's dtype, input of its output layer; a teacher in this process and objectives over the whole
     vocabulary only, never stored on disk"""
+    excluded_T: Tensor | None = None
+    """int32 [T], tokens that only the teacher has among its K best, which are no candidates (`teacher.extra_tokens`);
+    None where there are no such tokens"""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ class TokenTable:
 
     A row for each time that an update looked at a token, which is once an epoch. Columns: sample_index, token_index,
     epoch (from 0), on (bool), off (bool), impossible (bool: the teacher's log q is -inf, and teacher_logp its floor),
+    excluded (candidates that only the teacher's tokenizer has; NaN where there are no such tokens),
     trusted (weight of the gate), student_logp (at that update), old_logp (before the first), behav_logp, teacher_logp,
     log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio (p / p_old), clipped (1 where PPO's
     clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A), student_mass

@@ -20,9 +20,11 @@ from torch import Tensor
 from tests.dist.conversion_ranks import open_layout
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
+from tropd_mcore.errors import ModelError
 from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.mcore import checkpoint
 from tropd_mcore.mcore.checkpoint import TrainState
+from tropd_mcore.mcore.checkpoint_info import latest
 from tropd_mcore.mcore.conversion import Job
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer, optimizer_step
@@ -129,14 +131,16 @@ def straight_and_resumed(folder: Path, directory: Path, setup: Setup) -> tuple[d
     return straight, resumed
 
 
-def train_and_save(folder: Path, directory: Path, setup: Setup, steps: list[int], keep: int = 9) -> dict[str, Any]:
+def train_and_save(
+    folder: Path, directory: Path, setup: Setup, steps: list[int], keep: int = 9, run: str | None = None
+) -> dict[str, Any]:
     """Train from the start and save at each of `steps`. Returns what is left running afterwards."""
     job = open_layout(setup.parallel)
     state = train_state(folder, job, setup)
     done = 0
     for step in steps:
         train(state, done, step)
-        checkpoint.save(directory, step, state, {}, keep=keep, hf_folder=folder)
+        checkpoint.save(directory, step, state, {}, keep=keep, hf_folder=folder, run=run)
         done = step
     destroy(job.layout)
     return {
@@ -204,10 +208,57 @@ def save_fails(folder: Path, directory: Path) -> str:
     return "saved"
 
 
-def load_fails(folder: Path, path: Path, setup: Setup) -> None:
+def load_fails(folder: Path, path: Path, setup: Setup, run: str | None = None) -> None:
     """Load what cannot be loaded; the error travels to the test."""
     job = open_layout(setup.parallel)
     try:
-        checkpoint.load(path, train_state(folder, job, setup))
+        checkpoint.load(path, train_state(folder, job, setup), run=run)
     finally:
         destroy(job.layout)
+
+
+def loads_with_flips(folder: Path, path: Path, setup: Setup, flips: list[tuple[str, int]]) -> list[str]:
+    """What this rank says of the checkpoint with one bit flipped: for each (file, bit), what `load` raised.
+
+    Asserts that none of the failed loads filled anything, and that the checkpoint loads once it is mended.
+    """
+    job = open_layout(setup.parallel)
+    state = train_state(folder, job, setup)
+    before = digests(state)
+    said = []
+    for file, bit in flips:
+        _flip(path / file, bit, job)
+        try:
+            checkpoint.load(path, state)
+            said.append("loaded")
+        except ModelError as error:
+            said.append(str(error))
+        _flip(path / file, bit, job)
+    assert digests(state) == before
+    checkpoint.load(path, state)
+    assert digests(state) != before
+    destroy(job.layout)
+    return said
+
+
+def _flip(file: Path, bit: int, job: Job) -> None:
+    """Flip one bit of a file; all ranks see it afterwards."""
+    dist.barrier(group=job.layout.groups.control)
+    if job.layout.rank == 0:
+        content = bytearray(file.read_bytes())
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+    dist.barrier(group=job.layout.groups.control)
+
+
+def resumes(folder: Path, directory: Path, setup: Setup) -> tuple[str, int]:
+    """The newest checkpoint's name and the schedule's position after it was loaded."""
+    newest = latest(directory)
+    assert newest is not None
+    job = open_layout(setup.parallel)
+    state = train_state(folder, job, setup)
+    checkpoint.load(newest, state)
+    assert state.scheduler is not None
+    done = state.scheduler.num_steps
+    destroy(job.layout)
+    return newest.name, done

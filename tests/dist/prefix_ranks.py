@@ -82,6 +82,8 @@ class Launch:
     refused: list[tuple[int, str]] = field(default_factory=list)
     """(rollout, `always` or `prefix`): what of which sample cannot be scored"""
     killed_before_scores: bool = False
+    masked_share: float = 1.0
+    """Share of the step that may be without scores"""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _launch(
     student: Any, config: Config, layout: Layout, case: Case, one_asks: bool, launch: Launch, vocabulary: int
 ) -> Outcome:
     run_dir, k = RunDir(config.run.dir), support_size(config.objective)
-    source = RolloutSource(config, run_dir, None, None, layout)  # type: ignore[arg-type]
+    source = RolloutSource(config, run_dir, None, None, layout, vocab_size=vocabulary)  # type: ignore[arg-type]
     rollouts = source.at_step(0)
     places = {rollout.sample_id: index for index, rollout in enumerate(rollouts)}
     refused = [
@@ -142,7 +144,7 @@ def _launch(
     teacher = ServedTeacher(
         SglangTeacher(server, topk=k, teacher_width=vocabulary, student_width=vocabulary, on_failure="mask")  # type: ignore[arg-type]
         if asks else None,
-        layout, topk=k, only_rank_zero=one_asks,
+        layout, topk=k, only_rank_zero=one_asks, masked_share=launch.masked_share,
     )  # fmt: skip
     scores = ScoreSource(teacher, run_dir, layout, replay=config.run.replay, name="made up", on_disk=True)
     fallible = teacher if has_prefix_loss(config.objective) else None
@@ -162,7 +164,7 @@ def _launch(
         results, gradients = gather_results(layout, packed, outputs), whole_gradients(student, layout)
     asked = [[(_place(request, rollouts, places), request.first) for request in server.asked]] * layout.world_size
     dist.all_gather_object(asked, list(asked[0]), group=layout.groups.control)
-    on_disk = RolloutSource(config, run_dir, None, None, layout)._stored(0)  # type: ignore[arg-type]
+    on_disk = RolloutSource(config, run_dir, None, None, layout, vocab_size=vocabulary)._stored(0)  # type: ignore[arg-type]
     assert on_disk is not None
     return Outcome(
         carriers=carriers(rollouts),

@@ -158,8 +158,6 @@ def test_a_failed_save_is_the_same_error_on_every_rank(hf: Path, tmp_path: Path)
     [
         (Setup(optimizer=REPLICATED), "set optimizer.distributed=true"),
         (Setup(dtype="float32"), "written with student.dtype=bfloat16, found float32"),
-        (Setup(steps=9), "lr_decay_steps is 9, the checkpoint has 6"),
-        (Setup(optimizer=Setup().optimizer.model_copy(update={"learning_rate": 1.0})), "max_lr is 1.0"),
     ],
 )
 def test_settings_that_would_train_differently_are_refused(hf: Path, saved: Path, setup: Setup, words: str) -> None:
@@ -213,6 +211,14 @@ def test_damaged_checkpoint_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def without_digests(path: Path) -> None:
+    """Make it a checkpoint of the format before digests."""
+    values = json.loads((path / "tropd.json").read_text())
+    for key in ("sha256", "files", "run"):
+        del values[key]
+    (path / "tropd.json").write_text(json.dumps({**values, "format": 1}))
+
+
 class Intruder:
     """Creates a file when it is unpickled."""
 
@@ -225,7 +231,9 @@ class Intruder:
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
 def test_pickled_code_in_a_checkpoint_is_refused_and_not_run(hf: Path, saved: Path, file: str, tmp_path: Path) -> None:
+    """Its digests are no help against a stranger, who leaves them out (format 1) or makes new ones."""
     bad = shutil.copytree(saved, tmp_path / "bad")
+    without_digests(bad)
     target = tmp_path / "ran"
     if file == "common.pt":
         torch.save({"optimizer": Intruder(target)}, bad / file)

@@ -20,6 +20,7 @@ from tests.dist.layouts import Case
 from tests.dist.prefix_ranks import Launch, Outcome, launches, log_softmax_after
 from tests.dist.test_layouts import TOLERANCE, relative_error
 from tests.ranks import run_on_ranks
+from tropd_mcore.errors import TeacherError
 from tropd_mcore.train.replay import save_rollouts
 from tropd_mcore.types import Rollout
 
@@ -195,3 +196,17 @@ def test_a_killed_step_is_repeated_with_the_carriers_that_it_had(student: Path, 
     assert second.gradients is not None and third.gradients is not None
     assert all(torch.equal(third.gradients[name], gradient) for name, gradient in second.gradients.items())
     assert_equals(third, expected_step(student, rollouts, unscored=[], carriers=[1, 3, 6], trust=False))
+
+
+@pytest.mark.parametrize("layout", ["rank-0-asks", "replicas-ask"])
+def test_the_share_of_samples_without_scores_is_bounded_over_all_replicas(
+    student: Path, tmp_path: Path, layout: str
+) -> None:
+    """Two of nine. The bound is one of the step: a replica may lose more than that share of its own samples."""
+    rollouts = guided_rollouts(carriers=[])
+    lost = [(0, "always"), (4, "always")]
+    wanted = [Launch(lost, masked_share=0.3), Launch(lost, masked_share=0.2)]
+    (outcome,) = run(student, tmp_path / "kept", rollouts, OPD, wanted[0], layout=layout)
+    assert_equals(outcome, expected_step(student, rollouts, unscored=[0, 4], carriers=[], trust=True))
+    with pytest.raises(TeacherError, match=r"2 of 9 samples of the step could not be scored, among them p0/0; at most"):
+        run(student, tmp_path / "stopped", rollouts, OPD, wanted[1], layout=layout)

@@ -154,5 +154,5 @@ batch: {{tokens_per_micro_batch: 80}}
 optimizer: {{learning_rate: 1.0e-3}}
 monitor: {{token_samples: 100}}
 gates: {{longest_sequence: false}}
-verifier: {{kind: exact_match, pattern: "(?s)(.+)"}}
+verifier: {{kind: exact_match, pattern: "(?s)(.+)", unfinished: judge}}
 """

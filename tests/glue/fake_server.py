@@ -22,6 +22,8 @@ from aiohttp import web
 
 Body = dict[str, Any]
 VOCABULARY = 50
+FIRST_ID = 6
+"""Ids below this one are end tokens or padding, which are not sampled."""
 LONGEST = 500
 PAGE = 3
 """Tokens at the start of an input that the cache knows it by."""
@@ -41,6 +43,8 @@ class FakeServer:
     paused: bool = False
     die_after: int | None = None
     """Continuations until the connection breaks; None = never."""
+    tokenize: Callable[[list[str]], Any] | None = None
+    """What /tokenize answers as tokens; None = there is no such path."""
 
     def bodies(self, path: str) -> list[Body]:
         """What was asked of a path."""
@@ -71,7 +75,11 @@ class FakeServer:
             "/update_weights_from_tensor": self._update,
             "/update_weight_version": lambda body: self._set(label=body["new_version"]),
             "/weights_checker": self._check,
-        }
+        } | ({"/tokenize": self._tokenize} if self.tokenize is not None else {})
+
+    def _tokenize(self, body: Body) -> Body:
+        assert self.tokenize is not None and body["add_special_tokens"] is False
+        return {"tokens": self.tokenize(body["prompt"]), "count": 0, "max_model_len": LONGEST}
 
     def _set(self, **values: Any) -> None:
         vars(self).update(values)
@@ -85,7 +93,7 @@ class FakeServer:
         ids = tuple(body["input_ids"])
         used = self.cache.setdefault(ids[:PAGE], self.checksum())
         count = body["sampling_params"]["max_new_tokens"]
-        output = [3 + (sum(ids) + 7 * index) % (VOCABULARY - 3) for index in range(count)]
+        output = [FIRST_ID + (sum(ids) + 7 * index) % (VOCABULARY - FIRST_ID) for index in range(count)]
         logp = logp_of(used)
         meta = {
             "finish_reason": {"type": "length"},
@@ -115,9 +123,9 @@ def logp_of(checksum: str) -> float:
 
 
 @contextmanager
-def fake_server() -> Iterator[FakeServer]:
+def fake_server(tokenize: Callable[[list[str]], Any] | None = None) -> Iterator[FakeServer]:
     """A running server, in a thread of its own."""
-    fake = FakeServer()
+    fake = FakeServer(tokenize=tokenize)
     loop = asyncio.new_event_loop()
     ready = threading.Event()
 

@@ -56,6 +56,7 @@ class Launch:
     rollouts: Any = None
     scores: Any = None
     monitor: Any = None
+    teacher_check: Any = None
     fail_save: Exception | None = None
     events: list[Event] = field(default_factory=list)
     records: list[StepRecord | None] = field(default_factory=list)
@@ -84,7 +85,7 @@ class Launch:
         return micro_batch.behav_logp + self.gap + self.drift * self.updates
 
     def _parts(self) -> Parts:
-        rollouts = self.rollouts or SimpleNamespace(at_step=self._sample)
+        rollouts = self.rollouts or SimpleNamespace(at_step=self._sample, left_out=0)
         scores = self.scores or SimpleNamespace(at_step=self._score)
         parts: dict[str, Any] = {
             "config": self.config,
@@ -102,6 +103,7 @@ class Launch:
             "context": SimpleNamespace(student=self._student_pass, complete=self._complete),
             "monitor": self.monitor or SimpleNamespace(log=self._log),
             "renderer": SimpleNamespace(special_ids=frozenset({1})),
+            "teacher_check": self.teacher_check,
         }
         return Parts(**parts)
 

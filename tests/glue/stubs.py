@@ -42,7 +42,7 @@ def make_config(run_dir: Path | str = "nowhere", **sections: dict[str, Any]) -> 
         "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 6},
         "objective": {"kind": "opd", "topk": TOPK},
         "batch": {"tokens_per_micro_batch": 24},
-        "gates": {"sampler_logprob": False},
+        "gates": {"sampler_logprob": False, "tokenizer": False},
         "monitor": {"token_samples": 0, "topk_overlap": False},
     }
     for name, section in sections.items():

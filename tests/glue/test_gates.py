@@ -1,7 +1,8 @@
-"""The sampler gate: each bound refuses alone, on the sampled tokens only, and its message names the likely cause."""
+"""The sampler gate: each bound refuses alone, on the sampled tokens only, at every step, and says the likely cause."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,118 +11,304 @@ import pytest
 from tests.glue.stubs import make_config
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
-from tropd_mcore.train.gates import BFLOAT16_BOUNDS, FLOAT32_BOUNDS, check_sampler_logprobs, sampler_bounds
-from tropd_mcore.types import TokenTable
+from tropd_mcore.train.gates import (
+    BFLOAT16_BOUNDS,
+    BFLOAT16_MEAN,
+    FLOAT32_BOUNDS,
+    FLOAT32_MEAN,
+    GROSS,
+    GROSS_TOKENS,
+    LEAST_TOKENS,
+    WARN_EVERY,
+    Columns,
+    SamplerBounds,
+    SamplerGate,
+    check_teacher_is_another,
+)
 
 TOKENS = 1000
+Piece = tuple[int, int, float]
+"""Tokens first ... last - 1 differ by so many nats, in both directions."""
 
 
-def bounded(p99: float = 0.1, largest: float = 1.0) -> Config:
-    return make_config(gates={"sampler_logprob_p99": p99, "sampler_logprob_max": largest})
+def bounded(**changes: Any) -> Config:
+    """Bounds of 0.05 (mean), 0.1 (99th percentile) and 1.0 (maximum)."""
+    gates = {"sampler_logprob_mean": 0.05, "sampler_logprob_p99": 0.1, "sampler_logprob_max": 1.0}
+    return make_config(gates=gates | changes)
 
 
-def table(*differences: tuple[int, int, float], off: int = 0) -> TokenTable:
-    """Tokens first ... last - 1 differ by so many nats, in both directions; the first `off` tokens were not sampled."""
-    behav = -np.linspace(0.1, 3.0, TOKENS)
-    old, on = behav.copy(), np.ones(TOKENS, dtype=bool)
+def columns(*differences: Piece, off: int = 0, tokens: int = TOKENS) -> Columns:
+    """One step; the first `off` tokens were not sampled."""
+    behav = -np.linspace(0.1, 3.0, tokens)
+    old, on = behav.copy(), np.ones(tokens, dtype=bool)
     for first, last, difference in differences:
         old[first:last] = behav[first:last] + difference * np.where(np.arange(first, last) % 2, 1.0, -1.0)
     on[:off] = False
-    return TokenTable({"on": on, "old_logp": old.astype(np.float32), "behav_logp": behav.astype(np.float32)})
+    return {
+        "on": on,
+        "old_logp": old.astype(np.float32),
+        "behav_logp": behav.astype(np.float32),
+        "epoch": np.zeros(tokens, dtype=np.int64),
+    }
 
 
-def refused(found: TokenTable, config: Config) -> str:
-    with pytest.raises(GateError) as caught:
-        check_sampler_logprobs(found, config)
+def refused(config: Config, *steps: Columns | Sequence[Columns], first_step: int = 0) -> str:
+    """What the gate says at the last of the steps; it lets the others pass."""
+    gate = SamplerGate(config)
+    for number, step in enumerate(steps, start=first_step):
+        parts = [step] if isinstance(step, dict) else list(step)  # type: ignore[arg-type]
+        if number < first_step + len(steps) - 1:
+            assert gate.check(number, parts)
+            continue
+        with pytest.raises(GateError) as caught:
+            gate.check(number, parts)
     return str(caught.value)
 
 
-def test_the_gate_refuses_where_the_percentile_alone_is_above_its_bound() -> None:
-    message = refused(table((0, 50, 0.5)), bounded())
-    assert "5.0e-01 nats (99th percentile)" in message and f"over {TOKENS} tokens" in message
-    assert "allowed 1e-01 and 1e+00" in message and "5.0% of the tokens" in message
+def passes(config: Config, *steps: Columns) -> SamplerGate:
+    gate = SamplerGate(config)
+    for number, step in enumerate(steps):
+        assert gate.check(number, [step])
+    return gate
 
 
-def test_the_gate_refuses_where_the_maximum_alone_is_above_its_bound() -> None:
-    message = refused(table((7, 8, 2.0)), bounded())
+FINE = columns()
+P99_OFF = columns((0, 30, 0.5))
+MEAN_OFF = columns((0, TOKENS, 0.07))
+SHARE_OFF = columns((0, 30, 0.2), tokens=LEAST_TOKENS - 1)
+MAXIMUM_OFF = columns((7, 8, 2.0))
+
+
+def test_the_first_step_refuses_where_the_percentile_alone_is_above_its_bound() -> None:
+    message = refused(bounded(), P99_OFF)
+    assert "1.5e-02 nats (mean), 5.0e-01 (99th percentile)" in message and f"over {TOKENS} tokens" in message
+    assert "allowed 5e-02, 1e-01, 1e+00" in message and "3.0% of the tokens" in message and "allowed 5%" in message
+
+
+def test_the_first_step_refuses_where_the_maximum_alone_is_above_its_bound() -> None:
+    message = refused(bounded(), MAXIMUM_OFF)
     assert "2.0e+00 (maximum)" in message and "0.1% of the tokens" in message
 
 
-def test_the_gate_accepts_inside_both_bounds_and_returns_the_percentile() -> None:
-    assert check_sampler_logprobs(table(), bounded()) == 0.0
-    found = check_sampler_logprobs(table((0, TOKENS, 0.0625), (3, 5, 0.9)), bounded())
-    assert found == pytest.approx(0.0625, abs=1e-5)
+def test_the_first_step_refuses_where_the_mean_alone_is_above_its_bound() -> None:
+    """Every token a little off: a temperature that is nearly right."""
+    message = refused(bounded(), MEAN_OFF)
+    assert "7.0e-02 nats (mean), 7.0e-02 (99th percentile), 7.0e-02 (maximum)" in message
+
+
+def test_the_first_step_refuses_where_the_share_alone_is_above_its_bound() -> None:
+    message = refused(bounded(), SHARE_OFF)
+    assert f"over {LEAST_TOKENS - 1} tokens" in message and "6.0% of the tokens" in message
+
+
+def test_a_percentile_of_few_tokens_is_not_judged_and_one_token_is_no_share() -> None:
+    few = columns((0, 20, 0.9), tokens=LEAST_TOKENS - 1)
+    assert passes(bounded(), few).passed
+    assert "1.6% of the tokens" in refused(bounded(), columns((0, 8, 0.9), tokens=LEAST_TOKENS))
+    assert passes(bounded(), columns((0, 1, 0.12), tokens=6)).passed
+    assert "33.3% of the tokens" in refused(bounded(), columns((0, 2, 0.12), tokens=6))
+
+
+def test_inside_all_bounds_the_gate_says_nothing_of_later_steps() -> None:
+    gate = passes(bounded(), FINE, columns((0, TOKENS, 0.03125), (3, 5, 0.9)), FINE)
+    assert gate.state.off_in_a_row == gate.state.warnings == 0 and gate.state.p99_bound == 0.1
 
 
 def test_the_sign_of_a_difference_does_not_matter() -> None:
-    below = table()
-    below.columns["old_logp"][:50] -= 0.5
-    above = table()
-    above.columns["old_logp"][:50] += 0.5
-    refused(below, bounded())
-    refused(above, bounded())
+    for sign in (1.0, -1.0):
+        step = dict(columns())
+        step["old_logp"] = step["old_logp"].copy()
+        step["old_logp"][:50] += sign * 0.5
+        refused(bounded(), step)
 
 
 def test_only_tokens_that_were_sampled_are_compared() -> None:
-    everything = table((0, 900, 5.0))
-    assert "over 1000 tokens" in refused(everything, bounded())
-    assert check_sampler_logprobs(table((0, 900, 5.0), off=900), bounded()) == 0.0
-    assert "over 100 tokens" in refused(table((0, 901, 5.0), off=900), bounded())
+    everything = columns((0, 900, 5.0))
+    assert "over 1000 tokens" in refused(bounded(), everything)
+    assert passes(bounded(), columns((0, 900, 5.0), off=900)).passed
+    assert "over 100 tokens" in refused(bounded(), columns((0, 901, 5.0), off=900))
 
 
-def test_a_step_without_sampled_tokens_has_nothing_to_compare() -> None:
-    assert check_sampler_logprobs(table((0, TOKENS, 9.0), off=TOKENS), bounded()) is None
+def test_rows_of_later_epochs_are_not_compared_and_those_of_all_ranks_are() -> None:
+    moved = dict(columns((0, TOKENS, 5.0)))
+    moved["epoch"] = np.ones(TOKENS, dtype=np.int64)
+    gate = SamplerGate(bounded())
+    assert gate.check(0, [moved, {}, FINE]) and not SamplerGate(bounded()).check(0, [moved, {}])
+    assert "over 2000 tokens" in refused(bounded(), (FINE, {}, P99_OFF))
+
+
+def test_a_step_without_sampled_tokens_has_nothing_to_compare_and_ends_no_row_of_failures() -> None:
+    nothing = columns((0, TOKENS, 9.0), off=TOKENS)
+    gate = SamplerGate(bounded())
+    assert not gate.check(0, [nothing]) and not gate.check(1, [{}])
+    gate.check(2, [FINE])
+    gate.check(3, [P99_OFF])
+    assert gate.check(4, [nothing]) and gate.state.off_in_a_row == 1
+
+
+@pytest.mark.parametrize("wrong", [P99_OFF, MEAN_OFF, SHARE_OFF], ids=["percentile", "mean", "share"])
+@pytest.mark.parametrize("allowed", [1, 2, 5])
+def test_a_later_step_that_is_off_stops_the_run_once_as_many_in_a_row_are(wrong: Columns, allowed: int) -> None:
+    config = bounded(sampler_logprob_steps=allowed)
+    message = refused(config, FINE, *[wrong] * allowed, first_step=40)
+    assert message.startswith(f"gates.sampler_logprob: step {40 + allowed}: ")
+    assert f"in {allowed} steps in a row" in message
+    assert passes(config, FINE, *[wrong] * (allowed - 1), FINE, *[wrong] * (allowed - 1)).passed
+
+
+def test_a_later_step_whose_mean_is_far_above_its_bound_stops_the_run_at_once() -> None:
+    far = columns((0, TOKENS, 1.01 * GROSS * 0.05))
+    message = refused(bounded(sampler_logprob_p99=9.0, sampler_logprob_max=9.0), FINE, far, first_step=4)
+    assert message.startswith("gates.sampler_logprob: step 5: ") and "the mean by more than 10 times" in message
+    config = bounded(sampler_logprob_p99=9.0, sampler_logprob_max=9.0)
+    assert passes(config, FINE, columns((0, TOKENS, 0.99 * GROSS * 0.05))).state.off_in_a_row == 1
+    few = GROSS_TOKENS - 1
+    assert passes(config, FINE, columns((0, few, 2.0), tokens=few)).state.off_in_a_row == 1
+    assert "remove nowhere/rollouts/step_000001.npz to step 2" in refused(
+        bounded(), FINE, P99_OFF, columns((0, 900, 0.9))
+    )
+
+
+def test_the_message_names_the_stored_rollouts_that_would_be_used_again() -> None:
+    assert "remove nowhere/rollouts/step_000041.npz to step 43" in refused(
+        bounded(), FINE, *[P99_OFF] * 3, first_step=40
+    )
+    assert "remove nowhere/rollouts/step_000007.npz to have them" in refused(bounded(), P99_OFF, first_step=7)
+
+
+def test_a_later_maximum_above_its_bound_is_warned_about_and_counted_and_stops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = passes(bounded(), FINE, *[MAXIMUM_OFF] * 2 * WARN_EVERY)
+    assert gate.state.warnings == 2 * WARN_EVERY and gate.state.off_in_a_row == 0
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 2 and "step 1: " in lines[0] and f"step {1 + WARN_EVERY}: " in lines[1]
+    assert f"({1 + WARN_EVERY} such steps)" in lines[1]
+
+
+def test_a_later_step_that_is_off_is_warned_about_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    passes(bounded(), FINE, P99_OFF)
+    assert "step 1: 99th percentile above the bound, 1 of 3 steps in a row that stop the run" in caplog.text
+
+
+def test_the_rows_of_the_first_of_several_updates_have_to_pass_once_and_count_as_no_step() -> None:
+    gate = SamplerGate(bounded(sampler_logprob_steps=1))
+    with pytest.raises(GateError):
+        gate.check(0, [P99_OFF], first_update=True)
+    gate = SamplerGate(bounded(sampler_logprob_steps=1))
+    assert gate.check(0, [FINE], first_update=True) and gate.check(1, [P99_OFF], first_update=True)
+    with pytest.raises(GateError, match="in 1 steps in a row"):
+        gate.check(0, [P99_OFF])
+
+
+def test_in_a_replay_of_another_run_the_first_step_alone_is_judged() -> None:
+    config = make_config(run={"dir": "nowhere", "steps": 4, "replay": "elsewhere"}, gates={"sampler_logprob_p99": 0.1})
+    assert passes(config, FINE, *[P99_OFF] * 9).state.off_in_a_row == 0
+    refused(config, P99_OFF)
 
 
 @pytest.mark.parametrize(
     ("student", "server", "expected"),
     [
-        ("float32", None, FLOAT32_BOUNDS),
-        ("float32", "float32", FLOAT32_BOUNDS),
-        ("float32", "bfloat16", BFLOAT16_BOUNDS),
-        ("bfloat16", None, BFLOAT16_BOUNDS),
-        ("bfloat16", "float32", BFLOAT16_BOUNDS),
-        ("bfloat16", "bfloat16", BFLOAT16_BOUNDS),
+        ("float32", None, (FLOAT32_MEAN, *FLOAT32_BOUNDS)),
+        ("float32", "float32", (FLOAT32_MEAN, *FLOAT32_BOUNDS)),
+        ("float32", "bfloat16", (BFLOAT16_MEAN, *BFLOAT16_BOUNDS)),
+        ("bfloat16", None, (BFLOAT16_MEAN, *BFLOAT16_BOUNDS)),
+        ("bfloat16", "float32", (BFLOAT16_MEAN, *BFLOAT16_BOUNDS)),
+        ("bfloat16", "bfloat16", (BFLOAT16_MEAN, *BFLOAT16_BOUNDS)),
     ],
 )
 def test_default_bounds_are_tight_only_between_two_float32_engines(
-    student: str, server: str | None, expected: tuple[float, float]
+    student: str, server: str | None, expected: tuple[float, float, float]
 ) -> None:
     config = make_config(student={"dtype": student}, rollout={"server": {"dtype": server}})
-    assert sampler_bounds(config) == expected
-    p99, largest = expected
-    refused(table((0, 50, 2.0 * p99)), config)
-    refused(table((0, 1, 2.0 * largest)), config)
-    check_sampler_logprobs(table((0, 50, 0.9 * p99), (60, 61, 0.9 * largest)), config)
+    bounds = SamplerBounds.of(config)
+    mean, p99, largest = expected
+    assert (bounds.mean, bounds.p99, bounds.largest, bounds.share, bounds.steps) == (*expected, 0.05, 3)
+    refused(config, columns((0, 50, 1.5 * p99)))
+    refused(config, columns((0, 1, 2.0 * largest)))
+    refused(config, columns((0, TOKENS, 1.1 * mean)))
+    passes(config, columns((0, 50, 0.9 * p99), (60, 61, 0.9 * largest)))
 
 
 @pytest.mark.parametrize(
     ("gates", "expected"),
     [
-        ({"sampler_logprob_p99": 0.5}, (0.5, FLOAT32_BOUNDS[1])),
-        ({"sampler_logprob_max": 7.0}, (FLOAT32_BOUNDS[0], 7.0)),
-        ({"sampler_logprob_p99": 0.5, "sampler_logprob_max": 7.0}, (0.5, 7.0)),
+        ({"sampler_logprob_mean": 0.3}, (0.3, *FLOAT32_BOUNDS, 0.05, 3)),
+        ({"sampler_logprob_p99": 0.5}, (FLOAT32_MEAN, 0.5, FLOAT32_BOUNDS[1], 0.05, 3)),
+        ({"sampler_logprob_max": 7.0}, (FLOAT32_MEAN, FLOAT32_BOUNDS[0], 7.0, 0.05, 3)),
+        ({"sampler_logprob_share": 0.5, "sampler_logprob_steps": 9}, (FLOAT32_MEAN, *FLOAT32_BOUNDS, 0.5, 9)),
     ],
 )
 def test_a_bound_that_is_given_replaces_its_own_default_alone(
-    gates: dict[str, Any], expected: tuple[float, float]
+    gates: dict[str, Any], expected: tuple[float, ...]
 ) -> None:
-    assert sampler_bounds(make_config(gates=gates)) == expected
+    bounds = SamplerBounds.of(make_config(gates=gates))
+    assert (bounds.mean, bounds.p99, bounds.largest, bounds.share, bounds.steps) == expected
 
 
 def test_the_documented_default_bounds_are_those_in_force() -> None:
-    assert FLOAT32_BOUNDS == (1e-4, 1e-2) and BFLOAT16_BOUNDS == (0.25, 2.0)
+    assert (FLOAT32_MEAN, *FLOAT32_BOUNDS) == (2e-5, 1e-4, 1e-2)
+    assert (BFLOAT16_MEAN, *BFLOAT16_BOUNDS) == (0.05, 0.25, 2.0)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "cause"),
+    ("wrong", "causes"),
     [
-        (600, "other weights, another temperature (rollout.temperature) or another chat template in the server"),
-        (100, "another dtype (rollout.server.dtype, student.dtype) or a tensor that was converted wrongly"),
-        (1, "single tokens only: special tokens, or padded vocabulary columns in one of the two softmaxes"),
+        (
+            600,
+            [
+                "other weights (a publication that did not arrive, a foreign or renamed checkpoint, rollouts that "
+                "another run stored)",
+                "another temperature (rollout.temperature) or another chat template in the server",
+            ],
+        ),
+        (100, ["another dtype (rollout.server.dtype, student.dtype), a tensor that was converted wrongly"]),
+        (1, ["single tokens only: special tokens, or padded vocabulary columns in one of the two softmaxes"]),
     ],
 )
-def test_the_cause_follows_from_the_share_of_wrong_tokens(wrong: int, cause: str) -> None:
-    message = refused(table((0, wrong, 2.0)), bounded())
-    assert cause in message and message.startswith("gates.sampler_logprob: ")
-    assert message.endswith("Bounds: gates.sampler_logprob_p99, gates.sampler_logprob_max")
+def test_the_cause_follows_from_the_share_of_wrong_tokens(wrong: int, causes: list[str]) -> None:
+    message = refused(bounded(), columns((0, wrong, 2.0)))
+    assert all(cause in message for cause in causes) and message.startswith("gates.sampler_logprob: step 0: ")
+    assert message.endswith("gates.sampler_logprob_share, gates.sampler_logprob_steps")
+
+
+def served(**changes: Any) -> Config:
+    sections: dict[str, Any] = {"teacher": {"kind": "sglang", "path": "teacher", "dtype": "float32"}, "gates": {}}
+    for name, section in changes.items():
+        sections[name] = sections.get(name, {}) | section
+    return make_config(**sections)
+
+
+def scored(noise: float, teacher: float) -> Columns:
+    """The sampler differs from the student by `noise` on every token, the teacher by `teacher`."""
+    step = dict(columns((0, TOKENS, noise)))
+    sign = np.where(np.arange(TOKENS) % 3, 1.0, -1.0)
+    step["teacher_logp"] = (step["old_logp"].astype(np.float64) + teacher * sign).astype(np.float32)
+    return step
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-7, 7e-3])
+def test_a_teacher_that_scores_the_first_rollouts_as_the_student_does_is_the_student(noise: float) -> None:
+    config = served(student={"dtype": "float32" if noise < 1e-3 else "bfloat16"})
+    for teacher in (0.0, 2.0 * noise):
+        with pytest.raises(
+            GateError, match=r"^gates\.teacher_identity: .*teacher\.server serves the student's weights"
+        ):
+            check_teacher_is_another([scored(noise, teacher), {}], config, 0)
+    check_teacher_is_another([scored(noise, 10.0 * noise + 1e-4)], config, 0)
+
+
+def test_a_teacher_near_the_student_is_not_looked_for_where_that_says_nothing() -> None:
+    """A later step (the student may have learnt it all), another temperature, a replay, the same folder, a teacher that
+    no server serves, and where the gate is off."""
+    same = [scored(3e-7, 0.0)]
+    with pytest.raises(GateError):
+        check_teacher_is_another(same, served(), 0)
+    check_teacher_is_another(same, served(), 1)
+    check_teacher_is_another(same, served(rollout={"temperature": 0.7}), 0)
+    check_teacher_is_another(same, served(run={"dir": "nowhere", "steps": 4, "replay": "elsewhere"}), 0)
+    check_teacher_is_another(same, served(teacher={"path": "student"}), 0)
+    check_teacher_is_another(same, served(teacher={"kind": "megatron"}), 0)
+    check_teacher_is_another(same, served(gates={"teacher_identity": False}), 0)
+    check_teacher_is_another([{}], served(), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from tropd_mcore.train import job
 from tropd_mcore.train.parts import Servers, Site
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.train.start import accept, open_launch
 from tropd_mcore.weights.publish import new_folder
 
 STEPS = 4
@@ -60,6 +60,13 @@ def exported_at(run_dir: Path, step: int) -> None:
     RunDir(run_dir).export_step.write_text(f"{step}\n")
 
 
+def start_at(first_step: int, **given: Any) -> Any:
+    """A start without records."""
+    return SimpleNamespace(
+        **{"first_step": first_step, "checkpoint": None, "source": None, "inputs": "inputs", **given}
+    )
+
+
 class Run:
     """`run_job` whose parts only say that they were called."""
 
@@ -70,18 +77,20 @@ class Run:
         monkeypatch.setattr(job, "choose", lambda kind, local_rank: SimpleNamespace(name="cpu", device="cpu"))
         monkeypatch.setattr(job, "initialize", lambda *_: self._did("initialize", layout))
         monkeypatch.setattr(job, "destroy", lambda _: self._did("destroy", None))
+        monkeypatch.setattr(job, "check_tokenizers", lambda _: self._did("tokenizers", None))
         monkeypatch.setattr(job, "check_vocabularies", lambda _: self._did("vocabularies", None))
         monkeypatch.setattr(job, "read_material", lambda _: self._did("material", "the material"))
+        monkeypatch.setattr(job, "compare_contents", lambda site, opened, sources: start_at(opened.first_step))
         monkeypatch.setattr(job, "_train", self._train)
 
     def _did(self, what: str, value: Any) -> Any:
         self.did.append(what)
         return value
 
-    def _train(self, site: Site, material: Any, first_step: int, cleanup: ExitStack) -> None:
+    def _train(self, site: Site, material: Any, start: Any, cleanup: ExitStack) -> None:
         assert material == "the material"
         self.did.append("train")
-        self.trained_from = first_step
+        self.trained_from = start.first_step
         if self.fail is not None:
             raise self.fail
 
@@ -121,7 +130,8 @@ def test_a_run_has_nothing_left_to_do_where_all_steps_and_the_export_that_was_as
         exported_at(tmp_path, export_of)
     job.run_job(config, SOURCES, ALONE)
     assert run.trained_from == trained_from
-    assert run.did == ["initialize", "vocabularies", "material", *["train"] * (trained_from is not None), "destroy"]
+    trained = ["train"] * (trained_from is not None)
+    assert run.did == ["initialize", "tokenizers", "vocabularies", "material", *trained, "destroy"]
 
 
 def test_the_lock_and_the_groups_go_where_training_fails(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -149,82 +159,6 @@ def test_what_does_not_fit_the_machine_is_refused_before_any_group_is_made(
     assert run.did == [] and not (tmp_path / "run").exists()
 
 
-class Training:
-    """`_train` whose models, servers and loop only say what they were made from."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.did: list[tuple[Any, ...]] = []
-        student = SimpleNamespace(name="student")
-        for name, value in {
-            "start_servers": Servers(),
-            "build_model": student,
-            "load_hf": None,
-            "build_optimizer": ("optimizer", "scheduler"),
-            "student_average": "average",
-            "_make_parts": "parts",
-        }.items():
-            monkeypatch.setattr(job, name, self._maker(name, value))
-        monkeypatch.setattr(job, "load", lambda path, state: self.did.append(("load", path.name, state.average)))
-        monkeypatch.setattr(job, "export", lambda site, model, step: self.did.append(("export", model.name, step)))
-        monkeypatch.setattr(job, "Trainer", self._trainer)
-
-    def _maker(self, name: str, value: Any) -> Any:
-        def make(*_: Any, **given: Any) -> Any:
-            self.did.append((name, given["steps"]) if name == "build_optimizer" else (name,))
-            return value
-
-        return make
-
-    def _trainer(self, parts: Any, *, first_step: int, last_step: int) -> Any:
-        assert parts == "parts"
-        return SimpleNamespace(fit=lambda: self.did.append(("fit", first_step, last_step)))
-
-    def launched(self, config: Config, layout: Any, first_step: int) -> list[tuple[Any, ...]]:
-        with ExitStack() as cleanup:
-            job._train(site_of(config, layout), None, first_step, cleanup)  # type: ignore[arg-type]
-        return [event for event in self.did if event[0] in ("start_servers", "load", "fit", "export")]
-
-
-@pytest.mark.parametrize(
-    ("first_step", "settings", "expected"),
-    [
-        (0, {}, [("fit", 0, 4), ("export", "student", 4)]),
-        (0, {"export_at_end": False}, [("fit", 0, 4)]),
-        (0, {"stop_after": 1}, [("fit", 0, 1)]),
-        (1, {"stop_after": 2}, [("load", "step_000001", "average"), ("fit", 1, 3)]),
-        (2, {"stop_after": 3}, [("load", "step_000002", "average"), ("fit", 2, 4), ("export", "student", 4)]),
-        (4, {}, [("load", "step_000004", None), ("export", "student", 4)]),
-        (6, {}, [("load", "step_000006", None), ("export", "student", 6)]),
-    ],
-    ids=str,
-)
-def test_a_launch_resumes_trains_and_exports_what_is_left(
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    tmp_path: Path,
-    first_step: int,
-    settings: dict[str, Any],
-    expected: list[tuple[Any, ...]],
-) -> None:
-    """An export alone needs neither servers nor the average."""
-    if first_step:
-        checkpoint_at(tmp_path, first_step)
-    config = config_of(tmp_path, folder, run=settings)
-    trains = any(event[0] == "fit" for event in expected)
-    found = Training(monkeypatch).launched(config, SimpleNamespace(rank=0), first_step)
-    assert found == [("start_servers",)] * trains + expected
-
-
-def test_the_schedule_has_as_many_steps_as_the_run_has_updates(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
-) -> None:
-    several = {"ratio": "ppo_clip", "mini_batches": 2, "epochs": 3}
-    config = config_of(tmp_path, folder, objective={"kind": "opd", "topk": 3, "policy_gradient": several})
-    training = Training(monkeypatch)
-    training.launched(config, SimpleNamespace(rank=0), 0)
-    assert ("build_optimizer", STEPS * 2 * 3) in training.did
-
-
 class Parts:
     """`_make_parts` over stubs; keeps what the parts were made with."""
 
@@ -238,14 +172,18 @@ class Parts:
         stubs: dict[str, Any] = {
             "teacher_model": lambda site: "frozen teacher",
             "reference_model": lambda site: "reference",
+            "check_model": lambda site, key, model, inputs: None,
             "dry_run": lambda student, *_, **given: self.dry_runs.append(given),
             "make_policy": lambda *_: "policy",
             "make_teacher": lambda *_: teacher,
             "make_self_teacher": lambda site, average, *_: f"self teacher of the {average}",
             "Monitor": lambda *_, start_step: SimpleNamespace(close=self._close, start_step=start_step),
             "ScoreSource": self._score_source,
-            "RolloutSource": lambda config, run_dir, prompts, policy, layout: SimpleNamespace(policy=policy),
+            "RolloutSource": lambda config, run_dir, prompts, policy, layout, vocab_size: SimpleNamespace(
+                policy=policy
+            ),
             "PrefixLosses": self._prefix_losses,
+            "teacher_name": lambda config, inputs, identity="": f"{inputs}: {config.teacher.path}{identity}",
             "BatchContextSource": lambda config, student, reference: SimpleNamespace(reference=reference),
         }
         for name, stub in stubs.items():
@@ -266,29 +204,29 @@ class Parts:
     def make(self, config: Config, *, average: Any = None, solution_prompts: Any = None) -> Parts:
         state = TrainState("student", "optimizer", "scheduler", average)  # type: ignore[arg-type]
         material: Any = SimpleNamespace(
-            renderer="renderer", prompts="prompts", ignored="ignored", longest=9, solution_prompts=solution_prompts
+            renderer="renderer",
+            prompts="prompts",
+            ignored="ignored",
+            longest=9,
+            solution_prompts=solution_prompts,
+            ends="ends",
+            excluded=(),
         )
-        site: Any = SimpleNamespace(config=config, layout=SimpleNamespace(rank=0), run_dir=RunDir(config.run.dir))
+        site: Any = SimpleNamespace(
+            config=config,
+            layout=SimpleNamespace(rank=0),
+            run_dir=RunDir(config.run.dir),
+            student=SimpleNamespace(vocab_size=307),
+        )
         with ExitStack() as cleanup:
-            self.made = job._make_parts(site, material, state, Servers(), 2, cleanup)
+            self.made = job._make_parts(site, material, state, Servers(), start_at(2), cleanup)
             assert self.closed == 0
         assert self.closed == 1
         return self
 
 
-def test_stored_scores_are_named_after_kind_folder_dtype_and_support_of_the_teacher(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    variants: list[dict[str, Any]] = [
-        {},
-        {"teacher": {"kind": "sglang"}},
-        {"teacher": {"path": "another"}},
-        {"teacher": {"dtype": "bfloat16"}},
-        {"objective": {"kind": "opd", "topk": 4}},
-    ]
-    names = [Parts(monkeypatch).make(make_config(**variant)).scores["name"] for variant in variants]
-    assert len(set(names)) == len(variants), names
-    assert Parts(monkeypatch).make(make_config(run={"steps": 9})).scores["name"] == names[0]
+def test_stored_scores_are_named_after_the_inputs_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Parts(monkeypatch).make(make_config()).scores["name"] == "inputs: teacher"
 
 
 @pytest.mark.parametrize(
@@ -329,7 +267,9 @@ def test_the_average_scores_only_where_it_has_prompts_with_solutions(monkeypatch
 def test_only_a_served_teacher_of_an_objective_with_a_prefix_loss_can_lose_a_carrier(
     monkeypatch: pytest.MonkeyPatch, loss: str, is_served: bool
 ) -> None:
-    teacher: Any = ServedTeacher(None, SimpleNamespace(), topk=3, only_rank_zero=True) if is_served else "scorer"  # type: ignore[arg-type]
+    nowhere: Any = SimpleNamespace()
+    served = ServedTeacher(None, nowhere, topk=3, only_rank_zero=True, masked_share=1.0)
+    teacher: Any = served if is_served else "scorer"
     config = make_config(objective=GUIDED | {"guidance": {"loss": loss}})
     parts = Parts(monkeypatch, teacher).make(config)
     assert parts.scorer is teacher
@@ -380,27 +320,21 @@ def test_ranks_other_than_0_touch_no_export(
     assert [path.name for path in tmp_path.iterdir()] == ["export.fresh"]
 
 
-def test_a_run_directory_is_held_until_the_end_and_says_what_changed(
-    layout: Layout, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_directory_is_held_until_the_end(layout: Layout, folder: Path, tmp_path: Path) -> None:
     site = site_of(config_of(tmp_path, folder), layout)
     with ExitStack() as cleanup:
-        job._prepare_run_dir(site, SOURCES, cleanup)
+        job._hold_run_dir(site, cleanup)
         with pytest.raises(ConfigError, match="in use by another job"):
-            job._prepare_run_dir(site, SOURCES, cleanup)
-    assert caplog.messages == [] and "max_new_tokens: 6" in site.run_dir.config.read_text()
-    with ExitStack() as cleanup, caplog.at_level(logging.WARNING):
-        job._prepare_run_dir(
-            site_of(config_of(tmp_path, folder, rollout={"max_new_tokens": 7}), layout), SOURCES, cleanup
-        )
-    (message,) = caplog.messages
-    assert "was made with another value than `max_new_tokens: 7" in message
+            job._hold_run_dir(site, cleanup)
+    with ExitStack() as cleanup:
+        job._hold_run_dir(site, cleanup)
 
 
 def test_ranks_other_than_0_write_nothing_in_the_run_directory(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    site = site_of(config_of(tmp_path / "run", folder), replace(layout, rank=1))
     with ExitStack() as cleanup:
-        site = site_of(config_of(tmp_path / "run", folder), replace(layout, rank=1))
-        job._prepare_run_dir(site, SOURCES, cleanup)
+        job._hold_run_dir(site, cleanup)
+    accept(site, start_at(0))
     assert not (tmp_path / "run").exists()
 
 
@@ -408,8 +342,9 @@ def test_the_first_step_is_the_number_of_steps_of_the_newest_complete_checkpoint
     layout: Layout, folder: Path, tmp_path: Path
 ) -> None:
     site = site_of(config_of(tmp_path, folder), layout)
-    assert job._first_step(site) == 0
+    assert (open_launch(site).first_step, open_launch(site).checkpoint) == (0, None)
     for step in (2, 10, 9):
         checkpoint_at(tmp_path, step)
     step_folder(site.run_dir.checkpoints, 11).mkdir()
-    assert job._first_step(site) == 10
+    opened = open_launch(site)
+    assert (opened.first_step, opened.checkpoint) == (10, step_folder(site.run_dir.checkpoints, 10))

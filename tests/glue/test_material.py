@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,14 @@ import pytest
 from tests.glue.sites import SDPO, config_of, site_of
 from tests.glue.stubs import one_rank
 from tests.tiny_models import write_tiny_model
+from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.feedback import SolutionPrompts
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import ConfigError, DataError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.train import material
+from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.types import Prompt
 from tropd_mcore.weights.architecture import read_architecture
 
@@ -87,7 +91,9 @@ def test_every_model_but_the_student_is_compared_with_it_where_the_gate_is_on(
 ) -> None:
     compared: list[tuple[Path, Path, str]] = []
     monkeypatch.setattr(
-        material, "check_same_vocabulary", lambda one, other, *, key: compared.append((one, other, key))
+        material,
+        "check_same_vocabulary",
+        lambda one, other, *, key, allow_extra: compared.append((one, other, key)),
     )
     other = tmp_path / "other"
     other.symlink_to(folder, target_is_directory=True)
@@ -155,24 +161,6 @@ def test_short_packs_and_short_contexts_are_reported_together(layout: Layout, fo
     assert keys == ["batch.tokens_per_micro_batch", "teacher.path"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"token_ids": np.array([306, 307], np.int32)}, r"prompt 'long' of data\.prompts holds token id 307"),
-        (
-            {"teacher_response_ids": np.array([307], np.int32)},
-            r"the response to 'long' in data\.teacher_responses holds token id 307",
-        ),
-    ],
-    ids=["prompt", "response"],
-)
-def test_ids_that_the_student_does_not_have_are_refused_by_prompt(
-    layout: Layout, folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(DataError, match=words):
-        material._longest_sample(site_of(config_of(tmp_path, folder), layout), prompts_of(12, **changes))
-
-
 def written_prompts(path: Path, *, answer: str | None = "7") -> Path:
     lines = [{"id": f"p{index}", "prompt": "add " * (3 + 4 * index), "answer": answer} for index in range(2)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -206,5 +194,68 @@ def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
         material.read_material(site_of(config, layout, student=narrow))
     material.read_material(site_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
     without = config_for(prompts=written_prompts(tmp_path / "without.jsonl", answer=None))
-    with pytest.raises(DataError, match="prompt 'p0' \\(and 1 more\\) has no `answer`"):
+    with pytest.raises(DataError) as caught:
         material.read_material(site_of(without, layout))
+    first, second = str(caught.value).split("\n")
+    assert "without.jsonl:1: prompt 'p0' has no `answer`, but objective.kind=sdpo learns from a verifier" in first
+    assert "without.jsonl:2: prompt 'p1' has no `answer`" in second
+
+
+def test_all_that_the_run_will_ask_of_its_data_is_asked_at_the_start(
+    layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    """Ids, answers and stored responses, each with its line; guidance that is off asks for no response."""
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text('{"id": "p0", "response_ids": [3, 307]}\n')
+    data = {"prompts": written_prompts(tmp_path / "prompts.jsonl", answer="1\n2"), "teacher_responses": responses}
+
+    def problems(**sections: Any) -> list[str]:
+        config = config_of(tmp_path / "run", folder, data=data, **sections)
+        with pytest.raises(DataError) as caught:
+            material.read_material(site_of(config, layout))
+        return [problem.partition(str(tmp_path))[2][1:] for problem in str(caught.value).split("\n")]
+
+    guided = {"kind": "tropd", "guidance": {"enabled": True}}
+    verifier = {"kind": "exact_match"}
+    found = problems(objective=guided, verifier=verifier)
+    assert [problem.split(": ")[0] for problem in found] == [
+        "prompts.jsonl:1", "prompts.jsonl:2", "prompts.jsonl:2", "responses.jsonl:1",
+    ]  # fmt: skip
+    assert "no response can have the `answer`" in found[0] and "holds token id 307" in found[-1]
+    assert sum("has no response in data.teacher_responses" in problem for problem in found) == 1
+    (alone,) = problems(objective={"kind": "tropd", "guidance": {"enabled": False}})
+    assert alone.startswith("responses.jsonl:1: the response to 'p0' holds token id 307")
+
+
+def test_a_resumed_run_renders_the_day_of_its_first_launch(
+    layout: Layout, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = write_tiny_model(tmp_path / "dated", num_hidden_layers=1)
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "a", "messages": [{"role": "user", "content": "two pears"}]}\n')
+
+    def text_on(day: date, run: str, **data: Any) -> str:
+        monkeypatch.setattr(material, "date", SimpleNamespace(today=lambda: day))
+        config = config_of(
+            tmp_path / run, dated, data={"prompts": prompts} | data, batch={"tokens_per_micro_batch": 99}
+        )
+        found = material.read_material(site_of(config, layout))
+        return found.renderer.decode(found.prompts.prompts[0].token_ids)
+
+    assert text_on(date(2024, 2, 29), "run") == "29 Feb 2024 two pears"
+    assert text_on(date(2024, 3, 1), "run") == "29 Feb 2024 two pears", "resumed on the day after"
+    assert text_on(date(2024, 3, 1), "other") == "01 Mar 2024 two pears"
+    assert text_on(date(2024, 3, 1), "run", template_date="2023-12-31") == "31 Dec 2023 two pears"
+    recipe = config_of(tmp_path / "run", dated, data={"prompts": prompts})
+    assert template_date(recipe) == date(2024, 2, 29), "the commands beside training use the day of the run"
+    assert template_date(config_of(tmp_path / "none", dated)) == date.today()
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("content", ["", "yesterday", "2024-02-30"])
+def test_a_damaged_record_of_the_day_is_one_line(tmp_path: Path, content: str) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.template_day.write_text(content)
+    with pytest.raises(DataError, match=r"template_date: expected the date of the run's first launch [^\n]*"):
+        run_dir.template_date(date(2024, 2, 29))

@@ -38,8 +38,9 @@ def row(what: str, fault: Fault, claim: Callable[..., None], **arguments: Any) -
     return what, fault, claim, arguments
 
 
-GATE = "if p99 <= p99_bound and largest <= largest_bound:"
-FIRST = "if self.compared or not parts.config.gates.sampler_logprob:"
+GATE = "if found.off(self.bounds) or found.largest > self.bounds.largest:"
+FIRST = "if not parts.config.gates.sampler_logprob or not (whole or first):"
+ROW = "self._off = [*self._off, step] if off else []"
 PROGRESS = "progress=batch.step / parts.config.run.steps"
 BEHAV = '"behav_logp_T": micro_batch.behav_logp.double(),'
 OLD = '"old_logp_T": found.logp_T.double(),'
@@ -50,28 +51,67 @@ KEEP = "rollouts_before=done - run.keep_rollouts if run.keep_rollouts is not Non
 GATES = (
     row(
         "the sampler gate never refuses on the percentile",
-        Fault("train.gates", GATE, "if True:"),
-        test_gates.test_the_gate_refuses_where_the_percentile_alone_is_above_its_bound,
+        Fault("train.gates", "self.p99 > bounds.p99", "False"),
+        test_gates.test_the_first_step_refuses_where_the_percentile_alone_is_above_its_bound,
+    ),
+    row(
+        "the sampler gate never refuses on the mean",
+        Fault("train.gates", "self.mean > bounds.mean", "False"),
+        test_gates.test_the_first_step_refuses_where_the_mean_alone_is_above_its_bound,
+    ),
+    row(
+        "the sampler gate never refuses on the share",
+        Fault("train.gates", "self.share_above > bounds.share and above >= 2", "False"),
+        test_gates.test_the_first_step_refuses_where_the_share_alone_is_above_its_bound,
     ),
     row(
         "the sampler gate never refuses on the maximum",
-        Fault("train.gates", GATE, "if True:"),
-        test_gates.test_the_gate_refuses_where_the_maximum_alone_is_above_its_bound,
+        Fault("train.gates", GATE, "if found.off(self.bounds):"),
+        test_gates.test_the_first_step_refuses_where_the_maximum_alone_is_above_its_bound,
     ),
     row(
-        "`or` for `and` between the bounds of the gate, seen at the percentile",
-        Fault("train.gates", GATE, GATE.replace(" and ", " or ")),
-        test_gates.test_the_gate_refuses_where_the_percentile_alone_is_above_its_bound,
+        "`and` for `or` between the bounds of the gate",
+        Fault("train.gates", GATE, GATE.replace(" or ", " and ")),
+        test_gates.test_the_first_step_refuses_where_the_maximum_alone_is_above_its_bound,
     ),
     row(
-        "`or` for `and` between the bounds of the gate, seen at the maximum",
-        Fault("train.gates", GATE, GATE.replace(" and ", " or ")),
-        test_gates.test_the_gate_refuses_where_the_maximum_alone_is_above_its_bound,
+        "the percentile of a few tokens is judged",
+        Fault("train.gates", "self.tokens >= LEAST_TOKENS and self.p99", "self.p99"),
+        test_gates.test_a_percentile_of_few_tokens_is_not_judged_and_one_token_is_no_share,
+    ),
+    row(
+        "one token is a share",
+        Fault("train.gates", "bounds.share and above >= 2", "bounds.share"),
+        test_gates.test_a_percentile_of_few_tokens_is_not_judged_and_one_token_is_no_share,
     ),
     row(
         "the gate compares tokens that were not sampled",
-        Fault("train.gates", 'on = table["on"].astype(bool)', 'on = table["on"] == table["on"]'),
+        Fault("train.gates", 'part["on"].astype(bool) & ', ""),
         test_gates.test_only_tokens_that_were_sampled_are_compared,
+    ),
+    row(
+        "the gate compares rows of later epochs",
+        Fault("train.gates", ' & (part["epoch"] == 0)', ""),
+        test_gates.test_rows_of_later_epochs_are_not_compared_and_those_of_all_ranks_are,
+    ),
+    row(
+        "steps that are off are counted over the launch, not in a row",
+        Fault("train.gates", ROW, "self._off = [*self._off, step] if off else self._off"),
+        test_gates.test_a_later_step_that_is_off_stops_the_run_once_as_many_in_a_row_are,
+        wrong=test_gates.P99_OFF,
+        allowed=2,
+    ),
+    row(
+        "later steps are never off",
+        Fault("train.gates", ROW, "self._off = []"),
+        test_gates.test_a_later_step_that_is_off_stops_the_run_once_as_many_in_a_row_are,
+        wrong=test_gates.P99_OFF,
+        allowed=2,
+    ),
+    row(
+        "the rollouts of another run are judged at every step",
+        Fault("train.gates", "elif not first_update and not self._replayed:", "elif not first_update:"),
+        test_gates.test_in_a_replay_of_another_run_the_first_step_alone_is_judged,
     ),
     row(
         "the trainer never asks the gate",
@@ -80,18 +120,23 @@ GATES = (
     ),
     row(
         "the trainer asks the gate at step 0 of the run alone",
-        Fault("train.trainer", FIRST, FIRST.replace("self.compared or", "self.compared or batch.step or")),
+        Fault("train.trainer", FIRST, FIRST.replace("if ", "if batch.step or ")),
         test_trainer.test_the_gate_refuses_before_the_first_optimizer_step_of_any_launch,
     ),
     row(
-        "the gate is content with an update that has no sampled token",
-        Fault("train.trainer", "return p99 is not None", "return True"),
-        test_trainer.test_the_gate_waits_for_the_first_update_with_sampled_tokens,
+        "the trainer asks the gate at the first step of a launch alone",
+        Fault("train.trainer", FIRST, FIRST.replace("(whole or first)", "first")),
+        test_trainer.test_a_sampler_that_does_not_follow_the_student_stops_the_run_before_the_update_of_its_third_step,
     ),
     row(
-        "the trainer asks the gate at every step",
-        Fault("train.trainer", FIRST, FIRST.replace("self.compared or ", "")),
-        test_trainer.test_the_gate_looks_at_the_first_update_of_a_launch_alone,
+        "with several updates, the trainer asks only once all of them have moved the student",
+        Fault("train.trainer", FIRST, FIRST.replace("(whole or first)", "whole")),
+        test_trainer.test_the_gate_compares_what_the_student_was_before_the_first_of_several_updates,
+    ),
+    row(
+        "a served teacher is not looked at before a checkpoint",
+        Fault("train.trainer", "parts.teacher_check.before_checkpoint(done)", "pass"),
+        test_trainer.test_a_served_teacher_is_looked_at_before_the_scores_of_a_step_and_before_a_checkpoint_is_written,
     ),
 )
 
@@ -219,7 +264,7 @@ STORED = (
     ),
     row(
         "the teacher's name is no part of what scores belong to",
-        Fault("train.replay", "hashlib.sha256(self.teacher.encode())", "hashlib.sha256()"),
+        Fault("train.replay", '{"teacher": self.teacher,', '{"teacher": "",'),
         test_score_source.test_scores_are_used_for_the_same_teacher_rows_and_candidates_alone,
         change={"name": "another teacher"},
     ),

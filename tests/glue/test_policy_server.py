@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.glue.faults import on_ranks
 from tests.glue.stubs import make_layout, make_rollout, make_student, one_rank
-from tropd_mcore.errors import GateError, ServerDied, ServerError
+from tropd_mcore.errors import GateError, ServerDied, ServerError, TropdError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.rollout.sampler import Collected
 from tropd_mcore.train import policy_server as policy_server_module
@@ -37,6 +37,8 @@ class Site:
     prove_sync: bool = False
     publish_faults: list[Exception | None] = field(default_factory=list)
     sample_faults: list[Exception | None] = field(default_factory=list)
+    unchanged_faults: list[Exception | None] = field(default_factory=list)
+    """Met after the sampler is done, where the server is asked whether its weights stayed."""
     read_before_fault: int = 0
     """Tensors that the publisher takes before it fails."""
     events: list[Event] = field(default_factory=list)
@@ -76,7 +78,13 @@ class Site:
         self.connections += 1
         number = self.connections
         sampler = SimpleNamespace(collect=lambda requests, **given: self._collect(number, requests, **given))
-        return sampler, SimpleNamespace(publish=self._publish, prove=self._prove)
+        return sampler, SimpleNamespace(publish=self._publish, prove=self._prove, check_unchanged=self._check_unchanged)
+
+    def _check_unchanged(self) -> None:
+        fault = self.unchanged_faults.pop(0) if self.unchanged_faults else None
+        if fault is not None:
+            self.events.append(("changed",))
+            raise fault
 
     def _publish(self, tensors: Stream, version: str) -> None:
         self.events.append(("publish", version))
@@ -108,7 +116,7 @@ class Site:
             raise fault
         answered = missing[: len(missing) // 2] if fault is not None else missing
         fresh = {name: make_rollout(name, "p", 3, version=f"answer {len(self.events)}") for name in answered}
-        return Collected({**found.rollouts, **fresh}, fault if isinstance(fault, ServerDied) else None)
+        return Collected({**found.rollouts, **fresh}, died=fault if isinstance(fault, ServerDied) else None)
 
 
 def requests() -> list[SampleRequest]:
@@ -194,6 +202,27 @@ def test_after_a_death_the_weights_are_published_again_and_only_missing_samples_
     assert len({event[1] for event in site.did("publish")}) == 1
 
 
+def test_rollouts_of_weights_that_changed_while_they_were_sampled_are_refused_on_every_rank() -> None:
+    given = {"unchanged_faults": [None, GateError("the server's weights changed after their publication")]}
+    one, two = on_ranks(on_this_rank, 2, [0, 1, 2], given)
+    assert one[0] == two[0] == "GateError: the server's weights changed after their publication"
+    assert [event[0] for event in one[2]] == ["ready", "publish", "sample", "publish", "sample", "changed"]
+
+
+def test_a_server_that_dies_when_it_is_asked_what_it_holds_gets_its_weights_and_no_sample_is_asked_for_twice() -> None:
+    site = site_of([0], unchanged_faults=[ServerDied("gone")])
+    assert [event[0] for event in site.events] == [
+        "ready",
+        "publish",
+        "sample",
+        "changed",
+        "recover",
+        "publish",
+        "sample",
+    ]
+    assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"], []]
+
+
 def test_what_a_server_answered_before_it_died_is_kept() -> None:
     with one_rank() as layout:
         site = Site(layout, sample_faults=[ServerDied("gone")])
@@ -231,7 +260,7 @@ def on_this_rank(steps: list[int], given: dict[str, Any]) -> tuple[str, list[int
     error = ""
     try:
         run_everywhere(site, steps)
-    except ServerError as met:
+    except TropdError as met:
         error = f"{type(met).__name__}: {met}"
     return error, site.streams, site.events, site.connections
 

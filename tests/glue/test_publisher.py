@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from tropd_mcore.errors import GateError, ServerDied, ServerError
 from tropd_mcore.rollout import publisher as publisher_module
+from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.publisher import WeightPublisher
-from tropd_mcore.serving.wire import ScoringRequest
+from tropd_mcore.serving.wire import ScoringRequest, WeightChecksums
 
 MIB = 2**20
 SHAPES = {"a": (3, 2), "b": (5,), "c": (2, 2, 3), "d": ()}
@@ -33,6 +36,11 @@ class NotedServer:
 
     same_host: bool = False
     tensor_parallel: int = 1
+    dtype: str = "float32"
+    quantization: str | None = None
+    loads: tuple[str, ...] = tuple(SHAPES)
+    """Names of tensors that an update sets; of the others it answers success."""
+    has_checksum: bool = True
     label: str = "default"
     keeps_label: bool = False
     keeps_weights: bool = False
@@ -48,10 +56,17 @@ class NotedServer:
     names: list[list[str]] = field(default_factory=list)
     """Tensors of each update."""
     asked: list[ScoringRequest] = field(default_factory=list)
+    checked: int = 0
+    """Times that it was asked for checksums."""
     key: str = "rollout.server"
 
     def info(self) -> Any:
-        return SimpleNamespace(weight_version=self.label, tensor_parallel=self.tensor_parallel)
+        return SimpleNamespace(
+            weight_version=self.label,
+            tensor_parallel=self.tensor_parallel,
+            dtype=self.dtype,
+            quantization=self.quantization,
+        )
 
     def pause(self) -> None:
         self._note("pause")
@@ -76,15 +91,17 @@ class NotedServer:
         self.names.append([])
         for name, tensor in pickle.loads(payloads[0]):
             self.names[-1].append(name)
-            if name in self.weights:
+            if name in self.weights and name in self.loads:
                 self.weights[name] = bits(tensor)
 
     def label_weights(self, version: str) -> None:
         self._note("label")
         self.label = self.label if self.keeps_label else version
 
-    def weights_checksum(self) -> str:
-        return repr(sorted(self.weights.items()))
+    def weights_checksum(self) -> WeightChecksums | None:
+        self.checked += 1
+        tensors = {name: (hashlib.sha256(held).hexdigest(),) for name, held in self.weights.items()}
+        return WeightChecksums(repr(sorted(tensors.items())), tensors) if self.has_checksum else None
 
     def randomize_weights(self) -> None:
         self._note("randomize")
@@ -386,3 +403,126 @@ def test_a_proof_fails_where_the_server_does_not_destroy_its_weights() -> None:
     with pytest.raises(GateError, match="rollout.server: the server kept its weights when asked to destroy them"):
         publisher_of(server).prove(stream, "v1")
     assert server.label == "v1:first"
+
+
+def test_a_proof_fails_at_once_where_updates_load_nothing() -> None:
+    server = NotedServer(loads=())
+    with pytest.raises(GateError, match="two updates .* or an update did not arrive"):
+        publisher_of(server).prove(stream, "v1")
+    assert server.label == "v1:incomplete" and server.calls[-1] == "resume"
+
+
+def proven(server: NotedServer, first: float = 4.0) -> WeightPublisher:
+    """A publisher whose first update is proven."""
+    publisher = publisher_of(server, ledger=PublicationLedger("rollout.server"))
+    publisher.prove(lambda: stream(first), "v1")
+    return publisher
+
+
+def test_an_update_that_loads_nothing_never_gets_its_label() -> None:
+    server = NotedServer()
+    publisher = proven(server)
+    server.loads = ()
+    with pytest.raises(GateError, match=r"an update in which 4 of 4 tensors are new and holds the weights of before"):
+        publisher.publish(stream(5.0), "v2")
+    assert server.label == "v2:incomplete" and server.calls[-1] == "resume"
+    assert server.weights == held(4.0)
+
+
+def test_an_update_that_loads_a_part_never_gets_its_label() -> None:
+    server = NotedServer()
+    publisher = proven(server)
+    server.loads = ("a", "c", "d")
+    with pytest.raises(
+        GateError, match=r"1 of the server's 4 tensors kept its old value, first b: the update arrived in"
+    ):
+        publisher.publish(stream(5.0), "v2")
+    assert server.label == "v2:incomplete"
+
+
+def test_a_tensor_that_moves_though_the_same_was_sent_is_an_error() -> None:
+    server = NotedServer()
+    publisher = proven(server)
+    server.loads = ("a", "b", "d")
+    server.weights["c"] = b"somebody else's"
+    changed = weights(4.0) | {"a": weights(5.0)["a"]}
+    with pytest.raises(GateError, match=r"1 of the server's 4 tensors changed though the same was sent, first c"):
+        publisher.publish(iter(changed.items()), "v2")
+
+
+def test_updates_that_arrive_pass_whatever_part_of_them_is_new() -> None:
+    server = NotedServer()
+    publisher = proven(server)
+    one_is_new = weights(4.0) | {"b": weights(9.0)["b"]}
+    for number, tensors in enumerate((weights(4.0), one_is_new, one_is_new, weights(7.0), weights(4.0))):
+        publisher.publish(iter(tensors.items()), f"v{number}")
+        assert server.label == f"v{number}"
+        publisher.check_unchanged()
+
+
+def test_the_same_weights_have_to_be_the_same_again_after_a_restart() -> None:
+    ledger, server = PublicationLedger("rollout.server"), NotedServer()
+    publisher_of(server, ledger=ledger).prove(lambda: stream(4.0), "v1")
+    restarted = NotedServer()
+    publisher_of(restarted, ledger=ledger).publish(stream(4.0), "v1")
+    assert restarted.label == "v1"
+    restarted = NotedServer(loads=("a",))
+    with pytest.raises(GateError, match="the same 4 tensors were sent as the last time and the server holds other"):
+        publisher_of(restarted, ledger=ledger).publish(stream(4.0), "v1")
+
+
+def test_weights_that_move_after_their_publication_are_noticed_and_two_readings_make_one_publication() -> None:
+    server = NotedServer()
+    publisher = proven(server)
+    publisher.check_unchanged()
+    server.weights["a"] = b"of another job, under the old label"
+    with pytest.raises(GateError, match=r"the server's weights changed after their publication \(checksum"):
+        publisher.check_unchanged()
+
+
+def test_a_change_that_the_server_cannot_hold_is_no_change() -> None:
+    """Student float32, server bfloat16: a step below the server's precision leaves its weights as they are."""
+    server = NotedServer(dtype="bfloat16")
+
+    def rounded(name: str, held: Tensor) -> Tensor:
+        return held.bfloat16().float()
+
+    publisher = publisher_of(server, ledger=PublicationLedger("rollout.server"))
+    exact = {name: rounded(name, tensor) for name, tensor in weights(4.0).items()}
+    publisher.prove(lambda: iter(exact.items()), "v1")
+    server.loads = ()  # what it would load is what it has
+    publisher.publish(((name, tensor * (1 + 1e-6)) for name, tensor in exact.items()), "v2")
+    assert server.label == "v2"
+    with pytest.raises(GateError, match="loaded nothing"):
+        publisher.publish(((name, tensor * 1.5) for name, tensor in exact.items()), "v3")
+
+
+def test_of_a_server_that_quantizes_the_whole_has_to_move_and_no_tensor_alone() -> None:
+    for given in ({"quantization": "fp8"}, {"dtype": "auto"}):
+        server = NotedServer(**given)  # type: ignore[arg-type]
+        publisher = proven(server)
+        server.loads = ("a", "c", "d")
+        publisher.publish(stream(5.0), "v2")
+        server.loads = ()
+        with pytest.raises(GateError, match="loaded nothing"):
+            publisher.publish(stream(6.0), "v3")
+
+
+def test_a_server_without_checksums_is_not_proven_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    server = NotedServer(has_checksum=False)
+    with caplog.at_level(logging.WARNING):
+        publisher = proven(server)
+        publisher.publish(stream(5.0), "v2")
+        publisher.check_unchanged()
+    assert server.label == "v2" and "randomize" not in server.calls and server.labels[0] == "v1:first:incomplete"
+    assert (
+        caplog.text.count("has no /weights_checker; that the weights arrive is proven by the sampler gate alone") == 1
+    )
+
+
+def test_without_a_ledger_no_checksum_is_asked_for() -> None:
+    server = NotedServer(loads=())
+    publisher = publisher_of(server)
+    publisher.publish(stream(5.0), "v1")
+    publisher.check_unchanged()
+    assert server.checked == 0 and server.label == "v1"

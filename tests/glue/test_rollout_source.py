@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.glue.faults import on_ranks
-from tests.glue.stubs import make_config, make_layout, make_prompts, make_rollouts, one_rank, rollout_key
+from tests.glue.stubs import VOCABULARY, make_config, make_layout, make_prompts, make_rollouts, one_rank, rollout_key
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError
@@ -38,7 +38,7 @@ class Policy:
 
 def source(config: Config, policy: Any, layout: Layout) -> RolloutSource:
     prompts = PromptSet(make_prompts(6), shuffle=False, seed=0)
-    return RolloutSource(config, RunDir(config.run.dir), prompts, policy, layout)
+    return RolloutSource(config, RunDir(config.run.dir), prompts, policy, layout, vocab_size=VOCABULARY)
 
 
 def sampled(config: Config, launch: str, step: int = STEP) -> tuple[list[Rollout], Policy]:
@@ -64,7 +64,7 @@ def test_rollouts_are_on_disk_when_they_are_returned(tmp_path: Path) -> None:
 
 
 def test_rollouts_that_cannot_be_stored_are_not_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise DataError("cannot write the rollouts")
 
     monkeypatch.setattr(rollout_source_module, "save_rollouts", refuse)

@@ -1,4 +1,4 @@
-"""The run directory: what `forget` removes, who may hold the lock, what a second launch says of the first."""
+"""The run directory: what `forget` removes, who may hold the lock, what is recorded, when a run has begun."""
 
 from __future__ import annotations
 
@@ -85,15 +85,38 @@ def test_a_directory_that_cannot_be_made_is_named_with_its_key(tmp_path: Path) -
         RunDir(tmp_path / "file" / "run").lock()
 
 
-def test_the_first_launch_has_nothing_to_compare_with_and_a_second_one_names_what_it_changed(tmp_path: Path) -> None:
+def test_the_record_is_the_last_one_that_was_written_and_none_before_the_first(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    before = "run:\n  steps: 10  # default\n  seed: 3  # file\n"
-    assert run_dir.record_config(before) == []
-    assert run_dir.config.read_text() == before
-    assert run_dir.record_config("run:\n  steps: 10  # command line\n  seed: 3  # file\n") == []
-    after = "run:\n  steps: 20  # default\n  seed: 3  # file\n\n"
-    assert run_dir.record_config(after) == ["steps: 20"]
-    assert run_dir.config.read_text() == after
+    assert run_dir.recorded_config() is None
+    for text in ("run:\n  steps: 10  # default\n", "run:\n  steps: 20  # file\n"):
+        run_dir.record_config(text)
+        assert run_dir.recorded_config() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["config.resolved.yaml"]
+
+
+def test_a_record_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.config.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"resolved\.yaml: .* cannot be read: not UTF-8 text; restore or remove"):
+        run_dir.recorded_config()
+
+
+@pytest.mark.parametrize(
+    ("left", "begun"),
+    [
+        ([], False),
+        (["config.resolved.yaml", "inputs.json", "metrics.jsonl", "logs/rollout.log"], False),
+        (["rollouts/.step_000000.npz.1.partial"], False),
+        (["rollouts/step_000000.npz"], True),
+        (["checkpoints/step_000002/tropd.json"], True),
+    ],
+    ids=str,
+)
+def test_a_run_has_begun_where_rollouts_or_checkpoints_are_there(tmp_path: Path, left: list[str], begun: bool) -> None:
+    for name in left:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert RunDir(tmp_path).has_begun() is begun
 
 
 def test_an_export_counts_only_with_the_step_that_it_was_made_at(tmp_path: Path) -> None:

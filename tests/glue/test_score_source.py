@@ -149,6 +149,34 @@ def test_scores_are_used_for_the_same_teacher_rows_and_candidates_alone(tmp_path
     assert asked == 1 and made_by(4, values)
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said since the last call of why the teacher scores again."""
+    found = [message for message in caplog.messages if "the teacher scores again" in message]
+    caplog.clear()
+    return found
+
+
+def test_why_stored_scores_are_not_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Ask(tmp_path, 1).on_one()
+    Ask(tmp_path, 2).on_one()
+    assert told(caplog) == [], "a first scoring and a repeated step are no surprise"
+    Ask(tmp_path, 3, name="another").on_one()
+    (line,) = told(caplog)
+    assert line.startswith(f"step {STEP}: ") and "of another teacher (teacher, here another)" in line
+    Ask(tmp_path, 4, name="another", rollouts_of=STEP + 1).on_one()
+    assert "of other rows" in told(caplog)[0]
+
+
+def test_scores_of_another_teacher_in_a_replayed_run_are_said_not_to_be_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Ask(tmp_path / "other", 1).on_one()
+    asked, values = Ask(tmp_path / "mine", 2, replay=tmp_path / "other", name="replaced").on_one()
+    assert asked == 1 and made_by(2, values)
+    (line,) = told(caplog)
+    assert "of another teacher (teacher, here replaced)" in line and str(tmp_path / "other" / "scores") in line
+
+
 def test_scores_of_the_students_own_candidates_depend_on_which_they_are(tmp_path: Path) -> None:
     assert Ask(tmp_path, 1, candidates=7).on_one()[0] == 1
     assert Ask(tmp_path, 2, candidates=7).on_one()[0] == 0

@@ -39,7 +39,7 @@ class Scorer:
         return TokenScores(logp_N, np.tile(self.ids, (tokens, 1)), np.tile(self.logp, (tokens, 1)))
 
 
-def scores(ids: list[int], probabilities: list[float], topk: int) -> SampleScores:
+def scores(ids: list[int], probabilities: list[float], topk: int, excluded: tuple[int, ...] = ()) -> SampleScores:
     server = SimpleNamespace(client=Scorer(ids, probabilities), spec=SimpleNamespace(key="teacher.server"))
     teacher = SglangTeacher(
         server,  # type: ignore[arg-type]
@@ -47,6 +47,7 @@ def scores(ids: list[int], probabilities: list[float], topk: int) -> SampleScore
         teacher_width=STUDENT_WIDTH + 20,
         student_width=STUDENT_WIDTH,
         on_failure="mask",
+        excluded=excluded,
     )
     return teacher.fetch([make_rollout(0, 3, 0, 4, False)])
 
@@ -62,6 +63,28 @@ def test_the_first_id_beyond_the_students_vocabulary_is_no_candidate_and_the_las
 
 def test_a_token_with_too_few_candidates_of_the_students_is_not_scored() -> None:
     (sample,) = scores([STUDENT_WIDTH, STUDENT_WIDTH + 1, 5], [0.5, 0.25, 0.125], topk=2).samples
+    assert sample is not None and not sample.complete_N.any()
+
+
+def test_tokens_that_only_the_teacher_has_are_no_candidates_stay_in_the_tail_and_are_counted() -> None:
+    ids, probabilities = [7, 9, STUDENT_WIDTH, 5, 3], [0.4, 0.2, 0.1, 0.1, 0.05]
+    (sample,) = scores(ids, probabilities, topk=2, excluded=(9, 7)).samples
+    assert sample is not None and sample.excluded_N is not None
+    assert sample.topk_ids_NK.tolist() == [[5, 3]] * 4
+    assert sample.excluded_N.tolist() == [2] * 4
+    np.testing.assert_allclose(sample.tail_mass_N, 1.0 - 0.15, atol=1e-6)
+    assert sample.complete_N.all()
+    (none,) = scores(ids, probabilities, topk=2).samples
+    assert none is not None and none.excluded_N is None and none.topk_ids_NK.tolist() == [[7, 9]] * 4
+
+    (batch,) = pack([make_rollout(0, 3, 0, 4, False)], **options()).micro_batches
+    rows = to_micro_batch(SampleScores([sample], topk=2), batch)
+    assert rows.excluded_T is not None and rows.excluded_T.tolist() == [2] * len(batch.rows)
+    assert to_micro_batch(SampleScores([none], topk=2), batch).excluded_T is None
+
+
+def test_more_entries_are_asked_for_where_tokens_are_excluded() -> None:
+    (sample,) = scores([7, 5, 3], [0.4, 0.2, 0.1], topk=2, excluded=(7, 5)).samples
     assert sample is not None and not sample.complete_N.any()
 
 
@@ -99,7 +122,9 @@ class Generator:
 
 def test_a_prompt_with_its_response_may_fill_the_context_of_the_server_and_no_more(tmp_path: Path) -> None:
     prompts = [Prompt("p", np.arange(3, 9, dtype=np.int32), None, None)]
-    sampling = ResponseSampling(max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50)
+    sampling = ResponseSampling(
+        max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50, served_width=50
+    )
     out = tmp_path / "responses.jsonl"
     generate_responses(Generator(10), prompts, out, sampling)  # type: ignore[arg-type]
     assert json.loads(out.read_text())["response_ids"] == [7]

@@ -23,6 +23,7 @@ from tropd_mcore.serving import client as client_module
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.environment import server_environment
 from tropd_mcore.serving.weight_payload import by_value
+from tropd_mcore.serving.wire import WeightChecksums, read_server_info
 from tropd_mcore.teacher.vocabulary import read_width
 
 Answer = tuple[int, Any]
@@ -157,7 +158,29 @@ def test_an_answer_without_a_checksum_is_an_error(answer: Any) -> None:
     ):
         client_of(server.url).weights_checksum()
     with scripted(weights_checker=[(200, {"per_engine_checksum": "abc"})]) as server:
-        assert client_of(server.url).weights_checksum() == "abc"
+        assert client_of(server.url).weights_checksum() == WeightChecksums("abc", {})
+
+
+def test_checksums_of_a_tensor_are_those_of_all_ranks_that_have_it() -> None:
+    ranks = [{"checksums": {"a": "1", "b": "2"}}, {"checksums": {"a": "3"}}, {"checksums": None}, None]
+    with scripted(weights_checker=[(200, {"per_engine_checksum": "abc", "ranks": ranks})]) as server:
+        assert client_of(server.url).weights_checksum() == WeightChecksums("abc", {"a": ("1", "3"), "b": ("2",)})
+
+
+@pytest.mark.parametrize(("said", "dtype"), [("float", "float32"), ("half", "float16"), ("bfloat16", "bfloat16")])
+def test_what_a_server_serves_is_read_from_both_of_its_pages(said: str, dtype: str) -> None:
+    page = {"max_req_input_len": 99, "tp_size": 2, "version": "0.5.23", "dtype": said, "quantization": "fp8"}
+    model = {"weight_version": "v1", "model_path": "hub/model", "model_type": "qwen3"}
+    info = read_server_info(page, model)
+    assert (info.model_path, info.model_type, info.dtype, info.quantization) == ("hub/model", "qwen3", dtype, "fp8")
+    assert (info.weight_version, info.tensor_parallel, info.longest_input) == ("v1", 2, 98)
+    bare = read_server_info({"max_req_input_len": 99, "tp_size": 2}, {"weight_version": "v1"})
+    assert (bare.model_path, bare.model_type, bare.dtype, bare.quantization) == ("?", "?", "?", None)
+
+
+def test_a_server_without_checksums_has_none_and_is_no_error() -> None:
+    with scripted(weights_checker=[(404, {})]) as server:
+        assert client_of(server.url).weights_checksum() is None
 
 
 def test_a_path_that_the_server_lacks_tells_the_version_that_has_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.glue.faults import on_ranks
 from tests.glue.launch import Launch
-from tests.glue.stubs import make_config, make_layout, make_prompts, make_rollouts, one_rank, rollout_key
+from tests.glue.stubs import VOCABULARY, make_config, make_layout, make_prompts, make_rollouts, one_rank, rollout_key
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import GateError, ModelError
@@ -100,12 +100,69 @@ def test_the_gate_waits_for_the_first_update_with_sampled_tokens(tmp_path: Path)
     assert launch.did("optimizer", "log") == [("log", 0)] and launch.did("sample")[-1] == ("sample", 1)
 
 
-def test_the_gate_looks_at_the_first_update_of_a_launch_alone() -> None:
-    config = make_config(gates={"sampler_logprob": True})
-    assert len(launched(config, drift=0.5).did("optimizer")) == STEPS
+def test_a_sampler_that_does_not_follow_the_student_stops_the_run_before_the_update_of_its_third_step() -> None:
+    """The student moves by half a nat a step, the rollouts stay those of the weights that it began with."""
+    for allowed in (1, 3):
+        config = make_config(gates={"sampler_logprob": True, "sampler_logprob_steps": allowed})
+        with one_rank() as layout:
+            launch = Launch(config, layout, drift=0.5)
+            with pytest.raises(
+                GateError, match=rf"^gates\.sampler_logprob: step {allowed}: .*in {allowed} steps in a row"
+            ):
+                launch.run(0, STEPS)
+        assert launch.did("optimizer") == [("optimizer", step) for step in range(allowed)]
+        assert [
+            record.sampler_gate.off_in_a_row for record in launch.records if record and record.sampler_gate
+        ] == list(range(allowed))
+    assert len(launched(make_config(gates={"sampler_logprob": False}), drift=0.5).did("optimizer")) == STEPS
+
+
+def test_the_gate_compares_what_the_student_was_before_the_first_of_several_updates() -> None:
     objective = {"kind": "opd", "topk": 3, "policy_gradient": RATIO}
-    config = make_config(gates={"sampler_logprob": True}, objective=objective)
+    config = make_config(gates={"sampler_logprob": True, "sampler_logprob_steps": 1}, objective=objective)
     assert len(launched(config, 2, 3, drift=0.5).did("optimizer")) == 4
+    with one_rank() as layout:
+        launch = Launch(config, layout, drift=0.5)
+        with pytest.raises(GateError, match=r"step 1: .* nats \(mean\), 2\.0e\+00"):
+            launch.run(0, STEPS)
+    assert len(launch.did("optimizer")) == 4 + 1, "every rollout of the step has to be there before it is judged"
+    with one_rank() as layout:
+        launch = Launch(config, layout, gap=0.5)
+        with pytest.raises(GateError, match="step 0: "):
+            launch.run(0, STEPS)
+    assert launch.did("optimizer") == [], "the first update of a launch waits for the gate"
+
+
+class NotedCheck:
+    """In the place of the served teacher's check; `other_from` is the step from which another teacher is there."""
+
+    def __init__(self, launch: Launch, other_from: int) -> None:
+        self.launch = launch
+        self.other_from = other_from
+
+    def at_step(self, step: int) -> None:
+        self.launch.events.append(("teacher?", step))
+
+    def before_checkpoint(self, done: int) -> None:
+        self.launch.events.append(("teacher at", done))
+        if done > self.other_from:
+            raise GateError("another model")
+
+
+def test_a_served_teacher_is_looked_at_before_the_scores_of_a_step_and_before_a_checkpoint_is_written() -> None:
+    config = make_config(run={"steps": 4, "checkpoint_every": 2})
+    with one_rank() as layout:
+        launch = Launch(config, layout)
+        launch.teacher_check = NotedCheck(launch, other_from=3)
+        with pytest.raises(GateError, match="another model"):
+            launch.run(0, 4)
+    assert launch.did("teacher?", "score", "teacher at", "save") == [
+        *[event for step in (0, 1) for event in (("teacher?", step), ("score", step))],
+        ("teacher at", 2),
+        ("save", 2, False),
+        *[event for step in (2, 3) for event in (("teacher?", step), ("score", step))],
+        ("teacher at", 4),
+    ]
 
 
 def test_parts_of_the_batch_are_trained_in_turn_as_often_as_there_are_epochs() -> None:
@@ -165,6 +222,8 @@ def test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a
 
 class StoredRollouts:
     """Rollouts and scores that leave their files in the run directory, as the real sources do."""
+
+    left_out = 0
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
@@ -251,7 +310,7 @@ def test_a_launch_after_a_stop_in_a_step_trains_on_the_rollouts_that_the_step_ha
     before: dict[int, Any] = {}
     for first_step, stop in ((0, StopAfter(3)), (2, None)):
         with one_rank() as layout:
-            source = RolloutSource(config, RunDir(tmp_path), prompts, policy, layout)  # type: ignore[arg-type]
+            source = RolloutSource(config, RunDir(tmp_path), prompts, policy, layout, vocab_size=VOCABULARY)  # type: ignore[arg-type]
             launch = Launch(config, layout, rollouts=source, monitor=stop)
             if stop is None:
                 launch.run(first_step, 4)
@@ -356,4 +415,4 @@ def gate_on_two_ranks(run_dir: Path, gap_on_rank: int) -> tuple[str, int]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_gate_refuses_on_every_rank_where_the_rows_of_one_differ(tmp_path: Path, rank: int) -> None:
     found = on_ranks(gate_on_two_ranks, 2, tmp_path, rank)
-    assert all("gates.sampler_logprob: sampler and trainer" in message and updates == 0 for message, updates in found)
+    assert all("gates.sampler_logprob: step 0: " in message and updates == 0 for message, updates in found)

@@ -40,13 +40,15 @@ def weights(value: float) -> dict[str, Tensor]:
     return {name: torch.full(shape, value) for name, shape in SHAPES.items()}
 
 
-def client_of(server: FakeServer) -> SglangClient:
-    return SglangClient(server.url, ServerConfig(url=server.url, max_retries=0), key="rollout.server")
+def client_of(server: FakeServer, *, at_once: int = 64) -> SglangClient:
+    config = ServerConfig(url=server.url, max_retries=0, max_concurrency=at_once)
+    return SglangClient(server.url, config, key="rollout.server")
 
 
-def sampler_of(server: FakeServer, **rollout: Any) -> SglangSampler:
-    config = RolloutConfig(server=ServerConfig(url=server.url, max_retries=0), **rollout)
-    return SglangSampler(client_of(server), config, eos_ids=EOS, vocab_size=VOCABULARY, seed=SEED)
+def sampler_of(server: FakeServer, *, at_once: int = 64, **rollout: Any) -> SglangSampler:
+    config = RolloutConfig(server=ServerConfig(url=server.url, max_retries=0, max_concurrency=at_once), **rollout)
+    client = client_of(server, at_once=config.server.max_concurrency)
+    return SglangSampler(client, config, eos_ids=EOS, vocab_size=VOCABULARY, seed=SEED, masked_share=0.25)
 
 
 def publish(server: FakeServer, value: float, version: str) -> None:
@@ -190,8 +192,9 @@ def launch(server: FakeServer, config: Config) -> Iterator[tuple[RolloutSource, 
     def iterate_hf(*_: Any) -> Iterator[tuple[str, Tensor]]:
         yield from weights(learner.value).items()
 
-    supervised: Any = SimpleNamespace(wait_ready=lambda: None, recover=recover, client=client_of(server))
-    renderer: Any = SimpleNamespace(eos_ids=EOS)
+    client = client_of(server, at_once=config.rollout.server.max_concurrency)
+    supervised: Any = SimpleNamespace(wait_ready=lambda: None, recover=recover, client=client)
+    ends: Any = SimpleNamespace(ids=EOS)
     with (
         one_rank() as layout,
         mock.patch.object(policy_server_module, "iterate_hf", iterate_hf),
@@ -200,9 +203,9 @@ def launch(server: FakeServer, config: Config) -> Iterator[tuple[RolloutSource, 
         site: Any = SimpleNamespace(config=config, layout=layout, student=SimpleNamespace(vocab_size=VOCABULARY))
         student = make_student(layout)
         student.config = SimpleNamespace(params_dtype=torch.float32)
-        policy = make_policy(site, student, renderer, supervised)
+        policy = make_policy(site, student, ends, supervised)
         prompts = PromptSet(make_prompts(4), shuffle=False, seed=0)
-        yield RolloutSource(config, RunDir(config.run.dir), prompts, policy, layout), learner
+        yield RolloutSource(config, RunDir(config.run.dir), prompts, policy, layout, vocab_size=VOCABULARY), learner
 
 
 def guided(tmp_path: Path, **sections: Any) -> Config:

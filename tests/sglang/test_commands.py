@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.sglang.streams import plan, stream
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli.main import main
 from tropd_mcore.data.chat import Renderer
-from tropd_mcore.data.prompts import read_responses
+from tropd_mcore.data.responses import read_responses
 from tropd_mcore.evaluation.evaluate import load_result
+from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.serving.supervisor import SupervisedServer
 
 QUESTIONS = ["how many apple", "give three", "add two", "count zero"]
@@ -65,6 +67,7 @@ def test_eval_of_a_running_server_compares_with_an_earlier_result(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    WeightPublisher(server.client, plan(qwen3_folder)).publish(stream(qwen3_folder), "evaluated")
     arguments = ["eval", recipe, "--prompts", str(prompts), "--samples", "0", "--url", server.client.url]
     before = str(tmp_path / "before.json")
     assert main([*arguments, "--model", str(qwen3_folder), "--out", before]) == 0
@@ -73,9 +76,25 @@ def test_eval_of_a_running_server_compares_with_an_earlier_result(
     assert lines[-1].startswith(f"{qwen3_folder} - {qwen3_folder}: greedy +0.0% [")
 
 
-def test_prefixes_writes_one_response_a_prompt_that_training_can_read(
-    recipe: str, qwen3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_eval_of_a_running_server_that_serves_another_model_is_refused(
+    server: SupervisedServer,
+    recipe: str,
+    qwen3_folder: Path,
+    other_folder: Path,
+    prompts: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    WeightPublisher(server.client, plan(other_folder)).publish(stream(other_folder), "other")
+    arguments = ["eval", recipe, "--prompts", str(prompts), "--samples", "0", "--url", server.client.url]
+    assert main([*arguments, "--model", str(qwen3_folder)]) == 2
+    expected = f"--url: the server at {server.client.url} serves other weights than --model={qwen3_folder}"
+    assert expected in capsys.readouterr().err
+
+
+def test_prefixes_writes_one_response_a_prompt_that_training_can_read(
+    server: SupervisedServer, recipe: str, qwen3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WeightPublisher(server.client, plan(qwen3_folder)).publish(stream(qwen3_folder), "teacher")
     assert main(["prefixes", recipe, "--max-new-tokens", "9"]) == 0
     assert "responses.jsonl: 4 responses, 4 sampled now" in capsys.readouterr().out
     eos_ids = Renderer(qwen3_folder).eos_ids
@@ -84,3 +103,12 @@ def test_prefixes_writes_one_response_a_prompt_that_training_can_read(
     assert all(len(ids) <= 9 and not set(ids.tolist()) & set(eos_ids) for ids in responses.values())
     assert main(["prefixes", recipe, "teacher.server.url=http://127.0.0.1:1"]) == 0, "nothing is asked of that server"
     assert "all 4 responses are there" in capsys.readouterr().out
+
+
+def test_prefixes_of_a_served_teacher_that_is_another_model_are_not_sampled(
+    server: SupervisedServer, recipe: str, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WeightPublisher(server.client, plan(other_folder)).publish(stream(other_folder), "another")
+    assert main(["prefixes", recipe, "--max-new-tokens", "9"]) == 2
+    assert f"teacher.server ({server.client.url}) serves other weights than teacher.path" in capsys.readouterr().err
+    assert not (tmp_path / "responses.jsonl").exists()

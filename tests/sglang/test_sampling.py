@@ -27,7 +27,7 @@ HALF_OF_THE_VOCABULARY = tuple(range(0, VOCABULARY, 2))
 
 def make_sampler(server: SupervisedServer, *, eos_ids: tuple[int, ...] = (), **config: float) -> SglangSampler:
     settings = RolloutConfig(server=server.config, **config)  # type: ignore[arg-type]
-    return SglangSampler(server.client, settings, eos_ids=eos_ids, vocab_size=VOCABULARY, seed=7)
+    return SglangSampler(server.client, settings, eos_ids=eos_ids, vocab_size=VOCABULARY, seed=7, masked_share=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,12 @@ def test_teacher_responses_are_stored_without_their_stop_token_and_never_sampled
         '{"id": "p3", "response_ids": [1, 3, 5], "finished": true}\n{"id": "p4", "response_'
     )
     sampling = ResponseSampling(
-        max_new_tokens=40, temperature=1.0, top_p=1.0, eos_ids=HALF_OF_THE_VOCABULARY, vocab_size=VOCABULARY
+        max_new_tokens=40,
+        temperature=1.0,
+        top_p=1.0,
+        eos_ids=HALF_OF_THE_VOCABULARY,
+        vocab_size=VOCABULARY,
+        served_width=VOCABULARY,
     )
     report = generate_responses(server.client, prompts, out, sampling, chunk=2)
     assert dataclasses.astuple(report) == (5, 4, 5)

@@ -53,7 +53,7 @@ def test_a_server_killed_while_it_samples_is_restarted_gets_the_weights_again_an
     with SupervisedServer(spec) as server:
         publisher = WeightPublisher(server.client, plan(llama_folder))
         config = RolloutConfig(server=spec.config)
-        sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0)
+        sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
         publisher.publish(stream(llama_folder), "v1")
         killer = kill_once_some_are_done(server_pid(tmp_path), tmp_path / "rollout.log")
         some = sampler.collect(requests, step=4, expected_version="v1")

@@ -1,7 +1,6 @@
 """The command line: quick help, one line for an error of the user, and what the subcommands print."""
 
 import argparse
-import json
 import os
 import re
 import resource
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli import checks_of_config, checks_of_machine
 from tropd_mcore.cli import main as cli
 from tropd_mcore.cli.prefixes_command import teacher_server
@@ -116,10 +116,9 @@ def test_an_interrupt_ends_with_130_and_no_traceback(capsys, recipe, monkeypatch
 
 def make_files(folder: Path) -> None:
     for name in ("student", "teacher"):
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps({}))
-    for name in ("prompts", "responses"):
-        (folder / f"{name}.jsonl").touch()
+        write_tiny_model(folder / name, num_hidden_layers=1)
+    (folder / "prompts.jsonl").write_text('{"id": "a", "prompt": "two pears"}\n')
+    (folder / "responses.jsonl").write_text('{"id": "a", "response_ids": [5, 6]}\n')
 
 
 def test_doctor_is_content_with_this_machine_and_with_files_that_exist(capsys, recipe, tmp_path):
@@ -129,6 +128,29 @@ def test_doctor_is_content_with_this_machine_and_with_files_that_exist(capsys, r
     assert "FAIL" not in out and "will be created" in out
     for name in ("python", "platform", "compiler", "loopback", "memory", "disk", "student.path"):
         assert re.search(rf"^ok    {name} ", out, re.MULTILINE), name
+
+
+def test_doctor_reads_every_tokenizer_and_says_what_is_wrong_with_one(capsys, recipe, tmp_path):
+    make_files(tmp_path)
+    _, out, _ = run(capsys, "doctor", recipe)
+    assert "ok    tokenizer     teacher.path: the ids of its tokenizer.json" in out
+    (tmp_path / "teacher" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    settings = tmp_path / "student" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "LlamaTokenizerFast"))
+    code, out, _ = run(capsys, "doctor", recipe)
+    assert code == 2
+    assert re.search(r"^FAIL  tokenizer     .*/teacher/tokenizer\.json: is a Git LFS pointer", out, re.MULTILINE)
+    assert re.search(r"^ok    tokenizer     .*as LlamaTokenizer.*the file is used", out, re.MULTILINE)
+
+
+def test_doctor_names_the_lines_that_training_would_refuse(capsys, recipe, tmp_path):
+    make_files(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "two pears", "label": "2"}\n{"id": "b"}\n')
+    code, out, _ = run(capsys, "doctor", recipe)
+    failed = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert code == 2 and len(failed) == 2
+    assert f"{tmp_path / 'prompts.jsonl'}:1: unknown key 'label'; did you mean 'answer'?" in failed[0]
+    assert f"{tmp_path / 'prompts.jsonl'}:2: expected either `messages` or `prompt`" in failed[1]
 
 
 def test_doctor_names_each_file_that_is_missing(capsys, recipe, tmp_path):

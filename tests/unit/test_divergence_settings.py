@@ -169,6 +169,11 @@ SGLANG = {"teacher": {"kind": "sglang"}}
             {"loss": {"form": "logits"}},
             "objective.full_vocabulary is computed in the fused output layer, found loss.form=logits",
         ),
+        (
+            {"kind": "gkd", "full_vocabulary": True},
+            {"teacher": {"extra_tokens": "exclude"}},
+            "teacher.extra_tokens=exclude takes tokens out of the teacher's candidates, and objective.full_vocabulary",
+        ),
     ],
     ids=str,
 )

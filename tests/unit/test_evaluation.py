@@ -2,13 +2,15 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer, write_tiny_model
+from tropd_mcore.cli.eval_command import _stored
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.errors import DataError, ServerError
 from tropd_mcore.evaluation.evaluate import (
@@ -18,18 +20,19 @@ from tropd_mcore.evaluation.evaluate import (
     describe,
     evaluate,
     load_result,
-    weights_hash,
 )
 from tropd_mcore.evaluation.statistics import clustered_interval, paired_difference_interval, wilson_interval
 from tropd_mcore.serving.wire import Generation, GenerationRequest
+from tropd_mcore.weights.digest import weights_digest
 
 ANSWERS = ["3", "4", "7", "10", "12"]
+TODAY = date(2024, 2, 29)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_tokenizer().save_pretrained(folder)
+    write_tiny_model(folder, num_hidden_layers=1)
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
 
@@ -64,12 +67,12 @@ class Server:
 
 
 def result_of(model: Path, settings: EvaluationSettings, texts: list[str]) -> EvaluationResult:
-    return evaluate(model, Server(texts), settings)
+    return evaluate(model, Server(texts), settings, today=TODAY)
 
 
 def test_greedy_asks_once_a_prompt_at_temperature_0_and_sampling_as_set(model, settings):
     server = Server(ANSWERS)
-    evaluate(model, server, settings)
+    evaluate(model, server, settings, today=TODAY)
     greedy, sampled = server.calls
     assert len(greedy) == 5 and {(r.temperature, r.top_p) for r in greedy} == {(0.0, 1.0)}
     assert len(sampled) == 10 and {(r.temperature, r.top_p) for r in sampled} == {(0.7, 0.9)}
@@ -93,12 +96,13 @@ def test_lengths_count_the_end_token_and_truncation_is_the_server_s_word(model, 
     expected = np.mean([len(tokenizer.encode(f"#### {answer}")) + 1 for answer in ANSWERS])
     assert result_of(model, settings, ANSWERS).mean_length == pytest.approx(expected)
     assert result_of(model, settings, ANSWERS).truncated == 0.0
-    assert evaluate(model, Server(ANSWERS, reason="length"), settings).truncated == 1.0
+    cut = evaluate(model, Server(ANSWERS, reason="length"), settings, today=TODAY)
+    assert cut.truncated == 1.0
 
 
 def test_without_samples_only_the_greedy_answers_are_asked_for(model, settings):
     server = Server(ANSWERS)
-    result = evaluate(model, server, replace(settings, samples=0, limit=2))
+    result = evaluate(model, server, replace(settings, samples=0, limit=2), today=TODAY)
     assert [len(call) for call in server.calls] == [2] and result.sampled is None and result.greedy.total == 2
 
 
@@ -108,16 +112,17 @@ def test_a_failed_generation_is_an_error_and_not_a_wrong_answer(model, settings)
             return [*super().__call__(requests)[:-1], ServerError("gone")]
 
     with pytest.raises(ServerError, match="gone"):
-        evaluate(model, Broken(ANSWERS), settings)
+        evaluate(model, Broken(ANSWERS), settings, today=TODAY)
     with pytest.raises(ServerError, match="aborted"):
-        evaluate(model, Server(ANSWERS, reason="abort"), settings)
+        evaluate(model, Server(ANSWERS, reason="abort"), settings, today=TODAY)
 
 
 def test_a_prompt_without_an_answer_is_refused(model, settings):
     path = Path(settings.prompts)
     path.write_text(path.read_text() + '\n{"id": "unknown", "prompt": "sum 1"}')
-    with pytest.raises(DataError, match="1 prompts have no answer to judge by, first 'unknown'"):
-        evaluate(model, Server(ANSWERS), settings)
+    with pytest.raises(DataError, match=r"heldout\.jsonl:6: prompt 'unknown' has no `answer`, but `tropd eval` judges"):
+        evaluate(model, Server(ANSWERS), settings, today=TODAY)
+    assert evaluate(model, Server(ANSWERS), replace(settings, limit=5), today=TODAY).greedy.correct == 5
 
 
 def test_a_result_is_read_back_as_it_was_written(model, settings, tmp_path):
@@ -134,12 +139,69 @@ def test_a_damaged_result_is_refused(tmp_path, content):
         load_result(tmp_path / "r.json")
 
 
+def test_an_answer_that_was_cut_or_thought_is_none_unless_the_settings_say_so(model, settings):
+    cut = evaluate(model, Server(ANSWERS, reason="length"), settings, today=TODAY)
+    assert cut.greedy.correct == 0 and cut.sampled.correct == 0
+    lenient = replace(settings, unfinished="judge")
+    assert evaluate(model, Server(ANSWERS, reason="length"), lenient, today=TODAY).greedy.correct == 5
+    thinking = ["3</think> no", "<think>", "7", "</think>#### 10", "12 <think>"]
+    assert result_of(model, settings, thinking).greedy_correct == [False, False, True, True, False]
+
+
+def test_a_result_that_does_not_say_how_it_was_judged_is_refused(model, settings, tmp_path):
+    values = asdict(result_of(model, settings, ANSWERS))
+    del values["settings"]["unfinished"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"expected a result of `tropd eval`: KeyError\('settings.unfinished'\)"):
+        load_result(path)
+
+
+def test_the_prompts_are_rendered_with_the_date_and_the_variables_of_the_settings(tmp_path, settings):
+    template = "{{ strftime_now('%d %b %Y') }}{% if loud %}!{% endif %} {{ messages[0]['content'] }} "
+    folder = write_tiny_model(tmp_path / "dated", num_hidden_layers=1)
+    (folder / "chat_template.jinja").write_text(template)
+    lines = [json.dumps({"id": "a", "messages": [{"role": "user", "content": "sum"}], "answer": "3"})]
+    Path(settings.prompts).write_text("\n".join(lines))
+    asked = []
+
+    def generate(requests):
+        asked.extend(tiny_tokenizer().decode(request.input_ids.tolist()) for request in requests)
+        return [Generation(np.array([5], np.int32), np.zeros(1, np.float32), "length", ("default",))] * len(requests)
+
+    greedy = replace(settings, samples=0, chat_template_kwargs={"loud": True})
+    one = evaluate(folder, generate, greedy, today=TODAY)
+    other = evaluate(folder, generate, greedy, today=date(2024, 3, 1))
+    fixed = evaluate(folder, generate, replace(greedy, template_date="2024-02-29"), today=date(2024, 3, 1))
+    assert asked == ["29 Feb 2024! sum ", "01 Mar 2024! sum ", "29 Feb 2024! sum "]
+    assert (one.template_date, fixed.template_date) == ("2024-02-29", "2024-02-29")
+    with pytest.raises(DataError, match=r"print other dates \(2024-02-29 and 2024-03-01\)"):
+        compare(one, other)
+
+
 def test_a_result_names_its_weights_and_prompts_by_content(model, settings, tmp_path):
     before = result_of(model, settings, ANSWERS)
     (model / "model.safetensors").write_bytes(b"other weights")
     after = result_of(model, settings, ANSWERS)
-    assert before.weights_sha256 != after.weights_sha256 == weights_hash(model)
+    assert before.weights_sha256 != after.weights_sha256 == weights_digest(model)
     assert before.prompts_sha256 == after.prompts_sha256
+
+
+def test_a_stored_result_is_used_again_for_the_same_weights_prompts_and_settings_alone(settings, tmp_path):
+    model = write_tiny_model(tmp_path / "model", num_hidden_layers=1)
+    result = result_of(model, settings, ANSWERS)
+    result.save(tmp_path / "result.json")
+    assert _stored(tmp_path / "result.json", model, settings, TODAY) == result
+    assert _stored(tmp_path / "result.json", model, replace(settings, top_p=1.0), TODAY) is None
+    for file in (Path(settings.prompts), model / "model.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content + b" ")
+        assert _stored(tmp_path / "result.json", model, settings, TODAY) is None, file
+        file.write_bytes(content)
+    assert _stored(tmp_path / "result.json", model, settings, TODAY) == result
+    Path(settings.prompts).unlink()
+    with pytest.raises(DataError, match="--prompts: .* cannot be read"):
+        _stored(tmp_path / "result.json", model, settings, TODAY)
 
 
 def test_the_difference_of_two_models_is_paired_by_prompt(model, settings):

@@ -167,7 +167,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_library_reads_the_example(made):
     from tropd_mcore.config.schema import DataConfig
     from tropd_mcore.data.chat import Renderer
-    from tropd_mcore.data.prompts import load_prompts, read_prompt_file
+    from tropd_mcore.data.prompt_file import read_prompt_file
+    from tropd_mcore.data.prompts import load_prompts
     from tropd_mcore.teacher.vocabulary import check_same_vocabulary
     from tropd_mcore.weights.architecture import read_architecture
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from tests.tiny_models import tiny_tokenizer
 from tests.unit.test_packing import make_rollout
 from tropd_mcore.config.checks import problems_across_sections, self_teacher_problems
 from tropd_mcore.config.plan import plan
-from tropd_mcore.config.schema import Config
+from tropd_mcore.config.schema import Config, VerifierConfig
 from tropd_mcore.data.chat import Renderer
+from tropd_mcore.data.chat_template import Chat
 from tropd_mcore.data.feedback import SolutionPrompts, other_solutions, with_solution
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import Rollout
 
 TOKENIZER = tiny_tokenizer()
+JUDGED = VerifierConfig(kind="exact_match")
 TEMPLATE = "{prompt} | {solution} | {prompt} {other} \\boxed{}"
 CHAT = [
     {"role": "system", "content": "add"},
@@ -67,7 +70,7 @@ def test_the_last_user_message_of_a_chat_is_replaced_and_the_others_stay() -> No
 
 
 def test_a_context_is_rendered_as_every_prompt_is(renderer: Renderer) -> None:
-    prompts = SolutionPrompts({"chat": CHAT, "text": "count"}, renderer, "{prompt}{solution}")
+    prompts = SolutionPrompts({"chat": CHAT, "text": "count"}, renderer, "{prompt}{solution}", JUDGED)
     assert prompts.ids("text", " six").tolist() == ids("count six")
     chat = TOKENIZER.apply_chat_template(
         [*CHAT[:3], {"role": "user", "content": "three {solution} six"}], add_generation_prompt=True
@@ -77,7 +80,27 @@ def test_a_context_is_rendered_as_every_prompt_is(renderer: Renderer) -> None:
     with pytest.raises(DataError, match=r"^prompt 'lost' of the rollouts is not in data.prompts; [^\n]*$"):
         prompts.ids("lost", "")
     with pytest.raises(DataError, match=r"^prompt 'system' with a solution \(objective.template\): expected a message"):
-        SolutionPrompts({"system": CHAT[:1]}, renderer, "{solution}").longest_without_solution()
+        SolutionPrompts({"system": CHAT[:1]}, renderer, "{solution}", JUDGED).longest_without_solution()
+
+
+def test_a_context_has_the_tools_the_variables_and_the_day_of_its_prompt(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d') }} {{ tools[0].name }} {{ mood }} {{ messages[-1].content }}"
+    tokenizer.save_pretrained(tmp_path)
+    asked = Chat(CHAT[3:], [{"name": "count"}], {"mood": "calm"}, date(2024, 2, 29))
+    prompts = SolutionPrompts({"a": asked}, Renderer(tmp_path), "{prompt}{solution}", JUDGED)
+    assert tokenizer.decode(prompts.ids("a", " six")) == "29 count calm three {solution} six"
+
+
+def test_a_solution_is_what_the_verifier_looked_at(renderer: Renderer) -> None:
+    """The response of the other sample without what it thought."""
+    rollouts = [rollout(0, "a", " one"), rollout(1, "a", " two</think> three", prefix="<think> four")]
+    prompts = SolutionPrompts({"a": "sum"}, renderer, "{prompt}:{solution}", JUDGED)
+    found = prompts.contexts(rollouts, [False, True], longest=200)
+    assert found[0] is not None and found[0].tolist() == ids("sum: three")
+    whole = SolutionPrompts({"a": "sum"}, renderer, "{prompt}:{solution}", VerifierConfig(thinking=None))
+    found = whole.contexts(rollouts, [False, True], longest=200)
+    assert found[0] is not None and found[0].tolist() == ids("sum:<think> four two</think> three")
 
 
 def test_the_solution_is_the_first_correct_other_sample_of_the_prompt(renderer: Renderer) -> None:
@@ -92,7 +115,7 @@ def test_the_solution_is_the_first_correct_other_sample_of_the_prompt(renderer: 
     ]
     verdicts = [False, True, True, True, False, False, None]
     assert list(other_solutions(rollouts, verdicts)) == [[2, 3], [], [3], [2], [1], [], []]
-    prompts = SolutionPrompts(dict.fromkeys("abcd", "sum"), renderer, "{prompt}:{solution}")
+    prompts = SolutionPrompts(dict.fromkeys("abcd", "sum"), renderer, "{prompt}:{solution}", JUDGED)
     found = prompts.contexts(rollouts, verdicts, longest=100)
     # The only correct sample of b has no teacher; the EOS of a solution is no text, its prefix is.
     expected = ["sum: three", None, "sum: seven four", "sum: three", "sum: two", None, None]
@@ -110,7 +133,7 @@ def test_a_solution_that_leaves_no_room_gives_way_to_the_next_and_what_has_none_
         rollout(2, "a", " three three"),
         rollout(3, "a", " four four four four"),
     ]
-    prompts = SolutionPrompts({"a": "sum"}, renderer, "{prompt}:{solution}")
+    prompts = SolutionPrompts({"a": "sum"}, renderer, "{prompt}:{solution}", JUDGED)
     context = len(ids("sum: three three"))
     room = context + len(rollouts[0].response_ids)
     assert len(ids("sum: two two two two two")) > context

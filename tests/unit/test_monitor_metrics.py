@@ -11,7 +11,7 @@ from tropd_mcore.evaluation.report import CHARTS
 from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
 from tropd_mcore.monitor.console import COLUMNS as COLUMNS_OF_CONSOLE
 from tropd_mcore.monitor.jsonl import JsonLines
-from tropd_mcore.monitor.record import StepRecord
+from tropd_mcore.monitor.record import GateState, StepRecord
 from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 
 NAN = float("nan")
@@ -58,6 +58,7 @@ def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord
     columns["sample_index"], columns["token_index"] = (np.array([row[i] for row in rows]) for i in (0, 1))
     columns["on"], columns["off"], columns["epoch"] = (np.array([row[i] for row in rows]) for i in (2, 3, 4))
     columns["impossible"] = generator.random(len(rows)) > 0.9
+    columns["excluded"] = generator.integers(0, 4, len(rows)).astype(np.float32)
     columns["clipped"] = (generator.random(len(rows)) > 0.7).astype(np.float32)
     trusted = generator.random(len(rows))
     columns["trusted"] = (trusted if soft else (trusted > 0.4).astype(np.float32)) * columns["on"]
@@ -73,6 +74,9 @@ def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord
         "alpha": 0.75,
         "timings": {"step": 2.0, "rollout": 1.25},
         "accuracy": 2 / 3,
+        "unfinished": 1 / 3,
+        "masked_rollouts": 2,
+        "sampler_gate": GateState(p99_bound=0.05, off_in_a_row=2, warnings=7),
         "special_ids": frozenset({10, 110, 111}),
     }
     return StepRecord(**(values | changes))
@@ -144,8 +148,10 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "tokens/total": 30 + 37 + 12.0,
         "teacher/masked_samples": 1.0,
         "teacher/impossible_tokens": sum(bool(row["impossible"]) for row in on + off),
+        "teacher/excluded_candidates": sum(float(row["excluded"]) for row in on + off),
         "guidance/alpha": 0.75,
         "guidance/prefix_length": 8 / 3,
+        "rollout/masked_samples": 2.0,
         "rollout/length_mean": sum(lengths) / 3,
         "rollout/length_p50": 23.0,
         "rollout/length_p95": float(np.percentile(lengths, 95)),
@@ -153,9 +159,14 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "rollout/truncated": 1 / 3,
         "rollout/eos": 2 / 3,
         "verifier/accuracy": 2 / 3,
+        "verifier/unfinished": 1 / 3,
         "engine/kl": -sum(engine) / len(engine),
         "engine/difference_mean": sum(map(abs, engine)) / len(engine),
+        "engine/difference_p99": float(np.percentile(np.abs(np.array(engine)), 99)),
         "engine/difference_max": max(map(abs, engine)),
+        "gates/sampler_share": sum(abs(value) > 0.05 for value in engine) / len(engine),
+        "gates/sampler_off": 2.0,
+        "gates/sampler_warnings": 7.0,
         "engine/ratio_mean": sum(map(math.exp, engine)) / len(engine),
         "engine/ratio_max": math.exp(max(engine)),
         "engine/corrected": NAN,
@@ -186,13 +197,16 @@ def test_every_metric_equals_a_loop_over_tokens(soft, epochs):
 
 
 def test_an_empty_step_gives_nan_for_means_and_zero_for_counts_only():
-    empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None)
+    empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None, unfinished=None)
     found = compute_metrics(empty)
     counts = {"tokens/student", "tokens/trusted", "tokens/outlier", "tokens/prefix", "tokens/total"}
     given = {
+        "rollout/masked_samples",
         "teacher/masked_samples",
         "teacher/impossible_tokens",
         "guidance/alpha",
+        "gates/sampler_off",
+        "gates/sampler_warnings",
         "loss/total",
         "time/step",
         "time/rollout",
@@ -277,3 +291,10 @@ def test_metric_names_are_unique_and_each_says_unit_denominator_and_meaning():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert metric.unit and metric.over and metric.description and metric.name.count("/") == 1
+
+
+def test_without_the_sampler_gate_its_metrics_are_unknown():
+    found = compute_metrics(make_record(sampler_gate=None))
+    for name in ("gates/sampler_share", "gates/sampler_off", "gates/sampler_warnings"):
+        assert math.isnan(found[name]), name
+    assert found["engine/difference_p99"] > 0

@@ -22,6 +22,7 @@ from tropd_mcore.losses.method_table import OBJECTIVES
 from tropd_mcore.teacher.sglang import SampleScore, SampleScores, to_micro_batch
 from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.trainer import Trainer
+from tropd_mcore.train.verdicts import Verdicts
 from tropd_mcore.types import Rollout
 
 WITH_PREFIX_LOSS = [
@@ -167,11 +168,12 @@ def test_all_that_a_step_computes_is_of_the_packs_with_the_final_carriers() -> N
         prefixes=SimpleNamespace(settle=lambda step, rollouts, packed, pack: ("moved", pack("moved"))),
         context=SimpleNamespace(student=note, complete=note),
         scores=SimpleNamespace(at_step=note),
+        teacher_check=None,
     )
     trainer = Trainer.__new__(Trainer)
     trainer.parts = parts  # type: ignore[assignment]
     trainer.pack = lambda rollouts: f"packs of {rollouts}"  # type: ignore[assignment,method-assign]
-    trainer.judge = lambda rollouts: []  # type: ignore[method-assign]
+    trainer.judge = lambda rollouts: Verdicts()  # type: ignore[method-assign]
     batch = trainer.prepare(0, StepClock())
     assert (batch.rollouts, batch.packed) == ("moved", "packs of moved")
     assert seen == [

@@ -1,4 +1,4 @@
-"""Prompt files: each problem is reported with its line; the prompts of a step depend on seed and step alone."""
+"""Prompts are checked for all that the run will ask of them; those of a step depend on seed and step alone."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_models import tiny_tokenizer
-from tropd_mcore.config.schema import DataConfig
+from tropd_mcore.config.schema import DataConfig, VerifierConfig
 from tropd_mcore.data.chat import Renderer
-from tropd_mcore.data.prompts import PromptSet, load_prompts, read_prompt_file, read_responses
+from tropd_mcore.data.prompts import PromptNeeds, PromptSet, load_prompts
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import Prompt
 
@@ -38,12 +38,6 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 def write_lines(path: Path, lines: list[Any]) -> Path:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return path
-
-
-def problems_of(path: Path) -> list[str]:
-    with pytest.raises(DataError) as caught:
-        read_prompt_file(path)
-    return str(caught.value).split("\n")
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32))
@@ -71,52 +65,6 @@ def test_without_shuffling_the_order_is_that_of_the_file():
     assert names(prompt_set(4, shuffle=False).at_step(1, 3)) == ["p3", "p0", "p1"]
 
 
-def test_a_file_is_read_with_chats_texts_answers_and_blank_lines(tmp_path):
-    chat = [{"role": "user", "content": "two\u2028lines"}]
-    lines = [{"id": "a", "messages": chat, "answer": "4"}, "", {"id": "b", "prompt": "plain", "source": "x"}]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines))
-    first, second = read_prompt_file(path)
-    assert (first.prompt_id, first.prompt, first.answer, first.line) == ("a", chat, "4", 1)
-    assert (second.prompt_id, second.prompt, second.answer, second.line) == ("b", "plain", None, 3)
-
-
-def test_every_problem_of_a_prompt_file_is_reported_with_its_line(tmp_path):
-    lines = [
-        {"id": "ok", "prompt": "x"},
-        '{"id": "cut", "prompt":',
-        [1, 2],
-        {"prompt": "no id"},
-        {"id": "both", "prompt": "x", "messages": [{"role": "user", "content": "x"}]},
-        {"id": "neither"},
-        {"id": "chat", "messages": [{"role": "user"}]},
-        {"id": "empty", "messages": []},
-        {"id": "number", "prompt": "x", "answer": 5},
-        {"id": "ok", "prompt": "again"},
-    ]
-    problems = problems_of(write_lines(tmp_path / "bad.jsonl", lines))
-    assert [int(re.search(r"bad\.jsonl:(\d+): ", problem)[1]) for problem in problems] == list(range(2, 11))
-    for problem, words in zip(
-        problems,
-        ("JSON object", "JSON object", "text `id`", "either", "either", "`role`", "`role`", "`answer`", "line 1 too"),
-        strict=True,
-    ):
-        assert words in problem
-
-
-def test_a_long_list_of_problems_is_cut_with_their_number(tmp_path):
-    problems = problems_of(write_lines(tmp_path / "bad.jsonl", ["nonsense"] * 14))
-    assert len(problems) == 11 and problems[-1] == "... and 4 more"
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe{}"])
-def test_a_file_without_prompts_is_refused_and_the_key_is_named(tmp_path, content):
-    path = tmp_path / "prompts.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    assert "data.prompts" in problems_of(path)[0]
-
-
 def test_prompts_that_are_too_long_or_empty_are_reported_together(tmp_path, renderer):
     lines = [{"id": "short", "prompt": "ab"}, {"id": "long", "prompt": "zz " * 50}, {"id": "none", "prompt": ""}]
     config = DataConfig(prompts=write_lines(tmp_path / "prompts.jsonl", lines), max_prompt_tokens=20)
@@ -124,7 +72,7 @@ def test_prompts_that_are_too_long_or_empty_are_reported_together(tmp_path, rend
         load_prompts(config, renderer, seed=1)
     too_long, empty = str(caught.value).split("\n")
     assert re.search(r"prompts\.jsonl:2: prompt 'long' has \d+ tokens but data\.max_prompt_tokens is 20", too_long)
-    assert re.search(r"prompts\.jsonl:3: prompt 'none': the prompt has no tokens", empty)
+    assert re.search(r"prompts\.jsonl:3: prompt 'none': `prompt` has no text", empty)
 
 
 def test_a_prompt_may_have_as_many_tokens_as_the_key_says(tmp_path, renderer):
@@ -136,11 +84,18 @@ def test_a_prompt_may_have_as_many_tokens_as_the_key_says(tmp_path, renderer):
         load_prompts(DataConfig(prompts=path, max_prompt_tokens=tokens - 1), renderer, seed=1)
 
 
+def test_responses_of_other_prompts_are_refused(tmp_path, renderer):
+    prompts = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x"}])
+    responses = write_lines(tmp_path / "r.jsonl", [{"id": "b", "response_ids": [1]}])
+    with pytest.raises(DataError, match=r"data\.teacher_responses belongs to other prompts"):
+        load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1)
+
+
 def test_stored_responses_are_merged_by_id_without_their_eos(tmp_path, renderer):
     prompts = write_lines(tmp_path / "p.jsonl", [{"id": name, "prompt": name} for name in "abc"])
     eos = renderer.eos_ids[0]
     responses = [
-        {"id": "c", "response_ids": [7, eos, 8, eos, eos], "finished": True},
+        {"id": "c", "response_ids": [7, 6, 8, eos, eos], "finished": True},
         {"id": "a", "response_ids": [9]},
         {"id": "unused", "response_ids": [5]},
     ]
@@ -148,28 +103,76 @@ def test_stored_responses_are_merged_by_id_without_their_eos(tmp_path, renderer)
     loaded = load_prompts(config, renderer, seed=1)
     a, b, c = loaded.prompts
     assert a.teacher_response_ids.tolist() == [9] and b.teacher_response_ids is None
-    assert c.teacher_response_ids.tolist() == [7, eos, 8] and c.teacher_response_ids.dtype == np.int32
+    assert c.teacher_response_ids.tolist() == [7, 6, 8]
     assert loaded.longest_response == 3
     assert loaded.longest_prompt == max(len(renderer.prompt_ids(name)) for name in "abc")
+    with pytest.raises(DataError, match="holds id 6, which ends a response"):
+        load_prompts(config, renderer, seed=1, needs=PromptNeeds(end_ids=(6,)))
 
 
-def test_every_problem_of_a_response_file_is_reported_with_its_line(tmp_path):
-    lines = [
-        {"id": "a", "response_ids": [1]},
-        {"id": "b", "response_ids": [1, -2]},
-        {"id": "c", "response_ids": [1.5]},
-        {"id": "d", "response_ids": [True]},
-        {"id": 4, "response_ids": []},
-        {"id": "a", "response_ids": [3]},
-    ]
+def problems_with(needs: PromptNeeds, renderer: Renderer, prompts: Path, responses: Path | None = None) -> list[str]:
     with pytest.raises(DataError) as caught:
-        read_responses(write_lines(tmp_path / "r.jsonl", lines), eos_ids=(2,))
-    problems = str(caught.value).split("\n")
-    assert [int(re.search(r"r\.jsonl:(\d+): ", problem)[1]) for problem in problems] == [2, 3, 4, 5, 6]
+        load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1, needs=needs)
+    return str(caught.value).split("\n")
 
 
-def test_responses_of_other_prompts_are_refused(tmp_path, renderer):
-    prompts = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x"}])
-    responses = write_lines(tmp_path / "r.jsonl", [{"id": "b", "response_ids": [1]}])
-    with pytest.raises(DataError, match=r"data\.teacher_responses belongs to other prompts"):
-        load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1)
+def test_a_prompt_without_a_stored_response_is_refused_where_guidance_will_draw_it(tmp_path, renderer):
+    """One of 40: without the check, the run dies at the step that draws it."""
+    prompts = write_lines(tmp_path / "p.jsonl", [{"id": f"p{i}", "prompt": "x"} for i in range(40)])
+    lines = [{"id": f"p{i}", "response_ids": [5]} for i in range(40) if i != 27]
+    responses = write_lines(tmp_path / "r.jsonl", lines)
+    load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1)
+    (problem,) = problems_with(PromptNeeds(responses=True), renderer, prompts, responses)
+    assert "p.jsonl:28: prompt 'p27' has no response in data.teacher_responses=" in problem
+    assert "(`tropd prefixes`) or set objective.guidance.enabled=false" in problem
+
+
+def test_all_that_a_run_would_miss_is_said_at_once_by_file_and_line(tmp_path, renderer):
+    prompts = write_lines(
+        tmp_path / "p.jsonl",
+        [
+            {"id": "good", "prompt": "x", "answer": "1"},
+            {"id": "unanswered", "prompt": "x"},
+            {"id": "hopeless", "prompt": "x", "answer": "1\n2"},
+            {"id": "both", "prompt": "zz " * 50},
+            {"id": "unknown", "prompt": "x", "label": "1"},
+            {"id": "bad response", "prompt": "x", "answer": "1"},
+        ],
+    )
+    lines = [{"id": name, "response_ids": [5]} for name in ("good", "unanswered", "hopeless", "both")]
+    responses = write_lines(tmp_path / "r.jsonl", [*lines, {"id": "bad response", "response_ids": [400]}])
+    needs = PromptNeeds(
+        responses=True, answers="kdrl learns from it", verifier=VerifierConfig(kind="exact_match"), vocab_size=307
+    )
+    config = DataConfig(prompts=prompts, teacher_responses=responses, max_prompt_tokens=20)
+    with pytest.raises(DataError) as caught:
+        load_prompts(config, renderer, seed=1, needs=needs)
+    places = [re.sub(r".*/(\w\.jsonl:\d+): .*", r"\1", line) for line in str(caught.value).split("\n")]
+    assert places == ["p.jsonl:2", "p.jsonl:3", "p.jsonl:4", "p.jsonl:4", "p.jsonl:5", "r.jsonl:5"]
+
+
+def test_ids_beyond_the_vocabulary_are_refused_by_line(tmp_path, renderer):
+    path = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": " two"}])
+    largest = int(renderer.prompt_ids(" two").max())
+    load_prompts(DataConfig(prompts=path), renderer, seed=1, needs=PromptNeeds(vocab_size=largest + 1))
+    (problem,) = problems_with(PromptNeeds(vocab_size=largest), renderer, path)
+    assert f"p.jsonl:2: prompt 'b' holds token id {largest}; expected ids in [0, {largest})" in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [("math_verify", ""), ("math_verify", "\\$"), ("exact_match", " "), ("exact_match", "?\n?")],
+)
+def test_an_answer_that_no_response_can_have_is_refused_by_line(tmp_path, renderer, kind, answer):
+    path = write_lines(
+        tmp_path / "p.jsonl", [{"id": "a", "prompt": "x", "answer": "5"}, {"id": "b", "prompt": "x", "answer": answer}]
+    )
+    (problem,) = problems_with(PromptNeeds(verifier=VerifierConfig(kind=kind)), renderer, path)
+    assert "p.jsonl:2: prompt 'b': " in problem and "`answer`" in problem
+    load_prompts(DataConfig(prompts=path), renderer, seed=1, needs=PromptNeeds(verifier=VerifierConfig()))
+
+
+def test_only_the_first_prompts_are_looked_at_where_there_is_a_limit(tmp_path, renderer):
+    path = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x", "answer": "5"}, {"id": "b", "prompt": "x"}])
+    needs = PromptNeeds(answers="it is judged", limit=1)
+    assert names(load_prompts(DataConfig(prompts=path), renderer, seed=1, needs=needs).prompts) == ["a"]

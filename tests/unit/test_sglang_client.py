@@ -139,7 +139,7 @@ def make_client(url: str, **config: object) -> SglangClient:
     return SglangClient(url, settings, key="rollout.server")
 
 
-ASK = GenerationRequest(np.array([3, 4], np.int32), max_new_tokens=2)
+ASK = GenerationRequest(np.array([3, 4], np.int32), max_new_tokens=2, vocab_size=50)
 
 
 def one(client: SglangClient) -> object:
@@ -183,9 +183,9 @@ def test_truncated_json_is_asked_again_and_then_an_error(serve: Callable[..., Sc
         (broken({"output_token_logprobs": [[-0.5, 7, None], [None, 8, None]]}), "log-prob None"),
         (broken({"output_token_logprobs": [[-0.5, 7, None], [-0.5, 9, None]]}), r"expected \[log-prob, 8"),
         (broken({"finish_reason": {"type": "tool"}}), "finish_reason 'tool'"),
-        (generation([]), "empty continuation"),
+        (generation([]), "no token in output_ids"),
         (web.Response(body=b'{"output_ids": [7, 8], "meta_info": {"finish_reason": null}}'), "finish_reason"),
-        (web.Response(body=b'{"text": "x"}'), "NoneType as meta_info; expected a JSON object"),
+        (web.Response(body=b'{"text": "x"}'), "nothing that is JSON as meta_info; expected a JSON object"),
     ],
 )
 def test_an_incomplete_answer_is_an_error_and_never_filled_in(
@@ -211,7 +211,7 @@ def test_top_k_of_the_wrong_size_or_missing_is_an_error(serve: Callable[..., Scr
         "input_top_logprobs_val_flat_b64": values,
         "input_top_logprobs_idx_flat_b64": values[:8],
     }
-    ask = ScoringRequest(np.array([3, 4, 5], np.int32), first=2, topk=2)
+    ask = ScoringRequest(np.array([3, 4, 5], np.int32), first=2, topk=2, vocab_size=50)
     for change, message in (
         ({}, "6 bytes in input_top_logprobs_idx_flat_b64"),
         ({"input_top_logprobs_idx_flat_b64": "*"}, "not base64"),
@@ -271,7 +271,7 @@ def test_the_key_is_sent_and_never_logged(
 
 def sampler(url: str) -> SglangSampler:
     config = RolloutConfig(server=ServerConfig(url=url, max_retries=2))
-    return SglangSampler(make_client(url), config, eos_ids=(2,), vocab_size=50, seed=0)
+    return SglangSampler(make_client(url), config, eos_ids=(2,), vocab_size=50, seed=0, masked_share=0.25)
 
 
 def sample_request(*, new: int = 2) -> SampleRequest:
@@ -299,13 +299,15 @@ def test_an_aborted_sample_is_asked_for_again_and_not_for_ever(serve: Callable[.
 
 
 def test_a_response_that_the_server_cut_is_refused(serve: Callable[..., Scripted]) -> None:
-    with pytest.raises(ServerError, match=r"has 2 tokens and ended by 'length'; expected 5 \(rollout.max_new_tokens\)"):
+    with pytest.raises(ServerError, match=r"answered 2 tokens that ended by 'length'; expected 5 \(max_new_tokens\)"):
         sampler(serve(generation([7, 8])).url).sample([sample_request(new=5)], step=0, expected_version="v1")
 
 
 def test_teacher_responses_survive_an_interruption(serve: Callable[..., Scripted], tmp_path: Path) -> None:
     prompts = [Prompt(f"p{i}", np.array([3 + i], np.int32), None, None) for i in range(3)]
-    sampling = ResponseSampling(max_new_tokens=2, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50)
+    sampling = ResponseSampling(
+        max_new_tokens=2, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50, served_width=50
+    )
     out = tmp_path / "out" / "responses.jsonl"
     server = serve(generation([7, 8]), web.Response(status=400, body=b"no"))
     with pytest.raises(ServerError, match="answered 400"):
@@ -323,7 +325,9 @@ def test_a_teacher_response_is_cut_before_an_id_that_is_no_token(
     serve: Callable[..., Scripted], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = [Prompt("p", np.array([3], np.int32), None, None)]
-    sampling = ResponseSampling(max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50)
+    sampling = ResponseSampling(
+        max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50, served_width=64
+    )
     out = tmp_path / "responses.jsonl"
     report = generate_responses(
         make_client(serve(generation([7, 60, 8, 2], reason="stop")).url), prompts, out, sampling
@@ -354,7 +358,7 @@ def test_a_teacher_that_died_is_restarted_and_asked_again(serve: Callable[..., S
     top = base64.b64encode(np.log(np.array([[0.25, 0.5]], "<f4")).tobytes()).decode()
     ids = base64.b64encode(np.array([[9, 4]], "<i4").tobytes()).decode()
     meta = {
-        "input_token_logprobs": [[None, 4, None], [-1.0, 5, None]],
+        "input_token_logprobs": [[None, 4, None], [-1.5, 5, None]],
         "input_top_logprobs_shape": [1, 2],
         "input_top_logprobs_null_prefix": 1,
         "input_top_logprobs_val_flat_b64": top,

@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.test_packing import make_rollout, options
 from tropd_mcore.data.packing import pack
-from tropd_mcore.train.replay import ScoreKey, load_scores, save_scores
+from tropd_mcore.train.replay import ScoreKey, load_scores, mismatch, save_scores
 from tropd_mcore.train.tokens import local_columns, merge_columns, save_token_sample
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
@@ -45,25 +45,47 @@ def test_scores_come_back_as_they_were(tmp_path: Path, own: bool, entropy: bool)
     scores = [scores_of(batch, own=own, entropy=entropy) for batch in batches]
     key = ScoreKey("teacher", batches, candidates(batches) if own else [None] * len(batches))
     save_scores(tmp_path / "scores.npz", key, scores)
+    assert mismatch(tmp_path / "scores.npz", key) is None
     found = load_scores(tmp_path / "scores.npz", key)
-    assert found is not None and len(found) == len(scores)
+    assert len(found) == len(scores)
     for one, two in zip(found, scores, strict=True):
         for name, value in vars(two).items():
             assert value is None if getattr(one, name) is None else torch.equal(getattr(one, name), value), name
 
 
-def test_scores_of_another_teacher_of_other_rows_or_of_other_candidates_are_not_used(tmp_path: Path) -> None:
+def test_scores_of_another_teacher_of_other_rows_or_of_other_candidates_are_not_used_and_why_is_told(
+    tmp_path: Path,
+) -> None:
     batches = micro_batches()
     key = ScoreKey("teacher", batches, candidates(batches))
     path = tmp_path / "scores.npz"
     save_scores(path, key, [scores_of(batch, own=True, entropy=True) for batch in batches])
-    assert load_scores(path, key) is not None
-    assert load_scores(path, replace(key, teacher="other")) is None
-    assert load_scores(path, replace(key, own_ids=candidates(batches, first=1))) is None
-    assert load_scores(path, replace(key, own_ids=[None] * len(batches))) is None
+    assert mismatch(path, key) is None
+    assert mismatch(path, replace(key, teacher="other")) == "of another teacher (teacher, here other)"
+    for others in (candidates(batches, first=1), [None] * len(batches)):
+        assert mismatch(path, replace(key, own_ids=others)) == "of other candidates of the student"
     others = micro_batches(5)
-    assert load_scores(path, ScoreKey("teacher", others, candidates(others))) is None
-    assert load_scores(tmp_path / "absent.npz", key) is None
+    reason = mismatch(path, ScoreKey("teacher", others, candidates(others)))
+    assert reason == "of other rows (rollouts, layout or packs)"
+
+
+def test_scores_of_a_release_that_did_not_say_whose_they_are_belong_to_nobody(tmp_path: Path) -> None:
+    batches = micro_batches()
+    key = ScoreKey("teacher", batches, [None] * len(batches))
+    path = tmp_path / "scores.npz"
+    save_scores(path, key, [scores_of(batch, own=False, entropy=True) for batch in batches])
+    with np.load(path) as archive:
+        old = {name: archive[name] for name in archive.files if not name.startswith("key_")}
+    np.savez(path, fingerprint=np.array("0" * 64), **old)
+    assert mismatch(path, key) == "of an earlier version, which did not say what they belong to"
+
+
+def test_rows_cut_otherwise_are_other_rows(tmp_path: Path) -> None:
+    """The same tokens in two micro-batches instead of one have other pack boundaries."""
+    batches = micro_batches()
+    whole, cut = ScoreKey("t", batches, [None] * len(batches)), ScoreKey("t", batches[:1], [None])
+    assert whole.parts()["rows"] != cut.parts()["rows"]
+    assert whole.parts()["candidates"] != cut.parts()["candidates"]
 
 
 def test_the_table_has_a_row_for_each_epoch_and_the_stored_sample_the_first_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 
 from tropd_mcore.errors import ModelError
 from tropd_mcore.weights.architecture import (
@@ -57,9 +58,14 @@ def test_family_decides_head_norms_and_biases(family: str, qk_norm: bool, qkv_bi
     assert (arch.family, arch.qk_norm, arch.qkv_bias) == (family, qk_norm, qkv_bias)
 
 
-def test_absent_head_dim_and_kv_heads_follow_from_the_heads() -> None:
-    arch = read(head_dim=..., num_key_value_heads=...)
+def test_absent_head_dim_and_kv_heads_are_those_that_transformers_takes() -> None:
+    arch = read(model_type="llama", head_dim=..., num_key_value_heads=...)
     assert (arch.head_dim, arch.num_kv_heads) == (12, 4)
+    assert read(model_type="qwen2", head_dim=...).head_dim == 12
+    assert read(head_dim=..., num_key_value_heads=None).num_kv_heads == 4
+    assert read(head_dim=...).head_dim == Qwen3Config().head_dim == 128
+    with pytest.raises(ModelError, match="num_key_value_heads is None"):  # transformers would take 32
+        read(num_key_value_heads=...)
 
 
 def test_both_generations_of_rope_keys_give_the_same_architecture() -> None:

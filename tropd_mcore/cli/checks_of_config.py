@@ -7,9 +7,11 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.errors import TropdError
 
 HEALTH_TIMEOUT_S = 10.0
 
@@ -21,6 +23,8 @@ def files(config: Config) -> Iterator[Finding]:
             yield Finding("ok", key, str(folder))
         else:
             yield Finding("FAIL", key, f"{folder}/config.json not found; expected a Hugging Face folder")
+            continue
+        yield _tokenizer(key, folder)
     for key, path in (("data.prompts", config.data.prompts), ("responses", config.data.teacher_responses)):
         if path is None:
             continue
@@ -36,6 +40,39 @@ def files(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "run.dir", f"{config.run.dir} {state}")
     else:
         yield Finding("FAIL", "run.dir", f"{existing} cannot be written; choose another run.dir")
+
+
+def _tokenizer(key: str, folder: Path) -> Finding:
+    from tropd_mcore.data.tokenizer_gate import check_tokenizer
+
+    try:
+        loaded = check_tokenizer(folder, key=key)
+    except TropdError as error:
+        return Finding("FAIL", "tokenizer", str(error))
+    return Finding("ok", "tokenizer", loaded.correction or f"{key}: the ids of its tokenizer.json")
+
+
+def prompts(config: Config) -> Iterator[Finding]:
+    """Every prompt and stored response has what training will ask of it; nothing where files are missing."""
+    needed = (config.student.path / "config.json", config.data.prompts, config.data.teacher_responses)
+    if not all(path.is_file() for path in needed if path is not None):
+        return
+    from tropd_mcore.cli.template_date import template_date
+    from tropd_mcore.data.chat import Renderer
+    from tropd_mcore.data.end_tokens import end_tokens
+    from tropd_mcore.data.prompts import load_prompts, needs_of
+    from tropd_mcore.teacher.vocabulary import read_width
+
+    try:
+        renderer = Renderer(config.student.path)
+        ends = end_tokens(config, renderer, config.teacher.path)
+        needs = needs_of(config, vocab_size=read_width(config.student.path), end_ids=ends.ids)
+        found = load_prompts(config.data, renderer, seed=config.run.seed, needs=needs, today=template_date(config))
+    except TropdError as error:
+        for line in str(error).splitlines():
+            yield Finding("FAIL", "prompts", line)
+        return
+    yield Finding("ok", "prompts", f"{len(found.prompts)} of up to {found.longest_prompt} tokens")
 
 
 def servers(config: Config) -> Iterator[Finding]:

@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
         failed |= _show(check())
     if config is not None:
         failed |= _show(checks_of_config.files(config))
+        failed |= _show(checks_of_config.prompts(config))
         failed |= _show(checks_of_config.servers(config))
     return 2 if failed else 0
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import PlatformConfig, ServerConfig
+from tropd_mcore.rollout.served_tokenizer import tokenizer_for_server
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 
@@ -27,6 +28,7 @@ def open_server(
     `key` is the section that `config` comes from and `model_key` the one of `model`, for messages; `dtype` is used
     where `config` names none; the output goes to <logs>/<name>.log. Raises ServerError on entry.
     """
+    local = config.url is None
     spec = ServerSpec(
         key=key,
         model_key=model_key,
@@ -36,6 +38,7 @@ def open_server(
         run_dir=logs,
         name=name,
         dtype=dtype,
+        tokenizer_path=tokenizer_for_server(model, logs, name) if local else None,
     )
     return SupervisedServer(spec)
 

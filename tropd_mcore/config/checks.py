@@ -15,6 +15,7 @@ from tropd_mcore.config.derived import (
     longest_response_at,
     longest_sample,
     policy_gradient,
+    reference_path,
     updates_per_step,
 )
 from tropd_mcore.config.objective_checks import objective_problems
@@ -252,7 +253,25 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield "optimizer.overlap_param_gather needs optimizer.distributed=true and optimizer.overlap_grad_reduce=true"
 
 
+def _beginning(config: Config) -> Iterator[str]:
+    run = config.run
+    if run.init_optimizer and run.init_from is None:
+        yield "run.init_optimizer has no effect without run.init_from; set the checkpoint, or remove it"
+    if run.init_from is not None and run.init_from.absolute().is_relative_to(run.dir.absolute()):
+        yield (
+            f"run.init_from={run.init_from} is in run.dir={run.dir}, which resumes by itself; "
+            "remove run.init_from, or begin a new run with another run.dir"
+        )
+    by_default = reference_path(config) is not None and getattr(config.objective, "reference", None) is None
+    if run.init_from is not None and by_default:
+        yield (
+            f"objective.reference: its default is student.path={config.student.path}, which is not what "
+            "run.init_from begins with; name the reference: that folder, or an export of the checkpoint"
+        )
+
+
 def _others(config: Config) -> Iterator[str]:
+    yield from _beginning(config)
     if config.run.replay == config.run.dir:
         yield f"run.replay and run.dir are both {config.run.dir}; replay another run, or remove run.replay to resume"
     try:
@@ -264,6 +283,8 @@ def _others(config: Config) -> Iterator[str]:
             yield f"verifier.pattern: expected a group that holds the answer, found none in {config.verifier.pattern!r}"
     paths = {
         "run.dir": config.run.dir,
+        "run.replay": config.run.replay,
+        "run.init_from": config.run.init_from,
         "student.path": config.student.path,
         "teacher.path": config.teacher.path,
         "data.prompts": config.data.prompts,

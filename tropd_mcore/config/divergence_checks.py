@@ -26,6 +26,12 @@ def divergence_problems(config: Config) -> Iterator[str]:
     yield from divergence_objective_problems(objective)
     if config.teacher.kind != "megatron":
         yield from _needs_the_teacher_in_the_job(objective)
+    if full_vocabulary(objective) and config.teacher.extra_tokens == "exclude":
+        yield (
+            "teacher.extra_tokens=exclude takes tokens out of the teacher's candidates, and objective.full_vocabulary "
+            "has none: it compares every column; set objective.full_vocabulary=false, or choose a teacher without "
+            "further tokens"
+        )
     if full_vocabulary(objective) and config.loss.form != "fused":
         yield (
             f"objective.full_vocabulary is computed in the fused output layer, found loss.form={config.loss.form}; "

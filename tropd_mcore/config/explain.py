@@ -31,6 +31,12 @@ def explain_validation_error(
     return lines
 
 
+def unknown_keys(error: ValidationError) -> list[str]:
+    """Return the dotted keys that the schema does not have."""
+    details = error.errors(include_url=False)
+    return [".".join(_without_tags(detail["loc"])) for detail in details if detail["type"] == "extra_forbidden"]
+
+
 def schema_keys() -> dict[str, FieldInfo]:
     """Return {dotted key: field} of every leaf the schema knows, over all variants."""
     return dict(_keys(Config, ""))

@@ -10,6 +10,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16"]
 
 

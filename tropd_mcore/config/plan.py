@@ -46,7 +46,7 @@ def plan(config: Config, world_size: int | None = None) -> str:
     """Return the plan as aligned lines; `world_size` is the number of ranks where it is known."""
     rows = {
         "layout": _layout(config, world_size),
-        "student": f"{config.student.path}, {config.student.dtype}, recompute {config.student.recompute}",
+        "student": _student(config),
         "rollouts": _rollouts(config),
         "teacher": _teacher(config),
         "objective": _objective(config),
@@ -72,6 +72,15 @@ def _layout(config: Config, world_size: int | None) -> str:
         f"tp {parallel.tensor} x pp {parallel.pipeline}{chunks} x cp {parallel.context} x dp {data or '?'} = {ranks}"
         f"{sequence}, platform {config.platform.kind}"
     )
+
+
+def _student(config: Config) -> str:
+    student, run = config.student, config.run
+    text = f"{student.path}, {student.dtype}, recompute {student.recompute}"
+    if run.init_from is not None:
+        what = "weights and optimizer state" if run.init_optimizer else "weights"
+        text += f"; a new run begins with the {what} of {run.init_from}"
+    return text
 
 
 def _rollouts(config: Config) -> str:

@@ -13,13 +13,13 @@ from pydantic import Field
 
 from tropd_mcore.config.advantage_objectives import AdvantageObjective
 from tropd_mcore.config.divergence_objectives import DivergenceObjective
-from tropd_mcore.config.fields import Dtype, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from tropd_mcore.config.fields import Dtype, Fraction, NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from tropd_mcore.config.tropd_objectives import OpdObjective, TropdObjective
 
 
 class RunConfig(Section):
     dir: Path
-    """Run directory: logs, rollouts, checkpoints, export. The same directory again means resume."""
+    """Run directory: logs, rollouts, checkpoints, export. The same directory again means resume (docs/resume.md)."""
     steps: PositiveInt = 200
     """Steps of the whole run: rollout batches, each of one optimizer step unless objective.policy_gradient has more.
     Source: TrOPD section 4 (200)."""
@@ -35,7 +35,7 @@ class RunConfig(Section):
     """Newest steps whose rollouts stay in <dir>/rollouts; None = all. Steps since the last checkpoint always stay."""
     replay: Path | None = None
     """Take rollouts from this run directory instead of sampling, and teacher scores where it has them for exactly these
-    rows, this teacher and this objective's candidates."""
+    rows, this teacher (by content) and this objective's candidates."""
     init_from: Path | None = None
     """Begin a new run from the weights of this checkpoint folder (<dir>/checkpoints/step_<n>) of another run; looked
     at by the first launch only. student.path names the model it was trained from."""
@@ -128,7 +128,7 @@ class DataConfig(Section):
     """JSONL, one object per line: `id`, `messages` (chat) or `prompt` (text), optional `answer`, and for a chat
     optional `tools` and `chat_template_kwargs`."""
     teacher_responses: Path | None = None
-    """JSONL of stored teacher responses: `id`, `response_ids`; needed by objective.guidance."""
+    """JSONL of stored teacher responses: `id`, `response_ids`, optional `finished`; needed by objective.guidance."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template (Qwen3: enable_thinking); those of a line of data.prompts win over these."""
     template_date: date | None = None
@@ -242,8 +242,9 @@ class VerifierConfig(Section):
     pattern: str = r"####\s*(.+)"
     """Regular expression whose last match's group 1 is the answer (`exact_match` only)."""
     unfinished: Literal["wrong", "judge"] = "wrong"
-    """A response that was cut by length or whose thinking block is open has no answer, or is judged like any other."""
-    thinking: tuple[str, str] | None = ("<think>", "</think>")
+    """A response that was cut by length (by rollout.truncate too) or whose thinking block is open has no answer, or is
+    judged like any other."""
+    thinking: tuple[NonEmptyText, NonEmptyText] | None = ("<think>", "</think>")
     """Texts that open and close a thinking block, in which no answer is looked for; None = there are no such blocks."""
 
 
@@ -263,7 +264,7 @@ class GatesConfig(Section):
 
     sampler_logprob: bool = True
     """Compare sampler and trainer log-probs on the rollouts of every step; a launch's first step has to pass, later
-    ones stop the run where they fail in a row (sampler_logprob_steps)."""
+    ones stop the run where they fail in a row (sampler_logprob_steps) or by far (docs/gates.md)."""
     sampler_logprob_p99: PositiveFloat | None = None
     """Bound on the 99th percentile of |difference|, nats; None = 1e-4 where student and server are float32, else
     0.25 (docs/numerics.md)."""
@@ -272,12 +273,13 @@ class GatesConfig(Section):
     sampler_logprob_mean: PositiveFloat | None = None
     """Bound on the mean of |difference|, nats; None = 2e-5 where student and server are float32, else 0.05."""
     sampler_logprob_share: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Bound on the share of tokens whose |difference| is above the bound of the 99th percentile."""
+    """Bound on the share of tokens whose |difference| is above the bound of the 99th percentile, which is not judged
+    itself where a step has fewer than 500 tokens."""
     sampler_logprob_steps: PositiveInt = 3
     """Steps in a row after which a mean, a 99th percentile or a share above its bound stops the run."""
     weight_sync: bool = True
     """At the first publication, destroy the server's weights, send them again and compare checksums; at every later
-    one, see that the server's checksum moved with the weights."""
+    one, see that the server's checksums moved with the weights, and after sampling that they stayed."""
     masked_share: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Largest share of a step's samples that may be left out because the rollout or the teacher server gave no usable
     answer for them; more stop the run."""
@@ -288,6 +290,9 @@ class GatesConfig(Section):
     text, where the host memory allows it."""
     teacher_identity: bool = True
     """A served teacher is the model of teacher.path, is not the student, and stays the same (teacher.check_every)."""
+    teacher_logprob_mean: PositiveFloat | None = None
+    """Bound on the mean |difference| between a served teacher's log-probs of a short text and those of teacher.path,
+    nats; None = 1e-4 where the server is float32, else 0.1 (docs/gates.md)."""
     vocabulary: bool = True
     """Same id for the same string in teacher and student; widths may differ by padding only."""
     longest_sequence: bool = True

@@ -1,96 +1,99 @@
 """Text to token ids and back: the only place where a tokenizer turns a prompt into ids.
 
-Not for responses, which are sampled as ids and stay ids. Invariant: student, teacher and trainer see the same
-ids of a prompt, because they are made here once.
+Not for responses, which are sampled as ids and stay ids, or for what a chat template says (`chat_template`).
+Invariant: student, teacher and trainer see the same ids of a prompt, because they are made here once.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tropd_mcore.data.chat_template import Chat, ChatTemplate, Message
+from tropd_mcore.data.tokenizer import decode, load_tokenizer, own_end_ids
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import IntArray
 
-Message = Mapping[str, str]
+Asked = str | Sequence[Message] | Chat
+"""What is to be answered: a text, or a chat with or without what its template gets beside the messages."""
+
+TAIL_TOKENS = 32
+"""Tokens at the end of a prompt in which the opening of a thinking block is looked for."""
 
 
 class Renderer:
     """Tokenizer and chat template of a Hugging Face folder. Raises DataError where there is none to be read."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: expected a tokenizer there (tokenizer.json); {_first_line(error)}") from error
-        self._folder = folder
-        self.eos_ids = _eos_ids(folder, self._tokenizer.eos_token_id)
-        """Ids that end a response: those of generation_config.json and the tokenizer's own."""
-        self.special_ids = frozenset(int(index) for index in self._tokenizer.all_special_ids)
+        self.tokenizer = load_tokenizer(folder)
+        """transformers' tokenizer, for what is not a prompt (see `end_tokens`)."""
+        self.folder = folder
+        self.eos_ids = own_end_ids(folder, self.tokenizer)
+        """Ids that end a response of this model alone; a run stops at more (see `end_tokens`)."""
+        self.special_ids = frozenset(int(index) for index in self.tokenizer.all_special_ids)
         """Ids of special tokens."""
+        self.template = ChatTemplate(self.tokenizer, folder)
+        """How a chat becomes a text."""
+        self._special_names = dict(
+            zip(self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)), sorted(self.special_ids), strict=True)
+        )
+        self._before_text = self._ids_before_text()
 
-    def prompt_ids(self, prompt: str | Sequence[Message]) -> IntArray:
-        """Return the ids of a text as it is, or of a chat rendered up to the start of the answer; int32 [length].
+    def prompt_ids(self, prompt: Asked) -> IntArray:
+        """Return the ids of a text, or of a chat rendered up to the start of the answer; int32 [length].
 
-        Raises DataError where the template refuses the chat or the result is empty.
+        A text begins with what the tokenizer puts before a text (BOS), once, and never ends with what it puts after
+        one. A chat has the special tokens of its template alone. Raises DataError where the template refuses the chat
+        or loses a part of it, or the result is empty.
         """
         if isinstance(prompt, str):
-            ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            if ids and ids[: len(self._before_text)] != self._before_text:
+                ids = [*self._before_text, *ids]
         else:
-            if not self._tokenizer.chat_template:
-                raise DataError(
-                    f"{self._folder}: the tokenizer has no chat template; give `prompt` instead of `messages`"
-                )
-            import jinja2
-
-            try:
-                text = self._tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-            except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-                raise DataError(f"the chat template refuses the messages: {_first_line(error)}") from error
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            text = self.template.text(prompt if isinstance(prompt, Chat) else Chat(prompt))
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise DataError("the prompt has no tokens")
         return np.array(ids, dtype=np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` without special tokens."""
-        text: str = self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
-        return text
+    def decode(self, ids: Iterable[int], *, keep: Iterable[str] = ()) -> str:
+        """Return the text of `ids` without special tokens, except those whose names are in `keep`."""
+        kept = {self._special_names[name]: name for name in keep if name in self._special_names}
+        if not kept:
+            return decode(self.tokenizer, ids, skip_special_tokens=True)
+        pieces: list[str] = []
+        between: list[int] = []
+        for index in map(int, ids):
+            if index in kept:
+                pieces += [decode(self.tokenizer, between, skip_special_tokens=True), kept[index]]
+                between = []
+            else:
+                between.append(index)
+        return "".join([*pieces, decode(self.tokenizer, between, skip_special_tokens=True)])
+
+    def ends_with(self, prompt_ids: IntArray, text: str) -> bool:
+        """Return whether `text`, special token or not, is the last that a prompt says, white space aside."""
+        return decode(self.tokenizer, prompt_ids[-TAIL_TOKENS:]).rstrip().endswith(text)
 
     def token_texts(self, ids: Iterable[int]) -> list[str]:
         """Return the text of each id on its own, special tokens included."""
-        return [self._tokenizer.decode([int(index)]) for index in ids]
+        return [decode(self.tokenizer, [index]) for index in ids]
 
     def token_id(self, text: str) -> int | None:
         """Return the id of a vocabulary entry, or of a text that is a single token; None where it is neither."""
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
         if text in vocabulary:
             return vocabulary[text]
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return int(ids[0]) if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id else None
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return int(ids[0]) if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else None
 
-
-def _eos_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Ids that end a response, ascending. Raises DataError where neither file names one."""
-    found = {tokenizer_eos} if tokenizer_eos is not None else set()
-    path = folder / "generation_config.json"
-    if path.is_file():
-        try:
-            values: Any = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: cannot be read as JSON: {error}") from error
-        eos = values.get("eos_token_id") if isinstance(values, dict) else None
-        found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
-    if not found:
-        raise DataError(f"{folder}: neither the tokenizer nor generation_config.json names an eos_token_id")
-    return tuple(sorted(int(index) for index in found))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    def _ids_before_text(self) -> list[int]:
+        """What the tokenizer puts before a text of its own accord; [] where that is nothing."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        marked = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        starts = range(len(marked) - len(plain) + 1)
+        start = next((start for start in starts if marked[start : start + len(plain)] == plain), 0)
+        return list(marked[:start])

@@ -9,19 +9,18 @@ Shapes: S samples of a step.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-
-from tropd_mcore.data.chat import Message, Renderer
+from tropd_mcore.config.schema import VerifierConfig
+from tropd_mcore.data.chat import Asked, Renderer
+from tropd_mcore.data.chat_template import Chat, Message
+from tropd_mcore.data.thinking import read_answer
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import IntArray, Rollout
-
-Asked = str | Sequence[Message]
-"""A prompt as it is in data.prompts: a text, or the messages of a chat."""
 
 _FIELDS = re.compile(r"\{(prompt|solution)\}")
 
@@ -29,12 +28,16 @@ log = logging.getLogger(__name__)
 
 
 class SolutionPrompts:
-    """Renders prompts with a solution, as objective.template says; `asked` is what each prompt id stands for."""
+    """Renders prompts with a solution, as objective.template says; `asked` is what each prompt id stands for.
 
-    def __init__(self, asked: Mapping[str, Asked], renderer: Renderer, template: str) -> None:
+    Chats keep their tools and variables. A solution is what `verifier` looked at: the response without its thinking.
+    """
+
+    def __init__(self, asked: Mapping[str, Asked], renderer: Renderer, template: str, verifier: VerifierConfig) -> None:
         self._asked = asked
         self._renderer = renderer
         self._template = template
+        self._verifier = verifier
 
     def ids(self, prompt_id: str, solution: str) -> IntArray:
         """Return the ids of the prompt with the solution, int32 [length].
@@ -89,7 +92,9 @@ class SolutionPrompts:
 
     def _text(self, rollout: Rollout) -> str:
         """What the verifier judged."""
-        return self._renderer.decode(np.concatenate([rollout.prefix_ids, rollout.response_ids]))
+        said = read_answer(self._verifier, self._renderer, rollout)
+        assert said is not None, "a response without an answer is not correct"
+        return said
 
 
 def with_solution(asked: Asked, template: str, solution: str) -> Asked:
@@ -104,6 +109,12 @@ def with_solution(asked: Asked, template: str, solution: str) -> Asked:
 
     if isinstance(asked, str):
         return filled(asked)
+    if isinstance(asked, Chat):
+        return dataclasses.replace(asked, messages=_with_solution(asked.messages, filled))
+    return _with_solution(asked, filled)
+
+
+def _with_solution(asked: Sequence[Message], filled: Callable[[str], str]) -> list[Message]:
     last = max((place for place, message in enumerate(asked) if message["role"] == "user"), default=None)
     if last is None:
         raise DataError("expected a message of role `user`, found none; the template takes its place")

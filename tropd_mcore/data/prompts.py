@@ -1,45 +1,80 @@
-"""Prompts and stored teacher responses, read once and served by step.
+"""Prompts and stored teacher responses, read once, checked for all that the run needs of them, and served by step.
 
-Not for guidance (`requests`) or sampling. Invariants: every problem of a file is reported at once, with its line; the
-prompts of a step are a pure function of (file, seed, step), so a resumed run needs no cursor.
+Not for the lines of the files (`prompt_file`, `responses`) or for guidance (`requests`). Invariants: every problem of
+the files is reported at once, with its line; a prompt that is served has what its step will ask of it; the prompts of a
+step are a pure function of (file, seed, step), so a resumed run needs no cursor.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tropd_mcore.config.schema import DataConfig
-from tropd_mcore.data.chat import Renderer
+from tropd_mcore.config.derived import active_guidance, learns_from_verifier
+from tropd_mcore.config.schema import Config, DataConfig, VerifierConfig
+from tropd_mcore.data.chat import Asked, Renderer
+from tropd_mcore.data.chat_template import Chat, unread
+from tropd_mcore.data.jsonl import Problem, raise_problems
+from tropd_mcore.data.prompt_file import PromptRecord, scan_prompt_file
+from tropd_mcore.data.responses import Responses, scan_responses
+from tropd_mcore.data.verify import answer_problem
 from tropd_mcore.errors import DataError
-from tropd_mcore.types import IntArray, Prompt
+from tropd_mcore.types import Prompt
 
-SHOWN_PROBLEMS = 10
+PROGRESS_S = 30.0
+"""Seconds between two lines that say how many answers were looked at."""
+
+DATE_STRING = "%d %b %Y"
+"""How Llama's templates write the day."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PromptRecord:
-    """One line of a prompt file."""
+class PromptNeeds:
+    """What a run will ask of every prompt; the defaults ask for nothing but tokens."""
 
-    prompt_id: str
-    prompt: str | list[dict[str, str]]
-    answer: str | None
-    line: int
+    responses: bool = False
+    """A stored teacher response (objective.guidance)"""
+    answers: str | None = None
+    """Who judges every prompt by its answer, for the message; None = a prompt may have no answer"""
+    verifier: VerifierConfig | None = None
+    """How answers are judged: one that no response can have is a problem. None = answers are not looked at"""
+    vocab_size: int | None = None
+    """Ids are below it"""
+    end_ids: Collection[int] | None = None
+    """Ids that end a response; None = those of the renderer's model"""
+    limit: int | None = None
+    """Only the first prompts of the file; None = all"""
 
 
 class PromptSet:
     """All prompts, in the order of each pass."""
 
-    def __init__(self, prompts: list[Prompt], *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        *,
+        shuffle: bool,
+        seed: int,
+        asked: Mapping[str, Asked] | None = None,
+        printed_date: date | None = None,
+    ) -> None:
         assert prompts, "a prompt set without prompts"
         self.prompts = prompts
+        self.asked = asked or {}
+        """What each prompt id stands for, before it was rendered."""
+        self.printed_date = printed_date
+        """The day that a prompt prints; None where none does."""
         self._shuffle = shuffle
         self._order = lru_cache(maxsize=2)(lambda number: _permutation(len(prompts), seed, number))
 
@@ -63,136 +98,148 @@ class PromptSet:
         return self.prompts[int(self._order(number)[index]) if self._shuffle else index]
 
 
-def load_prompts(config: DataConfig, renderer: Renderer, *, seed: int) -> PromptSet:
-    """Read and render `data.prompts` and merge `data.teacher_responses` by id. Raises DataError with every problem."""
-    responses = read_responses(config.teacher_responses, renderer.eos_ids) if config.teacher_responses else {}
+def needs_of(config: Config, *, vocab_size: int, end_ids: Collection[int]) -> PromptNeeds:
+    """Return what training with `config` asks of its prompts; `vocab_size` is the student's."""
+    kind = config.objective.kind
+    return PromptNeeds(
+        responses=active_guidance(config) is not None and config.run.replay is None,
+        answers=f"objective.kind={kind} learns from a verifier; add it, or choose another objective"
+        if learns_from_verifier(config.objective)
+        else None,
+        verifier=config.verifier,
+        vocab_size=vocab_size,
+        end_ids=end_ids,
+    )
+
+
+def load_prompts(
+    config: DataConfig, renderer: Renderer, *, seed: int, needs: PromptNeeds | None = None, today: date | None = None
+) -> PromptSet:
+    """Read and render `data.prompts`, merge `data.teacher_responses` by id, and check what `needs` asks for.
+
+    `today`: the day that chat templates print where data.template_date is None; None = the day of the call. Raises
+    DataError with every problem of both files.
+    """
+    needs = needs or PromptNeeds()
+    records, problems = scan_prompt_file(config.prompts)
+    records = records[: needs.limit]
+    variables = _variables(config, renderer, any(not isinstance(record.prompt, str) for record in records))
+    day = config.template_date or today or date.today()
+    asked = {record.prompt_id: _asked(record, variables, day) for record in records}
+    responses = _responses(config, renderer, needs)
+    known = responses.by_prompt.keys() | responses.bad_ids
     prompts: list[Prompt] = []
-    problems: list[str] = []
-    for record in read_prompt_file(config.prompts):
+    for record in records:
         where = f"{config.prompts}:{record.line}: prompt {record.prompt_id!r}"
         try:
-            token_ids = renderer.prompt_ids(record.prompt)
+            token_ids = renderer.prompt_ids(asked[record.prompt_id])
         except DataError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(Problem(record.line, f"{where}: {error}"))
             continue
-        if len(token_ids) > config.max_prompt_tokens:
-            limit = config.max_prompt_tokens
-            problems.append(f"{where} has {len(token_ids)} tokens but data.max_prompt_tokens is {limit}")
-        prompts.append(Prompt(record.prompt_id, token_ids, record.answer, responses.get(record.prompt_id)))
-    if responses and prompts and all(prompt.teacher_response_ids is None for prompt in prompts):
-        problems.append(
-            f"{config.teacher_responses}: none of its {len(responses)} ids is the id of a prompt in {config.prompts}; "
-            "data.teacher_responses belongs to other prompts"
+        prompts.append(Prompt(record.prompt_id, token_ids, record.answer, responses.by_prompt.get(record.prompt_id)))
+        missing = needs.responses and record.prompt_id not in known
+        problems += [
+            Problem(record.line, f"{where} {text}") for text in _problems(prompts[-1], config, needs, missing=missing)
+        ]
+    problems += _answer_problems(records, config.prompts, needs.verifier)
+    raise_problems(problems, [*responses.problems, *_foreign(prompts, responses, config)])
+    printed = _check_date(config, renderer, asked.values(), day)
+    return PromptSet(prompts, shuffle=config.shuffle, seed=seed, asked=asked, printed_date=printed)
+
+
+def _asked(record: PromptRecord, variables: Mapping[str, Any], day: date) -> Asked:
+    """The variables of the line go before those of the configuration."""
+    if isinstance(record.prompt, str):
+        return record.prompt
+    return Chat(record.prompt, record.tools, {**variables, **record.template_kwargs}, day)
+
+
+def _variables(config: DataConfig, renderer: Renderer, has_chats: bool) -> dict[str, Any]:
+    """What every chat gets besides its messages. Raises DataError where the template does not read it."""
+    if not has_chats and not config.chat_template_kwargs:
+        return {}
+    read = renderer.template.variables() | renderer.template.variables(with_tools=True)
+    unknown = unread(config.chat_template_kwargs, read)
+    if unknown is not None:
+        raise DataError(f"data.chat_template_kwargs: {unknown}")
+    variables = dict(config.chat_template_kwargs)
+    if config.template_date is not None and "date_string" in read:
+        variables.setdefault("date_string", config.template_date.strftime(DATE_STRING))
+    return variables
+
+
+def _responses(config: DataConfig, renderer: Renderer, needs: PromptNeeds) -> Responses:
+    if config.teacher_responses is None:
+        return Responses({}, [], frozenset())
+    end_ids = renderer.eos_ids if needs.end_ids is None else needs.end_ids
+    return scan_responses(config.teacher_responses, end_ids, vocab_size=needs.vocab_size)
+
+
+def _problems(prompt: Prompt, config: DataConfig, needs: PromptNeeds, *, missing: bool) -> Iterator[str]:
+    """What is wrong with a prompt for a run with these needs; `missing`: its response is not in the file."""
+    length, limit = len(prompt.token_ids), config.max_prompt_tokens
+    if length > limit:
+        yield f"has {length} tokens but data.max_prompt_tokens is {limit}"
+    largest = int(prompt.token_ids.max())
+    if needs.vocab_size is not None and largest >= needs.vocab_size:
+        yield f"holds token id {largest}; expected ids in [0, {needs.vocab_size}), the student's vocabulary"
+    if needs.answers is not None and prompt.answer is None:
+        yield f"has no `answer`, but {needs.answers}"
+    if missing:
+        yield (
+            f"has no response in data.teacher_responses={config.teacher_responses}, but objective.guidance is enabled; "
+            "add it (`tropd prefixes`) or set objective.guidance.enabled=false"
         )
-    _raise_all(problems)
-    return PromptSet(prompts, shuffle=config.shuffle, seed=seed)
 
 
-def read_prompt_file(path: Path) -> list[PromptRecord]:
-    """Read a JSONL file of prompts. Raises DataError with every problem found, by line."""
-    records: list[PromptRecord] = []
-    problems: list[str] = []
-    first_line: dict[str, int] = {}
-    for number, line in _lines(path, "data.prompts"):
-        record = _parse(line, partial(_prompt_record, line=number))
-        if isinstance(record, str):
-            problems.append(f"{path}:{number}: {record}")
-        elif record.prompt_id in first_line:
-            problems.append(
-                f"{path}:{number}: id {record.prompt_id!r} stands in line {first_line[record.prompt_id]} too"
+def _foreign(prompts: list[Prompt], responses: Responses, config: DataConfig) -> Iterator[Problem]:
+    if responses.by_prompt and prompts and all(prompt.teacher_response_ids is None for prompt in prompts):
+        yield Problem(
+            0,
+            f"{config.teacher_responses}: none of its {len(responses.by_prompt)} ids is the id of a prompt in "
+            f"{config.prompts}; data.teacher_responses belongs to other prompts",
+        )
+
+
+def _answer_problems(records: list[PromptRecord], path: Path, verifier: VerifierConfig | None) -> Iterator[Problem]:
+    """Answers that no response can have. Some milliseconds for each that differs, if mathematics."""
+    if verifier is None or verifier.kind == "none":
+        return
+    judged = [(record, record.answer) for record in records if record.answer is not None]
+    found: dict[str, str | None] = {}
+    said = time.monotonic()
+    for done, (record, answer) in enumerate(judged, start=1):
+        if answer not in found:
+            found[answer] = answer_problem(verifier, answer)
+        problem = found[answer]
+        if problem is not None:
+            yield Problem(record.line, f"{path}:{record.line}: prompt {record.prompt_id!r}: {problem}")
+        if time.monotonic() - said > PROGRESS_S:
+            said = time.monotonic()
+            log.info("%s: %d of %d answers are looked at", path, done, len(judged))
+
+
+def _check_date(config: DataConfig, renderer: Renderer, asked: Collection[Asked], day: date) -> date | None:
+    """Return the day that the prompts print, None where they print none. Raises DataError where one is set in vain."""
+    chats = [chat for chat in asked if isinstance(chat, Chat)]
+    if any(renderer.template.prints_date(chat) for chat in chats):
+        if config.template_date is None:
+            log.warning(
+                "the chat template prints a date, which is %s in every prompt of this run; set data.template_date=%s "
+                "to have it in other runs too",
+                day,
+                day,
             )
-        else:
-            first_line[record.prompt_id] = number
-            records.append(record)
-    if not records and not problems:
-        problems.append(f"{path}: no prompts in it; expected one JSON object a line (data.prompts)")
-    _raise_all(problems)
-    return records
-
-
-def read_responses(path: Path, eos_ids: tuple[int, ...]) -> dict[str, IntArray]:
-    """Return {prompt id: teacher response without the EOS at its end, int32}. Raises DataError with every problem."""
-    responses: dict[str, IntArray] = {}
-    problems: list[str] = []
-    first_line: dict[str, int] = {}
-    for number, line in _lines(path, "data.teacher_responses"):
-        record = _parse(line, _response)
-        if isinstance(record, str):
-            problems.append(f"{path}:{number}: {record}")
-            continue
-        prompt_id, ids = record
-        if prompt_id in first_line:
-            problems.append(f"{path}:{number}: id {prompt_id!r} stands in line {first_line[prompt_id]} too")
-            continue
-        first_line[prompt_id] = number
-        while ids and ids[-1] in eos_ids:
-            ids.pop()
-        responses[prompt_id] = np.array(ids, dtype=np.int32)
-    _raise_all(problems)
-    return responses
+        return day
+    if config.template_date is None:
+        return None
+    if not any("date_string" in chat.variables for chat in chats):
+        raise DataError(
+            f"data.template_date={config.template_date}: no prompt of {config.prompts} prints it; remove it"
+        )
+    return day
 
 
 def _permutation(count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
     """The order of pass `number`."""
     return np.random.Generator(np.random.Philox(key=[seed, number])).permutation(count)
-
-
-def _lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{key}={path}: cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _parse(line: str, convert: Callable[[dict[str, Any]], Any]) -> Any:
-    """What `convert` makes of one JSON object, or a text that says what is wrong with it."""
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        return f"expected a JSON object, found {line[:60]!r} ({error})"
-    if not isinstance(value, dict):
-        return f"expected a JSON object, found {line[:60]!r}"
-    return convert(value)
-
-
-def _prompt_record(value: dict[str, Any], line: int) -> PromptRecord | str:
-    prompt_id, answer = value.get("id"), value.get("answer")
-    if not isinstance(prompt_id, str) or not prompt_id:
-        return f"expected a text `id`, found {prompt_id!r}"
-    if answer is not None and not isinstance(answer, str):
-        return f"expected a text `answer` or none, found {answer!r}"
-    if ("messages" in value) == ("prompt" in value):
-        return "expected either `messages` or `prompt`"
-    prompt: Any = value.get("prompt", value.get("messages"))
-    if not (isinstance(prompt, str) or _is_chat(prompt)):
-        return f"expected a text `prompt` or `messages` with `role` and `content`, found {str(prompt)[:60]!r}"
-    return PromptRecord(prompt_id, prompt, answer, line)
-
-
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-            for message in messages
-        )
-    )
-
-
-def _response(value: dict[str, Any]) -> tuple[str, list[int]] | str:
-    prompt_id, ids = value.get("id"), value.get("response_ids")
-    if not isinstance(prompt_id, str):
-        return f"expected a text `id`, found {prompt_id!r}"
-    if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
-        return f"expected `response_ids`, a list of token ids, found {str(ids)[:60]!r}"
-    return prompt_id, list(ids)
-
-
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        more = [f"... and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
-        raise DataError("\n".join(problems[:SHOWN_PROBLEMS] + more))

@@ -1,37 +1,59 @@
 """Is the answer of a response right?
 
-It feeds metrics, evaluation, and the objectives that learn from a verifier. Invariant: a response without an answer is
-wrong, never an error.
+It feeds metrics, evaluation, and the objectives that learn from a verifier. Not for the form of mathematics
+(`mathematics`) or for patterns (`answer_pattern`). Invariants: a response without an answer is wrong, never an error;
+an answer that no response can have is found by `answer_problem`, when it is read.
 """
 
 from __future__ import annotations
 
 import re
-import threading
 
 from tropd_mcore.config.schema import VerifierConfig
+from tropd_mcore.data.answer_pattern import can_be_captured
+from tropd_mcore.data.mathematics import can_be_equal, equal
+from tropd_mcore.data.thinking import answer_part
 
 MATH_TIMEOUT_S = 5
 """Longest parsing and longest comparison of one answer; what takes longer is wrong."""
+LONGEST_MATH_ANSWER = 2000
+"""Characters of an answer in mathematics. Its search by regular expressions is quadratic, and no time limit ends it."""
 
 
-def judge(verifier: VerifierConfig, response: str, answer: str) -> bool:
-    """Return whether `response` ends in `answer`, as a string or as mathematics, as `verifier.kind` says."""
+def judge(verifier: VerifierConfig, response: str, answer: str, *, finished: bool = True, opened: bool = False) -> bool:
+    """Return whether `response` ends in `answer`, as a string or as mathematics, as `verifier.kind` says.
+
+    `finished`: the response ended by itself, not at its token budget. `opened`: its prompt had opened a thinking block.
+    """
+    said = answer_part(verifier, response, finished=finished, opened=opened)
+    return said is not None and is_right(verifier, said, answer)
+
+
+def is_right(verifier: VerifierConfig, said: str, answer: str) -> bool:
+    """Return whether what was said outside of thinking ends in `answer`."""
     assert verifier.kind != "none", "nothing is judged with verifier.kind=none"
     if verifier.kind == "exact_match":
-        found = re.findall(verifier.pattern, response)
-        return bool(found) and found[-1].strip() == answer.strip()
-    return _equal_as_mathematics(response, answer)
+        found = [match[1] for match in re.finditer(verifier.pattern, said)]
+        return bool(found) and found[-1] is not None and found[-1].strip() == answer.strip()
+    return equal(said, answer, limit_s=MATH_TIMEOUT_S)
 
 
-def _equal_as_mathematics(response: str, answer: str) -> bool:
-    """Compare the last expression in `response` with `answer`, which is LaTeX with or without its dollar signs."""
-    from math_verify import parse, verify
-
-    # A bare answer would be read as plain text, and 3\pi as 3.
-    expected = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
-    # The time limit is a signal, which only the main thread can receive.
-    limit = MATH_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
-    return bool(
-        verify(parse(expected, parsing_timeout=limit), parse(response, parsing_timeout=limit), timeout_seconds=limit)
-    )
+def answer_problem(verifier: VerifierConfig, answer: str) -> str | None:
+    """Return why no response can ever be right; None where one can, or where that cannot be told."""
+    assert verifier.kind != "none", "nothing is judged with verifier.kind=none"
+    if not answer.strip():
+        return "`answer` is empty; write it, or leave it out where nothing is to be judged"
+    if verifier.kind == "exact_match":
+        if can_be_captured(verifier.pattern, answer.strip()):
+            return None
+        return (
+            f"no response can have the `answer` {answer[:60]!r}: verifier.pattern={verifier.pattern} takes no such text"
+        )
+    if len(answer) > LONGEST_MATH_ANSWER:
+        return f"the `answer` has {len(answer)} characters; expected at most {LONGEST_MATH_ANSWER}, the result alone"
+    if not can_be_equal(answer, limit_s=MATH_TIMEOUT_S):
+        return (
+            f"no response can have the `answer` {answer[:60]!r}: math_verify reads no mathematics in it "
+            f"in {MATH_TIMEOUT_S} s; write it as LaTeX (words as \\text{{...}})"
+        )
+    return None

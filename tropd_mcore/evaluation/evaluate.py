@@ -1,27 +1,34 @@
 """Exact match of a model on held-out prompts, greedy and sampled, with counts and intervals.
 
 Not for starting servers: a `generate` callable answers the prompts (`SglangClient.generate`). Invariants: a prompt
-without an answer is refused, a generation that failed is an error and never a wrong answer; two results are compared
-only where prompts and settings are the same.
+without an answer is refused, a generation that failed is an error and never a wrong answer; answers are judged as in
+training; two results are compared only where prompts and settings are the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from tropd_mcore.config.schema import VerifierConfig
+from tropd_mcore.config.schema import DataConfig, VerifierConfig
 from tropd_mcore.data.chat import Renderer
-from tropd_mcore.data.prompts import read_prompt_file
-from tropd_mcore.data.verify import judge
+from tropd_mcore.data.end_tokens import served_end_ids
+from tropd_mcore.data.prompts import PromptNeeds, PromptSet, load_prompts
+from tropd_mcore.data.thinking import read_answer_ids
+from tropd_mcore.data.verify import is_right
 from tropd_mcore.errors import DataError, ServerError
 from tropd_mcore.evaluation.statistics import clustered_interval, paired_difference_interval, wilson_interval
-from tropd_mcore.files import publish_text
+from tropd_mcore.files import file_digest, publish_text
 from tropd_mcore.serving.wire import Generation, GenerationRequest
+from tropd_mcore.weights.architecture import read_architecture
+from tropd_mcore.weights.digest import weights_digest
+
+ANY_LENGTH = 1 << 31
+"""Tokens of a prompt: how many an evaluation can have is for the server to say."""
 
 Generate = Callable[[list[GenerationRequest]], Sequence[Generation | ServerError]]
 
@@ -39,8 +46,18 @@ class EvaluationSettings:
     top_p: float = 1.0
     verifier: str = "exact_match"
     pattern: str = VerifierConfig.model_fields["pattern"].default
+    unfinished: str = "wrong"
+    """verifier.unfinished"""
+    thinking: list[str] | None = field(default_factory=lambda: list(VerifierConfig().thinking or ()))
+    """verifier.thinking"""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """data.chat_template_kwargs"""
+    template_date: str | None = None
+    """data.template_date, YYYY-MM-DD"""
     limit: int | None = None
     """First prompts of the file; None = all"""
+    end_ids: list[int] = field(default_factory=list)
+    """Ids that end a response beside those that the model's own files name: those of training (`data.end_tokens`)"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class EvaluationResult:
 
     model: str
     weights_sha256: str
-    """Hash over the safetensors of the folder"""
+    """Digest of the safetensors of the folder (`weights.digest`)"""
     prompts_sha256: str
     """Hash of the prompt file"""
     settings: EvaluationSettings
@@ -72,6 +89,8 @@ class EvaluationResult:
     """Tokens of a greedy answer"""
     greedy_correct: list[bool]
     """By prompt, in the order of the file"""
+    template_date: str | None = None
+    """The day that the chat template printed, YYYY-MM-DD; None where it printed none"""
 
     def save(self, path: Path) -> None:
         """Publish the result as JSON."""
@@ -82,6 +101,10 @@ def load_result(path: Path) -> EvaluationResult:
     """Read what `EvaluationResult.save` wrote. Raises DataError."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # A result of an older release does not say how it was judged.
+        absent = [entry.name for entry in fields(EvaluationSettings) if entry.name not in values["settings"]]
+        if absent:
+            raise KeyError(f"settings.{absent[0]}")
         values["settings"] = EvaluationSettings(**values["settings"])
         values["greedy"] = Score(**values["greedy"])
         values["sampled"] = Score(**values["sampled"]) if values["sampled"] is not None else None
@@ -90,27 +113,28 @@ def load_result(path: Path) -> EvaluationResult:
         raise DataError(f"{path}: expected a result of `tropd eval`: {error!r}") from error
 
 
-def evaluate(model: Path, generate: Generate, settings: EvaluationSettings) -> EvaluationResult:
+def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, today: date) -> EvaluationResult:
     """Answer every prompt with `generate`, which serves `model`, and judge the answers.
 
-    Raises DataError where the prompts cannot be judged, ServerError where an answer is missing.
+    `today`: the day that a chat template prints. Raises DataError where the prompts cannot be judged, ServerError where
+    an answer is missing.
     """
     renderer = Renderer(model)
-    records = read_prompt_file(Path(settings.prompts))[: settings.limit]
-    missing = [record.prompt_id for record in records if record.answer is None]
-    if missing:
-        raise DataError(f"{settings.prompts}: {len(missing)} prompts have no answer to judge by, first {missing[0]!r}")
-    prompts = [renderer.prompt_ids(record.prompt) for record in records]
-    verifier = VerifierConfig.model_validate({"kind": settings.verifier, "pattern": settings.pattern})
+    verifier = _verifier(settings)
+    prompt_set = _read_prompts(renderer, settings, verifier, today)
+    prompts = [prompt.token_ids for prompt in prompt_set.prompts]
+    expected = [str(prompt.answer) for prompt in prompt_set.prompts]
+    vocab_size, stops = read_architecture(model).vocab_size, served_end_ids(settings.end_ids, model)
 
     def answers(temperature: float, samples: int) -> list[Generation]:
         requests = [
             GenerationRequest(
                 input_ids=ids,
                 max_new_tokens=settings.max_new_tokens,
+                vocab_size=vocab_size,
                 temperature=temperature,
                 top_p=settings.top_p if temperature > 0 else 1.0,
-                stop_token_ids=renderer.eos_ids,
+                stop_token_ids=stops,
             )
             for ids in prompts
             for _ in range(samples)
@@ -118,23 +142,46 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings) -> E
         return [_present(generation) for generation in generate(requests)]
 
     def judged(generations: list[Generation], samples: int) -> list[bool]:
-        texts = [renderer.decode(generation.output_ids) for generation in generations]
-        return [judge(verifier, text, str(records[i // samples].answer)) for i, text in enumerate(texts)]
+        right = []
+        for index, generation in enumerate(generations):
+            ids, finished = generation.output_ids, generation.finish_reason == "stop"
+            said = read_answer_ids(verifier, renderer, prompts[index // samples], ids, finished=finished)
+            right.append(said is not None and is_right(verifier, said, expected[index // samples]))
+        return right
 
     greedy = answers(0.0, 1)
     greedy_correct = judged(greedy, 1)
     sampled = judged(answers(settings.temperature, settings.samples), settings.samples) if settings.samples else []
     return EvaluationResult(
         model=str(model),
-        weights_sha256=weights_hash(model),
-        prompts_sha256=file_hash([Path(settings.prompts)]),
+        weights_sha256=weights_digest(model),
+        prompts_sha256=file_digest(Path(settings.prompts)),
         settings=settings,
         greedy=_score(greedy_correct),
         sampled=_clustered_score(sampled, settings.samples) if sampled else None,
         truncated=sum(generation.finish_reason == "length" for generation in greedy) / len(greedy),
         mean_length=sum(len(generation.output_ids) for generation in greedy) / len(greedy),
         greedy_correct=greedy_correct,
+        template_date=prompt_set.printed_date.isoformat() if prompt_set.printed_date else None,
     )
+
+
+def _verifier(settings: EvaluationSettings) -> VerifierConfig:
+    keys = {"pattern": settings.pattern, "unfinished": settings.unfinished, "thinking": settings.thinking}
+    return VerifierConfig.model_validate({"kind": settings.verifier, **keys})
+
+
+def _read_prompts(renderer: Renderer, settings: EvaluationSettings, verifier: VerifierConfig, today: date) -> PromptSet:
+    """The prompts in the order of the file. Raises DataError where one cannot be rendered or judged."""
+    data = DataConfig(
+        prompts=Path(settings.prompts),
+        chat_template_kwargs=settings.chat_template_kwargs,
+        template_date=date.fromisoformat(settings.template_date) if settings.template_date else None,
+        max_prompt_tokens=ANY_LENGTH,
+        shuffle=False,
+    )
+    needs = PromptNeeds(answers="`tropd eval` judges by it; add it", verifier=verifier, limit=settings.limit)
+    return load_prompts(data, renderer, seed=0, needs=needs, today=today)
 
 
 def compare(before: EvaluationResult, after: EvaluationResult) -> dict[str, float]:
@@ -144,6 +191,11 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> dict[str, floa
     """
     if before.settings != after.settings or before.prompts_sha256 != after.prompts_sha256:
         raise DataError(f"{before.model} and {after.model} were evaluated with other settings; evaluate both again")
+    if before.template_date != after.template_date:
+        raise DataError(
+            f"the prompts of {before.model} and {after.model} print other dates ({before.template_date} and "
+            f"{after.template_date}); set data.template_date and evaluate both again"
+        )
     low, high = paired_difference_interval(before.greedy_correct, after.greedy_correct)
     return {"difference": after.greedy.accuracy - before.greedy.accuracy, "low": low, "high": high}
 
@@ -178,18 +230,3 @@ def _clustered_score(correct: list[bool], samples: int) -> Score:
     means = [sum(correct[start : start + samples]) / samples for start in range(0, len(correct), samples)]
     low, high = clustered_interval(means)
     return Score(sum(correct), len(correct), sum(correct) / len(correct), low, high)
-
-
-def weights_hash(model: Path) -> str:
-    """Return the hash of the safetensors in a model folder, in the order of their names."""
-    return file_hash(sorted(model.glob("*.safetensors")))
-
-
-def file_hash(paths: Sequence[Path]) -> str:
-    """Return the SHA-256 of the contents of the files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

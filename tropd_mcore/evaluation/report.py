@@ -118,6 +118,7 @@ CHARTS = (
         "Sampler and trainer", "nats, logarithmic", "Difference of their log-probs: numerics, or wrong weights.",
         (
             Line("mean", "engine/difference_mean"),
+            Line("99 %", "engine/difference_p99"),
             Line("largest", "engine/difference_max", "outlier", "dotted"),
         ),
         logarithmic=True,

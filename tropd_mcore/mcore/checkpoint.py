@@ -1,8 +1,9 @@
 """Checkpoints of a run: weights, optimizer, schedule, random states, a small JSON; Megatron's `torch_dist` format.
 
-Not for Hugging Face folders (`weights_io`). Invariants: a folder without the suffix `.partial` is complete; on the same
-layout a run goes on bit for bit; on another tensor, pipeline or data layout weights, main weights and moments are the
-same numbers, cut anew. All ranks must see the same file system, and every function here is collective.
+Not for Hugging Face folders (`weights_io`). Invariants: a folder without the suffix `.partial` is complete; nothing is
+filled from a checkpoint that is not bit for bit the one that was written; on the same layout a run goes on bit for bit;
+on another tensor, pipeline or data layout weights, main weights and moments are the same numbers, cut anew. All ranks
+must see the same file system, and every function here is collective.
 
 What is read back is safe to read from strangers: see `torch_dist`. Of our own there is JSON and safetensors only.
 """
@@ -30,16 +31,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tropd_mcore.errors import ModelError
 from tropd_mcore.mcore.average import KEY as AVERAGE
 from tropd_mcore.mcore.average import WeightAverage
+from tropd_mcore.mcore.checkpoint_digests import check_digests, make_digests, way_on
 from tropd_mcore.mcore.checkpoint_info import (
     HF_FOLDER,
     INFO_FILE,
     PARTIAL_SUFFIX,
     CheckpointInfo,
+    DamagedCheckpoint,
     complete_checkpoints,
     partial_checkpoints,
     read_info,
     step_folder,
 )
+from tropd_mcore.mcore.collective import on_rank_zero
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.rng_state import load_rng, save_rng
@@ -78,20 +82,29 @@ def save(
     *,
     keep: int,
     hf_folder: Path | None = None,
+    run: str | None = None,
 ) -> Path:
     """Write <directory>/step_<step> and remove all but the newest `keep` checkpoints; returns the folder.
 
-    `extra` is plain JSON; config.json and tokenizer are copied from `hf_folder`. Until the last rename the folder has
-    the suffix `.partial`, and the checkpoints before it stay. Raises ModelError on all ranks where writing fails on
-    one of them.
+    `extra` is plain JSON, `run` the identity of the run; config.json and tokenizer are copied from `hf_folder`. The
+    digest of every file goes into the JSON. Until the last rename the folder has the suffix `.partial`, and the
+    checkpoints before it stay. Raises ModelError on all ranks where writing fails on one of them.
     """
     final = step_folder(directory, step)
-    write(final, state, step=step, extra=extra, hf_folder=hf_folder)
+    write(final, state, step=step, extra=extra, hf_folder=hf_folder, run=run)
     _on_first_rank(state.model.layout, lambda: _prune(directory, keep), f"checkpoints in {directory}: removing failed")
     return final
 
 
-def write(final: Path, state: TrainState, *, step: int, extra: dict[str, Any], hf_folder: Path | None) -> None:
+def write(
+    final: Path,
+    state: TrainState,
+    *,
+    step: int,
+    extra: dict[str, Any],
+    hf_folder: Path | None,
+    run: str | None = None,
+) -> None:
     """Write one checkpoint to `final`, replacing it if it exists. Raises ModelError as `save` does."""
     model, layout = state.model, state.model.layout
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
@@ -108,6 +121,8 @@ def write(final: Path, state: TrainState, *, step: int, extra: dict[str, Any], h
         raise ModelError(f"{failed} ({_first_failure(error)})") from error
     if state.optimizer is not None:
         _on_every_rank(layout, lambda: save_rng(partial, layout.rank), failed)
+    if hf_folder is not None:
+        _on_first_rank(layout, lambda: _copy_hf(hf_folder, partial / HF_FOLDER), failed)
     info = CheckpointInfo(
         step=step,
         architecture=model.arch,
@@ -117,31 +132,28 @@ def write(final: Path, state: TrainState, *, step: int, extra: dict[str, Any], h
         scheduler=state.scheduler.state_dict() if state.scheduler is not None else None,
         average=state.average is not None,
         extra=extra,
+        run=run,
+        files=make_digests(partial, layout.groups.control),
     )
-    _on_first_rank(layout, lambda: _publish(partial, final, info, hf_folder), failed)
+    _on_first_rank(layout, lambda: _publish(partial, final, info), failed)
 
 
-def load(path: Path, state: TrainState) -> CheckpointInfo:
+def load(path: Path, state: TrainState, *, begin: bool = False, run: str | None = None) -> CheckpointInfo:
     """Fill model, optimizer, scheduler, average and random states from one checkpoint; returns its JSON.
 
     The model is built for the layout at hand, the optimizer on top of it; their contents are replaced. Without an
     optimizer only the weights are read, in the model's dtype; an average is read where the state has one. Random states
-    are restored, with the optimizer, where the layout is the one that wrote them. Raises ModelError where the
-    checkpoint is damaged, of another architecture, without the average that is asked for, or does not fit the
-    optimizer's or the schedule's settings.
+    are restored, with the optimizer, where the layout is the one that wrote them. `begin` starts another run from it:
+    its schedule is at step 0 and its random states are those of its own seed. Rates, schedule and Adam's constants are
+    the optimizer's and the scheduler's at hand, never those of the checkpoint (see `train.resume_rules`). `run` is
+    the identity of the run that resumes.
+
+    Raises, before anything is filled, DamagedCheckpoint where a file is not the one that was written, with the newest
+    whole checkpoint before it; ModelError where the checkpoint is of another run, architecture or dtype, without the
+    average that is asked for, or its optimizer state is of another form.
     """
     model, layout = state.model, state.model.layout
-    info = read_info(path)
-    check_same_architecture(info.architecture, model.arch, source=f"checkpoint {path}")
-    _check_optimizer(path, info, state)
-    if state.average is not None and not info.average:
-        raise ModelError(
-            f"checkpoint {path}: holds no average of the weights, which objective.kind=sdpo resumes from; "
-            "restore the objective that wrote it, or start a new run.dir"
-        )
-    missing = [name for name in _MEGATRON_FILES if not (path / name).is_file()]
-    if missing:
-        raise ModelError(f"checkpoint {path}: {', '.join(missing)} not found; it is damaged")
+    info = _accept(path, state, run)
     sharded = _sharded_state(state, is_loading=True)
     try:
         # Copies into views of leaf parameters, which autograd refuses.
@@ -153,17 +165,51 @@ def load(path: Path, state: TrainState) -> CheckpointInfo:
         _load_modules(path, model, loaded)
         if state.optimizer is not None:
             state.optimizer.load_state_dict(loaded["optimizer"])
+            _restore_settings(state)
         if state.average is not None:
             state.average.load_state(loaded[AVERAGE])
     if state.scheduler is not None:
         assert info.scheduler is not None, "a checkpoint with optimizer state has a schedule"
-        state.scheduler.num_steps = info.scheduler["num_steps"]
+        state.scheduler.num_steps = 0 if begin else info.scheduler["num_steps"]
         state.scheduler.step(increment=0)
+    if begin:
+        return info
     if state.optimizer is not None and info.layout == _layout_json(layout):
         _on_every_rank(layout, lambda: load_rng(path, layout.rank), f"checkpoint {path}: reading failed")
     elif state.optimizer is not None:
         logger.info("checkpoint %s: written at %s, random states stay as seeded", path, info.layout)
     return info
+
+
+def _accept(path: Path, state: TrainState, run: str | None) -> CheckpointInfo:
+    """The JSON of a checkpoint that fits `state` and is as it was written; nothing is filled yet."""
+    control = state.model.layout.groups.control
+    try:
+        info = on_rank_zero(lambda: read_info(path), control)
+        _check_fits(path, info, state, run)
+        check_digests(path, info, control)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}{way_on(path, control)}") from error
+    missing = [name for name in _MEGATRON_FILES if not (path / name).is_file()]
+    if missing:  # of a checkpoint without digests
+        raise ModelError(f"checkpoint {path}: {', '.join(missing)} not found; it is damaged")
+    return info
+
+
+def _check_fits(path: Path, info: CheckpointInfo, state: TrainState, run: str | None) -> None:
+    """Raise ModelError where `info` is of something else than what is to be filled; the same on all ranks."""
+    if run is not None and info.run is not None and info.run != run:
+        raise ModelError(
+            f"checkpoint {path}: written by another run ({info.run}, this one is {run}); move it away and begin from "
+            "its weights with run.init_from, or go on in the run directory that wrote it (whose run.id has its name)"
+        )
+    check_same_architecture(info.architecture, state.model.arch, source=f"checkpoint {path}")
+    _check_optimizer(path, info, state)
+    if state.average is not None and not info.average:
+        raise ModelError(
+            f"checkpoint {path}: holds no average of the weights, which objective.kind=sdpo resumes from; "
+            "restore the objective that wrote it, or start a new run.dir"
+        )
 
 
 def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
@@ -232,25 +278,18 @@ def _check_optimizer(path: Path, info: CheckpointInfo, state: TrainState) -> Non
         raise ModelError(
             f"checkpoint {path}: written with student.dtype={info.param_dtype}, found {_dtype_name(state.model)}"
         )
-    if state.scheduler is not None:
-        _check_schedule(path, info.scheduler or {}, state.scheduler.state_dict())
 
 
-def _check_schedule(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """The schedule is rebuilt from the configuration; only its position is restored."""
-    free = {"num_steps", "wd_incr_steps"}
-    if current["lr_decay_style"] == "constant":
-        free.add("lr_decay_steps")
-    differences = [
-        f"{name} is {current[name]}, the checkpoint has {saved.get(name)}"
-        for name in current
-        if name not in free and saved.get(name) != current[name]
-    ]
-    if differences:
-        raise ModelError(
-            f"checkpoint {path}: another schedule: {'; '.join(differences)}; restore optimizer.* and run.steps, "
-            "or start a new run.dir"
-        )
+def _restore_settings(state: TrainState) -> None:
+    """What the checkpoint's parameter groups brought along of its run's settings gives way to those of this run."""
+    assert state.optimizer is not None and state.scheduler is not None
+    for part in state.optimizer.chained_optimizers:
+        if part.is_stub_optimizer:  # this rank has no parameter of the part
+            continue
+        settings = part.config
+        for group in part.optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = state.scheduler.max_lr, state.scheduler.min_lr
+            group["betas"], group["eps"] = (settings.adam_beta1, settings.adam_beta2), settings.adam_eps
 
 
 def _optimizer_kind(state: TrainState) -> str | None:
@@ -274,11 +313,13 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _publish(partial: Path, final: Path, info: CheckpointInfo, hf_folder: Path | None) -> None:
-    if hf_folder is not None:
-        (partial / HF_FOLDER).mkdir()
-        shutil.copyfile(hf_folder / "config.json", partial / HF_FOLDER / "config.json")
-        copy_companions(hf_folder, partial / HF_FOLDER)
+def _copy_hf(source: Path, target: Path) -> None:
+    target.mkdir()
+    shutil.copyfile(source / "config.json", target / "config.json")
+    copy_companions(source, target)
+
+
+def _publish(partial: Path, final: Path, info: CheckpointInfo) -> None:
     (partial / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
     fsync_tree(partial)
     replace_folder(partial, final)

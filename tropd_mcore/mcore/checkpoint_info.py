@@ -1,11 +1,14 @@
 """The JSON beside a checkpoint's tensors, and which folders are checkpoints; nothing here is collective.
 
-Not for tensors (`checkpoint`). Invariant: the JSON is written last, so a folder that has it, and no `.partial` in its
-name, is complete.
+Not for tensors (`checkpoint`) or for hashing files (`checkpoint_digests`). Invariants: the JSON is written last, so a
+folder that has it, and no `.partial` in its name, is complete; the JSON holds the digest of every other file and of
+itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -19,8 +22,25 @@ INFO_FILE = "tropd.json"
 HF_FOLDER = "hf"
 """config.json and tokenizer of the model, so that an export needs nothing but the checkpoint."""
 PARTIAL_SUFFIX = ".partial"
-_FORMAT = 1
+DAMAGED_SUFFIX = ".damaged"
+"""Given by the user to a checkpoint that is not to be resumed from."""
+_FORMAT = 2
+_WITHOUT_DIGESTS = 1
+"""The format before digests; still read."""
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
+_NO_DIGEST = '"sha256": ""'
+
+
+class DamagedCheckpoint(ModelError):
+    """A checkpoint is not as it was written; an older one may be."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is known of one file of a checkpoint."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -40,27 +60,72 @@ class CheckpointInfo:
     """What the caller of `checkpoint.save` gave."""
     average: bool = False
     """Whether it holds a moving average of the weights."""
+    run: str | None = None
+    """Identity of the run that wrote it; None where it belongs to none."""
+    files: dict[str, FileRecord] | None = None
+    """Every other file of the checkpoint, by path below it; None where the release that wrote it recorded none."""
 
     def to_json(self) -> str:
         """The text of the file; `read_info` is the inverse."""
-        values = {**vars(self), "architecture": architecture_to_json(self.architecture)}
-        return json.dumps({"format": _FORMAT, **values}, indent=2) + "\n"
+        assert self.files is not None, "a checkpoint is written with the digests of its files"
+        values = {
+            **vars(self),
+            "architecture": architecture_to_json(self.architecture),
+            "files": {name: dataclasses.asdict(record) for name, record in sorted(self.files.items())},
+        }
+        text = json.dumps({"format": _FORMAT, "sha256": "", **values}, indent=2) + "\n"
+        return text.replace(_NO_DIGEST, f'"sha256": "{_digest(text)}"', 1)
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """Read the JSON of the checkpoint `path`. Raises ModelError where it is missing, damaged or of another format."""
+    """Read the JSON of the checkpoint `path`.
+
+    Raises DamagedCheckpoint where it is not as it was written, or is of another step than the folder's name says;
+    ModelError where it is missing or of another format.
+    """
     file = path / INFO_FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        found = values.pop("format")
-        if found != _FORMAT:
-            raise ModelError(f"{file}: checkpoint format {found}, expected {_FORMAT}")
-        architecture = architecture_from_json(values.pop("architecture"), source=str(file))
-        return CheckpointInfo(architecture=architecture, **values)
+        text = file.read_text(encoding="utf-8")
+        info = _parse(text, file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelError(f"checkpoint {path}: {INFO_FILE} not found; expected a complete checkpoint folder") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{file}: cannot be read ({error.strerror or error})") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: damaged ({error!r})") from error
+        raise DamagedCheckpoint(f"{file}: damaged ({error!r})") from error
+    named = step_of(path)
+    if named is not None and named != info.step:
+        raise DamagedCheckpoint(
+            f"checkpoint {path}: its name says step {named}, its {INFO_FILE} step {info.step}; it was renamed or copied"
+        )
+    return info
+
+
+def _parse(text: str, file: Path) -> CheckpointInfo:
+    values = json.loads(text)
+    found = values.pop("format")
+    if found not in (_FORMAT, _WITHOUT_DIGESTS):
+        raise ModelError(f"{file}: checkpoint format {found}, expected {_FORMAT}")
+    files: dict[str, FileRecord] | None = None
+    if found == _FORMAT:
+        stated = values.pop("sha256")
+        if stated != _digest(text.replace(f'"sha256": "{stated}"', _NO_DIGEST, 1)):
+            raise DamagedCheckpoint(
+                f"{file}: not as it was written (its own sha256 differs); the checkpoint is damaged"
+            )
+        files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
+    architecture = architecture_from_json(values.pop("architecture"), source=str(file))
+    return CheckpointInfo(architecture=architecture, files=files, **values)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None where it is named otherwise (a conversion)."""
+    match = _STEP_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -72,9 +137,16 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, the oldest step first; partial ones are ignored."""
     if not directory.is_dir():
         return []
-    numbers = [(path, _STEP_FOLDER.fullmatch(path.name)) for path in directory.iterdir()]
-    found = [(int(match[1]), path) for path, match in numbers if match and (path / INFO_FILE).is_file()]
+    numbered = [(step_of(path), path) for path in directory.iterdir() if (path / INFO_FILE).is_file()]
+    found = [(step, path) for step, path in numbered if step is not None]
     return [path for _, path in sorted(found)]
+
+
+def without_info(directory: Path) -> list[Path]:
+    """Folders named after a step that have no JSON, which no save leaves behind: somebody removed it."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if step_of(path) is not None and not (path / INFO_FILE).exists())
 
 
 def latest(directory: Path) -> Path | None:

@@ -27,6 +27,8 @@ class RowConstants:
     columns: dict[str, Tensor]
     impossible_T: Tensor
     """bool, rows that count and whose token the teacher gives no probability"""
+    excluded_T: Tensor
+    """float32, candidates of the teacher that the student's tokenizer lacks; NaN where there are no such tokens"""
 
     @classmethod
     def of(cls, batch: MicroBatch, scored: TeacherScores, context: RowContext, vocab_size: int) -> RowConstants:
@@ -61,7 +63,8 @@ class RowConstants:
         }
         before = {"old_logp_T": context.old_logp_T, "old_own_logp_TL": context.old_own_logp_TL}
         known_before = {name: column for name, column in before.items() if column is not None}
-        return cls(columns | known_before, impossible_T)
+        excluded_T = unknown_T if scored.excluded_T is None else scored.excluded_T.to(torch.float32)
+        return cls(columns | known_before, impossible_T, excluded_T)
 
     @property
     def topk_ids_TK(self) -> Tensor:
@@ -109,6 +112,7 @@ class RowConstants:
             "on": self.columns["on_mask_T"],
             "off": self.columns["off_mask_T"],
             "impossible": self.impossible_T,
+            "excluded": self.excluded_T,
             "teacher_logp": self.columns["teacher_logp_T"],
             "teacher_entropy": self.columns["teacher_entropy_T"],
         }

@@ -4,12 +4,13 @@ For the teacher, for the student before an update, for the comparison with the s
 loss. Invariant: all numbers are of the full vocabulary without its padding, and are the same on every tensor rank; each
 function looks at the output layer once.
 
-Legend: T rows, K teacher top-k, L student top-k, J = 1 + L ids.
+Legend: T rows, K teacher top-k, L student top-k, J = 1 + L ids, E excluded ids, A = K + E.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from tropd_mcore.losses.kernel.shard import NO_ENTRY
 from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
-from tropd_mcore.losses.kernel.topk import distributed_topk
+from tropd_mcore.losses.kernel.topk import TopK, distributed_topk
 from tropd_mcore.losses.objectives.inputs import ABSENT
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
@@ -34,14 +35,17 @@ def score_micro_batches(
     settings: LossSettings,
     extra_ids: Sequence[Tensor | None] | None = None,
     keep_hidden: bool = False,
+    excluded: Sequence[int] = (),
 ) -> list[TeacherScores | None]:
     """Score every row at temperature 1: log q of the predicted token, top-k, tail mass and entropy, in nats.
 
     `extra_ids[i]`, int64 [T, L], are further ids of micro-batch i whose log q is wanted (`own_logp_TL`). A predicted
     id that this model's vocabulary does not have is not scored, a further one is ABSENT. `keep_hidden` also keeps the
-    input of the output layer, [T, D]. None on all but the last stage.
+    input of the output layer, [T, D]. `excluded` ids are no candidates (a further id among them is ABSENT): the next
+    best take their places, and their probability is in the tail. None on all but the last stage.
     """
     kernel = settings.kernel(model, temperature=1.0)
+    excluded_E = torch.tensor(excluded, dtype=torch.int64, device=model.platform.device) if excluded else None
 
     def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> TeacherScores:
         extra_TL = extra_ids[index] if extra_ids is not None else None
@@ -49,8 +53,13 @@ def score_micro_batches(
         if extra_TL is not None:
             ids_TJ = torch.cat([ids_TJ, extra_TL], dim=1)
         known_TJ = ids_TJ < model.shard.vocab_size
+        if excluded_E is not None:
+            known_TJ[:, 1:] &= ~torch.isin(ids_TJ[:, 1:], excluded_E)
         ids_TJ = torch.where(known_TJ, ids_TJ, NO_ENTRY)
-        top = distributed_topk(settings.source(model, layer), k=k, kernel=kernel, ids_TJ=ids_TJ)
+        top = distributed_topk(settings.source(model, layer), k=k + len(excluded), kernel=kernel, ids_TJ=ids_TJ)
+        excluded_T = None
+        if excluded_E is not None:
+            top, excluded_T = _without(top, excluded_E)
         assert top.logp_TJ is not None, "log-probs of ids were asked for"
         return TeacherScores(
             logp_T=top.logp_TJ[:, 0],
@@ -61,9 +70,24 @@ def score_micro_batches(
             scored_T=known_TJ[:, 0],
             own_logp_TL=top.logp_TJ[:, 1:].masked_fill(~known_TJ[:, 1:], ABSENT) if extra_TL is not None else None,
             hidden_TD=layer.hidden_TD if keep_hidden else None,
+            excluded_T=excluded_T,
         )
 
     return run_pipeline(model, micro_batches, pack_length, loss=only_measure(measure), forward_only=True)
+
+
+def _without(top: TopK, excluded_E: Tensor) -> tuple[TopK, Tensor]:
+    """(the K best of A = K + E candidates that are not excluded, int32 [T] of those excluded among the K best).
+
+    At least K of A are left, and none outside the A is better than one of them.
+    """
+    k = top.ids_TK.shape[1] - len(excluded_E)
+    out_TA = torch.isin(top.ids_TK, excluded_E)
+    kept_TK = out_TA.to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+    logp_TK = top.logp_TK.gather(1, kept_TK)
+    tail_mass_T = (1.0 - logp_TK.exp().sum(dim=1)).clamp(0.0, 1.0)
+    left = replace(top, ids_TK=top.ids_TK.gather(1, kept_TK), logp_TK=logp_TK, tail_mass_T=tail_mass_T)
+    return left, out_TA[:, :k].sum(dim=1, dtype=torch.int32)
 
 
 def student_pass(

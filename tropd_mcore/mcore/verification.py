@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tropd_mcore.errors import ConfigError, ModelError
+from tropd_mcore.data.tokenizer import load_tokenizer
+from tropd_mcore.errors import ConfigError
 from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.mcore.conversion import Job, load_checkpoint
 from tropd_mcore.mcore.model import Model
@@ -22,6 +23,7 @@ from tropd_mcore.mcore.weights_io import iterate_hf
 from tropd_mcore.types import MicroBatch
 from tropd_mcore.weights.families import hf_weight_plan
 from tropd_mcore.weights.hf_folder import HfReader
+from tropd_mcore.weights.independent import independent_model
 
 LIMIT_NATS = 1e-4
 """Largest difference of a float32 log-prob between two implementations of one model."""
@@ -120,9 +122,7 @@ def sample_sequences(hf: Path, vocab_size: int, seed: int) -> list[tuple[str, Te
         for index in range(RANDOM_SEQUENCES)
     ]
     if (hf / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(hf)
+        tokenizer = load_tokenizer(hf)
         for index, text in enumerate(TEXTS):
             ids = tokenizer(text)["input_ids"]
             sequences.append((f"text {index + 1}", torch.tensor(ids[: len(ids) // 2 * 2])))
@@ -132,14 +132,7 @@ def sample_sequences(hf: Path, vocab_size: int, seed: int) -> list[tuple[str, Te
 @torch.no_grad()
 def hf_log_probs(folder: Path, sequences: list[Tensor]) -> list[Tensor]:
     """Log-probs [T, V], nats, of transformers' model in float32 with its plain attention."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model folder {folder}: transformers cannot load it ({error})") from error
+    model = independent_model(folder)
     return [model(tokens[None]).logits[0].log_softmax(-1) for tokens in sequences]
 
 

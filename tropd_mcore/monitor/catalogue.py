@@ -158,6 +158,11 @@ def _impossible_tokens(record: StepRecord) -> float:
     return float(sum(np.nansum(part["impossible"]) for part in (record.student, record.prefix)))
 
 
+def _excluded_candidates(record: StepRecord) -> float:
+    counts = np.concatenate([part["excluded"] for part in (record.student, record.prefix)])
+    return float(np.nansum(counts)) if not np.isnan(counts).all() else float("nan")
+
+
 def _engine_log_ratio(record: StepRecord) -> Values:
     return record.student["old_logp"] - record.student["behav_logp"]
 
@@ -172,6 +177,17 @@ def _engine_difference(fraction: float | None) -> Compute:
         return record.student.mean(difference) if fraction is None else record.student.quantile(difference, fraction)
 
     return compute
+
+
+def _engine_above(record: StepRecord) -> float:
+    if record.sampler_gate is None:
+        return float("nan")
+    above = np.abs(_engine_log_ratio(record)) > record.sampler_gate.p99_bound
+    return record.student.mean(above.astype(np.float64))
+
+
+def _sampler_gate(name: str) -> Compute:
+    return lambda record: float("nan" if record.sampler_gate is None else getattr(record.sampler_gate, name))
 
 
 def _engine_ratio(fraction: float | None) -> Compute:
@@ -213,6 +229,10 @@ def _tokens_per_second(record: StepRecord) -> float:
 
 def _accuracy(record: StepRecord) -> float:
     return float("nan") if record.accuracy is None else float(record.accuracy)
+
+
+def _unfinished(record: StepRecord) -> float:
+    return float("nan") if record.unfinished is None else float(record.unfinished)
 
 
 # fmt: off
@@ -274,6 +294,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("teacher/impossible_tokens", "tokens", f"{STUDENT} and {PREFIX}",
            "tokens that the teacher gives no probability, log q = -inf, which count with log q = -50",
            _impossible_tokens),
+    Metric("teacher/excluded_candidates", "candidates", f"{STUDENT} and {PREFIX}",
+           "tokens that only the teacher's tokenizer has among its best, left out by teacher.extra_tokens=exclude",
+           _excluded_candidates),
     Metric("guidance/alpha", "1", STEP, "guided fraction of the teacher responses", lambda record: record.alpha),
     Metric("guidance/prefix_length", "tokens", SAMPLES, "mean teacher prefix", _over_samples(_prefix_lengths)),
     Metric("rollout/length_mean", "tokens", SAMPLES, "mean response", _over_samples(_response_lengths)),
@@ -281,15 +304,27 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollout/length_p95", "tokens", SAMPLES, "95 % quantile of the response",
            _over_samples(_response_lengths, 0.95)),
     Metric("rollout/length_max", "tokens", SAMPLES, "longest response", _over_samples(_response_lengths, 1.0)),
+    Metric("rollout/masked_samples", "samples", STEP, "samples that the rollout server gave no usable answer for",
+           lambda record: float(record.masked_rollouts)),
     Metric("rollout/truncated", "1", SAMPLES, "fraction cut by the token budget", _over_samples(_finished("length"))),
     Metric("rollout/eos", "1", SAMPLES, "fraction that ended by themselves", _over_samples(_finished("stop"))),
     Metric("verifier/accuracy", "1", "judged samples", "fraction whose answer is right", _accuracy),
+    Metric("verifier/unfinished", "1", "judged samples", "fraction without an answer: cut, or still thinking",
+           _unfinished),
     Metric("engine/kl", "nats", STUDENT, "mean sampler minus trainer log-prob: KL of sampler and trainer", _engine_kl),
     Metric("engine/difference_mean", "nats", STUDENT, "mean |sampler - trainer log-prob|", _engine_difference(None)),
+    Metric("engine/difference_p99", "nats", STUDENT, "99 % quantile of |sampler - trainer log-prob|",
+           _engine_difference(0.99)),
     Metric("engine/difference_max", "nats", STUDENT, "largest |sampler - trainer log-prob|", _engine_difference(1.0)),
+    Metric("gates/sampler_share", "1", STUDENT, "fraction above the bound of that quantile (gates.sampler_logprob_p99)",
+           _engine_above),
     Metric("engine/ratio_mean", "1", STUDENT, "mean trainer/sampler probability", _engine_ratio(None)),
     Metric("engine/ratio_max", "1", STUDENT, "largest trainer/sampler probability", _engine_ratio(1.0)),
     Metric("engine/corrected", "1", STUDENT, "fraction whose weight policy_gradient.mismatch changed", _corrected),
+    Metric("gates/sampler_off", "steps", "steps in a row", "mean, 99 % quantile or share of sampler - trainer is off",
+           _sampler_gate("off_in_a_row")),
+    Metric("gates/sampler_warnings", "steps", "the launch", "largest sampler - trainer difference above its bound",
+           _sampler_gate("warnings")),
     Metric("optimizer/updates", "1", STEP, "optimizer steps; none where no token counts",
            lambda record: float(len(record.made))),
     Metric("optimizer/grad_norm", "1", "optimizer steps", "mean global gradient norm before clipping; 0 if none",

@@ -20,6 +20,18 @@ Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class GateState:
+    """What the comparison of sampler and trainer has found up to a step (`train.gates`)."""
+
+    p99_bound: float
+    """Nats; the bound on the 99th percentile of |sampler - trainer|."""
+    off_in_a_row: int
+    """Steps in a row, up to this one, whose mean, 99th percentile or share was above its bound."""
+    warnings: int
+    """Steps of the launch whose maximum was above its bound."""
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One step as it happened. `table` has the rows of all ranks; `rollouts` are indexed by its `sample_index`."""
 
@@ -33,9 +45,15 @@ class StepRecord:
     """Seconds by phase; `step` is the whole step."""
     accuracy: float | None = None
     """Fraction of the judged samples whose answer is right; None where nothing was judged."""
+    unfinished: float | None = None
+    """Fraction of the judged samples that had no answer because they were cut or still thinking; None likewise."""
+    masked_rollouts: int = 0
+    """Samples that the rollout server gave no usable answer for, when the step was sampled."""
     special_ids: frozenset[int] = frozenset()
     """Ids of the tokenizer's special tokens."""
     policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
+    sampler_gate: GateState | None = None
+    """None where gates.sampler_logprob is off."""
 
     @property
     def made(self) -> list[OptimizerReport]:

@@ -37,6 +37,10 @@ class ResponseSampling:
     eos_ids: tuple[int, ...]
     vocab_size: int
     """Ids that are tokens. A teacher whose embedding is padded can sample others: its response is cut before them."""
+    served_width: int
+    """Rows of the teacher's embedding: no id beyond them can come back."""
+    excluded: frozenset[int] = frozenset()
+    """Ids below `vocab_size` that are tokens of the teacher alone: a response is cut before them too."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,15 @@ def generate_responses(
         lines.update(fresh)
         log.info("%d of %d teacher responses", len(lines), len(prompts))
     wanted = [lines[prompt.prompt_id] for prompt in prompts]
+    empty = [prompt.prompt_id for prompt in prompts if not json.loads(lines[prompt.prompt_id])["response_ids"]]
+    if empty:
+        log.warning(
+            "%s: the teacher ended at once on %d prompts, the first is %r; training refuses their responses: remove "
+            "these prompts, or their lines and sample again",
+            out,
+            len(empty),
+            empty[0],
+        )
     publish_text(out, "".join(line + "\n" for line in wanted))
     partial.unlink(missing_ok=True)
     finished = sum(bool(json.loads(line)["finished"]) for line in wanted)
@@ -86,6 +99,7 @@ def _sample(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampl
         GenerationRequest(
             input_ids=prompt.token_ids,
             max_new_tokens=sampling.max_new_tokens,
+            vocab_size=sampling.served_width,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop_token_ids=sampling.eos_ids,
@@ -98,16 +112,17 @@ def _sample(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampl
             raise answer
         if answer.finish_reason == "abort":
             raise ServerError(f"{client.key}: the response to prompt {prompt.prompt_id!r} was aborted; run it again")
-        lines[prompt.prompt_id] = _line(prompt, answer, sampling.vocab_size)
+        lines[prompt.prompt_id] = _line(prompt, answer, sampling)
     return lines
 
 
-def _line(prompt: Prompt, answer: Generation, vocab_size: int) -> str:
+def _line(prompt: Prompt, answer: Generation, sampling: ResponseSampling) -> str:
     finished = answer.finish_reason == "stop"
     ids = answer.output_ids[:-1] if finished else answer.output_ids
-    no_tokens = np.flatnonzero(ids >= vocab_size)
+    no_tokens = np.flatnonzero((ids >= sampling.vocab_size) | np.isin(ids, sorted(sampling.excluded)))
     if len(no_tokens):
-        log.warning("prompt %r: response cut before id %d, which is no token", prompt.prompt_id, ids[no_tokens[0]])
+        where = prompt.prompt_id, ids[no_tokens[0]]
+        log.warning("prompt %r: response cut before id %d, which is no token of the student", *where)
         ids, finished = ids[: no_tokens[0]], False
     return json.dumps({"id": prompt.prompt_id, "response_ids": ids.tolist(), "finished": finished})
 

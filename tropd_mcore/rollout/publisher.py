@@ -1,8 +1,8 @@
 """The student's weights on their way to the rollout server: validated against a plan, bucketed, labelled, proven.
 
 Not for gathering shards (see `mcore.weights_io`). Invariants: a tensor that is not in the plan, or has another shape or
-dtype, is never sent; the server carries the new version label only once every tensor of the plan has arrived, and an
-update that stops half-way leaves a label that no sampler expects.
+dtype, is never sent; the server carries the new version label only once every tensor of the plan has arrived and the
+server's checksums agree with that, and an update that stops half-way leaves a label that no sampler expects.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tropd_mcore.errors import GateError, ServerError
+from tropd_mcore.rollout.publication import PublicationLedger, tensor_digest
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.weight_payload import SharedBuffer, by_value, shared_memory_room
-from tropd_mcore.serving.wire import ScoringRequest
+from tropd_mcore.serving.wire import ScoringRequest, ServerInfo, WeightChecksums
 from tropd_mcore.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 512 * 2**20
 """Tensor bytes of one request."""
+
+SERVED_DTYPES = ("float32", "bfloat16", "float16")
+"""Names of dtypes in /server_info that say what the server casts to."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class WeightPublisher:
 
     `transport`: `shared` memory, for a server on this host, or by `value` in the request (see
     `serving.weight_payload`); None takes shared memory for a server that we started. Where the shared memory is too
-    small for a bucket, weights go by value as well, with a warning.
+    small for a bucket, weights go by value as well, with a warning. `ledger` remembers the last publication over the
+    life of several servers; without one, updates are not proven (gates.weight_sync=false).
     """
 
     def __init__(
@@ -63,11 +68,13 @@ class WeightPublisher:
         client: SglangClient,
         plan: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
         *,
+        ledger: PublicationLedger | None = None,
         transport: Literal["shared", "value"] | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._client = client
         self._plan = {name: PlannedTensor(name, tuple(shape), dtype) for name, shape, dtype in plan}
+        self._ledger = ledger
         self._bucket_bytes = bucket_bytes
         assert self._plan, "a plan without tensors"
         transport = transport or ("shared" if client.same_host else "value")
@@ -78,16 +85,42 @@ class WeightPublisher:
 
         Sampling is paused meanwhile and the KV cache of the old weights is dropped. Raises ServerError where a tensor
         is unknown, repeated, missing or of another shape or dtype, and where the server refuses or does not report the
-        new label; after any error the server's label is not `version`.
+        new label; GateError where its checksums say that it does not hold what was sent. After any error the server's
+        label is not `version`.
         """
+        ledger = self._ledger
+
+        def check(sent: dict[str, bytes], info: ServerInfo) -> None:
+            held = self._held() if ledger is not None else None
+            if ledger is not None and held is not None:
+                ledger.check(sent, held, by_tensor=info.quantization is None and info.dtype in SERVED_DTYPES)
+
+        return self._replace(tensors, version, check)
+
+    def check_unchanged(self) -> None:
+        """Raise GateError where the server holds other weights than it did after the last publication."""
+        if self._ledger is not None and self._ledger.last is not None and (held := self._held()) is not None:
+            self._ledger.check_unchanged(held)
+
+    def _replace(
+        self,
+        tensors: Iterator[tuple[str, Tensor]],
+        version: str,
+        check: Callable[[dict[str, bytes], ServerInfo], None],
+    ) -> PublishReport:
+        """One update; `check` sees the digests of what was sent before the server gets its new label."""
         started = time.monotonic()
-        copies = self._client.info().tensor_parallel
-        update = _Update(self._client, self._buffer, copies=copies, version=version)
+        info = self._client.info()
+        update = _Update(self._client, self._buffer, copies=info.tensor_parallel, version=version)
         # by value each rank of the server gets its own copy in the request
-        limit = self._bucket_bytes if self._buffer is not None else self._bucket_bytes // copies
+        limit = self._bucket_bytes if self._buffer is not None else self._bucket_bytes // info.tensor_parallel
+        sent: dict[str, bytes] = {}
         try:
             for bucket in self._buckets(tensors, limit):
                 update.send(bucket)
+                sent |= self._digests(bucket, info)
+            update.close()
+            check(sent, info)
             update.finish()
         finally:
             update.abandon()
@@ -98,6 +131,22 @@ class WeightPublisher:
         report = PublishReport(version, len(self._plan), update.bytes_sent / 2**30, update.buckets, seconds)
         log.debug("%s: weights published: %s", self._client.key, report)
         return report
+
+    def _digests(self, bucket: list[tuple[str, Tensor]], info: ServerInfo) -> dict[str, bytes]:
+        """Digests of the tensors as the server casts them: what its dtype cannot hold does not count as a change."""
+        import torch
+
+        if self._ledger is None:
+            return {}
+        served = getattr(torch, info.dtype) if info.dtype in SERVED_DTYPES else None
+        return {name: tensor_digest(tensor if served is None else tensor.to(served)) for name, tensor in bucket}
+
+    def _held(self) -> WeightChecksums | None:
+        """The server's checksums; where it has none, None, which is said once a launch."""
+        held = self._client.weights_checksum()
+        if held is None and self._ledger is not None:
+            self._ledger.no_checksum()
+        return held
 
     def probe(self, token_ids: IntArray) -> FloatArray:
         """Return the server's log-probs (nats, temperature 1) of token_ids[1:], float32, to compare with the trainer's.
@@ -114,19 +163,30 @@ class WeightPublisher:
 
         Unknown names pass SGLang without a word, so a plan with a wrong name leaves an old weight in place; the
         server's own checksum over all ranks shows it, whatever the device or the layout. The server ends with
-        `version`. Raises GateError where the checksums differ.
+        `version`. Raises GateError where the checksums differ. A server without checksums gets one update, unproven.
         """
-        self.publish(make_stream(), f"{version}:first")
-        first = self._client.weights_checksum()
+        self._replace(make_stream(), f"{version}:first", lambda _sent, _info: None)
+        first = self._held()
+        if first is None:
+            self._client.label_weights(version)
+            return
         self._client.randomize_weights()
-        if self._client.weights_checksum() == first:
+        destroyed = self._held()
+        if destroyed is None or destroyed.total == first.total:
             raise GateError(f"{self._client.key}: the server kept its weights when asked to destroy them")
-        self.publish(make_stream(), version)
-        if self._client.weights_checksum() != first:
-            raise GateError(
-                f"{self._client.key}: two updates with the same {len(self._plan)} tensors left different weights: the "
-                "server has weights that no tensor of the plan sets, so training would sample from a mixture"
-            )
+
+        def check(sent: dict[str, bytes], _info: ServerInfo) -> None:
+            held = self._held()
+            if held is None or held.total != first.total:
+                raise GateError(
+                    f"{self._client.key}: two updates with the same {len(self._plan)} tensors left different weights: "
+                    "the server has weights that no tensor of the plan sets, or an update did not arrive, so training "
+                    "would sample from other weights than the student's (gates.weight_sync)"
+                )
+            if self._ledger is not None:
+                self._ledger.record(sent, held)
+
+        self._replace(make_stream(), version, check)
 
     def _shared_buffer(self) -> SharedBuffer | None:
         largest = max(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._plan.values())
@@ -200,11 +260,14 @@ class _Update:
         self.buckets += 1
         self.bytes_sent += sum(tensor.nbytes for _, tensor in bucket)
 
-    def finish(self) -> None:
-        """End the session, drop the KV of the old weights, give the new ones their label, and sample again."""
+    def close(self) -> None:
+        """End the session and drop the KV of the old weights; nothing samples yet."""
         self._client.end_weight_update()
         self._to_undo.pop()
         self._client.flush_cache()
+
+    def finish(self) -> None:
+        """Give the new weights their label, and sample again."""
         self._client.label_weights(self._version)
         self._client.resume()
         self._to_undo.pop()

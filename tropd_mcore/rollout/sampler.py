@@ -2,7 +2,7 @@
 
 Not for restarting servers (see `serving.supervisor`). Invariant: a `Rollout` holds exactly the tokens and log-probs
 that the server answered for one weight version, the expected one; a partial answer is asked for again and never
-completed by us.
+completed by us; a sample without a usable answer is left out, counted, and never filled in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from tropd_mcore.config.schema import RolloutConfig
 from tropd_mcore.data.uniforms import trust_uniforms
-from tropd_mcore.errors import DataError, ServerDied, ServerError
+from tropd_mcore.errors import AnswerError, DataError, ServerDied, ServerError
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
 from tropd_mcore.types import IntArray, Rollout, SampleRequest
@@ -27,17 +27,27 @@ class Collected:
     """The rollouts of a step that are there so far, by sample id, and why it stopped before the end."""
 
     rollouts: dict[str, Rollout] = field(default_factory=dict)
+    masked: dict[str, str] = field(default_factory=dict)
+    """Samples that are left out, and what was wrong with the server's second answer for each."""
     died: ServerDied | None = None
 
 
 class SglangSampler:
     """Samples with the temperature, top_p and top_k of `config` and stops at `eos_ids`.
 
-    `vocab_size` is the width of the served model: SGLang dies of a token id outside it. `seed` is the run's.
+    `vocab_size` is the width of the served model: SGLang dies of a token id outside it. `seed` is the run's. At most
+    `masked_share` of the samples of a call may be left out because the server gave no usable answer for them.
     """
 
     def __init__(
-        self, client: SglangClient, config: RolloutConfig, *, eos_ids: tuple[int, ...], vocab_size: int, seed: int
+        self,
+        client: SglangClient,
+        config: RolloutConfig,
+        *,
+        eos_ids: tuple[int, ...],
+        vocab_size: int,
+        seed: int,
+        masked_share: float,
     ) -> None:
         self.aborted = 0
         """Partial answers that were asked for again, over the sampler's life."""
@@ -46,17 +56,18 @@ class SglangSampler:
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
         self._seed = seed
+        self._masked_share = masked_share
 
     def sample(self, requests: list[SampleRequest], *, step: int, expected_version: str) -> list[Rollout]:
-        """Return one rollout a request, in their order.
+        """Return the rollouts of the requests in their order, without those that had to be left out.
 
-        Raises ServerError where the server cannot be used or has other weights, ServerDied where it is gone, DataError
-        where a request holds a token id outside the vocabulary.
+        Raises ServerError where the server cannot be used, has other weights or too many samples had to be left out,
+        ServerDied where it is gone, DataError where a request holds a token id outside the vocabulary.
         """
         collected = self.collect(requests, step=step, expected_version=expected_version)
         if collected.died is not None:
             raise collected.died
-        return [collected.rollouts[request.sample_id] for request in requests]
+        return [found for request in requests if (found := collected.rollouts.get(request.sample_id)) is not None]
 
     def collect(
         self, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected | None = None
@@ -65,50 +76,68 @@ class SglangSampler:
 
         Errors as in `sample`, except ServerDied, which is handed back with the rollouts.
         """
-        collected = Collected(rollouts=dict(found.rollouts) if found else {})
+        collected = Collected(rollouts=dict(found.rollouts), masked=dict(found.masked)) if found else Collected()
         self._check_ids(requests)
         try:
             self._check_server(requests, expected_version)
             for attempt in range(self._config.server.max_retries + 1):
-                missing = [request for request in requests if request.sample_id not in collected.rollouts]
+                done = collected.rollouts.keys() | collected.masked.keys()
+                missing = [request for request in requests if request.sample_id not in done]
                 if not missing:
+                    self._check_masked(collected, len(requests))
                     return collected
                 if attempt:
                     self.aborted += len(missing)
                     log.warning("%s: asking again for %d aborted samples", self._client.key, len(missing))
-                collected.died = self._round(missing, collected.rollouts, step, expected_version)
+                collected.died = self._round(missing, collected, step, expected_version)
                 if collected.died is not None:
                     return collected
         except ServerDied as error:
             collected.died = error
             return collected
-        missing_count = len(requests) - len(collected.rollouts)
+        missing_count = len(requests) - len(collected.rollouts) - len(collected.masked)
         if missing_count:
             raise ServerError(
                 f"{self._client.key}: {missing_count} of {len(requests)} samples were still aborted after "
                 f"max_retries={self._config.server.max_retries}"
             )
+        self._check_masked(collected, len(requests))
         return collected
 
-    def _round(
-        self, requests: list[SampleRequest], rollouts: dict[str, Rollout], step: int, version: str
-    ) -> ServerDied | None:
-        """Ask once for each request; add what is complete to `rollouts`, return why the server is gone, if it is."""
+    def _check_masked(self, collected: Collected, asked: int) -> None:
+        """Say what was left out; raises ServerError where that is more than `masked_share`, or everything."""
+        if not collected.masked:
+            return
+        sample_id, reason = next(iter(collected.masked.items()))
+        count = len(collected.masked)
+        what = (
+            f"{self._client.key}: {count} of {asked} samples have no usable answer, asked for twice; the first is "
+            f"{sample_id}: {reason}"
+        )
+        if count > self._masked_share * asked or count == asked:
+            raise ServerError(f"{what}; at most gates.masked_share={self._masked_share:g} of a step may be left out")
+        log.warning("%s; they are left out of the step", what)
+
+    def _round(self, requests: list[SampleRequest], collected: Collected, step: int, version: str) -> ServerDied | None:
+        """Ask once for each request; add what is complete to `collected`, return why the server is gone, if it is."""
         died: ServerDied | None = None
         answers = self._client.generate([self._generation_request(request) for request in requests])
         for request, answer in zip(requests, answers, strict=True):
             if isinstance(answer, ServerDied):
                 died = answer
+            elif isinstance(answer, AnswerError):
+                collected.masked[request.sample_id] = str(answer)
             elif isinstance(answer, ServerError):
                 raise answer
             elif answer.finish_reason != "abort":
-                rollouts[request.sample_id] = self._rollout(request, answer, step, version)
+                collected.rollouts[request.sample_id] = self._rollout(request, answer, step, version)
         return died
 
     def _generation_request(self, request: SampleRequest) -> GenerationRequest:
         return GenerationRequest(
             input_ids=np.concatenate([request.prompt_ids, request.prefix_ids]).astype(np.int32),
             max_new_tokens=request.max_new_tokens,
+            vocab_size=self._vocab_size,
             temperature=self._config.temperature,
             top_p=self._config.top_p,
             top_k=self._config.top_k,
@@ -122,13 +151,6 @@ class SglangSampler:
                 f"{list(answer.weight_versions)}; expected {version!r} alone: publish the weights first, "
                 "and let nothing else update this server"
             )
-        count = len(answer.output_ids)
-        cut = answer.finish_reason == "length" and count != request.max_new_tokens
-        if cut or count > request.max_new_tokens:
-            raise ServerError(
-                f"{self._client.key}: sample {request.sample_id} has {count} tokens and ended by "
-                f"{answer.finish_reason!r}; expected {request.max_new_tokens} (rollout.max_new_tokens)"
-            )
         return Rollout(
             sample_id=request.sample_id,
             prompt_id=request.prompt_id,
@@ -136,7 +158,7 @@ class SglangSampler:
             prefix_ids=request.prefix_ids,
             response_ids=answer.output_ids,
             behav_logp=answer.logp,
-            trust_u=trust_uniforms(self._seed, step, request.sample_id, count),
+            trust_u=trust_uniforms(self._seed, step, request.sample_id, len(answer.output_ids)),
             policy_version=version,
             finish_reason=answer.finish_reason,
             carries_prefix_loss=request.carries_prefix_loss,

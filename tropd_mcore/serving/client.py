@@ -2,7 +2,8 @@
 
 Not for starting servers (see `process`) or for deciding what to do when one is gone (see `supervisor`). Invariant:
 connection errors and 5xx answers are retried a bounded number of times with growing waits, 4xx answers never; what
-comes back is checked (see `wire`) or it is a ServerError. Each call runs its own event loop: not for use inside one.
+comes back is checked (see `wire`), asked for once more where it makes no sense, and is an AnswerError after that. Each
+call runs its own event loop: not for use inside one.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import aiohttp
 import tenacity
 
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import ServerDied, ServerError
+from tropd_mcore.errors import AnswerError, ServerDied, ServerError
 from tropd_mcore.serving import wire
 from tropd_mcore.serving.environment import read_api_key
 
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Question = TypeVar("Question")
 
 HEALTH_TIMEOUT_S = 30.0
 FIRST_WAIT_S = 0.5
@@ -39,6 +41,10 @@ class _UnreachableError(_PassingError):
     """No connection, or one that broke."""
 
 
+class _MissingError(ServerError):
+    """The server does not know the path."""
+
+
 class SglangClient:
     """Talks to the server at `url`. `key` is the section that configures it, for messages (`rollout.server`).
 
@@ -51,6 +57,10 @@ class SglangClient:
         self.key = key
         self.retries = 0
         """Attempts beyond the first, over the client's life."""
+        self.asked_again = 0
+        """Answers that made no sense and were asked for once more, over the client's life."""
+        self._nonsense: list[str] = []
+        """What was wrong with such answers in the present call."""
         self.same_host = alive is not None
         """Whether the server shares this host's memory, as one that we started does."""
         self._config = config
@@ -85,19 +95,27 @@ class SglangClient:
         """
 
         async def one(session: aiohttp.ClientSession, request: wire.GenerationRequest) -> wire.Generation:
-            answer = await self._call(session, "POST", "/generate", wire.generation_body(request))
-            return wire.read_generation(answer)
+            body = wire.generation_body(request)
+            return await self._usable(session, body, lambda answer: wire.read_generation(answer, request))
 
-        return self._run(lambda session: self._gather([one(session, request) for request in requests]))
+        return self._run_all(one, requests)
 
     def score(self, requests: list[wire.ScoringRequest]) -> list[wire.TokenScores | ServerError]:
         """Score each request at temperature 1; entry i holds the scores of request i, or why there are none."""
 
         async def one(session: aiohttp.ClientSession, request: wire.ScoringRequest) -> wire.TokenScores:
-            answer = await self._call(session, "POST", "/generate", wire.scoring_body(request))
-            return wire.read_scores(answer, request)
+            body = wire.scoring_body(request)
+            return await self._usable(session, body, lambda answer: wire.read_scores(answer, request))
 
-        return self._run(lambda session: self._gather([one(session, request) for request in requests]))
+        return self._run_all(one, requests)
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids that the server makes of each text, without special tokens around it.
+
+        Raises ServerError where the server has no /tokenize (older than SGLang 0.5.23) or answers something else.
+        """
+        answer = self._post("/tokenize", {"prompt": list(texts), "add_special_tokens": False}, retry=False)
+        return wire.read_token_lists(answer, len(texts))
 
     def pause(self) -> None:
         """Abort what runs and hold back new requests until `resume`."""
@@ -138,13 +156,20 @@ class SglangClient:
         """Give the weights that the server holds the label `version`, which it stamps on what it samples."""
         self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
-    def weights_checksum(self) -> str:
-        """Return a checksum of all weights on all ranks; equal weights have equal ones on servers of one layout."""
-        answer = self._post("/weights_checker", {"action": "checksum"})
-        checksum = answer.get("per_engine_checksum") if isinstance(answer, dict) else None
-        if not isinstance(checksum, str):
+    def weights_checksum(self) -> wire.WeightChecksums | None:
+        """Return checksums of all weights on all ranks, None where the server has none to give (no /weights_checker).
+
+        Equal weights have equal ones on servers of one layout. Cost: SGLang reads every weight once (SHA-256 on a CPU,
+        about 1 GiB/s; a kernel at memory speed on a GPU). Raises ServerError.
+        """
+        try:
+            answer = self._post("/weights_checker", {"action": "checksum"})
+        except _MissingError:
+            return None
+        checksums = wire.read_checksums(answer)
+        if checksums is None:
             raise ServerError(f"{self.key}: /weights_checker answered no per_engine_checksum; expected SGLang 0.5.23")
-        return checksum
+        return checksums
 
     def randomize_weights(self) -> None:
         """Overwrite every weight of the server with random numbers, to prove that the next update sets them all."""
@@ -162,6 +187,35 @@ class SglangClient:
                 return await call(session)
 
         return asyncio.run(with_session())
+
+    def _run_all(
+        self,
+        one: Callable[[aiohttp.ClientSession, Question], Coroutine[None, None, Answer]],
+        questions: list[Question],
+    ) -> list[Answer | ServerError]:
+        """What `one` makes of each question, or why it could not; one line about answers that were asked for again."""
+        self._nonsense = []
+        answers = self._run(lambda session: self._gather([one(session, question) for question in questions]))
+        if self._nonsense:
+            log.warning(
+                "%s: %d of %d answers made no sense and were asked for once more; the first: %s",
+                self.key,
+                len(self._nonsense),
+                len(questions),
+                self._nonsense[0],
+            )
+        return answers
+
+    async def _usable(
+        self, session: aiohttp.ClientSession, body: wire.Json, read: Callable[[object], Answer]
+    ) -> Answer:
+        """What `read` makes of an answer of /generate; an answer that makes no sense is asked for once more."""
+        try:
+            return read(await self._call(session, "POST", "/generate", body))
+        except AnswerError as error:
+            self.asked_again += 1
+            self._nonsense.append(str(error))
+        return read(await self._call(session, "POST", "/generate", body))
 
     async def _gather(self, calls: list[Coroutine[None, None, Answer]]) -> list[Answer | ServerError]:
         slots = asyncio.Semaphore(self._config.max_concurrency)
@@ -239,7 +293,7 @@ class SglangClient:
         if status in (401, 403):
             raise ServerError(f"{self.key}: {path} answered {status}: check the key that api_key_env names ({detail})")
         if status == 404:
-            raise ServerError(f"{self.key}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
+            raise _MissingError(f"{self.key}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
         raise ServerError(f"{self.key}: {path} answered {status}: {detail}")
 
 

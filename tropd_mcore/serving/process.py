@@ -63,6 +63,8 @@ class ServerSpec:
     name: str
     dtype: Dtype = "bfloat16"
     """Of the model, for a `config` that names none."""
+    tokenizer_path: Path | None = None
+    """Tokenizer files to serve with; None = those of the model folder."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
     cpu_threads: int = 1
     """Threads of each rank of a CPU server."""
@@ -142,6 +144,8 @@ class ServerProcess:
         spec, config = self.spec, self.spec.config
         command = [sys.executable, "-m", "tropd_mcore.serving.sglang_launch", "--parent-pid", str(os.getpid())]
         command += ["--model-path", str(spec.model_path), "--host", HOST, "--port", str(self.port)]
+        if spec.tokenizer_path is not None:
+            command += ["--tokenizer-path", str(spec.tokenizer_path)]
         command += ["--device", spec.device, "--dtype", config.dtype or spec.dtype]
         command += ["--tp-size", str(config.tensor_parallel)]
         if config.max_total_tokens is not None:

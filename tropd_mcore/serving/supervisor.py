@@ -7,6 +7,7 @@ started or stopped; after a restart the weights are those of the model folder, a
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerDied, ServerError
@@ -21,6 +22,8 @@ class SupervisedServer:
 
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
+        self.after_restart: Callable[[], None] | None = None
+        """Called after each restart, before anybody asks the server for anything."""
         self.restarts = 0
         """Restarts so far, at most `max_restarts` over the launch."""
         self._process = ServerProcess(spec) if spec.config.url is None else None
@@ -69,6 +72,11 @@ class SupervisedServer:
         self.restarts += 1
         log.warning("%s; restart %d of %d", self._process.describe_end(), self.restarts, self.config.max_restarts)
         self._process.restart()
+        if self.after_restart is not None:
+            try:
+                self.after_restart()
+            except ServerDied as again:
+                self.recover(again)
 
     def stop(self) -> None:
         """Stop the process that we started, if any."""

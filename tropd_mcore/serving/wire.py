@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 takes and answers, as typed values: JSON bodies out, checked numpy arrays in.
 
-Not for HTTP (see `client`). Invariant: an answer that is incomplete, of other tokens than those asked about or not
-finite is a ServerError that names the field; no value is ever filled in.
+Not for HTTP (see `client`). Invariant: an answer that is incomplete, of other tokens than those asked about, not finite
+or that makes no sense (see `sense`) is an AnswerError that names the field; no value is ever filled in.
 
 Shapes: N tokens, K entries of the top-k.
 """
@@ -17,7 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from tropd_mcore.errors import ServerError
+from tropd_mcore.errors import AnswerError, ServerError
+from tropd_mcore.serving import sense
 from tropd_mcore.types import FloatArray, IntArray
 
 Json = dict[str, object]
@@ -30,6 +31,8 @@ class GenerationRequest:
 
     input_ids: IntArray
     max_new_tokens: int
+    vocab_size: int
+    """Width of the served model: no id beyond it can come back."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
@@ -56,6 +59,8 @@ class ScoringRequest:
     token_ids: IntArray
     first: int
     topk: int = 0
+    vocab_size: int = 0
+    """Width of the served model, needed with `topk`: no candidate beyond it can come back."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,22 @@ class ServerInfo:
     """Tokens of the longest sequence that it scores"""
     longest_sequence: int
     """Input and new tokens together; a longer request is cut without a word"""
+    model_path: str = "?"
+    """Folder or name of the model whose weights are served, as of the last load from disk"""
+    model_type: str = "?"
+    dtype: str = "?"
+    """Of weights and activations; `auto` where the server was left to decide"""
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class WeightChecksums:
+    """What /weights_checker says of the weights that a server holds; equal weights give equal ones at one layout."""
+
+    total: str
+    """Of all ranks together"""
+    tensors: dict[str, tuple[str, ...]]
+    """By the server's own name of a tensor, one entry per rank; empty where the server gives only the total"""
 
 
 def find_outside(token_ids: IntArray, vocab_size: int) -> int | None:
@@ -104,6 +125,7 @@ def generation_body(request: GenerationRequest) -> Json:
 def scoring_body(request: ScoringRequest) -> Json:
     """Return the JSON body of /generate that scores and samples nothing."""
     assert 1 <= request.first < len(request.token_ids), "the first token has no log-prob"
+    assert request.topk <= request.vocab_size, "more candidates than tokens"
     body: Json = {
         "input_ids": request.token_ids.tolist(),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -120,43 +142,56 @@ def scoring_body(request: ScoringRequest) -> Json:
     return body
 
 
-def read_generation(answer: object) -> Generation:
-    """Check and decode an answer to `generation_body`. Raises ServerError."""
+def read_generation(answer: object, request: GenerationRequest) -> Generation:
+    """Check and decode an answer to `generation_body`. Raises AnswerError."""
     answer = _object(answer, "the answer")
     meta = _object(answer.get("meta_info"), "meta_info")
-    output_ids = np.array(_list(answer, "output_ids"), dtype=np.int32)
-    reason = _object(meta.get("finish_reason"), "meta_info.finish_reason").get("type")
+    finish = _object(meta.get("finish_reason"), "meta_info.finish_reason")
+    reason = finish.get("type")
     if reason not in ("stop", "length", "abort"):
-        raise ServerError(f"SGLang answered finish_reason {reason!r}; expected stop, length or abort")
+        raise AnswerError(f"SGLang answered finish_reason {reason!r}; expected stop, length or abort")
     if reason == "abort":
-        return Generation(output_ids, np.zeros(0, np.float32), reason, _weight_versions(meta))
+        return Generation(np.zeros(0, np.int32), np.zeros(0, np.float32), reason, _weight_versions(meta))
+    sense.check_prompt_length(meta.get("prompt_tokens"), len(request.input_ids))
+    output_ids = sense.token_ids(_list(answer, "output_ids"), request.vocab_size, field="output_ids")
     logp = _token_logp(_list(meta, "output_token_logprobs"), output_ids, "output_token_logprobs")
-    if not len(output_ids):
-        raise ServerError("SGLang answered an empty continuation; expected at least one token")
+    sense.check_log_probs(logp, field="output_token_logprobs")
+    sense.check_end(
+        output_ids, reason, finish.get("matched"), longest=request.max_new_tokens, end_ids=request.stop_token_ids
+    )
+    # the budget may be used up by the end token itself, which SGLang then calls an end by length
+    if output_ids[-1] in request.stop_token_ids:
+        reason = "stop"
     return Generation(output_ids, logp, reason, _weight_versions(meta))
 
 
 def read_scores(answer: object, request: ScoringRequest) -> TokenScores:
-    """Check and decode an answer to `scoring_body`. Raises ServerError."""
+    """Check and decode an answer to `scoring_body`. Raises AnswerError."""
     meta = _object(_object(answer, "the answer").get("meta_info"), "meta_info")
     scored_ids = request.token_ids[request.first :]
     entries = _list(meta, "input_token_logprobs")
     logp_N = _token_logp(entries[1:], scored_ids, "input_token_logprobs", echo_of_last=0)
+    sense.check_log_probs(logp_N, field="input_token_logprobs")
     if not request.topk:
         empty = (len(scored_ids), 0)
         return TokenScores(logp_N, np.zeros(empty, np.int32), np.zeros(empty, np.float32))
     expected = (len(scored_ids), request.topk)
     shape = meta.get("input_top_logprobs_shape")
     if shape != list(expected) or meta.get("input_top_logprobs_null_prefix") != 1:
-        raise ServerError(
+        raise AnswerError(
             f"SGLang answered top log-probs of shape {shape} after {meta.get('input_top_logprobs_null_prefix')} null "
             f"rows; expected {list(expected)} after 1 (SGLang 0.5.23 or newer with return_flat_raw_top_logprobs_b64)"
         )
     topk_logp_NK = _base64_array(meta, "input_top_logprobs_val_flat_b64", np.dtype("<f4"), expected)
     topk_ids_NK = _base64_array(meta, "input_top_logprobs_idx_flat_b64", np.dtype("<i4"), expected)
     if not np.isfinite(topk_logp_NK).all():
-        raise ServerError("SGLang answered top log-probs that are not finite: the model's logits overflow")
+        raise AnswerError("SGLang answered top log-probs that are not finite: the model's logits overflow")
+    sense.check_candidates(topk_ids_NK, topk_logp_NK, request.vocab_size)
+    sense.check_agreement(scored_ids, logp_N, topk_ids_NK, topk_logp_NK)
     return TokenScores(logp_N, topk_ids_NK.astype(np.int32), topk_logp_NK.astype(np.float32))
+
+
+_DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 
 
 def read_server_info(server: object, model: object) -> ServerInfo:
@@ -172,7 +207,25 @@ def read_server_info(server: object, model: object) -> ServerInfo:
         # SGLang refuses inputs >= max_req_input_len and cuts max_new_tokens at max_req_input_len + 4 - input
         longest_input=bound - 1,
         longest_sequence=bound + 4,
+        model_path=str(model.get("model_path", "?")),
+        model_type=str(model.get("model_type", "?")),
+        dtype=_DTYPE_ALIASES.get(str(server.get("dtype", "?")), str(server.get("dtype", "?"))),
+        quantization=None if server.get("quantization") is None else str(server["quantization"]),
     )
+
+
+def read_checksums(answer: object) -> WeightChecksums | None:
+    """Decode an answer of /weights_checker; None where it holds no checksum over all ranks."""
+    total = answer.get("per_engine_checksum") if isinstance(answer, dict) else None
+    if not isinstance(answer, dict) or not isinstance(total, str):
+        return None
+    tensors: dict[str, tuple[str, ...]] = {}
+    ranks = answer.get("ranks")
+    for rank in ranks if isinstance(ranks, list) else []:
+        found = rank.get("checksums") if isinstance(rank, dict) else None
+        for name, checksum in found.items() if isinstance(found, dict) else ():
+            tensors[str(name)] = (*tensors.get(str(name), ()), str(checksum))
+    return WeightChecksums(total, tensors)
 
 
 def weights_body(payloads: list[bytes], *, version: str) -> bytes:
@@ -191,13 +244,13 @@ def _token_logp(
     `echo_of_last` is what the server names the last id of its vocabulary, whose log-prob is right all the same.
     """
     if len(entries) != len(token_ids):
-        raise ServerError(f"SGLang answered {len(entries)} {field} for {len(token_ids)} tokens; expected one each")
+        raise AnswerError(f"SGLang answered {len(entries)} {field} for {len(token_ids)} tokens; expected one each")
     values = np.empty(len(entries), dtype=np.float32)
     for index, (entry, token_id) in enumerate(zip(entries, token_ids.tolist(), strict=True)):
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] not in (token_id, echo_of_last):
-            raise ServerError(f"SGLang answered {entry} in {field}[{index}]; expected [log-prob, {token_id}, ...]")
+            raise AnswerError(f"SGLang answered {entry} in {field}[{index}]; expected [log-prob, {token_id}, ...]")
         if not isinstance(entry[0], float | int) or not math.isfinite(entry[0]):
-            raise ServerError(f"SGLang answered log-prob {entry[0]} in {field}[{index}]; expected a finite number")
+            raise AnswerError(f"SGLang answered log-prob {entry[0]} in {field}[{index}]; expected a finite number")
         values[index] = entry[0]
     return values
 
@@ -207,31 +260,45 @@ def _weight_versions(meta: Json) -> tuple[str, ...]:
     if isinstance(spans, list) and spans:
         return tuple(str(_object(span, "meta_info.weight_versions").get("version")) for span in spans)
     if "weight_version" not in meta:
-        raise ServerError("SGLang answered without meta_info.weight_version: expected SGLang 0.5.23 or newer")
+        raise AnswerError("SGLang answered without meta_info.weight_version: expected SGLang 0.5.23 or newer")
     return (str(meta["weight_version"]),)
 
 
 def _base64_array(meta: Json, field: str, dtype: np.dtype[np.generic], shape: tuple[int, int]) -> np.ndarray:
     text = meta.get(field)
     if not isinstance(text, str):
-        raise ServerError(f"SGLang answered without meta_info.{field}: expected SGLang 0.5.23 or newer")
+        raise AnswerError(f"SGLang answered without meta_info.{field}: expected SGLang 0.5.23 or newer")
     try:
         raw = base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ServerError(f"SGLang answered {field} that is not base64: {error}") from error
+        raise AnswerError(f"SGLang answered {field} that is not base64: {error}") from error
     if len(raw) != shape[0] * shape[1] * dtype.itemsize:
-        raise ServerError(f"SGLang answered {len(raw)} bytes in {field}; expected {shape} of {dtype.itemsize} bytes")
+        raise AnswerError(f"SGLang answered {len(raw)} bytes in {field}; expected {shape} of {dtype.itemsize} bytes")
     return np.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def read_token_lists(answer: object, count: int) -> list[list[int]]:
+    """Decode an answer of /tokenize about `count` texts. Raises AnswerError."""
+    lists = _list(_object(answer, "/tokenize"), "tokens")
+    if len(lists) != count:
+        raise AnswerError(f"SGLang answered {len(lists)} lists of tokens; expected {count}")
+    found: list[list[int]] = []
+    for ids in lists:
+        if not isinstance(ids, list) or not all(type(index) is int for index in ids):
+            raise AnswerError(f"SGLang answered {str(ids)[:60]!r} as tokens of a text; expected a list of ids")
+        found.append(ids)
+    return found
 
 
 def _object(value: object, name: str) -> Json:
     if not isinstance(value, dict):
-        raise ServerError(f"SGLang answered {type(value).__name__} as {name}; expected a JSON object")
+        found = "nothing that is JSON" if value is None else type(value).__name__
+        raise AnswerError(f"SGLang answered {found} as {name}; expected a JSON object")
     return value
 
 
 def _list(parent: Json, field: str) -> list[object]:
     value = parent.get(field)
     if not isinstance(value, list):
-        raise ServerError(f"SGLang answered {type(value).__name__} as {field}; expected a list")
+        raise AnswerError(f"SGLang answered {type(value).__name__} as {field}; expected a list")
     return value

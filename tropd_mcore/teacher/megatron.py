@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tropd_mcore.data.packing import PackedStep
+from tropd_mcore.errors import TeacherError
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.scoring import score_micro_batches
@@ -21,14 +22,29 @@ class MegatronTeacher:
     """Scores packs with one forward pass of `model`, at temperature 1.
 
     `k` is the size of the support; `keep_hidden` adds the hidden states, for a divergence over the whole vocabulary.
+    `excluded` are ids that are no candidates, because the student's tokenizer lacks them.
     """
 
-    def __init__(self, model: Model, *, k: int, settings: LossSettings, keep_hidden: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        k: int,
+        settings: LossSettings,
+        keep_hidden: bool = False,
+        excluded: Sequence[int] = (),
+    ) -> None:
         assert not model.trainable, "a teacher is frozen"
+        if k + len(excluded) > model.arch.vocab_size:
+            raise TeacherError(
+                f"the objective's topk={k} is wider than the teacher's vocabulary of {model.arch.vocab_size} without "
+                f"the {len(excluded)} tokens that teacher.extra_tokens=exclude takes out; lower it"
+            )
         self._model = model
         self._k = k
         self._settings = settings
         self._keep_hidden = keep_hidden
+        self._excluded = tuple(excluded)
 
     def score(
         self,
@@ -50,4 +66,5 @@ class MegatronTeacher:
             settings=self._settings,
             extra_ids=own_ids,
             keep_hidden=self._keep_hidden,
+            excluded=self._excluded,
         )

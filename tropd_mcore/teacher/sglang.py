@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PADDING_MARGIN = 16
 """Top-k entries asked for beyond k where the teacher's vocabulary is wider, to make up for padding ids among them."""
+EXCLUDED_MARGIN = 64
+"""The same for ids that are no candidates, at most; rows with fewer than k candidates left are not complete."""
 
 NO_ENTRY_LOGP = -50.0
 """Log-prob beside id -1 (no entry) in rows that are not scored: finite, and nothing once exponentiated."""
@@ -42,7 +44,9 @@ class SampleScore:
     topk_logp_NK: FloatArray
     tail_mass_N: FloatArray
     complete_N: npt.NDArray[np.bool_]
-    """False where padding ids of a wider teacher left fewer than K entries"""
+    """False where padding ids of a wider teacher, or excluded ones, left fewer than K entries"""
+    excluded_N: IntArray | None = None
+    """Ids among the K best entries that are no candidates; None where all tokens are"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class SglangTeacher:
     """Scores rollouts on `server`, which the caller starts and stops.
 
     `teacher_width` and `student_width` are the vocabulary sizes of the two models' configs: the server dies of ids
-    outside the first, the loss takes ids inside the second.
+    outside the first, the loss takes ids inside the second. `excluded` are ids that are no candidates, because the
+    student's tokenizer lacks them.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class SglangTeacher:
         teacher_width: int,
         student_width: int,
         on_failure: Literal["mask", "stop"],
+        excluded: Sequence[int] = (),
     ) -> None:
         if topk > min(teacher_width, student_width):
             raise TeacherError(
@@ -83,7 +89,9 @@ class SglangTeacher:
         """Rollouts that could not be scored, over the teacher's life."""
         self._server = server
         self._topk = topk
-        self._asked = min(teacher_width, topk + min(max(teacher_width - student_width, 0), PADDING_MARGIN))
+        self._excluded = np.array(sorted(excluded), dtype=np.int32)
+        margin = min(max(teacher_width - student_width, 0), PADDING_MARGIN) + min(len(excluded), EXCLUDED_MARGIN)
+        self._asked = min(teacher_width, topk + margin)
         self._teacher_width = teacher_width
         self._student_width = student_width
         self._on_failure = on_failure
@@ -124,7 +132,9 @@ class SglangTeacher:
         return SampleScores(samples, self._topk)
 
     def _request(self, rollout: Rollout) -> ScoringRequest:
-        return ScoringRequest(rollout.token_ids, first=first_scored(rollout), topk=self._asked)
+        return ScoringRequest(
+            rollout.token_ids, first=first_scored(rollout), topk=self._asked, vocab_size=self._teacher_width
+        )
 
     def _answers(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
         """One answer a request; a dead server is restarted and asked for what is still missing."""
@@ -158,7 +168,8 @@ class SglangTeacher:
     def _sample_score(self, first: int, scores: TokenScores) -> SampleScore:
         """Keep the k best entries that the student has too, by descending log-prob and then ascending id."""
         ids, logp = scores.topk_ids_NK, scores.topk_logp_NK
-        foreign = ids >= self._student_width
+        excluded = np.isin(ids, self._excluded)
+        foreign = (ids >= self._student_width) | excluded
         best = np.lexsort((ids, -logp, foreign), axis=-1)[:, : self._topk]
         topk_logp = np.take_along_axis(logp, best, axis=-1)
         mass = np.exp(topk_logp.astype(np.float64)).sum(axis=-1)
@@ -169,7 +180,14 @@ class SglangTeacher:
             topk_logp_NK=topk_logp,
             tail_mass_N=np.clip(1.0 - mass, 0.0, 1.0).astype(np.float32),
             complete_N=(~foreign).sum(axis=-1) >= self._topk,
+            excluded_N=_among_best(excluded, ids, logp, self._topk) if len(self._excluded) else None,
         )
+
+
+def _among_best(chosen: npt.NDArray[np.bool_], ids: IntArray, logp: FloatArray, topk: int) -> IntArray:
+    """How many of the `topk` best entries of each row are `chosen`, int32 [N]."""
+    best = np.lexsort((ids, -logp), axis=-1)[:, :topk]
+    return np.take_along_axis(chosen, best, axis=-1).sum(axis=-1, dtype=np.int32)
 
 
 def first_scored(rollout: Rollout) -> int:
@@ -194,6 +212,8 @@ def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
     topk_logp_TK = np.full((rows, topk), NO_ENTRY_LOGP, np.float32)
     tail_mass_T = np.ones(rows, np.float32)
     scored_T = np.zeros(rows, np.bool_)
+    excluded_T = np.zeros(rows, np.int32)
+    counted = any(sample is not None and sample.excluded_N is not None for sample in scores.samples)
     for sample_index in np.unique(sample_T):
         sample = scores.samples[sample_index]
         if sample is None:
@@ -208,6 +228,8 @@ def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
         topk_logp_TK[mine] = sample.topk_logp_NK[entry]
         tail_mass_T[mine] = sample.tail_mass_N[entry]
         scored_T[mine] = True
+        if sample.excluded_N is not None:
+            excluded_T[mine] = sample.excluded_N[entry]
     device = batch.sample_index.device
     return TeacherScores(
         logp_T=torch.from_numpy(logp_T).to(device),
@@ -216,4 +238,5 @@ def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
         tail_mass_T=torch.from_numpy(tail_mass_T).to(device),
         entropy_T=None,
         scored_T=torch.from_numpy(scored_T).to(device),
+        excluded_T=torch.from_numpy(excluded_T).to(device) if counted else None,
     )

@@ -1,54 +1,101 @@
 """Do two models mean the same string by a token id? Decided from the two folders, without loading a model.
 
 Not for translating between tokenizers: a teacher with another vocabulary is refused. Invariant: what passes has the
-same id for every string, added and special tokens included, and embedding widths that hold them all.
+same id for every string, added and special tokens included, and embedding widths that hold them all. Only tokens that
+a teacher has beyond the student's may be allowed (`teacher.extra_tokens`); they are then handed back, so that nobody
+takes them for candidates.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+from tropd_mcore.data.tokenizer import load_tokenizer
 from tropd_mcore.errors import DataError, ModelError
 
 SHOWN_DIFFERENCES = 5
 
 
-def check_same_vocabulary(student_folder: Path, other_folder: Path, *, key: str = "teacher.path") -> None:
-    """Return where the two vocabularies agree; the widths (config `vocab_size`) may differ by padding only.
+def check_same_vocabulary(
+    student_folder: Path, other_folder: Path, *, key: str = "teacher.path", allow_extra: bool = False
+) -> tuple[int, ...]:
+    """Return the ids of tokens that only the other folder has, ascending: none unless `allow_extra`.
 
-    `key` is the configuration key of the second folder. Raises DataError listing the first differences and how many
-    there are, ModelError where a folder lacks its config.
+    All other tokens agree; the widths (config `vocab_size`) may differ by padding only. `key` is the configuration key
+    of the second folder. Raises DataError that says how the vocabularies differ, with the first differences and how
+    many there are, ModelError where a folder lacks its config.
     """
     student, other = read_vocabulary(student_folder), read_vocabulary(other_folder)
-    differences = _differences(student, other)
-    if differences:
-        shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+    folders = f"student.path={student_folder}", f"{key}={other_folder}"
+    extra = {token: index for token, index in other.items() if token not in student}
+    only_student = {token: index for token, index in student.items() if token not in other}
+    moved = [token for token in student.keys() & other.keys() if student[token] != other[token]]
+    reused = set(extra.values()) & set(student.values())
+    if moved or reused or (extra and only_student):
+        raise DataError(_mixed(folders, student, other, key))
+    if only_student:
         raise DataError(
-            f"student.path={student_folder} and {key}={other_folder} differ in {len(differences)} of "
-            f"{len(student.keys() | other.keys())} tokens (first: {shown}): choose {key} from the student's family"
+            f"{folders[0]} has {_tokens(only_student)} that {folders[1]} lacks; every other token has the same id in "
+            f"both. Take them out of the student's tokenizer, or choose another {key}"
         )
+    if extra and not allow_extra:
+        raise DataError(_added(folders, extra, key))
     _check_width("student.path", student_folder, student)
     _check_width(key, other_folder, other)
+    return tuple(sorted(extra.values()))
+
+
+def _mixed(folders: tuple[str, str], student: dict[str, int], other: dict[str, int], key: str) -> str:
+    differences = _differences(student, other)
+    shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+    return (
+        f"{folders[0]} and {folders[1]} differ in {len(differences)} of {len(student.keys() | other.keys())} tokens "
+        f"(first: {shown}): choose {key} from the student's family"
+    )
+
+
+def _added(folders: tuple[str, str], extra: dict[str, int], key: str) -> str:
+    what = (
+        f"{folders[1]} adds {_tokens(extra)} to those of {folders[0]}; every token of the student has the same id there"
+    )
+    if key != "teacher.path":
+        return f"{what}. Choose another {key} without them: the student cannot learn them"
+    return (
+        f"{what}. teacher.extra_tokens=exclude takes them out of the teacher's candidates and counts them "
+        "(metric teacher/excluded_candidates)"
+    )
+
+
+def _tokens(tokens: dict[str, int]) -> str:
+    """How many there are, and the first of them by id."""
+    first = sorted(tokens.items(), key=lambda item: item[1])[:SHOWN_DIFFERENCES]
+    shown = ", ".join(f"{token!r} {index}" for token, index in first)
+    return f"{_count(len(tokens))} ({shown}{', ...' if len(tokens) > len(first) else ''})"
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens} token" + ("s" if tokens != 1 else "")
 
 
 def _check_width(key: str, folder: Path, vocabulary: dict[str, int]) -> None:
     width, needed = read_width(folder), max(vocabulary.values()) + 1
     if width < needed:
-        raise DataError(f"{key}={folder}: vocab_size is {width} but the tokenizer has ids up to {needed - 1}")
+        beyond = _tokens(dict(_beyond(vocabulary.items(), width)))
+        raise DataError(
+            f"{key}={folder}: vocab_size is {width} but the tokenizer has ids up to {needed - 1}: {beyond} without a "
+            "row of the embedding; take them out of the tokenizer, or take the tokenizer that belongs to these weights"
+        )
+
+
+def _beyond(items: Iterable[tuple[str, int]], width: int) -> Iterable[tuple[str, int]]:
+    return ((token, index) for token, index in items if index >= width)
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:
     """Return token string -> id of the tokenizer in `folder`, added and special tokens included. Raises DataError."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise DataError(f"{folder}: expected a tokenizer there (tokenizer.json)")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: the tokenizer cannot be read: {error}") from error
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    vocabulary: dict[str, int] = load_tokenizer(folder).get_vocab()
     if not vocabulary:
         raise DataError(f"{folder}: the tokenizer has no tokens")
     return vocabulary

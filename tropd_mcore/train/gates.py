@@ -1,53 +1,247 @@
-"""Checks before the first optimizer step: each refuses to train on numbers that cannot be right, and says why.
+"""Checks that need rollouts: each refuses to train on numbers that cannot be right, and says why.
 
 The arithmetic of layout, batch and sequence is checked with the configuration (`config.checks`), vocabularies in
-`teacher.vocabulary`, memory by `mcore.pipeline`; here is what needs the first rollouts.
+`teacher.vocabulary`, memory by `mcore.dry_run`, a served teacher in `train.teacher_identity`. Invariants: what is
+compared are log-probs of before the step's first update; noise of single tokens stops no run after its first step.
 """
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
-from tropd_mcore.types import TokenTable
+from tropd_mcore.monitor.record import GateState
+from tropd_mcore.train.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+Columns = Mapping[str, npt.NDArray[np.generic]]
 
 FLOAT32_BOUNDS = (1e-4, 1e-2)
 """(99th percentile, maximum) between two float32 engines, nats. Measured: 8e-6 and 1e-4 (docs/numerics.md)."""
 BFLOAT16_BOUNDS = (0.25, 2.0)
 """The same where one of the engines rounds to bfloat16 (docs/numerics.md)."""
+FLOAT32_MEAN = 2e-5
+"""Bound on the mean between two float32 engines, nats. Measured: 6e-7."""
+BFLOAT16_MEAN = 0.05
+"""The same where one of the engines rounds to bfloat16. Measured: 7e-3."""
+
+LEAST_TOKENS = 500
+"""Below this, a 99th percentile is the value of a few tokens and moves with each of them: the share of the tokens above
+its bound is judged instead, and two tokens at least have to be above."""
+GROSS, GROSS_TOKENS = 10.0, 20
+"""A later step whose mean is above so many times its bound, over so many tokens, is no noise and stops at once."""
+WARN_EVERY = 20
+"""Steps between two warnings about the maximum; those in between are counted."""
 
 
-def sampler_bounds(config: Config) -> tuple[float, float]:
-    """(99th percentile, maximum) allowed of |sampler - trainer| log-prob, nats."""
-    exact = {config.student.dtype, config.rollout.server.dtype or config.student.dtype} == {"float32"}
-    p99, largest = FLOAT32_BOUNDS if exact else BFLOAT16_BOUNDS
-    gates = config.gates
-    return gates.sampler_logprob_p99 or p99, gates.sampler_logprob_max or largest
+@dataclass(frozen=True)
+class SamplerBounds:
+    """What |sampler - trainer| may be, nats; `share` is of the tokens above `p99`, `steps` counts failures in a row."""
+
+    mean: float
+    p99: float
+    largest: float
+    share: float
+    steps: int
+
+    @classmethod
+    def of(cls, config: Config) -> SamplerBounds:
+        """The bounds of `gates.sampler_logprob_*`, or the defaults for the dtypes of the two engines."""
+        gates = config.gates
+        exact = {config.student.dtype, config.rollout.server.dtype or config.student.dtype} == {"float32"}
+        p99, largest = FLOAT32_BOUNDS if exact else BFLOAT16_BOUNDS
+        return cls(
+            mean=gates.sampler_logprob_mean or (FLOAT32_MEAN if exact else BFLOAT16_MEAN),
+            p99=gates.sampler_logprob_p99 or p99,
+            largest=gates.sampler_logprob_max or largest,
+            share=gates.sampler_logprob_share,
+            steps=gates.sampler_logprob_steps,
+        )
 
 
-def check_sampler_logprobs(table: TokenTable, config: Config) -> float | None:
-    """Compare trainer and sampler on the sampled tokens of the first rollouts; returns the 99th percentile, nats.
+@dataclass(frozen=True)
+class Difference:
+    """|sampler - trainer| log-prob over the sampled tokens of a step, nats."""
 
-    Returns None where no sampled token was scored, so that there is nothing to compare. Raises `GateError` with the
-    size of the difference and the likely cause.
-    """
-    on = table["on"].astype(bool)
-    if not on.any():
+    tokens: int
+    mean: float
+    p99: float
+    largest: float
+    share_above: float
+    """Share of the tokens above the bound of the 99th percentile."""
+
+    def off(self, bounds: SamplerBounds) -> list[str]:
+        """Which of mean, 99th percentile and share are above their bounds; the maximum is not looked at."""
+        above = round(self.share_above * self.tokens)
+        wrong = {
+            "mean": self.mean > bounds.mean,
+            "99th percentile": self.tokens >= LEAST_TOKENS and self.p99 > bounds.p99,
+            "share": self.share_above > bounds.share and above >= 2,
+        }
+        return [name for name, is_wrong in wrong.items() if is_wrong]
+
+    def describe(self, bounds: SamplerBounds) -> str:
+        """The numbers beside their bounds, one clause."""
+        return (
+            f"sampler and trainer log-probs differ by {self.mean:.1e} nats (mean), {self.p99:.1e} (99th percentile), "
+            f"{self.largest:.1e} (maximum) over {self.tokens} tokens; allowed {bounds.mean:.0e}, {bounds.p99:.0e}, "
+            f"{bounds.largest:.0e}; {self.share_above:.1%} of the tokens are above the second, allowed "
+            f"{bounds.share:.0%}"
+        )
+
+    def cause(self) -> str:
+        """What most likely makes so large a share differ."""
+        if self.share_above > 0.5:
+            return (
+                "other weights (a publication that did not arrive, a foreign or renamed checkpoint, rollouts that "
+                "another run stored), another temperature (rollout.temperature) or another chat template in the server"
+            )
+        if self.share_above > 0.01:
+            return (
+                "another dtype (rollout.server.dtype, student.dtype), a tensor that was converted wrongly, or the "
+                "weights of an earlier step"
+            )
+        return "single tokens only: special tokens, or padded vocabulary columns in one of the two softmaxes"
+
+
+def compare(parts: Sequence[Columns], bounds: SamplerBounds) -> Difference | None:
+    """Of the rows of all ranks and updates in the first epoch; None where no sampled token was scored."""
+    pieces = []
+    for part in parts:
+        if part:
+            rows = part["on"].astype(bool) & (part["epoch"] == 0)
+            pieces.append(part["old_logp"][rows].astype(np.float64) - part["behav_logp"][rows].astype(np.float64))
+    found = np.abs(np.concatenate(pieces)) if pieces else np.zeros(0)
+    if not len(found):
         return None
-    difference = np.abs(table["old_logp"][on].astype(np.float64) - table["behav_logp"][on].astype(np.float64))
-    p99, largest = float(np.quantile(difference, 0.99)), float(difference.max())
-    p99_bound, largest_bound = sampler_bounds(config)
-    if p99 <= p99_bound and largest <= largest_bound:
-        return p99
-    share = float((difference > p99_bound).mean())
-    if share > 0.5:
-        cause = "other weights, another temperature (rollout.temperature) or another chat template in the server"
-    elif share > 0.01:
-        cause = "another dtype (rollout.server.dtype, student.dtype) or a tensor that was converted wrongly"
-    else:
-        cause = "single tokens only: special tokens, or padded vocabulary columns in one of the two softmaxes"
-    raise GateError(
-        f"gates.sampler_logprob: sampler and trainer log-probs differ by {p99:.1e} nats (99th percentile) and "
-        f"{largest:.1e} (maximum) over {int(on.sum())} tokens; allowed {p99_bound:.0e} and {largest_bound:.0e}; "
-        f"{share:.1%} of the tokens are above the first. Likely cause: {cause}. Bounds: gates.sampler_logprob_p99, "
-        "gates.sampler_logprob_max"
+    return Difference(
+        tokens=len(found),
+        mean=float(found.mean()),
+        p99=float(np.quantile(found, 0.99)),
+        largest=float(found.max()),
+        share_above=float((found > bounds.p99).mean()),
     )
+
+
+class SamplerGate:
+    """Compares sampler and trainer at every step of a launch; used on rank 0.
+
+    The first step with sampled tokens has to pass. At later ones a maximum above its bound is warned about, and a mean,
+    a 99th percentile or a share above its bound stops the run once it is so `sampler_logprob_steps` steps in a row, or
+    at once where the mean is far above. In a replay of another run (`run.replay`) the first step alone is judged: later
+    rollouts come from weights that this run has only where nothing was changed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.bounds = SamplerBounds.of(config)
+        self.passed = False
+        """Whether the first comparison of the launch is done."""
+        self.warnings = 0
+        """Steps since then whose maximum was above its bound."""
+        self._off: list[int] = []
+        """The steps in a row that were off, up to now."""
+        self._last_warned: int | None = None
+        self._run_dir = RunDir(config.run.dir)
+        self._replayed = config.run.replay is not None
+
+    @property
+    def state(self) -> GateState:
+        """What the metrics show of it."""
+        return GateState(p99_bound=self.bounds.p99, off_in_a_row=len(self._off), warnings=self.warnings)
+
+    def check(self, step: int, parts: Sequence[Columns], *, first_update: bool = False) -> bool:
+        """Judge the rows of `step`; returns whether anything has been compared in this launch. Raises GateError.
+
+        `first_update`: these are the rows of the first of several updates, which have to pass where nothing has passed
+        before, and do not count as a step.
+        """
+        found = compare(parts, self.bounds)
+        if found is not None:
+            self.judge(step, found, first_update=first_update)
+        return self.passed
+
+    def judge(self, step: int, found: Difference, *, first_update: bool = False) -> None:
+        """What `check` does with the difference of `step`. Raises GateError."""
+        if not self.passed:
+            if found.off(self.bounds) or found.largest > self.bounds.largest:
+                raise self._error(found, [step], "")
+            log.info("gates.sampler_logprob: sampler and trainer agree to %.1e nats (99th percentile)", found.p99)
+            self.passed = True
+        elif not first_update and not self._replayed:
+            self._judge_later(step, found)
+
+    def _judge_later(self, step: int, found: Difference) -> None:
+        if found.largest > self.bounds.largest:
+            self.warnings += 1
+            if self._last_warned is None or step - self._last_warned >= WARN_EVERY:
+                self._last_warned = step
+                log.warning(
+                    "gates.sampler_logprob: step %d: %s (%d such steps)", step, self._text(found), self.warnings
+                )
+        off = found.off(self.bounds)
+        self._off = [*self._off, step] if off else []
+        if found.tokens >= GROSS_TOKENS and found.mean > GROSS * self.bounds.mean:
+            raise self._error(found, self._off, f", the mean by more than {GROSS:g} times what is allowed")
+        if len(self._off) >= self.bounds.steps:
+            raise self._error(found, self._off, f" in {len(self._off)} steps in a row ({', '.join(off)})")
+        if off:
+            log.warning(
+                "gates.sampler_logprob: step %d: %s above the bound, %d of %d steps in a row that stop the run: %s",
+                step,
+                " and ".join(off),
+                len(self._off),
+                self.bounds.steps,
+                self._text(found),
+            )
+
+    def _text(self, found: Difference) -> str:
+        return found.describe(self.bounds)
+
+    def _error(self, found: Difference, steps: list[int], since: str) -> GateError:
+        stored = self._run_dir.rollouts(steps[0])
+        more = f" to step {steps[-1]}" if len(steps) > 1 else ""
+        return GateError(
+            f"gates.sampler_logprob: step {steps[-1]}: {self._text(found)}{since}. Likely cause: {found.cause()}. "
+            f"Stored rollouts are used again: once the cause is mended, remove {stored}{more} to have them sampled "
+            "again. Bounds: gates.sampler_logprob_mean, gates.sampler_logprob_p99, gates.sampler_logprob_max, "
+            "gates.sampler_logprob_share, gates.sampler_logprob_steps"
+        )
+
+
+SAME_MODEL = 3.0
+"""A served teacher whose log-probs are as near to the student's as this times the sampler's is the student itself."""
+SAME_MODEL_LEAST = 1e-6
+"""Nats; of two engines that agree to the last bit."""
+
+
+def check_teacher_is_another(parts: Sequence[Columns], config: Config, step: int) -> None:
+    """Raise GateError where a served teacher's scores of a run's first rollouts are the student's own log-probs.
+
+    The sampler, a server with the student's weights, gives the size of the noise: a teacher that is as near as that is
+    a server with the student's weights too. Looked at only at temperature 1, where the two can be compared, and before
+    the student has learnt anything.
+    """
+    folders = {config.teacher.path.resolve(), config.student.path.resolve()}
+    if not config.gates.teacher_identity or config.teacher.kind != "sglang" or len(folders) == 1:
+        return
+    if step or config.rollout.temperature != 1.0 or config.run.replay is not None:
+        return
+    bounds = SamplerBounds.of(config)
+    sampler = compare(parts, bounds)
+    teacher = compare([{**part, "behav_logp": part["teacher_logp"]} if part else part for part in parts], bounds)
+    if sampler is None or teacher is None:
+        return
+    if teacher.mean <= min(max(SAME_MODEL * sampler.mean, SAME_MODEL_LEAST), bounds.mean):
+        raise GateError(
+            f"gates.teacher_identity: the teacher's scores of the first {teacher.tokens} tokens differ by "
+            f"{teacher.mean:.1e} nats (mean) from the student's own log-probs, the sampler's by {sampler.mean:.1e}: "
+            "teacher.server serves the student's weights, and there is nothing to learn. Expected those of "
+            "teacher.path; correct teacher.server.url, or teacher.path where it is a copy of the student"
+        )

@@ -20,14 +20,12 @@ from tropd_mcore.config.derived import (
     teaches_itself,
     updates_per_step,
 )
-from tropd_mcore.config.plan import resolved_yaml
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
 from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.checkpoint import TrainState, load
-from tropd_mcore.mcore.checkpoint_info import latest
-from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
+from tropd_mcore.mcore.collective import shared_fate
 from tropd_mcore.mcore.dry_run import dry_run
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
@@ -37,7 +35,10 @@ from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.weights_io import export_hf, load_hf
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.train.batch_context import BatchContextSource
-from tropd_mcore.train.material import Material, check_vocabularies, model_paths, read_material
+from tropd_mcore.train.init_from import begin_optimizer, begin_weights
+from tropd_mcore.train.inputs import teacher_name
+from tropd_mcore.train.material import Material, check_tokenizers, check_vocabularies, model_paths, read_material
+from tropd_mcore.train.model_check import check_model
 from tropd_mcore.train.parts import (
     Servers,
     Site,
@@ -54,6 +55,7 @@ from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import ScoreSource
 from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.train.start import Start, accept, compare_contents, open_launch
 from tropd_mcore.train.trainer import Parts, Trainer
 from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.publish import replace_folder
@@ -74,19 +76,21 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
     site = Site(config, platform, layout, RunDir(config.run.dir), models)
     with ExitStack() as cleanup:
         cleanup.callback(destroy, layout)
-        _prepare_run_dir(site, sources, cleanup)
+        _hold_run_dir(site, cleanup)
+        opened = open_launch(site)
+        check_tokenizers(site)
         check_vocabularies(site)
         material = read_material(site)
-        first_step = _first_step(site)
+        first_step = opened.first_step
         exported = not config.run.export_at_end or site.run_dir.exported_at() == first_step
         if first_step >= config.run.steps and exported:
             log.info("%s is complete: %d of %d steps", config.run.dir, first_step, config.run.steps)
             return
-        _train(site, material, first_step, cleanup)
+        _train(site, material, compare_contents(site, opened, sources), cleanup)
 
 
-def _train(site: Site, material: Material, first_step: int, cleanup: ExitStack) -> None:
-    config, layout = site.config, site.layout
+def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> None:
+    config, layout, first_step = site.config, site.layout, start.first_step
     last_step = config.run.steps
     if config.run.stop_after is not None:
         last_step = min(last_step, first_step + config.run.stop_after)
@@ -97,29 +101,37 @@ def _train(site: Site, material: Material, first_step: int, cleanup: ExitStack) 
         dtype=config.student.dtype, trainable=True, recompute=config.student.recompute, optimizer=config.optimizer,
     )  # fmt: skip
     load_hf(student, config.student.path, layout)
+    if first_step < last_step:
+        check_model(site, "student.path", student, start.inputs)
+    if start.source is not None and not config.run.init_optimizer:
+        begin_weights(start.source, student)
     optimizer, scheduler = build_optimizer(
         student, config.optimizer, steps=config.run.steps * updates_per_step(config.objective)
     )
+    if start.source is not None and config.run.init_optimizer:
+        begin_optimizer(start.source, TrainState(student, optimizer, scheduler))
     average = student_average(site, student) if first_step < last_step else None
     state = TrainState(student, optimizer, scheduler, average)
-    if first_step:
-        checkpoint = latest(site.run_dir.checkpoints)
-        assert checkpoint is not None
-        load(checkpoint, state)
-        log.info("resumed from %s", checkpoint)
-    if first_step < last_step:
-        parts = _make_parts(site, material, state, servers, first_step, cleanup)
+    if start.checkpoint is not None:
+        load(start.checkpoint, state, run=start.run)
+        log.info("resumed from %s", start.checkpoint)
+    parts = _make_parts(site, material, state, servers, start, cleanup) if first_step < last_step else None
+    accept(site, start)
+    if parts is not None:
         Trainer(parts, first_step=first_step, last_step=last_step).fit()
     if last_step == config.run.steps and config.run.export_at_end:
         export(site, student, max(first_step, last_step))
 
 
 def _make_parts(
-    site: Site, material: Material, state: TrainState, servers: Servers, first_step: int, cleanup: ExitStack
+    site: Site, material: Material, state: TrainState, servers: Servers, start: Start, cleanup: ExitStack
 ) -> Parts:
     config, layout, student = site.config, site.layout, state.model
     settings = LossSettings.from_config(config)
     teacher, reference = teacher_model(site), reference_model(site)
+    for key, model in (("teacher.path", teacher), ("objective.reference", reference)):
+        if model is not None:
+            check_model(site, key, model, start.inputs)
     if config.gates.longest_sequence:
         dry_run(
             student,
@@ -130,21 +142,22 @@ def _make_parts(
             own_topk=own_support_size(config.objective),
             teacher=teacher if full_vocabulary(config.objective) else None,
         )
-    policy = make_policy(site, student, material.renderer, servers.policy) if config.run.replay is None else None
-    monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=first_step)
+    policy = make_policy(site, student, material.ends, servers.policy) if config.run.replay is None else None
+    monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=start.first_step)
     cleanup.callback(monitor.close)
     if state.average is not None and material.solution_prompts is not None:
         scorer = make_self_teacher(site, state.average, settings, material.solution_prompts, material.ignored)
     else:
-        scorer = make_teacher(site, teacher, settings, servers.teacher, material.longest)
+        scorer = make_teacher(site, teacher, settings, servers.teacher, material.longest, material.excluded)
+    teacher_check = scorer.check if isinstance(scorer, ServedTeacher) else None
     assert state.optimizer is not None and state.scheduler is not None
-    rollouts = RolloutSource(config, site.run_dir, material.prompts, policy, layout)
+    rollouts = RolloutSource(config, site.run_dir, material.prompts, policy, layout, vocab_size=site.student.vocab_size)
     scores = ScoreSource(
         scorer,
         site.run_dir,
         layout,
         replay=config.run.replay,
-        name=f"{config.teacher.kind} {config.teacher.path} {config.teacher.dtype} {support_size(config.objective)}",
+        name=teacher_name(config, start.inputs, teacher_check.name if teacher_check is not None else ""),
         on_disk=not (full_vocabulary(config.objective) or teaches_itself(config.objective)),
     )
     fallible = scorer if isinstance(scorer, ServedTeacher) and has_prefix_loss(config.objective) else None
@@ -164,6 +177,7 @@ def _make_parts(
         context=BatchContextSource(config, student, reference),
         monitor=monitor,
         renderer=material.renderer,
+        teacher_check=teacher_check,
     )
 
 
@@ -181,21 +195,7 @@ def export(site: Site, student: Model, step: int) -> None:
     log.info("exported the student to %s", run_dir.export)
 
 
-def _prepare_run_dir(site: Site, sources: dict[str, str], cleanup: ExitStack) -> None:
-    run_dir, control = site.run_dir, site.layout.groups.control
-    resolved = resolved_yaml(site.config, sources)
-    with shared_fate(control):
+def _hold_run_dir(site: Site, cleanup: ExitStack) -> None:
+    with shared_fate(site.layout.groups.control):
         if site.layout.rank == 0:
-            cleanup.callback(os.close, run_dir.lock())
-            for line in run_dir.record_config(resolved):
-                log.warning("%s was made with another value than `%s`", run_dir.root, line)
-
-
-def _first_step(site: Site) -> int:
-    """Steps done according to the newest checkpoint of the run; the same on all ranks."""
-
-    def steps_done() -> int:
-        checkpoint = latest(site.run_dir.checkpoints)
-        return int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
-
-    return on_rank_zero(steps_done, site.layout.groups.control)
+            cleanup.callback(os.close, site.run_dir.lock())

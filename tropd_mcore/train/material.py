@@ -7,13 +7,13 @@ built or a server is asked, and all of it is said at once.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 
 from tropd_mcore.config.checks import data_problems, self_teacher_problems
 from tropd_mcore.config.derived import (
-    learns_from_verifier,
     longest_sample,
     own_support_size,
     reference_path,
@@ -23,16 +23,16 @@ from tropd_mcore.config.derived import (
 from tropd_mcore.config.divergence_objectives import SdpoObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
+from tropd_mcore.data.end_tokens import EndTokens, end_tokens
 from tropd_mcore.data.feedback import SolutionPrompts
-from tropd_mcore.data.prompts import PromptSet, load_prompts, read_prompt_file
+from tropd_mcore.data.prompts import PromptSet, load_prompts, needs_of
 from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
+from tropd_mcore.data.tokenizer_gate import check_tokenizer
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.losses.method_table import bind_objective
-from tropd_mcore.mcore.collective import on_rank_zero
-from tropd_mcore.rollout.sampler import check_ids
+from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.teacher.vocabulary import check_same_vocabulary
 from tropd_mcore.train.parts import Site
-from tropd_mcore.train.verdicts import check_answers
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,25 @@ class Material:
     """Most tokens that a sample can have."""
     solution_prompts: SolutionPrompts | None
     """What the teacher reads where that is the student itself; None elsewhere."""
+    ends: EndTokens
+    """What ends a response."""
+    excluded: tuple[int, ...]
+    """Ids of tokens that only the teacher has, which are no candidates (teacher.extra_tokens)."""
+
+
+def check_tokenizers(site: Site) -> None:
+    """Raise on every rank where a tokenizer of the run is not the one of its files (gates.tokenizer). Collective."""
+    if not site.config.gates.tokenizer:
+        return
+
+    def check() -> None:
+        checked: set[Path] = set()
+        for key, path in model_paths(site.config).items():
+            if path.resolve() not in checked:
+                check_tokenizer(path, key=key)
+                checked.add(path.resolve())
+
+    on_rank_zero(check, site.layout.groups.control)
 
 
 def check_vocabularies(site: Site) -> None:
@@ -69,7 +88,9 @@ def check_vocabularies(site: Site) -> None:
     if config.gates.vocabulary:
         for key, path in model_paths(config).items():
             if key != "student.path":
-                on_rank_zero(partial(check_same_vocabulary, config.student.path, path, key=key), control)
+                allow_extra = key == "teacher.path" and config.teacher.extra_tokens == "exclude"
+                check = partial(check_same_vocabulary, config.student.path, path, key=key, allow_extra=allow_extra)
+                on_rank_zero(check, control)
     reference = site.models.get("objective.reference")
     if reference is not None and reference.vocab_size < site.student.vocab_size:
         raise ConfigError(
@@ -81,46 +102,66 @@ def check_vocabularies(site: Site) -> None:
 
 
 def read_material(site: Site) -> Material:
-    """Read tokenizer and data.
+    """Read tokenizer and data. Collective.
 
     Raises ConfigError where packs or models are too short for the data, a token to ignore is unknown or a custom
-    objective cannot be imported, DataError where an id is not in the vocabulary or an answer is missing.
+    objective cannot be imported, DataError with everything that the run would miss in prompts and stored responses.
     """
     config = site.config
     bind_objective(config.objective)
     renderer = Renderer(config.student.path)
     ignored = ignored_tokens(config.loss, renderer.token_id)
-    prompts = load_prompts(config.data, renderer, seed=config.run.seed)
-    if learns_from_verifier(config.objective):
-        check_answers(prompts.prompts, config)
+    ends = end_tokens(config, renderer, config.teacher.path)
+    prompts = _prompts(site, renderer, ends)
     longest = _longest_sample(site, prompts)
-    return Material(renderer, prompts, ignored, longest, _solution_prompts(site, renderer))
+    solution_prompts = _solution_prompts(site, renderer, prompts)
+    return Material(renderer, prompts, ignored, longest, solution_prompts, ends, _excluded_tokens(site))
 
 
-def _solution_prompts(site: Site, renderer: Renderer) -> SolutionPrompts | None:
+def _prompts(site: Site, renderer: Renderer, ends: EndTokens) -> PromptSet:
+    """The prompts, with all that the run needs of them. Collective.
+
+    Every rank reads and renders them. Rank 0 alone looks at the answers, which takes milliseconds each.
+    """
+    config, control = site.config, site.layout.groups.control
+    today = config.data.template_date or on_rank_zero(lambda: site.run_dir.template_date(date.today()), control)
+    needs = needs_of(config, vocab_size=site.student.vocab_size, end_ids=ends.ids)
+    if site.layout.rank != 0:
+        needs = replace(needs, verifier=None)
+    with shared_fate(control):
+        return load_prompts(config.data, renderer, seed=config.run.seed, needs=needs, today=today)
+
+
+def _excluded_tokens(site: Site) -> tuple[int, ...]:
+    """Ids of tokens that only the teacher has and that are no candidates; said once. Collective."""
+    config = site.config
+    if config.teacher.extra_tokens == "refuse":
+        return ()
+    find = partial(check_same_vocabulary, config.student.path, config.teacher.path, allow_extra=True)
+    found = on_rank_zero(find, site.layout.groups.control)
+    if found:
+        log.info("%d tokens that only the teacher has are no candidates, the first is id %d", len(found), found[0])
+    return found
+
+
+def _solution_prompts(site: Site, renderer: Renderer, prompts: PromptSet) -> SolutionPrompts | None:
     """Raises DataError where a prompt cannot take a solution, ConfigError where a response would not fit after one."""
     config, objective = site.config, site.config.objective
     if not isinstance(objective, SdpoObjective):
         return None
-    asked = {record.prompt_id: record.prompt for record in read_prompt_file(config.data.prompts)}
-    prompts = SolutionPrompts(asked, renderer, objective.template)
-    longest, context = prompts.longest_without_solution(), site.student.max_position_embeddings
+    found = SolutionPrompts(prompts.asked, renderer, objective.template, config.verifier)
+    longest, context = found.longest_without_solution(), site.student.max_position_embeddings
     problems = self_teacher_problems(config, longest_prompt=longest, context=context)
     if problems:
         raise ConfigError(problems)
     room = min(config.batch.tokens_per_micro_batch, context) - longest - config.rollout.max_new_tokens
     log.info("solutions of up to %d tokens fit before the longest response to the longest prompt", room)
-    return prompts
+    return found
 
 
 def _longest_sample(site: Site, prompts: PromptSet) -> int:
     """The most tokens a sample of this run can have."""
     config = site.config
-    for prompt in prompts.prompts:
-        check_ids(prompt.token_ids, site.student.vocab_size, what=f"prompt {prompt.prompt_id!r} of data.prompts")
-        if prompt.teacher_response_ids is not None:
-            what = f"the response to {prompt.prompt_id!r} in data.teacher_responses"
-            check_ids(prompt.teacher_response_ids, site.student.vocab_size, what=what)
     lengths = {"longest_prompt": prompts.longest_prompt, "longest_response": prompts.longest_response}
     problems = data_problems(config, **lengths)
     longest = longest_sample(config, **lengths)

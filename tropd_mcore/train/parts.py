@@ -14,7 +14,7 @@ from tropd_mcore.config.derived import full_vocabulary, reference_path, support_
 from tropd_mcore.config.divergence_objectives import SdpoObjective
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config
-from tropd_mcore.data.chat import Renderer
+from tropd_mcore.data.end_tokens import EndTokens
 from tropd_mcore.data.feedback import SolutionPrompts
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.mcore.average import WeightAverage
@@ -24,8 +24,10 @@ from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
 from tropd_mcore.mcore.weights_io import load_hf
+from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
+from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, tokenizer_for_server
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.megatron import MegatronTeacher
@@ -35,6 +37,7 @@ from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import Teacher
 from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.train.teacher_identity import TeacherCheck
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
 
@@ -97,33 +100,51 @@ def reference_model(site: Site) -> Model | None:
     return _frozen(site, site.models["objective.reference"], path, site.config.student.dtype) if path else None
 
 
-def make_policy(site: Site, student: Model, renderer: Renderer, server: SupervisedServer | None) -> PolicyServer:
-    """The rollout server as all ranks see it."""
+def make_policy(site: Site, student: Model, ends: EndTokens, server: SupervisedServer | None) -> PolicyServer:
+    """The rollout server as all ranks see it; responses stop at `ends`."""
     config = site.config
     dtype = student.config.params_dtype
     plan = [(name, shape, dtype) for name, shape in hf_weight_plan(site.student)]
+    ledger = PublicationLedger("rollout.server") if config.gates.weight_sync else None
 
     def connect(server: SupervisedServer) -> tuple[SglangSampler, WeightPublisher]:
+        if config.gates.tokenizer:
+            check_served_tokenizer(server, config.student.path)
         sampler = SglangSampler(
             server.client,
             config.rollout,
-            eos_ids=renderer.eos_ids,
+            eos_ids=ends.ids,
             vocab_size=site.student.vocab_size,
             seed=config.run.seed,
+            masked_share=config.gates.masked_share,
         )
-        return sampler, WeightPublisher(server.client, plan)
+        return sampler, WeightPublisher(server.client, plan, ledger=ledger)
 
     return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync)
 
 
 def make_teacher(
-    site: Site, model: Model | None, settings: LossSettings, server: SupervisedServer | None, longest: int
+    site: Site,
+    model: Model | None,
+    settings: LossSettings,
+    server: SupervisedServer | None,
+    longest: int,
+    excluded: tuple[int, ...],
 ) -> Teacher:
-    """Who scores: `model` in this process, or `server` where that is None. Collective."""
+    """Who scores: `model` in this process, or `server` where that is None. Collective.
+
+    `longest` is the length of the longest sample; `excluded` ids are no candidates.
+    """
     objective = site.config.objective
     if model is None:
-        return _served_teacher(site, server, longest)
-    return MegatronTeacher(model, k=support_size(objective), settings=settings, keep_hidden=full_vocabulary(objective))
+        return _served_teacher(site, server, longest, excluded)
+    return MegatronTeacher(
+        model,
+        k=support_size(objective),
+        settings=settings,
+        keep_hidden=full_vocabulary(objective),
+        excluded=excluded,
+    )
 
 
 def make_self_teacher(
@@ -140,21 +161,35 @@ def make_self_teacher(
     )
 
 
-def _served_teacher(site: Site, server: SupervisedServer | None, longest: int) -> ServedTeacher:
+def _served_teacher(
+    site: Site, server: SupervisedServer | None, longest: int, excluded: tuple[int, ...]
+) -> ServedTeacher:
     config, k = site.config.teacher, support_size(site.config.objective)
     teacher: SglangTeacher | None = None
     with shared_fate(site.layout.groups.control):
         if server is not None:
             server.wait_ready()
+            if site.config.gates.tokenizer and site.layout.rank == 0:
+                check_served_tokenizer(server, config.path)
             teacher = SglangTeacher(
                 server,
                 topk=k,
                 teacher_width=site.teacher.vocab_size,
                 student_width=site.student.vocab_size,
                 on_failure=config.on_failure,
+                excluded=excluded,
             )
             teacher.check_length(longest)
-    return ServedTeacher(teacher, site.layout, topk=k, only_rank_zero=config.server.url is None)
+    gate = site.config.gates.teacher_identity
+    check = TeacherCheck(server, site.config, site.layout.groups.control) if gate else None
+    return ServedTeacher(
+        teacher,
+        site.layout,
+        topk=k,
+        only_rank_zero=config.server.url is None,
+        masked_share=site.config.gates.masked_share,
+        check=check,
+    )
 
 
 def _frozen(site: Site, arch: Architecture, path: Path, dtype: Dtype) -> Model:
@@ -167,19 +202,21 @@ def _start_server(site: Site, name: Literal["rollout", "teacher"], cleanup: Exit
     """Start the server of a section on rank 0, without waiting for it; on other ranks, None if it is a started one."""
     served = site.config.student if name == "rollout" else site.config.teacher
     config = site.config.rollout.server if name == "rollout" else site.config.teacher.server
-    spec = ServerSpec(
-        key=f"{name}.server",
-        model_key="student.path" if name == "rollout" else "teacher.path",
-        model_path=served.path,
-        config=config,
-        device=site.platform.name,
-        run_dir=site.run_dir.logs,
-        name=name,
-        dtype=served.dtype,
-    )
-    server = SupervisedServer(spec) if site.layout.rank == 0 or config.url is not None else None
+    starts, server = config.url is None and site.layout.rank == 0, None
     with shared_fate(site.layout.groups.control):
-        if server is not None:
+        if starts or config.url is not None:
+            spec = ServerSpec(
+                key=f"{name}.server",
+                model_key="student.path" if name == "rollout" else "teacher.path",
+                model_path=served.path,
+                config=config,
+                device=site.platform.name,
+                run_dir=site.run_dir.logs,
+                name=name,
+                dtype=served.dtype,
+                tokenizer_path=tokenizer_for_server(served.path, site.run_dir.logs, name) if starts else None,
+            )
+            server = SupervisedServer(spec)
             cleanup.callback(server.stop)
             server.start()
     return server

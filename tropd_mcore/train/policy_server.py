@@ -1,8 +1,9 @@
 """The rollout server as all ranks of the job see it: it always samples from the student's current weights.
 
 HTTP and the server process live on rank 0; gathering the weights takes every rank. Invariants: a rollout comes from the
-version of its own step or it is refused; a server that dies is restarted, gets the same weights again and is asked only
-for what is missing; a launch never reuses the version label of an earlier one.
+version of its own step or it is refused; the server's checksums tell whether the weights arrived and stayed while it
+sampled (`rollout.publication`); a server that dies is restarted, gets the same weights again and is asked only for what
+is missing; a launch never reuses the version label of an earlier one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class PolicyServer:
         self._started = False
 
     def sample(self, requests: list[SampleRequest], *, step: int) -> list[Rollout]:
-        """One rollout a request, in order, on every rank, from the student's weights as they are now. Collective.
+        """The rollouts of the requests in order, on every rank, from the student's present weights. Collective.
+
+        Samples without a usable answer are left out (see `SglangSampler`).
 
         Raises ServerError (ServerDied once the restarts are used up) and GateError (weights that do not arrive).
         """
@@ -67,12 +70,18 @@ class PolicyServer:
                 found = on_rank_zero(collect, self._control)
                 died = found.died
             if died is None:
-                return [found.rollouts[request.sample_id] for request in requests]
+                return [rollout for request in requests if (rollout := found.rollouts.get(request.sample_id))]
             self._recover(died)
 
     def _collect(self, requests: list[SampleRequest], step: int, version: str, found: Collected) -> Collected:
-        assert self._sampler is not None
-        return self._sampler.collect(requests, step=step, expected_version=version, found=found)
+        assert self._sampler is not None and self._publisher is not None
+        collected = self._sampler.collect(requests, step=step, expected_version=version, found=found)
+        if collected.died is None:
+            try:
+                self._publisher.check_unchanged()
+            except ServerDied as died:
+                collected.died = died
+        return collected
 
     def _publish(self, version: str) -> ServerDied | None:
         """Bring the server to `version`; returns why it is gone where it died meanwhile, on every rank."""

@@ -1,13 +1,16 @@
 """Rollouts and teacher scores of a step on disk, so that a killed step is repeated with the same numbers.
 
-Plain `.npz` arrays, read without pickle. Variable-length arrays are stored flat beside their lengths. A damaged file
-cannot exist (files are published whole); scores of other rollouts, another layout, another teacher or other candidates
-are not used.
+Plain `.npz` arrays, read without pickle. Variable-length arrays are stored flat beside their lengths. Files are
+published whole, and a flipped bit is an error when the file is read; scores of other rollouts, another layout, another
+teacher or other candidates are not used, and why is told.
 """
 
 import hashlib
 import io
+import lzma
+import struct
 import zipfile
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +27,19 @@ from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
 _RAGGED = ("prompt_ids", "prefix_ids", "response_ids", "behav_logp", "trust_u")
 _TEXT = ("sample_id", "prompt_id", "policy_version", "finish_reason")
 _SCORE_FIELDS = ("logp_T", "topk_ids_TK", "topk_logp_TK", "tail_mass_T", "scored_T")
-_OPTIONAL_SCORE_FIELDS = ("entropy_T", "own_logp_TL")
+_KEY_PARTS = ("teacher", "rows", "candidates")
+_OTHER = {"rows": "of other rows (rollouts, layout or packs)", "candidates": "of other candidates of the student"}
+_OPTIONAL_SCORE_FIELDS = ("entropy_T", "own_logp_TL", "excluded_T")
+_READ_ERRORS = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+)  # fmt: skip
+"""What numpy and zipfile raise for a damaged archive, in which every array has a checksum."""
+_CONTENTS = "contents"
+"""Array of the names of all others, because damage can hide one."""
 
 
-def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Publish the rollouts of one step at `path`."""
+def save_rollouts(path: Path, rollouts: Sequence[Rollout], *, left_out: int = 0) -> None:
+    """Publish the rollouts of one step at `path`; `left_out` samples had no usable answer and are not among them."""
     arrays: dict[str, np.ndarray] = {}
     for name in _RAGGED:
         values = [getattr(rollout, name) for rollout in rollouts]
@@ -39,7 +50,13 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     arrays["carries_prefix_loss"] = np.array([rollout.carries_prefix_loss for rollout in rollouts], dtype=bool)
     arrays["answer"] = np.array([rollout.answer or "" for rollout in rollouts], dtype=np.str_)
     arrays["has_answer"] = np.array([rollout.answer is not None for rollout in rollouts], dtype=bool)
+    arrays["left_out"] = np.array(left_out, dtype=np.int64)
     _publish_arrays(path, arrays)
+
+
+def load_left_out(path: Path) -> int:
+    """Samples that were left out of the rollouts in `path`; 0 in a file that does not say. Raises `DataError`."""
+    return int(_read_arrays(path, ["left_out"], missing_ok=True).get("left_out", np.array(0)))
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
@@ -73,15 +90,15 @@ class ScoreKey:
     own_ids: Sequence[Tensor | None]
     """int64 [T, L] a micro-batch, the student's own candidates; None where none were asked for."""
 
-    def fingerprint(self) -> str:
-        """Hash of the teacher, of the predicted tokens of all rows in order, and of the candidates."""
-        digest = hashlib.sha256(self.teacher.encode())
+    def parts(self) -> dict[str, str]:
+        """The teacher, the hash of the predicted tokens of all rows in order, and that of the candidates."""
+        rows, candidates = hashlib.sha256(), hashlib.sha256()
         for micro_batch, own_ids in zip(self.micro_batches, self.own_ids, strict=True):
-            rows = (micro_batch.target_ids, micro_batch.sample_index, micro_batch.token_index)
-            for tensor in rows if own_ids is None else (*rows, own_ids):
-                digest.update(tensor.cpu().numpy().tobytes())
-            digest.update(b"|")
-        return digest.hexdigest()
+            for tensor in (micro_batch.target_ids, micro_batch.sample_index, micro_batch.token_index):
+                rows.update(tensor.cpu().numpy().tobytes())
+            rows.update(b"|")
+            candidates.update(b"|" if own_ids is None else own_ids.cpu().numpy().tobytes() + b"|")
+        return {"teacher": self.teacher, "rows": rows.hexdigest(), "candidates": candidates.hexdigest()}
 
 
 def save_scores(path: Path, key: ScoreKey, scores: Sequence[TeacherScores]) -> None:
@@ -91,22 +108,28 @@ def save_scores(path: Path, key: ScoreKey, scores: Sequence[TeacherScores]) -> N
         pieces = [piece for score in scores if (piece := getattr(score, name)) is not None]
         if pieces and len(pieces) == len(scores):
             arrays[name] = torch.cat(pieces).cpu().numpy()
-    arrays["fingerprint"] = np.array(key.fingerprint())
+    arrays |= {f"key_{name}": np.array(part) for name, part in key.parts().items()}
     _publish_arrays(path, arrays)
 
 
-def has_scores(path: Path, key: ScoreKey) -> bool:
-    """Whether `load_scores` would find scores, without reading them. Raises `DataError` as that does."""
-    return path.exists() and str(_read_arrays(path, {"fingerprint"})["fingerprint"]) == key.fingerprint()
+def mismatch(path: Path, key: ScoreKey) -> str | None:
+    """Why the scores at `path`, which exists, are not those of `key`; None where they are. Reads no scores.
+
+    Raises `DataError` where the file is damaged.
+    """
+    stored = _read_arrays(path, [f"key_{name}" for name in _KEY_PARTS], missing_ok=True)
+    if not stored:
+        return "of an earlier version, which did not say what they belong to"
+    for name, part in key.parts().items():
+        found = str(stored[f"key_{name}"])
+        if found != part:
+            return _OTHER.get(name) or f"of another teacher ({found}, here {part})"
+    return None
 
 
-def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores] | None:
-    """The scores at `path` cut to the micro-batches of `key`, or None where there are none for exactly that."""
-    if not path.exists():
-        return None
+def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores]:
+    """The scores at `path`, which are those of `key` (see `mismatch`), cut to its micro-batches."""
     arrays = _read_arrays(path)
-    if str(arrays["fingerprint"]) != key.fingerprint():
-        return None
     sizes = [len(micro_batch.rows) for micro_batch in key.micro_batches]
     device = key.micro_batches[0].rows.device if key.micro_batches else torch.device("cpu")
     pieces = {
@@ -123,16 +146,24 @@ def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores] | None:
 def _publish_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     def write(stream: BinaryIO) -> None:
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
+        np.savez(buffer, allow_pickle=False, **{_CONTENTS: np.array(sorted(arrays)), **arrays})
         stream.write(buffer.getbuffer())
 
     publish_file(path, write)
 
 
-def _read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of these names, or all."""
+def _read_arrays(
+    path: Path, names: Collection[str] | None = None, *, missing_ok: bool = False
+) -> dict[str, np.ndarray]:
+    """The arrays of these names, or all; none of them where one is not there and that may be."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in (archive.files if names is None else names)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            if missing_ok and names is not None and not set(names) <= set(archive.files):
+                return {}
+            found = {name: archive[name] for name in (archive.files if names is None else names)}
+    except _READ_ERRORS as error:
         raise DataError(f"cannot read {path}: {error}; remove the file to have the step sampled again") from error
+    contents = found.pop(_CONTENTS, None)
+    if contents is not None and set(contents.tolist()) != set(found):
+        raise DataError(f"cannot read {path}: arrays are missing; remove the file to have the step sampled again")
+    return found

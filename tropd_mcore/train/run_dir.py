@@ -1,6 +1,12 @@
 """The run directory: what lies where, who may write in it, and which configuration it was made with.
 
-    config.resolved.yaml   every key, its value and where the value came from
+    config.resolved.yaml   every key, its value and where the value came from, of the last launch that was accepted
+    inputs.json            digests of the data and the models that it read, and versions
+    digests.json           digests of large files, so that they are read once
+    model_checks.json      which models were compared with an independent reading of their folders
+    run.id                 the name of the run, which its checkpoints carry
+    teacher.json           what a served teacher was at the first launch
+    template_date          the day that chat templates print, that of the first launch
     metrics.jsonl          one line a step
     rollouts/ scores/      what decided each step, enough to replay it
     tokens/                per-token values of a few samples, for the report
@@ -13,6 +19,7 @@ Invariant: one job at a time; the lock goes with the process that holds it, so a
 import fcntl
 import os
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from tropd_mcore.errors import ConfigError, DataError
@@ -28,6 +35,31 @@ class RunDir:
     @property
     def config(self) -> Path:
         return self.root / "config.resolved.yaml"
+
+    @property
+    def inputs(self) -> Path:
+        """Record of what the last accepted launch read."""
+        return self.root / "inputs.json"
+
+    @property
+    def digests(self) -> Path:
+        """Digests that spare reading large files again."""
+        return self.root / "digests.json"
+
+    @property
+    def teacher(self) -> Path:
+        """What the served teacher was at the first launch, and how the model folders read its text."""
+        return self.root / "teacher.json"
+
+    @property
+    def model_checks(self) -> Path:
+        """Which models were compared with an independent reading of their folders."""
+        return self.root / "model_checks.json"
+
+    @property
+    def run_id(self) -> Path:
+        """Text file with the name of the run, drawn at its first launch; its checkpoints carry it."""
+        return self.root / "run.id"
 
     @property
     def metrics(self) -> Path:
@@ -78,15 +110,64 @@ class RunDir:
             raise ConfigError([problem]) from error
         return lock
 
-    def record_config(self, resolved: str) -> list[str]:
-        """Write the resolved configuration; returns the lines that an earlier launch had otherwise."""
-        changed: list[str] = []
-        if self.config.exists():
-            before = {line.partition("  #")[0] for line in self.config.read_text().splitlines()}
-            after = [line.partition("  #")[0] for line in resolved.splitlines()]
-            changed = [line.strip() for line in after if line not in before and line.strip()]
+    def recorded_config(self) -> str | None:
+        """The resolved configuration of the last accepted launch; None where there is none.
+
+        Raises `ConfigError` where it cannot be read.
+        """
+        try:
+            return self.config.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            problem = f"{self.config}: the record of the launch before cannot be read: {reason}; restore or remove it"
+            raise ConfigError([problem]) from error
+
+    def record_config(self, resolved: str) -> None:
+        """Replace the resolved configuration. Raises `DataError` where the place cannot be written."""
         publish_text(self.config, resolved)
-        return changed
+
+    def recorded_id(self) -> str | None:
+        """The name that the first accepted launch drew; None before it, or where the file was removed."""
+        try:
+            return self.run_id.read_text(encoding="utf-8").strip() or None
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def record_id(self, name: str) -> None:
+        """Keep the name of the run, once. Raises `DataError` where the place cannot be written."""
+        if self.recorded_id() is None:
+            publish_text(self.run_id, f"{name}\n")
+
+    def has_begun(self) -> bool:
+        """Whether an earlier launch sampled, replayed or trained anything that this one would go on with."""
+        return any((self.root / "rollouts").glob("step_*.npz")) or any(self.checkpoints.glob("step_*"))
+
+    @property
+    def template_day(self) -> Path:
+        """Text file with the day that chat templates print in this run."""
+        return self.root / "template_date"
+
+    def recorded_template_date(self) -> date | None:
+        """The day that the run's chat templates print; None where no launch has recorded one. Raises `DataError`."""
+        if not self.template_day.exists():
+            return None
+        text = self.template_day.read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            return date.fromisoformat(text)
+        except ValueError as error:
+            raise DataError(
+                f"{self.template_day}: expected the date of the run's first launch (YYYY-MM-DD), found {text[:20]!r}; "
+                "write it there, or set data.template_date"
+            ) from error
+
+    def template_date(self, today: date) -> date:
+        """The recorded day; the first call records `today`. Raises `DataError` where it cannot be read or written."""
+        recorded = self.recorded_template_date()
+        if recorded is None:
+            publish_text(self.template_day, f"{today.isoformat()}\n")
+        return recorded or today
 
     def exported_at(self) -> int | None:
         """Optimizer steps done when `export` was written; None where there is none."""
@@ -100,6 +181,16 @@ class RunDir:
         for folder, limit in (("rollouts", rollouts_before), ("scores", scores_before)):
             for path in (self.root / folder).glob("step_*.npz"):
                 if int(path.name.removeprefix("step_").partition(".")[0]) < limit:
+                    _remove(path)
+
+    def drop(self, *, rollouts_from: int, scores_from: int) -> None:
+        """Remove stored rollouts and scores of these steps and later ones, which turned out to be wrong.
+
+        Raises `DataError` where a file cannot be removed.
+        """
+        for folder, first in (("rollouts", rollouts_from), ("scores", scores_from)):
+            for path in (self.root / folder).glob("step_*.npz"):
+                if int(path.name.removeprefix("step_").partition(".")[0]) >= first:
                     _remove(path)
 
 

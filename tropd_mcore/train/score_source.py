@@ -1,11 +1,12 @@
 """Where a step's teacher scores come from: the run directory if the step was scored before, else the teacher.
 
-Invariant: scores on disk are used only where every rank finds its own, for exactly the rows, the teacher and the
-candidates it has; otherwise all ranks score again, so that collectives stay in step.
+Invariants: scores on disk are used only where every rank finds its own, for exactly the rows, the teacher and the
+candidates it has; otherwise all ranks score again, so that collectives stay in step; why is said once for each reason.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,12 +14,14 @@ from typing import Protocol
 from torch import Tensor
 
 from tropd_mcore.data.packing import PackedStep
-from tropd_mcore.mcore.collective import all_agree, shared_fate
+from tropd_mcore.mcore.collective import all_agree, gather_on_rank_zero, shared_fate
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train.replay import ScoreKey, has_scores, load_scores, save_scores
+from tropd_mcore.train.replay import ScoreKey, load_scores, mismatch, save_scores
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.verdicts import Verdict
 from tropd_mcore.types import Rollout, StudentPass, TeacherScores
+
+log = logging.getLogger(__name__)
 
 
 class Teacher(Protocol):
@@ -42,8 +45,9 @@ class Teacher(Protocol):
 class ScoreSource:
     """Teacher scores by step, kept on disk until no resume can need them.
 
-    `name` tells the teacher from others. Where `on_disk` is False, scores are made again instead: of a deterministic
-    teacher whose scores hold hidden states, or whose weights move, so that those of another run are not its own.
+    `name` tells the teacher from others (`inputs.teacher_name`). Where `on_disk` is False, scores are made again
+    instead: of a deterministic teacher whose scores hold hidden states, or whose weights move, so that those of another
+    run are not its own.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class ScoreSource:
         self._replay = RunDir(replay) if replay is not None else None
         self._name = name
         self._on_disk = on_disk
+        self._told: set[str] = set()
+        """Reasons why stored scores were not used, said before."""
 
     def at_step(
         self,
@@ -88,26 +94,40 @@ class ScoreSource:
         layout, found = self._layout, True
         with shared_fate(layout.groups.control):
             if layout.is_last_stage:
-                found = any(has_scores(path, key) for path in self._paths(step))
+                found = any(path.exists() and mismatch(path, key) is None for path in self._paths(step))
         return all_agree(found, layout.groups.control)
 
     def _stored(self, step: int, key: ScoreKey) -> list[TeacherScores | None] | None:
         """What `at_step` returns, where every rank of the last stage has it on disk."""
         layout = self._layout
         found: list[TeacherScores] | None = None
+        reasons: list[str] = []
         with shared_fate(layout.groups.control):
             if layout.is_last_stage:
-                found = self._read(step, key)
+                found, reasons = self._read(step, key)
         if not all_agree(found is not None or not layout.is_last_stage, layout.groups.control):
+            self._tell(step, reasons if found is None else ["there for some ranks only"])
             return None
         return list(found) if found is not None else [None] * len(key.micro_batches)
 
-    def _read(self, step: int, key: ScoreKey) -> list[TeacherScores] | None:
+    def _read(self, step: int, key: ScoreKey) -> tuple[list[TeacherScores] | None, list[str]]:
+        """This rank's scores, or why those on disk are not its own."""
+        reasons = []
         for path in self._paths(step):
-            scores = load_scores(path, key)
-            if scores is not None:
-                return scores
-        return None
+            if not path.exists():
+                continue
+            reason = mismatch(path, key)
+            if reason is None:
+                return load_scores(path, key), []
+            reasons.append(f"{reason} in {path.parent}")
+        return None, reasons
+
+    def _tell(self, step: int, reasons: list[str]) -> None:
+        """Say on rank 0 why the stored scores of a step are not used, if there are any. Collective."""
+        everywhere = gather_on_rank_zero(reasons, self._layout.groups.control)
+        for reason in sorted(set().union(*everywhere) - self._told):
+            self._told.add(reason)
+            log.warning("step %d: the teacher scores again: stored scores are %s (said once)", step, reason)
 
     def _paths(self, step: int) -> list[Path]:
         """Where the scores of this rank's packs may be, those of this run first."""

@@ -14,21 +14,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.data.packing import PackedStep
+from tropd_mcore.errors import TeacherError
 from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.teacher.sglang import SampleScore, SampleScores, SglangTeacher, first_scored, to_micro_batch
+from tropd_mcore.train.teacher_identity import TeacherCheck
 from tropd_mcore.train.verdicts import Verdict
 from tropd_mcore.types import Rollout, TeacherScores
 
 
 class ServedTeacher:
-    """Scores through `teacher`, which is None on the ranks that do not fetch; `topk` is the width of its answers."""
+    """Scores through `teacher`, which is None on the ranks that do not fetch; `topk` is the width of its answers.
 
-    def __init__(self, teacher: SglangTeacher | None, layout: Layout, *, topk: int, only_rank_zero: bool) -> None:
+    A step of which more than `masked_share` of the samples could not be scored stops the run. `check` is who sees that
+    the server stays the teacher (gates.teacher_identity); None where nobody does.
+    """
+
+    def __init__(
+        self,
+        teacher: SglangTeacher | None,
+        layout: Layout,
+        *,
+        topk: int,
+        only_rank_zero: bool,
+        masked_share: float,
+        check: TeacherCheck | None = None,
+    ) -> None:
+        self.check = check
         self._teacher = teacher
         self._layout = layout
         self._topk = topk
         self._only_rank_zero = only_rank_zero
+        self._masked_share = masked_share
         self._answers: dict[str, SampleScore] = {}
         """Of the present step by sample id, until `score` has handed them out."""
         self._failed: set[str] = set()
@@ -44,6 +61,7 @@ class ServedTeacher:
         """The scores of each micro-batch in order; None on all but the last stage. Collective."""
         assert all(ids is None for ids in own_ids), "a served teacher scores its own candidates only"
         self._ask(rollouts, packed)
+        self._check_masked(len(rollouts))
         scores = SampleScores([self._answers.get(rollout.sample_id) for rollout in rollouts], self._topk)
         self._answers, self._failed = {}, set()
         if not self._layout.is_last_stage:
@@ -56,12 +74,26 @@ class ServedTeacher:
         Asks for what `score` would; the answers are kept for it. To be called again where other samples carry a prefix.
         """
         self._ask(rollouts, packed)
+        failed = self._failed_everywhere()
+        return {index for index, rollout in enumerate(rollouts) if rollout.sample_id in failed}
+
+    def _failed_everywhere(self) -> set[str]:
+        """The samples of the step of which a request failed, on any rank. Collective."""
         failed = [self._failed]
         if not self._only_rank_zero:
             failed *= self._layout.world_size
             dist.all_gather_object(failed, self._failed, group=self._layout.groups.control)
-        everywhere = set().union(*failed)
-        return {index for index, rollout in enumerate(rollouts) if rollout.sample_id in everywhere}
+        return set().union(*failed)
+
+    def _check_masked(self, asked: int) -> None:
+        """Raise TeacherError, on every rank, where more than `masked_share` of the step could not be scored."""
+        failed = self._failed_everywhere()
+        if len(failed) > self._masked_share * asked:
+            raise TeacherError(
+                f"teacher.server: {len(failed)} of {asked} samples of the step could not be scored, among them "
+                f"{min(failed)}; at most gates.masked_share={self._masked_share:g} of a step may be left out (the "
+                "reasons are in the warnings above)"
+            )
 
     def _ask(self, rollouts: list[Rollout], packed: PackedStep) -> None:
         """Get the scores that the rows of this replica's packs need and no answer has. Collective."""

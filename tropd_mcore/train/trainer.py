@@ -39,13 +39,14 @@ from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.clock import StepClock
-from tropd_mcore.train.gates import check_sampler_logprobs
+from tropd_mcore.train.gates import SamplerGate, check_teacher_is_another
 from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import ScoreSource
+from tropd_mcore.train.teacher_identity import TeacherCheck
 from tropd_mcore.train.tokens import NumpyColumns, local_columns, merge_columns, save_token_sample
-from tropd_mcore.train.verdicts import Verdict, accuracy, judge_rollouts
+from tropd_mcore.train.verdicts import Verdicts, accuracy, judge_rollouts
 from tropd_mcore.types import OptimizerReport, Rollout, RowContext, TeacherScores, TokenTable
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class Parts:
     context: BatchContextSource
     monitor: Monitor
     renderer: Renderer
+    teacher_check: TeacherCheck | None = None
+    """Who sees that a served teacher stays what it was; None where there is none, or nobody shall."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Batch:
 
     step: int
     rollouts: list[Rollout]
-    verdicts: list[Verdict]
+    verdicts: Verdicts
     """On rank 0 only; empty elsewhere."""
     packed: PackedStep
     scores: list[TeacherScores | None]
@@ -105,8 +108,9 @@ class Trainer:
         self.settings = LossSettings.from_config(parts.config)
         self.first_step = first_step
         self.last_step = last_step
+        self.sampler_gate = SamplerGate(parts.config)
         self.compared = False
-        """Whether sampler and trainer have been compared since the launch."""
+        """Whether sampler and trainer have been compared since the launch; the same on all ranks."""
 
     def fit(self) -> None:
         """Train; a step that was interrupted before is repeated with the rollouts and scores it had."""
@@ -119,7 +123,7 @@ class Trainer:
                 with clock.phase("forward_backward"):
                     results = self.forward_backward(batch, update)
                     tokens += self.gather_tokens(batch, update, results)
-                self.check_first_rollouts(batch, update, tokens)
+                self.check_sampler(batch, update, tokens)
                 with clock.phase("optimizer"):
                     reports.append(self.update(step, results))
             table = merge_columns(tokens)
@@ -136,13 +140,15 @@ class Trainer:
         with clock.phase("verifier"):
             verdicts = self.judge(rollouts)
         with clock.phase("teacher"):
+            if parts.teacher_check is not None:
+                parts.teacher_check.at_step(step)
             rollouts, packed = parts.prefixes.settle(step, rollouts, packed, self.pack)
         with clock.phase("student"):
             passes = parts.context.student(packed)
         with clock.phase("teacher"):
-            scores = parts.scores.at_step(step, rollouts, packed, passes, verdicts)
+            scores = parts.scores.at_step(step, rollouts, packed, passes, verdicts.right)
         with clock.phase("context"):
-            context = parts.context.complete(step, rollouts, packed, passes, scores, verdicts)
+            context = parts.context.complete(step, rollouts, packed, passes, scores, verdicts.right)
         return Batch(step, rollouts, verdicts, packed, scores, context)
 
     def pack(self, rollouts: list[Rollout]) -> PackedStep:
@@ -164,13 +170,13 @@ class Trainer:
             ignored=self.parts.ignored,
         )
 
-    def judge(self, rollouts: list[Rollout]) -> list[Verdict]:
+    def judge(self, rollouts: list[Rollout]) -> Verdicts:
         """The verifier's verdicts on rank 0, nothing elsewhere."""
         layout = self.parts.layout
         with shared_fate(layout.groups.control):
             if layout.rank == 0:
                 return judge_rollouts(rollouts, self.parts.renderer, self.parts.config)
-        return []
+        return Verdicts()
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """Each part of the batch in turn, as often as there are epochs."""
@@ -207,17 +213,22 @@ class Trainer:
             mine = local_columns(micro_batches, context, columns, epoch=update.epoch)
         return gather_on_rank_zero(mine, layout.groups.control)
 
-    def check_first_rollouts(self, batch: Batch, update: Update, tokens: list[NumpyColumns]) -> None:
-        """Before the first update of a launch that has sampled tokens: do sampler and trainer agree on them?"""
+    def check_sampler(self, batch: Batch, update: Update, tokens: list[NumpyColumns]) -> None:
+        """Do sampler and trainer agree on the step's rollouts, as they were before its first update? Collective.
+
+        Asked before the optimizer moves for the first time in a launch, and once a step, when all of its rollouts have
+        been looked at. `tokens` are those of the step's updates up to this one.
+        """
         parts = self.parts
-        if self.compared or not parts.config.gates.sampler_logprob:
+        whole = update.number == len(batch.packed.parts) - 1
+        first = update.number == 0 and not self.compared
+        if not parts.config.gates.sampler_logprob or not (whole or first):
             return
 
         def check() -> bool:
-            p99 = check_sampler_logprobs(merge_columns(tokens), parts.config)
-            if p99 is not None:
-                log.info("gates.sampler_logprob: sampler and trainer agree to %.1e nats (99th percentile)", p99)
-            return p99 is not None
+            if first:
+                check_teacher_is_another(tokens, parts.config, batch.step)
+            return self.sampler_gate.check(batch.step, tokens, first_update=not whole)
 
         self.compared = on_rank_zero(check, parts.layout.groups.control)
 
@@ -252,7 +263,10 @@ class Trainer:
             updates=reports,
             alpha=alpha(batch.step, config),
             timings=clock.seconds,
-            accuracy=accuracy(batch.verdicts),
+            accuracy=accuracy(batch.verdicts.right),
+            unfinished=batch.verdicts.unfinished,
+            masked_rollouts=self.parts.rollouts.left_out,
+            sampler_gate=self.sampler_gate.state if config.gates.sampler_logprob else None,
             special_ids=self.parts.renderer.special_ids,
             policy_gradient=policy_gradient(config.objective),
         )
@@ -266,6 +280,8 @@ class Trainer:
         done = step + 1
         if done % run.checkpoint_every and done != self.last_step:
             return
+        if parts.teacher_check is not None:
+            parts.teacher_check.before_checkpoint(done)
         state = TrainState(parts.student, parts.optimizer, parts.scheduler, parts.average)
         save(
             parts.run_dir.checkpoints,
@@ -274,6 +290,7 @@ class Trainer:
             extra={},
             keep=run.keep_checkpoints,
             hf_folder=parts.config.student.path,
+            run=parts.run_dir.recorded_id(),
         )
         with shared_fate(parts.layout.groups.control):
             if parts.layout.rank == 0:

@@ -6,40 +6,58 @@ Not for how an answer is judged (`data.verify`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from tropd_mcore.config.derived import learns_from_verifier
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
-from tropd_mcore.data.verify import judge
+from tropd_mcore.data.thinking import read_answer
+from tropd_mcore.data.verify import is_right
 from tropd_mcore.errors import DataError
-from tropd_mcore.types import Prompt, Rollout
+from tropd_mcore.types import Rollout
 
 Verdict = bool | None
 """Whether prefix and response together end in the prompt's answer; None where nothing is judged."""
 
 
-def judge_rollouts(rollouts: Sequence[Rollout], renderer: Renderer, config: Config) -> list[Verdict]:
-    """Return one verdict a rollout; host work only.
+@dataclass(frozen=True)
+class Verdicts:
+    """What the verifier says of the rollouts of a step; empty where it was not asked."""
+
+    right: list[Verdict] = field(default_factory=list)
+    """One for each rollout"""
+    unfinished: float | None = None
+    """Share of the judged rollouts that had no answer because they were cut or still thinking; None where none was
+    judged"""
+
+
+def judge_rollouts(rollouts: Sequence[Rollout], renderer: Renderer, config: Config) -> Verdicts:
+    """Return one verdict for each rollout; host work only.
 
     Raises DataError where the objective learns from verdicts and a prompt has no answer.
     """
     if config.verifier.kind == "none":
-        return [None] * len(rollouts)
+        return Verdicts([None] * len(rollouts))
     if learns_from_verifier(config.objective):
         check_answers(rollouts, config)
-    return [
-        judge(config.verifier, renderer.decode(np.concatenate([rollout.prefix_ids, rollout.response_ids])), answer)
-        if (answer := rollout.answer) is not None
-        else None
-        for rollout in rollouts
-    ]
+    right: list[Verdict] = []
+    unfinished = 0
+    for rollout in rollouts:
+        if rollout.answer is None:
+            right.append(None)
+            continue
+        said = read_answer(config.verifier, renderer, rollout)
+        unfinished += said is None
+        right.append(said is not None and is_right(config.verifier, said, rollout.answer))
+    judged = len(right) - right.count(None)
+    return Verdicts(right, unfinished / judged if judged else None)
 
 
-def check_answers(asked: Sequence[Prompt] | Sequence[Rollout], config: Config) -> None:
-    """Raise DataError naming the first of the prompts (or rollouts of prompts) that has no answer."""
-    missing = sorted({entry.prompt_id for entry in asked if entry.answer is None})
+def check_answers(rollouts: Sequence[Rollout], config: Config) -> None:
+    """Raise DataError naming the first prompt without an answer: rollouts of another run may have such."""
+    missing = sorted({rollout.prompt_id for rollout in rollouts if rollout.answer is None})
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise DataError(

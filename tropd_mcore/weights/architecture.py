@@ -7,16 +7,17 @@ that can be reproduced exactly; whatever would change its logits and is not supp
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.weights.contradictions import contradictions
+from tropd_mcore.weights.json_file import read_json_object
+from tropd_mcore.weights.rope import read_rope
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_ROPE_TYPES = ("default", "linear", "llama3")
-_DEFAULT_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,16 @@ class FamilyTraits:
 
     qk_norm: bool
     qkv_bias: bool
+    head_dim: int | None = None
+    """Of a config.json that does not state one; None = hidden_size / num_attention_heads. Source: transformers."""
+    kv_heads_follow: bool = False
+    """Whether a config.json without num_key_value_heads means num_attention_heads; else it has to state them."""
 
 
 FAMILIES: dict[str, FamilyTraits] = {
-    "qwen3": FamilyTraits(qk_norm=True, qkv_bias=False),
+    "qwen3": FamilyTraits(qk_norm=True, qkv_bias=False, head_dim=128),
     "qwen2": FamilyTraits(qk_norm=False, qkv_bias=True),
-    "llama": FamilyTraits(qk_norm=False, qkv_bias=False),
+    "llama": FamilyTraits(qk_norm=False, qkv_bias=False, kv_heads_follow=True),
 }
 
 
@@ -50,7 +55,7 @@ class Architecture:
     """Rows of the embedding as stored, tokenizer padding included, tensor-parallel padding not."""
     rope_theta: float
     rope_scaling: dict[str, Any] | None
-    """`rope_type` and its parameters; None for plain rotary embeddings. Never holds rope_theta."""
+    """`rope_type` and the parameters that it needs; None for plain rotary embeddings. Never holds rope_theta."""
     rms_norm_eps: float
     tied_embeddings: bool
     """The output layer is the embedding."""
@@ -65,21 +70,15 @@ def read_architecture(folder: Path) -> Architecture:
     """Read <folder>/config.json.
 
     Understands the rotary keys of transformers 5 (`rope_parameters`) and of older releases (`rope_theta`,
-    `rope_scaling`). Raises ModelError for a missing or damaged file, an unknown family, or an option that the
-    Megatron model does not reproduce.
+    `rope_scaling`). Raises ModelError for a missing or damaged file, an unknown family, an option that the Megatron
+    model does not reproduce, or keys that say different things.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise ModelError(f"model folder {folder}: not found; expected a directory with config.json and *.safetensors")
     if not path.is_file():
         raise ModelError(f"model folder {folder}: config.json not found; expected a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return architecture_from_config(config, source=str(path))
+    return architecture_from_config(read_json_object(path), source=str(path))
 
 
 def architecture_from_config(config: dict[str, Any], *, source: str) -> Architecture:
@@ -87,17 +86,21 @@ def architecture_from_config(config: dict[str, Any], *, source: str) -> Architec
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ModelError(f"{source}: model_type is {family!r}; supported are {', '.join(sorted(FAMILIES))} (dense)")
-    _refuse_unsupported(config, source)
+    problems = contradictions(config)
+    if problems:
+        raise ModelError(f"{source}: {'; '.join(problems)}")
+    traits = FAMILIES[family]
     num_heads = _positive_int(config, "num_attention_heads", source)
-    num_kv_heads = _positive_int(config, "num_key_value_heads", source, default=num_heads)
+    # transformers takes null for num_attention_heads everywhere, and an absent key for 32 in the Qwen families.
+    stated = traits.kv_heads_follow or "num_key_value_heads" in config
+    num_kv_heads = _positive_int(config, "num_key_value_heads", source, default=num_heads if stated else None)
     hidden_size = _positive_int(config, "hidden_size", source)
-    head_dim = _positive_int(config, "head_dim", source, default=hidden_size // num_heads)
+    head_dim = _positive_int(config, "head_dim", source, default=traits.head_dim or hidden_size // num_heads)
     if num_heads % num_kv_heads:
         raise ModelError(
             f"{source}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
-    rope_theta, rope_scaling = _rope(config, source)
-    traits = FAMILIES[family]
+    rope_theta, rope_scaling = read_rope(config, source)
     return Architecture(
         family=family,
         num_layers=_positive_int(config, "num_hidden_layers", source),
@@ -147,52 +150,6 @@ def check_same_architecture(found: Architecture, expected: Architecture, *, sour
         raise ModelError(f"{source}: another architecture: {'; '.join(differences)}")
 
 
-def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
-    """Options that transformers would apply and the Megatron model would not."""
-    expected: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (1.0, None),
-    }
-    for key, allowed in expected.items():
-        if key == "attention_bias" and config["model_type"] == "qwen2":
-            continue  # qwen2 has no such option: its q, k and v always have a bias
-        found = config.get(key, allowed[0])
-        if found not in allowed:
-            raise ModelError(f"{source}: {key} is {found!r}; supported: {allowed[0]!r}")
-    other_layers = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    if other_layers:
-        raise ModelError(f"{source}: layer_types has {', '.join(other_layers)}; supported: full_attention")
-
-
-def _rope(config: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
-    """(rope_theta, scaling parameters or None) of either generation of keys."""
-    parameters = config.get("rope_parameters")
-    legacy = config.get("rope_scaling")
-    scaling = dict(parameters if parameters is not None else legacy or {})
-    theta = scaling.pop("rope_theta", config.get("rope_theta", _DEFAULT_ROPE_THETA))
-    kind = scaling.pop("type", None)
-    kind = scaling.pop("rope_type", kind) or "default"
-    if not isinstance(theta, (int, float)) or theta <= 0:
-        raise ModelError(f"{source}: rope_theta is {theta!r}; expected a positive number")
-    if kind not in _ROPE_TYPES:
-        raise ModelError(f"{source}: rope_type is {kind!r}; supported: {', '.join(_ROPE_TYPES)}")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"{source}: partial_rotary_factor is {scaling['partial_rotary_factor']!r}; supported: 1.0")
-    if kind == "default":
-        return float(theta), None
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]
-    if kind == "llama3" and "original_max_position_embeddings" not in scaling:
-        needed = (*needed, "original_max_position_embeddings")
-    missing = [name for name in needed if not isinstance(scaling.get(name), (int, float))]
-    if missing:
-        raise ModelError(f"{source}: rope_type {kind!r} needs numbers for {', '.join(missing)}")
-    return float(theta), {"rope_type": kind, **scaling}
-
-
 def _dtype(config: dict[str, Any], source: str) -> str:
     found = config.get("dtype") or config.get("torch_dtype") or "float32"
     if found not in _DTYPES:
@@ -211,6 +168,6 @@ def _positive_int(config: dict[str, Any], key: str, source: str, default: int | 
 
 def _positive_float(config: dict[str, Any], key: str, source: str, default: float) -> float:
     value = config.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ModelError(f"{source}: {key} is {value!r}; expected a positive number")
     return float(value)

@@ -55,7 +55,7 @@ def check_hf_names(found: Iterable[str], arch: Architecture, *, source: str) -> 
     the embedding).
     """
     expected = {name for name, _ in hf_weight_plan(arch)}
-    names = {name for name in found if not name.endswith(_DERIVED_SUFFIX)}
+    names = {name for name in found if not is_derived(name)}
     if arch.tied_embeddings:
         names.discard(OUTPUT)
     missing, unknown = sorted(expected - names), sorted(names - expected)
@@ -87,6 +87,11 @@ def check_mcore_names(found: Iterable[str], arch: Architecture, *, source: str) 
             if group
         ]
         raise ModelError(f"{source}: parameters do not fit a {arch.family} model: {', '.join(parts)}")
+
+
+def is_derived(name: str) -> bool:
+    """Whether a stored tensor is no weight, because it follows from config.json."""
+    return name.endswith(_DERIVED_SUFFIX)
 
 
 def listed(names: list[str]) -> str:

@@ -1,7 +1,8 @@
 """Hugging Face model folders: lazy reading of safetensors, and writing a complete folder at once.
 
 Not for renaming or cutting tensors (`mapping`). Invariants: a reader has checked every shard's header before it gives
-out a tensor; a folder that was written has every tensor of its architecture and the source's tokenizer files.
+out a tensor, and every loader of the folder takes the same tensors from the same files; a folder that was written has
+every tensor of its architecture and the source's tokenizer files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from tropd_mcore.errors import ModelError
 from tropd_mcore.weights.architecture import Architecture, read_architecture
-from tropd_mcore.weights.families import check_hf_names, hf_weight_plan
+from tropd_mcore.weights.families import check_hf_names, hf_weight_plan, is_derived, listed
+from tropd_mcore.weights.json_file import read_json_object
 from tropd_mcore.weights.mapping import Sliceable
 from tropd_mcore.weights.publish import check_new_folder, new_folder
 
@@ -43,6 +45,14 @@ COMPANION_FILES = (
 COMPANION_FOLDERS = ("additional_chat_templates",)
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """How safetensors abbreviates them."""
+_PLAIN_DTYPES = {*_DTYPE_NAMES, "F64"}
+"""Stored numbers that are the weights themselves; narrower ones mean nothing without scales."""
+_OTHER_MODEL_FILES = {
+    "adapter_config.json": "transformers would load the adapter and its base model instead; merge the adapter first",
+    "hf_quant_config.json": "SGLang would load the folder as a quantised model; convert it to bfloat16 first",
+}
+_ORIGINAL_FILE = "consolidated.safetensors"
+"""The publisher's own format beside model.safetensors; SGLang leaves it out as well."""
 
 
 class HfReader:
@@ -52,13 +62,14 @@ class HfReader:
         """Open every shard and read its header; no tensor is read.
 
         Raises ModelError for a missing folder or config.json, an unsupported architecture, a missing or truncated
-        shard, or an index that names a tensor which its shard lacks.
+        shard, an index that does not say what its shards hold, or files of which each loader would take others.
         """
         self.folder = Path(folder)
         self.arch: Architecture = read_architecture(self.folder)
         self._shards: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         index = self.folder / INDEX_FILE
+        _check_files(self.folder)
         if index.is_file():
             self._open_indexed(_read_index(index))
         elif (self.folder / SINGLE_FILE).is_file():
@@ -99,13 +110,19 @@ class HfReader:
         return self._slice(name)
 
     def check(self) -> None:
-        """Raise ModelError where a name or a shape is not that of the folder's own config.json."""
+        """Raise ModelError where a name or a shape is not that of config.json, or a tensor holds no plain numbers."""
         check_hf_names(self._file_of, self.arch, source=str(self.folder))
         for name, expected in hf_weight_plan(self.arch):
             found = self.shape(name)
             if found != expected:
                 raise ModelError(
                     f"{self.folder / self._file_of[name]}: {name} has shape {found}, config.json asks for {expected}"
+                )
+            code = self._slice(name).get_dtype()
+            if code not in _PLAIN_DTYPES:
+                raise ModelError(
+                    f"{self.folder / self._file_of[name]}: {name} is stored as {code} and config.json has no "
+                    f"quantization_config; expected {', '.join(sorted(_PLAIN_DTYPES))}"
                 )
 
     def _slice(self, name: str) -> Any:
@@ -121,6 +138,9 @@ class HfReader:
             raise ModelError(f"{path}: not found, but {INDEX_FILE} names it") from error
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: damaged or truncated safetensors file ({error})") from error
+        framework = (self._shards[file].metadata() or {}).get("format", "pt")
+        if framework in ("tf", "flax"):  # their matrices are transposed
+            raise ModelError(f"{path}: holds tensors of {framework}; expected the format pt")
         return self._shards[file]
 
     def _open_indexed(self, weight_map: dict[str, str]) -> None:
@@ -128,6 +148,15 @@ class HfReader:
         for name, file in weight_map.items():
             if name not in held[file]:
                 raise ModelError(f"{self.folder / file}: tensor {name} not found, but {INDEX_FILE} says it is there")
+        for file, names in held.items():
+            # transformers and SGLang load all that a shard holds, whatever the index says of it.
+            stray = sorted(name for name in names if weight_map.get(name) != file and not is_derived(name))
+            if stray:
+                there = weight_map.get(stray[0], "no file")
+                raise ModelError(
+                    f"{self.folder / file}: holds {listed(stray)}, but {INDEX_FILE} says {there}; remove the stale "
+                    "tensors or write the folder anew"
+                )
         self._file_of = weight_map
 
 
@@ -166,11 +195,30 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copytree(source / name, target / name)
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse files because of which transformers, SGLang and we would load different weights."""
+    for name, reason in _OTHER_MODEL_FILES.items():
+        if (folder / name).exists():
+            raise ModelError(f"model folder {folder}: has {name} beside its weights: {reason}")
+    if not (folder / SINGLE_FILE).is_file():
+        return
+    if (folder / INDEX_FILE).is_file():
+        if set(_read_index(folder / INDEX_FILE).values()) != {SINGLE_FILE}:
+            raise ModelError(
+                f"model folder {folder}: has both {SINGLE_FILE}, which transformers reads, and {INDEX_FILE}, which "
+                "SGLang reads; remove the stale one"
+            )
+        return
+    others = sorted({path.name for path in folder.glob("*.safetensors")} - {SINGLE_FILE})
+    if others and others != [_ORIGINAL_FILE]:
+        raise ModelError(
+            f"model folder {folder}: has {listed(others)} beside {SINGLE_FILE}: SGLang would load them all; move them "
+            "away"
+        )
+
+
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: expected a JSON object with weight_map ({error!r})") from error
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ModelError(f"{path}: weight_map is not an object of tensor name to file name")
     outside = sorted(file for file in set(weight_map.values()) if Path(file).name != file)
@@ -239,10 +287,10 @@ def _temporary_name(number: int) -> str:
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the dtype that was written, under the key that the source uses."""
+    """The source's config.json with the dtype that was written, under the keys that the source uses."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]
+    config |= dict.fromkeys(keys or ["dtype"], str(dtype).removeprefix("torch."))
     _write_json(target / "config.json", config)
 
 

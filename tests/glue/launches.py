@@ -1,0 +1,120 @@
+"""Launches of one run directory over real, tiny model folders, up to their first step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.glue.sites import config_of, site_of
+from tests.tiny_models import write_tiny_model
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.mcore.checkpoint_info import INFO_FILE, step_folder
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train.start import Start, accept, compare_contents, open_launch
+
+SOURCES: dict[str, str] = defaultdict(lambda: "test")
+
+
+def write_models(root: Path) -> Path:
+    """A student and a teacher under `root`."""
+    for seed, name in enumerate(("student", "teacher")):
+        write_tiny_model(root / name, num_hidden_layers=1, seed=seed)
+    return root
+
+
+def copy_inputs(models: Path, root: Path) -> None:
+    """What a run over `root` reads: the models, three prompts, three responses."""
+    for name in ("student", "teacher"):
+        shutil.copytree(models / name, root / name)
+    for name in ("prompts", "responses"):
+        lines = [json.dumps({"id": f"p{index}", name: "text"}) for index in range(3)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@dataclass
+class Runs:
+    """Launches of one run directory over real model folders."""
+
+    root: Path
+    layout: Layout
+    caplog: pytest.LogCaptureFixture
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.root / "run")
+
+    def config(self, **sections: Any) -> Config:
+        merged = {
+            "student": {"path": self.root / "student"},
+            "teacher": {"path": self.root / "teacher"},
+            "data": {"prompts": self.root / "prompts.jsonl"},
+        }
+        for name, section in sections.items():
+            merged[name] = section if name == "objective" else merged.get(name, {}) | section
+        run_dir = merged.get("run", {}).pop("dir", self.run_dir.root)
+        return config_of(run_dir, self.root / "student", **merged)
+
+    def compare(self, **sections: Any) -> tuple[Any, Start]:
+        """A launch up to its first step, which may be refused."""
+        site = site_of(self.config(**sections), self.layout)
+        return site, compare_contents(site, open_launch(site), SOURCES)
+
+    def launch(self, **sections: Any) -> list[str]:
+        """A launch that is accepted; returns what it printed about the run directory."""
+        self.caplog.clear()
+        with self.caplog.at_level(logging.WARNING):
+            site, start = self.compare(**sections)
+            accept(site, start)
+        return [message.removeprefix(f"{site.run_dir.root}: ") for message in self.caplog.messages]
+
+    def refuse(self, **sections: Any) -> list[str]:
+        """The lines of a launch that is refused, which leaves both records as they are."""
+        before = self.records()
+        with pytest.raises(ConfigError) as caught:
+            self.compare(**sections)
+        assert self.records() == before
+        return caught.value.problems
+
+    def records(self) -> list[bytes]:
+        return [path.read_bytes() for path in (self.run_dir.config, self.run_dir.inputs) if path.exists()]
+
+    def sampled(self) -> Runs:
+        """Rollouts of the first step are there."""
+        self.run_dir.rollouts(0).parent.mkdir(parents=True, exist_ok=True)
+        self.run_dir.rollouts(0).touch()
+        return self
+
+    def checkpoint(self, step: int = 2) -> Path:
+        folder = step_folder(self.run_dir.checkpoints, step)
+        folder.mkdir(parents=True)
+        (folder / INFO_FILE).write_text("{}")
+        return folder
+
+
+def edit(path: Path) -> None:
+    """Another content of the same length."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+
+
+def append(path: Path) -> None:
+    path.write_text(path.read_text() + '{"id": "p9"}\n')
+
+
+def swap_two_tokens(folder: Path) -> None:
+    """The same words as before, two of them behind each other's id."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=lambda token: vocabulary[token])[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))

@@ -1,0 +1,165 @@
+"""From a configuration to a finished run over stubs: in which order models, weights, records and steps come."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.glue.sites import config_of, site_of
+from tests.tiny_models import write_tiny_model
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import DataError
+from tropd_mcore.mcore.checkpoint import TrainState
+from tropd_mcore.mcore.checkpoint_info import step_folder
+from tropd_mcore.train import job
+from tropd_mcore.train.parts import Servers
+from tropd_mcore.train.run_dir import RunDir
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=1)
+
+
+class Training:
+    """`_train` whose models, servers and loop only say what they were made from."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.did: list[tuple[Any, ...]] = []
+        student = SimpleNamespace(name="student")
+        for name, value in {
+            "start_servers": Servers(),
+            "build_model": student,
+            "check_model": None,
+            "load_hf": None,
+            "build_optimizer": ("optimizer", "scheduler"),
+            "student_average": "average",
+            "_make_parts": "parts",
+        }.items():
+            monkeypatch.setattr(job, name, self._maker(name, value))
+        monkeypatch.setattr(job, "load", self._load)
+        monkeypatch.setattr(job, "begin_weights", lambda source, model: self.did.append(("begin", source, model.name)))
+        monkeypatch.setattr(job, "begin_optimizer", self._begin_optimizer)
+        monkeypatch.setattr(job, "accept", lambda site, start: self.did.append(("accept", start.first_step)))
+        monkeypatch.setattr(job, "export", lambda site, model, step: self.did.append(("export", model.name, step)))
+        monkeypatch.setattr(job, "Trainer", self._trainer)
+
+    def _maker(self, name: str, value: Any) -> Any:
+        def make(*_: Any, **given: Any) -> Any:
+            self.did.append((name, given["steps"]) if name == "build_optimizer" else (name,))
+            return value
+
+        return make
+
+    def _begin_optimizer(self, source: Any, state: TrainState) -> None:
+        assert state.optimizer == "optimizer" and state.scheduler == "scheduler" and state.average is None
+        self.did.append(("begin with the optimizer", source))
+
+    def _load(self, path: Path, state: TrainState, *, run: str) -> None:
+        assert run == "a-run"
+        self.did.append(("load", path.name, state.average))
+
+    def _trainer(self, parts: Any, *, first_step: int, last_step: int) -> Any:
+        assert parts == "parts"
+        return SimpleNamespace(fit=lambda: self.did.append(("fit", first_step, last_step)))
+
+    def launched(self, config: Config, layout: Any, first_step: int, source: Any = None) -> list[tuple[Any, ...]]:
+        checkpoint = step_folder(RunDir(config.run.dir).checkpoints, first_step) if first_step else None
+        start: Any = SimpleNamespace(
+            first_step=first_step, checkpoint=checkpoint, source=source, inputs="inputs", run="a-run"
+        )
+        with ExitStack() as cleanup:
+            job._train(site_of(config, layout), None, start, cleanup)  # type: ignore[arg-type]
+        return [event for event in self.did if event[0] in ("start_servers", "load", "fit", "export")]
+
+
+@pytest.mark.parametrize(
+    ("first_step", "settings", "expected"),
+    [
+        (0, {}, [("fit", 0, 4), ("export", "student", 4)]),
+        (0, {"export_at_end": False}, [("fit", 0, 4)]),
+        (0, {"stop_after": 1}, [("fit", 0, 1)]),
+        (1, {"stop_after": 2}, [("load", "step_000001", "average"), ("fit", 1, 3)]),
+        (2, {"stop_after": 3}, [("load", "step_000002", "average"), ("fit", 2, 4), ("export", "student", 4)]),
+        (4, {}, [("load", "step_000004", None), ("export", "student", 4)]),
+        (6, {}, [("load", "step_000006", None), ("export", "student", 6)]),
+    ],
+    ids=str,
+)
+def test_a_launch_resumes_trains_and_exports_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    first_step: int,
+    settings: dict[str, Any],
+    expected: list[tuple[Any, ...]],
+) -> None:
+    """An export alone needs neither servers nor the average."""
+    config = config_of(tmp_path, folder, run=settings)
+    trains = any(event[0] == "fit" for event in expected)
+    found = Training(monkeypatch).launched(config, SimpleNamespace(rank=0), first_step)
+    assert found == [("start_servers",)] * trains + expected
+
+
+def test_the_schedule_has_as_many_steps_as_the_run_has_updates(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    several = {"ratio": "ppo_clip", "mini_batches": 2, "epochs": 3}
+    config = config_of(tmp_path, folder, objective={"kind": "opd", "topk": 3, "policy_gradient": several})
+    training = Training(monkeypatch)
+    training.launched(config, SimpleNamespace(rank=0), 0)
+    assert ("build_optimizer", STEPS * 2 * 3) in training.did
+
+
+@pytest.mark.parametrize("first_step", [0, 2, 4])
+def test_a_launch_is_recorded_after_all_that_can_refuse_it_and_before_its_first_step(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, first_step: int
+) -> None:
+    training = Training(monkeypatch)
+    training.launched(config_of(tmp_path, folder), SimpleNamespace(rank=0), first_step)
+    did = [event[0] for event in training.did]
+    after = ["fit", "export"] if first_step < STEPS else ["export"]
+    assert did[did.index("accept") + 1 :] == after
+
+
+@pytest.mark.parametrize("moment", ["start_servers", "build_model", "load_hf", "load", "_make_parts"])
+def test_a_launch_that_is_refused_on_the_way_to_its_first_step_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, moment: str
+) -> None:
+    training = Training(monkeypatch)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataError("refused")
+
+    monkeypatch.setattr(job, moment, refuse)
+    with pytest.raises(DataError, match="refused"):
+        training.launched(config_of(tmp_path, folder), SimpleNamespace(rank=0), 2)
+    assert not [event for event in training.did if event[0] in ("accept", "fit")]
+
+
+def test_weights_to_begin_with_are_there_before_the_optimizer_copies_them_and_the_average_starts_from_them(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    training = Training(monkeypatch)
+    config = config_of(tmp_path, folder, run={"init_from": tmp_path / "other"})
+    training.launched(config, SimpleNamespace(rank=0), 0, source="a checkpoint")
+    did = [event[0] for event in training.did]
+    assert did.index("load_hf") < did.index("begin") < did.index("build_optimizer") < did.index("student_average")
+    assert "begin with the optimizer" not in did
+
+
+def test_optimizer_state_to_begin_with_is_loaded_into_the_optimizer_before_the_average_is_made(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    training = Training(monkeypatch)
+    config = config_of(tmp_path, folder, run={"init_from": tmp_path / "other", "init_optimizer": True})
+    training.launched(config, SimpleNamespace(rank=0), 0, source="a checkpoint")
+    did = [event[0] for event in training.did]
+    assert did.index("build_optimizer") < did.index("begin with the optimizer") < did.index("student_average")
+    assert "begin" not in did

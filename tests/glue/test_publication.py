@@ -1,0 +1,66 @@
+"""Digests of what is sent, and the names under which a server holds it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tropd_mcore.rollout.publication import CHUNK_WORDS, served_name, tensor_digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 5, 1001, 2 * CHUNK_WORDS + 7])
+def test_the_digest_tells_every_change_of_a_bit_and_every_change_of_order(dtype: torch.dtype, count: int) -> None:
+    tensor = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+    before = tensor_digest(tensor)
+    assert tensor_digest(tensor.clone()) == before
+    seen = {before}
+    for place in {0, count // 2, count - 1}:
+        changed = tensor.clone()
+        bits = changed.view(torch.uint8)
+        bits[place * tensor.itemsize] ^= 1
+        seen.add(tensor_digest(changed))
+    assert len(seen) == 1 + len({0, count // 2, count - 1})
+    if count > 3:
+        assert tensor_digest(tensor.flip(0)) not in seen
+
+
+def test_changes_that_leave_the_sum_of_the_bits_as_it_is_are_told() -> None:
+    tensor = torch.zeros(64, dtype=torch.int16).view(torch.bfloat16)
+    changed = torch.zeros(64, dtype=torch.int16)
+    changed[3], changed[20] = 1, -1
+    assert tensor_digest(changed.view(torch.bfloat16)) != tensor_digest(tensor)
+    assert tensor_digest(changed.flip(0).view(torch.bfloat16)) != tensor_digest(changed.view(torch.bfloat16))
+
+
+def test_shape_and_dtype_are_part_of_the_digest_and_layout_in_memory_is_not() -> None:
+    tensor = torch.arange(12.0).view(3, 4)
+    assert tensor_digest(tensor) != tensor_digest(tensor.view(4, 3))
+    assert tensor_digest(tensor) == tensor_digest(tensor.t().contiguous().t())
+    assert tensor_digest(torch.arange(12.0)[3:]) == tensor_digest(torch.arange(3.0, 12.0))
+    assert tensor_digest(torch.zeros(2)) != tensor_digest(torch.zeros(2, dtype=torch.int32))
+    assert tensor_digest(torch.zeros(0)) == tensor_digest(torch.zeros(0))
+    assert tensor_digest(torch.tensor(2.0)) != tensor_digest(torch.tensor(3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.self_attn.qkv_proj.weight"),
+        ("model.layers.3.self_attn.v_proj.bias", "model.layers.3.self_attn.qkv_proj.bias"),
+        ("model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.gate_up_proj.weight"),
+        ("model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight"),
+        ("model.layers.3.self_attn.q_norm.weight", "model.layers.3.self_attn.q_norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_projections_that_the_server_fuses_have_its_name(name: str, served: str) -> None:
+    assert served_name(name) == served
+
+
+def test_the_digest_does_not_change_what_it_reads() -> None:
+    tensor: Tensor = torch.randn(33)
+    copy = tensor.clone()
+    tensor_digest(tensor)
+    assert torch.equal(tensor, copy)

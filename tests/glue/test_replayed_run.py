@@ -1,0 +1,100 @@
+"""Rollouts of another run: the records of both are compared, and ids of another tokenizer are refused."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.glue.launches import Runs, append, copy_inputs, edit, swap_two_tokens, write_models
+from tests.glue.stubs import one_rank
+from tropd_mcore.errors import ConfigError, DataError
+from tropd_mcore.train.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def runs(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Runs]:
+    """The replayed run, `other`, was launched over the same models and prompts."""
+    copy_inputs(models, tmp_path)
+    with one_rank() as layout:
+        runs = Runs(tmp_path, layout, caplog)
+        runs.launch(run={"dir": other(runs).root})
+        yield runs
+
+
+def other(runs: Runs) -> RunDir:
+    return RunDir(runs.root / "other")
+
+
+def replays(runs: Runs, **sections: Any) -> list[str]:
+    """What a launch that replays `other` says of it."""
+    runs.caplog.clear()
+    with runs.caplog.at_level(logging.WARNING):
+        runs.compare(run={"replay": other(runs).root}, **sections)
+    return [message.removeprefix(f"run.replay={other(runs).root}: ") for message in runs.caplog.messages]
+
+
+def test_a_run_with_the_same_student_prompts_and_sampling_is_replayed_without_a_word(runs: Runs) -> None:
+    assert replays(runs) == []
+    copy = shutil.copytree(runs.root / "student", runs.root / "copy")
+    assert replays(runs, student={"path": copy}, teacher={"path": runs.root / "student"}) == []
+
+
+def test_other_prompts_and_another_student_are_said(runs: Runs) -> None:
+    append(runs.root / "prompts.jsonl")
+    edit(runs.root / "student" / "model.safetensors")
+    student, prompts = replays(runs)
+    assert student.startswith("its rollouts come from another student: ")
+    assert prompts.startswith("its rollouts answer other prompts: ")
+
+
+def test_settings_that_decided_the_rollouts_and_differ_here_are_said(runs: Runs) -> None:
+    assert replays(runs, rollout={"temperature": 0.7, "max_new_tokens": 5}) == [
+        "its rollouts were sampled otherwise, here rollout.temperature: 1.0 -> 0.7 has no effect"
+    ]
+
+
+def test_a_run_without_records_is_said_not_to_be_known(runs: Runs) -> None:
+    other(runs).inputs.unlink()
+    other(runs).config.unlink()
+    (line,) = replays(runs)
+    assert line.startswith("no inputs.json there: ")
+
+
+def test_rollouts_of_another_vocabulary_are_refused(runs: Runs) -> None:
+    mine = shutil.copytree(runs.root / "student", runs.root / "mine")
+    swap_two_tokens(mine)
+    with pytest.raises(DataError, match=r"run\.replay=.* differ in 2 of"):
+        replays(runs, student={"path": mine})
+
+
+def test_rollouts_of_another_tokenizer_that_is_gone_are_refused(runs: Runs) -> None:
+    mine = (runs.root / "student").rename(runs.root / "mine")
+    swap_two_tokens(mine)
+    with pytest.raises(
+        DataError, match=r"the student of that run \(.*student\) is gone, so the two cannot be compared"
+    ):
+        replays(runs, student={"path": mine})
+
+
+def test_a_tokenizer_that_differs_in_its_settings_alone_is_said(runs: Runs) -> None:
+    mine = shutil.copytree(runs.root / "student", runs.root / "mine")
+    file = mine / "tokenizer_config.json"
+    file.write_text(file.read_text() + "\n")
+    (line,) = replays(runs, student={"path": mine})
+    assert line.startswith("settings of its student's tokenizer differ: ")
+
+
+def test_damaged_records_of_the_replayed_run_are_one_line(runs: Runs) -> None:
+    other(runs).inputs.write_text("{")
+    with pytest.raises(ConfigError, match=r"other/inputs\.json: the record of what the run reads is damaged"):
+        replays(runs)

@@ -1,0 +1,66 @@
+"""Restarts of a started server: bounded, and nobody asks the new process before it was looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.errors import GateError, ServerDied
+from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.serving.supervisor import SupervisedServer
+
+
+def supervised(tmp_path: Path, events: list[str], *, max_restarts: int = 2) -> SupervisedServer:
+    """A server whose process only takes notes."""
+    server = SupervisedServer(
+        ServerSpec(
+            key="teacher.server",
+            model_key="teacher.path",
+            model_path=tmp_path,
+            config=ServerConfig(max_restarts=max_restarts),
+            device="cpu",
+            run_dir=tmp_path,
+            name="teacher",
+        )
+    )
+    process: Any = SimpleNamespace(restart=lambda: events.append("restart"), describe_end=lambda: "it ended")
+    server._process = process
+    return server
+
+
+def test_the_new_process_is_looked_at_after_every_restart(tmp_path: Path) -> None:
+    events: list[str] = []
+    server = supervised(tmp_path, events)
+    server.recover(ServerDied("gone"))
+    server.after_restart = lambda: events.append("looked at")
+    server.recover(ServerDied("gone"))
+    assert events == ["restart", "restart", "looked at"] and server.restarts == 2
+
+
+def test_a_process_that_dies_while_it_is_looked_at_is_restarted_as_often_as_allowed(tmp_path: Path) -> None:
+    events: list[str] = []
+    server = supervised(tmp_path, events, max_restarts=3)
+
+    def look() -> None:
+        events.append("looked at")
+        raise ServerDied("gone again")
+
+    server.after_restart = look
+    with pytest.raises(ServerDied, match="max_restarts=3 are used up"):
+        server.recover(ServerDied("gone"))
+    assert events == ["restart", "looked at"] * 3
+
+
+def test_what_is_found_out_about_the_new_process_is_met_by_the_caller(tmp_path: Path) -> None:
+    server = supervised(tmp_path, [])
+
+    def look() -> None:
+        raise GateError("another model")
+
+    server.after_restart = look
+    with pytest.raises(GateError, match="another model"):
+        server.recover(ServerDied("gone"))

@@ -1,0 +1,60 @@
+"""The counter of false alarms: it judges as the product does, over records and over noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gate_alarms import bfloat16_config, judge, main, recorded, simulated
+from tropd_mcore.config.loader import load
+from tropd_mcore.config.plan import resolved_yaml
+from tropd_mcore.train.gates import SamplerBounds
+
+RECIPE = "run: {dir: run}\nstudent: {path: s}\nteacher: {path: t}\ndata: {prompts: p.jsonl}\n"
+RECIPE += "objective: {kind: opd}\n"
+
+
+def run_dir(tmp_path: Path, differences: list[tuple[float, float, float]], *, with_percentile: bool = True) -> Path:
+    """A run in bfloat16 whose steps had these (mean, percentile, maximum)."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    (tmp_path / "config.resolved.yaml").write_text(resolved_yaml(*load(recipe, [])))
+    lines = []
+    for step, (mean, p99, largest) in enumerate(differences):
+        line = {"step": step, "tokens/student": 900.0, "engine/difference_mean": mean, "engine/difference_max": largest}
+        if with_percentile:
+            line |= {"engine/difference_p99": p99, "gates/sampler_share": 0.0}
+        lines.append(line)
+    lines.append({"step": len(lines), "tokens/student": 0.0, "engine/difference_mean": None})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+FINE, OFF, HIGH = (0.01, 0.1, 0.5), (0.01, 0.3, 0.5), (0.01, 0.1, 2.5)
+
+
+def test_steps_that_are_off_maxima_and_stops_of_a_run_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_dir(tmp_path, [FINE, OFF, OFF, FINE, HIGH, OFF, OFF, OFF, FINE])
+    assert main([str(found)]) == 1
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(str(found)))
+    assert row.split()[1:] == ["9", "5", "1", "1", "passed"]
+    assert main([str(run_dir(tmp_path, [FINE, OFF, OFF, FINE]))]) == 0
+    assert main([str(run_dir(tmp_path, [OFF, FINE]))]) == 1
+    assert "refused" in capsys.readouterr().out
+
+
+def test_of_a_run_without_percentiles_mean_and_maximum_are_judged(tmp_path: Path) -> None:
+    found = run_dir(tmp_path, [FINE, OFF, OFF, OFF, HIGH, (0.06, 0.1, 0.5)], with_percentile=False)
+    alarms = judge(bfloat16_config(), recorded(found))
+    assert (alarms.steps, alarms.off, alarms.warnings, alarms.stops) == (6, 1, 1, 0)
+
+
+@pytest.mark.parametrize("tokens", [5, 60, 700])
+def test_noise_of_two_bfloat16_engines_is_no_stop(tokens: int) -> None:
+    config = bfloat16_config()
+    alarms = judge(config, simulated(2000, tokens, SamplerBounds.of(config), seed=3))
+    assert alarms.steps == 2000 and alarms.stops == 0 and not alarms.refused

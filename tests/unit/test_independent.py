@@ -1,0 +1,164 @@
+"""The independent reading: equal to a forward pass by hand, from the folder alone, with the memory it says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_models import FAMILIES, tiny_tokenizer, write_tiny_model
+from tropd_mcore.errors import ModelError
+from tropd_mcore.heartbeat import heartbeat
+from tropd_mcore.weights import independent
+from tropd_mcore.weights.host_memory import GIB, cgroup_room, gib
+from tropd_mcore.weights.independent import (
+    PROBE_TEXT,
+    fits,
+    independent_log_probs,
+    memory_needed,
+    probe_ids,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "m")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_those_of_each_token_given_those_before_it(family: str, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m", family=family)
+    ids = np.array([5, 200, 17, 17, 306], np.int32)
+    found = independent_log_probs(folder, ids)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    for place in range(1, len(ids)):
+        with torch.no_grad():
+            logits = model(torch.tensor(ids[None, :place], dtype=torch.int64)).logits[0, -1]
+        assert abs(float(logits.log_softmax(-1)[ids[place]]) - found[place - 1]) < 1e-5
+    assert found.dtype == np.float32 and found.shape == (4,)
+
+
+def test_the_threads_of_the_process_are_as_before(folder: Path) -> None:
+    before = torch.get_num_threads()
+    independent_log_probs(folder, np.array([1, 2], np.int32))
+    assert torch.get_num_threads() == before
+
+
+def test_bfloat16_is_near_and_not_equal(folder: Path) -> None:
+    ids = probe_ids(folder)
+    gap = np.abs(independent_log_probs(folder, ids) - independent_log_probs(folder, ids, dtype="bfloat16"))
+    assert 1e-4 < gap.max() < 0.2
+
+
+def test_a_tensor_that_is_missing_is_an_error_and_no_random_numbers(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        independent_log_probs(folder, np.array([1, 2], np.int32))
+
+
+def test_code_in_the_folder_does_not_run(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    (folder / "modeling_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "modeling_x.X"}
+    (folder / "config.json").write_text(json.dumps(config))
+    independent_log_probs(folder, np.array([1, 2], np.int32))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_probe_is_the_text_by_the_folders_tokenizer_cut_to_context_and_vocabulary(tmp_path: Path) -> None:
+    expected = tiny_tokenizer()(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    folder = write_tiny_model(tmp_path / "m")
+    assert probe_ids(folder).tolist() == expected[:128]
+    assert probe_ids(folder, limit=9).tolist() == expected[:9]
+    short = write_tiny_model(tmp_path / "short", max_position_embeddings=20)
+    assert probe_ids(short).tolist() == expected[:20]
+    narrow = write_tiny_model(tmp_path / "narrow", vocab_size=200)
+    assert probe_ids(narrow).tolist() == [index for index in expected if index < 200][:128]
+
+
+def test_a_folder_without_a_tokenizer_has_ids_from_a_fixed_seed(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m", with_tokenizer=False)
+    assert len(probe_ids(folder)) == 128
+    assert probe_ids(folder).tolist() == probe_ids(folder).tolist()
+    assert len(set(probe_ids(folder).tolist())) > 60
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: damaged tokenizer"):
+        probe_ids(folder)
+
+
+def test_memory_is_four_bytes_a_parameter_and_what_goes_with_it(folder: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 4 * parameters < memory_needed(folder) - 512 * 2**20 < 8 * parameters + 4 * 5 * 128 * 307
+
+
+def test_a_host_that_is_too_small_is_said_with_both_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(independent, "available_memory", lambda: 100 * GIB)
+    assert fits(folder) is None
+    monkeypatch.setattr(independent, "available_memory", lambda: GIB // 4)
+    reason = fits(folder)
+    assert reason is not None and "0.5 GiB" in reason and "0.2 GiB are available" in reason
+
+
+def test_the_tightest_limit_of_the_control_groups_counts_without_the_file_cache(tmp_path: Path) -> None:
+    root, membership = tmp_path / "cgroup", tmp_path / "membership"
+    membership.write_text("0::/job/step\n")
+    (root / "job/step").mkdir(parents=True)
+
+    def group(path: str, limit: str, used: int, cache: int) -> None:
+        (root / path / "memory.max").write_text(f"{limit}\n")
+        (root / path / "memory.current").write_text(f"{used}\n")
+        (root / path / "memory.stat").write_text(f"anon 7\ninactive_file {cache}\n")
+
+    assert cgroup_room(root, membership) is None
+    group("job/step", "max", 5, 0)
+    assert cgroup_room(root, membership) is None
+    group("job", "1000", 700, 200)
+    assert cgroup_room(root, membership) == 500
+    group("job/step", "800", 700, 0)
+    assert cgroup_room(root, membership) == 100
+    assert cgroup_room(root, tmp_path / "absent") is None
+
+
+def test_the_memory_controller_of_version_1_counts_as_well(tmp_path: Path) -> None:
+    membership = tmp_path / "membership"
+    membership.write_text("4:cpu,cpuacct:/a\n5:memory:/a\n")
+    folder = tmp_path / "cgroup/memory/a"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text("1000")
+    (folder / "memory.usage_in_bytes").write_text("900")
+    (folder / "memory.stat").write_text("total_inactive_file 300\n")
+    assert cgroup_room(tmp_path / "cgroup", membership) == 400
+
+
+def test_sizes_are_written_in_gib() -> None:
+    assert [gib(size) for size in (3 * GIB, GIB // 2, GIB // 1000)] == ["3.0 GiB", "0.5 GiB", "0.001 GiB"]
+
+
+def test_a_long_wait_is_logged_and_ends_with_the_block(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log = logging.getLogger("a test")
+    with heartbeat(log, "reading", every_s=0.01):
+        while len(caplog.messages) < 3:
+            time.sleep(0.001)
+    count = len(caplog.messages)
+    assert caplog.messages[0].startswith("reading: ") and caplog.messages[0].endswith(" s so far")
+    with pytest.raises(ValueError, match="wrong"), heartbeat(log, "never", every_s=60):
+        raise ValueError("wrong")
+    assert len(caplog.messages) == count

@@ -1,0 +1,92 @@
+"""Stored teacher responses: only tokens of the student before the end of a response, each problem with its line."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tropd_mcore.data.responses import read_responses
+from tropd_mcore.errors import DataError
+from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
+from tropd_mcore.serving.wire import Generation
+from tropd_mcore.types import Prompt
+
+EOS = (2, 9)
+ANSWERS = ([7, 2], [2])
+
+
+def write_lines(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def problems_of(path: Path, lines: list[Any], vocab_size: int | None = None) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        read_responses(write_lines(path, lines), EOS, vocab_size=vocab_size)
+    return str(caught.value).split("\n")
+
+
+def test_responses_are_read_without_the_end_tokens_at_their_end(tmp_path):
+    lines = [{"id": "c", "response_ids": [7, 8, 2, 9], "finished": True}, {"id": "a", "response_ids": [1]}]
+    found = read_responses(write_lines(tmp_path / "r.jsonl", lines), EOS)
+    assert {name: ids.tolist() for name, ids in found.items()} == {"c": [7, 8], "a": [1]}
+    assert found["c"].dtype == np.int32
+
+
+def test_every_problem_of_a_response_file_is_reported_with_its_line(tmp_path):
+    lines = [
+        {"id": "a", "response_ids": [1]},
+        {"id": "b", "response_ids": [1, -2]},
+        {"id": "c", "response_ids": [1.5]},
+        {"id": "d", "response_ids": [True]},
+        {"id": 4, "response_ids": []},
+        {"id": "a", "response_ids": [3]},
+        {"id": "e", "response_ids": [4, 10]},
+        {"id": "f", "response_ids": [2, 9]},
+        {"id": "g", "response_ids": [4, 9, 5, 2]},
+        {"id": "h", "response_ids": [4], "finished": "yes"},
+    ]
+    problems = problems_of(tmp_path / "r.jsonl", lines, vocab_size=10)
+    assert [int(re.search(r"r\.jsonl:(\d+): ", problem)[1]) for problem in problems] == list(range(2, 11))
+    words = (
+        "the response to 'b' holds token id -2; expected ids in [0, 10)",
+        "a list of token ids",
+        "a list of token ids",
+        "expected a text `id`",
+        "stands in line 1 too",
+        "the response to 'e' holds token id 10; expected ids in [0, 10)",
+        "the response to 'f' has no tokens before its end",
+        "the response to 'g' holds id 9, which ends a response, as token 2 of 3",
+        "expected true or false as `finished`, found 'yes'",
+    )
+    assert all(word in problem for word, problem in zip(words, problems, strict=True))
+
+
+@pytest.mark.parametrize("key", ["response", "output_ids", "respons_ids"])
+def test_an_unknown_key_of_a_response_is_refused_with_the_one_that_was_meant(tmp_path, key):
+    (problem,) = problems_of(tmp_path / "r.jsonl", [{"id": "a", key: [1]}])
+    assert f"r.jsonl:1: unknown key {key!r}; did you mean 'response_ids'?" in problem
+
+
+def test_prefixes_says_which_responses_training_will_refuse(tmp_path, caplog):
+    def generate(requests: list[Any]) -> list[Generation]:
+        return [Generation(np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", ("x",)) for ids in ANSWERS]
+
+    client = SimpleNamespace(key="teacher.server", info=lambda: SimpleNamespace(longest_sequence=50), generate=generate)
+    prompts = [Prompt(name, np.array([3, 4], np.int32), None, None) for name in ("a", "b")]
+    sampling = ResponseSampling(
+        max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=EOS, vocab_size=50, served_width=50
+    )
+    generate_responses(client, prompts, tmp_path / "r.jsonl", sampling)
+    assert "the teacher ended at once on 1 prompts, the first is 'b'" in caplog.text
+    with pytest.raises(DataError, match=r"r\.jsonl:2: the response to 'b' has no tokens before its end"):
+        read_responses(tmp_path / "r.jsonl", EOS)
+
+
+def test_an_id_that_no_array_can_hold_is_a_line_and_no_traceback(tmp_path):
+    (problem,) = problems_of(tmp_path / "r.jsonl", [{"id": "a", "response_ids": [10**10]}])
+    assert "holds token id 10000000000" in problem

@@ -1,0 +1,24 @@
+"""The day that chat templates print in a command beside training: that of the run, where it has one.
+
+Not for training (`train.material`). Invariant: a command changes nothing of what the run has recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import date
+
+from tropd_mcore.config.schema import Config
+from tropd_mcore.train.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+def template_date(config: Config) -> date:
+    """Return data.template_date, else the day that the run in run.dir has recorded, else today. Raises DataError."""
+    if config.data.template_date is not None:
+        return config.data.template_date
+    recorded = RunDir(config.run.dir).recorded_template_date()
+    day = recorded or date.today()
+    log.info("a date in a chat template is %s, %s", day, f"that of {config.run.dir}" if recorded else "today")
+    return day

@@ -1,0 +1,123 @@
+"""The resolved configuration of an earlier launch, read back and compared with that of this one, by dotted key.
+
+Not for whether a change is allowed (`train.resume_rules`). Invariants: a key that the earlier launch did not know has
+its default there, so that a run directory of an older version shows no changes; where a value came from is no change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from pydantic import ValidationError
+
+from tropd_mcore.config.explain import explain_validation_error, unknown_keys
+from tropd_mcore.config.loader import RENAMED_KEYS, leaves
+from tropd_mcore.config.schema import Config
+from tropd_mcore.config.yaml_reader import parse_yaml
+from tropd_mcore.errors import ConfigError
+
+
+class Nothing(Enum):
+    """The value of a key that a configuration does not have: of another variant, or of a section that is not there."""
+
+    NOTHING = "none"
+
+
+NOTHING = Nothing.NOTHING
+LONGEST_VALUE = 120
+"""Characters of a value that are shown."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a resolved file says."""
+
+    values: Mapping[str, Any]
+    """{dotted key: value}, defaults filled in"""
+    unknown: tuple[str, ...] = ()
+    """Keys in it that this version does not have"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key whose value is not the recorded one; `NOTHING` stands for a key that is not there."""
+
+    key: str
+    old: Any = field(default=NOTHING)
+    new: Any = field(default=NOTHING)
+
+    def __str__(self) -> str:
+        return f"{self.key}: {show(self.old)} -> {show(self.new)}"
+
+
+def read_record(text: str, name: str) -> Recorded:
+    """Read what `plan.resolved_yaml` wrote; `name` is the file in messages.
+
+    Raises ConfigError, one line, where it is torn or holds what no launch can have had.
+    """
+    document = parse_yaml(text, name)
+    problems = list(document.problems)
+    tree = document.value
+    if not problems and (not isinstance(tree, dict) or not tree):
+        found_there = repr(tree) if tree else "nothing"
+        problems = [f"{name}: expected the sections of a configuration, found {found_there}"]
+    unknown: list[str] = []
+    if not problems:
+        try:
+            return Recorded(leaves(Config.model_validate(tree)))
+        except ValidationError as error:
+            unknown = unknown_keys(error)
+            problems = explain_validation_error(error, {}, name, RENAMED_KEYS)
+    if unknown and len(unknown) == len(problems):
+        for key in unknown:
+            _remove(tree, key)
+        found = read_record(json.dumps(tree), name)
+        return Recorded(found.values, (*unknown, *found.unknown))
+    raise ConfigError(
+        [
+            f"{problems[0]} (the record of the launch before is damaged or was edited: restore it, or remove it, and "
+            "this launch is taken as the first, compared with none)"
+        ]
+    )
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Return the keys whose values differ, in the order of `after`, then those that only `before` has.
+
+    Where a section has another `kind`, that stands for the keys that only one of the two kinds has.
+    """
+    found = []
+    for key in [*after, *(key for key in before if key not in after)]:
+        old, new = before.get(key, NOTHING), after.get(key, NOTHING)
+        if old != new and not _is_told_elsewhere(key, old, new, before, after):
+            found.append(Change(key, old, new))
+    return found
+
+
+def show(value: Any) -> str:
+    """A value on one line: words as they are, no value as `none`."""
+    if value is NOTHING or value is None:
+        return "none"
+    text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def _is_told_elsewhere(key: str, old: Any, new: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    section = key.partition(".")[0]
+    kind = f"{section}.kind"
+    if key != kind and NOTHING in (old, new) and kind in before and before[kind] != after.get(kind, NOTHING):
+        return True
+    # An optional section is one key, without a value, where it is not there.
+    absent, others = (new, after) if old is None else (old, before)
+    return None in (old, new) and absent is NOTHING and any(other.startswith(f"{key}.") for other in others)
+
+
+def _remove(tree: dict[str, Any], dotted: str) -> None:
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        tree = tree[section]
+    del tree[leaf]

@@ -1,0 +1,98 @@
+"""JSONL files that users write: one object per line, and everything that is wrong with a file said at once.
+
+Not for what the lines mean (`prompt_file`, `responses`). Invariants: every problem names its file and line; a key that
+is not known, or that stands twice in one object, is a problem; every text in an object can be written as UTF-8.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tropd_mcore.errors import DataError
+
+SHOWN_PROBLEMS = 10
+"""Problems of one file that a message lists; of the others it says how many there are."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a line of a file; line 0 is the file as a whole."""
+
+    line: int
+    text: str
+    """Begins with the place"""
+
+
+def read_lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, text) of every line that is not blank. Raises DataError naming `key`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{key}={path}: cannot be read: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def parse_object(line: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Return the object of one line. Raises DataError, without a place, that says what is wrong with it.
+
+    `known`: the keys that it may have, each with the names that others give to the same thing.
+    """
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        if len(set(names)) < len(names):
+            repeated.extend(name for name in names if names.count(name) > 1)
+        return dict(items)
+
+    try:
+        value = json.loads(line, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"expected a JSON object, found {line[:60]!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"expected a JSON object, found {line[:60]!r}")
+    if repeated:
+        raise DataError(f"key {repeated[0]!r} stands twice in one object; keep one")
+    for key in value:
+        if key not in known:
+            raise DataError(f"unknown key {key!r}; {_suggestion(key, known)}")
+        if (half := _half_of_a_pair(value[key])) is not None:
+            raise DataError(
+                f"prompt {value.get('id')!r}: `{key}` holds \\u{ord(half):04x}, half of a surrogate pair and no "
+                "character; remove it"
+            )
+    return value
+
+
+def raise_problems(*of_files: Sequence[Problem]) -> None:
+    """Raise DataError where there is a problem: the first ones of each file by line, and how many more it has."""
+    lines = []
+    for problems in of_files:
+        ordered = sorted(problems, key=lambda problem: problem.line)
+        lines += [problem.text for problem in ordered[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more")
+    if lines:
+        raise DataError("\n".join(lines))
+
+
+def _suggestion(key: str, known: Mapping[str, tuple[str, ...]]) -> str:
+    meant = next((name for name, others in known.items() if key.lower() in others), None)
+    close = [meant] if meant else difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    expected = f"a line has {', '.join(known)}"
+    return f"did you mean {close[0]!r}? ({expected})" if close else f"{expected}; remove the others"
+
+
+def _half_of_a_pair(value: Any) -> str | None:
+    """The first lone surrogate in the texts of a JSON value."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None

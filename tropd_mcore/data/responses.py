@@ -1,0 +1,98 @@
+"""Stored teacher responses (`data.teacher_responses`), which become the prefixes of guidance.
+
+Not for sampling them (`rollout.prefixes`). Invariant: a response that is returned has tokens, all of them before the
+first token that ends a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tropd_mcore.data.jsonl import Problem, parse_object, raise_problems, read_lines
+from tropd_mcore.errors import DataError
+from tropd_mcore.types import IntArray
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "id": ("uid", "idx", "index", "prompt_id"),
+    "response_ids": ("ids", "token_ids", "output_ids", "response", "tokens"),
+    "finished": ("done", "finish_reason"),
+}
+"""The keys of a line, each with names that other formats give to it."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The good lines of a file, and what is wrong with the others."""
+
+    by_prompt: dict[str, IntArray]
+    """Without the end token at their end"""
+    problems: list[Problem]
+    bad_ids: frozenset[str]
+    """Prompts whose response is among the problems"""
+
+
+def read_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | None = None) -> dict[str, IntArray]:
+    """Return {prompt id: teacher response without the end tokens at its end, int32}.
+
+    Raises DataError with every problem: ids outside [0, vocab_size) if that is given, an end token in the middle, a
+    response without tokens, unknown keys, a prompt that has two.
+    """
+    found = scan_responses(path, eos_ids, vocab_size=vocab_size)
+    raise_problems(found.problems)
+    return found.by_prompt
+
+
+def scan_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | None) -> Responses:
+    """`read_responses` that keeps the problems. Raises DataError where the file cannot be read."""
+    by_prompt: dict[str, IntArray] = {}
+    problems: list[Problem] = []
+    first_line: dict[str, int] = {}
+    bad: set[str] = set()
+    for number, line in read_lines(path, "data.teacher_responses"):
+        try:
+            value = parse_object(line, KEYS)
+            prompt_id = value.get("id")
+            if not isinstance(prompt_id, str):
+                raise DataError(f"expected a text `id`, found {prompt_id!r}")
+            if prompt_id in first_line:
+                raise DataError(f"id {prompt_id!r} stands in line {first_line[prompt_id]} too")
+            first_line[prompt_id] = number
+            bad.add(prompt_id)
+            by_prompt[prompt_id] = _response(value, eos_ids, vocab_size)
+            bad.discard(prompt_id)
+        except DataError as error:
+            problems.append(Problem(number, f"{path}:{number}: {error}"))
+    return Responses(by_prompt, problems, frozenset(bad))
+
+
+def _response(value: dict[str, Any], eos_ids: Collection[int], vocab_size: int | None) -> IntArray:
+    """Raises DataError without a place."""
+    prompt_id, ids, finished = value["id"], value.get("response_ids"), value.get("finished", True)
+    if not isinstance(ids, list) or not all(type(index) is int for index in ids):
+        raise DataError(f"expected `response_ids`, a list of token ids, found {str(ids)[:60]!r}")
+    if not isinstance(finished, bool):
+        raise DataError(f"expected true or false as `finished`, found {finished!r}")
+    limit = vocab_size if vocab_size is not None else 2**31
+    outside = next((index for index in ids if not 0 <= index < limit), None)
+    if outside is not None:
+        raise DataError(
+            f"the response to {prompt_id!r} holds token id {outside}; expected ids in [0, {limit}), "
+            "the student's vocabulary"
+        )
+    end = len(ids)
+    while end and ids[end - 1] in eos_ids:
+        end -= 1
+    if not end:
+        raise DataError(f"the response to {prompt_id!r} has no tokens before its end; remove it (`tropd prefixes`)")
+    inside = next((place for place in range(end) if ids[place] in eos_ids), None)
+    if inside is not None:
+        raise DataError(
+            f"the response to {prompt_id!r} holds id {ids[inside]}, which ends a response, as token {inside + 1} of "
+            f"{end}; cut it there, or see rollout.end_tokens"
+        )
+    return np.array(ids[:end], dtype=np.int32)

@@ -1,0 +1,152 @@
+"""Digests of every file of a checkpoint: made when it is written, compared before anything of it is read.
+
+Not for what the files mean (`checkpoint`) or for the JSON's own digest (`checkpoint_info`). Invariants: every file is
+hashed once, by the rank that wrote it where the job has as many ranks; all ranks meet the same error; a checkpoint
+whose digests hold is bit for bit the one that was written. Each rank hashes about 1 GiB per second, or what the disk
+gives.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from pathlib import Path
+
+import torch.distributed as dist
+
+from tropd_mcore.errors import ModelError
+from tropd_mcore.files import file_digest
+from tropd_mcore.heartbeat import heartbeat
+from tropd_mcore.mcore.checkpoint_info import (
+    DAMAGED_SUFFIX,
+    INFO_FILE,
+    CheckpointInfo,
+    DamagedCheckpoint,
+    FileRecord,
+    complete_checkpoints,
+    read_info,
+    step_of,
+)
+from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
+
+log = logging.getLogger(__name__)
+
+_RANK_IN_NAME = re.compile(r"(?:__|rng_)(\d+)")
+
+
+def make_digests(folder: Path, control: dist.ProcessGroup) -> dict[str, FileRecord]:
+    """The record of every file under `folder` but the JSON, by path below it, on all ranks. Collective.
+
+    Raises ModelError where a file cannot be read.
+    """
+    names = on_rank_zero(lambda: _names(folder), control)
+    with heartbeat(log, f"{folder}: reading {len(names)} files for their digests"):
+        return _read_all(folder, names, control)
+
+
+def check_digests(path: Path, info: CheckpointInfo, control: dist.ProcessGroup) -> None:
+    """Raise DamagedCheckpoint, on all ranks, where a file is not the one that was written. Collective.
+
+    Also where one is missing or was added; hidden files of file systems and users are left alone. A checkpoint of a
+    release that recorded no digests passes with a warning.
+    """
+    if info.files is None:
+        log.warning("checkpoint %s: written without digests, so damage inside its files cannot be seen", path)
+        return
+    names = on_rank_zero(lambda: _names(path), control)
+    missing = sorted(set(info.files) - set(names))
+    added = sorted(name for name in set(names) - set(info.files) if not Path(name).name.startswith("."))
+    if missing:
+        raise DamagedCheckpoint(f"checkpoint {path}: {', '.join(missing)} not found; it is damaged")
+    if added:
+        raise DamagedCheckpoint(f"checkpoint {path}: {', '.join(added)} was not written with it; move it away")
+    with heartbeat(log, f"{path}: comparing {len(info.files)} files with their digests"):
+        found = _read_all(path, sorted(info.files), control)
+    changed = [_difference(name, info.files[name], found[name]) for name in sorted(info.files)]
+    damaged = [difference for difference in changed if difference is not None]
+    if damaged:
+        rest = f" and {len(damaged) - 1} more files" if len(damaged) > 1 else ""
+        raise DamagedCheckpoint(f"checkpoint {path}: {damaged[0]}{rest}; it is damaged")
+
+
+def way_on(path: Path, control: dist.ProcessGroup) -> str:
+    """What to do about the damaged checkpoint `path` of a run: the newest whole one before it, and the command.
+
+    Empty where `path` is no step of a run. Collective; reads the older checkpoints in full, the newest first.
+    """
+    step = step_of(path)
+    if step is None:
+        return ""
+
+    def older() -> list[Path]:
+        found = complete_checkpoints(path.parent)
+        return [other for other in reversed(found) if (step_of(other) or 0) < step]
+
+    for good in on_rank_zero(older, control):
+        if _is_whole(good, control):
+            return (
+                f"; the newest whole one before it is {good}: to resume from there, {_move(path)} and run the same "
+                "command again"
+            )
+    return f"; none before it is whole: to begin at step 0 again, {_move(path.parent)} and run the same command again"
+
+
+def _move(path: Path) -> str:
+    return f"mv {shlex.quote(str(path))} {shlex.quote(str(path) + DAMAGED_SUFFIX)}"
+
+
+def _is_whole(path: Path, control: dist.ProcessGroup) -> bool:
+    try:
+        info = on_rank_zero(lambda: read_info(path), control)
+        check_digests(path, info, control)
+    except ModelError as error:
+        log.warning("%s", error)
+        return False
+    return info.files is not None
+
+
+def _names(folder: Path) -> list[str]:
+    """Paths below `folder` of its files, the JSON left out, sorted."""
+    try:
+        return sorted(
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if path.is_file() and path != folder / INFO_FILE
+        )
+    except OSError as error:
+        raise ModelError(f"checkpoint {folder}: cannot be read ({error})") from error
+
+
+def _read_all(folder: Path, names: list[str], control: dist.ProcessGroup) -> dict[str, FileRecord]:
+    """The records of these files, each made on one rank."""
+    rank, size = dist.get_rank(control), dist.get_world_size(control)
+    mine: dict[str, FileRecord] = {}
+    with shared_fate(control):
+        for name in names:
+            if _owner(name) % size == rank:
+                mine[name] = _record(folder / name)
+    everyone: list[dict[str, FileRecord]] = [{}] * size
+    dist.all_gather_object(everyone, mine, group=control)
+    return {name: record for part in everyone for name, record in part.items()}
+
+
+def _owner(name: str) -> int:
+    """The rank that wrote a file: the number in the name of a shard or of random states, else the first."""
+    found = _RANK_IN_NAME.match(name)
+    return int(found[1]) if found else 0
+
+
+def _record(path: Path) -> FileRecord:
+    try:
+        return FileRecord(bytes=path.stat().st_size, sha256=file_digest(path))
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _difference(name: str, written: FileRecord, found: FileRecord) -> str | None:
+    if found.bytes != written.bytes:
+        return f"{name} has {found.bytes} bytes, {written.bytes} were written"
+    if found.sha256 != written.sha256:
+        return f"{name} is not as it was written (sha256 {found.sha256[:12]}, expected {written.sha256[:12]})"
+    return None

@@ -1,0 +1,222 @@
+"""What a launch was given, by content: digests of data files and model folders, versions, the number of ranks.
+
+Not for what may differ between two launches (`train.resume`). Invariants: the record in <run.dir>/inputs.json is of
+launches that were accepted; every rank has the same digests; files are read by all ranks together, each its share.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import tropd_mcore
+from tropd_mcore.config.derived import support_size
+from tropd_mcore.config.divergence_objectives import CustomObjective
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ConfigError, ModelError
+from tropd_mcore.files import file_digest, publish_text
+from tropd_mcore.heartbeat import heartbeat
+from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate
+from tropd_mcore.train.material import model_paths
+from tropd_mcore.train.parts import Site
+from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.weights.digest import (
+    DigestMemory,
+    Fingerprint,
+    FolderDigest,
+    data_digest,
+    load_memory,
+    model_files,
+    read_files,
+)
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sglang")
+"""Distributions whose versions decide the numbers of a run."""
+
+Read = tuple[Path, Fingerprint, str]
+"""A file that was read: path, what tells it from a later one, SHA-256."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class DataInput(_Record):
+    """A data file."""
+
+    path: str
+    sha256: str
+    lines: int
+
+
+class ModelInput(_Record):
+    """A model folder."""
+
+    path: str
+    files: dict[str, str]
+    """{name in the folder: SHA-256}"""
+
+    @property
+    def digest(self) -> FolderDigest:
+        """Its digests as a whole."""
+        return FolderDigest(self.files)
+
+
+class Beginning(_Record):
+    """The checkpoint that a run began from."""
+
+    path: str
+    step: int
+    sha256: str
+    """Of its tropd.json"""
+    with_optimizer: bool
+
+
+class Inputs(_Record):
+    """Everything that a launch was given."""
+
+    data: dict[str, DataInput]
+    """By configuration key"""
+    models: dict[str, ModelInput]
+    """By configuration key"""
+    code: dict[str, str] = {}
+    """{configuration key: SHA-256 of the source file that it names}"""
+    launch: dict[str, str] = {}
+    """Versions, platform and number of ranks"""
+    init_from: Beginning | None = None
+    """None where the run began with the weights of student.path."""
+
+
+def read_inputs(site: Site) -> Inputs:
+    """Read every input of this launch for its digest. Collective; raises DataError and ModelError.
+
+    Cost: a full read of what was not read before, spread over the ranks: about 1 GiB per second and rank, or what the
+    disk gives.
+    """
+    layout = site.layout
+    control = layout.groups.control
+    wanted = on_rank_zero(partial(_unread, site), control)
+    with heartbeat(log, f"reading {len(wanted)} files of model folders for their digests"):
+        mine: list[Read] = []
+        with shared_fate(control):
+            mine = read_files(wanted[layout.rank :: layout.world_size])
+        read = gather_on_rank_zero(mine, control)
+        return on_rank_zero(lambda: _compose(site, [entry for part in read for entry in part]), control)
+
+
+def load_inputs(run_dir: RunDir) -> Inputs | None:
+    """The record of the launch before; None where there is none. Raises ConfigError where it is damaged."""
+    path = run_dir.inputs
+    if not path.exists():
+        return None
+    try:
+        return Inputs.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise ConfigError(
+            [f"{path}: the record of what the run reads is damaged ({reason}): restore it, or remove it, and contents "
+             "are compared with no record"]
+        ) from error  # fmt: skip
+
+
+def save_inputs(run_dir: RunDir, inputs: Inputs) -> None:
+    """Publish the record. Raises DataError where the place cannot be written."""
+    publish_text(run_dir.inputs, inputs.model_dump_json(indent=1) + "\n")
+
+
+def teacher_name(config: Config, inputs: Inputs, identity: str = "") -> str:
+    """What tells the scores of one teacher from those of another, wherever its folder is.
+
+    `identity` is that of the server where one scores (see `teacher.identity`).
+    """
+    teacher = config.teacher
+    precision = teacher.dtype if teacher.kind == "megatron" else teacher.server.dtype or teacher.dtype
+    parts = {
+        "kind": teacher.kind,
+        "folder": inputs.models["teacher.path"].digest.whole(),
+        "dtype": precision,
+        "candidates": support_size(config.objective),
+        "softcap": config.loss.logit_softcap,
+        "extra_tokens": teacher.extra_tokens,
+        "server": identity or None,
+    }
+    return " ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
+
+
+def _files(site: Site) -> dict[str, list[Path]]:
+    """{configuration key: files} of every model folder."""
+    return {key: [path / name for name in model_files(path)] for key, path in model_paths(site.config).items()}
+
+
+def _unread(site: Site) -> list[Path]:
+    """Files whose digest nobody remembers, each once, the largest first so that the shares are about equal."""
+    memory = load_memory(site.run_dir.digests)
+    try:
+        paths = {path.resolve() for files in _files(site).values() for path in files}
+        unknown = [(path.stat().st_size, path) for path in paths if memory.recall(path) is None]
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return [path for _, path in sorted(unknown, reverse=True)]
+
+
+def _compose(site: Site, read: list[Read]) -> Inputs:
+    """The record from what all ranks read and what is remembered, which is remembered from now on."""
+    config, run_dir = site.config, site.run_dir
+    memory, now = load_memory(run_dir.digests), {str(path): digest for path, _, digest in read}
+    files = _files(site)
+    models = {
+        key: ModelInput(
+            path=str(folder),
+            files={path.relative_to(folder).as_posix(): _digest(path, now, memory) for path in files[key]},
+        )
+        for key, folder in model_paths(config).items()
+    }
+    memory.remember(read)
+    memory.forget_all_but({str(path.resolve()) for paths in files.values() for path in paths})
+    memory.save(run_dir.digests)
+    paths = {"data.prompts": config.data.prompts, "data.teacher_responses": config.data.teacher_responses}
+    return Inputs(
+        data={key: _data_input(key, path) for key, path in paths.items() if path is not None},
+        models=models,
+        code=_code(config),
+        launch={"ranks": str(site.layout.world_size), "platform": site.platform.name, **_versions()},
+    )
+
+
+def _digest(path: Path, now: dict[str, str], memory: DigestMemory) -> str:
+    digest = now.get(str(path.resolve())) or memory.recall(path)
+    if digest is None:
+        raise ModelError(f"{path}: changes while it is read; start the run when it is complete")
+    return digest
+
+
+def _data_input(key: str, path: Path) -> DataInput:
+    found = data_digest(path, key=key)
+    return DataInput(path=str(path), sha256=found.sha256, lines=found.lines)
+
+
+def _code(config: Config) -> dict[str, str]:
+    """The file of a custom objective, where Python can tell it."""
+    if not isinstance(config.objective, CustomObjective):
+        return {}
+    spec = importlib.util.find_spec(config.objective.function.partition(":")[0])
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return {}
+    return {"objective.function": file_digest(Path(spec.origin))}
+
+
+def _versions() -> dict[str, str]:
+    found = {"tropd_mcore": tropd_mcore.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

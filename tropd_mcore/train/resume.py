@@ -1,0 +1,207 @@
+"""Is this launch the same run as the one before? What changed is printed, or refused with the way out.
+
+Not for which keys may change (`train.resume_rules`) or for digests (`train.inputs`). Invariants: every difference that
+can be seen is printed or refused, never passed over; a refused launch leaves the records as they are; where nothing was
+sampled or trained yet, nothing is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tropd_mcore.config.derived import active_guidance, learns_from_verifier
+from tropd_mcore.config.loader import leaves
+from tropd_mcore.config.record import NOTHING, Change, compare, read_record, show
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.train.inputs import DataInput, Inputs, ModelInput
+from tropd_mcore.train.resume_rules import rule_of
+from tropd_mcore.train.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+SHOWN_FILES = 4
+"""Files of a folder that are named in one line."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is known of the launches before this one."""
+
+    root: Path
+    begun: bool
+    """Whether there is anything that this launch would go on with."""
+    checkpoint: Path | None
+    """The newest one; None before the first."""
+    values: Mapping[str, Any] | None
+    """{dotted key: value} of the last accepted launch; None where there is no record."""
+
+    @property
+    def way_out(self) -> str:
+        """What to do where a change is refused."""
+        if self.checkpoint is None:
+            return "restore the recorded values, or begin a new run with another run.dir"
+        return (
+            "restore the recorded values, or begin a new run with the new ones: another run.dir and "
+            f"run.init_from={self.checkpoint} (run.init_optimizer=true keeps the optimizer's state)"
+        )
+
+
+def read_before(run_dir: RunDir, checkpoint: Path | None) -> Before:
+    """Read the record of the launch before. Raises ConfigError where it is damaged."""
+    text, begun = run_dir.recorded_config(), run_dir.has_begun()
+    values = None
+    if text is not None:
+        record = read_record(text, str(run_dir.config))
+        values = record.values
+        for key in record.unknown:
+            log.warning("%s: %s is a key of another version and was not compared", run_dir.config, key)
+    elif begun:
+        log.warning("%s is missing: what this launch changes in the run cannot be told", run_dir.config)
+    return Before(run_dir.root, begun, checkpoint, values)
+
+
+def check_config(before: Before, config: Config) -> list[Change]:
+    """Print the changes that are allowed; returns those of paths, which `check_inputs` decides by content.
+
+    Raises ConfigError naming every key that may not change, with the reason and the way out.
+    """
+    if before.values is None:
+        return []
+    changes = compare(before.values, leaves(config))
+    if not before.begun:
+        _print(before, [f"{change} (nothing was trained yet)" for change in changes])
+        return []
+    printed, problems, by_content = [], [], []
+    for change in changes:
+        rule = rule_of(change.key)
+        assert rule is not None, f"{change.key} has no rule"
+        kind = rule.kind
+        if kind == "verdicts":
+            kind = "refused" if learns_from_verifier(config.objective) else "free"
+        elif kind == "beginning":
+            kind = "free" if before.checkpoint is not None and _is_taken_back(change) else "refused"
+        if kind == "content":
+            by_content.append(change)
+        elif kind == "refused":
+            problems.append(f"{change} is refused: {rule.reason}")
+        else:
+            printed.append(f"{change} ({rule.reason})" if rule.reason and rule.kind == "free" else str(change))
+    if problems:
+        problems += [f"{change} is refused unless both have the same content" for change in by_content]
+        raise ConfigError([*problems, _conclusion(before)])
+    _print(before, printed)
+    return by_content
+
+
+def check_inputs(
+    before: Before, recorded: Inputs | None, now: Inputs, by_content: list[Change], config: Config
+) -> None:
+    """Print what was moved and what else is not as it was; `by_content` are changes of paths.
+
+    Raises ConfigError naming every input whose content changed, with the reason and the way out.
+    """
+    if not before.begun:
+        return
+    if recorded is None and before.values is not None:
+        _print(before, ["what the launches before read is not in the record, so contents were not compared; it is now"])
+    renamed = {change.key: change for change in by_content}
+    printed, problems = [], []
+    for key in sorted({*now.models, *now.data, *renamed}):
+        difference = _difference(key, recorded, now)
+        if difference is None:
+            printed += [f"{renamed[key]} (moved, the same content)"] if key in renamed else []
+        elif _is_unused(key, now, config):
+            printed.append(f"{renamed.get(key, key)} ({difference}; not used by this objective)")
+        elif recorded is not None or key in renamed:
+            rule = rule_of(key)
+            assert rule is not None and rule.kind == "content", f"{key} is no path whose content is compared"
+            problems.append(f"{renamed.get(key, key)}: {difference}; refused: {rule.reason}")
+    problems += _other_beginning(before, recorded, now)
+    if problems:
+        raise ConfigError([*problems, _conclusion(before)])
+    _print(before, [*printed, *_surroundings(recorded, now)])
+
+
+def _is_unused(key: str, now: Inputs, config: Config) -> bool:
+    if key == "data.teacher_responses":
+        return active_guidance(config) is None
+    return key not in now.models and key not in now.data
+
+
+def _other_beginning(before: Before, recorded: Inputs | None, now: Inputs) -> Iterator[str]:
+    """Where no checkpoint has taken its place, the checkpoint that the run begins from is the recorded one."""
+    if before.checkpoint is not None or recorded is None or recorded.init_from is None or now.init_from is None:
+        return
+    old, new = recorded.init_from, now.init_from
+    if old.sha256 != new.sha256:
+        yield f"run.init_from: {new.path}: content changed, sha256 {_short(old.sha256)} -> {_short(new.sha256)}"
+
+
+def _is_taken_back(change: Change) -> bool:
+    """Whether a key of the beginning was only removed, which later launches may do."""
+    return change.key != "run.init_from" or change.new in (None, NOTHING)
+
+
+def _conclusion(before: Before) -> str:
+    return f"{before.root} was begun with other values than these; {before.way_out}"
+
+
+def _print(before: Before, lines: list[str]) -> None:
+    for line in lines:
+        log.warning("%s: %s", before.root, line)
+
+
+def _difference(key: str, recorded: Inputs | None, now: Inputs) -> str | None:
+    """What is not as recorded behind the path of `key`; None where it is the same."""
+    old_model, new_model = recorded.models.get(key) if recorded is not None else None, now.models.get(key)
+    if old_model is not None and new_model is not None:
+        return _model_difference(old_model, new_model)
+    old, new = recorded.data.get(key) if recorded is not None else None, now.data.get(key)
+    if old is not None and new is not None:
+        return _data_difference(old, new)
+    if new_model is not None or new is not None:
+        return "no content was recorded before"
+    return "no longer read"
+
+
+def _data_difference(old: DataInput, new: DataInput) -> str | None:
+    if old.sha256 == new.sha256:
+        return None
+    return (
+        f"{new.path}: content changed, sha256 {_short(old.sha256)} -> {_short(new.sha256)} "
+        f"({old.lines} lines -> {new.lines} lines)"
+    )
+
+
+def _model_difference(old: ModelInput, new: ModelInput) -> str | None:
+    if old.digest.whole() == new.digest.whole():
+        return None
+    names = [name for name in sorted({*old.files, *new.files}) if old.files.get(name) != new.files.get(name)]
+    shown = ", ".join(
+        f"{name} {_short(old.files.get(name))} -> {_short(new.files.get(name))}" for name in names[:SHOWN_FILES]
+    )
+    more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
+    return f"{new.path}: content changed, sha256 of {shown}{more}"
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest is not None else "none"
+
+
+def _surroundings(recorded: Inputs | None, now: Inputs) -> Iterator[str]:
+    """Versions, ranks and code that are not as they were: said, never refused."""
+    if recorded is None:
+        return
+    for name in sorted({*recorded.launch, *now.launch}):
+        old, new = recorded.launch.get(name), now.launch.get(name)
+        if old != new:
+            yield f"{name}: {show(old)} -> {show(new)}"
+    for key in sorted({*recorded.code, *now.code}):
+        old, new = recorded.code.get(key), now.code.get(key)
+        if old != new:
+            yield f"{key}: its source file changed, sha256 {_short(old)} -> {_short(new)}"

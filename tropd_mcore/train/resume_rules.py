@@ -1,0 +1,135 @@
+"""Which keys may change between two launches of a run, and why the others may not.
+
+Not for finding changes (`config.record`) or for the contents behind paths (`train.inputs`). Invariant: every key of
+the schema is decided here, by its own name or by that of a section whose keys all have the same answer; a new key in
+another section has no rule until somebody gives it one (`tests/unit/test_resume_rules.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of a change of a key in a run that has begun.
+
+    `free`: printed. `refused`: the run is not the same with another value. `content`: a path, free where the content
+    behind it is the recorded one. `verdicts`: refused where the objective learns from the verifier. `beginning`:
+    decides how a run begins, so refused where it is set anew or where no checkpoint has taken its place.
+    """
+
+    kind: Literal["free", "refused", "content", "verdicts", "beginning"]
+    reason: str
+    """Why it is refused, or what a change brings; empty where there is nothing to say."""
+
+
+def free(note: str = "") -> Rule:
+    """A change that is printed, with `note`."""
+    return Rule("free", note)
+
+
+def refused(reason: str) -> Rule:
+    """A change that is refused, with `reason`."""
+    return Rule("refused", reason)
+
+
+_SAMPLING = refused("the rollouts so far were sampled with the recorded value")
+_LOSS = refused("the steps so far minimised another loss")
+_ADAM = refused("the moments in the checkpoints were made with the recorded value")
+_SCHEDULE = free("the learning rate follows the new schedule from the next optimizer step on")
+_ROUNDING = free("the same numbers up to rounding")
+_SERVER = free("the same model behind another door")
+_TEACHER_PRECISION = refused("another rounding of the teacher is another teacher")
+
+RULES: dict[str, Rule] = {
+    "run.dir": free("the run directory was moved"),
+    "run.steps": free(
+        "the learning-rate schedule, the guidance (unless objective.guidance.total_steps is set) and the objective's "
+        "own schedule now end there, so that their next values jump"
+    ),
+    "run.seed": refused("prompt order and trust uniforms of the next steps would not be those of this run"),
+    "run.checkpoint_every": free(),
+    "run.keep_checkpoints": free(),
+    "run.export_at_end": free(),
+    "run.keep_rollouts": free(),
+    "run.replay": refused("the rollouts of the next steps would come from elsewhere"),
+    "run.init_from": Rule("beginning", "it names the weights that a run begins with, and this one has begun"),
+    "run.init_optimizer": Rule("beginning", "it decides how a run begins, and this one has begun"),
+    "run.stop_after": free(),
+    "platform": free("other kernels: the same numbers up to rounding"),
+    "parallel": free("the same numbers up to rounding; random states are not carried over"),
+    "student.path": Rule("content", "the checkpoints hold another student, whose config and tokenizer these are not"),
+    "student.dtype": refused("the checkpoints hold weights of the recorded dtype"),
+    "student.recompute": _ROUNDING,
+    "teacher.kind": _SERVER,
+    "teacher.path": Rule("content", "the steps so far learned from another teacher"),
+    "teacher.dtype": _TEACHER_PRECISION,
+    "teacher.server": _SERVER,
+    "teacher.server.dtype": _TEACHER_PRECISION,
+    "teacher.extra_tokens": free("the tokens of student and teacher are checked again"),
+    "teacher.check_every": free(),
+    "teacher.on_failure": free(),
+    "data.prompts": Rule("content", "the order of the prompts follows from the whole file"),
+    "data.teacher_responses": Rule("content", "prefixes of the next steps would be those of other responses"),
+    "data.chat_template_kwargs": refused("the same prompts would be rendered otherwise"),
+    "data.template_date": refused("the same prompts would be rendered otherwise"),
+    "data.max_prompt_tokens": free("a bound on the file, which is checked again"),
+    "data.shuffle": refused("the order of the prompts would not be that of this run"),
+    "rollout.prompts_per_step": refused("which prompts a step has follows from it"),
+    "rollout.samples_per_prompt": _SAMPLING,
+    "rollout.max_new_tokens": _SAMPLING,
+    "rollout.end_tokens": _SAMPLING,
+    "rollout.temperature": _SAMPLING,
+    "rollout.top_p": _SAMPLING,
+    "rollout.top_k": _SAMPLING,
+    "rollout.truncate": _SAMPLING,
+    "rollout.server": free("the student's weights are published to it as before"),
+    "objective": _LOSS,
+    "objective.reference": Rule("content", "the steps so far were compared with another reference"),
+    "loss.form": _ROUNDING,
+    "loss.backend": _ROUNDING,
+    "loss.weight_gradient": _ROUNDING,
+    "loss.chunk_tokens": _ROUNDING,
+    "loss.overlap_chunks": _ROUNDING,
+    "loss.logit_softcap": refused("it changes the log-probs of teacher and student"),
+    "loss.aggregation": _LOSS,
+    "loss.prefix_denominator": _LOSS,
+    "loss.ignore_tokens": _LOSS,
+    "loss.ignore_first_of": _LOSS,
+    "batch.tokens_per_micro_batch": _ROUNDING,
+    "optimizer.learning_rate": _SCHEDULE,
+    "optimizer.min_learning_rate": _SCHEDULE,
+    "optimizer.schedule": _SCHEDULE,
+    "optimizer.warmup_steps": _SCHEDULE,
+    "optimizer.weight_decay": refused("weights so far were decayed at the recorded rate"),
+    "optimizer.beta1": _ADAM,
+    "optimizer.beta2": _ADAM,
+    "optimizer.eps": _ADAM,
+    "optimizer.clip_grad_norm": _ADAM,
+    "optimizer.distributed": refused("the checkpoints hold optimizer state in the recorded form"),
+    "optimizer.overlap_grad_reduce": _ROUNDING,
+    "optimizer.overlap_param_gather": _ROUNDING,
+    "verifier": Rule("verdicts", "the steps so far learned from other verdicts"),
+    "monitor": free(),
+    "gates": free(),
+}
+"""Dotted key, or section for all of its keys that are not named themselves -> rule."""
+
+WHOLE_SECTIONS = frozenset(
+    {
+        "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
+        "objective", "verifier", "monitor", "gates",
+    }
+)  # fmt: skip
+"""Sections whose keys, new ones too, all have one answer unless they are named themselves."""
+
+
+def rule_of(key: str) -> Rule | None:
+    """Return the rule of a leaf of the schema, or of a key below one that holds a mapping; None where there is none."""
+    if key in RULES:
+        return RULES[key]
+    parts = key.split(".")
+    sections = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+    return next((RULES[section] for section in sections if section in WHOLE_SECTIONS), None)

@@ -1,0 +1,114 @@
+"""Pairs of keys of a config.json that say different things, and options that some programs apply and Megatron does not.
+
+Rotary keys are in `rope`; what the tensors say against config.json is in `hf_folder`. Invariant: what passes is read
+alike by transformers, by SGLang and by us. Harmless, because no program reads the second value:
+
+- sliding_window and max_window_layers while use_sliding_window is false (every Qwen2.5 folder has them);
+- attention_bias of qwen2, whose q, k and v always have a bias; max_window_layers without use_sliding_window;
+- attention_dropout (no dropout in training or scoring), pretraining_tp, use_cache, initializer_range;
+- dtype against the dtype of the tensors, and several dtypes in one folder: trainer and server both round to the
+  configured dtype (student.dtype, teacher.dtype);
+- metadata.total_size of an index, which no loader compares;
+- eos_token_id and bos_token_id of config.json against generation_config.json: they are united where responses end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LANGUAGE_MODELS = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "bias": (False, None),  # of llama: another name of attention_bias in SGLang
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "is_causal": (True, None),
+    "per_layer_config": (None, {}),
+    "quantization_config": (None,),
+    "compression_config": (None,),  # the older name of quantization_config
+    "transformers_weights": (None,),  # transformers reads this file instead of model.safetensors
+    "text_config": (None,),
+    "llm_config": (None,),
+    "language_config": (None,),
+    "thinker_config": (None,),
+}
+"""Options whose other values change the logits in some program; the first value is the default."""
+
+
+def contradictions(config: dict[str, Any]) -> list[str]:
+    """Every reason why programs would read this config.json differently, naming the keys and values of each."""
+    family = config["model_type"]
+    return [
+        *_unsupported(config, family),
+        *_layer_types(config),
+        *_sliding_window(config, family),
+        *_architectures(config, family),
+        *_dtypes(config),
+        *_types(config),
+    ]
+
+
+def _unsupported(config: dict[str, Any], family: str) -> list[str]:
+    problems = []
+    for key, allowed in _ALLOWED.items():
+        if key == "attention_bias" and family == "qwen2":
+            continue
+        found = config.get(key, allowed[0])
+        if found not in allowed:
+            problems.append(f"{key} is {found!r}; supported: {allowed[0]!r}")
+    return problems
+
+
+def _layer_types(config: dict[str, Any]) -> list[str]:
+    given = config.get("layer_types")
+    if given is None:
+        return []
+    if not isinstance(given, list):
+        return [f"layer_types is {given!r}; expected a list"]
+    problems = []
+    other = sorted({str(kind) for kind in given} - {"full_attention"})
+    if other:
+        problems.append(f"layer_types has {', '.join(other)}; supported: full_attention")
+    layers = config.get("num_hidden_layers")
+    if len(given) != layers:
+        problems.append(f"layer_types has {len(given)} entries but num_hidden_layers is {layers!r}")
+    return problems
+
+
+def _sliding_window(config: dict[str, Any], family: str) -> list[str]:
+    """A llama has no window in transformers, but a folder made from a Mistral still states its own."""
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    if family != "llama" or not isinstance(window, int) or not isinstance(context, int) or window >= context:
+        return []
+    return [
+        f"model_type is llama, which attends to everything, but sliding_window is {window} with "
+        f"max_position_embeddings {context}; remove sliding_window or correct model_type"
+    ]
+
+
+def _architectures(config: dict[str, Any], family: str) -> list[str]:
+    """transformers goes by model_type, SGLang by architectures."""
+    stated = config.get("architectures")
+    if not stated or stated == [_LANGUAGE_MODELS[family]]:
+        return []
+    return [f"model_type is {family!r} but architectures is {stated!r}; expected [{_LANGUAGE_MODELS[family]!r}]"]
+
+
+def _dtypes(config: dict[str, Any]) -> list[str]:
+    new, old = config.get("dtype"), config.get("torch_dtype")
+    if new is None or old is None or new == old:
+        return []
+    return [f"dtype is {new!r} and torch_dtype is {old!r}; remove the wrong one"]
+
+
+def _types(config: dict[str, Any]) -> list[str]:
+    """Values of a wrong JSON type that Python takes for true."""
+    tied = config.get("tie_word_embeddings")
+    if tied is None or isinstance(tied, bool):
+        return []
+    return [f"tie_word_embeddings is {tied!r}; expected true or false"]

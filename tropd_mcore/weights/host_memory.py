@@ -1,0 +1,78 @@
+"""How much memory a process on this host may still take, and how sizes are written in messages.
+
+Not for GPU memory. Invariant: a limit of the container or of the batch system counts like the size of the machine,
+because the process that exceeds it is killed without a word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+GIB = 2**30
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_PROC_CGROUP = Path("/proc/self/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes that this process can take before the machine, or the control group it runs in, has no more."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    room = cgroup_room()
+    return free if room is None else min(free, room)
+
+
+def cgroup_room(root: Path = _CGROUP_ROOT, membership: Path = _PROC_CGROUP) -> int | None:
+    """Bytes left below the tightest memory limit of this process's control groups; None where none is set.
+
+    Knows version 2, and version 1 with its memory controller at <root>/memory. Pages of the file cache that can be
+    dropped count as free.
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None  # no control groups on this system
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            rooms += _rooms(root, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            rooms += _rooms(root / "memory", path, *names)
+    return min(rooms, default=None)
+
+
+def gib(size: float) -> str:
+    """`size` bytes as text, in GiB."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / GIB:.2g} GiB"
+
+
+def _rooms(root: Path, path: str, limit_file: str, used_file: str, cache_key: str) -> list[int]:
+    """Room in each group from the process's own up to the root, of those that have a limit."""
+    rooms = []
+    group = root / path.lstrip("/")
+    for folder in [group, *group.parents]:
+        if folder != root and root not in folder.parents:
+            break
+        limit, used = _number(folder / limit_file), _number(folder / used_file)
+        if limit is not None and used is not None:
+            rooms.append(max(0, limit - used + _cache(folder / "memory.stat", cache_key)))
+    return rooms
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where there is no file, or no limit ("max")."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cache(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)

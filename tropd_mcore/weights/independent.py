@@ -1,0 +1,144 @@
+"""What a model folder says of a short text, computed by transformers on the CPU from nothing but the folder.
+
+The oracle of `train.model_check` and of a served teacher's fingerprint; not for scoring in training, and nothing of
+the Megatron side is used. Invariants: no code from the folder runs, no network is asked, and a folder that lacks a
+tensor is an error (transformers would draw random numbers for it).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tropd_mcore.errors import ModelError
+from tropd_mcore.heartbeat import heartbeat
+from tropd_mcore.types import FloatArray, IntArray
+from tropd_mcore.weights.architecture import read_architecture
+from tropd_mcore.weights.families import hf_weight_plan
+from tropd_mcore.weights.hf_folder import HfReader
+from tropd_mcore.weights.host_memory import available_memory, gib
+
+log = logging.getLogger(__name__)
+
+PROBE_TEXT = (
+    "A train leaves Zürich at 9:40 and arrives in Łódź at 23:05. How many minutes does the trip take?\n\n"
+    "From 9:40 to 23:05 are 13 hours and 25 minutes, so it takes 13 * 60 + 25 = 805 minutes.\n"
+    "```python\ndef mean(values):\n\treturn sum(values) / len(values)  # 0.5 <= mean\n```\n"
+    "圆的面积等于圆周率乘以半径的平方。 Площадь круга равна πr². مساحة الدائرة 🚆🙂\n"
+    "The teacher reads the same words and says how likely each of them is, given all the words before it; "
+    "the student does so too, and what is compared are the two logarithms, token by token, in nats."
+)
+"""The text that models are compared on: prose, digits, code, line breaks, four scripts, emoji."""
+PROBE_TOKENS = 128
+"""Tokens of it that are used: enough positions to tell another rotary base or scaling."""
+_SPARE_BYTES = 512 * 2**20
+"""Of the interpreter and of what torch allocates beside tensors."""
+_COPIES_OF_LOGITS = 4
+"""Logits, their log-softmax and what the model holds meanwhile; float32 [tokens, vocabulary]."""
+
+
+def probe_ids(folder: Path, *, limit: int = PROBE_TOKENS) -> IntArray:
+    """The first token ids of PROBE_TEXT, int32 [at most `limit`, and at most the model's context].
+
+    By the folder's tokenizer.json, read directly; ids from a fixed seed where it has none. Ids that the model's
+    vocabulary does not have are left out. Raises ModelError where a file is damaged or fewer than two ids remain.
+    """
+    arch = read_architecture(folder)
+    path = Path(folder) / "tokenizer.json"
+    limit = min(limit, arch.max_position_embeddings)
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            ids = Tokenizer.from_file(str(path)).encode(PROBE_TEXT, add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+            raise ModelError(f"{path}: damaged tokenizer ({error})") from error
+        known = [index for index in ids if index < arch.vocab_size]
+    else:
+        known = np.random.default_rng(0).integers(arch.vocab_size, size=limit).tolist()
+    if len(known) < 2:
+        raise ModelError(f"{path}: {len(known)} tokens of a text of {len(PROBE_TEXT)} characters are in the vocabulary")
+    return np.array(known[:limit], dtype=np.int32)
+
+
+def memory_needed(folder: Path, *, tokens: int = PROBE_TOKENS) -> int:
+    """Bytes of host memory that `independent_log_probs` takes: float32 parameters, logits, a fixed rest."""
+    arch = read_architecture(folder)
+    parameters = [prod(shape) for _, shape in hf_weight_plan(arch)]
+    # The largest tensor counts twice: while it is converted to float32 both forms are in memory.
+    return 4 * (sum(parameters) + max(parameters) + _COPIES_OF_LOGITS * tokens * arch.vocab_size) + _SPARE_BYTES
+
+
+def fits(folder: Path) -> str | None:
+    """None where the host has the memory to read `folder` independently, else one clause that says why not."""
+    needed, available = memory_needed(folder), available_memory()
+    if needed <= available:
+        return None
+    return f"an independent reading takes {gib(needed)} of host memory and {gib(available)} are available"
+
+
+def independent_log_probs(folder: Path, token_ids: IntArray, *, dtype: str = "float32") -> FloatArray:
+    """Log-probs of token_ids[1:], each given those before it: float32 [len(token_ids) - 1], nats.
+
+    `dtype` is that of parameters and activations; the softmax is float32. Uses all cores of this process and logs a
+    line at least every 30 s. Raises ModelError where transformers cannot load the folder or it lacks a tensor.
+    """
+    ids = torch.from_numpy(np.asarray(token_ids, dtype=np.int64))
+    size = memory_needed(folder, tokens=len(ids))
+    log.info("reading %s with transformers on the CPU (%s): %d tokens, %s", folder, dtype, len(ids), gib(size))
+    with heartbeat(log, f"reading {folder} with transformers"), _all_cores(), torch.inference_mode():
+        model = independent_model(folder, dtype=getattr(torch, dtype))
+        logits = model(ids[None]).logits[0, :-1]
+        logp = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    found: FloatArray = logp.numpy().astype(np.float32)
+    return found
+
+
+def independent_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model of a folder, on the CPU, in eval mode, with its plain attention.
+
+    Raises ModelError where the folder cannot be loaded, or lacks or misshapes a tensor.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    with HfReader(folder) as reader:
+        reader.check()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model folder {folder}: transformers cannot load it ({first})") from error
+    model, report = loaded
+    invented = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
+    if invented:
+        raise ModelError(f"model folder {folder}: transformers finds no tensor for {invented[0]} ({len(invented)} so)")
+    return model.eval()
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """All cores that this process may use; launchers start ranks with one thread each, and the others wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

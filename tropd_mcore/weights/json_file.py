@@ -1,0 +1,35 @@
+"""Reading a JSON object from a model folder, strictly: a key that is there twice is an error, not its last value.
+
+Not for the configuration of a run. Invariant: what is returned is what every JSON reader finds in the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tropd_mcore.errors import ModelError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in `path`. Raises ModelError where the file cannot be read, is no JSON object or repeats a key."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            both = " and ".join(repr(value) for key, value in pairs if key == twice)
+            raise ModelError(f"{path}: {twice} is there {keys.count(twice)} times ({both}); remove the wrong one")
+        return values
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
