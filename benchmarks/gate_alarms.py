@@ -1,7 +1,8 @@
 """False alarms of the sampler gate: over runs that were made, and over noise as two bfloat16 engines make it.
 
     python -m benchmarks.gate_alarms RUN_DIR...                     what the gate says of every step of these runs
-    python -m benchmarks.gate_alarms --simulate 20000 --tokens 20 200 2000
+    python -m benchmarks.gate_alarms --simulate 20000 --tokens 20 200 2000                 steps of one run
+    python -m benchmarks.gate_alarms --simulate 200 --tokens 2000 1000000 --first-steps    as many launches
 
 A run that was honest should give no stop. Of runs from before `engine/difference_p99` only mean and maximum are judged.
 Not for the bounds themselves (docs/numerics.md). Invariant: the judge is the product's own `SamplerGate`.
@@ -10,6 +11,7 @@ Not for the bounds themselves (docs/numerics.md). Invariant: the judge is the pr
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -23,7 +25,8 @@ from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
 from tropd_mcore.files import read_step_lines
-from tropd_mcore.train.gates import Difference, SamplerBounds, SamplerGate, compare
+from tropd_mcore.train.gates import Difference, SamplerBounds, SamplerGate, compare, engines_are_exact
+from tropd_mcore.train.run_dir import RunDir
 
 UNCERTAIN = 0.1
 """Share of the tokens on which the engines differ visibly; a model is sure of the others."""
@@ -46,25 +49,42 @@ class Alarms:
     """Steps whose maximum was"""
     stops: int = 0
     """Times that the run would have been stopped; the count goes on after each"""
-    refused: bool = False
-    """Whether the first step would have been"""
+    refused: int = 0
+    """First steps that would have been"""
 
 
-def judge(config: Config, differences: Iterable[tuple[int, Difference]]) -> Alarms:
-    """Run the gate over (step, difference) in order."""
-    found, gate = Alarms(), SamplerGate(config)
+def judge(
+    config: Config,
+    bounds: SamplerBounds,
+    differences: Iterable[tuple[int, Difference]],
+    *,
+    first_steps: bool = False,
+) -> Alarms:
+    """Run the gate over (step, difference) in order; with `first_steps` each of them is the first step of a launch."""
+    found, gate = Alarms(), SamplerGate(config, bounds)
     for step, difference in differences:
         found.steps += 1
-        found.off += bool(difference.off(gate.bounds))
-        found.warnings += difference.largest > gate.bounds.largest
+        found.off += bool(difference.off(bounds))
+        found.warnings += difference.largest > bounds.largest
         try:
             gate.judge(step, difference)
         except GateError:
-            found.refused |= not gate.passed
+            found.refused += not gate.passed
             found.stops += gate.passed
-            gate = SamplerGate(config)
+            gate = SamplerGate(config, bounds)
             gate.passed = True
+        if first_steps:
+            gate = SamplerGate(config, bounds)
     return found
+
+
+def bounds_of(config: Config, run_dir: Path) -> SamplerBounds:
+    """The bounds of a finished run on its recorded platform, or on that of its configuration."""
+    device = str(config.platform.kind).replace("auto", "cpu")
+    record = RunDir(run_dir).inputs
+    if record.is_file():
+        device = json.loads(record.read_text(encoding="utf-8")).get("launch", {}).get("platform", device)
+    return SamplerBounds.of(config, exact=engines_are_exact(config, device))
 
 
 def recorded(run_dir: Path) -> Iterator[tuple[int, Difference]]:
@@ -125,27 +145,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="run directories")
     parser.add_argument("--simulate", type=int, metavar="STEPS", help="steps of simulated bfloat16 noise")
     parser.add_argument("--tokens", type=int, nargs="+", default=[20, 200, 2000], help="sampled tokens of a step")
+    parser.add_argument("--first-steps", action="store_true", help="each simulated step is the first one of a launch")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
     rows: list[tuple[str, Alarms]] = []
     for run_dir in options.runs:
         config, _ = load(run_dir / "config.resolved.yaml", [])
         name = f"{run_dir} (replay)" if config.run.replay is not None else str(run_dir)
-        rows.append((name, judge(config, recorded(run_dir))))
+        rows.append((name, judge(config, bounds_of(config, run_dir), recorded(run_dir))))
     for tokens in options.tokens if options.simulate else []:
         config = bfloat16_config()
-        noise = simulated(options.simulate, tokens, SamplerBounds.of(config), seed=options.seed)
-        rows.append((f"simulated bfloat16, {tokens} tokens per step", judge(config, noise)))
-    width = max((len(name) for name, _ in rows), default=0)
-    print(f"{'run':<{width}}  {'steps':>7} {'off':>6} {'warned':>7} {'stops':>6}  first step")
-    for name, found in rows:
-        first = "refused" if found.refused else "passed"
-        print(f"{name:<{width}}  {found.steps:>7} {found.off:>6} {found.warnings:>7} {found.stops:>6}  {first}")
-    total = [sum(getattr(found, key) for _, found in rows) for key in ("steps", "off", "warnings", "stops")]
-    print(f"{'all':<{width}}  {total[0]:>7} {total[1]:>6} {total[2]:>7} {total[3]:>6}")
+        bounds = SamplerBounds.of(config, exact=False)
+        noise = simulated(options.simulate, tokens, bounds, seed=options.seed)
+        name = f"simulated bfloat16, {tokens} tokens per {'first step' if options.first_steps else 'step'}"
+        rows.append((name, judge(config, bounds, noise, first_steps=options.first_steps)))
+    if not rows:
+        parser.error("name a run directory, or --simulate")
+    width = max(len(name) for name, _ in rows)
+    print(f"{'run':<{width}}  {'steps':>7} {'off':>6} {'warned':>7} {'stops':>6} {'refused':>8}")
+    keys = ("steps", "off", "warnings", "stops", "refused")
+    counts = [(name, [getattr(found, key) for key in keys]) for name, found in rows]
+    for name, row in [*counts, ("all", [sum(column) for column in zip(*(row for _, row in counts), strict=True)])]:
+        print(f"{name:<{width}}  {row[0]:>7} {row[1]:>6} {row[2]:>7} {row[3]:>6} {row[4]:>8}")
     return int(any(found.stops or found.refused for _, found in rows))
 
 
 if __name__ == "__main__":
+    logging.getLogger("tropd_mcore.train.gates").setLevel(logging.ERROR)  # its alarms are counted, not said
     raise SystemExit(main())

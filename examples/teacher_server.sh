@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # An SGLang server that scores for teacher.kind=sglang; set teacher.server.url to what it prints.
 #   bash examples/teacher_server.sh MODEL_FOLDER [further sglang.launch_server arguments]
+# Give the dtype of the run's teacher.dtype (SGLang takes that of the folder otherwise): --dtype bfloat16
 # On a CPU: --device cpu --attention-backend torch_native --sampling-backend pytorch --sleep-on-idle
 set -euo pipefail
 

@@ -9,6 +9,11 @@ class TropdError(Exception):
     """Base of every error that the user can act upon."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what another library says, its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(TropdError):
     """The configuration is wrong; `problems` holds every problem found, one line each."""
 

@@ -22,7 +22,7 @@ from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.errors import ModelError
 from tropd_mcore.losses.kernel.source import OutputLayer
-from tropd_mcore.mcore import checkpoint
+from tropd_mcore.mcore import checkpoint, checkpoint_digests
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.checkpoint_info import latest
 from tropd_mcore.mcore.conversion import Job
@@ -262,3 +262,15 @@ def resumes(folder: Path, directory: Path, setup: Setup) -> tuple[str, int]:
     done = state.scheduler.num_steps
     destroy(job.layout)
     return newest.name, done
+
+
+def digests_of_a_slow_file_system(folder: Path) -> list[str]:
+    """Names with a digest, where each rank sees its own files and those of ranks before it, as NFS may have it."""
+    rank, names = dist.get_rank(), checkpoint_digests._names
+    checkpoint_digests._names = lambda folder: [
+        name for name in names(folder) if checkpoint_digests._owner(name) <= rank
+    ]
+    try:
+        return sorted(checkpoint_digests.make_digests(folder, dist.new_group()))
+    finally:
+        checkpoint_digests._names = names

@@ -64,6 +64,13 @@ def test_every_file_of_a_checkpoint_has_a_digest(written: Path) -> None:
     assert all(files[name]["bytes"] == (path / name).stat().st_size for name in files)
 
 
+def test_a_file_that_the_first_rank_does_not_see_yet_has_a_digest_all_the_same(tmp_path: Path) -> None:
+    names = ["__0_0.distcp", "__1_0.distcp", "common.pt", "rng_00001.safetensors"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"1")
+    assert run_on_ranks(checkpoint_ranks.digests_of_a_slow_file_system, 2, tmp_path) == [names, names]
+
+
 def test_one_flipped_bit_in_any_file_is_refused_by_name_on_all_ranks_and_fills_nothing(hf: Path, run: Path) -> None:
     """Weights, main weights and moments lie all over the two shards: 24 places in each, other files at 3."""
     path, random = run / "step_000003", Random(0)

@@ -28,6 +28,7 @@ from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.row_constants import RowConstants
 from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.train import trainer as trainer_module
+from tropd_mcore.train.gates import SamplerBounds
 from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.trainer import Parts, Trainer
@@ -103,6 +104,7 @@ class Launch:
             "context": SimpleNamespace(student=self._student_pass, complete=self._complete),
             "monitor": self.monitor or SimpleNamespace(log=self._log),
             "renderer": SimpleNamespace(special_ids=frozenset({1})),
+            "sampler_bounds": SamplerBounds.of(self.config, exact=True),
             "teacher_check": self.teacher_check,
         }
         return Parts(**parts)

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.start import Start, accept, compare_contents, open_launch
 
 SOURCES: dict[str, str] = defaultdict(lambda: "test")
+DAY = date(2024, 2, 29)
+"""That of every launch."""
 
 
 def write_models(root: Path) -> Path:
@@ -73,7 +76,7 @@ class Runs:
         self.caplog.clear()
         with self.caplog.at_level(logging.WARNING):
             site, start = self.compare(**sections)
-            accept(site, start)
+            accept(site, start, DAY)
         return [message.removeprefix(f"{site.run_dir.root}: ") for message in self.caplog.messages]
 
     def refuse(self, **sections: Any) -> list[str]:

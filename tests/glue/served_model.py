@@ -28,6 +28,7 @@ class Served:
     model_type: str = "qwen3"
     dtype: str = "float32"
     quantization: str | None = None
+    device: str = "cpu"
     tensor_parallel: int = 1
     checksum: str | None = "aaaaaaaaaaaaaaaa"
     url: str = URL
@@ -58,9 +59,11 @@ class Served:
             model_type=self.model_type,
             dtype=self.dtype,
             quantization=self.quantization,
+            device=self.device,
         )
 
-    def weights_checksum(self) -> WeightChecksums | None:
+    def weights_checksum(self, *, may_refuse: bool = False) -> WeightChecksums | None:
+        assert may_refuse, "a teacher need not take weights"
         self.asked.append("checksum")
         return WeightChecksums(self.checksum, {}) if self.checksum is not None else None
 

@@ -4,60 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
-import tropd_mcore.cli.server as server_module
+from tests.glue.answering import Client, answered_by
 from tests.glue.sites import site_of
 from tests.glue.stubs import one_rank
 from tests.tiny_models import tiny_tokenizer, write_tiny_model
 from tropd_mcore.cli.main import main
 from tropd_mcore.config.loader import load
-from tropd_mcore.serving.wire import Generation, GenerationRequest
 from tropd_mcore.train import material
 
 END_OF_TEXT, TURN_END = 0, 2
 
 
-class Client:
-    """Answers every request with one token and the first of its end tokens."""
-
-    key, url = "teacher.server", "http://127.0.0.1:1"
-
-    def __init__(self) -> None:
-        self.requests: list[GenerationRequest] = []
-
-    def info(self) -> SimpleNamespace:
-        return SimpleNamespace(longest_sequence=10_000)
-
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        return [tiny_tokenizer().encode(text, add_special_tokens=False) for text in texts]
-
-    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
-        self.requests += requests
-        ids = [np.array([70, request.stop_token_ids[-1]], np.int32) for request in requests]
-        return [Generation(each, np.zeros(2, np.float32), "stop", ("default",)) for each in ids]
-
-
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Client:
-    found = Client()
-
-    class Server:
-        def __init__(self, *_: Any, key: str, **__: Any) -> None:
-            self.client, self.spec = found, SimpleNamespace(key=key)
-
-        def __enter__(self) -> Server:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            return None
-
-    monkeypatch.setattr(server_module, "open_server", Server)
-    return found
+    return answered_by(Client(), monkeypatch)
 
 
 @pytest.fixture

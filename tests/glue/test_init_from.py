@@ -147,6 +147,18 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path: Path, student: P
         found(tmp_path, student, layout, path)
 
 
+def test_a_checkpoint_whose_tokens_cannot_be_compared_is_said(
+    tmp_path: Path, student: Path, layout: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = other_run(tmp_path / "other", student)
+    file = checkpoint / HF_FOLDER / "tokenizer.json"
+    file.unlink()
+    assert find_source(site_of(config_of(tmp_path / "run", student, run={"init_from": checkpoint}), layout)) is not None
+    assert caplog.messages == [
+        f"run.init_from={checkpoint}: no {file}, so whether its tokens are the student's is not known"
+    ]
+
+
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, student: Path, layout: Layout) -> None:
     path = other_run(tmp_path / "other", student)
     (path / INFO_FILE).write_text("torn {")

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from tropd_mcore.train.start import accept, open_launch
 from tropd_mcore.weights.publish import new_folder
 
 STEPS = 4
+MATERIAL = SimpleNamespace(prompts="the prompts")
 SOURCES: dict[str, str] = defaultdict(lambda: "test")
 """Where every value of the configuration came from."""
 ALONE = RankEnvironment(rank=0, world_size=1, local_rank=0)
@@ -79,8 +81,9 @@ class Run:
         monkeypatch.setattr(job, "destroy", lambda _: self._did("destroy", None))
         monkeypatch.setattr(job, "check_tokenizers", lambda _: self._did("tokenizers", None))
         monkeypatch.setattr(job, "check_vocabularies", lambda _: self._did("vocabularies", None))
-        monkeypatch.setattr(job, "read_material", lambda _: self._did("material", "the material"))
+        monkeypatch.setattr(job, "read_material", lambda _: self._did("material", MATERIAL))
         monkeypatch.setattr(job, "compare_contents", lambda site, opened, sources: start_at(opened.first_step))
+        monkeypatch.setattr(job, "check_responses", lambda site, inputs, prompts: self._did("responses", None))
         monkeypatch.setattr(job, "_train", self._train)
 
     def _did(self, what: str, value: Any) -> Any:
@@ -88,7 +91,7 @@ class Run:
         return value
 
     def _train(self, site: Site, material: Any, start: Any, cleanup: ExitStack) -> None:
-        assert material == "the material"
+        assert material is MATERIAL
         self.did.append("train")
         self.trained_from = start.first_step
         if self.fail is not None:
@@ -130,7 +133,7 @@ def test_a_run_has_nothing_left_to_do_where_all_steps_and_the_export_that_was_as
         exported_at(tmp_path, export_of)
     job.run_job(config, SOURCES, ALONE)
     assert run.trained_from == trained_from
-    trained = ["train"] * (trained_from is not None)
+    trained = ["responses", "train"] * (trained_from is not None)
     assert run.did == ["initialize", "tokenizers", "vocabularies", "material", *trained, "destroy"]
 
 
@@ -175,6 +178,7 @@ class Parts:
             "check_model": lambda site, key, model, inputs: None,
             "dry_run": lambda student, *_, **given: self.dry_runs.append(given),
             "make_policy": lambda *_: "policy",
+            "sampler_bounds": lambda *_: "bounds",
             "make_teacher": lambda *_: teacher,
             "make_self_teacher": lambda site, average, *_: f"self teacher of the {average}",
             "Monitor": lambda *_, start_step: SimpleNamespace(close=self._close, start_step=start_step),
@@ -334,7 +338,7 @@ def test_ranks_other_than_0_write_nothing_in_the_run_directory(layout: Layout, f
     site = site_of(config_of(tmp_path / "run", folder), replace(layout, rank=1))
     with ExitStack() as cleanup:
         job._hold_run_dir(site, cleanup)
-    accept(site, start_at(0))
+    accept(site, start_at(0), date(2024, 2, 29))
     assert not (tmp_path / "run").exists()
 
 

@@ -46,7 +46,7 @@ class Training:
         monkeypatch.setattr(job, "load", self._load)
         monkeypatch.setattr(job, "begin_weights", lambda source, model: self.did.append(("begin", source, model.name)))
         monkeypatch.setattr(job, "begin_optimizer", self._begin_optimizer)
-        monkeypatch.setattr(job, "accept", lambda site, start: self.did.append(("accept", start.first_step)))
+        monkeypatch.setattr(job, "accept", lambda site, start, day: self.did.append(("accept", start.first_step)))
         monkeypatch.setattr(job, "export", lambda site, model, step: self.did.append(("export", model.name, step)))
         monkeypatch.setattr(job, "Trainer", self._trainer)
 
@@ -74,8 +74,9 @@ class Training:
         start: Any = SimpleNamespace(
             first_step=first_step, checkpoint=checkpoint, source=source, inputs="inputs", run="a-run"
         )
+        material: Any = SimpleNamespace(day=None)
         with ExitStack() as cleanup:
-            job._train(site_of(config, layout), None, start, cleanup)  # type: ignore[arg-type]
+            job._train(site_of(config, layout), material, start, cleanup)
         return [event for event in self.did if event[0] in ("start_servers", "load", "fit", "export")]
 
 

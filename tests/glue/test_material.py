@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from tests.glue.sites import SDPO, config_of, site_of
-from tests.glue.stubs import one_rank
+from tests.glue.stubs import make_layout, one_rank
+from tests.ranks import run_on_ranks
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.feedback import SolutionPrompts
 from tropd_mcore.data.prompts import PromptSet
-from tropd_mcore.errors import ConfigError, DataError
+from tropd_mcore.errors import ConfigError, DataError, TropdError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.train import material
 from tropd_mcore.train.run_dir import RunDir
@@ -235,15 +236,20 @@ def test_a_resumed_run_renders_the_day_of_its_first_launch(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "a", "messages": [{"role": "user", "content": "two pears"}]}\n')
 
-    def text_on(day: date, run: str, **data: Any) -> str:
+    def text_on(day: date, run: str, accepted: bool = True, **data: Any) -> str:
         monkeypatch.setattr(material, "date", SimpleNamespace(today=lambda: day))
         config = config_of(
             tmp_path / run, dated, data={"prompts": prompts} | data, batch={"tokens_per_micro_batch": 99}
         )
-        found = material.read_material(site_of(config, layout))
+        site = site_of(config, layout)
+        found = material.read_material(site)
+        assert found.day == (config.data.template_date or site.run_dir.recorded_template_date() or day)
+        if accepted:
+            site.run_dir.record_template_date(found.day)
         return found.renderer.decode(found.prompts.prompts[0].token_ids)
 
-    assert text_on(date(2024, 2, 29), "run") == "29 Feb 2024 two pears"
+    assert text_on(date(2024, 2, 28), "run", accepted=False) == "28 Feb 2024 two pears"
+    assert text_on(date(2024, 2, 29), "run") == "29 Feb 2024 two pears", "a refused launch leaves no day"
     assert text_on(date(2024, 3, 1), "run") == "29 Feb 2024 two pears", "resumed on the day after"
     assert text_on(date(2024, 3, 1), "other") == "01 Mar 2024 two pears"
     assert text_on(date(2024, 3, 1), "run", template_date="2023-12-31") == "31 Dec 2023 two pears"
@@ -256,6 +262,29 @@ def test_a_resumed_run_renders_the_day_of_its_first_launch(
 @pytest.mark.parametrize("content", ["", "yesterday", "2024-02-30"])
 def test_a_damaged_record_of_the_day_is_one_line(tmp_path: Path, content: str) -> None:
     run_dir = RunDir(tmp_path)
-    run_dir.template_day.write_text(content)
+    run_dir.template_date.write_text(content)
     with pytest.raises(DataError, match=r"template_date: expected the date of the run's first launch [^\n]*"):
-        run_dir.template_date(date(2024, 2, 29))
+        run_dir.recorded_template_date()
+
+
+def test_what_one_rank_alone_cannot_read_is_met_by_all(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "two pears"}\n')
+    for change in ({"student": {"path": tmp_path / "missing"}}, {"loss": {"ignore_tokens": ["no such token"]}}):
+        found = run_on_ranks(read_with_a_fault_on_rank_one, 2, folder, tmp_path, prompts, change)
+        assert found[0] == found[1] != "nothing", change
+
+
+def read_with_a_fault_on_rank_one(folder: Path, tmp_path: Path, prompts: Path, change: dict[str, Any]) -> str:
+    """What this rank meets, where the second alone has a disk, or a configuration, on which something is missing."""
+    layout = make_layout()
+    healthy = config_of(tmp_path / "run", folder, data={"prompts": prompts}, batch={"tokens_per_micro_batch": 99})
+    site = site_of(healthy, layout)
+    if layout.rank == 1:
+        given = {"data": {"prompts": prompts}, "batch": {"tokens_per_micro_batch": 99}} | change
+        site = replace(site, config=config_of(tmp_path / "run", folder, **given))
+    try:
+        material.read_material(site)
+    except TropdError as error:
+        return str(error)
+    return "nothing"

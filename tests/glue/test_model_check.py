@@ -18,7 +18,7 @@ from tropd_mcore.errors import GateError, ModelError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.train import model_check
 from tropd_mcore.train.inputs import Inputs, ModelInput
-from tropd_mcore.train.model_check import EXACT, ROUNDED, Difference, bounds_of, check_model
+from tropd_mcore.train.model_check import EXACT, ROUNDED, ReadingDifference, bounds_of, check_model
 from tropd_mcore.train.run_dir import RunDir
 
 IDS = np.array([5, 6, 7, 8], np.int32)
@@ -182,7 +182,7 @@ def test_bounds_follow_dtype_and_device() -> None:
 def test_the_worst_replica_counts_and_what_is_no_number_is_an_infinite_difference() -> None:
     expected = np.array([-1.0, -2.0], np.float32)
     found = np.array([[-1.0, -2.0], [-1.25, -2.0]])
-    assert Difference.of(found, expected).largest == 0.25
+    assert ReadingDifference.of(found, expected).largest == 0.25
     found[0, 1] = np.nan
-    difference = Difference.of(found, expected)
+    difference = ReadingDifference.of(found, expected)
     assert np.isinf(difference.largest) and not difference.within(ROUNDED)

@@ -38,7 +38,7 @@ def row(what: str, fault: Fault, claim: Callable[..., None], **arguments: Any) -
     return what, fault, claim, arguments
 
 
-GATE = "if found.off(self.bounds) or found.largest > self.bounds.largest:"
+GATE = "if found.off(first) or found.largest > first.largest:"
 FIRST = "if not parts.config.gates.sampler_logprob or not (whole or first):"
 ROW = "self._off = [*self._off, step] if off else []"
 PROGRESS = "progress=batch.step / parts.config.run.steps"
@@ -66,13 +66,18 @@ GATES = (
     ),
     row(
         "the sampler gate never refuses on the maximum",
-        Fault("train.gates", GATE, "if found.off(self.bounds):"),
-        test_gates.test_the_first_step_refuses_where_the_maximum_alone_is_above_its_bound,
+        Fault("train.gates", GATE, "if found.off(first):"),
+        test_gates.test_the_first_step_between_exact_engines_refuses_where_the_maximum_alone_is_above_its_bound,
     ),
     row(
         "`and` for `or` between the bounds of the gate",
         Fault("train.gates", GATE, GATE.replace(" or ", " and ")),
-        test_gates.test_the_first_step_refuses_where_the_maximum_alone_is_above_its_bound,
+        test_gates.test_the_first_step_between_exact_engines_refuses_where_the_maximum_alone_is_above_its_bound,
+    ),
+    row(
+        "the bounds of later steps hold at a first step where an engine rounds",
+        Fault("train.gates", "first = self.bounds.of_first_step()", "first = self.bounds"),
+        test_gates.test_the_maximum_of_a_first_step_of_several_updates_is_warned_about_once,
     ),
     row(
         "the percentile of a few tokens is judged",
@@ -110,7 +115,7 @@ GATES = (
     ),
     row(
         "the rollouts of another run are judged at every step",
-        Fault("train.gates", "elif not first_update and not self._replayed:", "elif not first_update:"),
+        Fault("train.gates", "if first_update or (self._replayed and not is_first):", "if first_update:"),
         test_gates.test_in_a_replay_of_another_run_the_first_step_alone_is_judged,
     ),
     row(

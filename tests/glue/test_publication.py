@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tropd_mcore.rollout.publication import CHUNK_WORDS, served_name, tensor_digest
+from tropd_mcore.errors import GateError
+from tropd_mcore.rollout.publication import CHUNK_WORDS, PublicationLedger, served_name, tensor_digest
+from tropd_mcore.serving.wire import Place, WeightChecksums, read_checksums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -64,3 +66,51 @@ def test_the_digest_does_not_change_what_it_reads() -> None:
     copy = tensor.clone()
     tensor_digest(tensor)
     assert torch.equal(tensor, copy)
+
+
+Q, NORM, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "model.embed_tokens.weight"
+SENT = {name: name.encode() for name in (Q, NORM, EMBEDDING)}
+QKV = served_name(Q)
+
+
+def answer(*ranks: tuple[int, int, dict[str, str]]) -> WeightChecksums:
+    """What a server says whose ranks are at (pipeline, tensor) and hold these checksums, beside a draft model's."""
+    entries = []
+    for pipeline, tensor, checksums in ranks:
+        places = [{"role": role, "pp_rank": pipeline, "tp_rank": tensor} for role in ("target", "draft")]
+        entries.append({"checksums": checksums, "per_gpu_checksum": "x", "parallelism_info": places})
+    found = read_checksums({"per_engine_checksum": "total", "ranks": entries})
+    assert found is not None
+    return found
+
+
+def check_ranks(held: WeightChecksums) -> None:
+    PublicationLedger("rollout.server").check(SENT, held, by_tensor=False)
+
+
+def test_a_replica_of_the_server_that_keeps_an_old_tensor_is_found() -> None:
+    new = {QKV: "q0", NORM: "n", EMBEDDING: "e0"}
+    check_ranks(answer((0, 0, new), (0, 0, new)))
+    for name in new:
+        with pytest.raises(GateError, match=f"1 of the server's 3 tensors differ between ranks .*first {name}: "):
+            check_ranks(answer((0, 0, new), (0, 0, new | {name: "old"})))
+
+
+def test_a_tensor_parallel_rank_that_keeps_an_old_norm_is_found_and_shards_may_differ() -> None:
+    one, two = {QKV: "q0", NORM: "n", EMBEDDING: "e0"}, {QKV: "q1", NORM: "n", EMBEDDING: "e1"}
+    check_ranks(answer((0, 0, one), (0, 1, two), (0, 0, one), (0, 1, two)))
+    with pytest.raises(GateError, match=rf"first {NORM}: the update did not reach every rank"):
+        check_ranks(answer((0, 0, one), (0, 1, two | {NORM: "old"})))
+
+
+def test_what_is_no_copy_of_what_was_sent_may_differ_between_ranks() -> None:
+    """Another stage, a tensor that no update sets (a draft model's), a server that does not tell its ranks."""
+    check_ranks(answer((0, 0, {NORM: "a"}), (1, 0, {NORM: "b"})))
+    check_ranks(answer((0, 0, {f"draft.{NORM}": "a"}), (0, 0, {f"draft.{NORM}": "b"})))
+    bare = read_checksums({"per_engine_checksum": "t", "ranks": [{"checksums": {NORM: c}} for c in "ab"]})
+    assert bare is not None and bare.places == {NORM: (None, None)}
+    check_ranks(bare)
+
+
+def test_the_place_of_a_rank_is_that_of_the_served_model() -> None:
+    assert answer((1, 3, {NORM: "a"})).places == {NORM: (Place(pipeline=1, tensor=3),)}

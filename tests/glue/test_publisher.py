@@ -498,14 +498,36 @@ def test_a_change_that_the_server_cannot_hold_is_no_change() -> None:
 
 
 def test_of_a_server_that_quantizes_the_whole_has_to_move_and_no_tensor_alone() -> None:
-    for given in ({"quantization": "fp8"}, {"dtype": "auto"}):
-        server = NotedServer(**given)  # type: ignore[arg-type]
-        publisher = proven(server)
-        server.loads = ("a", "c", "d")
-        publisher.publish(stream(5.0), "v2")
-        server.loads = ()
-        with pytest.raises(GateError, match="loaded nothing"):
-            publisher.publish(stream(6.0), "v3")
+    server = NotedServer(quantization="fp8")
+    publisher = proven(server)
+    server.loads = ("a", "c", "d")
+    publisher.publish(stream(5.0), "v2")
+    server.loads = ()
+    with pytest.raises(GateError, match="loaded nothing"):
+        publisher.publish(stream(6.0), "v3")
+
+
+def test_a_server_whose_dtype_is_not_known_may_round_a_float32_update_away_and_not_a_bfloat16_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = NotedServer(dtype="auto")
+    publisher = proven(server)
+    server.loads = ("a", "c", "d")
+    publisher.publish(stream(5.0), "v2")
+    server.loads = ()
+    publisher.publish(stream(6.0), "v3")
+    assert server.label == "v3" and "4 of 4 tensors are new and the server's weights are those of before" in caplog.text
+    server = NotedServer(dtype="auto")
+    plan = [(name, shape, torch.bfloat16) for name, shape in SHAPES.items()]
+    publisher = publisher_of(server, plan, ledger=PublicationLedger("rollout.server"))
+
+    def narrow(first: float) -> Stream:
+        return ((name, tensor.bfloat16()) for name, tensor in stream(first))
+
+    publisher.prove(lambda: narrow(4.0), "v1")
+    server.loads = ()
+    with pytest.raises(GateError, match="loaded nothing"):
+        publisher.publish(narrow(6.0), "v2")
 
 
 def test_a_server_without_checksums_is_not_proven_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,9 +60,17 @@ def test_other_prompts_and_another_student_are_said(runs: Runs) -> None:
 
 
 def test_settings_that_decided_the_rollouts_and_differ_here_are_said(runs: Runs) -> None:
-    assert replays(runs, rollout={"temperature": 0.7, "max_new_tokens": 5}) == [
-        "its rollouts were sampled otherwise, here rollout.temperature: 1.0 -> 0.7 has no effect"
-    ]
+    changes = {"temperature": 0.7, "max_new_tokens": 5, "end_tokens": ["a"], "server": {"port": 7}}
+    data = {"chat_template_kwargs": {"enable_thinking": False}, "template_date": "2024-02-29"}
+    lines = replays(runs, rollout=changes, data=data)
+    assert all(re.fullmatch(r"its rollouts were sampled otherwise, here .*: .* -> .* has no effect", x) for x in lines)
+    assert {line.split("here ")[1].split(":")[0] for line in lines} == {
+        "rollout.temperature",
+        "rollout.max_new_tokens",
+        "rollout.end_tokens",
+        "data.chat_template_kwargs.enable_thinking",
+        "data.template_date",
+    }
 
 
 def test_a_run_without_records_is_said_not_to_be_known(runs: Runs) -> None:
@@ -98,3 +108,19 @@ def test_damaged_records_of_the_replayed_run_are_one_line(runs: Runs) -> None:
     other(runs).inputs.write_text("{")
     with pytest.raises(ConfigError, match=r"other/inputs\.json: the record of what the run reads is damaged"):
         replays(runs)
+
+
+@pytest.mark.parametrize(("section", "key"), [("models", "student.path"), ("data", "data.prompts")])
+def test_a_record_from_which_an_entry_was_removed_is_one_line(runs: Runs, section: str, key: str) -> None:
+    path = other(runs).inputs
+    record = json.loads(path.read_text())
+    del record[section][key]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=rf"other/inputs\.json: expected {key} in it \(edited\?\); restore it"):
+        replays(runs)
+
+
+def test_a_recorded_configuration_from_which_a_key_was_removed_is_no_traceback(runs: Runs) -> None:
+    path = other(runs).config
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "temperature:" not in line))
+    replays(runs)

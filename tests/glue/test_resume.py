@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.glue.launches import Runs, copy_inputs, write_models
+from tests.glue.launches import DAY, Runs, copy_inputs, write_models
 from tests.glue.stubs import one_rank
 from tropd_mcore.train.inputs import Beginning, load_inputs, save_inputs
 
@@ -109,7 +109,7 @@ def test_every_key_that_is_refused_is_named_at_once(runs: Runs) -> None:
         run={"seed": 1, "checkpoint_every": 3}, rollout={"top_p": 0.5}, teacher={"path": runs.root / "student"}
     )
     assert [problem.partition(":")[0] for problem in problems[:-1]] == ["run.seed", "rollout.top_p", "teacher.path"]
-    assert "unless both have the same content" in problems[2]
+    assert "was not looked at; it is free where both have the same content" in problems[2]
 
 
 def test_the_verifier_may_not_change_where_the_objective_learns_from_it(runs: Runs) -> None:
@@ -118,6 +118,56 @@ def test_the_verifier_may_not_change_where_the_objective_learns_from_it(runs: Ru
     runs.sampled()
     problems = runs.refuse(**learns, verifier={"kind": "exact_match", "pattern": "=(.+)"})
     assert problems[0].startswith("verifier.pattern: ") and "other verdicts" in problems[0]
+
+
+def test_the_day_of_the_run_may_be_written_down_and_no_other(runs: Runs) -> None:
+    runs.launch()
+    runs.sampled()
+    assert runs.refuse(data={"template_date": "2024-03-01"})[0].startswith("data.template_date: none -> 2024-03-01 is")
+    (line,) = runs.launch(data={"template_date": "2024-02-29"})
+    assert line == "data.template_date: none -> 2024-02-29 (the day that this run has printed so far)"
+    assert runs.refuse()[0].startswith("data.template_date: 2024-02-29 -> none is refused")
+
+
+def test_the_day_is_recorded_by_the_launch_that_is_accepted(runs: Runs) -> None:
+    runs.compare()
+    assert not runs.run_dir.template_date.exists()
+    runs.launch()
+    assert runs.run_dir.recorded_template_date() == DAY
+    runs.run_dir.record_template_date(DAY.replace(year=2028))
+    assert runs.run_dir.recorded_template_date() == DAY, "the first one stays"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "refused"),
+    [
+        ({"kind": "sglang"}, {"kind": "sglang", "server": {"dtype": "float32"}}, None),
+        ({"kind": "sglang", "server": {"dtype": "float32"}}, {"kind": "sglang"}, None),
+        ({}, {"server": {"dtype": "bfloat16"}}, None),
+        ({"kind": "sglang"}, {"kind": "sglang", "server": {"dtype": "bfloat16"}}, "teacher.server.dtype"),
+        ({"kind": "sglang", "server": {"dtype": "bfloat16"}}, {"server": {"dtype": "bfloat16"}}, "teacher.kind"),
+    ],
+    ids=["named", "left to the other key", "no server", "another precision", "another precision by kind"],
+)
+def test_the_precision_in_which_the_teacher_computes_is_compared_not_the_key_that_says_it(
+    runs: Runs, before: dict[str, Any], after: dict[str, Any], refused: str | None
+) -> None:
+    runs.launch(teacher=before)
+    runs.sampled()
+    if refused is None:
+        (line,) = runs.launch(teacher=after)
+        assert line.startswith("teacher.server.dtype: ") and "(the teacher computes in float32 as before)" in line
+    else:
+        problem, _ = runs.refuse(teacher=after)
+        assert problem.startswith(f"{refused}: ") and "another rounding of the teacher, " in problem
+
+
+@pytest.mark.parametrize("name", ["teacher", "rollout"])
+def test_other_arguments_of_a_server_are_said_with_what_they_may_hold(runs: Runs, name: str) -> None:
+    runs.launch()
+    runs.sampled()
+    (line,) = runs.launch(**{name: {"server": {"extra_args": ["--quantization", "fp8"]}}})
+    assert line.startswith(f"{name}.server.extra_args: [] -> ") and "arguments such as --quantization" in line
 
 
 def test_a_refused_launch_leaves_the_record_that_the_right_one_agrees_with(runs: Runs) -> None:

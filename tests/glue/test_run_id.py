@@ -6,6 +6,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ def test_the_name_is_drawn_once_and_kept_only_by_an_accepted_launch(layout: Layo
     first = started(site)
     assert site.run_dir.recorded_id() is None
     assert started(site).run != first.run
-    accept(site, first)
+    accept(site, first, date(2024, 2, 29))
     assert site.run_dir.recorded_id() == first.run == started(site).run
     assert len(first.run) == 12
 
@@ -91,6 +92,7 @@ def test_checkpoints_are_written_with_the_name_of_the_run(tmp_path: Path, monkey
             scheduler=None,
             average=None,
             teacher_check=None,
+            sampler_bounds=None,
         )
         trainer.Trainer(parts, first_step=0, last_step=2).keep(0, {})
     assert given["run"] == "a-run"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ import torch
 
 from tests.unit.test_packing import make_rollout, options
 from tropd_mcore.data.packing import pack
-from tropd_mcore.errors import ServerError
+from tropd_mcore.errors import ServerError, TeacherError
 from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, TokenScores
 from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
+from tropd_mcore.train.served_teacher import ServedTeacher
 from tropd_mcore.types import Prompt
 
 STUDENT_WIDTH = 300
@@ -128,5 +130,31 @@ def test_a_prompt_with_its_response_may_fill_the_context_of_the_server_and_no_mo
     out = tmp_path / "responses.jsonl"
     generate_responses(Generator(10), prompts, out, sampling)  # type: ignore[arg-type]
     assert json.loads(out.read_text())["response_ids"] == [7]
-    with pytest.raises(ServerError, match=r"may reach 10 tokens but the server takes 9: lower the response length"):
+    with pytest.raises(
+        ServerError,
+        match=r"may reach 10 tokens, 4 of them --max-new-tokens, but the server takes 9: give --max-new-tokens 3",
+    ):
         generate_responses(Generator(9), prompts, tmp_path / "other.jsonl", sampling)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank_zero_asks", [False, True])
+def test_a_replica_whose_few_samples_all_fail_does_not_stop_the_job_and_a_step_of_which_all_fail_does(
+    rank_zero_asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gates.masked_share` is of the step: with many replicas one of them may well have no usable answer at all."""
+    client = Scorer([5], [0.5])
+    monkeypatch.setattr(client, "score", lambda requests: [ServerError("no") for _ in requests])
+    server: Any = SimpleNamespace(client=client, spec=SimpleNamespace(key="teacher.server"))
+    teacher = SglangTeacher(server, topk=1, teacher_width=300, student_width=300, on_failure="mask")
+    nowhere: Any = SimpleNamespace()
+    served = ServedTeacher(teacher, nowhere, topk=1, only_rank_zero=rank_zero_asks, masked_share=1.0)
+    rollouts = [make_rollout(index, 3, 0, 4, False) for index in range(2)]
+    if rank_zero_asks:  # for the whole step
+        with pytest.raises(TeacherError, match="2 of 2 rollouts could not be scored"):
+            served._fetch(rollouts, [0, 1])
+    else:
+        assert served._fetch(rollouts, [0, 1]) == [None, None]
+    monkeypatch.setattr(served, "_failed_everywhere", lambda: {rollout.sample_id for rollout in rollouts})
+    served._check_masked(3)
+    with pytest.raises(TeacherError, match="2 of 2 samples of the step could not be scored"):
+        served._check_masked(2)

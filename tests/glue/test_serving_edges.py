@@ -164,7 +164,8 @@ def test_an_answer_without_a_checksum_is_an_error(answer: Any) -> None:
 def test_checksums_of_a_tensor_are_those_of_all_ranks_that_have_it() -> None:
     ranks = [{"checksums": {"a": "1", "b": "2"}}, {"checksums": {"a": "3"}}, {"checksums": None}, None]
     with scripted(weights_checker=[(200, {"per_engine_checksum": "abc", "ranks": ranks})]) as server:
-        assert client_of(server.url).weights_checksum() == WeightChecksums("abc", {"a": ("1", "3"), "b": ("2",)})
+        found = client_of(server.url).weights_checksum()
+    assert found is not None and found.tensors == {"a": ("1", "3"), "b": ("2",)}
 
 
 @pytest.mark.parametrize(("said", "dtype"), [("float", "float32"), ("half", "float16"), ("bfloat16", "bfloat16")])
@@ -181,6 +182,19 @@ def test_what_a_server_serves_is_read_from_both_of_its_pages(said: str, dtype: s
 def test_a_server_without_checksums_has_none_and_is_no_error() -> None:
     with scripted(weights_checker=[(404, {})]) as server:
         assert client_of(server.url).weights_checksum() is None
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 405])
+def test_a_refused_checksum_is_an_error_of_a_server_that_takes_weights_and_one_warning_of_another(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with scripted(weights_checker=[(status, {"error": "admin only"})]) as server:
+        with pytest.raises(ServerError, match=f"answered {status}"):
+            client_of(server.url).weights_checksum()
+        client = client_of(server.url)
+        assert [client.weights_checksum(may_refuse=True) for _ in range(3)] == [None] * 3
+    (line,) = caplog.messages
+    assert f"answered {status}" in line and "let rollout.server.api_key_env name that" in line
 
 
 def test_a_path_that_the_server_lacks_tells_the_version_that_has_it() -> None:

@@ -117,19 +117,64 @@ def test_what_another_teacher_may_have_scored_is_removed_so_that_the_same_comman
     run_dir, server = RunDir(tmp_path), Served(model_scores["teacher"])
 
     def store(step: int) -> None:
-        for path in (run_dir.rollouts(step), run_dir.scores(step, 0, 0), run_dir.scores(step, 1, 0)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+        store_scores(run_dir, step)
         server.checksum = "b" * 16 if step == 5 else server.checksum
 
     message = run(server, config_of(model_folders, tmp_path), list(range(9)), change=store)
     # verified before the checkpoint of 4 steps; found at step 7
     assert message.startswith("7: ") and "the same command repeats these steps" in message
-    kept = {
-        folder: sorted({path.name[:11] for path in (tmp_path / folder).iterdir()}) for folder in ("rollouts", "scores")
-    }
-    assert kept["scores"] == [f"step_{step:06d}" for step in range(4)]
-    assert kept["rollouts"] == [f"step_{step:06d}" for step in range(5)]
+    assert stored(tmp_path, "scores") == [0, 1, 2, 3] and stored(tmp_path, "rollouts") == [0, 1, 2, 3, 4]
+
+
+def store_scores(run_dir: RunDir, *steps: int) -> None:
+    for step in steps:
+        for path in (run_dir.rollouts(step), run_dir.scores(step, 0, 0), run_dir.scores(step, 1, 0)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+
+def stored(root: Path, folder: str) -> list[int]:
+    return sorted({int(path.name[5:11]) for path in (root / folder).iterdir()})
+
+
+def test_a_killed_launch_leaves_its_scores_to_the_next_unless_that_finds_another_teacher(
+    model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Kept, they repeat the step bit for bit; the last full check of the first launch was before step 3."""
+    config, run_dir = config_of(model_folders, tmp_path, teacher={"check_every": 3}), RunDir(tmp_path)
+
+    def launch(model: str, *steps: int) -> None:
+        """Steps that store their scores after the check, and then a kill."""
+        with one_rank() as layout:
+            check = TeacherCheck(Served(model_scores[model]), config, layout.groups.control)  # type: ignore[arg-type]
+            for step in steps:
+                check.at_step(step)
+                store_scores(run_dir, step)
+
+    launch("teacher", 0, 1, 2, 3, 4)
+    with pytest.raises(GateError, match=r"The scores of steps 3 to 4, which it may have made .* are removed"):
+        launch("third")
+    assert stored(tmp_path, "scores") == [0, 1, 2] and stored(tmp_path, "rollouts") == [0, 1, 2, 3, 4]
+    launch("teacher", 3, 4)
+    launch("teacher")
+    assert stored(tmp_path, "scores") == [0, 1, 2, 3, 4]
+
+
+def test_a_teacher_that_comes_back_as_another_while_it_scores_leaves_no_scores_of_before(
+    model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """The one that asks for scores restarts the server too."""
+    run_dir, server = RunDir(tmp_path), Served(model_scores["teacher"], restarted=lambda: None)
+    with one_rank() as layout:
+        check = TeacherCheck(server, config_of(model_folders, tmp_path), layout.groups.control)  # type: ignore[arg-type]
+        for step in range(5):
+            check.at_step(step)
+            store_scores(run_dir, step)
+        server.recover(ServerDied("gone"))
+        server.restarted = lambda: vars(server).update(logp=model_scores["third"])
+        with pytest.raises(GateError, match=r"scores of a text by .*: the scores of steps 3 to 4 and the rollouts"):
+            server.recover(ServerDied("gone"))
+    assert stored(tmp_path, "scores") == [0, 1, 2] and stored(tmp_path, "rollouts") == [0, 1, 2, 3]
 
 
 def test_a_teacher_that_died_is_restarted_and_checked_before_anybody_asks_it(

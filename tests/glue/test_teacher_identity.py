@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import pytest
 from tests.glue.served_model import URL, Served, config_of
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, GateError, ServerError
-from tropd_mcore.teacher.identity import FLOAT32_BOUND, ROUNDED_BOUND, Fingerprint
+from tropd_mcore.teacher.identity import (
+    FLOAT32_BOUND,
+    ROUNDED_BOUND,
+    Fingerprint,
+    ServedModel,
+    changes,
+    other_weights,
+)
 from tropd_mcore.train import teacher_identity as module
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.teacher_identity import TeacherIdentity
@@ -51,7 +59,8 @@ def refused(server: Served, config: Config) -> str:
 
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
-    def fits(folder: Path) -> str | None:
+    def fits(folder: Path, *, tokens: int) -> str | None:
+        assert tokens > 128, "the text is longer than the one of gates.model_reading"
         return "an independent reading takes 300 GiB" if folder in folders else None
 
     monkeypatch.setattr(module, "fits", fits)
@@ -101,8 +110,9 @@ def test_the_bound_follows_the_dtype_of_the_server_or_the_key(
         start(Served(model_scores["teacher"] + 0.9 * limit, dtype=dtype), config)
         shutil.rmtree(tmp_path)
         assert "other weights" in refused(Served(model_scores["teacher"] + 1.1 * limit, dtype=dtype), config)
-    quantized = Served(model_scores["teacher"] + 0.9 * ROUNDED_BOUND, quantization="fp8")
-    start(quantized, config_of(model_folders, tmp_path))
+    for number, given in enumerate(({"quantization": "fp8"}, {"device": "cuda"}, {"device": "?"})):
+        rounded = Served(model_scores["teacher"] + 0.9 * ROUNDED_BOUND, **given)  # type: ignore[arg-type]
+        start(rounded, config_of(model_folders, tmp_path / str(number)))
 
 
 def test_a_teacher_that_is_the_student_by_content_is_allowed(
@@ -266,6 +276,32 @@ def test_texts_of_different_length_are_compared_as_far_as_both_go_and_different_
     assert long.distance(short) == short.distance(long) == 0.5
     assert long.distance(Fingerprint((1, 9, 3, 4), (-1.0, -2.0, -3.0))) == float("inf")
     assert long.distance(Fingerprint((1,), ())) == float("inf")
+    assert long.distance(Fingerprint((1, 2, 3), (-1.0, float("nan")))) == float("inf")
+
+
+def test_what_a_server_says_of_its_memory_and_a_file_that_cannot_be_read_are_no_other_model() -> None:
+    """On a GPU a restarted server has another amount of memory left; a file system may be away for a moment."""
+    model = ServedModel("m", "default", "qwen3", "bfloat16", None, 1, "0.5.23", 90_000, 307, "a" * 16)
+    assert changes(model, replace(model, longest_input=89_000, vocab_size=None, checksum=None)) == []
+    assert changes(model, replace(model, device="cpu")) == []
+    assert changes(model, replace(model, vocab_size=308)) == ["vocab_size 307 -> 308"]
+
+
+def test_checksums_of_two_devices_are_not_compared() -> None:
+    """SGLang hashes with another function on a GPU than on a CPU."""
+    one = ServedModel("m", "default", "qwen3", "float32", None, 1, "0.5.23", 500, 307, "a" * 16, device="cpu")
+    assert other_weights(one, replace(one, checksum="b" * 16)) is not None
+    assert other_weights(one, replace(one, checksum="b" * 16, device="cuda")) is None
+
+
+@pytest.mark.parametrize("layout", ["data_parallel", "pipeline_parallel", "tensor_parallel"])
+def test_checksums_of_two_layouts_are_not_compared(layout: str) -> None:
+    """SGLang's checksum is of all ranks together, so that it is another one with two copies of the same weights."""
+    one = ServedModel("m", "default", "qwen3", "bfloat16", None, 1, "0.5.23", 500, 307, "a" * 16)
+    other = replace(one, checksum="b" * 16)
+    assert other_weights(one, other) is not None
+    setting: dict[str, Any] = {layout: 2}
+    assert other_weights(one, replace(other, **setting)) is None
 
 
 def test_an_answer_that_cannot_be_used_stops_the_launch(

@@ -101,7 +101,8 @@ def test_prefixes_writes_one_response_a_prompt_that_training_can_read(
     responses = read_responses(tmp_path / "responses.jsonl", eos_ids)
     assert sorted(responses) == ["q0", "q1", "q2", "q3"]
     assert all(len(ids) <= 9 and not set(ids.tolist()) & set(eos_ids) for ids in responses.values())
-    assert main(["prefixes", recipe, "teacher.server.url=http://127.0.0.1:1"]) == 0, "nothing is asked of that server"
+    again = ["prefixes", recipe, "--max-new-tokens", "9", "teacher.server.url=http://127.0.0.1:1"]
+    assert main(again) == 0, "nothing is asked of that server"
     assert "all 4 responses are there" in capsys.readouterr().out
 
 

@@ -120,6 +120,26 @@ def test_a_variable_that_the_template_never_reads_is_refused(tmp_path, variables
     assert str(caught.value).startswith("`chat_template_kwargs`: ") and words in str(caught.value)
 
 
+# As Llama 3.1 does: a variable that every branch sets, one that one branch sets, one that the caller may set.
+SETS = (
+    "{%- if custom_tools is defined %}{% set tools = custom_tools %}{% endif %}"
+    "{%- if not tools is defined %}{% set tools = none %}{% endif %}"
+    "{%- if messages[0].role == 'system' %}{% set system_message = messages[0].content %}"
+    "{% set messages = messages[1:] %}{%- else %}{% set system_message = '' %}{% endif %}"
+    "{{ system_message }}{{ tools }}{% set greeting = greeting | default('') %}{{ greeting }}"
+    "{%- for message in messages %}{% set content = message.content %}{{ content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["system_message", "content", "message"])
+def test_a_variable_that_the_template_sets_before_it_reads_it_is_refused(tmp_path, name):
+    renderer = renderer_of(tmp_path, SETS)
+    with pytest.raises(DataError, match=f"never reads '{name}'; it reads custom_tools, greeting$"):
+        renderer.prompt_ids(Chat([USER], variables={name: "Be brief."}))
+    assert text_of(renderer, Chat([USER], TOOLS, {"greeting": "Hello. "})).endswith(f"Hello. {USER['content']}")
+    assert "[1]" in text_of(renderer, Chat([USER], variables={"custom_tools": [1]}))
+
+
 def test_tools_that_the_template_does_not_show_are_refused(tmp_path):
     with pytest.raises(DataError, match="the chat template shows no tools"):
         renderer_of(tmp_path, LLAMA_3_1).prompt_ids(Chat([USER], TOOLS))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.mcore import checkpoint_info
 from tropd_mcore.mcore.checkpoint_digests import check_digests
 from tropd_mcore.mcore.checkpoint_info import (
     CheckpointInfo,
@@ -64,7 +65,7 @@ def test_no_bit_of_the_json_can_flip_unnoticed(tmp_path: Path) -> None:
         try:
             read_info(file.parent)
             unnoticed.append(bit)
-        except ModelError as error:
+        except DamagedCheckpoint as error:
             assert str(file) in str(error) and "\n" not in str(error)
     assert unnoticed == []
 
@@ -107,7 +108,19 @@ def test_the_format_before_digests_is_read_and_one_line_says_what_that_means(
 
 
 @pytest.mark.parametrize("stated", [0, 3])
-def test_another_format_is_refused(stated: int, tmp_path: Path) -> None:
-    text = INFO.to_json().replace('"format": 2', f'"format": {stated}')
-    with pytest.raises(ModelError, match=f"checkpoint format {stated}, expected 2"):
+def test_another_format_is_refused(stated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_info, "_FORMAT", stated)
+    text = INFO.to_json()
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match=f"checkpoint format {stated}, expected 2") as caught:
         read_info(write(tmp_path / "step_000040", text))
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+@pytest.mark.parametrize("text", ["0", "3", "6", "22", '"2"', "null", "[2]"])
+def test_a_format_that_was_not_written_is_damage_as_any_other(text: str, tmp_path: Path) -> None:
+    """So that the checkpoint before it is named."""
+    for whole in (INFO.to_json(), INFO.to_json().replace('"sha256": ', '"sha356": ', 1)):
+        path = write(tmp_path / str(len(list(tmp_path.iterdir()))), whole.replace('"format": 2', f'"format": {text}'))
+        with pytest.raises(DamagedCheckpoint):
+            read_info(path)

@@ -143,6 +143,17 @@ def test_doctor_reads_every_tokenizer_and_says_what_is_wrong_with_one(capsys, re
     assert re.search(r"^ok    tokenizer     .*as LlamaTokenizer.*the file is used", out, re.MULTILINE)
 
 
+def test_doctor_reads_the_tokenizer_of_the_reference_and_none_where_the_gate_is_off(capsys, recipe, tmp_path):
+    make_files(tmp_path)
+    write_tiny_model(tmp_path / "reference", num_hidden_layers=1)
+    named = f"objective={{kind: exopd, topk: 3, reference: {tmp_path / 'reference'}}}"
+    _, out, _ = run(capsys, "doctor", recipe, named)
+    assert out.count("the ids of its tokenizer.json") == 3
+    assert "ok    tokenizer     objective.reference: the ids of its tokenizer.json" in out
+    _, out, _ = run(capsys, "doctor", recipe, named, "gates.tokenizer=false")
+    assert "objective.reference" in out and "the ids of its tokenizer.json" not in out
+
+
 def test_doctor_names_the_lines_that_training_would_refuse(capsys, recipe, tmp_path):
     make_files(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "two pears", "label": "2"}\n{"id": "b"}\n')
@@ -150,7 +161,10 @@ def test_doctor_names_the_lines_that_training_would_refuse(capsys, recipe, tmp_p
     failed = [line for line in out.splitlines() if line.startswith("FAIL")]
     assert code == 2 and len(failed) == 2
     assert f"{tmp_path / 'prompts.jsonl'}:1: unknown key 'label'; did you mean 'answer'?" in failed[0]
-    assert f"{tmp_path / 'prompts.jsonl'}:2: expected either `messages` or `prompt`" in failed[1]
+    assert (
+        f"{tmp_path / 'prompts.jsonl'}:2: prompt 'b': expected either `messages` or `prompt`, found neither"
+        in failed[1]
+    )
 
 
 def test_doctor_names_each_file_that_is_missing(capsys, recipe, tmp_path):

@@ -92,6 +92,14 @@ def test_an_entry_of_a_free_mapping_that_is_taken_away_is_a_change(tmp_path: Pat
     assert changes(tmp_path, before=before) == ["data.chat_template_kwargs.enable_thinking: false -> none"]
 
 
+def test_a_truth_value_that_becomes_a_number_is_a_change(tmp_path: Path) -> None:
+    """Python calls False and 0 equal; `is false` of a template does not."""
+    before = resolved(tmp_path, "data.chat_template_kwargs={enable_thinking: false}")
+    assert changes(tmp_path, "data.chat_template_kwargs={enable_thinking: 0}", before=before) == [
+        "data.chat_template_kwargs.enable_thinking: false -> 0"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

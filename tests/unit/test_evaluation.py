@@ -23,7 +23,7 @@ from tropd_mcore.evaluation.evaluate import (
 )
 from tropd_mcore.evaluation.statistics import clustered_interval, paired_difference_interval, wilson_interval
 from tropd_mcore.serving.wire import Generation, GenerationRequest
-from tropd_mcore.weights.digest import weights_digest
+from tropd_mcore.weights.digest import folder_digest
 
 ANSWERS = ["3", "4", "7", "10", "12"]
 TODAY = date(2024, 2, 29)
@@ -183,17 +183,18 @@ def test_a_result_names_its_weights_and_prompts_by_content(model, settings, tmp_
     before = result_of(model, settings, ANSWERS)
     (model / "model.safetensors").write_bytes(b"other weights")
     after = result_of(model, settings, ANSWERS)
-    assert before.weights_sha256 != after.weights_sha256 == weights_digest(model)
+    assert before.weights_sha256 != after.weights_sha256 == folder_digest(model).weights()
     assert before.prompts_sha256 == after.prompts_sha256
 
 
-def test_a_stored_result_is_used_again_for_the_same_weights_prompts_and_settings_alone(settings, tmp_path):
+def test_a_stored_result_is_used_again_for_the_same_model_prompts_and_settings_alone(settings, tmp_path):
     model = write_tiny_model(tmp_path / "model", num_hidden_layers=1)
     result = result_of(model, settings, ANSWERS)
     result.save(tmp_path / "result.json")
     assert _stored(tmp_path / "result.json", model, settings, TODAY) == result
     assert _stored(tmp_path / "result.json", model, replace(settings, top_p=1.0), TODAY) is None
-    for file in (Path(settings.prompts), model / "model.safetensors"):
+    files = ("model.safetensors", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    for file in (Path(settings.prompts), *(model / name for name in files)):
         content = file.read_bytes()
         file.write_bytes(content + b" ")
         assert _stored(tmp_path / "result.json", model, settings, TODAY) is None, file

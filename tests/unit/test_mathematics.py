@@ -1,9 +1,14 @@
 r"""Right and wrong responses to answers as people write them: money, separators, units, words, intervals."""
 
+import time
+
+import math_verify
 import pytest
+from math_verify.errors import TimeoutException
 
 from tropd_mcore.config.schema import VerifierConfig
 from tropd_mcore.data import verify
+from tropd_mcore.data.mathematics import _readable, equal
 from tropd_mcore.data.verify import answer_problem, judge
 
 MATH = VerifierConfig(kind="math_verify")
@@ -109,11 +114,65 @@ def test_an_answer_without_mathematics_is_refused(answer, monkeypatch):
 
 
 def test_an_answer_that_takes_too_long_to_read_is_refused(monkeypatch):
+    """The library raises this where its time is up; what takes minutes on one machine is soon done on another."""
+    limits = []
+
+    def parse(text, *, parsing_timeout, **_):
+        limits.append(parsing_timeout)
+        raise TimeoutException("stopped")
+
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 1)
-    problem = answer_problem(MATH, "(" * 200 + "1" + ")" * 200)  # without the bound, this takes minutes
-    assert problem is not None and "in 1 s" in problem
+    monkeypatch.setattr(math_verify, "parse", parse)
+    problem = answer_problem(MATH, "x + 314159")
+    assert problem is not None and "in 1 s" in problem and limits == [1]
+
+
+def test_what_took_too_long_to_read_is_read_again_another_time_and_not_logged_in_full(monkeypatch, caplog):
+    """On an idle machine, or with more time: the first reading alone is stopped."""
+    slow, times = TimeoutException("stopped"), []
+
+    def parse(text, **options):
+        times.append(text)
+        if len(times) == 1:
+            raise slow
+        return real(text, **options)
+
+    real = math_verify.parse
+    monkeypatch.setattr(math_verify, "parse", parse)
+    answer, response = "271828", r"\boxed{271828}" + " so it is" * 300
+    assert not equal(response, answer, limit_s=300)
+    assert equal(response, answer, limit_s=300)
+    assert len(caplog.messages) == 1 and len(caplog.messages[0]) < 300
+    times.append("the third call")
+    assert equal(response, answer, limit_s=300) and times[4:] == [_readable(response)], "what was read is remembered"
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        (r"\boxed{7}" + " and on and on" * 5000, True),
+        ("on and on " * 5000 + r"\boxed{7}", True),
+        (r"\boxed{7}" + " and on" * 5000 + r"\boxed{8}", False),
+        ("it costs $3 or\n" * 3000 + "so she pays $4$ and then $7$", True),
+        ("7 " + "x " * 20000, False),
+    ],
+    ids=["box at the start", "box at the end", "last box", "torn delimiters", "early expression"],
+)
+def test_of_a_long_response_the_last_box_or_the_end_is_read(response, right, monkeypatch):
+    monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 300)
+    assert judge(MATH, response, "7") is right
 
 
 def test_an_answer_that_is_a_whole_solution_is_refused():
     """No time limit ends a search of its regular expressions, which takes minutes for 100,000 digits."""
     assert "has 100000 characters; expected at most 2000" in answer_problem(MATH, "1" * 100_000)
+
+
+@pytest.mark.parametrize("response", [r"0.%s\overline{3}", r"0.\overline{%s}", r"%s.\overline{3}", "%s"])
+def test_a_response_that_repeats_a_digit_is_wrong_in_linear_time_and_no_error(response):
+    """Python prints no integer of more than 4300 digits; a rollout that goes round in circles has more."""
+    digits = "1" * 5000
+    assert not judge(MATH, response % digits, "7")
+    begin = time.monotonic()
+    _readable(response % (digits * 20))
+    assert time.monotonic() - begin < 5  # a quadratic search takes minutes

@@ -81,6 +81,10 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("qwen3", {"text_config": {"vocab_size": 99}}, ["text_config"]),
     ("qwen3", {"llm_config": {"vocab_size": 99}}, ["llm_config"]),
     ("qwen3", {"transformers_weights": "other.safetensors"}, ["transformers_weights", "other.safetensors"]),
+    ("llama", {"rope_is_neox_style": False}, ["rope_is_neox_style is False"]),
+    ("qwen2", {"scale_emb": 12}, ["scale_emb is 12"]),
+    ("qwen2", {"original_num_attention_heads": 2}, ["original_num_attention_heads is 2"]),
+    ("qwen3", {"final_logit_softcapping": 30.0}, ["final_logit_softcapping is 30.0"]),
     # numbers
     ("qwen3", {"dtype": "float32", "torch_dtype": "bfloat16"}, ["dtype is 'float32'", "torch_dtype is 'bfloat16'"]),
     ("qwen3", {"compression_config": {"format": "int-quantized"}}, ["compression_config"]),

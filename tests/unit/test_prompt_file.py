@@ -127,6 +127,13 @@ def test_a_message_without_a_text_is_refused_by_its_number(tmp_path, messages, w
     assert problem.startswith("prompt 'a': ") and words in problem
 
 
+def test_a_key_of_a_message_without_a_value_is_left_out(tmp_path):
+    line = '{"id": "a", "messages": [{"role": "user", "content": "hi", "name": null, "tool_calls": null}]}'
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    (record,) = read_prompt_file(tmp_path / "p.jsonl")
+    assert record.prompt == [{"role": "user", "content": "hi"}]
+
+
 def test_a_content_that_is_one_text_part_is_that_text(tmp_path):
     message = {"role": "user", "content": [{"type": "text", "text": "two pears"}]}
     (record,) = read_prompt_file(write_lines(tmp_path / "p.jsonl", [{"id": "a", "messages": [message]}]))

@@ -88,7 +88,19 @@ def test_responses_of_other_prompts_are_refused(tmp_path, renderer):
     prompts = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x"}])
     responses = write_lines(tmp_path / "r.jsonl", [{"id": "b", "response_ids": [1]}])
     with pytest.raises(DataError, match=r"data\.teacher_responses belongs to other prompts"):
-        load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1)
+        load_prompts(
+            DataConfig(prompts=prompts, teacher_responses=responses),
+            renderer,
+            seed=1,
+            needs=PromptNeeds(responses=True),
+        )
+
+
+def test_responses_that_nothing_needs_may_be_of_other_prompts(tmp_path, renderer):
+    prompts = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x"}])
+    responses = write_lines(tmp_path / "r.jsonl", [{"id": "b", "response_ids": [1]}])
+    found = load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1)
+    assert found.prompts[0].teacher_response_ids is None
 
 
 def test_stored_responses_are_merged_by_id_without_their_eos(tmp_path, renderer):

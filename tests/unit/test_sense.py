@@ -56,6 +56,14 @@ def test_a_log_prob_above_0_is_refused(logp: float, place: int) -> None:
         read(answer)
 
 
+@pytest.mark.parametrize("value", [-1e39, -(10**400), -float("inf"), float("nan"), True, None])
+def test_a_log_prob_that_float32_does_not_hold_is_refused(value: object) -> None:
+    answer = generation([7, 8, 9, 10])
+    answer["meta_info"]["output_token_logprobs"][2][0] = value
+    with pytest.raises(AnswerError, match=r"output_token_logprobs\[2\]; expected a finite number"):
+        read(answer)
+
+
 def test_a_certain_token_may_round_to_a_log_prob_above_0() -> None:
     answer = generation([7, 8, 9, 10])
     answer["meta_info"]["output_token_logprobs"][0][0] = 1e-6

@@ -7,39 +7,71 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tropd_mcore.cli.findings import Finding
+from tropd_mcore.config.derived import active_guidance, reference_path
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import TropdError
+from tropd_mcore.mcore.checkpoint_info import latest
 
 HEALTH_TIMEOUT_S = 10.0
 
 
 def files(config: Config) -> Iterator[Finding]:
     """Model folders, data files, and a run directory that can be written."""
-    for key, folder in (("student.path", config.student.path), ("teacher.path", config.teacher.path)):
-        if (folder / "config.json").is_file():
-            yield Finding("ok", key, str(folder))
-        else:
-            yield Finding("FAIL", key, f"{folder}/config.json not found; expected a Hugging Face folder")
+    models = {
+        "student.path": config.student.path,
+        "teacher.path": config.teacher.path,
+        "objective.reference": reference_path(config),
+    }
+    for key, folder in models.items():
+        if folder is None:
             continue
-        yield _tokenizer(key, folder)
+        yield _model_folder(key, folder)
+        if not (folder / "config.json").is_file():
+            continue
+        if config.gates.tokenizer:
+            yield _tokenizer(key, folder)
     for key, path in (("data.prompts", config.data.prompts), ("responses", config.data.teacher_responses)):
         if path is None:
             continue
         if path.is_file():
             yield Finding("ok", key, str(path))
+        elif key == "data.prompts":
+            yield Finding("FAIL", key, f"{path} not found")
+        elif active_guidance(config) is None:
+            yield Finding("FAIL", key, f"{path} not found; set data.teacher_responses=null, nothing needs them")
         else:
             yield Finding(
-                "FAIL", key, f"{path} not found (data.{'prompts' if 'prompts' in key else 'teacher_responses'})"
+                "FAIL",
+                key,
+                f"data.teacher_responses={path} not found; make it with `tropd prefixes CONFIG`, or set "
+                "objective.guidance.enabled=false and data.teacher_responses=null",
             )
     existing = next(parent for parent in (config.run.dir, *config.run.dir.absolute().parents) if parent.exists())
     if existing.is_dir() and os.access(existing, os.W_OK):
-        state = "exists: the run resumes there" if config.run.dir.exists() else "will be created"
+        checkpoint = latest(config.run.dir / "checkpoints")
+        state = (
+            f"holds a run, which goes on from {checkpoint.name}" if checkpoint is not None else "holds no checkpoint"
+        )
+        state = state if config.run.dir.exists() else "will be created"
         yield Finding("ok", "run.dir", f"{config.run.dir} {state}")
     else:
         yield Finding("FAIL", "run.dir", f"{existing} cannot be written; choose another run.dir")
+
+
+def _model_folder(key: str, folder: Path) -> Finding:
+    """What training would refuse of the folder without reading a tensor."""
+    from tropd_mcore.weights.hf_folder import HfReader
+
+    try:
+        with HfReader(folder) as reader:
+            reader.check()
+    except TropdError as error:
+        return Finding("FAIL", key, str(error))
+    return Finding("ok", key, str(folder))
 
 
 def _tokenizer(key: str, folder: Path) -> Finding:
@@ -53,9 +85,11 @@ def _tokenizer(key: str, folder: Path) -> Finding:
 
 
 def prompts(config: Config) -> Iterator[Finding]:
-    """Every prompt and stored response has what training will ask of it; nothing where files are missing."""
-    needed = (config.student.path / "config.json", config.data.prompts, config.data.teacher_responses)
-    if not all(path.is_file() for path in needed if path is not None):
+    """Every prompt and stored response has what training will ask of it.
+
+    Prompts alone where the responses are not there yet; nothing where other files are missing.
+    """
+    if not all(path.is_file() for path in (config.student.path / "config.json", config.data.prompts)):
         return
     from tropd_mcore.cli.template_date import template_date
     from tropd_mcore.data.chat import Renderer
@@ -67,7 +101,11 @@ def prompts(config: Config) -> Iterator[Finding]:
         renderer = Renderer(config.student.path)
         ends = end_tokens(config, renderer, config.teacher.path)
         needs = needs_of(config, vocab_size=read_width(config.student.path), end_ids=ends.ids)
-        found = load_prompts(config.data, renderer, seed=config.run.seed, needs=needs, today=template_date(config))
+        data = config.data
+        if data.teacher_responses is not None and not data.teacher_responses.is_file():
+            needs = replace(needs, responses=False)
+            data = data.model_copy(update={"teacher_responses": None})
+        found = load_prompts(data, renderer, seed=config.run.seed, needs=needs, today=template_date(config))
     except TropdError as error:
         for line in str(error).splitlines():
             yield Finding("FAIL", "prompts", line)

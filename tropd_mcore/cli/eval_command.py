@@ -88,16 +88,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _stored(out: Path | None, model: Path, settings: EvaluationSettings, today: date) -> EvaluationResult | None:
-    """The result in `out` where it is of these weights, prompts and settings."""
+    """The result in `out` where it is of this model folder, these prompts and settings."""
     from tropd_mcore.evaluation.evaluate import load_result
-    from tropd_mcore.weights.digest import data_digest, weights_digest
+    from tropd_mcore.weights.digest import data_digest, folder_digest
 
     if out is None or not out.is_file():
         return None
     found = load_result(out)
     same = found.settings == settings and found.model == str(model)
     same = same and found.prompts_sha256 == data_digest(Path(settings.prompts), key="--prompts").sha256
-    same = same and found.weights_sha256 == weights_digest(model)
+    same = same and found.model_sha256 == folder_digest(model).whole()
     return found if same and found.template_date in (None, today.isoformat()) else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
     options = _parse(parser, arguments)
     assert command is not None, "argparse refuses a command line without a known subcommand"
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("tropd_mcore").setLevel(logging.INFO)
     try:
         return command.run(options)
     except TropdError as error:

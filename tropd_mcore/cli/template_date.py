@@ -14,11 +14,15 @@ from tropd_mcore.train.run_dir import RunDir
 log = logging.getLogger(__name__)
 
 
-def template_date(config: Config) -> date:
-    """Return data.template_date, else the day that the run in run.dir has recorded, else today. Raises DataError."""
+def template_date(config: Config, stored: date | None = None) -> date:
+    """Return data.template_date, else the day that the run in run.dir has recorded, else `stored`, else today.
+
+    `stored` is the day of work that the command goes on with. Raises DataError.
+    """
     if config.data.template_date is not None:
         return config.data.template_date
     recorded = RunDir(config.run.dir).recorded_template_date()
-    day = recorded or date.today()
-    log.info("a date in a chat template is %s, %s", day, f"that of {config.run.dir}" if recorded else "today")
+    day = recorded or stored or date.today()
+    source = f"that of {config.run.dir}" if recorded else "that of what is stored" if stored else "today"
+    log.info("a date in a chat template is %s, %s", day, source)
     return day

@@ -18,6 +18,7 @@ from tropd_mcore.config.advantage_objectives import (
     TopdObjective,
 )
 from tropd_mcore.config.divergence_objectives import CustomObjective, GkdObjective, SdpoObjective
+from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config, ObjectiveConfig, ParallelConfig
 from tropd_mcore.config.tropd_objectives import GuidanceConfig, PolicyGradientConfig, TropdObjective
 from tropd_mcore.errors import ConfigError
@@ -27,6 +28,12 @@ def active_guidance(config: Config) -> GuidanceConfig | None:
     """Return the guidance section where the objective has one that is enabled, else None."""
     objective = config.objective
     return objective.guidance if isinstance(objective, TropdObjective) and objective.guidance.enabled else None
+
+
+def teacher_dtype(config: Config) -> Dtype:
+    """Return the dtype in which the teacher computes, in the job or in a server."""
+    served = config.teacher.server.dtype if config.teacher.kind == "sglang" else None
+    return served or config.teacher.dtype
 
 
 def has_prefix_loss(objective: ObjectiveConfig) -> bool:

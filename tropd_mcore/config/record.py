@@ -93,7 +93,8 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
         old, new = before.get(key, NOTHING), after.get(key, NOTHING)
-        if old != new and not _is_told_elsewhere(key, old, new, before, after):
+        # By their text: False is not 0 to a chat template, and Python calls them equal.
+        if repr(old) != repr(new) and not _is_told_elsewhere(key, old, new, before, after):
             found.append(Change(key, old, new))
     return found
 

@@ -266,12 +266,14 @@ class GatesConfig(Section):
     """Compare sampler and trainer log-probs on the rollouts of every step; a launch's first step has to pass, later
     ones stop the run where they fail in a row (sampler_logprob_steps) or by far (docs/gates.md)."""
     sampler_logprob_p99: PositiveFloat | None = None
-    """Bound on the 99th percentile of |difference|, nats; None = 1e-4 where student and server are float32, else
-    0.25 (docs/numerics.md)."""
+    """Bound on the 99th percentile of |difference|, nats; None = 1e-4 where student and server are float32 on a CPU,
+    else 0.25 (docs/numerics.md)."""
     sampler_logprob_max: PositiveFloat | None = None
-    """Bound on the largest |difference|, nats; None = 1e-2 where student and server are float32, else 2.0."""
+    """Bound on the largest |difference|, nats; None = 1e-2 where student and server are float32 on a CPU, else 2.0. It
+    stops a run only there, at its first step; else it is a warning."""
     sampler_logprob_mean: PositiveFloat | None = None
-    """Bound on the mean of |difference|, nats; None = 2e-5 where student and server are float32, else 0.05."""
+    """Bound on the mean of |difference|, nats; None = 2e-5 where student and server are float32 on a CPU, else
+    0.05."""
     sampler_logprob_share: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Bound on the share of tokens whose |difference| is above the bound of the 99th percentile, which is not judged
     itself where a step has fewer than 500 tokens."""
@@ -292,7 +294,7 @@ class GatesConfig(Section):
     """A served teacher is the model of teacher.path, is not the student, and stays the same (teacher.check_every)."""
     teacher_logprob_mean: PositiveFloat | None = None
     """Bound on the mean |difference| between a served teacher's log-probs of a short text and those of teacher.path,
-    nats; None = 1e-4 where the server is float32, else 0.1 (docs/gates.md)."""
+    nats; None = 1e-4 where the server is float32 on a CPU, else 0.1 (docs/gates.md)."""
     vocabulary: bool = True
     """Same id for the same string in teacher and student; widths may differ by padding only."""
     longest_sequence: bool = True

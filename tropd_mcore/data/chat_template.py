@@ -7,7 +7,7 @@ variable, a tool or a message that the template does not show is an error, becau
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from difflib import get_close_matches
@@ -15,12 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tropd_mcore.errors import DataError
+from tropd_mcore.errors import DataError, first_line
 
 if TYPE_CHECKING:
+    from jinja2.nodes import Node
     from jinja2.parser import Parser
 
 Message = Mapping[str, Any]
+"""`role`, a text as `content`, and further keys"""
 
 GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception"})
 """Variables that are no business of chat_template_kwargs: they have a place of their own, or are functions."""
@@ -103,7 +105,7 @@ class ChatTemplate:
                 **{**chat.variables, "strftime_now": day.strftime},
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise DataError(f"the chat template refuses the messages: {_first_line(error)}") from error
+            raise DataError(f"the chat template refuses the messages: {first_line(error)}") from error
         return text
 
     def _check_message(self, chat: Chat, number: int, message: Message, source: str, text: str) -> None:
@@ -170,10 +172,42 @@ def _undeclared(source: str) -> frozenset[str]:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+        template = environment.parse(source)
+        undeclared = meta.find_undeclared_variables(template)
     except jinja2.TemplateError as error:
-        raise DataError(f"the chat template cannot be read: {_first_line(error)}") from error
+        raise DataError(f"the chat template cannot be read: {first_line(error)}") from error
+    # Jinja counts too much: also what every branch of an `if` sets before it is read, such as Llama's system_message.
+    return frozenset(undeclared & set(_read_unset(template, set())))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def _read_unset(node: Node, known: set[str]) -> Iterator[str]:
+    """Yield the variables that `node` reads where nothing before has surely set them; adds to `known` what it sets."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Name):
+        if node.ctx == "load" and node.name not in known:
+            yield node.name
+        elif node.ctx != "load":
+            known.add(node.name)
+    elif isinstance(node, nodes.If):
+        yield from _read_unset(node.test, known)
+        ends = []
+        for branch in (node.body, node.elif_, node.else_):
+            ends.append(set(known))
+            for child in branch:
+                yield from _read_unset(child, ends[-1])
+        # Branches with `elif` count as if none of their names were set: too many reads, never too few.
+        known |= ends[0] & ends[2] if not node.elif_ else set()
+    elif isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
+        children = list(node.iter_child_nodes())
+        if isinstance(node, nodes.For):
+            children = [node.iter, *(child for child in children if child is not node.iter)]
+        inside = set(known)
+        for child in children:
+            yield from _read_unset(child, inside)
+    else:
+        children = list(node.iter_child_nodes())
+        if isinstance(node, nodes.Assign | nodes.AssignBlock):
+            children = [*children[1:], children[0]]
+        for child in children:
+            yield from _read_unset(child, known)

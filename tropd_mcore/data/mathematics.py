@@ -1,15 +1,22 @@
 r"""Answers compared as mathematics, by math_verify; what that library reads wrongly is rewritten before it sees it.
 
 Not for responses without an answer (`thinking`). Invariants: a dollar sign that is money (`\$`) is no delimiter; answer
-and response are rewritten by the same rules; parsing and comparing take a bounded time in the main thread.
+and response are rewritten by the same rules; of a response, LONGEST_RESPONSE characters are read; parsing and
+comparing take a bounded time in the main thread, and what takes longer is not equal.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from functools import lru_cache
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+LONGEST_RESPONSE = 8000
+"""Characters of a response that are read: those at its end, or those from its last box on where that comes before."""
 
 _MONEY = re.compile(r"(?<!\\)((?:\\\\)*)\\\$")
 r"""`\$`, after whole pairs of backslashes (a line break of LaTeX)."""
@@ -19,8 +26,8 @@ _WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z][A-Za-z '-]*")
 """A name or a statement; left alone, its letters would be the factors of a product, in any order."""
 _NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,30})?")
 """Needs no trial, which takes milliseconds."""
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))")
-r"""`0.1\overline{6}`; math_verify reads 0.1, or nothing."""
+_REPEATING = re.compile(r"(?<!\d)(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,30})\s*\}|(\d))")
+r"""`0.1\overline{6}`; math_verify reads 0.1, or nothing. The bounds keep the search linear and integers printable."""
 _REWRITTEN = (
     (_MONEY, r"\1"),
     # 1\,234 and 12\ 345\,678: digits in groups of three; math_verify reads 1 + 234.
@@ -35,14 +42,19 @@ _REWRITTEN = (
 def equal(response: str, answer: str, *, limit_s: int) -> bool:
     """Return whether the last expression in `response` equals `answer`, LaTeX with or without its delimiters.
 
-    Parsing and comparison may take `limit_s` seconds each; what takes longer is not equal. Units and words after a
-    number are not compared, and 50% equals both 50 and 0.5: that is how math_verify reads them.
+    The last LONGEST_RESPONSE characters of a response are read, and its last box wherever it stands. Parsing and
+    comparison may take `limit_s` seconds each; what takes longer is not equal. Units and words after a number are not
+    compared, and 50% equals both 50 and 0.5: that is how math_verify reads them.
     """
-    from math_verify import parse, verify
+    from math_verify import verify
 
     limit = _limit(limit_s)
-    found = parse(_readable(response), parsing_timeout=limit)
-    return bool(verify(_parsed(answer, limit), found, timeout_seconds=limit))
+    try:
+        expected, found = _parsed(answer, limit), _parse(_readable(_end(response)), limit)
+    except _TooSlowError as error:
+        log.warning("read as not equal to the answer %r: %s", answer[:60], error)
+        return False
+    return bool(verify(expected, found, timeout_seconds=limit))
 
 
 def can_be_equal(answer: str, *, limit_s: int) -> bool:
@@ -52,22 +64,58 @@ def can_be_equal(answer: str, *, limit_s: int) -> bool:
     from math_verify import verify
 
     limit = _limit(limit_s)
-    expected = _parsed(answer, limit)
+    try:
+        expected = _parsed(answer, limit)
+    except _TooSlowError:
+        return False
     return bool(verify(expected, expected, timeout_seconds=limit))
 
 
 @lru_cache(maxsize=1 << 16)
 def _parsed(answer: str, limit: int | None) -> list[Any]:
-    """What can be read in an answer; [] where that is nothing. Each of the samples of a prompt asks for it."""
-    from math_verify import parse
+    """What can be read in an answer; [] where that is nothing. Each of the samples of a prompt asks for it.
 
+    Raises _TooSlowError, which is not remembered: another time, on an idle machine, the answer may be read.
+    """
     text = _readable(answer).strip()
     if not _DELIMITED.search(text):
         # A bare answer would be read as plain text, and 3\pi as 3.
         text = text.strip("$ \t\n")
         text = rf"$\text{{{text}}}$" if _WORDS.fullmatch(text) else f"${text}$"
-    found: list[Any] = parse(text, parsing_timeout=limit)
+    return _parse(text, limit)
+
+
+class _TooSlowError(Exception):
+    """A text took longer to read than it may."""
+
+
+def _parse(text: str, limit: int | None) -> list[Any]:
+    """What math_verify reads in `text`. Raises _TooSlowError; left to itself, the library would log the whole text."""
+    from math_verify import parse
+    from math_verify.errors import TimeoutException  # no Exception to Python
+
+    try:
+        found: list[Any] = parse(text, parsing_timeout=limit, raise_on_error=True)
+    except TimeoutException as error:
+        raise _TooSlowError(f"{len(text)} characters took more than {limit} s, the last are {text[-60:]!r}") from error
+    except Exception:  # of many types, out of sympy; each means that there is no mathematics that it can read
+        return []
     return found
+
+
+def _end(response: str) -> str:
+    """What is read of a response. It begins with a line where it can, so that no pair of delimiters is torn."""
+    begin, box = len(response) - LONGEST_RESPONSE, response.rfind(r"\boxed")
+    if begin <= 0:
+        return response
+    if 0 <= box < begin:
+        return response[box : box + LONGEST_RESPONSE]
+    latest = box if box >= 0 else begin + LONGEST_RESPONSE // 2
+    for mark in ("\n\n", "\n"):
+        place = response.find(mark, begin, latest)
+        if place >= 0:
+            return response[place:]
+    return response[begin:]
 
 
 def _readable(text: str) -> str:

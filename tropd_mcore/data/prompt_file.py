@@ -6,15 +6,13 @@ for an answer; it does not hold one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tropd_mcore.data.chat_template import Message
 from tropd_mcore.data.jsonl import Problem, parse_object, raise_problems, read_lines
 from tropd_mcore.errors import DataError
-
-Message = Mapping[str, Any]
 
 KEYS: dict[str, tuple[str, ...]] = {
     "id": ("uid", "idx", "index", "prompt_id"),
@@ -75,9 +73,10 @@ def _record(value: dict[str, Any], line: int) -> PromptRecord:
     if not isinstance(prompt_id, str) or not prompt_id:
         raise DataError(f"expected a text `id`, found {prompt_id!r}")
     if answer is not None and not isinstance(answer, str):
-        raise DataError(f"expected a text `answer` or none, found {answer!r}")
+        raise DataError(f"prompt {prompt_id!r}: expected a text `answer` or none, found {answer!r}; write it in quotes")
     if ("messages" in value) == ("prompt" in value):
-        raise DataError("expected either `messages` or `prompt`")
+        found = "both" if "prompt" in value else "neither"
+        raise DataError(f"prompt {prompt_id!r}: expected either `messages` or `prompt`, found {found}")
     tools, template_kwargs = value.get("tools"), value.get("chat_template_kwargs")
     if "prompt" in value:
         if not isinstance(value["prompt"], str):
@@ -115,6 +114,8 @@ def _chat(messages: Any) -> list[Message]:
 def _message(message: Any, number: int) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise DataError(f"message {number}: expected `role` and `content`, found {str(message)[:60]!r}")
+    # A null says nothing, but a template that looks for the key finds it, and may count what is behind it.
+    message = {key: value for key, value in message.items() if value is not None}
     role, calls = message["role"], bool(message.get("tool_calls"))
     content = message.get("content")
     if content is None and calls:

@@ -142,7 +142,8 @@ def load_prompts(
             Problem(record.line, f"{where} {text}") for text in _problems(prompts[-1], config, needs, missing=missing)
         ]
     problems += _answer_problems(records, config.prompts, needs.verifier)
-    raise_problems(problems, [*responses.problems, *_foreign(prompts, responses, config)])
+    foreign = _foreign(prompts, responses, config) if needs.responses else ()
+    raise_problems(problems, [*responses.problems, *foreign])
     printed = _check_date(config, renderer, asked.values(), day)
     return PromptSet(prompts, shuffle=config.shuffle, seed=seed, asked=asked, printed_date=printed)
 
@@ -197,7 +198,8 @@ def _foreign(prompts: list[Prompt], responses: Responses, config: DataConfig) ->
         yield Problem(
             0,
             f"{config.teacher_responses}: none of its {len(responses.by_prompt)} ids is the id of a prompt in "
-            f"{config.prompts}; data.teacher_responses belongs to other prompts",
+            f"{config.prompts}; data.teacher_responses belongs to other prompts: make the right ones with `tropd "
+            "prefixes`, or set objective.guidance.enabled=false and data.teacher_responses=null",
         )
 
 

@@ -16,13 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tropd_mcore.errors import DataError
+from tropd_mcore.errors import DataError, first_line
 from tropd_mcore.files import publish_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+READABLE_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 """A folder with a tokenizer has at least one of them."""
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of a Git LFS pointer, a text of three lines that stands where a large file should be."""
@@ -71,7 +71,7 @@ def read_tokenizer(folder: Path) -> LoadedTokenizer:
     Raises DataError where there is no tokenizer or the installed libraries cannot read it. A folder is read once per
     process, again where one of its files has changed (2 s for 150 000 tokens, 4 s where something is corrected).
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in READABLE_FILES):
         raise DataError(f"{folder}: expected a tokenizer there (tokenizer.json)")
     state = tuple(
         (path.name, stat.st_mtime_ns, stat.st_size, stat.st_ino)
@@ -108,7 +108,7 @@ def read_tokenizer_file(folder: Path) -> Tokenizer | None:
 
     Raises DataError for a Git LFS pointer, a damaged file, and one that the installed release cannot read.
     """
-    for name in TOKENIZER_FILES:
+    for name in READABLE_FILES:
         _check_file(folder / name)
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -120,7 +120,7 @@ def read_tokenizer_file(folder: Path) -> Tokenizer | None:
     except Exception as error:  # the library raises plain Exception for parts that it does not know
         _read_json(path)
         raise DataError(
-            f"{path}: the installed tokenizers {tokenizers.__version__} cannot read this file ({_first_line(error)}); "
+            f"{path}: the installed tokenizers {tokenizers.__version__} cannot read this file ({first_line(error)}); "
             "install the release of tokenizers that wrote it, or fetch the file again"
         ) from error
     file.no_truncation()
@@ -185,7 +185,7 @@ def _auto_tokenizer(folder: Path) -> Any:
             else "; save a tokenizer.json where transformers can read the folder"
         )
         raise DataError(
-            f"{folder}: expected a tokenizer there (tokenizer.json); transformers says: {_first_line(error)}{remedy}"
+            f"{folder}: expected a tokenizer there (tokenizer.json); transformers says: {first_line(error)}{remedy}"
         ) from error
 
 
@@ -196,7 +196,7 @@ def _tokenizer_of_file(folder: Path) -> Any:
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, split_special_tokens=False)
     except Exception as error:  # as in _auto_tokenizer
-        raise DataError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+        raise DataError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
 
 
 def _check_file(path: Path) -> None:
@@ -216,10 +216,6 @@ def _read_json(path: Path) -> None:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: damaged, cannot be read as JSON ({error}); fetch the file again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

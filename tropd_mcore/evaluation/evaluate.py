@@ -25,7 +25,7 @@ from tropd_mcore.evaluation.statistics import clustered_interval, paired_differe
 from tropd_mcore.files import file_digest, publish_text
 from tropd_mcore.serving.wire import Generation, GenerationRequest
 from tropd_mcore.weights.architecture import read_architecture
-from tropd_mcore.weights.digest import weights_digest
+from tropd_mcore.weights.digest import folder_digest
 
 ANY_LENGTH = 1 << 31
 """Tokens of a prompt: how many an evaluation can have is for the server to say."""
@@ -91,6 +91,8 @@ class EvaluationResult:
     """By prompt, in the order of the file"""
     template_date: str | None = None
     """The day that the chat template printed, YYYY-MM-DD; None where it printed none"""
+    model_sha256: str = ""
+    """Digest of the whole folder, with tokenizer, chat template and end tokens; "" in a result of an older release"""
 
     def save(self, path: Path) -> None:
         """Publish the result as JSON."""
@@ -149,12 +151,13 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, t
             right.append(said is not None and is_right(verifier, said, expected[index // samples]))
         return right
 
+    digest = folder_digest(model)
     greedy = answers(0.0, 1)
     greedy_correct = judged(greedy, 1)
     sampled = judged(answers(settings.temperature, settings.samples), settings.samples) if settings.samples else []
     return EvaluationResult(
         model=str(model),
-        weights_sha256=weights_digest(model),
+        weights_sha256=digest.weights(),
         prompts_sha256=file_digest(Path(settings.prompts)),
         settings=settings,
         greedy=_score(greedy_correct),
@@ -163,6 +166,7 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, t
         mean_length=sum(len(generation.output_ids) for generation in greedy) / len(greedy),
         greedy_correct=greedy_correct,
         template_date=prompt_set.printed_date.isoformat() if prompt_set.printed_date else None,
+        model_sha256=digest.whole(),
     )
 
 

@@ -38,9 +38,11 @@ _RANK_IN_NAME = re.compile(r"(?:__|rng_)(\d+)")
 def make_digests(folder: Path, control: dist.ProcessGroup) -> dict[str, FileRecord]:
     """The record of every file under `folder` but the JSON, by path below it, on all ranks. Collective.
 
+    Each rank lists the folder itself, because on NFS another node may not see yet what this one has just written.
     Raises ModelError where a file cannot be read.
     """
-    names = on_rank_zero(lambda: _names(folder), control)
+    with shared_fate(control):
+        names = _names(folder)
     with heartbeat(log, f"{folder}: reading {len(names)} files for their digests"):
         return _read_all(folder, names, control)
 
@@ -119,7 +121,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_all(folder: Path, names: list[str], control: dist.ProcessGroup) -> dict[str, FileRecord]:
-    """The records of these files, each made on one rank."""
+    """The records of these files, each made on one rank; `names` need to hold those that this rank owns."""
     rank, size = dist.get_rank(control), dist.get_world_size(control)
     mine: dict[str, FileRecord] = {}
     with shared_fate(control):

@@ -104,15 +104,15 @@ def read_info(path: Path) -> CheckpointInfo:
 def _parse(text: str, file: Path) -> CheckpointInfo:
     values = json.loads(text)
     found = values.pop("format")
-    if found not in (_FORMAT, _WITHOUT_DIGESTS):
-        raise ModelError(f"{file}: checkpoint format {found}, expected {_FORMAT}")
     files: dict[str, FileRecord] | None = None
-    if found == _FORMAT:
+    if found != _WITHOUT_DIGESTS:  # an unknown format is damage, unless the digest says that it was written so
         stated = values.pop("sha256")
         if stated != _digest(text.replace(f'"sha256": "{stated}"', _NO_DIGEST, 1)):
             raise DamagedCheckpoint(
                 f"{file}: not as it was written (its own sha256 differs); the checkpoint is damaged"
             )
+        if found != _FORMAT:
+            raise ModelError(f"{file}: checkpoint format {found}, expected {_FORMAT}")
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
     architecture = architecture_from_json(values.pop("architecture"), source=str(file))
     return CheckpointInfo(architecture=architecture, files=files, **values)

@@ -1,7 +1,8 @@
 """Teacher responses for a prompt file, sampled once before training (`tropd prefixes`) and stored as token ids.
 
-Not for student rollouts (see `sampler`). Invariants: the output file is whole or absent; what was sampled before an
-interruption is kept beside it and not sampled again; a stored response never ends with its stop token.
+Not for student rollouts (see `sampler`) or for whether stored responses may be added to (`response_origin`).
+Invariants: the output file is whole or absent; what was sampled before an interruption is kept beside it and not
+sampled again; a stored response never ends with its stop token.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ def generate_responses(
     Prompts that `out` or its `.partial` already answers are not sampled. Raises ServerError where the server cannot
     answer, DataError where a prompt or a stored line does not fit; what was sampled until then is kept.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = {**_stored(out, may_be_cut=False), **_stored(partial, may_be_cut=True)}
+    lines = stored_responses(out)
     missing = [prompt for prompt in prompts if prompt.prompt_id not in lines]
     for prompt in missing:
         check_ids(prompt.token_ids, sampling.vocab_size, what=f"prompt {prompt.prompt_id!r}")
@@ -132,10 +133,20 @@ def _check_lengths(client: SglangClient, prompts: list[Prompt], sampling: Respon
     limit = client.info().longest_sequence if prompts else longest
     if longest > limit:
         raise ServerError(
-            f"{client.key}: the longest prompt with its response may reach {longest} tokens but the server takes "
-            f"{limit}: lower the response length, or raise {client.key}.max_total_tokens or --context-length in "
-            f"{client.key}.extra_args"
+            f"{client.key}: the longest prompt with its response may reach {longest} tokens, "
+            f"{sampling.max_new_tokens} of them --max-new-tokens, but the server takes {limit}: give --max-new-tokens "
+            f"{sampling.max_new_tokens - (longest - limit)} or less, or raise {client.key}.max_total_tokens, or "
+            f"--context-length in {client.key}.extra_args where the model allows it"
         )
+
+
+def stored_responses(out: Path) -> dict[str, str]:
+    """Return {prompt id: line} of what `out` and its `.partial` hold. Raises DataError where a line does not fit."""
+    return {**_stored(out, may_be_cut=False), **_stored(_partial(out), may_be_cut=True)}
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def _stored(path: Path, *, may_be_cut: bool) -> dict[str, str]:

@@ -40,6 +40,11 @@ def served_name(name: str) -> str:
     return ".".join(FUSED.get(part, part) for part in name.split("."))
 
 
+def is_replicated(name: str) -> bool:
+    """Whether every tensor-parallel rank of the server holds the whole tensor: norms, in its llama, qwen2 and qwen3."""
+    return name.rpartition(".")[0].endswith("norm")
+
+
 def tensor_digest(tensor: Tensor) -> bytes:
     """Return a digest of the bits of `tensor`, in order; not for use against somebody who chooses the bits.
 
@@ -96,15 +101,20 @@ class PublicationLedger:
             )
         self._told = True
 
-    def check(self, sent: Mapping[str, bytes], held: WeightChecksums, *, by_tensor: bool) -> None:
+    def check(
+        self, sent: Mapping[str, bytes], held: WeightChecksums, *, by_tensor: bool, may_round: bool = False
+    ) -> None:
         """Raise GateError where the server does not hold what was sent, as far as the last publication tells.
 
         `by_tensor`: whether a change of a sent tensor must show in the server's own tensor of that name, which is so
-        where the server does not quantize and the digests are of what it casts to. The first publication is noted.
+        where the server does not quantize and the digests are of what it casts to. `may_round`: the server's dtype is
+        not known and may be narrower than what was sent, so that no change at all is a warning only. The first
+        publication is noted.
         """
+        self._check_ranks(sent, held)
         if self.last is not None:
             changed = {name for name, digest in sent.items() if self.last.sent.get(name) != digest}
-            self._check_total(changed, len(sent), held)
+            self._check_total(changed, len(sent), held, may_round=may_round)
             if by_tensor:
                 self._check_tensors(changed, held)
         self.record(sent, held)
@@ -118,10 +128,36 @@ class PublicationLedger:
                 "weights: let nothing else update or restart this server (gates.weight_sync)"
             )
 
-    def _check_total(self, changed: set[str], tensors: int, held: WeightChecksums) -> None:
+    def _check_ranks(self, sent: Mapping[str, bytes], held: WeightChecksums) -> None:
+        """Raise GateError where two ranks of the server hold the same part of a tensor, and not the same values."""
+        differing = []
+        for name in {served_name(name) for name in sent} & held.places.keys():
+            copies: dict[object, set[str]] = {}
+            for place, checksum in zip(held.places[name], held.tensors[name], strict=True):
+                if place is not None:
+                    part = place.pipeline if is_replicated(name) else place
+                    copies.setdefault(part, set()).add(checksum)
+            if any(len(found) > 1 for found in copies.values()):
+                differing.append(name)
+        if differing:
+            raise GateError(
+                f"{self.key}: {len(differing)} of the server's {len(held.tensors)} tensors differ between ranks that "
+                f"hold the same part of them, first {min(differing)}: the update did not reach every rank, so training "
+                "would sample from a mixture (gates.weight_sync)"
+            )
+
+    def _check_total(self, changed: set[str], tensors: int, held: WeightChecksums, *, may_round: bool) -> None:
         assert self.last is not None
         same = held.total == self.last.held.total
-        if changed and same:
+        if changed and same and may_round:
+            log.warning(
+                "%s: %d of %d tensors are new and the server's weights are those of before: it loaded nothing, or its "
+                "dtype cannot hold the change. It does not tell its dtype: start it with --dtype to have this checked",
+                self.key,
+                len(changed),
+                tensors,
+            )
+        elif changed and same:
             raise GateError(
                 f"{self.key}: the server took an update in which {len(changed)} of {tensors} tensors are new and holds "
                 f"the weights of before (checksum {_short(held.total)}): it answered success and loaded nothing, so "

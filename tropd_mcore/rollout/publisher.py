@@ -93,7 +93,13 @@ class WeightPublisher:
         def check(sent: dict[str, bytes], info: ServerInfo) -> None:
             held = self._held() if ledger is not None else None
             if ledger is not None and held is not None:
-                ledger.check(sent, held, by_tensor=info.quantization is None and info.dtype in SERVED_DTYPES)
+                is_known = info.dtype in SERVED_DTYPES
+                ledger.check(
+                    sent,
+                    held,
+                    by_tensor=info.quantization is None and is_known,
+                    may_round=not is_known and self._sends_float32(),
+                )
 
         return self._replace(tensors, version, check)
 
@@ -140,6 +146,9 @@ class WeightPublisher:
             return {}
         served = getattr(torch, info.dtype) if info.dtype in SERVED_DTYPES else None
         return {name: tensor_digest(tensor if served is None else tensor.to(served)) for name, tensor in bucket}
+
+    def _sends_float32(self) -> bool:
+        return any(str(tensor.dtype) == "torch.float32" for tensor in self._plan.values())
 
     def _held(self) -> WeightChecksums | None:
         """The server's checksums; where it has none, None, which is said once a launch."""

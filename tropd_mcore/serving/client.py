@@ -45,6 +45,10 @@ class _MissingError(ServerError):
     """The server does not know the path."""
 
 
+class _RefusedError(ServerError):
+    """The server does not do it, or not for this key."""
+
+
 class SglangClient:
     """Talks to the server at `url`. `key` is the section that configures it, for messages (`rollout.server`).
 
@@ -59,10 +63,9 @@ class SglangClient:
         """Attempts beyond the first, over the client's life."""
         self.asked_again = 0
         """Answers that made no sense and were asked for once more, over the client's life."""
-        self._nonsense: list[str] = []
-        """What was wrong with such answers in the present call."""
         self.same_host = alive is not None
         """Whether the server shares this host's memory, as one that we started does."""
+        self._told_refusal = False
         self._config = config
         self._alive = alive
         self._api_key = read_api_key(config.api_key_env, key=f"{key}.api_key_env") if config.url else None
@@ -93,21 +96,11 @@ class SglangClient:
 
         At most `max_concurrency` are in flight. Token ids must be inside the vocabulary: SGLang dies of others.
         """
-
-        async def one(session: aiohttp.ClientSession, request: wire.GenerationRequest) -> wire.Generation:
-            body = wire.generation_body(request)
-            return await self._usable(session, body, lambda answer: wire.read_generation(answer, request))
-
-        return self._run_all(one, requests)
+        return self._generate_all(requests, wire.generation_body, wire.read_generation)
 
     def score(self, requests: list[wire.ScoringRequest]) -> list[wire.TokenScores | ServerError]:
         """Score each request at temperature 1; entry i holds the scores of request i, or why there are none."""
-
-        async def one(session: aiohttp.ClientSession, request: wire.ScoringRequest) -> wire.TokenScores:
-            body = wire.scoring_body(request)
-            return await self._usable(session, body, lambda answer: wire.read_scores(answer, request))
-
-        return self._run_all(one, requests)
+        return self._generate_all(requests, wire.scoring_body, wire.read_scores)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the ids that the server makes of each text, without special tokens around it.
@@ -156,15 +149,29 @@ class SglangClient:
         """Give the weights that the server holds the label `version`, which it stamps on what it samples."""
         self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
-    def weights_checksum(self) -> wire.WeightChecksums | None:
+    def weights_checksum(self, *, may_refuse: bool = False) -> wire.WeightChecksums | None:
         """Return checksums of all weights on all ranks, None where the server has none to give (no /weights_checker).
 
         Equal weights have equal ones on servers of one layout. Cost: SGLang reads every weight once (SHA-256 on a CPU,
-        about 1 GiB/s; a kernel at memory speed on a GPU). Raises ServerError.
+        about 1 GiB/s; a kernel at memory speed on a GPU). Raises ServerError. `may_refuse`: a refusal (SGLang wants its
+        admin key here, if it has one) is None too, with one warning; for a server that need not take weights from us.
         """
         try:
             answer = self._post("/weights_checker", {"action": "checksum"})
         except _MissingError:
+            return None
+        except _RefusedError as error:
+            if not may_refuse:
+                raise
+            if not self._told_refusal:
+                log.warning(
+                    "%s: the server gives no checksum of its weights, so its scores alone tell which model it serves "
+                    "(%s). If it has an admin key, let %s.api_key_env name that",
+                    self.key,
+                    error,
+                    self.key,
+                )
+            self._told_refusal = True
             return None
         checksums = wire.read_checksums(answer)
         if checksums is None:
@@ -188,34 +195,37 @@ class SglangClient:
 
         return asyncio.run(with_session())
 
-    def _run_all(
+    def _generate_all(
         self,
-        one: Callable[[aiohttp.ClientSession, Question], Coroutine[None, None, Answer]],
         questions: list[Question],
+        body_of: Callable[[Question], wire.Json],
+        read: Callable[[object, Question], Answer],
     ) -> list[Answer | ServerError]:
-        """What `one` makes of each question, or why it could not; one line about answers that were asked for again."""
-        self._nonsense = []
-        answers = self._run(lambda session: self._gather([one(session, question) for question in questions]))
-        if self._nonsense:
+        """What `read` makes of the answer of /generate to each question, or why there is none.
+
+        An answer that makes no sense is asked for once more, and one line is logged about all of them.
+        """
+        nonsense: list[str] = []
+
+        async def ask(session: aiohttp.ClientSession, question: Question) -> Answer:
+            body = body_of(question)
+            try:
+                return read(await self._call(session, "POST", "/generate", body), question)
+            except AnswerError as error:
+                nonsense.append(str(error))
+            return read(await self._call(session, "POST", "/generate", body), question)
+
+        answers = self._run(lambda session: self._gather([ask(session, question) for question in questions]))
+        self.asked_again += len(nonsense)
+        if nonsense:
             log.warning(
                 "%s: %d of %d answers made no sense and were asked for once more; the first: %s",
                 self.key,
-                len(self._nonsense),
+                len(nonsense),
                 len(questions),
-                self._nonsense[0],
+                nonsense[0],
             )
         return answers
-
-    async def _usable(
-        self, session: aiohttp.ClientSession, body: wire.Json, read: Callable[[object], Answer]
-    ) -> Answer:
-        """What `read` makes of an answer of /generate; an answer that makes no sense is asked for once more."""
-        try:
-            return read(await self._call(session, "POST", "/generate", body))
-        except AnswerError as error:
-            self.asked_again += 1
-            self._nonsense.append(str(error))
-        return read(await self._call(session, "POST", "/generate", body))
 
     async def _gather(self, calls: list[Coroutine[None, None, Answer]]) -> list[Answer | ServerError]:
         slots = asyncio.Semaphore(self._config.max_concurrency)
@@ -291,9 +301,13 @@ class SglangClient:
         if status >= 500:
             raise _PassingError(f"{self.key}: {path} answered {status}: {detail}")
         if status in (401, 403):
-            raise ServerError(f"{self.key}: {path} answered {status}: check the key that api_key_env names ({detail})")
+            raise _RefusedError(
+                f"{self.key}: {path} answered {status}: check the key that api_key_env names ({detail})"
+            )
         if status == 404:
             raise _MissingError(f"{self.key}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
+        if status in (400, 405):
+            raise _RefusedError(f"{self.key}: {path} answered {status}: {detail}")
         raise ServerError(f"{self.key}: {path} answered {status}: {detail}")
 
 

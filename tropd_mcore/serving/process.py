@@ -28,6 +28,7 @@ from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerError
 from tropd_mcore.files import publish_text
+from tropd_mcore.heartbeat import heartbeat
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.environment import server_environment
 
@@ -161,17 +162,18 @@ class ServerProcess:
         """Wait until the server generates. Raises ServerError where it dies or takes longer than start_timeout_s."""
         started = time.monotonic()
         client = self.client()
-        while not client.healthy():
-            if not self.alive():
-                raise ServerError(self.describe_end())
-            waited = time.monotonic() - started
-            if waited > self.spec.config.start_timeout_s:
-                self.stop()
-                raise ServerError(
-                    f"{self.spec.key}: not ready after start_timeout_s={self.spec.config.start_timeout_s:g} s; "
-                    f"last line: {self._last_log_line()!r}; log: {self.spec.log_path}"
-                )
-            time.sleep(POLL_S)
+        limit = self.spec.config.start_timeout_s
+        with heartbeat(log, f"{self.spec.key}: starting, at most {limit:g} s (start_timeout_s; {self.spec.log_path})"):
+            while not client.healthy():
+                if not self.alive():
+                    raise ServerError(self.describe_end())
+                if time.monotonic() - started > limit:
+                    self.stop()
+                    raise ServerError(
+                        f"{self.spec.key}: not ready after start_timeout_s={limit:g} s; "
+                        f"last line: {self._last_log_line()!r}; log: {self.spec.log_path}"
+                    )
+                time.sleep(POLL_S)
         self._release_port()
         log.info("%s: ready on %s after %.1f s", self.spec.key, self.url, time.monotonic() - started)
 

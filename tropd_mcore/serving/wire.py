@@ -11,9 +11,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from tropd_mcore.types import FloatArray, IntArray
 
 Json = dict[str, object]
 FinishReason = Literal["stop", "length", "abort"]
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,27 @@ class ServerInfo:
     dtype: str = "?"
     """Of weights and activations; `auto` where the server was left to decide"""
     quantization: str | None = None
+    data_parallel: int = 1
+    pipeline_parallel: int = 1
+    device: str = "?"
+    """`cpu`, `cuda` and so on"""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes in float32 on a CPU."""
+        return is_exact(self.dtype, self.quantization, self.device)
+
+
+def is_exact(dtype: str, quantization: str | None, device: str) -> bool:
+    """Whether an engine computes in float32 on a CPU; matrix products in float32 on a GPU may be TF32."""
+    return dtype == "float32" and quantization is None and device == "cpu"
+
+
+class Place(NamedTuple):
+    """A rank of a server by the part of the model that it holds; ranks of several replicas have the same one."""
+
+    pipeline: int
+    tensor: int
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,8 @@ class WeightChecksums:
     """Of all ranks together"""
     tensors: dict[str, tuple[str, ...]]
     """By the server's own name of a tensor, one entry per rank; empty where the server gives only the total"""
+    places: dict[str, tuple[Place | None, ...]] = field(default_factory=dict)
+    """Which rank each entry of `tensors` is of; None where the server does not tell"""
 
 
 def find_outside(token_ids: IntArray, vocab_size: int) -> int | None:
@@ -211,7 +234,15 @@ def read_server_info(server: object, model: object) -> ServerInfo:
         model_type=str(model.get("model_type", "?")),
         dtype=_DTYPE_ALIASES.get(str(server.get("dtype", "?")), str(server.get("dtype", "?"))),
         quantization=None if server.get("quantization") is None else str(server["quantization"]),
+        data_parallel=_count(server.get("dp_size")),
+        pipeline_parallel=_count(server.get("pp_size")),
+        device=str(server.get("device", "?")),
     )
+
+
+def _count(value: object) -> int:
+    """A parallel size; 1 where the server does not tell."""
+    return value if isinstance(value, int) else 1
 
 
 def read_checksums(answer: object) -> WeightChecksums | None:
@@ -220,12 +251,25 @@ def read_checksums(answer: object) -> WeightChecksums | None:
     if not isinstance(answer, dict) or not isinstance(total, str):
         return None
     tensors: dict[str, tuple[str, ...]] = {}
+    places: dict[str, tuple[Place | None, ...]] = {}
     ranks = answer.get("ranks")
     for rank in ranks if isinstance(ranks, list) else []:
         found = rank.get("checksums") if isinstance(rank, dict) else None
+        place = _place(rank)
         for name, checksum in found.items() if isinstance(found, dict) else ():
             tensors[str(name)] = (*tensors.get(str(name), ()), str(checksum))
-    return WeightChecksums(total, tensors)
+            places[str(name)] = (*places.get(str(name), ()), place)
+    return WeightChecksums(total, tensors, places)
+
+
+def _place(rank: object) -> Place | None:
+    """Where the served model of one entry of `ranks` is; a draft model beside it has an entry of its own."""
+    placements = rank.get("parallelism_info") if isinstance(rank, dict) else None
+    for info in placements if isinstance(placements, list) else []:
+        if isinstance(info, dict) and info.get("role") == "target":
+            pipeline, tensor = info.get("pp_rank"), info.get("tp_rank")
+            return Place(pipeline, tensor) if isinstance(pipeline, int) and isinstance(tensor, int) else None
+    return None
 
 
 def weights_body(payloads: list[bytes], *, version: str) -> bytes:
@@ -249,8 +293,10 @@ def _token_logp(
     for index, (entry, token_id) in enumerate(zip(entries, token_ids.tolist(), strict=True)):
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] not in (token_id, echo_of_last):
             raise AnswerError(f"SGLang answered {entry} in {field}[{index}]; expected [log-prob, {token_id}, ...]")
-        if not isinstance(entry[0], float | int) or not math.isfinite(entry[0]):
-            raise AnswerError(f"SGLang answered log-prob {entry[0]} in {field}[{index}]; expected a finite number")
+        # false for NaN, and for an integer that is too large to become a float
+        if type(entry[0]) not in (float, int) or not abs(entry[0]) <= _LARGEST_FLOAT32:
+            found = str(entry[0])[:30]
+            raise AnswerError(f"SGLang answered log-prob {found} in {field}[{index}]; expected a finite number")
         values[index] = entry[0]
     return values
 

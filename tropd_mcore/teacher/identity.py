@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from tropd_mcore.errors import GateError, ServerError
 from tropd_mcore.serving.client import SglangClient
-from tropd_mcore.serving.wire import ScoringRequest
+from tropd_mcore.serving.wire import ScoringRequest, is_exact
 from tropd_mcore.types import FloatArray, IntArray
 from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.independent import fits, independent_log_probs, probe_ids
@@ -27,10 +28,11 @@ from tropd_mcore.weights.independent import fits, independent_log_probs, probe_i
 log = logging.getLogger(__name__)
 
 FLOAT32_BOUND = 1e-4
-"""Mean |difference| of two float32 engines on the text, nats. Measured between SGLang and transformers: 1e-6 and less
-(docs/gates.md)."""
+"""Mean |difference| of two float32 engines on a CPU, on the text, nats. Measured between SGLang and transformers: 1e-6
+and less (docs/gates.md)."""
 ROUNDED_BOUND = 0.1
-"""The same where the server rounds to bfloat16 or less. Measured in bfloat16: 7e-3 on the examples."""
+"""The same where the server rounds: bfloat16 or less, or float32 on a GPU, whose products may be TF32. Measured in
+bfloat16: 7e-3 on the examples."""
 TEXT_TOKENS = 256
 """Most tokens of the text; it has about 200 in the large vocabularies."""
 
@@ -47,15 +49,20 @@ class ServedModel:
     tensor_parallel: int
     server_version: str
     longest_input: int
+    """Not of the model: on a GPU it follows from the memory that was free when the server started."""
     vocab_size: int | None
     """From the config.json at `model_path`, where this host can read it: SGLang does not tell it."""
     checksum: str | None
     """Of the weights on all ranks; None where the server has none to give, or was not asked."""
+    data_parallel: int = 1
+    pipeline_parallel: int = 1
+    device: str = "?"
+    """`?` where it is not known"""
 
     @property
     def exact(self) -> bool:
-        """Whether it computes in float32."""
-        return self.dtype == "float32" and self.quantization is None
+        """Whether it computes in float32 on a CPU."""
+        return is_exact(self.dtype, self.quantization, self.device)
 
     def describe(self) -> str:
         """One clause for messages."""
@@ -75,11 +82,15 @@ class Fingerprint:
     """Of all but the first, nats"""
 
     def distance(self, other: Fingerprint) -> float:
-        """Mean |difference|, nats, over what both texts begin with; infinite where one does not begin the other."""
+        """Mean |difference|, nats, over what both texts begin with.
+
+        Infinite where one does not begin the other, and where a log-prob is not finite: NaN is above no bound.
+        """
         count = min(len(self.ids_N), len(other.ids_N))
         if count < 2 or self.ids_N[:count] != other.ids_N[:count]:
-            return float("inf")
-        return float(np.abs(np.array(self.logp_N[: count - 1]) - np.array(other.logp_N[: count - 1])).mean())
+            return math.inf
+        found = float(np.abs(np.array(self.logp_N[: count - 1]) - np.array(other.logp_N[: count - 1])).mean())
+        return found if math.isfinite(found) else math.inf
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ def text_ids(student: Path, teacher: Path) -> IntArray:
 def read_model(client: SglangClient, *, with_checksum: bool) -> ServedModel:
     """Ask a server what it serves; the checksum costs one pass over its weights. Raises ServerError."""
     info = client.info()
-    checksums = client.weights_checksum() if with_checksum else None
+    checksums = client.weights_checksum(may_refuse=True) if with_checksum else None
     return ServedModel(
         model_path=info.model_path,
         weight_version=info.weight_version,
@@ -119,6 +130,9 @@ def read_model(client: SglangClient, *, with_checksum: bool) -> ServedModel:
         longest_input=info.longest_input,
         vocab_size=_vocab_size(Path(info.model_path)),
         checksum=checksums.total if checksums is not None else None,
+        data_parallel=info.data_parallel,
+        pipeline_parallel=info.pipeline_parallel,
+        device=info.device,
     )
 
 
@@ -141,7 +155,7 @@ def check_serves(client: SglangClient, folder: Path, *, key: str, url_key: str) 
 
     `key` names the folder and `url_key` the server in messages. Cost: one forward pass of the folder on the CPU.
     """
-    reason = fits(folder)
+    reason = fits(folder, tokens=TEXT_TOKENS)
     if reason is not None:
         log.warning("%s is not compared with the server at %s: %s", key, client.url, reason)
         return
@@ -157,24 +171,27 @@ def check_serves(client: SglangClient, folder: Path, *, key: str, url_key: str) 
 
 
 def changes(before: ServedModel, now: ServedModel) -> list[str]:
-    """`name: old -> new` of everything that differs; checksums only where both are there."""
+    """`name old -> new` of everything about the model that differs; what one side does not know is not compared."""
     return [line for _, line in _differences(before, now)]
 
 
 def other_weights(before: ServedModel, now: ServedModel) -> str | None:
     """The checksums, where both were made at one layout and differ; None where they agree or cannot be compared."""
-    layout = ("dtype", "quantization", "tensor_parallel", "server_version")
+    parallel = ("tensor_parallel", "data_parallel", "pipeline_parallel")
+    layout = ("dtype", "quantization", "device", "server_version", *parallel)
     if any(getattr(before, name) != getattr(now, name) for name in layout):
         return None
     return dict(_differences(before, now)).get("checksum")
 
 
 def _differences(before: ServedModel, now: ServedModel) -> Iterator[tuple[str, str]]:
-    if before.checksum is None or now.checksum is None:
-        before, now = replace(before, checksum=None), replace(now, checksum=None)
+    before = replace(before, longest_input=now.longest_input)
     for name, old in asdict(before).items():
         new = getattr(now, name)
-        if old != new:
+        # the checksum is not always asked for, and the file that tells the vocabulary not always readable
+        unknown = {"checksum": None, "vocab_size": None, "device": "?"}
+        is_unknown = name in unknown and unknown[name] in (old, new)
+        if old != new and not is_unknown:
             short = (f"{old[:12]} -> {new[:12]}") if name == "checksum" else f"{old} -> {new}"
             yield name, f"{name} {short}"
 

@@ -106,12 +106,12 @@ class SglangTeacher:
                 f"lower rollout.max_new_tokens, or raise {key}.max_total_tokens or --context-length in {key}.extra_args"
             )
 
-    def fetch(self, rollouts: Sequence[Rollout], *, further: bool = False) -> SampleScores:
+    def fetch(self, rollouts: Sequence[Rollout], *, may_have_scores: bool = False) -> SampleScores:
         """Score all rollouts, restarting a server that died; HTTP and numpy only, to be called on one rank.
 
-        Raises TeacherError where a rollout is longer than the teacher's context, where none could be scored (unless
-        these are `further` requests of a step that has scores), and with on_failure=stop where any could not;
-        ServerDied once the restarts are used up.
+        `may_have_scores`: other rollouts of the step may be scored where none of these is. Raises TeacherError where a
+        rollout is longer than the teacher's context, where the step has no scores, and with on_failure=stop where any
+        rollout could not be scored; ServerDied once the restarts are used up.
         """
         requests = [self._request(rollout) for rollout in rollouts]
         answers = self._answers(requests)
@@ -126,7 +126,7 @@ class SglangTeacher:
         if problems:
             self.failed += len(problems)
             summary = f"{len(problems)} of {len(rollouts)} rollouts could not be scored; first: {problems[0]}"
-            if self._on_failure == "stop" or (len(problems) == len(rollouts) and not further):
+            if self._on_failure == "stop" or (len(problems) == len(rollouts) and not may_have_scores):
                 raise TeacherError(f"{summary} (teacher.on_failure={self._on_failure})")
             log.warning("%s: %s; they are left out of the loss", self._server.spec.key, summary)
         return SampleScores(samples, self._topk)

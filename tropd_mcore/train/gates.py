@@ -2,14 +2,15 @@
 
 The arithmetic of layout, batch and sequence is checked with the configuration (`config.checks`), vocabularies in
 `teacher.vocabulary`, memory by `mcore.dry_run`, a served teacher in `train.teacher_identity`. Invariants: what is
-compared are log-probs of before the step's first update; noise of single tokens stops no run after its first step.
+compared are log-probs of before the step's first update; noise of single tokens stops no run where an engine rounds,
+and none after its first step.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
 from tropd_mcore.monitor.record import GateState
+from tropd_mcore.serving.wire import ServerInfo, is_exact
 from tropd_mcore.train.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -24,21 +26,35 @@ log = logging.getLogger(__name__)
 Columns = Mapping[str, npt.NDArray[np.generic]]
 
 FLOAT32_BOUNDS = (1e-4, 1e-2)
-"""(99th percentile, maximum) between two float32 engines, nats. Measured: 8e-6 and 1e-4 (docs/numerics.md)."""
+"""(99th percentile, maximum) between two float32 engines on a CPU, nats. Measured: 8e-6 and 1e-4 (docs/numerics.md)."""
 BFLOAT16_BOUNDS = (0.25, 2.0)
-"""The same where one of the engines rounds to bfloat16 (docs/numerics.md)."""
+"""The same where one of the engines rounds: bfloat16, or float32 on a GPU, whose matrix products may be TF32."""
 FLOAT32_MEAN = 2e-5
-"""Bound on the mean between two float32 engines, nats. Measured: 6e-7."""
+"""Bound on the mean between two float32 engines on a CPU, nats. Measured: 6e-7."""
 BFLOAT16_MEAN = 0.05
-"""The same where one of the engines rounds to bfloat16. Measured: 7e-3."""
+"""The same where one of the engines rounds. Measured in bfloat16: 7e-3."""
 
 LEAST_TOKENS = 500
 """Below this, a 99th percentile is the value of a few tokens and moves with each of them: the share of the tokens above
 its bound is judged instead, and two tokens at least have to be above."""
 GROSS, GROSS_TOKENS = 10.0, 20
 """A later step whose mean is above so many times its bound, over so many tokens, is no noise and stops at once."""
+FIRST_STEP = 2.0
+"""Where an engine rounds, a first step stops the run above so many times its bounds: one step may be noisier than most.
+Between that and the bounds it is the first of the steps in a row."""
 WARN_EVERY = 20
 """Steps between two warnings about the maximum; those in between are counted."""
+
+
+def engines_are_exact(config: Config, device: str, served: ServerInfo | None = None) -> bool:
+    """Whether trainer and sampler both compute in float32 on a CPU.
+
+    `device` is the platform of the job; `served` is what a rollout server at a url says of itself, None where the job
+    starts it.
+    """
+    student = config.student.dtype
+    sampler = served.exact if served is not None else is_exact(config.rollout.server.dtype or student, None, device)
+    return sampler and is_exact(student, None, device)
 
 
 @dataclass(frozen=True)
@@ -50,12 +66,13 @@ class SamplerBounds:
     largest: float
     share: float
     steps: int
+    exact: bool
+    """Whether neither engine rounds (`engines_are_exact`), so that a single token tells something is wrong."""
 
     @classmethod
-    def of(cls, config: Config) -> SamplerBounds:
-        """The bounds of `gates.sampler_logprob_*`, or the defaults for the dtypes of the two engines."""
+    def of(cls, config: Config, *, exact: bool) -> SamplerBounds:
+        """The bounds of `gates.sampler_logprob_*`, or the defaults for two exact engines or others."""
         gates = config.gates
-        exact = {config.student.dtype, config.rollout.server.dtype or config.student.dtype} == {"float32"}
         p99, largest = FLOAT32_BOUNDS if exact else BFLOAT16_BOUNDS
         return cls(
             mean=gates.sampler_logprob_mean or (FLOAT32_MEAN if exact else BFLOAT16_MEAN),
@@ -63,7 +80,15 @@ class SamplerBounds:
             largest=gates.sampler_logprob_max or largest,
             share=gates.sampler_logprob_share,
             steps=gates.sampler_logprob_steps,
+            exact=exact,
         )
+
+    def of_first_step(self) -> SamplerBounds:
+        """What the first step of a launch may differ by."""
+        if self.exact:
+            return self
+        wider = {name: FIRST_STEP * getattr(self, name) for name in ("mean", "p99", "share")}
+        return replace(self, **wider, largest=np.inf)
 
 
 @dataclass(frozen=True)
@@ -112,7 +137,10 @@ class Difference:
 
 
 def compare(parts: Sequence[Columns], bounds: SamplerBounds) -> Difference | None:
-    """Of the rows of all ranks and updates in the first epoch; None where no sampled token was scored."""
+    """Of the rows of all ranks and updates in the first epoch; None where no sampled token was scored.
+
+    A single number that is not finite makes an infinite difference: NaN is above no bound.
+    """
     pieces = []
     for part in parts:
         if part:
@@ -121,6 +149,10 @@ def compare(parts: Sequence[Columns], bounds: SamplerBounds) -> Difference | Non
     found = np.abs(np.concatenate(pieces)) if pieces else np.zeros(0)
     if not len(found):
         return None
+    finite = np.isfinite(found)
+    if not finite.all():
+        above = float((~finite | (found > bounds.p99)).mean())
+        return Difference(len(found), mean=np.inf, p99=np.inf, largest=np.inf, share_above=above)
     return Difference(
         tokens=len(found),
         mean=float(found.mean()),
@@ -133,18 +165,19 @@ def compare(parts: Sequence[Columns], bounds: SamplerBounds) -> Difference | Non
 class SamplerGate:
     """Compares sampler and trainer at every step of a launch; used on rank 0.
 
-    The first step with sampled tokens has to pass. At later ones a maximum above its bound is warned about, and a mean,
-    a 99th percentile or a share above its bound stops the run once it is so `sampler_logprob_steps` steps in a row, or
-    at once where the mean is far above. In a replay of another run (`run.replay`) the first step alone is judged: later
-    rollouts come from weights that this run has only where nothing was changed.
+    The first step with sampled tokens has to pass: between exact engines all bounds, else twice the bounds without the
+    maximum, since the largest of many rounded tokens is noise. A mean, a 99th percentile or a share above its bound
+    stops the run once it is so `sampler_logprob_steps` steps in a row, or at once where the mean is far above. A
+    maximum above its bound is warned about. In a replay of another run (`run.replay`) the first step alone is judged:
+    later rollouts come from weights that this run has only where nothing was changed.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.bounds = SamplerBounds.of(config)
+    def __init__(self, config: Config, bounds: SamplerBounds) -> None:
+        self.bounds = bounds
         self.passed = False
         """Whether the first comparison of the launch is done."""
         self.warnings = 0
-        """Steps since then whose maximum was above its bound."""
+        """Steps whose maximum was above its bound."""
         self._off: list[int] = []
         """The steps in a row that were off, up to now."""
         self._last_warned: int | None = None
@@ -169,22 +202,27 @@ class SamplerGate:
 
     def judge(self, step: int, found: Difference, *, first_update: bool = False) -> None:
         """What `check` does with the difference of `step`. Raises GateError."""
-        if not self.passed:
-            if found.off(self.bounds) or found.largest > self.bounds.largest:
+        is_first = not self.passed
+        if is_first:
+            first = self.bounds.of_first_step()
+            if found.off(first) or found.largest > first.largest:
                 raise self._error(found, [step], "")
             log.info("gates.sampler_logprob: sampler and trainer agree to %.1e nats (99th percentile)", found.p99)
             self.passed = True
-        elif not first_update and not self._replayed:
-            self._judge_later(step, found)
+        if first_update or (self._replayed and not is_first):
+            return
+        self._warn_of_maximum(step, found)
+        self._judge_row(step, found)
 
-    def _judge_later(self, step: int, found: Difference) -> None:
-        if found.largest > self.bounds.largest:
-            self.warnings += 1
-            if self._last_warned is None or step - self._last_warned >= WARN_EVERY:
-                self._last_warned = step
-                log.warning(
-                    "gates.sampler_logprob: step %d: %s (%d such steps)", step, self._text(found), self.warnings
-                )
+    def _warn_of_maximum(self, step: int, found: Difference) -> None:
+        if found.largest <= self.bounds.largest:
+            return
+        self.warnings += 1
+        if self._last_warned is None or step - self._last_warned >= WARN_EVERY:
+            self._last_warned = step
+            log.warning("gates.sampler_logprob: step %d: %s (%d such steps)", step, self._text(found), self.warnings)
+
+    def _judge_row(self, step: int, found: Difference) -> None:
         off = found.off(self.bounds)
         self._off = [*self._off, step] if off else []
         if found.tokens >= GROSS_TOKENS and found.mean > GROSS * self.bounds.mean:
@@ -221,7 +259,7 @@ SAME_MODEL_LEAST = 1e-6
 """Nats; of two engines that agree to the last bit."""
 
 
-def check_teacher_is_another(parts: Sequence[Columns], config: Config, step: int) -> None:
+def check_teacher_is_another(parts: Sequence[Columns], config: Config, bounds: SamplerBounds, step: int) -> None:
     """Raise GateError where a served teacher's scores of a run's first rollouts are the student's own log-probs.
 
     The sampler, a server with the student's weights, gives the size of the noise: a teacher that is as near as that is
@@ -233,7 +271,6 @@ def check_teacher_is_another(parts: Sequence[Columns], config: Config, step: int
         return
     if step or config.rollout.temperature != 1.0 or config.run.replay is not None:
         return
-    bounds = SamplerBounds.of(config)
     sampler = compare(parts, bounds)
     teacher = compare([{**part, "behav_logp": part["teacher_logp"]} if part else part for part in parts], bounds)
     if sampler is None or teacher is None:

@@ -110,5 +110,9 @@ def _check_tokens(path: Path, student: Path) -> None:
     """The checkpoint brings its tokenizer along; another one than the student's must mean the same by every id."""
     file = "tokenizer.json"
     theirs, ours = path / HF_FOLDER / file, student / file
-    if theirs.is_file() and ours.is_file() and file_digest(theirs) != file_digest(ours):
+    for found in (theirs, ours):
+        if not found.is_file():
+            log.warning("run.init_from=%s: no %s, so whether its tokens are the student's is not known", path, found)
+            return
+    if file_digest(theirs) != file_digest(ours):
         check_same_vocabulary(student, path / HF_FOLDER, key="run.init_from")

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tropd_mcore
-from tropd_mcore.config.derived import support_size
+from tropd_mcore.config.derived import support_size, teacher_dtype
 from tropd_mcore.config.divergence_objectives import CustomObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, ModelError
@@ -137,11 +137,10 @@ def teacher_name(config: Config, inputs: Inputs, identity: str = "") -> str:
     `identity` is that of the server where one scores (see `teacher.identity`).
     """
     teacher = config.teacher
-    precision = teacher.dtype if teacher.kind == "megatron" else teacher.server.dtype or teacher.dtype
     parts = {
         "kind": teacher.kind,
         "folder": inputs.models["teacher.path"].digest.whole(),
-        "dtype": precision,
+        "dtype": teacher_dtype(config),
         "candidates": support_size(config.objective),
         "softcap": config.loss.logit_softcap,
         "extra_tokens": teacher.extra_tokens,

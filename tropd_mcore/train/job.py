@@ -25,6 +25,7 @@ from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
 from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.checkpoint import TrainState, load
+from tropd_mcore.mcore.checkpoint_info import latest
 from tropd_mcore.mcore.collective import shared_fate
 from tropd_mcore.mcore.dry_run import dry_run
 from tropd_mcore.mcore.loss_settings import LossSettings
@@ -46,6 +47,7 @@ from tropd_mcore.train.parts import (
     make_self_teacher,
     make_teacher,
     reference_model,
+    sampler_bounds,
     start_servers,
     student_average,
     teacher_model,
@@ -56,6 +58,7 @@ from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import ScoreSource
 from tropd_mcore.train.served_teacher import ServedTeacher
 from tropd_mcore.train.start import Start, accept, compare_contents, open_launch
+from tropd_mcore.train.stored_responses import check_responses
 from tropd_mcore.train.trainer import Parts, Trainer
 from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.publish import replace_folder
@@ -86,7 +89,9 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
         if first_step >= config.run.steps and exported:
             log.info("%s is complete: %d of %d steps", config.run.dir, first_step, config.run.steps)
             return
-        _train(site, material, compare_contents(site, opened, sources), cleanup)
+        start = compare_contents(site, opened, sources)
+        check_responses(site, start.inputs, material.prompts)
+        _train(site, material, start, cleanup)
 
 
 def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> None:
@@ -116,9 +121,17 @@ def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> 
         load(start.checkpoint, state, run=start.run)
         log.info("resumed from %s", start.checkpoint)
     parts = _make_parts(site, material, state, servers, start, cleanup) if first_step < last_step else None
-    accept(site, start)
+    accept(site, start, material.day)
     if parts is not None:
         Trainer(parts, first_step=first_step, last_step=last_step).fit()
+    if last_step < config.run.steps:
+        log.info(
+            "stopped after step %d of %d (run.stop_after=%s); the same command goes on from %s",
+            last_step,
+            config.run.steps,
+            config.run.stop_after,
+            latest(site.run_dir.checkpoints),
+        )
     if last_step == config.run.steps and config.run.export_at_end:
         export(site, student, max(first_step, last_step))
 
@@ -177,6 +190,7 @@ def _make_parts(
         context=BatchContextSource(config, student, reference),
         monitor=monitor,
         renderer=material.renderer,
+        sampler_bounds=sampler_bounds(site, servers.policy),
         teacher_check=teacher_check,
     )
 

@@ -52,6 +52,8 @@ class Material:
     """What ends a response."""
     excluded: tuple[int, ...]
     """Ids of tokens that only the teacher has, which are no candidates (teacher.extra_tokens)."""
+    day: date
+    """The day that chat templates print."""
 
 
 def check_tokenizers(site: Site) -> None:
@@ -107,29 +109,37 @@ def read_material(site: Site) -> Material:
     Raises ConfigError where packs or models are too short for the data, a token to ignore is unknown or a custom
     objective cannot be imported, DataError with everything that the run would miss in prompts and stored responses.
     """
-    config = site.config
-    bind_objective(config.objective)
-    renderer = Renderer(config.student.path)
-    ignored = ignored_tokens(config.loss, renderer.token_id)
-    ends = end_tokens(config, renderer, config.teacher.path)
-    prompts = _prompts(site, renderer, ends)
-    longest = _longest_sample(site, prompts)
-    solution_prompts = _solution_prompts(site, renderer, prompts)
-    return Material(renderer, prompts, ignored, longest, solution_prompts, ends, _excluded_tokens(site))
+    config, control = site.config, site.layout.groups.control
+    # Every rank reads, perhaps from a disk of its own: what one alone cannot read is met by all.
+    with shared_fate(control):
+        bind_objective(config.objective)
+        renderer = Renderer(config.student.path)
+        ignored = ignored_tokens(config.loss, renderer.token_id)
+        ends = end_tokens(config, renderer, config.teacher.path)
+    day = on_rank_zero(lambda: _template_date(site), control)
+    prompts = _prompts(site, renderer, ends, day)
+    with shared_fate(control):
+        longest = _longest_sample(site, prompts)
+        solution_prompts = _solution_prompts(site, renderer, prompts)
+    return Material(renderer, prompts, ignored, longest, solution_prompts, ends, _excluded_tokens(site), day)
 
 
-def _prompts(site: Site, renderer: Renderer, ends: EndTokens) -> PromptSet:
+def _template_date(site: Site) -> date:
+    """The configured day, else the recorded one, else today, which `start.accept` records."""
+    return site.config.data.template_date or site.run_dir.recorded_template_date() or date.today()
+
+
+def _prompts(site: Site, renderer: Renderer, ends: EndTokens, day: date) -> PromptSet:
     """The prompts, with all that the run needs of them. Collective.
 
     Every rank reads and renders them. Rank 0 alone looks at the answers, which takes milliseconds each.
     """
     config, control = site.config, site.layout.groups.control
-    today = config.data.template_date or on_rank_zero(lambda: site.run_dir.template_date(date.today()), control)
     needs = needs_of(config, vocab_size=site.student.vocab_size, end_ids=ends.ids)
     if site.layout.rank != 0:
         needs = replace(needs, verifier=None)
     with shared_fate(control):
-        return load_prompts(config.data, renderer, seed=config.run.seed, needs=needs, today=today)
+        return load_prompts(config.data, renderer, seed=config.run.seed, needs=needs, today=day)
 
 
 def _excluded_tokens(site: Site) -> tuple[int, ...]:

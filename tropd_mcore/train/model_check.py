@@ -25,6 +25,7 @@ from tropd_mcore.mcore.collective import on_rank_zero
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.probe import probe_log_probs
+from tropd_mcore.serving.wire import is_exact
 from tropd_mcore.train.inputs import Inputs
 from tropd_mcore.train.material import model_paths
 from tropd_mcore.train.parts import Site
@@ -52,7 +53,7 @@ ROUNDED = ReadingBounds(mean=0.1, p99=0.25, largest=2.0)
 
 
 @dataclass(frozen=True)
-class Difference:
+class ReadingDifference:
     """|Megatron - transformers| over the tokens of the text, in the replica where it is largest, nats."""
 
     tokens: int
@@ -63,7 +64,7 @@ class Difference:
     """Of the second token of the text, which depends on one position alone."""
 
     @classmethod
-    def of(cls, found: npt.NDArray[np.float64], expected: FloatArray) -> Difference:
+    def of(cls, found: npt.NDArray[np.float64], expected: FloatArray) -> ReadingDifference:
         """`found` [replicas, tokens], `expected` [tokens]; a missing or non-finite number is an infinite difference."""
         gap = np.abs(found - expected.astype(np.float64))
         gap[~np.isfinite(gap)] = np.inf
@@ -89,29 +90,29 @@ def check_model(site: Site, key: str, model: Model, inputs: Inputs) -> None:
     config, control = site.config, site.layout.groups.control
     if not config.gates.model_reading:
         return
-    folder, print_ = model_paths(config)[key], _fingerprint(site, key, model, inputs)
-    reading = on_rank_zero(lambda: _reading(site, key, folder, print_), control)
+    folder, compared = model_paths(config)[key], _fingerprint(site, key, model, inputs)
+    reading = on_rank_zero(lambda: _reading(site, key, folder, compared), control)
     if reading is None:
         return
     token_ids, expected = reading
     found = probe_log_probs(model, token_ids, LossSettings.from_config(config))
-    difference, bounds = Difference.of(found, expected), bounds_of(model)
+    difference, bounds = ReadingDifference.of(found, expected), bounds_of(model)
     if not difference.within(bounds):
         raise GateError(_message(key, folder, difference, bounds, config))
-    on_rank_zero(lambda: _remember(site, key, print_, difference), control)
+    on_rank_zero(lambda: _remember(site, key, compared, difference), control)
     log.info("gates.model_reading: %s and transformers differ by %s over %d tokens", key, difference, difference.tokens)
 
 
 def bounds_of(model: Model) -> ReadingBounds:
     """The bounds for the dtype and the device of `model`."""
-    is_exact = str(model.config.params_dtype) == "torch.float32" and model.platform.name == "cpu"
-    return EXACT if is_exact else ROUNDED
+    dtype = str(model.config.params_dtype).removeprefix("torch.")
+    return EXACT if is_exact(dtype, None, model.platform.name) else ROUNDED
 
 
-def _reading(site: Site, key: str, folder: Path, print_: dict[str, Any]) -> tuple[IntArray, FloatArray] | None:
+def _reading(site: Site, key: str, folder: Path, compared: dict[str, Any]) -> tuple[IntArray, FloatArray] | None:
     """(token ids, their log-probs by transformers) on rank 0; None, with a line in the log, where nothing is to do."""
     known = _remembered(site).get(key)
-    if known is not None and known["of"] == print_:
+    if known is not None and known["of"] == compared:
         log.info("gates.model_reading: %s was compared at an earlier launch (%.1e nats at most)", key, known["largest"])
         return None
     missing = fits(folder)
@@ -121,7 +122,7 @@ def _reading(site: Site, key: str, folder: Path, print_: dict[str, Any]) -> tupl
         log.log(level, "gates.model_reading: %s is not compared with transformers: %s; %s",
                 key, missing, others or "nothing else compares it")  # fmt: skip
         return None
-    return _independent(folder, json.dumps(print_["files"]))
+    return _independent(folder, json.dumps(compared["files"]))
 
 
 @lru_cache(maxsize=4)
@@ -161,12 +162,12 @@ def _remembered(site: Site) -> dict[str, Any]:
         return {}
 
 
-def _remember(site: Site, key: str, print_: dict[str, Any], difference: Difference) -> None:
-    values = _remembered(site) | {key: {"of": print_, **asdict(difference)}}
+def _remember(site: Site, key: str, compared: dict[str, Any], difference: ReadingDifference) -> None:
+    values = _remembered(site) | {key: {"of": compared, **asdict(difference)}}
     publish_text(site.run_dir.model_checks, json.dumps(values, indent=1) + "\n")
 
 
-def _message(key: str, folder: Path, difference: Difference, bounds: ReadingBounds, config: Config) -> str:
+def _message(key: str, folder: Path, difference: ReadingDifference, bounds: ReadingBounds, config: Config) -> str:
     allowed = f"{bounds.mean:.0e}, {bounds.p99:.0e} and {bounds.largest:.0e}"
     if config.loss.logit_softcap is not None:
         cause = f"loss.logit_softcap = {config.loss.logit_softcap}, which this model does not have"
@@ -182,5 +183,6 @@ def _message(key: str, folder: Path, difference: Difference, bounds: ReadingBoun
     return (
         f"gates.model_reading: {key}={folder}: Megatron's log-probs of {difference.tokens} tokens differ from those of "
         f"transformers by {difference}; allowed {allowed}. Likely cause: {cause}. The folder is not read as its files "
-        "say, so nothing that this model scores or learns can be trusted; compare with `tropd convert verify`"
+        "say, so nothing that this model scores or learns can be trusted; compare with `tropd convert verify`, or "
+        "leave this comparison out with gates.model_reading=false"
     )

@@ -18,7 +18,7 @@ from tropd_mcore.data.end_tokens import EndTokens
 from tropd_mcore.data.feedback import SolutionPrompts
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.mcore.average import WeightAverage
-from tropd_mcore.mcore.collective import shared_fate
+from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.parallel import Layout
@@ -33,6 +33,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.megatron import MegatronTeacher
 from tropd_mcore.teacher.self_teacher import SelfTeacher
 from tropd_mcore.teacher.sglang import SglangTeacher
+from tropd_mcore.train.gates import SamplerBounds, engines_are_exact
 from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import Teacher
@@ -121,6 +122,19 @@ def make_policy(site: Site, student: Model, ends: EndTokens, server: SupervisedS
         return sampler, WeightPublisher(server.client, plan, ledger=ledger)
 
     return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync)
+
+
+def sampler_bounds(site: Site, server: SupervisedServer | None) -> SamplerBounds:
+    """What sampler and trainer may differ by; a `server` at a url is asked how it computes. Collective."""
+    config = site.config
+
+    def bounds() -> SamplerBounds:
+        served = None
+        if server is not None and config.rollout.server.url is not None and config.gates.sampler_logprob:
+            served = server.client.info()
+        return SamplerBounds.of(config, exact=engines_are_exact(config, site.platform.name, served))
+
+    return on_rank_zero(bounds, site.layout.groups.control)
 
 
 def make_teacher(

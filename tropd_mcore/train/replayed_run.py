@@ -7,17 +7,21 @@ sampler gate compares. Invariant: ids that another tokenizer made are refused; w
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from tropd_mcore.config.loader import leaves
-from tropd_mcore.config.record import Change, read_record
+from tropd_mcore.config.record import Change, compare, read_record
 from tropd_mcore.config.schema import Config
-from tropd_mcore.errors import DataError
+from tropd_mcore.errors import ConfigError, DataError
 from tropd_mcore.teacher.vocabulary import check_same_vocabulary
-from tropd_mcore.train.inputs import Inputs, load_inputs
+from tropd_mcore.train.inputs import DataInput, Inputs, ModelInput, load_inputs
 from tropd_mcore.train.run_dir import RunDir
 
 log = logging.getLogger(__name__)
+
+Input = TypeVar("Input", DataInput, ModelInput)
 
 COMPARED = (
     "rollout.temperature",
@@ -25,8 +29,12 @@ COMPARED = (
     "rollout.top_k",
     "rollout.prompts_per_step",
     "rollout.samples_per_prompt",
+    "rollout.max_new_tokens",
+    "rollout.end_tokens",
+    "data.chat_template_kwargs",
+    "data.template_date",
 )
-"""Keys that decided the stored rollouts and that this run's own value does not change any more."""
+"""Keys, or sections, that decided the stored rollouts and that this run's own value does not change any more."""
 
 
 def check_replayed(config: Config, now: Inputs) -> None:
@@ -43,16 +51,23 @@ def check_replayed(config: Config, now: Inputs) -> None:
             config, f"no {other.inputs.name} there: whether its prompts and its student are those of here is not known"
         )
     else:
-        _compare_student(config, there, now)
-        theirs, ours = there.data["data.prompts"], now.data["data.prompts"]
+        _compare_student(config, _recorded(there.models, "student.path", other), now.models["student.path"])
+        theirs, ours = _recorded(there.data, "data.prompts", other), now.data["data.prompts"]
         if theirs.sha256 != ours.sha256:
             _say(config, f"its rollouts answer other prompts: {theirs.path} there, {ours.path} here")
     for change in _other_sampling(config, other):
         _say(config, f"its rollouts were sampled otherwise, here {change} has no effect")
 
 
-def _compare_student(config: Config, there: Inputs, now: Inputs) -> None:
-    theirs, ours = there.models["student.path"], now.models["student.path"]
+def _recorded(inputs: Mapping[str, Input], key: str, other: RunDir) -> Input:
+    if key not in inputs:
+        raise ConfigError(
+            [f"{other.inputs}: expected {key} in it (edited?); restore it, or remove it, and it is not compared"]
+        )
+    return inputs[key]
+
+
+def _compare_student(config: Config, theirs: ModelInput, ours: ModelInput) -> None:
     if theirs.digest.tokenizer() != ours.digest.tokenizer():
         folder = Path(theirs.path)
         if theirs.files.get("tokenizer.json") == ours.files.get("tokenizer.json"):
@@ -73,8 +88,8 @@ def _other_sampling(config: Config, other: RunDir) -> list[Change]:
     text = other.recorded_config()
     if text is None:
         return []
-    there, here = read_record(text, str(other.config)).values, leaves(config)
-    return [Change(key, there[key], here[key]) for key in COMPARED if there[key] != here[key]]
+    changes = compare(read_record(text, str(other.config)).values, leaves(config))
+    return [change for change in changes if any(f"{change.key}.".startswith(f"{key}.") for key in COMPARED)]
 
 
 def _say(config: Config, what: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from tropd_mcore.config.record import NOTHING, Change, compare, read_record, sho
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.train.inputs import DataInput, Inputs, ModelInput
-from tropd_mcore.train.resume_rules import rule_of
+from tropd_mcore.train.resume_rules import Rule, free, refused, rule_of
 from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.weights.digest import short
 
 log = logging.getLogger(__name__)
 
-SHOWN_FILES = 4
-"""Files of a folder that are named in one line."""
+PRECISION_KEYS = frozenset({"teacher.kind", "teacher.dtype", "teacher.server.dtype"})
+"""Keys that decide together how the teacher rounds."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Before:
     """The newest one; None before the first."""
     values: Mapping[str, Any] | None
     """{dotted key: value} of the last accepted launch; None where there is no record."""
+    template_date: date | None = None
+    """The day that chat templates print where the configuration sets none; None where none is recorded."""
 
     @property
     def way_out(self) -> str:
@@ -52,7 +56,7 @@ class Before:
 
 
 def read_before(run_dir: RunDir, checkpoint: Path | None) -> Before:
-    """Read the record of the launch before. Raises ConfigError where it is damaged."""
+    """Read the record of the launch before. Raises ConfigError or DataError where it is damaged."""
     text, begun = run_dir.recorded_config(), run_dir.has_begun()
     values = None
     if text is not None:
@@ -62,7 +66,7 @@ def read_before(run_dir: RunDir, checkpoint: Path | None) -> Before:
             log.warning("%s: %s is a key of another version and was not compared", run_dir.config, key)
     elif begun:
         log.warning("%s is missing: what this launch changes in the run cannot be told", run_dir.config)
-    return Before(run_dir.root, begun, checkpoint, values)
+    return Before(run_dir.root, begun, checkpoint, values, run_dir.recorded_template_date())
 
 
 def check_config(before: Before, config: Config) -> list[Change]:
@@ -78,24 +82,44 @@ def check_config(before: Before, config: Config) -> list[Change]:
         return []
     printed, problems, by_content = [], [], []
     for change in changes:
-        rule = rule_of(change.key)
-        assert rule is not None, f"{change.key} has no rule"
-        kind = rule.kind
-        if kind == "verdicts":
-            kind = "refused" if learns_from_verifier(config.objective) else "free"
-        elif kind == "beginning":
-            kind = "free" if before.checkpoint is not None and _is_taken_back(change) else "refused"
-        if kind == "content":
+        rule = _decided(change, before, config)
+        if rule.kind == "content":
             by_content.append(change)
-        elif kind == "refused":
+        elif rule.kind == "refused":
             problems.append(f"{change} is refused: {rule.reason}")
         else:
-            printed.append(f"{change} ({rule.reason})" if rule.reason and rule.kind == "free" else str(change))
+            printed.append(f"{change} ({rule.reason})" if rule.reason else str(change))
     if problems:
-        problems += [f"{change} is refused unless both have the same content" for change in by_content]
+        problems += [
+            f"{change} was not looked at; it is free where both have the same content" for change in by_content
+        ]
         raise ConfigError([*problems, _conclusion(before)])
     _print(before, printed)
     return by_content
+
+
+def _decided(change: Change, before: Before, config: Config) -> Rule:
+    """The rule of the changed key, with what depends on other keys and on the run decided: free, refused or content."""
+    rule = rule_of(change.key)
+    assert rule is not None, f"{change.key} has no rule"
+    if _names_the_day(change, before):
+        return free("the day that this run has printed so far")
+    if change.key in PRECISION_KEYS and before.values is not None:
+        old, new = _teacher_dtype(before.values), _teacher_dtype(leaves(config))
+        if old != new:
+            return refused(f"another rounding of the teacher, {old} -> {new}, is another teacher")
+        return rule if rule.kind == "free" else free(f"the teacher computes in {new} as before")
+    if rule.kind == "verdicts":
+        return refused(rule.reason) if learns_from_verifier(config.objective) else free()
+    if rule.kind == "beginning":
+        return free() if before.checkpoint is not None and _is_taken_back(change) else refused(rule.reason)
+    return rule
+
+
+def _teacher_dtype(values: Mapping[str, Any]) -> Any:
+    """`derived.teacher_dtype` of recorded values."""
+    served = values.get("teacher.server.dtype") if values.get("teacher.kind") == "sglang" else None
+    return served or values.get("teacher.dtype")
 
 
 def check_inputs(
@@ -113,18 +137,24 @@ def check_inputs(
     printed, problems = [], []
     for key in sorted({*now.models, *now.data, *renamed}):
         difference = _difference(key, recorded, now)
+        what = renamed.get(key) or f"{key}: {_path(key, now)}"
         if difference is None:
             printed += [f"{renamed[key]} (moved, the same content)"] if key in renamed else []
         elif _is_unused(key, now, config):
-            printed.append(f"{renamed.get(key, key)} ({difference}; not used by this objective)")
+            printed.append(f"{what} ({difference}; not used by this objective)")
         elif recorded is not None or key in renamed:
             rule = rule_of(key)
             assert rule is not None and rule.kind == "content", f"{key} is no path whose content is compared"
-            problems.append(f"{renamed.get(key, key)}: {difference}; refused: {rule.reason}")
+            problems.append(f"{what}: {difference}; refused: {rule.reason}")
     problems += _other_beginning(before, recorded, now)
     if problems:
         raise ConfigError([*problems, _conclusion(before)])
     _print(before, [*printed, *_surroundings(recorded, now)])
+
+
+def _path(key: str, now: Inputs) -> str:
+    found = now.models.get(key) or now.data.get(key)
+    return str(found.path) if found is not None else "none"
 
 
 def _is_unused(key: str, now: Inputs, config: Config) -> bool:
@@ -139,12 +169,22 @@ def _other_beginning(before: Before, recorded: Inputs | None, now: Inputs) -> It
         return
     old, new = recorded.init_from, now.init_from
     if old.sha256 != new.sha256:
-        yield f"run.init_from: {new.path}: content changed, sha256 {_short(old.sha256)} -> {_short(new.sha256)}"
+        yield f"run.init_from: {new.path}: content changed, sha256 {short(old.sha256)} -> {short(new.sha256)}"
 
 
 def _is_taken_back(change: Change) -> bool:
     """Whether a key of the beginning was only removed, which later launches may do."""
     return change.key != "run.init_from" or change.new in (None, NOTHING)
+
+
+def _names_the_day(change: Change, before: Before) -> bool:
+    """Whether data.template_date is only set to the day that the run had without it."""
+    return (
+        change.key == "data.template_date"
+        and change.old is None
+        and before.template_date is not None
+        and change.new == before.template_date.isoformat()
+    )
 
 
 def _conclusion(before: Before) -> str:
@@ -173,24 +213,13 @@ def _data_difference(old: DataInput, new: DataInput) -> str | None:
     if old.sha256 == new.sha256:
         return None
     return (
-        f"{new.path}: content changed, sha256 {_short(old.sha256)} -> {_short(new.sha256)} "
-        f"({old.lines} lines -> {new.lines} lines)"
+        f"content changed, sha256 {short(old.sha256)} -> {short(new.sha256)} ({old.lines} lines -> {new.lines} lines)"
     )
 
 
 def _model_difference(old: ModelInput, new: ModelInput) -> str | None:
-    if old.digest.whole() == new.digest.whole():
-        return None
-    names = [name for name in sorted({*old.files, *new.files}) if old.files.get(name) != new.files.get(name)]
-    shown = ", ".join(
-        f"{name} {_short(old.files.get(name))} -> {_short(new.files.get(name))}" for name in names[:SHOWN_FILES]
-    )
-    more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
-    return f"{new.path}: content changed, sha256 of {shown}{more}"
-
-
-def _short(digest: str | None) -> str:
-    return digest[:12] if digest is not None else "none"
+    changes = old.digest.changes(new.digest)
+    return f"content changed, {changes}" if changes is not None else None
 
 
 def _surroundings(recorded: Inputs | None, now: Inputs) -> Iterator[str]:
@@ -204,4 +233,4 @@ def _surroundings(recorded: Inputs | None, now: Inputs) -> Iterator[str]:
     for key in sorted({*recorded.code, *now.code}):
         old, new = recorded.code.get(key), now.code.get(key)
         if old != new:
-            yield f"{key}: its source file changed, sha256 {_short(old)} -> {_short(new)}"
+            yield f"{key}: its source file changed, sha256 {short(old)} -> {short(new)}"

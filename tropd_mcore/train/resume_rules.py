@@ -42,6 +42,7 @@ _SCHEDULE = free("the learning rate follows the new schedule from the next optim
 _ROUNDING = free("the same numbers up to rounding")
 _SERVER = free("the same model behind another door")
 _TEACHER_PRECISION = refused("another rounding of the teacher is another teacher")
+_ARGUMENTS = "arguments such as --quantization or --kv-cache-dtype round otherwise, and are not looked at here"
 
 RULES: dict[str, Rule] = {
     "run.dir": free("the run directory was moved"),
@@ -68,6 +69,7 @@ RULES: dict[str, Rule] = {
     "teacher.dtype": _TEACHER_PRECISION,
     "teacher.server": _SERVER,
     "teacher.server.dtype": _TEACHER_PRECISION,
+    "teacher.server.extra_args": free(f"a teacher of other numbers where they say so: {_ARGUMENTS}"),
     "teacher.extra_tokens": free("the tokens of student and teacher are checked again"),
     "teacher.check_every": free(),
     "teacher.on_failure": free(),
@@ -86,6 +88,7 @@ RULES: dict[str, Rule] = {
     "rollout.top_k": _SAMPLING,
     "rollout.truncate": _SAMPLING,
     "rollout.server": free("the student's weights are published to it as before"),
+    "rollout.server.extra_args": free(f"a sampler of other numbers where they say so: {_ARGUMENTS}"),
     "objective": _LOSS,
     "objective.reference": Rule("content", "the steps so far were compared with another reference"),
     "loss.form": _ROUNDING,

@@ -145,29 +145,27 @@ class RunDir:
         return any((self.root / "rollouts").glob("step_*.npz")) or any(self.checkpoints.glob("step_*"))
 
     @property
-    def template_day(self) -> Path:
+    def template_date(self) -> Path:
         """Text file with the day that chat templates print in this run."""
         return self.root / "template_date"
 
     def recorded_template_date(self) -> date | None:
         """The day that the run's chat templates print; None where no launch has recorded one. Raises `DataError`."""
-        if not self.template_day.exists():
+        if not self.template_date.exists():
             return None
-        text = self.template_day.read_text(encoding="utf-8", errors="replace").strip()
+        text = self.template_date.read_text(encoding="utf-8", errors="replace").strip()
         try:
             return date.fromisoformat(text)
         except ValueError as error:
             raise DataError(
-                f"{self.template_day}: expected the date of the run's first launch (YYYY-MM-DD), found {text[:20]!r}; "
-                "write it there, or set data.template_date"
+                f"{self.template_date}: expected the date of the run's first launch (YYYY-MM-DD), found {text[:20]!r}; "
+                "write it there"
             ) from error
 
-    def template_date(self, today: date) -> date:
-        """The recorded day; the first call records `today`. Raises `DataError` where it cannot be read or written."""
-        recorded = self.recorded_template_date()
-        if recorded is None:
-            publish_text(self.template_day, f"{today.isoformat()}\n")
-        return recorded or today
+    def record_template_date(self, day: date) -> None:
+        """Keep the day, once. Raises `DataError` where the file is damaged or the place cannot be written."""
+        if self.recorded_template_date() is None:
+            publish_text(self.template_date, f"{day.isoformat()}\n")
 
     def exported_at(self) -> int | None:
         """Optimizer steps done when `export` was written; None where there is none."""

@@ -26,8 +26,8 @@ from tropd_mcore.types import Rollout, TeacherScores
 class ServedTeacher:
     """Scores through `teacher`, which is None on the ranks that do not fetch; `topk` is the width of its answers.
 
-    A step of which more than `masked_share` of the samples could not be scored stops the run. `check` is who sees that
-    the server stays the teacher (gates.teacher_identity); None where nobody does.
+    A step of which more than `masked_share` of the samples, or all of them, could not be scored stops the run. `check`
+    is who sees that the server stays the teacher (gates.teacher_identity); None where nobody does.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class ServedTeacher:
         return set().union(*failed)
 
     def _check_masked(self, asked: int) -> None:
-        """Raise TeacherError, on every rank, where more than `masked_share` of the step could not be scored."""
+        """Raise TeacherError, on every rank, where more than `masked_share` of the step or all of it has no scores."""
         failed = self._failed_everywhere()
-        if len(failed) > self._masked_share * asked:
+        if len(failed) > self._masked_share * asked or len(failed) == asked > 0:
             raise TeacherError(
                 f"teacher.server: {len(failed)} of {asked} samples of the step could not be scored, among them "
                 f"{min(failed)}; at most gates.masked_share={self._masked_share:g} of a step may be left out (the "
@@ -137,8 +137,9 @@ class ServedTeacher:
         if not samples:
             return []
         assert self._teacher is not None
-        further = bool(self._answers)
-        return self._teacher.fetch([rollouts[index] for index in samples], further=further).samples
+        # where each replica asks for its own few samples, only all of them together tell whether the teacher is lost
+        may_have_scores = bool(self._answers) or not self._only_rank_zero
+        return self._teacher.fetch([rollouts[index] for index in samples], may_have_scores=may_have_scores).samples
 
     def _samples_of_replica(self, packed: PackedStep) -> list[int]:
         """Rollouts that have rows in this replica's packs, on any of its context ranks; [] on the other stages."""

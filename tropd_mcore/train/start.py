@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from tropd_mcore.config.plan import resolved_yaml
@@ -92,10 +93,15 @@ def compare_contents(site: Site, opened: Opened, sources: Mapping[str, str]) -> 
     return Start(opened.first_step, opened.checkpoint, source, now, resolved_yaml(site.config, sources), run)
 
 
-def accept(site: Site, start: Start) -> None:
-    """Record the launch as the one that the next is compared with. Collective; raises DataError on a full disk."""
+def accept(site: Site, start: Start, day: date) -> None:
+    """Record the launch as the one that the next is compared with. Collective; raises DataError on a full disk.
+
+    `day` is the one that the prompts were rendered with; later launches keep it where the configuration sets none.
+    """
     with shared_fate(site.layout.groups.control):
         if site.layout.rank == 0:
             save_inputs(site.run_dir, start.inputs)
             site.run_dir.record_id(start.run)
+            if site.config.data.template_date is None:
+                site.run_dir.record_template_date(day)
             site.run_dir.record_config(start.resolved)

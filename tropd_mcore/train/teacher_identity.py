@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 CLEARLY_NEARER = 0.5
 """A server is one of two models where its distance to that one is at most this times the distance to the other."""
+NO_STEP = sys.maxsize
+"""Later than every step."""
 STUDENT_BOUND = 0.04
 """Mean |difference|, nats, up to which a server that rounds is the student where teacher.path cannot be read."""
 
@@ -66,6 +69,8 @@ class Record:
     """Of the server at the first launch"""
     readings: dict[str, Reading] = field(default_factory=dict)
     """By configuration key"""
+    verified: int = 0
+    """Scores of the steps before this one come from that teacher"""
 
 
 class TeacherIdentity:
@@ -110,11 +115,16 @@ class TeacherIdentity:
         self._found = found
         self._server.after_restart = self.check_now
 
-    def record(self) -> None:
-        """Write what was found at the start, unless an earlier launch did. Raises DataError."""
+    @property
+    def verified(self) -> int | None:
+        """Scores of the steps before this one were verified by earlier launches; None where there was none."""
+        return self._recorded.verified if self._recorded is not None else None
+
+    def record(self, verified: int = 0) -> None:
+        """Write what was found at the start, unless an earlier launch did, and what is verified. Raises DataError."""
         assert self._found is not None
         identity = self._recorded.identity if self._recorded is not None else self._found
-        now = Record(identity, self._readings)
+        now = Record(identity, self._readings, verified)
         if now != self._recorded:
             publish_text(self._path, _RECORD.dump_json(now, indent=1).decode() + "\n")
         self._recorded = now
@@ -236,7 +246,7 @@ class TeacherIdentity:
         known = self._readings.get(key)
         if known is not None and known.stamp == stamp and known.fingerprint.ids_N == tuple(self._ids.tolist()):
             return known.fingerprint
-        reason = fits(folder)
+        reason = fits(folder, tokens=len(self._ids))
         if reason is None:
             try:
                 found = fingerprint_of(self._ids, independent_log_probs(folder, self._ids))
@@ -268,6 +278,8 @@ class TeacherCheck:
         self._identity: TeacherIdentity | None = None
         self._verified: int | None = None
         """Scores of the steps before this one come from the teacher of the start; None before the first step."""
+        self._step = 0
+        """The present step, or the one before the checkpoint."""
         self.name: str = on_rank_zero(self._start, control)
         """What tells its scores from another teacher's; the same at every launch of a run and on every rank."""
 
@@ -277,8 +289,8 @@ class TeacherCheck:
         def check() -> None:
             assert self._identity is not None
             if self._verified is None:
-                self._identity.record()
                 self._verified = step
+                self._identity.record(step)
             self._check(step, full=step - self._verified >= self._config.teacher.check_every, verifies=step)
 
         on_rank_zero(check, self._control)
@@ -290,33 +302,60 @@ class TeacherCheck:
     def _start(self) -> str:
         assert self._server is not None
         self._identity = TeacherIdentity(self._server, self._config)
-        self._identity.check_start()
+        try:
+            self._identity.check_start()
+        except GateError as error:
+            raise GateError(f"{error}{self._drop_unverified(self._identity.verified)}") from error
+        self._server.after_restart = lambda: self._look(full=True)
         return self._identity.digest()
 
     def _check(self, step: int, *, full: bool, verifies: int) -> None:
-        identity, server = self._identity, self._server
-        assert identity is not None and server is not None and self._verified is not None
+        assert self._identity is not None and self._server is not None
+        self._step = step
         try:
-            try:
-                if full:
-                    identity.check_now()
-                else:
-                    identity.check_label()
-            except ServerDied as died:
-                server.recover(died)  # which checks the new process
-        except GateError as error:
-            raise GateError(f"{error}. {self._undo(step)}") from error
+            self._look(full=full)
+        except ServerDied as died:
+            self._server.recover(died)  # which looks at the new process
         if full:
             self._verified = verifies
+            self._identity.record(verifies)
 
-    def _undo(self, step: int) -> str:
+    def _look(self, *, full: bool) -> None:
+        """Compare the server with the start; where it is another, drop what may come from it, and say so."""
+        assert self._identity is not None
+        try:
+            if full:
+                self._identity.check_now()
+            else:
+                self._identity.check_label()
+        except GateError as error:
+            if self._verified is None:
+                raise
+            raise GateError(f"{error}. {self._undo(self._verified, self._step)}") from error
+
+    def _undo(self, first: int, last: int) -> str:
         """Drop what may come from the other teacher, so that the same command goes on from before; says so."""
-        assert self._verified is not None
-        RunDir(self._config.run.dir).drop(scores_from=self._verified, rollouts_from=self._verified + 1)
+        RunDir(self._config.run.dir).drop(scores_from=first, rollouts_from=first + 1)
         return (
-            f"It was last as it should be before step {self._verified}: the scores of steps {self._verified} to {step} "
+            f"It was last as it should be before step {first}: the scores of steps {first} to {last} "
             "and the rollouts after the first of them are removed, no checkpoint holds them, and the same command "
             "repeats these steps once the server is right"
+        )
+
+    def _drop_unverified(self, first: int | None) -> str:
+        """Drop the scores that an earlier launch left from step `first` on, which this other teacher may have made.
+
+        Returns what to add to the message. Rollouts stay; the sampler gate sees whether they fit. Where the teacher is
+        as it should be, the scores are kept, so that a step that was interrupted is repeated with them.
+        """
+        run_dir = RunDir(self._config.run.dir)
+        last = _last_scored(run_dir)
+        if first is None or last is None or last < first:
+            return ""
+        run_dir.drop(scores_from=first, rollouts_from=NO_STEP)
+        return (
+            f". The scores of steps {first} to {last}, which it may have made since it was last looked at, are removed "
+            "and will be made again"
         )
 
 
@@ -335,6 +374,12 @@ def load_record(path: Path) -> Record | None:
             f"{path}: the record of the served teacher is damaged ({reason}); remove it to record what is served now"
         )
         raise ConfigError([problem]) from error
+
+
+def _last_scored(run_dir: RunDir) -> int | None:
+    """The last step that has stored scores."""
+    names = [path.name for path in (run_dir.root / "scores").glob("step_*.npz")]
+    return max((int(name.removeprefix("step_").partition(".")[0]) for name in names), default=None)
 
 
 def _stamp(folder: Path) -> str:

@@ -39,7 +39,7 @@ from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.clock import StepClock
-from tropd_mcore.train.gates import SamplerGate, check_teacher_is_another
+from tropd_mcore.train.gates import SamplerBounds, SamplerGate, check_teacher_is_another
 from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
@@ -73,6 +73,7 @@ class Parts:
     context: BatchContextSource
     monitor: Monitor
     renderer: Renderer
+    sampler_bounds: SamplerBounds
     teacher_check: TeacherCheck | None = None
     """Who sees that a served teacher stays what it was; None where there is none, or nobody shall."""
 
@@ -108,7 +109,7 @@ class Trainer:
         self.settings = LossSettings.from_config(parts.config)
         self.first_step = first_step
         self.last_step = last_step
-        self.sampler_gate = SamplerGate(parts.config)
+        self.sampler_gate = SamplerGate(parts.config, parts.sampler_bounds)
         self.compared = False
         """Whether sampler and trainer have been compared since the launch; the same on all ranks."""
 
@@ -227,7 +228,7 @@ class Trainer:
 
         def check() -> bool:
             if first:
-                check_teacher_is_another(tokens, parts.config, batch.step)
+                check_teacher_is_another(tokens, parts.config, parts.sampler_bounds, batch.step)
             return self.sampler_gate.check(batch.step, tokens, first_update=not whole)
 
         self.compared = on_rank_zero(check, parts.layout.groups.control)

@@ -28,6 +28,11 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "is_causal": (True, None),
+    # SGLang alone reads these four
+    "rope_is_neox_style": (True,),  # of llama
+    "scale_emb": (1, 1.0),  # of qwen2
+    "original_num_attention_heads": (None,),  # of qwen2: it divides hidden_size by it
+    "final_logit_softcapping": (None,),
     "per_layer_config": (None, {}),
     "quantization_config": (None,),
     "compression_config": (None,),  # the older name of quantization_config

@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+SHOWN_FILES = 4
+"""Files of a folder that are named in one line."""
 REMEMBERED_BYTES = 1 << 20
 """Smaller files are read again at each launch: that costs less than to remember them."""
 SETTLED_NS = 2_000_000_000
@@ -49,6 +51,17 @@ class FolderDigest:
     def weights(self) -> str:
         """The same of the safetensors alone."""
         return _of_names({name: value for name, value in self.files.items() if name.endswith(".safetensors")})
+
+    def changes(self, new: FolderDigest) -> str | None:
+        """The files in which `new` differs, with old and new digest, on one line; None where it is the same."""
+        names = sorted(name for name in {*self.files, *new.files} if self.files.get(name) != new.files.get(name))
+        if not names:
+            return None
+        shown = (
+            f"{name} {short(self.files.get(name))} -> {short(new.files.get(name))}" for name in names[:SHOWN_FILES]
+        )
+        more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
+        return f"sha256 of {', '.join(shown)}{more}"
 
     def tokenizer(self) -> str:
         """The same of the files that turn text into ids."""
@@ -87,6 +100,11 @@ class DigestMemory:
     def save(self, path: Path) -> None:
         """Publish as JSON. Raises DataError where the place cannot be written."""
         publish_text(path, json.dumps(self.known, indent=1) + "\n")
+
+
+def short(digest: str | None) -> str:
+    """A digest as messages show it."""
+    return digest[:12] if digest is not None else "none"
 
 
 def load_memory(path: Path) -> DigestMemory:
@@ -145,18 +163,19 @@ def read_files(paths: Iterable[Path]) -> list[tuple[Path, Fingerprint, str]]:
     return read
 
 
-def folder_digest(folder: Path) -> FolderDigest:
-    """The digest of a model folder, every file read now. Raises ModelError where a file cannot be read."""
-    names = model_files(folder)
-    read = read_files(Path(folder) / name for name in names)
-    return FolderDigest({name: digest for name, (_, _, digest) in zip(names, read, strict=True)})
+def folder_digest(folder: Path, memory: DigestMemory | None = None) -> FolderDigest:
+    """The digest of a model folder; files that `memory` knows are not read again, what is read goes into it.
 
-
-def weights_digest(folder: Path) -> str:
-    """`folder_digest(folder).weights()`, without reading the other files. Raises ModelError as that does."""
-    names = [name for name in model_files(folder) if name.endswith(".safetensors")]
-    read = read_files(Path(folder) / name for name in names)
-    return _of_names({name: digest for name, (_, _, digest) in zip(names, read, strict=True)})
+    Raises ModelError where a file cannot be read.
+    """
+    memory = memory or DigestMemory()
+    paths = {name: Path(folder) / name for name in model_files(folder)}
+    known = {name: digest for name, path in paths.items() if (digest := memory.recall(path)) is not None}
+    unknown = [name for name in paths if name not in known]
+    read = read_files(paths[name] for name in unknown)
+    memory.remember(read)
+    fresh = {name: digest for name, (_, _, digest) in zip(unknown, read, strict=True)}
+    return FolderDigest({name: known.get(name) or fresh[name] for name in paths})
 
 
 def data_digest(path: Path, *, key: str) -> DataDigest:

@@ -77,9 +77,9 @@ def memory_needed(folder: Path, *, tokens: int = PROBE_TOKENS) -> int:
     return 4 * (sum(parameters) + max(parameters) + _COPIES_OF_LOGITS * tokens * arch.vocab_size) + _SPARE_BYTES
 
 
-def fits(folder: Path) -> str | None:
-    """None where the host has the memory to read `folder` independently, else one clause that says why not."""
-    needed, available = memory_needed(folder), available_memory()
+def fits(folder: Path, *, tokens: int = PROBE_TOKENS) -> str | None:
+    """None where the host has the memory for the log-probs of `tokens`, else one clause that says why not."""
+    needed, available = memory_needed(folder, tokens=tokens), available_memory()
     if needed <= available:
         return None
     return f"an independent reading takes {gib(needed)} of host memory and {gib(available)} are available"

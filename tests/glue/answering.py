@@ -1,0 +1,50 @@
+"""What a command asks its server, answered in this process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tropd_mcore.cli.server as server_module
+from tests.tiny_models import tiny_tokenizer
+from tropd_mcore.serving.wire import Generation, GenerationRequest
+
+
+class Client:
+    """Answers every request with one token and the first of its end tokens."""
+
+    key, url = "teacher.server", "http://127.0.0.1:1"
+
+    def __init__(self) -> None:
+        self.requests: list[GenerationRequest] = []
+
+    def info(self) -> SimpleNamespace:
+        return SimpleNamespace(longest_sequence=10_000)
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [tiny_tokenizer().encode(text, add_special_tokens=False) for text in texts]
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        self.requests += requests
+        ids = [np.array([70, request.stop_token_ids[-1]], np.int32) for request in requests]
+        return [Generation(each, np.zeros(2, np.float32), "stop", ("default",)) for each in ids]
+
+
+def answered_by(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """Let `client` answer for every server that a command opens."""
+
+    class Server:
+        def __init__(self, *_: Any, key: str, **__: Any) -> None:
+            self.client, self.spec = client, SimpleNamespace(key=key)
+
+        def __enter__(self) -> Server:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+    monkeypatch.setattr(server_module, "open_server", Server)
+    return client

@@ -1,0 +1,245 @@
+"""Stored teacher responses are those of this teacher to these prompts: for `tropd prefixes`, and for training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.glue.answering import Client, answered_by
+from tests.glue.launches import edit
+from tests.glue.sites import config_of, site_of
+from tests.glue.stubs import one_rank
+from tests.tiny_models import write_tiny_model
+from tropd_mcore.cli import template_date as date_module
+from tropd_mcore.cli.main import main
+from tropd_mcore.data.prompts import PromptSet
+from tropd_mcore.errors import DataError, ServerError
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.rollout.response_origin import origin_file
+from tropd_mcore.serving.wire import Generation, GenerationRequest
+from tropd_mcore.train import material
+from tropd_mcore.train.inputs import read_inputs
+from tropd_mcore.train.stored_responses import check_responses
+
+GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
+
+
+class Interrupted(Client):
+    """Answers the first chunk alone."""
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
+        if self.requests:
+            raise ServerError("gone")
+        return super().generate(requests)
+
+
+class Recipe:
+    """A prompt file and two models under `root`, and `tropd prefixes` over them."""
+
+    def __init__(
+        self, root: Path, models: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.root, self.capsys, self.caplog = root, capsys, caplog
+        for name in ("student", "teacher"):
+            shutil.copytree(models / name, root / name)
+        self.out, self.file = root / "responses.jsonl", root / "recipe.yaml"
+        self.write_prompts("one pear", "two pears", "three pears")
+        self.file.write_text(
+            f"run: {{dir: {root / 'run'}}}\n"
+            f"student: {{path: {root / 'student'}}}\n"
+            f"teacher: {{path: {root / 'teacher'}}}\n"
+            f"data: {{prompts: {root / 'prompts.jsonl'}, max_prompt_tokens: 64}}\n"
+            "objective: {kind: opd, topk: 3}\n"
+            "batch: {tokens_per_micro_batch: 9000}\n"
+        )
+
+    def write_prompts(self, *texts: str) -> None:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        lines = [{"id": f"p{index}", "messages": chat} for index, chat in enumerate(chats)]
+        (self.root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def prefixes(self, *arguments: str) -> tuple[int, str]:
+        """The exit status and what was printed or logged."""
+        self.capsys.readouterr()
+        self.caplog.clear()
+        code = main(["prefixes", str(self.file), "--out", str(self.out), *arguments])
+        captured = self.capsys.readouterr()
+        return code, captured.out + captured.err + self.caplog.text
+
+    def refused(self, *arguments: str) -> str:
+        """The one line of a call that asks nothing and changes nothing."""
+        before = {path: path.read_bytes() for path in self.root.glob("responses*")}
+        code, text = self.prefixes(*arguments)
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(errors) == 1, text
+        assert {path: path.read_bytes() for path in self.root.glob("responses*")} == before
+        return errors[0]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        write_tiny_model(root / name, num_hidden_layers=1, seed=seed)
+    return root
+
+
+@pytest.fixture
+def recipe(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> Recipe:
+    return Recipe(tmp_path, models, capsys, caplog)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Client:
+    return answered_by(Client(), monkeypatch)
+
+
+@pytest.fixture
+def layout() -> Iterator[Layout]:
+    with one_rank() as layout:
+        yield layout
+
+
+def test_a_second_call_asks_nothing_and_a_further_prompt_is_added(recipe: Recipe, client: Client) -> None:
+    assert recipe.prefixes()[0] == 0 and len(client.requests) == 3
+    code, text = recipe.prefixes()
+    assert code == 0 and "all 3 responses are there" in text and "not known" not in text
+    shutil.move(recipe.root / "teacher", recipe.root / "moved")
+    recipe.write_prompts("one pear", "two pears", "three pears", "four pears")
+    assert recipe.prefixes(f"teacher.path={recipe.root / 'moved'}")[0] == 0 and len(client.requests) == 4
+    assert len(json.loads(origin_file(recipe.out).read_text())["prompts"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--temperature", "0.5"), "temperature 1.0 -> 0.5."),
+        (("--top-p", "0.5"), "top_p 1.0 -> 0.5."),
+        (("--max-new-tokens", "9"), "max_new_tokens 8192 -> 9."),
+        (("teacher.dtype=float32",), "dtype bfloat16 -> float32."),
+        (('rollout.end_tokens=["<|im_end|>","<|endoftext|>"]',), "end_ids (2,) -> (0, 2)."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_responses_that_were_sampled_otherwise_are_not_passed_off_as_these(
+    recipe: Recipe, client: Client, arguments: tuple[str, ...], words: str
+) -> None:
+    recipe.prefixes()
+    line = recipe.refused(*arguments)
+    assert f"responses.jsonl: its responses were made otherwise: {words}" in line
+    assert "--out" in line and "or remove" in line
+    recipe.out.unlink()
+    assert recipe.prefixes(*arguments)[0] == 0, "the way out"
+
+
+def test_responses_of_another_teacher_or_to_another_text_are_refused(recipe: Recipe, client: Client) -> None:
+    recipe.prefixes()
+    recipe.write_prompts("one pear", "two apples", "three pears")
+    assert "the text of 1 prompts, the first is 'p1'" in recipe.refused()
+    recipe.write_prompts("one pear", "two pears", "three pears")
+    edit(recipe.root / "teacher" / "model.safetensors")
+    assert "(sha256 of model.safetensors " in recipe.refused()
+
+
+def test_an_interrupted_call_goes_on_the_day_after_and_only_as_it_began(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Day(date):
+        now = date(2024, 2, 29)
+
+        @classmethod
+        def today(cls) -> date:  # type: ignore[override]
+            return cls.now
+
+    monkeypatch.setattr(date_module, "date", Day)
+    monkeypatch.setattr("tropd_mcore.rollout.prefixes.generate_responses.__kwdefaults__", {"chunk": 2})
+    template = recipe.root / "student" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    answered_by(Interrupted(), monkeypatch)
+    assert recipe.prefixes()[0] == 2 and not recipe.out.exists()
+    Day.now = date(2024, 3, 1)
+    client = answered_by(Client(), monkeypatch)
+    assert "temperature 1.0 -> 0.5" in recipe.refused("--temperature", "0.5")
+    line = recipe.refused("data.template_date=2024-03-01")
+    assert "day 2024-02-29 -> 2024-03-01; the text of 2 prompts" in line
+    assert recipe.prefixes()[0] == 0 and len(client.requests) == 1
+
+
+def test_responses_of_unknown_origin_are_kept_and_said_in_one_line(recipe: Recipe, client: Client) -> None:
+    recipe.prefixes()
+    origin_file(recipe.out).unlink()
+    code, text = recipe.prefixes("--temperature", "0.5")
+    assert code == 0 and text.count("has no record of 3 responses") == 1 and "all 3 responses" in text
+    recipe.write_prompts("one pear", "two pears", "three pears", "four pears")
+    code, text = recipe.prefixes("--temperature", "0.5")
+    assert code == 0 and text.count("has no record of 3 responses") == 1 and len(client.requests) == 4
+    assert list(json.loads(origin_file(recipe.out).read_text())["prompts"]) == ["p3"], "it speaks of what it saw alone"
+    assert "temperature 0.5 -> 1.0" in recipe.refused()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "\udcff"])
+def test_a_damaged_record_is_one_line(recipe: Recipe, client: Client, content: str) -> None:
+    recipe.prefixes()
+    origin_file(recipe.out).write_bytes(content.encode(errors="surrogateescape"))
+    assert "responses.jsonl.origin.json: the record of who answered is damaged" in recipe.refused()
+
+
+def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
+    """What a launch says of the responses."""
+    data = {"prompts": recipe.root / "prompts.jsonl", "teacher_responses": recipe.out} | sections.pop("data", {})
+    given = {"objective": GUIDED, "batch": {"tokens_per_micro_batch": 9000}, "rollout": {"max_new_tokens": 9}}
+    merged = given | {"teacher": {"path": recipe.root / "teacher"}} | sections
+    site = site_of(config_of(recipe.root / "run", recipe.root / "student", data=data, **merged), layout)
+    prompts: PromptSet = material.read_material(site).prompts
+    check_responses(site, read_inputs(site), prompts)
+
+
+def test_training_takes_the_responses_of_its_teacher_without_a_word(
+    recipe: Recipe, client: Client, layout: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe.prefixes()
+    caplog.clear()
+    trained(recipe, layout)
+    assert [message for message in caplog.messages if "responses" in message] == []
+    origin_file(recipe.out).unlink()
+    trained(recipe, layout)
+    assert [message for message in caplog.messages if "has no record of 3 responses" in message]
+
+
+def test_training_refuses_responses_of_another_teacher_or_to_another_text(
+    recipe: Recipe, client: Client, layout: Layout
+) -> None:
+    recipe.prefixes()
+    other = shutil.copytree(recipe.root / "teacher", recipe.root / "other")
+    trained(recipe, layout, teacher={"path": other})
+    edit(other / "model.safetensors")
+    with pytest.raises(DataError, match=r"of another teacher \(.*/teacher\) than teacher\.path=.*/other: sha256 of"):
+        trained(recipe, layout, teacher={"path": other})
+    trained(recipe, layout, teacher={"path": other}, objective={"kind": "opd", "topk": 3})
+    recipe.write_prompts("one pear", "two apples", "three pears")
+    with pytest.raises(DataError, match=r"1 responses answer another text .* the first is 'p1'; sample them again"):
+        trained(recipe, layout)
+    origin_file(recipe.out).unlink()
+    trained(recipe, layout)
+
+
+def test_training_on_another_day_than_that_of_the_responses_names_the_key(
+    recipe: Recipe, client: Client, layout: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = recipe.root / "student" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    recipe.prefixes("data.template_date=2024-02-29")
+    trained(recipe, layout, data={"template_date": "2024-03-01"})
+    (line,) = (message for message in caplog.messages if "3 responses answer another text" in message)
+    assert line.endswith("2024-02-29 there, 2024-03-01 here; set data.template_date=2024-02-29")
+    caplog.clear()
+    trained(recipe, layout, data={"template_date": "2024-02-29"})
+    assert not [message for message in caplog.messages if "another text" in message]

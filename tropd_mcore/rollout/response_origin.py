@@ -1,0 +1,131 @@
+"""What decided stored teacher responses: written beside them, and compared before they are added to or learned from.
+
+Not for the responses (`prefixes`, `data.responses`). Invariants: the file `<responses>.origin.json` is there before the
+first response that it speaks of; a response whose prompt it does not name is of unknown origin, and that is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterable
+from datetime import date
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tropd_mcore.errors import DataError
+from tropd_mcore.files import publish_text
+from tropd_mcore.types import Prompt
+from tropd_mcore.weights.digest import FolderDigest
+
+log = logging.getLogger(__name__)
+
+
+class ResponseOrigin(BaseModel):
+    """Who answered which prompts, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    teacher: str
+    """Its folder, for messages alone"""
+    files: dict[str, str]
+    """{name in that folder: SHA-256}"""
+    dtype: str
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    end_ids: tuple[int, ...]
+    day: date | None
+    """The day that the prompts print; None where they print none"""
+    prompts: dict[str, str]
+    """{prompt id: digest of its token ids}"""
+
+    def other_teacher(self, files: FolderDigest) -> str | None:
+        """What differs in the files of the teacher from `files`, on one line; None where they are the same."""
+        return FolderDigest(self.files).changes(files)
+
+    def other_prompts(self, prompts: dict[str, str], answered: Collection[str]) -> list[str]:
+        """The ids among `answered` whose prompt had another text here than in `prompts`, a map as `self.prompts`."""
+        return [name for name in answered if name in prompts and self.prompts.get(name, prompts[name]) != prompts[name]]
+
+
+def origin_file(responses: Path) -> Path:
+    """Return the place of the record of a response file."""
+    return responses.with_name(f"{responses.name}.origin.json")
+
+
+def prompt_digests(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """Return {prompt id: digest of its token ids}, which tells texts, templates and tokenizers apart."""
+    return {
+        prompt.prompt_id: hashlib.sha256(prompt.token_ids.astype("<i4").tobytes()).hexdigest()[:16]
+        for prompt in prompts
+    }
+
+
+def load_origin(responses: Path) -> ResponseOrigin | None:
+    """Return the record of a response file; None where there is none. Raises DataError where it is damaged."""
+    path = origin_file(responses)
+    try:
+        return ResponseOrigin.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise DataError(
+            f"{path}: the record of who answered is damaged ({reason}): restore it, or remove it, and the "
+            "responses are taken as they are"
+        ) from error
+
+
+def check_origin(responses: Path, recorded: ResponseOrigin | None, now: ResponseOrigin, answered: set[str]) -> None:
+    """Raise DataError where the stored responses to the prompts in `answered` were not made as `now` would make them.
+
+    Says in the log where that cannot be told.
+    """
+    unknown = answered if recorded is None else answered - recorded.prompts.keys()
+    if unknown:
+        say_unknown(responses, len(unknown))
+    if recorded is None or unknown == answered:
+        return
+    changes = [
+        f"{name} {before} -> {after}"
+        for name in ("dtype", "temperature", "top_p", "max_new_tokens", "end_ids", "day")
+        if (before := getattr(recorded, name)) != (after := getattr(now, name))
+    ]
+    other = recorded.other_teacher(FolderDigest(now.files))
+    if other is not None:
+        changes.insert(0, f"teacher {recorded.teacher} -> {now.teacher} ({other})")
+    prompts = recorded.other_prompts(now.prompts, sorted(answered))
+    if prompts:
+        changes.append(f"the text of {len(prompts)} prompts, the first is {prompts[0]!r}")
+    if changes:
+        raise DataError(
+            f"{responses}: its responses were made otherwise: {'; '.join(changes)}. Restore that, write to another "
+            f"file (--out, data.teacher_responses), or remove {responses} with its .partial and sample again"
+        )
+
+
+def save_origin(
+    responses: Path, recorded: ResponseOrigin | None, now: ResponseOrigin, answered: Collection[str]
+) -> None:
+    """Write the record before the prompts that are not in `answered` are sampled. Raises DataError on a full disk.
+
+    Of the `answered` ones it speaks where the record before did.
+    """
+    known = recorded.prompts if recorded is not None else {}
+    prompts = {name: digest for name, digest in now.prompts.items() if name not in answered}
+    prompts |= {name: known[name] for name in answered if name in known}
+    responses.parent.mkdir(parents=True, exist_ok=True)
+    publish_text(origin_file(responses), now.model_copy(update={"prompts": prompts}).model_dump_json(indent=1) + "\n")
+
+
+def say_unknown(responses: Path, count: int) -> None:
+    """Log that responses cannot be compared."""
+    log.warning(
+        "%s: %s has no record of %d responses, so nobody can tell whether they are of this teacher and these prompts; "
+        "responses that `tropd prefixes` samples have one",
+        responses,
+        origin_file(responses).name,
+        count,
+    )

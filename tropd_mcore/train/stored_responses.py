@@ -1,0 +1,61 @@
+"""Are the stored responses of this run those of its teacher to its prompts?
+
+Not for their lines (`data.responses`) or for a resumed run, whose file has the recorded content (`train.resume`).
+Invariant: what a record says otherwise is refused, or said where the date in a template alone may be the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from tropd_mcore.config.derived import active_guidance
+from tropd_mcore.data.prompts import PromptSet
+from tropd_mcore.errors import DataError
+from tropd_mcore.mcore.collective import on_rank_zero
+from tropd_mcore.rollout.response_origin import load_origin, origin_file, prompt_digests, say_unknown
+from tropd_mcore.train.inputs import Inputs
+from tropd_mcore.train.parts import Site
+
+log = logging.getLogger(__name__)
+
+
+def check_responses(site: Site, inputs: Inputs, prompts: PromptSet) -> None:
+    """Compare the record beside data.teacher_responses with teacher and prompts, where responses are continued.
+
+    Collective. Raises DataError where they are another teacher's, or answer other prompts under the same ids.
+    """
+    on_rank_zero(lambda: _check(site, inputs, prompts), site.layout.groups.control)
+
+
+def _check(site: Site, inputs: Inputs, prompts: PromptSet) -> None:
+    config = site.config
+    path = config.data.teacher_responses
+    if path is None or active_guidance(config) is None or config.run.replay is not None:
+        return
+    origin = load_origin(path)
+    answered = [prompt.prompt_id for prompt in prompts.prompts if prompt.teacher_response_ids is not None]
+    unknown = [name for name in answered if origin is None or name not in origin.prompts]
+    if unknown:
+        say_unknown(path, len(unknown))
+    if origin is None or len(unknown) == len(answered):
+        return
+    way_out = (
+        f"sample them again (`tropd prefixes` to another file), or remove {origin_file(path)} to take them as they are"
+    )
+    changes = origin.other_teacher(inputs.models["teacher.path"].digest)
+    if changes is not None:
+        raise DataError(
+            f"data.teacher_responses={path}: responses of another teacher ({origin.teacher}) than "
+            f"teacher.path={config.teacher.path}: {changes}; {way_out}"
+        )
+    others = origin.other_prompts(prompt_digests(prompts.prompts), answered)
+    if not others:
+        return
+    what = (
+        f"data.teacher_responses={path}: {len(others)} responses answer another text than the prompt of their id here"
+    )
+    if origin.day is not None and prompts.printed_date not in (None, origin.day):
+        log.warning("%s (the first is %r): the template printed %s there, %s here; set data.template_date=%s",
+                    what, others[0], origin.day, prompts.printed_date, origin.day)  # fmt: skip
+        return
+    raise DataError(f"{what}, the first is {others[0]!r}; {way_out}")
