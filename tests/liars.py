@@ -6,11 +6,8 @@ told about passes through untouched, so that the rest of the conversation is rea
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +16,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 from aiohttp import web
+
+from tests.http_server import serving
 
 NO_END = 9
 """An id that no test has among its end tokens."""
@@ -85,35 +84,14 @@ class Liar:
 def liar(upstream: str) -> Iterator[Liar]:
     """A running proxy on loopback before `upstream`, in a thread of its own."""
     proxy = Liar(upstream)
-    loop = asyncio.new_event_loop()
-    ready = threading.Event()
 
-    async def start() -> web.AppRunner:
-        app = web.Application(client_max_size=2**30)
-        app.router.add_route("*", "/{path:.*}", proxy.answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        listener = socket.create_server(("127.0.0.1", 0))
-        proxy.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        await web.SockSite(runner, listener).start()
-        return runner
+    def app() -> web.Application:
+        made = web.Application(client_max_size=2**30)
+        made.router.add_route("*", "/{path:.*}", proxy.answer)
+        return made
 
-    def work() -> None:
-        asyncio.set_event_loop(loop)
-        runner = loop.run_until_complete(start())
-        ready.set()
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert ready.wait(60)
-    try:
+    with serving(app) as proxy.url:
         yield proxy
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
 
 
 def twisted(twist: Twist) -> Lie:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ class Stage:
     def rollouts(self) -> list[list[Rollout]]:
         """Those of each step."""
         return [load_rollouts(self.run("sampled") / "rollouts" / f"step_{step:06d}.npz") for step in range(STEPS)]
+
+
+def overrides(stage: Stage, name: str, wanted: list[str], places: Mapping[str, Path]) -> list[str]:
+    """The overrides of a job: its run directory, and `wanted` with each word of `places` replaced by its path."""
+    filled = []
+    for text in wanted:
+        for word, place in places.items():
+            text = text.replace(word, str(place))
+        filled.append(text)
+    return [f"run.dir={stage.run(name)}", *filled]
 
 
 def run_jobs(config: Path, jobs: list[list[str]]) -> None:

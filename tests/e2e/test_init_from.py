@@ -49,12 +49,7 @@ def checkpoint(stage: Stage) -> Path:
 
 def overrides(stage: Stage, name: str, wanted: list[str]) -> list[str]:
     places = {"CHECKPOINT": checkpoint(stage), "STUDENT": stage.model("student")}
-    filled = []
-    for text in wanted:
-        for word, place in places.items():
-            text = text.replace(word, str(place))
-        filled.append(text)
-    return [f"run.dir={stage.run(name)}", *filled]
+    return replayed.overrides(stage, name, wanted, places)
 
 
 @pytest.fixture(scope="module")

@@ -53,12 +53,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 def overrides(stage: Stage, name: str, wanted: list[str]) -> list[str]:
     places = {"STUDENT": stage.model("student"), "UNSOLVED": stage.run("unsolved_rollouts")}
-    filled = []
-    for text in wanted:
-        for word, place in places.items():
-            text = text.replace(word, str(place))
-        filled.append(text)
-    return [f"run.dir={stage.run(name)}", *filled]
+    return replayed.overrides(stage, name, wanted, places)
 
 
 @pytest.fixture(scope="module")

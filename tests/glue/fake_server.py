@@ -6,12 +6,9 @@ with. The start of an input is cached until the cache is flushed, whatever weigh
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import pickle
-import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +16,8 @@ from typing import Any
 
 import torch
 from aiohttp import web
+
+from tests.http_server import serving
 
 Body = dict[str, Any]
 VOCABULARY = 50
@@ -126,8 +125,6 @@ def logp_of(checksum: str) -> float:
 def fake_server(tokenize: Callable[[list[str]], Any] | None = None) -> Iterator[FakeServer]:
     """A running server, in a thread of its own."""
     fake = FakeServer(tokenize=tokenize)
-    loop = asyncio.new_event_loop()
-    ready = threading.Event()
 
     def handler(path: str, answer: Callable[[Body], Any]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -143,29 +140,11 @@ def fake_server(tokenize: Callable[[list[str]], Any] | None = None) -> Iterator[
 
         return handle
 
-    async def start() -> web.AppRunner:
-        app = web.Application(client_max_size=2**24)
+    def app() -> web.Application:
+        made = web.Application(client_max_size=2**24)
         for path, answer in fake.routes().items():
-            app.router.add_route("*", path, handler(path, answer))
-        runner = web.AppRunner(app)
-        await runner.setup()
-        listener = socket.create_server(("127.0.0.1", 0))
-        fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        await web.SockSite(runner, listener).start()
-        return runner
+            made.router.add_route("*", path, handler(path, answer))
+        return made
 
-    def work() -> None:
-        runner = loop.run_until_complete(start())
-        ready.set()
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert ready.wait(30)
-    try:
+    with serving(app) as fake.url:
         yield fake
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()

@@ -7,8 +7,8 @@ import base64
 import json
 import logging
 import socket
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from tests.http_server import serving
 from tropd_mcore.config.schema import RolloutConfig, ServerConfig
 from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
@@ -68,47 +69,23 @@ class Scripted:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Scripted]]:
-    stops: list[Callable[[], None]] = []
+    with ExitStack() as stack:
 
-    def start(*answers: Answer, **behaviour: Any) -> Scripted:
-        scripted = Scripted(list(answers), **behaviour)
-        loop = asyncio.new_event_loop()
-        ready = threading.Event()
+        def start(*answers: Answer, **behaviour: Any) -> Scripted:
+            scripted = Scripted(list(answers), **behaviour)
 
-        async def run() -> web.AppRunner:
-            app = web.Application()
-            app.router.add_post("/generate", scripted.generate)
-            app.router.add_get("/server_info", scripted.info)
-            app.router.add_get("/model_info", scripted.info)
-            runner = web.AppRunner(app)
-            await runner.setup()
-            listener = socket.create_server(("127.0.0.1", 0))
-            scripted.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            await web.SockSite(runner, listener).start()
-            return runner
+            def app() -> web.Application:
+                made = web.Application()
+                made.router.add_post("/generate", scripted.generate)
+                made.router.add_get("/server_info", scripted.info)
+                made.router.add_get("/model_info", scripted.info)
+                return made
 
-        def work() -> None:
-            runner = loop.run_until_complete(run())
-            ready.set()
-            loop.run_forever()
-            loop.run_until_complete(runner.cleanup())
-            loop.close()
+            scripted.url = stack.enter_context(serving(app))
+            stack.callback(setattr, scripted, "released", True)  # before the server stops, so that nothing is held back
+            return scripted
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        ready.wait()
-
-        def stop() -> None:
-            scripted.released = True
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-
-        stops.append(stop)
-        return scripted
-
-    yield start
-    for stop in stops:
-        stop()
+        yield start
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ Not a measurement. Invariant: parameters and optimizer are untouched and gradien
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tropd_mcore.data.packing import context_positions
@@ -59,23 +60,34 @@ def pack_multiple(layout: Layout) -> int:
 
 def longest_micro_batch(pack_length: int, layout: Layout, device: torch.device) -> MicroBatch:
     """Return one sample of `pack_length` positions, of which each is a row; this context rank's part of it."""
+    return one_sample(np.zeros(pack_length + 1, dtype=np.int64), pack_length, layout, device)
+
+
+def one_sample(tokens: npt.NDArray[np.int64], rows: int, layout: Layout, device: torch.device) -> MicroBatch:
+    """Return a pack of one sample, of which the first `rows` positions are rows; this context rank's part of it.
+
+    `tokens`, int64 [pack length + 1]: the tokens of the pack, and what its last position would predict.
+    """
+    pack_length = len(tokens) - 1
     boundaries = np.array([0, pack_length], dtype=np.int32)
-    positions = torch.from_numpy(context_positions(boundaries, layout.cp_size, layout.cp_rank)).to(device)
-    zeros = torch.zeros(len(positions), dtype=torch.int64, device=device)
+    positions = context_positions(boundaries, layout.cp_size, layout.cp_rank)
+    rows_T = np.flatnonzero(positions < rows)
+    predicted_T = positions[rows_T] + 1
+    zeros = torch.zeros(len(rows_T), dtype=torch.int64, device=device)
     return MicroBatch(
-        input_ids=zeros,
-        position_ids=positions,
+        input_ids=torch.from_numpy(tokens[positions]).to(device),
+        position_ids=torch.from_numpy(positions).to(device),
         cu_seqlens=torch.from_numpy(boundaries).to(device),
         max_seqlen=pack_length,
-        rows=torch.arange(len(positions), device=device),
-        target_ids=zeros,
+        rows=torch.from_numpy(rows_T).to(device),
+        target_ids=torch.from_numpy(tokens[predicted_T]).to(device),
         on_mask=torch.ones_like(zeros, dtype=torch.bool),
         off_mask=torch.zeros_like(zeros, dtype=torch.bool),
         behav_logp=zeros.float(),
         trust_u=zeros.float(),
         weight=torch.ones_like(zeros, dtype=torch.float32),
         sample_index=zeros,
-        token_index=positions + 1,
+        token_index=torch.from_numpy(predicted_T).to(device),
     )
 
 

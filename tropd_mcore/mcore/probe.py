@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from tropd_mcore.data.packing import context_positions
-from tropd_mcore.mcore.dry_run import pack_multiple
+from tropd_mcore.mcore.dry_run import one_sample, pack_multiple
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
@@ -48,24 +47,6 @@ def probe_batch(token_ids: IntArray, pack_length: int, layout: Layout, device: t
 
     The text is filled up to `pack_length` by repeating its last token: no token before the filling attends to it.
     """
-    padded = np.concatenate([token_ids, np.full(pack_length - len(token_ids), token_ids[-1])]).astype(np.int64)
-    boundaries = np.array([0, pack_length], dtype=np.int32)
-    positions = context_positions(boundaries, layout.cp_size, layout.cp_rank)
-    rows = np.flatnonzero(positions < len(token_ids) - 1)
-    at = torch.from_numpy(positions[rows]).to(device)
-    zeros = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    return MicroBatch(
-        input_ids=torch.from_numpy(padded[positions]).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
-        cu_seqlens=torch.from_numpy(boundaries).to(device),
-        max_seqlen=pack_length,
-        rows=torch.from_numpy(rows).to(device),
-        target_ids=torch.from_numpy(padded[positions[rows] + 1]).to(device),
-        on_mask=torch.ones_like(zeros, dtype=torch.bool),
-        off_mask=torch.zeros_like(zeros, dtype=torch.bool),
-        behav_logp=zeros.float(),
-        trust_u=zeros.float(),
-        weight=torch.ones_like(zeros, dtype=torch.float32),
-        sample_index=zeros,
-        token_index=at + 1,
-    )
+    filling = np.full(pack_length + 1 - len(token_ids), token_ids[-1])
+    tokens = np.concatenate([token_ids, filling]).astype(np.int64)
+    return one_sample(tokens, len(token_ids) - 1, layout, device)

@@ -80,7 +80,8 @@ def generate_responses(
         lines.update(fresh)
         log.info("%d of %d teacher responses", len(lines), len(prompts))
     wanted = [lines[prompt.prompt_id] for prompt in prompts]
-    empty = [prompt.prompt_id for prompt in prompts if not json.loads(lines[prompt.prompt_id])["response_ids"]]
+    responses = [json.loads(line) for line in wanted]
+    empty = [response["id"] for response in responses if not response["response_ids"]]
     if empty:
         log.warning(
             "%s: the teacher ended at once on %d prompts, the first is %r; training refuses their responses: remove "
@@ -91,7 +92,7 @@ def generate_responses(
         )
     publish_text(out, "".join(line + "\n" for line in wanted))
     partial.unlink(missing_ok=True)
-    finished = sum(bool(json.loads(line)["finished"]) for line in wanted)
+    finished = sum(bool(response["finished"]) for response in responses)
     return ResponseReport(prompts=len(prompts), sampled=len(missing), finished=finished)
 
 

@@ -16,17 +16,8 @@ from pathlib import Path
 
 from tropd_mcore.errors import DataError, ModelError
 from tropd_mcore.files import file_digest, publish_text
-from tropd_mcore.weights.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, INDEX_FILE
+from tropd_mcore.weights.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, INDEX_FILE, TOKENIZER_FILES
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 SHOWN_FILES = 4
 """Files of a folder that are named in one line."""
 REMEMBERED_BYTES = 1 << 20

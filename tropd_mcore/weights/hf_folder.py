@@ -29,8 +29,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Size of one safetensors file. Source: the default of transformers' `save_pretrained`."""
-COMPANION_FILES = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,9 +37,9 @@ COMPANION_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
 )
+"""What the ids of a text depend on."""
+COMPANION_FILES = ("generation_config.json", *TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
 """Copied unchanged beside config.json, where the source has them."""
 COMPANION_FOLDERS = ("additional_chat_templates",)
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -1,0 +1,45 @@
+"""A small HTTP server in a thread of the test's process, on loopback and a port that the OS chooses."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+START_LIMIT_S = 60.0
+"""Longest start. It is there to end a hang."""
+
+
+@contextmanager
+def serving(make: Callable[[], web.Application]) -> Iterator[str]:
+    """Serve what `make` returns, which is called in the server's thread; the URL, without a slash at its end."""
+    loop = asyncio.new_event_loop()
+    ready = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def start() -> web.AppRunner:
+        runner = web.AppRunner(make())
+        await runner.setup()
+        await web.SockSite(runner, listener).start()
+        return runner
+
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        runner = loop.run_until_complete(start())
+        ready.set()
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert ready.wait(START_LIMIT_S)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
