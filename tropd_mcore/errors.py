@@ -60,3 +60,7 @@ class LossInputError(TropdError, ValueError):
 
 class TrainingError(TropdError):
     """The optimisation itself went wrong (non-finite loss or gradient)."""
+
+
+class StopRequested(TropdError):
+    """Somebody asked the run to stop (a signal of the scheduler): not a failure; what can be kept is kept."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import FAMILIES, tiny_tokenizer, write_tiny_model
 from tropd_mcore.errors import ModelError
-from tropd_mcore.heartbeat import heartbeat
+from tropd_mcore.progress import progress
 from tropd_mcore.weights import independent
 from tropd_mcore.weights.host_memory import GIB, cgroup_room, gib
 from tropd_mcore.weights.independent import (
@@ -154,11 +154,11 @@ def test_sizes_are_written_in_gib() -> None:
 def test_a_long_wait_is_logged_and_ends_with_the_block(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     log = logging.getLogger("a test")
-    with heartbeat(log, "reading", every_s=0.01):
+    with progress(log, "reading", every_s=0.01):
         while len(caplog.messages) < 3:
             time.sleep(0.001)
     count = len(caplog.messages)
     assert caplog.messages[0].startswith("reading: ") and caplog.messages[0].endswith(" s so far")
-    with pytest.raises(ValueError, match="wrong"), heartbeat(log, "never", every_s=60):
+    with pytest.raises(ValueError, match="wrong"), progress(log, "never", every_s=60):
         raise ValueError("wrong")
     assert len(caplog.messages) == count

@@ -33,6 +33,19 @@ class RunConfig(Section):
     """Write the trained student as a Hugging Face folder to <dir>/export."""
     keep_rollouts: PositiveInt | None = None
     """Newest steps whose rollouts stay in <dir>/rollouts; None = all. Steps since the last checkpoint always stay."""
+    keep_scores: NonNegativeInt | None = 0
+    """Newest steps whose teacher scores stay in <dir>/scores beyond those that a resume needs; None = all."""
+    keep_tokens: PositiveInt | None = 200
+    """Newest steps whose per-token values stay in <dir>/tokens for the report; None = all."""
+    lock: Literal["auto", "flock", "file"] = "auto"
+    """How one job keeps others out of <dir>: a lock of the kernel, or a file that names host and process, for file
+    systems without flock (Lustre); auto = flock where the file system has it, else a file."""
+    rank_timeout_s: PositiveFloat = 120.0
+    """Longest time without a sign of life of a rank (a stopped process, a frozen machine); then the job ends with a
+    line that names the rank."""
+    stall_timeout_s: PositiveFloat = 3600.0
+    """Longest time in which no rank gets on with anything (no micro-batch, no answer of a server, no file); then the
+    job ends with a line that names the rank that the others wait for."""
     replay: Path | None = None
     """Take rollouts from this run directory instead of sampling, and teacher scores where it has them for exactly these
     rows, this teacher (by content) and this objective's candidates."""
@@ -95,12 +108,17 @@ class ServerConfig(Section):
     """Longest wait for a started server to answer."""
     request_timeout_s: PositiveFloat = 1200.0
     """Longest wait for one request."""
+    hang_timeout_s: PositiveFloat = 60.0
+    """A server that answers no health request for this long while others are in flight is taken for hung: a started one
+    is restarted like one that died (max_restarts), one at a url ends the run."""
     max_retries: NonNegativeInt = 3
-    """Retries of one request after a connection error, with exponential backoff."""
+    """Retries of one request after a connection error, a time-out or an answer 429 or 5xx, with exponential backoff."""
     max_restarts: NonNegativeInt = 2
     """Restarts of a started server that died, over the whole launch; the step under way is retried."""
     max_concurrency: PositiveInt = 64
     """Requests in flight from one client."""
+    log_max_mib: PositiveFloat = 64.0
+    """Size at which the log of a started server is rotated; one older file is kept."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the API key, only with `url`; the key itself is never in a config."""
 
@@ -249,6 +267,8 @@ class VerifierConfig(Section):
 
 
 class MonitorConfig(Section):
+    progress_every_s: PositiveFloat = 10.0
+    """Seconds between two progress lines of something long in a log; a terminal has a bar instead."""
     tensorboard: bool = False
     """Write TensorBoard scalars to <run.dir>/tensorboard."""
     wandb_project: str | None = None

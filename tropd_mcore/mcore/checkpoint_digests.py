@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from tropd_mcore.errors import ModelError
 from tropd_mcore.files import file_digest
-from tropd_mcore.heartbeat import heartbeat
 from tropd_mcore.mcore.checkpoint_info import (
     DAMAGED_SUFFIX,
     INFO_FILE,
@@ -29,6 +28,7 @@ from tropd_mcore.mcore.checkpoint_info import (
     step_of,
 )
 from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
+from tropd_mcore.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def make_digests(folder: Path, control: dist.ProcessGroup) -> dict[str, FileReco
     """
     with shared_fate(control):
         names = _names(folder)
-    with heartbeat(log, f"{folder}: reading {len(names)} files for their digests"):
+    with progress(log, f"{folder}: reading {len(names)} files for their digests"):
         return _read_all(folder, names, control)
 
 
@@ -63,7 +63,7 @@ def check_digests(path: Path, info: CheckpointInfo, control: dist.ProcessGroup) 
         raise DamagedCheckpoint(f"checkpoint {path}: {', '.join(missing)} not found; it is damaged")
     if added:
         raise DamagedCheckpoint(f"checkpoint {path}: {', '.join(added)} was not written with it; move it away")
-    with heartbeat(log, f"{path}: comparing {len(info.files)} files with their digests"):
+    with progress(log, f"{path}: comparing {len(info.files)} files with their digests"):
         found = _read_all(path, sorted(info.files), control)
     changed = [_difference(name, info.files[name], found[name]) for name in sorted(info.files)]
     damaged = [difference for difference in changed if difference is not None]

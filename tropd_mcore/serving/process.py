@@ -28,7 +28,7 @@ from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerError
 from tropd_mcore.files import publish_text
-from tropd_mcore.heartbeat import heartbeat
+from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.environment import server_environment
 
@@ -163,7 +163,7 @@ class ServerProcess:
         started = time.monotonic()
         client = self.client()
         limit = self.spec.config.start_timeout_s
-        with heartbeat(log, f"{self.spec.key}: starting, at most {limit:g} s (start_timeout_s; {self.spec.log_path})"):
+        with progress(log, f"{self.spec.key}: starting, at most {limit:g} s (start_timeout_s; {self.spec.log_path})"):
             while not client.healthy():
                 if not self.alive():
                     raise ServerError(self.describe_end())

@@ -20,8 +20,8 @@ from tropd_mcore.config.divergence_objectives import CustomObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, ModelError
 from tropd_mcore.files import file_digest, publish_text
-from tropd_mcore.heartbeat import heartbeat
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate
+from tropd_mcore.progress import progress
 from tropd_mcore.train.material import model_paths
 from tropd_mcore.train.parts import Site
 from tropd_mcore.train.run_dir import RunDir
@@ -103,7 +103,7 @@ def read_inputs(site: Site) -> Inputs:
     layout = site.layout
     control = layout.groups.control
     wanted = on_rank_zero(partial(_unread, site), control)
-    with heartbeat(log, f"reading {len(wanted)} files of model folders for their digests"):
+    with progress(log, f"reading {len(wanted)} files of model folders for their digests"):
         mine: list[Read] = []
         with shared_fate(control):
             mine = read_files(wanted[layout.rank :: layout.world_size])

@@ -20,8 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, GateError, ModelError, ServerDied
 from tropd_mcore.files import publish_text
-from tropd_mcore.heartbeat import heartbeat
 from tropd_mcore.mcore.collective import on_rank_zero
+from tropd_mcore.progress import progress
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.identity import (
     FLOAT32_BOUND,
@@ -137,7 +137,7 @@ class TeacherIdentity:
     def check_now(self) -> None:
         """See that label, checksum and scores are those of the start. Raises GateError."""
         assert self._found is not None and self._ids is not None
-        with heartbeat(log, f"{self._where()}: asking what it serves"):
+        with progress(log, f"{self._where()}: asking what it serves"):
             now = read_identity(self._server.client, self._ids)
         before = self._found
         lines = changes(before.model, now.model)

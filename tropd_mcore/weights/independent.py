@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from tropd_mcore.errors import ModelError
-from tropd_mcore.heartbeat import heartbeat
+from tropd_mcore.progress import progress
 from tropd_mcore.types import FloatArray, IntArray
 from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.families import hf_weight_plan
@@ -94,7 +94,7 @@ def independent_log_probs(folder: Path, token_ids: IntArray, *, dtype: str = "fl
     ids = torch.from_numpy(np.asarray(token_ids, dtype=np.int64))
     size = memory_needed(folder, tokens=len(ids))
     log.info("reading %s with transformers on the CPU (%s): %d tokens, %s", folder, dtype, len(ids), gib(size))
-    with heartbeat(log, f"reading {folder} with transformers"), _all_cores(), torch.inference_mode():
+    with progress(log, f"reading {folder} with transformers"), _all_cores(), torch.inference_mode():
         model = independent_model(folder, dtype=getattr(torch, dtype))
         logits = model(ids[None]).logits[0, :-1]
         logp = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
