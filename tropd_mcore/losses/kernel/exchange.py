@@ -44,7 +44,8 @@ def start_exchange(stats_CM: Tensor, owned_CJ: Tensor, group: dist.ProcessGroup,
     packed_CX[:, slot * group.rank() : slot * (group.rank() + 1)] = stats_CM
     packed_CX[:, slot * ranks :] = owned_CJ
     work = dist.all_reduce(packed_CX, op=dist.ReduceOp.SUM, group=group, async_op=overlap)
-    return Exchange(packed_CX, ranks, slot, work)
+    # without overlap it is done; PyTorch 2.11 under torch.compile then returns the tensor where others return None
+    return Exchange(packed_CX, ranks, slot, work if overlap else None)
 
 
 def merge_stats(stats_CN3: Tensor) -> tuple[Tensor, Tensor]:
