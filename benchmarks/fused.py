@@ -9,6 +9,7 @@ logits, then our loss on them, then the two products of the backward pass.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,13 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import ours
 from benchmarks.ranks import on_ranks
+from tropd_mcore import logs
 from tropd_mcore.losses.kernel.choose import backend as choose_backend
 from tropd_mcore.losses.kernel.shard import chunks
 from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
+from tropd_mcore.progress import progress
+
+log = logging.getLogger("benchmarks.fused")
 
 
 @dataclass(frozen=True)
@@ -254,4 +259,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logs.configure()
+    with progress(log, "benchmarks.fused"):
+        main()

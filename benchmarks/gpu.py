@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,11 +34,15 @@ from benchmarks.inputs import Tokens, Upstream, kernel_of, make_tokens, with_mai
 from benchmarks.measure import Spread, interleaved, table, write_result
 from benchmarks.ours import ours
 from benchmarks.peers import Composite, load_composite
+from tropd_mcore import logs
 from tropd_mcore.losses.kernel.backend import Kernel
 from tropd_mcore.losses.kernel.choose import backend as choose_backend
 from tropd_mcore.losses.kernel.shard import chunks
 from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer, matmul_into
 from tropd_mcore.losses.kernel.topk import distributed_topk
+from tropd_mcore.progress import progress
+
+log = logging.getLogger("benchmarks.gpu")
 
 VOCABULARY = 151936
 L2_FLUSH_BYTES = 256 * 2**20
@@ -315,4 +320,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logs.configure()
+    with progress(log, "benchmarks.gpu"):
+        main()

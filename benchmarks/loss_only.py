@@ -9,6 +9,7 @@ shards, interleaved in one pair of processes; memory is measured in a process pa
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -34,8 +35,12 @@ from benchmarks.measure import (
 from benchmarks.ours import ours
 from benchmarks.peers import PEERS, Composite, load_composite
 from benchmarks.ranks import on_ranks
+from tropd_mcore import logs
 from tropd_mcore.losses.kernel.choose import backend as choose_backend
 from tropd_mcore.losses.kernel.source import GivenLogits
+from tropd_mcore.progress import progress
+
+log = logging.getLogger("benchmarks.loss_only")
 
 
 @dataclass(frozen=True)
@@ -194,4 +199,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logs.configure()
+    with progress(log, "benchmarks.loss_only"):
+        main()

@@ -9,12 +9,17 @@ gradient and its per-token numbers take, whatever the vocabulary.
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 from dataclasses import dataclass, replace
 
 from benchmarks.fused import Sizes, memory_of
 from benchmarks.measure import table, write_result
 from benchmarks.ranks import on_ranks
+from tropd_mcore import logs
+from tropd_mcore.progress import progress
+
+log = logging.getLogger("benchmarks.memory")
 
 CENTRE = Sizes(tokens=0, vocabulary=65536, hidden=256, k=64, world_size=2, chunk_tokens=256, repeats=1)
 
@@ -53,4 +58,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logs.configure()
+    with progress(log, "benchmarks.memory"):
+        main()

@@ -9,6 +9,7 @@ logits kept in float32 (our fused form) and rounded to bfloat16 (given logits). 
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass
 from itertools import product
 
@@ -18,11 +19,15 @@ from torch import Tensor
 from benchmarks.inputs import kernel_of, with_main_grad
 from benchmarks.measure import table, write_result
 from benchmarks.ranks import on_ranks
+from tropd_mcore import logs
 from tropd_mcore.losses.divergences import topk_forward_kl
 from tropd_mcore.losses.kernel.choose import backend as choose_backend
 from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
 from tropd_mcore.losses.kernel.support_loss import TokenLoss, support_loss
 from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.progress import progress
+
+log = logging.getLogger("benchmarks.numerics")
 
 TOKENS, HIDDEN, VOCABULARY, TOPK = 256, 1024, 32768, 64
 LOGIT_NOISE = 0.05
@@ -130,4 +135,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logs.configure()
+    with progress(log, "benchmarks.numerics"):
+        main()

@@ -11,6 +11,7 @@ Shapes: T tokens, W vocabulary shard of this rank, V vocabulary, D hidden, S thi
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
@@ -21,7 +22,11 @@ from benchmarks.inputs import Tokens, make_logits, make_tokens
 from benchmarks.measure import table
 from benchmarks.peers import PEERS, load_composite
 from benchmarks.ranks import on_ranks
+from tropd_mcore import logs
 from tropd_mcore.conformance.adapters import nemo_rl
+from tropd_mcore.progress import progress
+
+log = logging.getLogger("benchmarks.peer_gradients")
 
 TOKENS, VOCABULARY, TOPK, HIDDEN = 37, 516, 9, 16
 """Divisible by 1 to 4 ranks."""
@@ -111,4 +116,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logs.configure()
+    with progress(log, "benchmarks.peer_gradients"):
+        main()

@@ -8,10 +8,15 @@ One axis at a time around tokens = 512, vocabulary = 65536, k = 64, two ranks. T
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import replace
 
 from benchmarks.loss_only import Sizes, measure, printed
 from benchmarks.measure import write_result
+from tropd_mcore import logs
+from tropd_mcore.progress import progress
+
+log = logging.getLogger("benchmarks.scaling")
 
 CENTRE = Sizes(tokens=512, vocabulary=65536, k=64, world_size=2, chunk_tokens=1024, repeats=5)
 AXES = {
@@ -39,4 +44,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    logs.configure()
+    with progress(log, "benchmarks.scaling"):
+        main()

@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
+import logging
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -29,8 +30,13 @@ from typing import Any
 
 from examples.arithmetic.settings import FULL, TINY, ExampleSettings
 from examples.arithmetic.task import Problem, make_splits, problem_stream, worked_answer
+from tropd_mcore import logs
+from tropd_mcore.files import partial_name, remove_left_partials
+from tropd_mcore.progress import progress
 
 SUMMARY = "example.json"
+
+log = logging.getLogger("examples.make_models")
 
 
 def make_example(out: Path, settings: ExampleSettings, *, threads: int = 1) -> dict[str, Any]:
@@ -44,8 +50,10 @@ def make_example(out: Path, settings: ExampleSettings, *, threads: int = 1) -> d
         return found
     if found is None and out.exists():
         raise FileExistsError(f"{out}: expected an example made by this script or nothing, found no {SUMMARY} in it")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    remove_left_partials(out.parent, f".{out.name}.*")
+    partial = partial_name(out)
     partial.mkdir(parents=True)
+    log.info("making %s: student (%d steps) and teacher (%d steps)", out, *_training_steps(settings))
     try:
         summary = {"content_hash": content_hash, "settings": asdict(settings), **_build(partial, settings, threads)}
         (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -59,9 +67,10 @@ def make_example(out: Path, settings: ExampleSettings, *, threads: int = 1) -> d
 
 def _build(folder: Path, settings: ExampleSettings, threads: int) -> dict[str, Any]:
     """Fill `folder`; returns what was measured."""
-    import torch  # not at the top: a second call imports nothing heavy
+    with progress(log, "loading the libraries"):
+        import torch  # not at the top: a second call imports nothing heavy
 
-    from examples.arithmetic import models, tokenizer
+        from examples.arithmetic import models, tokenizer
 
     torch.set_num_threads(threads)
     clock = _Clock()
@@ -69,9 +78,10 @@ def _build(folder: Path, settings: ExampleSettings, threads: int) -> dict[str, A
     digits = {"min_digits": settings.min_digits, "max_digits": settings.max_digits}
     splits = make_splits(random, **digits, train=settings.train_prompts, heldout=settings.heldout_prompts)
     stream = problem_stream(random, **digits, exclude=splits)
-    fast_tokenizer = tokenizer.train_tokenizer(
-        _texts(islice(stream, settings.tokenizer_texts)), max_positions=settings.max_positions
-    )
+    with progress(log, f"tokenizer: learning from {settings.tokenizer_texts} texts"):
+        fast_tokenizer = tokenizer.train_tokenizer(
+            _texts(islice(stream, settings.tokenizer_texts)), max_positions=settings.max_positions
+        )
     for name, problems in (("train", splits.train), ("heldout", splits.heldout)):
         _write_lines(folder / f"{name}.jsonl", _prompt_lines(name, problems))
     clock.lap("data")
@@ -81,15 +91,20 @@ def _build(folder: Path, settings: ExampleSettings, threads: int) -> dict[str, A
         ("teacher", settings.teacher, settings.teacher_training),
     ):
         model = models.new_model(shape, fast_tokenizer, settings.max_positions, seed=settings.seed)
-        models.pretrain(model, fast_tokenizer, stream, training, seed=settings.seed)
+        models.pretrain(model, fast_tokenizer, stream, training, seed=settings.seed, what=name)
         model.save_pretrained(folder / name)
         fast_tokenizer.save_pretrained(folder / name)
         clock.lap(name)
-        accuracy[name] = models.greedy_accuracy(
-            model, fast_tokenizer, splits.heldout, max_new_tokens=settings.max_response_tokens
-        )
+        with progress(log, f"{name}: answering {len(splits.heldout)} held-out problems"):
+            accuracy[name] = models.greedy_accuracy(
+                model, fast_tokenizer, splits.heldout, max_new_tokens=settings.max_response_tokens
+            )
         clock.lap("evaluation")
     return {"greedy_heldout_correct": accuracy, **clock.summary()}
+
+
+def _training_steps(settings: ExampleSettings) -> tuple[int, int]:
+    return settings.student_training.max_steps, settings.teacher_training.max_steps
 
 
 def _texts(problems: Iterable[Problem]) -> Iterator[str]:
@@ -150,6 +165,27 @@ class _Clock:
         }
 
 
+class _Ended(BaseException):
+    """A signal asks this process to end: what it has made so far is removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _end_on_signals() -> None:
+    """End on the first SIGINT, SIGTERM or SIGHUP, and let nothing interrupt the cleaning up."""
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+             if signal.getsignal(number) != signal.SIG_IGN]  # fmt: skip
+
+    def end(number: int, _frame: object) -> None:
+        for each in heard:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Ended(number)
+
+    for number in heard:
+        signal.signal(number, end)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.make_models", description="Make the arithmetic example.")
@@ -157,10 +193,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="the small variant of CI")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1)")
     options = parser.parse_args(arguments)
+    logs.configure()
+    _end_on_signals()
     try:
         summary = make_example(options.out, TINY if options.tiny else FULL, threads=options.threads)
+    except _Ended as ended:
+        print(f"stopped while {options.out} was made; nothing is left, the same command starts again", file=sys.stderr)
+        return 128 + ended.number
     except FileExistsError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"error: cannot write {options.out}: {reason}; make room there or name another folder", file=sys.stderr)
         return 2
     print(f"{options.out}: greedy held-out answers that are right: {summary['greedy_heldout_correct']}")
     print(f"seconds: {summary['wall_s']}, of CPU: {summary['cpu_s']}")

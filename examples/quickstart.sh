@@ -7,13 +7,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 SIZE="${QUICKSTART_SIZE:-full}"                 # full, or tiny: a smaller task for a quick look
 CONFIG="${QUICKSTART_CONFIG:-configs/quickstart-cpu.yaml}" # what to train
-VENV="${VENV:-.venv}"                           # folder of the environment
+VENV="${VENV:-.venv}"                           # folder of the environment; relative to the repository, or absolute
 
-bash examples/setup_env.sh
-export PYTHON="$PWD/$VENV/bin/python"
+case "$VENV" in
+  /*) ;;
+  *) VENV="$PWD/$VENV" ;;
+esac
+export VENV
+INTERPRETER="$VENV/bin/python"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of each rank and of the rollout server
-tropd() { "$PYTHON" -m tropd_mcore.cli.main "$@"; }
-say() { printf '\n== %s\n' "$*"; }
+TROPD=("$INTERPRETER" -m tropd_mcore.cli.main)
 
 case "$SIZE" in
   full) MODELS=models/arithmetic RUN=runs/quickstart MAKE=() ;;
@@ -26,25 +29,57 @@ SETTINGS=(
   "data.prompts=$MODELS/train.jsonl" "data.teacher_responses=$MODELS/teacher_responses.jsonl" "$@"
 )
 
-say "models: a tokenizer, prompts, a teacher and a weaker student ($MODELS)"
-"$PYTHON" -m examples.make_models "$MODELS" "${MAKE[@]}"
+child=                                          # process, and process group, of the step that runs
+asked=                                          # exit code of a signal that came
+# A signal to this script goes to the step: to its whole group where it is Ctrl-C, as from a terminal.
+trap 'asked=130; [[ -z "$child" ]] || kill -INT -- "-$child" 2>/dev/null || true' INT
+trap 'asked=143; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' TERM HUP
 
-say "teacher responses, the prefixes that guide the student"
-tropd prefixes "$CONFIG" "${SETTINGS[@]}" --max-new-tokens 48
+# step WHAT COMMAND...: say what, run it in a process group of its own, and end with its exit code where it fails
+step() {
+  local what="$1" status=0
+  shift
+  [[ -z "$asked" ]] || exit "$asked"
+  printf '\n== %s\n' "$what"
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null || break       # else a signal ended the wait, and the command is still at it
+  done
+  child=
+  ((status)) || status="${asked:-0}"
+  if ((status)); then
+    case "$status" in
+      130 | 143) echo "quickstart: stopped in the step '$what'; the same command goes on" >&2 ;;
+      *) echo "error: quickstart: the step '$what' failed (exit code $status, its message is above)" >&2 ;;
+    esac
+    exit "$status"
+  fi
+}
 
-say "accuracy before: the student as it was made"
-tropd eval "$CONFIG" "${SETTINGS[@]}" --model "$MODELS/student" --prompts "$MODELS/heldout.jsonl" \
+step "environment ($VENV)" bash examples/setup_env.sh
+
+step "models: a tokenizer, prompts, a teacher and a weaker student ($MODELS)" \
+  "$INTERPRETER" -m examples.make_models "$MODELS" "${MAKE[@]}"
+
+step "teacher responses, the prefixes that guide the student" \
+  "${TROPD[@]}" prefixes "$CONFIG" "${SETTINGS[@]}" --max-new-tokens 48
+
+step "accuracy before: the student as it was made" \
+  "${TROPD[@]}" eval "$CONFIG" "${SETTINGS[@]}" --model "$MODELS/student" --prompts "$MODELS/heldout.jsonl" \
   --out "$RUN/evaluation_before.json"
 
-say "training ($CONFIG)"
-bash examples/tropd_pretrain.sh "$CONFIG" "${SETTINGS[@]}"
+step "training ($CONFIG)" "${TROPD[@]}" train "$CONFIG" "${SETTINGS[@]}"
 
-say "accuracy after: the exported student"
-tropd eval "$CONFIG" "${SETTINGS[@]}" --prompts "$MODELS/heldout.jsonl" \
+step "accuracy after: the exported student" \
+  "${TROPD[@]}" eval "$CONFIG" "${SETTINGS[@]}" --prompts "$MODELS/heldout.jsonl" \
   --out "$RUN/evaluation_after.json" --compare-with "$RUN/evaluation_before.json"
 
-say "report"
-tropd report "$RUN"
+step "report" "${TROPD[@]}" report "$RUN"
 
 cat <<END
 

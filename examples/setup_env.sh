@@ -9,9 +9,28 @@ PYTHON="${PYTHON:-python3}"                     # interpreter that the environme
 VENV="${VENV:-.venv}"                           # folder of the environment
 LOCK=requirements/cpu.txt
 
+SIGN_EVERY_S="${SIGN_EVERY_S:-15}"              # seconds between two signs of life of something long
+
 fail() {
   echo "error: $*" >&2
   exit 2
+}
+
+# Run a command; say every few seconds that it is at it, until it ends or this script does.
+with_signs() {
+  local what="$1" begun=$SECONDS signs status=0 never
+  shift
+  (
+    exec {never}<> <(:)                         # nothing ever comes here: a pause without a process of its own
+    while ! read -r -t "$SIGN_EVERY_S" -u "$never" && kill -0 "$$" 2>/dev/null; do
+      echo "$what: $((SECONDS - begun)) s so far, $(du -sm "$VENV" 2>/dev/null | cut -f 1) MB in $VENV"
+    done
+  ) 9>&- &
+  signs=$!
+  "$@" || status=$?
+  kill "$signs" 2>/dev/null || true
+  wait "$signs" 2>/dev/null || true
+  return "$status"
 }
 
 command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; install Python 3.11 or newer, or set PYTHON to one"
@@ -23,9 +42,41 @@ version="$("$PYTHON" -V 2>/dev/null)" || fail "$PYTHON does not run; set PYTHON 
 [[ -n "${CXX:-}" ]] || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
   fail "no C++ compiler found (c++, g++ or clang++); torch.compile in the SGLang server needs one: install g++ or set CXX"
 
-mkdir -p "$VENV"
-exec 9>"$VENV/.setup.lock"
-flock 9                                         # two callers at once: the second waits, then finds it done
+mkdir -p "$VENV" || fail "cannot write $VENV; set VENV to a place with room and rights"
+exec 9>"$VENV/.setup.lock" || fail "cannot write $VENV; set VENV to a place with room and rights"
+
+# Two callers at once: the second waits, then finds it done. Ends with 75 where another one has the lock, with something
+# else where there is no flock.
+take_flock() {
+  command -v flock >/dev/null || return 70
+  flock -E 75 "$@" 9 2>/dev/null
+}
+# The same where there is no flock: a folder, which one caller alone makes.
+folder="$VENV/.setup.lock.d"
+take_folder() {
+  local me owner until=$SECONDS
+  me="$(uname -n) $$"
+  until mkdir "$folder" 2>/dev/null; do
+    owner="$(cat "$folder/owner" 2>/dev/null || true)"
+    if [[ "${owner% *}" == "${me% *}" ]] && ! kill -0 "${owner##* }" 2>/dev/null; then
+      rm -rf "$folder"                          # its owner was on this machine and is gone
+    elif ((SECONDS >= until)); then
+      echo "waiting for another set-up in $VENV (${owner:-just begun}; if it is gone, remove $folder) ..."
+      until=$((SECONDS + SIGN_EVERY_S))
+    fi
+    sleep 0.5
+  done
+  trap 'rm -rf "$folder"' EXIT
+  echo "$me" >"$folder/owner"
+}
+locked=0
+take_flock -n || locked=$?
+while ((locked == 75)); do
+  echo "waiting for another set-up in $VENV ..."
+  locked=0
+  take_flock -w "$SIGN_EVERY_S" || locked=$?
+done
+((locked == 0)) || take_folder
 
 wanted="$version $(cat "$LOCK" pyproject.toml examples/setup_env.sh | sha256sum)"
 stamp="$VENV/.setup.stamp"
@@ -34,18 +85,21 @@ if [[ ! -e "$unfinished" && -x "$VENV/bin/python" && "$(cat "$stamp" 2>/dev/null
   exit 0
 fi
 
-echo "installing $(grep -vc '^#' "$LOCK") packages and sglang into $VENV ..."
+echo "installing $(grep -vc '^#' "$LOCK") packages and sglang into $VENV, a few minutes ..."
 pip=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check)
 rm -f "$stamp"
 if [[ -e "$unfinished" ]] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
   touch "$unfinished"
   rm -rf "$VENV/bin" "$VENV/lib" "$VENV/lib64" "$VENV/include"
-  "$PYTHON" -m venv "$VENV"
+  with_signs "making $VENV" "$PYTHON" -m venv "$VENV"
 fi
 touch "$unfinished"
-"${pip[@]}" -r "$LOCK" || fail "the packages of $LOCK could not be installed (see above); run this again"
-"${pip[@]}" --no-deps sglang==0.5.23 || fail "sglang could not be installed (see above); run this again"
-"${pip[@]}" --no-deps --no-build-isolation -e . || fail "this project could not be installed (see above)"
+with_signs "installing packages" "${pip[@]}" -r "$LOCK" ||
+  fail "the packages of $LOCK could not be installed (see above); run this again"
+with_signs "installing sglang" "${pip[@]}" --no-deps sglang==0.5.23 ||
+  fail "sglang could not be installed (see above); run this again"
+with_signs "installing this project" "${pip[@]}" --no-deps --no-build-isolation -e . ||
+  fail "this project could not be installed (see above)"
 rm "$unfinished"
 echo "$wanted" >"$stamp"
 echo "ready: $VENV/bin/tropd --help"

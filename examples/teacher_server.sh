@@ -3,6 +3,9 @@
 #   bash examples/teacher_server.sh MODEL_FOLDER [further sglang.launch_server arguments]
 # Give the dtype of the run's teacher.dtype (SGLang takes that of the folder otherwise): --dtype bfloat16
 # On a CPU: --device cpu --attention-backend torch_native --sampling-backend pytorch --sleep-on-idle
+# Whoever can send it requests can replace its weights. With a key it takes none without it:
+#   export TROPD_SERVER_KEY="$(openssl rand -hex 32)"      # here and in the launcher of the run
+#   ... and teacher.server.api_key_env=TROPD_SERVER_KEY in the run
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -14,8 +17,18 @@ shift
 PYTHON="${PYTHON:-python}"                      # interpreter of the environment that holds sglang
 HOST="${HOST:-127.0.0.1}"                       # address to serve on; set one that the trainers reach
 PORT="${PORT:-30000}"                           # port to serve on
+TROPD_SERVER_KEY="${TROPD_SERVER_KEY:-}"        # key that requests must carry; empty = none
 if [[ " $* " == *" --device cpu "* ]]; then
   export SGLANG_USE_CPU_ENGINE=1                # SGLang's own switch; without it, it looks for GPU packages
 fi
+# it asks itself when it starts: not through a proxy
+export no_proxy="${no_proxy:+$no_proxy,}127.0.0.1,localhost,::1,$HOST"
+export NO_PROXY="${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1,$HOST"
 echo "teacher.server.url=http://$HOST:$PORT"
+if [[ -n "$TROPD_SERVER_KEY" ]]; then
+  export TROPD_SERVER_KEY
+  echo "teacher.server.api_key_env=TROPD_SERVER_KEY"
+else
+  echo "no key: every user who reaches $HOST:$PORT can replace the weights; set TROPD_SERVER_KEY" >&2
+fi
 exec "$PYTHON" -m tropd_mcore.serving.sglang_launch --model-path "$MODEL" --host "$HOST" --port "$PORT" "$@"

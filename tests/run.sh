@@ -28,7 +28,10 @@ step() {                                        # step NAME COMMAND...: run it a
 if [[ "$SETUP" == 1 ]]; then
   step setup bash examples/setup_env.sh
 fi
-bin="$VENV/bin"
+case "$VENV" in
+  /*) bin="$VENV/bin" ;;
+  *) bin="$PWD/$VENV/bin" ;;
+esac
 step "ruff check" "$bin/ruff" check .
 step "ruff format" "$bin/ruff" format --check .
 step "mypy" "$bin/mypy"

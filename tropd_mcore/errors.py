@@ -42,6 +42,10 @@ class ServerDied(ServerError):
     """A server that answered before does not answer any more: the caller may restart it and ask again."""
 
 
+class ServerHung(ServerDied):
+    """A server whose process runs but that has not answered for long: to be killed and restarted, not asked again."""
+
+
 class AnswerError(ServerError):
     """What a server answered about one sample cannot be used: the caller may ask once more, then leaves it out."""
 

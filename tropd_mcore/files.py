@@ -4,51 +4,178 @@ The exception is a file of step records (metrics.jsonl), which grows by a line a
 Not for directories (see `weights.hf_folder` and `mcore.checkpoint`).
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tropd_mcore.errors import DataError
 
+log = logging.getLogger(__name__)
 
-def publish_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+PARTIAL = ".partial"
+"""End of the name of a file or folder that is being written (`partial_name`)."""
+_WRITER = re.compile(r"\.(\d+)@(.+)\.partial")
+FORGOTTEN_S = 3600.0
+"""A partial file of a process of another machine, which nobody can ask about, is left over after this time."""
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+"""What a file system answers to a call that it does not know."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def publish_file(path: Path, write: Callable[[BinaryIO], object], *, key: str = "run.dir") -> None:
     """Create or replace `path` with what `write` puts into the stream; a crash leaves the old file or none.
 
-    Raises `DataError` where the place cannot be written.
+    The folders above are made. Raises `DataError`, which names `key` as what to change, where the place cannot be
+    written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        sync(path.parent)
-    except OSError as error:
+        with writing(path, key=key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+            sync(path.parent)
+    except DataError:
         with suppress(OSError):
             partial.unlink()
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}; set run.dir to a place with room and rights"
-        ) from error
+        raise
 
 
-def publish_text(path: Path, text: str) -> None:
+def publish_text(path: Path, text: str, *, key: str = "run.dir") -> None:
     """`publish_file` for UTF-8 text."""
-    publish_file(path, lambda stream: stream.write(text.encode()))
+    publish_file(path, lambda stream: stream.write(text.encode()), key=key)
+
+
+def append_text(path: Path, text: str, *, key: str = "run.dir") -> None:
+    """Add `text` to the end of `path` and flush it to the disk; where that fails, the file is as it was before.
+
+    A beginning of a line that a crash left at the end of the file is removed first. Raises `DataError` as
+    `publish_file` does.
+    """
+    with writing(path, key=key), path.open("ab+", buffering=0) as stream:  # a buffer would be written again at the end
+        whole = _end_of_last_line(stream)
+        stream.truncate(whole)
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
+        except OSError:
+            with suppress(OSError):
+                stream.truncate(whole)
+            raise
+
+
+def partial_name(path: Path) -> Path:
+    """Return where this process writes before it renames to `path`: a hidden sibling that names process and machine."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{os.uname().nodename}{PARTIAL}")
+
+
+def remove_left_partials(folder: Path, pattern: str = ".*") -> int:
+    """Remove the partial files and folders in `folder` that killed processes left; return how many.
+
+    Those of this machine where the process is gone; those of another one where they were not touched for an hour.
+    """
+    removed = 0
+    for path in folder.glob(f"{pattern}{PARTIAL}"):
+        if _is_left_over(path):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                removed += 1
+    return removed
+
+
+def _is_left_over(path: Path) -> bool:
+    writer = _WRITER.search(path.name)
+    try:
+        if writer is not None and writer[2] == os.uname().nodename:
+            return not Path("/proc", writer[1]).exists()
+        return time.time() - path.lstat().st_mtime > FORGOTTEN_S
+    except OSError:
+        return False
+
+
+@contextmanager
+def writing(path: Path, *, key: str = "run.dir") -> Iterator[None]:
+    """Turn an OSError of the block, which writes `path`, into the `DataError` of one line that the user sees."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(cannot_write(path, error, key=key)) from error
+
+
+def cannot_write(path: Path, error: OSError, *, key: str = "run.dir") -> str:
+    """Return why `path` cannot be written and what to do about it, one line that names `key`."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return f"cannot write {shown(path)}: {reason}; make room there and run it again, or set {key} to another place"
+    return f"cannot write {shown(path)}: {reason}; set {key} to a place with room and rights"
+
+
+def shown(path: Path | str) -> str:
+    """Return a path as a message shows it: on one line, control characters and bytes that are no text escaped."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a directory, to the disk."""
+    """Flush a file, or the names in a directory, to the disk. Raises OSError.
+
+    Some file systems (FUSE, CIFS) do not flush directories; there a machine that crashes may lose the newest names.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
+        _say_once(path, error)
     finally:
         os.close(descriptor)
+
+
+@cache
+def _told() -> set[int]:
+    """Devices of which `sync` has said that they do not flush directories."""
+    return set()
+
+
+def _say_once(path: Path, error: OSError) -> None:
+    device = path.stat().st_dev
+    if device not in _told():
+        _told().add(device)
+        log.warning(
+            "%s: this file system does not flush directories (%s): a crash of the machine may lose the newest files",
+            shown(path),
+            error.strerror,
+        )
+
+
+def _end_of_last_line(stream: FileIO) -> int:
+    """The offset behind the last newline, found from the end."""
+    end = stream.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        stream.seek(start)
+        found = stream.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def file_digest(path: Path) -> str:
@@ -62,15 +189,22 @@ def read_step_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises `DataError` where another line is not one of ours.
     """
-    if not path.exists():
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}; restore it or move it away") from error
     records = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = text.split("\n")
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
         try:
             record = json.loads(line)
             record["step"] = int(record["step"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number}: expected a JSON object with `step`, found {line[:80]!r}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{shown(path)}:{number}: expected a JSON object with `step`, found {line[:80]!r}; restore or remove "
+                "this line"
+            ) from error
         records.append(record)
     return records

@@ -6,6 +6,7 @@ settings; a problem that is held out is never trained on.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.arithmetic.settings import ModelSettings, PretrainSettings
 from examples.arithmetic.task import Problem, Slip, forgotten_carries, random_slips, work
+from tropd_mcore.progress import progress
+
+log = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 """The label that transformers leaves out of its loss."""
@@ -76,23 +80,27 @@ def pretrain(
     stream: Iterator[Problem],
     settings: PretrainSettings,
     seed: int,
+    *,
+    what: str,
 ) -> None:
-    """Train `model` in place on fresh problems."""
+    """Train `model` in place on fresh problems. `what` is the model's name, for the signs of life."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     draw = _example_drawer(tokenizer, settings, Random(seed))
     model.train()
-    for step in range(1, settings.max_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _rate_factor(settings, step)
-        examples = [draw(problem) for problem in islice(stream, settings.batch_size)]
-        ids, labels = _right_padded(examples, tokenizer.pad_token_id)
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    with progress(log, f"{what}: training", total=settings.max_steps, unit="steps", amount_unit="tok") as state:
+        for step in range(1, settings.max_steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _rate_factor(settings, step)
+            examples = [draw(problem) for problem in islice(stream, settings.batch_size)]
+            ids, labels = _right_padded(examples, tokenizer.pad_token_id)
+            loss = model(input_ids=ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            state.advance(note=f"loss {float(loss.detach()):.3f}", amount=ids.numel())
 
 
 def greedy_accuracy(

@@ -52,7 +52,16 @@ def servers(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     config = ServerConfig(dtype="float32", max_total_tokens=16384, start_timeout_s=jobs.LIMIT_S)
     running = {
         name: SupervisedServer(
-            ServerSpec(f"{name}.server", f"{name}.path", example / name, config, device="cpu", run_dir=logs, name=name)
+            ServerSpec(
+                f"{name}.server",
+                f"{name}.path",
+                example / name,
+                config,
+                device="cpu",
+                run_dir=logs,
+                name=name,
+                extra_env={"TROPD_SERVER_KEY": ""},  # jobs use them as servers that run elsewhere, without a key
+            )
         )
         for name in ("student", "teacher")
     }

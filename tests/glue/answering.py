@@ -39,6 +39,7 @@ def answered_by(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
     class Server:
         def __init__(self, *_: Any, key: str, **__: Any) -> None:
             self.client, self.spec = client, SimpleNamespace(key=key)
+            self.generate = client.generate
 
         def __enter__(self) -> Server:
             return self

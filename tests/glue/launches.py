@@ -19,8 +19,11 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.mcore.checkpoint_info import INFO_FILE, step_folder
 from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.train.inputs import read_inputs
+from tropd_mcore.train.parts import Site
+from tropd_mcore.train.replayed_run import check_replayed
 from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.start import Start, accept, compare_contents, open_launch
+from tropd_mcore.train.start import Start, accept, compare_contents, make_start, open_launch
 
 SOURCES: dict[str, str] = defaultdict(lambda: "test")
 DAY = date(2024, 2, 29)
@@ -41,6 +44,14 @@ def copy_inputs(models: Path, root: Path) -> None:
     for name in ("prompts", "responses"):
         lines = [json.dumps({"id": f"p{index}", name: "text"}) for index in range(3)]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def compared(site: Site) -> Start:
+    """Where a launch starts, whose configuration and contents were compared with the records. Collective."""
+    opened = open_launch(site)
+    inputs = compare_contents(site, opened, read_inputs(site))
+    check_replayed(site.config, inputs)
+    return make_start(site, opened, inputs, SOURCES)
 
 
 @dataclass
@@ -69,7 +80,7 @@ class Runs:
     def compare(self, **sections: Any) -> tuple[Any, Start]:
         """A launch up to its first step, which may be refused."""
         site = site_of(self.config(**sections), self.layout)
-        return site, compare_contents(site, open_launch(site), SOURCES)
+        return site, compared(site)
 
     def launch(self, **sections: Any) -> list[str]:
         """A launch that is accepted; returns what it printed about the run directory."""

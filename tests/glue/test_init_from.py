@@ -19,7 +19,7 @@ from tropd_mcore.errors import ConfigError, DataError, ModelError, TropdError
 from tropd_mcore.files import file_digest
 from tropd_mcore.mcore.checkpoint_info import HF_FOLDER, INFO_FILE, CheckpointInfo, step_folder
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train.init_from import Source, find_source
+from tropd_mcore.train.beginning import Source, find_source
 from tropd_mcore.weights.architecture import read_architecture
 
 

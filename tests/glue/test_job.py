@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -27,6 +27,7 @@ from tropd_mcore.train.parts import Servers, Site
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.served_teacher import ServedTeacher
 from tropd_mcore.train.start import accept, open_launch
+from tropd_mcore.train.start_checks import MATERIAL_CHECKS, State
 from tropd_mcore.weights.publish import new_folder
 
 STEPS = 4
@@ -77,18 +78,22 @@ class Run:
         self.trained_from: int | None = None
         self.fail: Exception | None = None
         monkeypatch.setattr(job, "choose", lambda kind, local_rank: SimpleNamespace(name="cpu", device="cpu"))
-        monkeypatch.setattr(job, "initialize", lambda *_: self._did("initialize", layout))
+        monkeypatch.setattr(job, "initialize", lambda *_, **__: self._did("initialize", layout))
         monkeypatch.setattr(job, "destroy", lambda _: self._did("destroy", None))
-        monkeypatch.setattr(job, "check_tokenizers", lambda _: self._did("tokenizers", None))
-        monkeypatch.setattr(job, "check_vocabularies", lambda _: self._did("vocabularies", None))
-        monkeypatch.setattr(job, "read_material", lambda _: self._did("material", MATERIAL))
-        monkeypatch.setattr(job, "compare_contents", lambda site, opened, sources: start_at(opened.first_step))
-        monkeypatch.setattr(job, "check_responses", lambda site, inputs, prompts: self._did("responses", None))
+        monkeypatch.setattr(job, "run_checks", self._check)
+        monkeypatch.setattr(State, "material", lambda _: MATERIAL)
+        monkeypatch.setattr(job, "read_inputs", lambda _: self._did("inputs", "inputs"))
+        monkeypatch.setattr(job, "make_start", lambda site, opened, inputs, sources: start_at(opened.first_step))
         monkeypatch.setattr(job, "_train", self._train)
 
     def _did(self, what: str, value: Any) -> Any:
         self.did.append(what)
         return value
+
+    def _check(self, checks: Any, state: State, site: Site) -> None:
+        if checks is MATERIAL_CHECKS:
+            state.opened = open_launch(site)
+        self.did.append("material" if checks is MATERIAL_CHECKS else "contents")
 
     def _train(self, site: Site, material: Any, start: Any, cleanup: ExitStack) -> None:
         assert material is MATERIAL
@@ -133,8 +138,8 @@ def test_a_run_has_nothing_left_to_do_where_all_steps_and_the_export_that_was_as
         exported_at(tmp_path, export_of)
     job.run_job(config, SOURCES, ALONE)
     assert run.trained_from == trained_from
-    trained = ["responses", "train"] * (trained_from is not None)
-    assert run.did == ["initialize", "tokenizers", "vocabularies", "material", *trained, "destroy"]
+    trained = ["inputs", "contents", "train"] * (trained_from is not None)
+    assert run.did == ["initialize", "material", *trained, "destroy"]
 
 
 def test_the_lock_and_the_groups_go_where_training_fails(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -181,6 +186,7 @@ class Parts:
             "sampler_bounds": lambda *_: "bounds",
             "make_teacher": lambda *_: teacher,
             "make_self_teacher": lambda site, average, *_: f"self teacher of the {average}",
+            "shared_fate": lambda control: nullcontext(),
             "Monitor": lambda *_, start_step: SimpleNamespace(close=self._close, start_step=start_step),
             "ScoreSource": self._score_source,
             "RolloutSource": lambda config, run_dir, prompts, policy, layout, vocab_size: SimpleNamespace(
@@ -218,7 +224,7 @@ class Parts:
         )
         site: Any = SimpleNamespace(
             config=config,
-            layout=SimpleNamespace(rank=0),
+            layout=SimpleNamespace(rank=0, groups=SimpleNamespace(control="control")),
             run_dir=RunDir(config.run.dir),
             student=SimpleNamespace(vocab_size=307),
         )
@@ -336,10 +342,16 @@ def test_a_run_directory_is_held_until_the_end(layout: Layout, folder: Path, tmp
 
 def test_ranks_other_than_0_write_nothing_in_the_run_directory(layout: Layout, folder: Path, tmp_path: Path) -> None:
     site = site_of(config_of(tmp_path / "run", folder), replace(layout, rank=1))
+    held = RunDir(tmp_path / "run").lock()
     with ExitStack() as cleanup:
         job._hold_run_dir(site, cleanup)
-    accept(site, start_at(0), date(2024, 2, 29))
-    assert not (tmp_path / "run").exists()
+        accept(site, start_at(0), date(2024, 2, 29))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        site.run_dir.check_held()
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        with pytest.raises(DataError, match=r"run\.dir: .* was removed or replaced"):
+            site.run_dir.check_held()
+    held.release()
 
 
 def test_the_first_step_is_the_number_of_steps_of_the_newest_complete_checkpoint(

@@ -1,42 +1,120 @@
-"""The launcher: torchrun's arguments pass through, and the exit code is that of the rank that failed first."""
+"""`tropd train` before ranks start: where this node stands, and what the launcher says of ranks that ended."""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from tests.glue.stubs import make_config
+from tropd_mcore.cli import train_command
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ConfigError
 from tropd_mcore.train import launch
+from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
+from tropd_mcore.train.rendezvous import Place
 
 
-def failed(exitcode: int, at: int) -> ProcessFailure:
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=exitcode, error_file="no such file")
-    failure.timestamp = at
-    return failure
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Eight ranks in all: tensor 2, data 4."""
+    return make_config(tmp_path, parallel={"tensor": 2, "data": 4})
 
 
-def test_the_arguments_go_to_torchrun_and_a_job_without_a_failure_ends_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[str]] = []
-    monkeypatch.setattr(launch, "torchrun", given.append)
-    assert launch.main(["--nproc-per-node=2", "train.py"]) == 0
-    assert given == [["--nproc-per-node=2", "train.py"]]
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    train_command.add_arguments(parser)
+    return parser.parse_args(["recipe.yaml", *arguments])
+
+
+def nodes(config: Config, environ: dict[str, str], *arguments: str) -> train_command.Nodes:
+    return train_command.read_nodes(options(*arguments), config, environ)
+
+
+def test_one_node_needs_nothing_and_takes_any_free_port(config: Config) -> None:
+    assert nodes(config, {}) == train_command.Nodes(1, 0, "127.0.0.1", 0, 8)
+
+
+@pytest.mark.parametrize("port", [{}, {"MASTER_PORT": ""}, {"MASTER_PORT": "0"}])
+def test_several_nodes_agree_on_a_port_without_a_word(config: Config, port: dict[str, str]) -> None:
+    environ = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "first", **port}
+    assert nodes(config, environ) == train_command.Nodes(4, 3, "first", 29500, 2)
+
+
+def test_arguments_win_over_the_environment(config: Config) -> None:
+    environ = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "first", "MASTER_PORT": "1", "NPROC_PER_NODE": "9"}
+    given = [
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--master-addr",
+        "other",
+        "--master-port",
+        "5",
+        "--nproc-per-node",
+        "4",
+    ]
+    assert nodes(config, environ, *given) == train_command.Nodes(2, 1, "other", 5, 4)
+
+
+def test_inside_a_slurm_step_the_step_says_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_command, "_first_host", lambda hosts: f"first of {hosts}")
+    slurm = {"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "node[1-4]"}
+    assert nodes(config, slurm) == train_command.Nodes(4, 2, "first of node[1-4]", 29500, 2)
+    with pytest.raises(ConfigError, match="one task per node"):
+        nodes(config, {**slurm, "SLURM_LOCALID": "1"})
 
 
 @pytest.mark.parametrize(
-    ("exitcodes", "expected"),
+    ("environ", "line"),
     [
-        pytest.param([2], 2, id="a message"),
-        pytest.param([1], 1, id="a traceback"),
-        pytest.param([-9], 1, id="a signal"),
-        pytest.param([3, -15, 1], 3, id="others follow"),
-        pytest.param([-9, 2], 1, id="others follow a signal"),
+        ({"NNODES": "two"}, "NNODES is 'two', expected a whole number"),
+        ({"NNODES": "0"}, "NNODES is 0, expected at least 1"),
+        ({"NNODES": "4", "NODE_RANK": "4", "MASTER_ADDR": "first"}, "NODE_RANK is 4, expected 0 to 3"),
+        ({"NNODES": "4"}, "MASTER_ADDR is not set: NNODES=4 needs the name"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, expected at most 65535"),
+        ({"NPROC_PER_NODE": "3"}, r"3 ranks|world size of 3|WORLD_SIZE"),
     ],
 )
-def test_the_exit_code_is_that_of_the_first_rank_that_failed_and_1_after_a_signal(
-    monkeypatch: pytest.MonkeyPatch, exitcodes: list[int], expected: int
+def test_a_wrong_environment_is_one_line_before_any_rank_starts(
+    config: Config, environ: dict[str, str], line: str
 ) -> None:
-    def torchrun(arguments: list[str]) -> None:
-        failures = {rank: failed(code, at=100 + rank) for rank, code in enumerate(exitcodes)}
-        raise ChildFailedError("train", dict(reversed(failures.items())))
+    with pytest.raises(ConfigError, match=line) as met:
+        nodes(config, environ)
+    assert len(met.value.problems) == 1
 
-    monkeypatch.setattr(launch, "torchrun", torchrun)
-    assert launch.main([]) == expected
+
+def test_the_plan_ends_with_the_line_that_starts_each_node(config: Config) -> None:
+    found = train_command.launch_line(
+        options("a.b=c d", "--nnodes", "4"), nodes(config, {"MASTER_ADDR": "first"}, "--nnodes", "4")
+    )
+    assert found == (
+        "launch       on node R = 0 to 3: tropd train recipe.yaml 'a.b=c d' --nnodes 4 --node-rank R "
+        "--master-addr first --master-port 29500 --nproc-per-node 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (None, "before the first step was done"),
+        ("", "before the first step was done"),
+        ('{"step": 0}\n{"step": 4}\n', "at step 5 of 8"),
+        ('{"step": 4}\n{"step": 5, "loss', "before the first step was done"),
+        ('{"step": 40}\n', "at step 8 of 8"),
+    ],
+    ids=["no file", "empty", "whole", "torn", "longer"],
+)
+def test_where_a_run_stands_is_read_from_its_metrics(tmp_path: Path, lines: str | None, said: str) -> None:
+    if lines is not None:
+        (tmp_path / "metrics.jsonl").write_text(lines)
+    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8)
+    assert launch.where(job) == said
+
+
+def test_the_rank_that_explains_itself_is_blamed_before_one_that_was_killed_and_that_before_one_that_followed() -> None:
+    codes = [BYSTANDER, STOPPED, -9, BUG, INTERRUPTED, EXPLAINED]
+    ordered = sorted(codes, key=launch._blame)
+    assert set(ordered[:2]) == {EXPLAINED, INTERRUPTED} and set(ordered[2:4]) == {-9, BUG}

@@ -15,7 +15,7 @@ from tests.glue.test_wire import guided, launch, request, sampler_of
 from tests.liars import Liar, liar, sampling_lies
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError, ServerError
-from tropd_mcore.serving import client as client_module
+from tropd_mcore.serving import transport as transport_module
 from tropd_mcore.train.replay import save_rollouts
 from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
@@ -80,7 +80,7 @@ def test_a_step_without_any_usable_answer_stops_whatever_the_bound(tmp_path: Pat
 def test_a_sample_that_was_left_out_before_the_server_died_is_not_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(transport_module, "FIRST_WAIT_S", 0.01)
     asked = [request(f"s{index}") for index in range(5)]
     with fake_server() as server, liar(server.url) as proxy:
         tell(proxy, 0, 1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.glue.sites import SDPO, config_of, site_of
+from tests.glue.sites import SDPO, config_of, read_material, site_of
 from tests.glue.stubs import make_layout, one_rank
 from tests.ranks import run_on_ranks
 from tests.tiny_models import write_tiny_model
@@ -143,10 +143,10 @@ def test_a_model_whose_context_is_shorter_than_the_longest_sample_is_refused_by_
     models = {name: replace(arch, max_position_embeddings=tokens) for name, tokens in contexts.items()}
     site = site_of(config_of(tmp_path, folder), layout, **models)
     if not short_of:
-        assert material._longest_sample(site, prompts_of(12)) == LONGEST
+        assert material.check_lengths(site, prompts_of(12)) == LONGEST
         return
     with pytest.raises(ConfigError) as caught:
-        material._longest_sample(site, prompts_of(12))
+        material.check_lengths(site, prompts_of(12))
     assert [found.partition("; ")[0] for found in caught.value.problems] == [
         f"{name}.path={folder}: its context is {LONGEST - 1} tokens but the longest sample can have {LONGEST}"
         for name in short_of
@@ -157,7 +157,7 @@ def test_short_packs_and_short_contexts_are_reported_together(layout: Layout, fo
     narrow = replace(read_architecture(folder), max_position_embeddings=LONGEST - 1)
     config = config_of(tmp_path, folder, batch={"tokens_per_micro_batch": LONGEST - 1})
     with pytest.raises(ConfigError) as caught:
-        material._longest_sample(site_of(config, layout, teacher=narrow), prompts_of(12))
+        material.check_lengths(site_of(config, layout, teacher=narrow), prompts_of(12))
     keys = [found.split()[0].partition("=")[0] for found in caught.value.problems]
     assert keys == ["batch.tokens_per_micro_batch", "teacher.path"]
 
@@ -171,12 +171,12 @@ def written_prompts(path: Path, *, answer: str | None = "7") -> Path:
 def test_the_material_is_what_the_files_say(layout: Layout, folder: Path, tmp_path: Path) -> None:
     data = {"prompts": written_prompts(tmp_path / "prompts.jsonl")}
     config = config_of(tmp_path, folder, data=data, batch={"tokens_per_micro_batch": 99})
-    found = material.read_material(site_of(config, layout))
+    found = read_material(site_of(config, layout))
     assert [prompt.prompt_id for prompt in found.prompts.prompts] == ["p0", "p1"]
     assert found.renderer.eos_ids == (2,) and found.solution_prompts is None
     assert found.longest == found.prompts.longest_prompt + 6
     ignoring = config.model_copy(update={"loss": config.loss.model_copy(update={"ignore_tokens": ("<|im_end|>",)})})
-    assert found.ignored != material.read_material(site_of(ignoring, layout)).ignored
+    assert found.ignored != read_material(site_of(ignoring, layout)).ignored
 
 
 def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
@@ -186,17 +186,17 @@ def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
         return config_of(tmp_path, folder, objective=SDPO, data=data, batch={"tokens_per_micro_batch": 300})
 
     config = config_for(prompts=written_prompts(tmp_path / "prompts.jsonl"))
-    found = material.read_material(site_of(config, layout))
+    found = read_material(site_of(config, layout))
     assert isinstance(found.solution_prompts, SolutionPrompts)
     longest = found.solution_prompts.longest_without_solution()
     assert longest > found.prompts.longest_prompt
     narrow = replace(read_architecture(folder), max_position_embeddings=longest + 6)
     with pytest.raises(ConfigError, match="student.path=.*its context is .* tokens but the teacher of"):
-        material.read_material(site_of(config, layout, student=narrow))
-    material.read_material(site_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
+        read_material(site_of(config, layout, student=narrow))
+    read_material(site_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
     without = config_for(prompts=written_prompts(tmp_path / "without.jsonl", answer=None))
     with pytest.raises(DataError) as caught:
-        material.read_material(site_of(without, layout))
+        read_material(site_of(without, layout))
     first, second = str(caught.value).split("\n")
     assert "without.jsonl:1: prompt 'p0' has no `answer`, but objective.kind=sdpo learns from a verifier" in first
     assert "without.jsonl:2: prompt 'p1' has no `answer`" in second
@@ -213,7 +213,7 @@ def test_all_that_the_run_will_ask_of_its_data_is_asked_at_the_start(
     def problems(**sections: Any) -> list[str]:
         config = config_of(tmp_path / "run", folder, data=data, **sections)
         with pytest.raises(DataError) as caught:
-            material.read_material(site_of(config, layout))
+            read_material(site_of(config, layout))
         return [problem.partition(str(tmp_path))[2][1:] for problem in str(caught.value).split("\n")]
 
     guided = {"kind": "tropd", "guidance": {"enabled": True}}
@@ -224,8 +224,12 @@ def test_all_that_the_run_will_ask_of_its_data_is_asked_at_the_start(
     ]  # fmt: skip
     assert "no response can have the `answer`" in found[0] and "holds token id 307" in found[-1]
     assert sum("has no response in data.teacher_responses" in problem for problem in found) == 1
-    (alone,) = problems(objective={"kind": "tropd", "guidance": {"enabled": False}})
-    assert alone.startswith("responses.jsonl:1: the response to 'p0' holds token id 307")
+    off = {"kind": "tropd", "guidance": {"enabled": False}}
+    config = config_of(tmp_path / "run", folder, data=data, objective=off, batch={"tokens_per_micro_batch": 99})
+    found_prompts = read_material(site_of(config, layout)).prompts.prompts
+    assert all(prompt.teacher_response_ids is None for prompt in found_prompts), "what nobody continues is not read"
+    responses.unlink()
+    read_material(site_of(config, layout))
 
 
 def test_a_resumed_run_renders_the_day_of_its_first_launch(
@@ -242,7 +246,7 @@ def test_a_resumed_run_renders_the_day_of_its_first_launch(
             tmp_path / run, dated, data={"prompts": prompts} | data, batch={"tokens_per_micro_batch": 99}
         )
         site = site_of(config, layout)
-        found = material.read_material(site)
+        found = read_material(site)
         assert found.day == (config.data.template_date or site.run_dir.recorded_template_date() or day)
         if accepted:
             site.run_dir.record_template_date(found.day)
@@ -284,7 +288,7 @@ def read_with_a_fault_on_rank_one(folder: Path, tmp_path: Path, prompts: Path, c
         given = {"data": {"prompts": prompts}, "batch": {"tokens_per_micro_batch": 99}} | change
         site = replace(site, config=config_of(tmp_path / "run", folder, **given))
     try:
-        material.read_material(site)
+        read_material(site)
     except TropdError as error:
         return str(error)
     return "nothing"

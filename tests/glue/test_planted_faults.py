@@ -46,7 +46,7 @@ BEHAV = '"behav_logp_T": micro_batch.behav_logp.double(),'
 OLD = '"old_logp_T": found.logp_T.double(),'
 SCORED = '"on_T": micro_batch.on_mask & scored.scored_T,'
 NEW_STATISTIC = "statistic_of(self._config.objective, step / self._config.run.steps)"
-KEEP = "rollouts_before=done - run.keep_rollouts if run.keep_rollouts is not None else 0"
+LIMIT = "0 if count is None else min(step + 1 - count, needed_from)"
 
 GATES = (
     row(
@@ -170,7 +170,7 @@ SCHEDULES = (
     ),
     row(
         "checkpoints one step late",
-        Fault("train.trainer", "if done % run.checkpoint_every and", "if step % run.checkpoint_every and"),
+        Fault("train.trainer", "if done % self.parts.config.run", "if step % self.parts.config.run"),
         test_trainer.test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch,
         first_step=0,
         last_step=7,
@@ -179,7 +179,7 @@ SCHEDULES = (
     ),
     row(
         "no checkpoint at the end of a launch",
-        Fault("train.trainer", "done % run.checkpoint_every and done != self.last_step", "done % run.checkpoint_every"),
+        Fault("train.trainer", " == 0 or done == self.last_step:", " == 0:"),
         test_trainer.test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch,
         first_step=3,
         last_step=5,
@@ -287,7 +287,7 @@ STORED = (
     ),
     row(
         "keep_rollouts keeps one step too few",
-        Fault("train.trainer", KEEP, KEEP.replace("- run.keep_rollouts", "- run.keep_rollouts + 1")),
+        Fault("train.run_dir", LIMIT, LIMIT.replace("+ 1", "+ 2")),
         test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
         keep_rollouts=2,
         last_step=3,
@@ -296,7 +296,7 @@ STORED = (
     ),
     row(
         "keep_rollouts is not looked at",
-        Fault("train.trainer", KEEP, "rollouts_before=0"),
+        Fault("train.trainer", "rollouts=run.keep_rollouts,", "rollouts=None,"),
         test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
         keep_rollouts=2,
         last_step=3,
@@ -305,7 +305,7 @@ STORED = (
     ),
     row(
         "without keep_rollouts none stay",
-        Fault("train.trainer", KEEP, KEEP.replace("else 0", "else done")),
+        Fault("train.run_dir", LIMIT, LIMIT.replace("0 if", "needed_from if")),
         test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
         keep_rollouts=None,
         last_step=7,
@@ -314,7 +314,7 @@ STORED = (
     ),
     row(
         "scores of checkpointed steps stay",
-        Fault("train.trainer", "scores_before=done", "scores_before=0"),
+        Fault("train.trainer", "self.saved if served else step + 1", "0"),
         test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
         keep_rollouts=None,
         last_step=7,
@@ -323,17 +323,17 @@ STORED = (
     ),
     row(
         "`forget` removes the step at its bound as well",
-        Fault("train.run_dir", '.partition(".")[0]) < limit', '.partition(".")[0]) <= limit'),
-        test_run_dir.test_forget_removes_rollouts_and_scores_below_their_own_bounds_alone,
-        rollouts_before=3,
-        scores_before=5,
+        Fault("train.run_dir", "if _step_of(path) < limit:", "if _step_of(path) <= limit:"),
+        test_run_dir.test_the_newest_steps_stay_and_those_that_a_resume_needs,
+        kept=test_run_dir.KEPT[2][0],
+        first=test_run_dir.KEPT[2][1],
     ),
     row(
         "`forget` takes the bound of the scores for the rollouts",
-        Fault("train.run_dir", '("rollouts", rollouts_before)', '("rollouts", scores_before)'),
-        test_run_dir.test_forget_removes_rollouts_and_scores_below_their_own_bounds_alone,
-        rollouts_before=3,
-        scores_before=5,
+        Fault("train.run_dir", '"rollouts": _limit(step, kept.rollouts,', '"rollouts": _limit(step, kept.scores,'),
+        test_run_dir.test_the_newest_steps_stay_and_those_that_a_resume_needs,
+        kept=test_run_dir.KEPT[2][0],
+        first=test_run_dir.KEPT[2][1],
     ),
     row(
         "a step that is on disk is sampled again",

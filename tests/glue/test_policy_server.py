@@ -17,7 +17,9 @@ from tests.glue.stubs import make_layout, make_rollout, make_student, one_rank
 from tropd_mcore.errors import GateError, ServerDied, ServerError, TropdError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.rollout.sampler import Collected
+from tropd_mcore.train import clock as clock_module
 from tropd_mcore.train import policy_server as policy_server_module
+from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.types import SampleRequest
 
@@ -45,6 +47,7 @@ class Site:
     streams: list[int] = field(default_factory=list)
     """Tensors of each stream that this rank went through."""
     connections: int = 0
+    clock: StepClock = field(default_factory=StepClock)
 
     def policy(self) -> PolicyServer:
         """A launch. Collective."""
@@ -55,6 +58,7 @@ class Site:
             server if self.layout.rank == 0 else None,
             self._connect,  # type: ignore[arg-type]
             prove_sync=self.prove_sync,
+            clock=self.clock,
         )
 
     def did(self, *kinds: str) -> list[Event]:
@@ -296,3 +300,19 @@ def test_every_rank_goes_through_all_streams_again_after_a_death_on_rank_zero() 
     given = {"publish_faults": [ServerDied("gone")], "read_before_fault": 1}
     one, two = on_ranks(on_this_rank, 2, [0], given)
     assert one[0] == two[0] == "" and one[1] == two[1] == [TENSORS] * 2
+
+
+def test_waiting_for_the_server_publication_and_sampling_are_phases_of_their_own() -> None:
+    """Seconds are made up: whatever the server is asked for takes as many as nothing else does."""
+    now, costs = [0.0], {"ready": 100.0, "recover": 1000.0, "publish": 10.0, "sample": 1.0}
+
+    class Costly(list[Event]):
+        def append(self, event: Event) -> None:
+            now[0] += costs[event[0]]
+            super().append(event)
+
+    with one_rank() as layout, mock.patch.object(clock_module.time, "monotonic", lambda: now[0]):
+        site = Site(layout, sample_faults=[ServerDied("gone"), None], events=Costly(), clock=StepClock())
+        with site.clock.phase("rollout"):
+            run(site, [0])
+        assert site.clock.take() == {"server": 1100.0, "publish": 20.0, "rollout": 2.0, "step": 1122.0}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tropd_mcore.errors import GateError, ServerDied, ServerError
+from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung
 from tropd_mcore.rollout import publisher as publisher_module
 from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.publisher import WeightPublisher
@@ -71,13 +71,13 @@ class NotedServer:
     def pause(self) -> None:
         self._note("pause")
 
-    def resume(self) -> None:
+    def resume(self, limit_s: float | None = None) -> None:
         self._note("resume")
 
     def begin_weight_update(self) -> None:
         self._note("begin")
 
-    def end_weight_update(self) -> None:
+    def end_weight_update(self, limit_s: float | None = None) -> None:
         self._note("end")
 
     def flush_cache(self) -> None:
@@ -319,6 +319,21 @@ def test_a_failure_to_close_the_session_does_not_hide_what_led_to_it(caplog: pyt
         publisher_of(server).publish(stream(), "v1")
     assert server.calls == ["pause", "begin", "update", "end", "resume"]
     assert "cannot end (while an update was abandoned)" in caplog.text and "cannot resume (while" in caplog.text
+
+
+def test_a_server_that_hangs_in_an_update_is_not_asked_again() -> None:
+    server = NotedServer(refused={"update": ServerHung("hung")})
+    with pytest.raises(ServerHung, match="hung"):
+        publisher_of(server).publish(stream(), "v1")
+    assert server.calls == ["pause", "begin", "update"]
+
+
+def test_of_a_server_that_is_gone_while_an_update_is_abandoned_nothing_more_is_asked() -> None:
+    refused = {"update": ServerError("refused"), "end": ServerDied("gone")}
+    server = NotedServer(refused=refused)
+    with pytest.raises(ServerError, match="refused"):
+        publisher_of(server).publish(stream(), "v1")
+    assert server.calls == ["pause", "begin", "update", "end"]
 
 
 def test_an_error_of_the_trainer_while_it_gathers_closes_the_session_as_well() -> None:

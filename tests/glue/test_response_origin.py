@@ -13,7 +13,7 @@ import pytest
 
 from tests.glue.answering import Client, answered_by
 from tests.glue.launches import edit
-from tests.glue.sites import config_of, site_of
+from tests.glue.sites import config_of, read_material, site_of
 from tests.glue.stubs import one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli import template_date as date_module
@@ -23,7 +23,6 @@ from tropd_mcore.errors import DataError, ServerError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.rollout.response_origin import origin_file
 from tropd_mcore.serving.wire import Generation, GenerationRequest
-from tropd_mcore.train import material
 from tropd_mcore.train.inputs import read_inputs
 from tropd_mcore.train.stored_responses import check_responses
 
@@ -198,8 +197,8 @@ def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
     given = {"objective": GUIDED, "batch": {"tokens_per_micro_batch": 9000}, "rollout": {"max_new_tokens": 9}}
     merged = given | {"teacher": {"path": recipe.root / "teacher"}} | sections
     site = site_of(config_of(recipe.root / "run", recipe.root / "student", data=data, **merged), layout)
-    prompts: PromptSet = material.read_material(site).prompts
-    check_responses(site, read_inputs(site), prompts)
+    prompts: PromptSet = read_material(site).prompts
+    check_responses(site, read_inputs(site).models["teacher.path"].digest, prompts)
 
 
 def test_training_takes_the_responses_of_its_teacher_without_a_word(

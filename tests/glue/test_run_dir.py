@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tropd_mcore.errors import ConfigError, DataError
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.files import partial_name
+from tropd_mcore.train.run_dir import Kept, RunDir
 
 STEPS = range(8)
 
@@ -31,27 +33,45 @@ def steps_in(run_dir: RunDir, folder: str) -> list[int]:
     return sorted(int(path.name.split(".")[0].split("_")[1]) for path in (run_dir.root / folder).glob("step_*.npz"))
 
 
-@pytest.mark.parametrize(("rollouts_before", "scores_before"), [(0, 0), (3, 5), (5, 3), (0, 8), (8, 0), (-2, 1)])
-def test_forget_removes_rollouts_and_scores_below_their_own_bounds_alone(
-    tmp_path: Path, rollouts_before: int, scores_before: int
+KEPT = [
+    (Kept(None, None, None), (0, 0, 0)),
+    (Kept(rollouts=None, scores=0, tokens=None, scores_needed_from=8), (0, 8, 0)),
+    (Kept(rollouts=3, scores=0, tokens=2, rollouts_needed_from=8, scores_needed_from=8), (5, 8, 6)),
+    (Kept(rollouts=3, scores=0, tokens=2, rollouts_needed_from=4, scores_needed_from=4), (4, 4, 6)),
+    (Kept(rollouts=1, scores=2, tokens=1, rollouts_needed_from=0, scores_needed_from=8), (0, 6, 7)),
+    (Kept(rollouts=100, scores=100, tokens=100, rollouts_needed_from=8, scores_needed_from=8), (0, 0, 0)),
+]
+"""What is kept after step 7, and the first step of which rollouts, scores and tokens then are there."""
+
+
+@pytest.mark.parametrize(("kept", "first"), KEPT, ids=str)
+def test_the_newest_steps_stay_and_those_that_a_resume_needs(
+    tmp_path: Path, kept: Kept, first: tuple[int, int, int]
 ) -> None:
     run_dir = filled(tmp_path)
-    run_dir.forget(rollouts_before=rollouts_before, scores_before=scores_before)
-    assert steps_in(run_dir, "rollouts") == [step for step in STEPS if step >= rollouts_before]
-    assert steps_in(run_dir, "scores") == [step for step in STEPS if step >= scores_before for _ in range(2)]
-    assert steps_in(run_dir, "tokens") == list(STEPS)
+    run_dir.forget(STEPS[-1], kept)
+    rollouts, scores, tokens = first
+    assert steps_in(run_dir, "rollouts") == [step for step in STEPS if step >= rollouts]
+    assert steps_in(run_dir, "scores") == [step for step in STEPS if step >= scores for _ in range(2)]
+    assert steps_in(run_dir, "tokens") == [step for step in STEPS if step >= tokens]
     assert (tmp_path / "rollouts/notes.txt").exists() and (tmp_path / "scores/.step_000001.npz.1.partial").exists()
 
 
 def test_forget_removes_steps_by_number_and_not_by_name(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.rollouts(0).parent.mkdir()
+    (tmp_path / "rollouts/step_by_step.npz").touch()
     for step in (9, 10, 99, 100, 999_999, 1_000_000):
         run_dir.rollouts(step).touch()
-    run_dir.forget(rollouts_before=100, scores_before=0)
-    assert steps_in(run_dir, "rollouts") == [100, 999_999, 1_000_000]
-    run_dir.forget(rollouts_before=1_000_000, scores_before=0)
-    assert steps_in(run_dir, "rollouts") == [1_000_000]
+    everything = Kept(rollouts=1, rollouts_needed_from=2_000_000)
+    run_dir.forget(100, everything)
+    assert numbers(run_dir) == [100, 999_999, 1_000_000]
+    run_dir.forget(1_000_000, everything)
+    assert numbers(run_dir) == [1_000_000] and (tmp_path / "rollouts/step_by_step.npz").exists()
+
+
+def numbers(run_dir: RunDir) -> list[int]:
+    return sorted(int(path.stem[5:]) for path in (run_dir.root / "rollouts").glob("step_[0-9]*.npz"))
 
 
 def test_a_file_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,12 +81,27 @@ def test_a_file_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: 
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(DataError, match=r"cannot remove .*step_000000\S*npz: Permission denied; .* run\.dir"):
-        run_dir.forget(rollouts_before=1, scores_before=0)
+    with pytest.raises(DataError, match=r"cannot remove .*step_00000\d\S*npz: Permission denied; .* run\.dir"):
+        run_dir.forget(7, Kept(rollouts=1, rollouts_needed_from=8))
+
+
+def test_what_a_killed_launch_did_not_finish_goes_and_nothing_else(tmp_path: Path) -> None:
+    run_dir = filled(tmp_path)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for path in (run_dir.rollouts(9), run_dir.scores(9, 0, 0), run_dir.config, run_dir.logs / "rollout.server.json"):
+        path.parent.mkdir(exist_ok=True)
+        partial = partial_name(path)
+        partial.with_name(partial.name.replace(f".{os.getpid()}@", f".{ended.pid}@")).touch()
+    for name in ("step_000002", "step_000004.partial"):
+        (run_dir.checkpoints / name).mkdir(parents=True)
+    before = {path for path in tmp_path.rglob("*") if str(ended.pid) not in path.name}
+    assert run_dir.clean() == 5
+    assert set(tmp_path.rglob("*")) == before - {run_dir.checkpoints / "step_000004.partial"}
 
 
 def test_forget_in_an_empty_directory_does_nothing(tmp_path: Path) -> None:
-    RunDir(tmp_path / "absent").forget(rollouts_before=3, scores_before=3)
+    RunDir(tmp_path / "absent").forget(7, Kept(1, 1, 1, 8, 8))
     assert not (tmp_path / "absent").exists()
 
 
@@ -75,8 +110,8 @@ def test_the_directory_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
     lock = run_dir.lock()
     with pytest.raises(ConfigError, match=r"run.dir: .* is in use by another job; stop it or set another run.dir"):
         RunDir(run_dir.root).lock()
-    os.close(lock)
-    os.close(RunDir(run_dir.root).lock())
+    lock.release()
+    RunDir(run_dir.root).lock().release()
 
 
 def test_a_directory_that_cannot_be_made_is_named_with_its_key(tmp_path: Path) -> None:

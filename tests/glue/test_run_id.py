@@ -20,8 +20,9 @@ from tropd_mcore.errors import DataError
 from tropd_mcore.mcore.checkpoint_info import step_folder
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.train import trainer
+from tropd_mcore.train.inputs import read_inputs
 from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.start import Start, accept, compare_contents, open_launch
+from tropd_mcore.train.start import Start, accept, compare_contents, make_start, open_launch
 
 
 @pytest.fixture
@@ -31,7 +32,9 @@ def layout() -> Iterator[Layout]:
 
 
 def started(site: Any) -> Start:
-    return compare_contents(site, open_launch(site), defaultdict(lambda: "test"))
+    opened = open_launch(site)
+    inputs = compare_contents(site, opened, read_inputs(site))
+    return make_start(site, opened, inputs, defaultdict(lambda: "test"))
 
 
 def test_the_name_is_drawn_once_and_kept_only_by_an_accepted_launch(layout: Layout, tmp_path: Path) -> None:
@@ -94,5 +97,5 @@ def test_checkpoints_are_written_with_the_name_of_the_run(tmp_path: Path, monkey
             teacher_check=None,
             sampler_bounds=None,
         )
-        trainer.Trainer(parts, first_step=0, last_step=2).keep(0, {})
+        trainer.Trainer(parts, first_step=0, last_step=2).keep(0)
     assert given["run"] == "a-run"

@@ -60,7 +60,7 @@ def test_a_server_that_drops_spaces_is_refused_by_name(folder: Path) -> None:
         (None, "has no /tokenize"),
         (lambda texts: honest(texts)[1:], "lists of tokens; expected"),
         (lambda texts: [[1.5]] * len(texts), "expected a list of ids"),
-        (lambda texts: "none", "answered str as tokens"),
+        (lambda texts: "none", "answered 'none' as tokens"),
     ],
     ids=["older", "too few", "no ids", "no list"],
 )

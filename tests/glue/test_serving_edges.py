@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ import torch
 from tests.glue.fake_server import fake_server
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ModelError, ServerDied, ServerError
-from tropd_mcore.serving import client as client_module
+from tropd_mcore.serving import transport as transport_module
 from tropd_mcore.serving.client import SglangClient
-from tropd_mcore.serving.environment import server_environment
 from tropd_mcore.serving.weight_payload import by_value
 from tropd_mcore.serving.wire import WeightChecksums, read_server_info
 from tropd_mcore.teacher.vocabulary import read_width
@@ -84,7 +82,7 @@ def client_of(url: str, *, max_retries: int = 2) -> SglangClient:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(transport_module, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (202, False), (404, False), (500, False), (503, False)])
@@ -211,65 +209,6 @@ def test_a_server_that_is_gone_is_told_apart_from_one_that_refuses() -> None:
     assert not isinstance(refused.value, ServerDied)
     with pytest.raises(ServerDied, match="rollout.server: no connection to"):
         client_of(server.url, max_retries=0).flush_cache()
-
-
-OF_TORCHRUN = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "ROLE_RANK",
-    "ROLE_NAME",
-    "ROLE_WORLD_SIZE",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-)
-
-
-def environment_of(device: str, *, ranks: int = 1, threads: int = 1, **extra: str) -> dict[str, str]:
-    """Of a server, without what pytest adds to ours."""
-    found = server_environment(device, tensor_parallel=ranks, cpu_threads=threads, extra=extra)
-    return {name: value for name, value in found.items() if not name.startswith("PYTEST_")}
-
-
-@pytest.fixture
-def ours(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The whole environment."""
-    environment = {"PATH": "/bin", "HOME": "/nowhere", "CUDA_VISIBLE_DEVICES": "0", "MY_RANK": "7", "RANKING": "x"}
-    for name in tuple(os.environ):
-        if name not in environment:
-            monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    return environment
-
-
-def test_a_gpu_server_inherits_all_of_our_environment_and_nothing_else(ours: dict[str, str]) -> None:
-    assert environment_of("cuda", ranks=2, threads=3) == ours
-
-
-@pytest.mark.parametrize("name", [*OF_TORCHRUN, "SGLANG_RETURN_ORIGINAL_LOGPROB"])
-def test_what_torchrun_told_this_rank_and_what_changes_log_probs_is_not_inherited(
-    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(name, "1")
-    assert environment_of("cuda") == ours
-    assert environment_of("cuda", **{name: "2"}) == {**ours, name: "2"}
-
-
-def test_a_cpu_server_gets_its_threads_and_each_of_several_ranks_its_cpus(
-    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 4, 5})
-    engine = {"SGLANG_USE_CPU_ENGINE": "1"}
-    one = environment_of("cpu", threads=2)
-    assert one == {**ours, **engine, "OMP_NUM_THREADS": "2"}
-    two = environment_of("cpu", ranks=2, threads=2, OMP_NUM_THREADS="5")
-    assert two == {**ours, **engine, "OMP_NUM_THREADS": "5", "SGLANG_CPU_OMP_THREADS_BIND": "4,5|9,4"}
 
 
 @pytest.mark.parametrize(

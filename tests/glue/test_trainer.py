@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.glue import launch as launch_of_the_glue
 from tests.glue.faults import on_ranks
 from tests.glue.launch import Launch
 from tests.glue.stubs import VOCABULARY, make_config, make_layout, make_prompts, make_rollouts, one_rank, rollout_key
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompts import PromptSet
-from tropd_mcore.errors import GateError, ModelError
+from tropd_mcore.errors import DataError, GateError, ModelError
 from tropd_mcore.files import read_step_lines
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.train.replay import load_rollouts, save_rollouts
@@ -259,15 +261,22 @@ def test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go(
     assert kept(run_dir, "rollouts") == rollouts and kept(run_dir, "scores") == scores
 
 
-def test_between_checkpoints_every_rollout_and_score_of_the_steps_since_stays(tmp_path: Path) -> None:
-    run = {"steps": 7, "checkpoint_every": 3, "keep_rollouts": 1}
+@pytest.mark.parametrize(
+    ("teacher", "keep_scores", "scores"),
+    [("sglang", 0, [3, 4]), ("sglang", 3, [1, 2, 3, 4]), ("megatron", 0, [4]), ("megatron", None, [0, 1, 2, 3, 4])],
+)
+def test_between_checkpoints_every_rollout_of_the_steps_since_stays_and_every_score_that_cannot_be_made_again(
+    tmp_path: Path, teacher: str, keep_scores: int | None, scores: list[int]
+) -> None:
+    run = {"steps": 7, "checkpoint_every": 3, "keep_rollouts": 1, "keep_scores": keep_scores}
     run_dir = RunDir(tmp_path)
     with one_rank() as layout:
-        launch = Launch(make_config(tmp_path, run=run), layout, rollouts=StoredRollouts(run_dir))
+        config = make_config(tmp_path, run=run, teacher={"kind": teacher})
+        launch = Launch(config, layout, rollouts=StoredRollouts(run_dir))
         launch.monitor = StopAfter(4)
         with pytest.raises(KeyboardInterrupt):
             launch.run(0, 7)
-    assert kept(run_dir, "rollouts") == [2, 3, 4] and kept(run_dir, "scores") == [3, 4]
+    assert kept(run_dir, "rollouts") == [3, 4] and kept(run_dir, "scores") == scores
 
 
 class StopAfter:
@@ -286,10 +295,34 @@ def test_nothing_is_forgotten_where_the_checkpoint_failed(tmp_path: Path) -> Non
     run_dir = RunDir(tmp_path)
     with one_rank() as layout:
         failed = ModelError("checkpoint: writing failed")
-        launch = Launch(make_config(tmp_path, run=run), layout, rollouts=StoredRollouts(run_dir), fail_save=failed)
+        config = make_config(tmp_path, run=run, teacher={"kind": "sglang"})
+        launch = Launch(config, layout, rollouts=StoredRollouts(run_dir), fail_save=failed)
         with pytest.raises(ModelError, match="writing failed"):
             launch.run(0, 7)
     assert kept(run_dir, "rollouts") == kept(run_dir, "scores") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_run_directory_that_goes_in_mid_run_stops_the_job_before_it_writes_anything_more(
+    tmp_path: Path, when: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RemoveDirectory:
+        """A monitor that stands for somebody who removes the directory."""
+
+        def log(self, step: int, record: Any) -> None:
+            if step == when:
+                shutil.rmtree(tmp_path / "run")
+
+    run_dir = RunDir(tmp_path / "run")
+    lock = run_dir.lock()
+    monkeypatch.setattr(launch_of_the_glue, "RunDir", lambda root: run_dir)
+    with one_rank() as layout:
+        launch = Launch(make_config(run_dir.root, run={"steps": 7}), layout, rollouts=StoredRollouts(run_dir))
+        launch.monitor = RemoveDirectory()
+        with pytest.raises(DataError, match=r"run\.dir: .*run was removed or replaced while this job ran"):
+            launch.run(0, 7)
+    assert not run_dir.root.exists()
+    lock.release()
 
 
 class CountingPolicy:
@@ -361,14 +394,16 @@ def test_the_metrics_file_has_one_line_for_each_step_also_after_a_repeated_one(t
 
 
 @pytest.mark.parametrize("samples", [0, 2])
-def test_token_values_of_the_first_samples_are_kept_where_the_configuration_asks(tmp_path: Path, samples: int) -> None:
+def test_token_values_of_a_few_samples_are_kept_where_the_configuration_asks(tmp_path: Path, samples: int) -> None:
     launched(make_config(tmp_path, monitor={"token_samples": samples}), 1, 3)
     files = sorted((tmp_path / "tokens").glob("*")) if samples else []
     assert [path.name for path in files] == (["step_000001.npz", "step_000002.npz"] if samples else [])
     assert samples or not (tmp_path / "tokens").exists()
     for path in files:
         with np.load(path) as stored:
-            assert set(stored["sample_index"].tolist()) == {0, 1}
+            kept = set(stored["sample_index"].tolist())
+            assert len(kept) == samples and 0 in kept, "spread over the step, from its first sample on"
+            assert set(stored["verdict"].tolist()) <= {-1, 0, 1}
 
 
 def on_two_ranks(run_dir: Path) -> tuple[list[Any], list[Any]]:

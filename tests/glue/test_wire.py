@@ -22,7 +22,7 @@ from tropd_mcore.data.uniforms import trust_uniforms
 from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
-from tropd_mcore.serving import client as client_module
+from tropd_mcore.serving import transport as transport_module
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.train import parts as parts_module
 from tropd_mcore.train import policy_server as policy_server_module
@@ -251,7 +251,7 @@ def test_the_first_publication_of_a_launch_is_proven_where_the_gate_is_on(tmp_pa
 def test_a_server_that_dies_while_it_samples_gets_the_weights_again_and_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(transport_module, "FIRST_WAIT_S", 0.01)
     config = make_config(tmp_path, rollout={"server": {"max_concurrency": 1}})
     with fake_server() as server, launch(server, config) as (source, learner):
         learner.value, server.die_after = 3.0, 2

@@ -18,10 +18,15 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 VOCABULARY = 307
 CONTEXT = 512
 
+ASKS_FOR_NO_KEY = {"TROPD_SERVER_KEY": ""}
+"""Environment of a started server that tests also use as one that runs elsewhere, at its URL and without a key."""
+
 Oracle = Callable[[Path, list[int]], np.ndarray]
 
 
-def cpu_server(folder: Path, run_dir: Path, *, name: str = "rollout", **config: object) -> ServerSpec:
+def cpu_server(
+    folder: Path, run_dir: Path, *, name: str = "rollout", keyed: bool = True, **config: object
+) -> ServerSpec:
     """A small float32 server; its prefill chunks are shorter than the longest sequences of the tests."""
     settings: dict[str, object] = {
         "dtype": "float32",
@@ -38,6 +43,7 @@ def cpu_server(folder: Path, run_dir: Path, *, name: str = "rollout", **config: 
         device="cpu",
         run_dir=run_dir,
         name=name,
+        extra_env={} if keyed else ASKS_FOR_NO_KEY,
     )
 
 
@@ -59,8 +65,8 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SupervisedServer]:
-    """The server that tests share; each test publishes the weights that it needs."""
-    with SupervisedServer(cpu_server(qwen3_folder, tmp_path_factory.mktemp("run"))) as running:
+    """The server that tests share; each test publishes the weights that it needs. It asks for no key."""
+    with SupervisedServer(cpu_server(qwen3_folder, tmp_path_factory.mktemp("run"), keyed=False)) as running:
         yield running
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,9 @@ SAMPLING = sampling_lies(vocab_size=VOCABULARY, end=END[0])
 SCORING = scoring_lies(vocab_size=VOCABULARY)
 VICTIM = 7
 """First prompt token of the sample that the liar picks."""
+
+ANSWERED = r"(SGLang |(rollout|teacher)\.server: /generate answered text/html)"
+"""Of an answer that is JSON, or of one that is not."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,7 +97,8 @@ def test_a_sample_that_is_lied_about_twice_is_left_out_and_counted(
     found = sampler_of(proxy).sample(requests(), step=0, expected_version="v1")
     assert [r.sample_id for r in found] == [request.sample_id for request in requests()[1:]]
     assert proxy.told == 2 and honest(found)
-    assert f"1 of 8 samples have no usable answer, asked for twice; the first is s{VICTIM}: SGLang" in caplog.text
+    said = rf"1 of 8 samples have no usable answer, asked for twice; the first is s{VICTIM}: {ANSWERED}"
+    assert re.search(said, caplog.text)
 
 
 @pytest.mark.parametrize("lie", SAMPLING.values(), ids=SAMPLING.keys())
@@ -140,7 +145,7 @@ def test_a_score_that_is_a_lie_twice_masks_its_sample(proxy: Liar, lie: Lie) -> 
 @pytest.mark.parametrize("lie", SCORING.values(), ids=SCORING.keys())
 def test_a_teacher_that_lies_about_everything_stops_the_step(proxy: Liar, lie: Lie) -> None:
     proxy.tell("/generate", lie, about=is_scoring)
-    with pytest.raises(TeacherError, match=r"8 of 8 rollouts could not be scored; first: r0: SGLang"):
+    with pytest.raises(TeacherError, match=rf"8 of 8 rollouts could not be scored; first: r0: {ANSWERED}"):
         teacher_of(proxy).fetch(ROLLOUTS)
 
 

@@ -108,7 +108,9 @@ def test_an_update_by_somebody_else_that_keeps_the_label_is_noticed(
 @pytest.fixture(scope="module")
 def teacher(other_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SupervisedServer]:
     """A server that runs elsewhere and serves other_folder."""
-    with SupervisedServer(cpu_server(other_folder, tmp_path_factory.mktemp("teacher"), name="teacher")) as running:
+    with SupervisedServer(
+        cpu_server(other_folder, tmp_path_factory.mktemp("teacher"), name="teacher", keyed=False)
+    ) as running:
         yield running
 
 

@@ -130,7 +130,7 @@ def test_a_data_file_has_the_digest_and_the_lines_of_its_bytes(tmp_path: Path, c
 
 
 def test_files_that_cannot_be_read_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.prompts: .*absent cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"data\.prompts=.*absent: cannot be read: expected JSONL; not found"):
         data_digest(tmp_path / "absent", key="data.prompts")
     with pytest.raises(ModelError, match=r"absent: cannot be read: No such file"):
         read_files([tmp_path / "absent"])

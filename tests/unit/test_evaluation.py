@@ -201,7 +201,7 @@ def test_a_stored_result_is_used_again_for_the_same_model_prompts_and_settings_a
         file.write_bytes(content)
     assert _stored(tmp_path / "result.json", model, settings, TODAY) == result
     Path(settings.prompts).unlink()
-    with pytest.raises(DataError, match="--prompts: .* cannot be read"):
+    with pytest.raises(DataError, match="--prompts=.* cannot be read"):
         _stored(tmp_path / "result.json", model, settings, TODAY)
 
 

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -219,3 +222,24 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert main([str(tmp_path), "--tiny"]) == 2
     assert "expected an example made by this script" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_models_are_made_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """Also what a killed process left behind is gone at the next call."""
+    code = (
+        "import sys, time; from pathlib import Path; from examples import make_models\n"
+        "def build(folder, settings, threads):\n"
+        "    (folder / 'weights').touch(); print('begun', flush=True); time.sleep(300)\n"
+        "make_models._build = build\n"
+        "sys.exit(make_models.main([sys.argv[1], '--tiny']))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "example")]
+    for sent, left in ((signal.SIGKILL, 1), (number, 0)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=120)
+        assert len(list(tmp_path.iterdir())) == left, sent
+    assert process.returncode == 128 + number
+    assert f"stopped while {tmp_path / 'example'} was made; nothing is left" in err and "Traceback" not in err

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import FAMILIES, tiny_tokenizer, write_tiny_model
 from tropd_mcore.errors import ModelError
-from tropd_mcore.progress import progress
 from tropd_mcore.weights import independent
 from tropd_mcore.weights.host_memory import GIB, cgroup_room, gib
 from tropd_mcore.weights.independent import (
@@ -149,16 +146,3 @@ def test_the_memory_controller_of_version_1_counts_as_well(tmp_path: Path) -> No
 
 def test_sizes_are_written_in_gib() -> None:
     assert [gib(size) for size in (3 * GIB, GIB // 2, GIB // 1000)] == ["3.0 GiB", "0.5 GiB", "0.001 GiB"]
-
-
-def test_a_long_wait_is_logged_and_ends_with_the_block(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    log = logging.getLogger("a test")
-    with progress(log, "reading", every_s=0.01):
-        while len(caplog.messages) < 3:
-            time.sleep(0.001)
-    count = len(caplog.messages)
-    assert caplog.messages[0].startswith("reading: ") and caplog.messages[0].endswith(" s so far")
-    with pytest.raises(ValueError, match="wrong"), progress(log, "never", every_s=60):
-        raise ValueError("wrong")
-    assert len(caplog.messages) == count

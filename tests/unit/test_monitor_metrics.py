@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
-from tropd_mcore.evaluation.report import CHARTS
+from tropd_mcore.evaluation.chart_catalogue import CHARTS
 from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
 from tropd_mcore.monitor.console import COLUMNS as COLUMNS_OF_CONSOLE
 from tropd_mcore.monitor.jsonl import JsonLines

@@ -1,6 +1,5 @@
 """Where metrics are written: on rank 0 only, nulls for what does not exist, and whole files after a crash or resume."""
 
-import io
 import json
 import sys
 import types
@@ -11,7 +10,6 @@ from tests.unit.test_monitor_metrics import make_record
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, DataError
 from tropd_mcore.files import read_step_lines
-from tropd_mcore.monitor.console import COLUMNS, Console
 from tropd_mcore.monitor.jsonl import JsonLines, truncate
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.monitor.tensorboard import TensorBoard
@@ -91,25 +89,6 @@ def test_a_damaged_line_is_an_error_with_its_number(tmp_path, line):
     path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected a JSON object with `step`"):
         read_step_lines(path)
-
-
-def test_console_lines_are_aligned_and_the_header_comes_back_every_twenty_lines():
-    stream = io.StringIO()
-    console = Console(stream)
-    metrics = {column.metric: 0.5 for column in COLUMNS}
-    extreme = {
-        "loss/objective": -123456789.0,
-        "optimizer/grad_norm": float("inf"),
-        "trust/tv": 1e-30,
-        "log_ratio/mean": -1e20,
-    }
-    for step in range(41):
-        console.write(step, (metrics, {}, metrics | extreme)[step % 3])
-    lines = stream.getvalue().splitlines()
-    assert len({len(line) for line in lines}) == 1, "\n".join(lines[:4])
-    assert [index for index, line in enumerate(lines) if line.lstrip().startswith("step")] == [0, 21, 42]
-    assert lines[2].split() == ["1", *["-"] * len(COLUMNS)]
-    assert lines[1].split()[:3] == ["0", "0.5000", "50.0"]
 
 
 def test_missing_optional_packages_name_the_extra_to_install(tmp_path, monkeypatch):

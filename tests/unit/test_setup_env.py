@@ -118,3 +118,69 @@ def test_each_missing_tool_is_one_line_that_says_what_to_install_or_set(checkout
     assert "has no venv module; install it (Debian and Ubuntu: python3-venv)" in said()
     (checkout.state / "version").write_text("3.10.1")
     assert "Python 3.11 or newer is needed" in said() and "is Python 3.10.1" in said()
+
+
+@pytest.fixture
+def no_flock(tmp_path: Path) -> dict[str, str]:
+    """An environment whose flock says what Lustre without `-o flock` says."""
+    folder = tmp_path / "no-flock"
+    folder.mkdir()
+    (folder / "flock").write_text("#!/bin/sh\necho 'flock: 9: Function not implemented' >&2\nexit 71\n")
+    (folder / "flock").chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_without_flock_a_folder_keeps_others_out_and_goes_in_the_end(checkout, no_flock):
+    result = checkout.run(**no_flock)
+    assert (result.returncode, result.stderr) == (0, "") and checkout.calls[0] == "venv"
+    assert not (checkout.root / ".venv/.setup.lock.d").exists()
+
+
+def test_the_folder_of_a_killed_installation_on_this_machine_is_taken_over(checkout, no_flock):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folder = checkout.root / ".venv/.setup.lock.d"
+    folder.mkdir(parents=True)
+    (folder / "owner").write_text(f"{os.uname().nodename} {ended.pid}\n")
+    result = checkout.run(**no_flock)
+    assert (result.returncode, result.stderr) == (0, "") and not folder.exists()
+
+
+def test_the_folder_of_a_running_installation_is_waited_for(checkout, no_flock):
+    folder = checkout.root / ".venv/.setup.lock.d"
+    folder.mkdir(parents=True)
+    (folder / "owner").write_text(f"{os.uname().nodename} {os.getpid()}\n")
+    environment = {"PYTHON": str(checkout.python), "STATE": str(checkout.state), "CXX": "g++", **no_flock}
+    with subprocess.Popen(
+        ["bash", str(checkout.root / "examples/setup_env.sh")],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        assert waiting.stdout is not None
+        said = waiting.stdout.readline()
+        assert said.startswith("waiting for another set-up") and str(os.getpid()) in said
+        assert not (checkout.state / "calls").exists()
+        shutil.rmtree(folder)
+        assert waiting.wait(timeout=300) == 0
+
+
+def test_a_long_installation_says_every_few_seconds_that_it_is_at_it(checkout):
+    stand_in = checkout.python.read_text().replace(
+        '"-m pip install"*)', '"-m pip install -qq"*-r*) sleep 3 ;;\n  "-m pip install"*)'
+    )
+    checkout.python.write_text(stand_in)
+    result = checkout.run(SIGN_EVERY_S="1")
+    signs = [line for line in result.stdout.splitlines() if line.startswith("installing packages: ")]
+    assert result.returncode == 0 and signs and " MB in .venv" in signs[0]
+    assert result.stdout.rstrip().endswith("tropd --help"), "nothing speaks on after the end"
+
+
+def test_a_long_installation_that_fails_still_fails(checkout):
+    stand_in = checkout.python.read_text().replace(
+        'if [ -e "$STATE/broken" ]; then', 'if [ -e "$STATE/broken" ]; then sleep 2;'
+    )
+    checkout.python.write_text(stand_in)
+    (checkout.state / "broken").touch()
+    result = checkout.run(SIGN_EVERY_S="1")
+    assert result.returncode == 2 and "could not be installed" in result.stderr

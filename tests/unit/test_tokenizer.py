@@ -235,7 +235,7 @@ def test_a_git_lfs_pointer_and_a_damaged_file_are_named(tmp_path: Path, name: st
     folder = write(tmp_path, byte_level(), tokenizer_class="PreTrainedTokenizerFast")
     content = (folder / name).read_bytes()
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(DataError, match=rf"{name}: is a Git LFS pointer, not the file itself; fetch it"):
+    with pytest.raises(DataError, match=rf"{name}: expected a file of the tokenizer; found a Git LFS pointer; fetch"):
         load_tokenizer(folder)
     (folder / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=rf"{name}: damaged, cannot be read as JSON"):

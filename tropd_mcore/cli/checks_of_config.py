@@ -1,144 +1,144 @@
-"""Findings about the files, ports and servers that a configuration names, for `tropd doctor`."""
+"""Findings about what a configuration needs of this machine beyond the checks of a start, for `tropd doctor`.
+
+Not for files and data (`checks_of_start`). Invariant: a number that is estimated is called so, with what it is made of.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
-import urllib.error
-import urllib.request
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
+from math import prod
+
+import psutil
 
 from tropd_mcore.cli.findings import Finding
-from tropd_mcore.config.derived import active_guidance, reference_path
+from tropd_mcore.config.derived import ranks_per_node, teaches_itself
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import TropdError
-from tropd_mcore.mcore.checkpoint_info import latest
+from tropd_mcore.train.start_checks import State
+from tropd_mcore.weights.architecture import Architecture
 
-HEALTH_TIMEOUT_S = 10.0
-
-
-def files(config: Config) -> Iterator[Finding]:
-    """Model folders, data files, and a run directory that can be written."""
-    models = {
-        "student.path": config.student.path,
-        "teacher.path": config.teacher.path,
-        "objective.reference": reference_path(config),
-    }
-    for key, folder in models.items():
-        if folder is None:
-            continue
-        yield _model_folder(key, folder)
-        if not (folder / "config.json").is_file():
-            continue
-        if config.gates.tokenizer:
-            yield _tokenizer(key, folder)
-    for key, path in (("data.prompts", config.data.prompts), ("responses", config.data.teacher_responses)):
-        if path is None:
-            continue
-        if path.is_file():
-            yield Finding("ok", key, str(path))
-        elif key == "data.prompts":
-            yield Finding("FAIL", key, f"{path} not found")
-        elif active_guidance(config) is None:
-            yield Finding("FAIL", key, f"{path} not found; set data.teacher_responses=null, nothing needs them")
-        else:
-            yield Finding(
-                "FAIL",
-                key,
-                f"data.teacher_responses={path} not found; make it with `tropd prefixes CONFIG`, or set "
-                "objective.guidance.enabled=false and data.teacher_responses=null",
-            )
-    existing = next(parent for parent in (config.run.dir, *config.run.dir.absolute().parents) if parent.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK):
-        checkpoint = latest(config.run.dir / "checkpoints")
-        state = (
-            f"holds a run, which goes on from {checkpoint.name}" if checkpoint is not None else "holds no checkpoint"
-        )
-        state = state if config.run.dir.exists() else "will be created"
-        yield Finding("ok", "run.dir", f"{config.run.dir} {state}")
-    else:
-        yield Finding("FAIL", "run.dir", f"{existing} cannot be written; choose another run.dir")
-
-
-def _model_folder(key: str, folder: Path) -> Finding:
-    """What training would refuse of the folder without reading a tensor."""
-    from tropd_mcore.weights.hf_folder import HfReader
-
-    try:
-        with HfReader(folder) as reader:
-            reader.check()
-    except TropdError as error:
-        return Finding("FAIL", key, str(error))
-    return Finding("ok", key, str(folder))
-
-
-def _tokenizer(key: str, folder: Path) -> Finding:
-    from tropd_mcore.data.tokenizer_gate import check_tokenizer
-
-    try:
-        loaded = check_tokenizer(folder, key=key)
-    except TropdError as error:
-        return Finding("FAIL", "tokenizer", str(error))
-    return Finding("ok", "tokenizer", loaded.correction or f"{key}: the ids of its tokenizer.json")
-
-
-def prompts(config: Config) -> Iterator[Finding]:
-    """Every prompt and stored response has what training will ask of it.
-
-    Prompts alone where the responses are not there yet; nothing where other files are missing.
-    """
-    if not all(path.is_file() for path in (config.student.path / "config.json", config.data.prompts)):
-        return
-    from tropd_mcore.cli.template_date import template_date
-    from tropd_mcore.data.chat import Renderer
-    from tropd_mcore.data.end_tokens import end_tokens
-    from tropd_mcore.data.prompts import load_prompts, needs_of
-    from tropd_mcore.teacher.vocabulary import read_width
-
-    try:
-        renderer = Renderer(config.student.path)
-        ends = end_tokens(config, renderer, config.teacher.path)
-        needs = needs_of(config, vocab_size=read_width(config.student.path), end_ids=ends.ids)
-        data = config.data
-        if data.teacher_responses is not None and not data.teacher_responses.is_file():
-            needs = replace(needs, responses=False)
-            data = data.model_copy(update={"teacher_responses": None})
-        found = load_prompts(data, renderer, seed=config.run.seed, needs=needs, today=template_date(config))
-    except TropdError as error:
-        for line in str(error).splitlines():
-            yield Finding("FAIL", "prompts", line)
-        return
-    yield Finding("ok", "prompts", f"{len(found.prompts)} of up to {found.longest_prompt} tokens")
+GIB = 2**30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+MOMENT_BYTES = 8
+"""Of a parameter in the optimizer: two float32 moments."""
+MAIN_BYTES = 4
+"""Of a parameter: the float32 main weight of a bfloat16 student, a float32 gradient, a float32 average."""
+CROWDED = 0.8
+"""Share of a GPU that weights and optimizer may take before there is little left for activations."""
 
 
 def servers(config: Config) -> Iterator[Finding]:
-    """Ports of servers to start are free; servers at a URL are healthy."""
-    yield from _server("rollout", config.rollout.server)
+    """Servers at a URL answer /health."""
+    if config.run.replay is None:
+        yield from _server("rollout.server", config.rollout.server)
     if config.teacher.kind == "sglang":
-        yield from _server("teacher", config.teacher.server)
+        yield from _server("teacher.server", config.teacher.server)
 
 
-def _server(name: str, server: ServerConfig) -> Iterator[Finding]:
-    if server.url is not None:
-        yield _health(name, server.url)
-    elif server.port is not None:
-        yield _free_port(name, server.port)
+def _server(key: str, server: ServerConfig) -> Iterator[Finding]:
+    if server.url is None:
+        return
+    from tropd_mcore.serving.client import SglangClient
 
-
-def _health(name: str, url: str) -> Finding:
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=HEALTH_TIMEOUT_S) as answer:
-            status = answer.status
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        return Finding("FAIL", name, f"{name}.server.url={url} does not answer /health: {error}")
-    return Finding("ok", name, f"{url} answers /health with {status}")
+        answers = SglangClient(server.url, server, key=key).healthy()
+    except TropdError:
+        return  # an API key that is not set: told by the checks of a start
+    if answers:
+        yield Finding("ok", key, f"{server.url} answers /health")
+    else:
+        yield Finding("FAIL", key, f"{key}.url={server.url} does not answer /health; start it, or correct the url")
 
 
-def _free_port(name: str, port: int) -> Finding:
-    try:
-        with socket.create_server(("127.0.0.1", port)):
-            return Finding("ok", name, f"port {port} is free")
-    except OSError as error:
-        return Finding("FAIL", name, f"{name}.server.port={port}: {error.strerror}; choose another or remove it")
+def resources(state: State) -> Iterator[Finding]:
+    """Disk for checkpoints and export, and memory for weights, gradients and optimizer; nothing without models."""
+    if not state.has("models"):
+        return
+    yield _disk(state.config, parameters(state.student))
+    yield from _memory(state)
+
+
+def parameters(arch: Architecture) -> int:
+    """Return how many parameters a model has."""
+    from tropd_mcore.weights.families import hf_weight_plan
+
+    return sum(prod(shape) for _, shape in hf_weight_plan(arch))
+
+
+def checkpoint_bytes(config: Config, count: int) -> int:
+    """Return the size of a checkpoint of a student of `count` parameters: weights, main weights, moments, average."""
+    own = DTYPE_BYTES[config.student.dtype]
+    main = MAIN_BYTES if config.student.dtype != "float32" else 0
+    average = DTYPE_BYTES[config.teacher.dtype] if teaches_itself(config.objective) else 0
+    return count * (own + main + MOMENT_BYTES + average)
+
+
+def _disk(config: Config, count: int) -> Finding:
+    one = checkpoint_bytes(config, count)
+    # The new checkpoint is complete before the oldest goes, and so is the new export.
+    needed = one * (config.run.keep_checkpoints + 1)
+    if config.run.export_at_end:
+        needed += 2 * count * DTYPE_BYTES[config.student.dtype]
+    place = next(path for path in (config.run.dir, *config.run.dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    detail = (
+        f"{free / GIB:.1f} GiB free for {config.run.dir}; about {needed / GIB:.2f} GiB for "
+        f"{config.run.keep_checkpoints + 1} checkpoints of {count:,} parameters and the export"
+    )
+    if free >= needed:
+        return Finding("ok", "disk", detail)
+    return Finding("warn", "disk", f"{detail}; lower run.keep_checkpoints or set run.dir to a place with room")
+
+
+def rank_bytes(state: State, ranks: int) -> int:
+    """Return the estimated bytes per rank of weights, gradients and optimizer, without activations and logits."""
+    config, parallel = state.config, state.config.parallel
+    shard = parallel.tensor * parallel.pipeline
+    replicas = max(ranks // shard, 1)
+    student = parameters(state.student)
+    own = DTYPE_BYTES[config.student.dtype]
+    state_bytes = MOMENT_BYTES + (MAIN_BYTES if config.student.dtype != "float32" else 0)
+    state_bytes //= replicas if config.optimizer.distributed else 1
+    total = student * (own + MAIN_BYTES + state_bytes)
+    if teaches_itself(config.objective):
+        total += student * DTYPE_BYTES[config.teacher.dtype]
+    elif config.teacher.kind == "megatron":
+        total += parameters(state.teacher) * DTYPE_BYTES[config.teacher.dtype]
+    if (reference := state.models.get("objective.reference")) is not None:
+        total += parameters(reference) * own
+    return total // shard
+
+
+def _memory(state: State) -> Iterator[Finding]:
+    config = state.config
+    ranks = ranks_per_node(config.parallel, 1)
+    each = rank_bytes(state, ranks)
+    what = f"about {each / GIB:.2f} GiB per rank for weights, gradients and optimizer, without activations"
+    gpu = gpu_bytes() if state.platform == "cuda" else None
+    if gpu is not None:
+        given = config.rollout.server.mem_fraction if config.rollout.server.url is None else None
+        room = int(gpu * (1 - (given or 0.0)))
+        yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
+    elif state.platform == "cpu":
+        room = psutil.virtual_memory().available // ranks
+        yield _room("memory", f"{what}, {ranks} ranks", each, room, "launch fewer ranks here")
+
+
+def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:
+    detail = f"{what}; {room / GIB:.1f} GiB are there for it"
+    if needed > room:
+        return Finding("FAIL", name, f"{detail}; {remedy}, or choose smaller models")
+    if needed > CROWDED * room:
+        return Finding("warn", name, f"{detail}, which leaves little for activations; {remedy}")
+    return Finding("ok", name, detail)
+
+
+def gpu_bytes() -> int | None:
+    """Return the memory of the smallest GPU that torch sees; None where it sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    count = torch.cuda.device_count()
+    return min(int(torch.cuda.get_device_properties(index).total_memory) for index in range(count))

@@ -92,6 +92,22 @@ def network() -> Iterator[Finding]:
         yield Finding("FAIL", "loopback", f"127.0.0.1: {error}; servers and ranks on this machine need it")
 
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+def proxies() -> Iterator[Finding]:
+    """Proxies in the environment: nothing of ours asks one for this machine, but servers elsewhere may need none."""
+    named = sorted(name for name in os.environ if name.lower() in PROXIES and os.environ[name])
+    if not named:
+        yield Finding("ok", "proxies", "none in the environment")
+        return
+    yield Finding(
+        "ok",
+        "proxies",
+        f"{', '.join(named)}: not used for 127.0.0.1; servers at a url go through it unless no_proxy names their host",
+    )
+
+
 def resources() -> Iterator[Finding]:
     """Cores, memory, and space for checkpoints."""
     memory = psutil.virtual_memory()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from tropd_mcore.errors import TropdError
 from tropd_mcore.files import publish_text
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from tropd_mcore.conformance.cells import Cell
@@ -61,14 +64,14 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(entry.name for entry in ENTRIES))
         return 0
     started = time.monotonic()
-    results = matrix.run(_planned(options), options.device, lambda text: print(text, file=sys.stderr, flush=True))
+    results = matrix.run(_planned(options), options.device, lambda text: log.info("%s", text))
     numbers = json.dumps(report.as_json(results, options.device), indent=1)
     if options.json == "-":
         print(numbers)
     else:
         print(report.tables(results))
         if options.json is not None:
-            publish_text(Path(options.json), numbers + "\n")
+            publish_text(Path(options.json), numbers + "\n", key="--json")
     ran, missed = (sum(result.status in statuses for result in results) for statuses in (("ok", "miss"), ("miss",)))
     print(f"{ran} cells in {time.monotonic() - started:.0f} s, {missed} missed", file=sys.stderr)
     if not ran:

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from tropd_mcore.cli.arguments import positive
+from tropd_mcore.cli.early_checks import checkpoint_folder, model_folder, output_folder, refuse
 from tropd_mcore.config.schema import ParallelConfig
 from tropd_mcore.errors import ConfigError
 
@@ -46,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     """Convert or compare; returns 1 where a comparison misses. Raises TropdError."""
     if options.direction == "verify":
         return _verify(options)
+    if int(os.environ.get("RANK", "0")) == 0:  # another rank might already see the folder that rank 0 makes
+        _check_folders(options)
     from tropd_mcore.mcore.conversion import hf_to_mcore, mcore_to_hf, open_job
 
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
@@ -60,9 +63,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_folders(options: argparse.Namespace) -> None:
+    """Raise ConfigError with everything that is wrong with the folders, before anything heavy is imported."""
+    mcore, other = getattr(options, "mcore", None), getattr(options, "other_hf", None)
+    out = getattr(options, "out", None)
+    refuse(
+        model_folder("--hf", options.hf) if options.hf is not None else [],
+        model_folder("--other-hf", other) if other is not None else [],
+        checkpoint_folder("--mcore", mcore) if mcore is not None else [],
+        output_folder("--out", out) if out is not None else [],
+    )
+
+
 def _verify(options: argparse.Namespace) -> int:
     if options.mcore is None and options.other_hf is None:
         raise ConfigError(["tropd convert verify: nothing to compare with: give --mcore, --other-hf or both"])
+    _check_folders(options)
     from tropd_mcore.mcore.conversion import open_job
     from tropd_mcore.mcore.verification import table, verify
 

@@ -1,49 +1,73 @@
-"""`tropd doctor`: what this machine and environment have, and whether that is enough.
+"""`tropd doctor`: what this machine and environment have, and whether a job of a configuration would start here.
 
-Not for checking numbers (the trainer's gates do). Invariant: it changes nothing and starts no server; every finding
-that is not fine says what to do.
+Not for checking numbers (the trainer's gates do). Invariants: it changes nothing and starts no server; with a
+configuration it makes every check of the job's start that needs no rank and no server; every finding that is not fine
+says what to do.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
 
-from tropd_mcore.cli.arguments import add_config_arguments
+from tropd_mcore.cli.arguments import add_config_arguments, positive
 from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.loader import load
+from tropd_mcore.config.schema import Config
+
+NAME_WIDTH = 26
+"""Of the longest key among the findings."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser, optional=True)
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="machines of the job (1)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one line a finding; returns 2 where one of them is in the way of training, else 0. Raises ConfigError."""
-    from tropd_mcore.cli import checks_of_config, checks_of_machine
-
+    """Print one line per finding; returns 2 where one of them is in the way of training, else 0. Raises ConfigError."""
     config = load(options.config, options.overrides)[0] if options.config is not None else None
-    machine: list[Callable[[], Iterator[Finding]]] = [
-        checks_of_machine.versions,
-        checks_of_machine.devices,
-        checks_of_machine.compiler,
-        checks_of_machine.network,
-        checks_of_machine.resources,
-    ]
-    failed = False
-    for check in machine:
-        failed |= _show(check())
-    if config is not None:
-        failed |= _show(checks_of_config.files(config))
-        failed |= _show(checks_of_config.prompts(config))
-        failed |= _show(checks_of_config.servers(config))
-    return 2 if failed else 0
+    print(f"doctor: this machine{f' and {options.config}' if config is not None else ''}", flush=True)
+    levels: Counter[str] = Counter()
+    skipped: list[str] = []
+    for check in (*_machine(), *(_configuration(config, options.nodes) if config is not None else ())):
+        for finding in check():
+            levels[finding.level] += 1
+            if finding.level == "skip":
+                skipped.append(finding.name)
+            else:
+                print(f"{finding.level:<4}  {finding.name:<{NAME_WIDTH}}  {finding.detail}", flush=True)
+    if skipped:
+        print(f"skip  not looked at until what is marked FAIL is mended: {', '.join(skipped)}")
+    verdict = f"{levels['FAIL']} in the way" if levels["FAIL"] else "nothing is in the way"
+    warned = f", {levels['warn']} to look at" if levels["warn"] else ""
+    print(f"doctor: {verdict}{warned}")
+    return 2 if levels["FAIL"] else 0
 
 
-def _show(findings: Iterator[Finding]) -> bool:
-    failed = False
-    for finding in findings:
-        print(f"{finding.level:<4}  {finding.name:<12}  {finding.detail}", flush=True)
-        failed |= finding.level == "FAIL"
-    return failed
+Check = Callable[[], Iterator[Finding]]
+
+
+def _machine() -> Iterator[Check]:
+    from tropd_mcore.cli import checks_of_machine
+
+    yield checks_of_machine.versions
+    yield checks_of_machine.devices
+    yield checks_of_machine.compiler
+    yield checks_of_machine.network
+    yield checks_of_machine.proxies
+    yield checks_of_machine.resources
+
+
+def _configuration(config: Config, nodes: int) -> Iterator[Check]:
+    from tropd_mcore.cli import checks_of_config
+    from tropd_mcore.cli.checks_of_start import start_checks
+    from tropd_mcore.train.run_dir import RunDir
+    from tropd_mcore.train.start_checks import State
+
+    state = State(config, RunDir(config.run.dir))
+    yield lambda: start_checks(config, nodes=nodes, state=state)
+    yield lambda: checks_of_config.resources(state)
+    yield lambda: checks_of_config.servers(config)

@@ -7,15 +7,26 @@ results of one configuration can be compared; the server is started for the call
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tropd_mcore.cli.arguments import add_config_arguments, natural, positive
+from tropd_mcore.cli.early_checks import (
+    api_key,
+    input_file,
+    model_folder,
+    output_file,
+    refuse,
+    server_package,
+    verifier_package,
+)
 from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config
-from tropd_mcore.errors import ConfigError, DataError
+from tropd_mcore.errors import DataError
+from tropd_mcore.progress import report_every
 
 if TYPE_CHECKING:
     from tropd_mcore.evaluation.evaluate import EvaluationResult, EvaluationSettings
@@ -43,20 +54,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, and print one line for the model and one for each comparison. Raises TropdError."""
+    """Evaluate, and print one line for the model and one for each comparison. Raises TropdError.
+
+    What can be wrong with files and options is found before a server is started.
+    """
     config, _ = load(options.config, options.overrides)
-    if config.verifier.kind == "none":
-        raise ConfigError(["tropd eval: verifier.kind is none; set verifier.kind to exact_match or math_verify"])
-    from tropd_mcore.data.chat import Renderer
-    from tropd_mcore.data.end_tokens import end_tokens
-    from tropd_mcore.evaluation.evaluate import EvaluationSettings, compare, describe, load_result
+    report_every(config.monitor.progress_every_s)
+    model = options.model or config.run.dir / "export"
+    _check_options(config, options, model)
+    from tropd_mcore.evaluation.evaluate import compare, describe, load_result, read_prompts
 
     others = [load_result(path) for path in options.compare_with]
-    model = options.model or config.run.dir / "export"
-    if not model.is_dir():
-        raise DataError(f"tropd eval: no model folder at {model}; give --model, or train to the end for an export")
+    settings, today = _settings(config, options), template_date(config)
+    read_prompts(model, settings, today)
+    result = _stored(options.out, model, settings, today)
+    if result is None:
+        server = config.rollout.server.model_copy(update={"url": options.url})
+        refuse(server_package(server), api_key("rollout.server", server))
+        for other in others:
+            _check_comparable(other, settings)
+        result = _evaluate(model, settings, config, options.url, today)
+        if options.out is not None:
+            result.save(options.out)
+    print(describe(result))
+    for other in others:
+        change = compare(other, result)
+        print(
+            f"{result.model} - {other.model}: greedy {change['difference']:+.1%} "
+            f"[{change['low']:+.1%}, {change['high']:+.1%}]"
+        )
+    return 0
+
+
+def _check_options(config: Config, options: argparse.Namespace, model: Path) -> None:
+    """Raise ConfigError with everything that is wrong with the command line; nothing heavy is imported."""
+    refuse(
+        ["tropd eval: verifier.kind is none; set verifier.kind to exact_match or math_verify"]
+        if config.verifier.kind == "none"
+        else [],
+        [f"tropd eval: no model folder at {model}; give --model, or train to the end for an export"]
+        if not model.is_dir()
+        else model_folder("--model", model),
+        input_file("--prompts", options.prompts, "a JSONL file whose lines have an `answer`"),
+        output_file("--out", options.out) if options.out is not None else [],
+        *(input_file("--compare-with", path, "a result of `tropd eval`") for path in options.compare_with),
+        *(model_folder(key, path) for key, path in _tokenizers(config).items()),
+        verifier_package(config.verifier.kind),
+    )
+
+
+def _tokenizers(config: Config) -> dict[str, Path]:
+    """Folders whose end tokens end an answer."""
+    return {"student.path": config.student.path, "teacher.path": config.teacher.path}
+
+
+def _settings(config: Config, options: argparse.Namespace) -> EvaluationSettings:
+    """What decides the answers and their verdicts."""
+    from tropd_mcore.data.chat import Renderer
+    from tropd_mcore.data.end_tokens import end_tokens
+    from tropd_mcore.evaluation.evaluate import EvaluationSettings
+
     ends = end_tokens(config, Renderer(config.student.path), config.teacher.path)
-    settings = EvaluationSettings(
+    return EvaluationSettings(
         prompts=str(options.prompts),
         max_new_tokens=config.rollout.max_new_tokens,
         samples=options.samples,
@@ -71,20 +130,18 @@ def run(options: argparse.Namespace) -> int:
         limit=options.limit,
         end_ids=list(ends.ids),
     )
-    today = template_date(config)
-    result = _stored(options.out, model, settings, today)
-    if result is None:
-        result = _evaluate(model, settings, config, options.url, today)
-        if options.out is not None:
-            result.save(options.out)
-    print(describe(result))
-    for other in others:
-        change = compare(other, result)
-        print(
-            f"{result.model} - {other.model}: greedy {change['difference']:+.1%} "
-            f"[{change['low']:+.1%}, {change['high']:+.1%}]"
+
+
+def _check_comparable(other: EvaluationResult, settings: EvaluationSettings) -> None:
+    """Raise DataError where a result to compare with was made otherwise than the one to come."""
+    if other.settings != settings:
+        theirs, ours = asdict(other.settings), asdict(settings)
+        changed = ", ".join(
+            f"{key} {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]
         )
-    return 0
+        raise DataError(
+            f"--compare-with: {other.model} was evaluated with other settings ({changed}); evaluate both again"
+        )
 
 
 def _stored(out: Path | None, model: Path, settings: EvaluationSettings, today: date) -> EvaluationResult | None:
@@ -127,4 +184,4 @@ def _evaluate(
             check_served_tokenizer(server, model)
         if url is not None and config.gates.model_reading:
             check_serves(server.client, model, key="--model", url_key="--url")
-        return evaluate(model, server.client.generate, settings, today=today)
+        return evaluate(model, server.generate, settings, today=today)

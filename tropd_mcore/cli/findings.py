@@ -8,8 +8,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """`FAIL` is in the way of training, `warn` may be; both say what to do."""
+    """`FAIL` is in the way of training, `warn` may be, `skip` was not looked at because of a FAIL; all say why."""
 
-    level: Literal["ok", "warn", "FAIL"]
+    level: Literal["ok", "warn", "FAIL", "skip"]
     name: str
+    """The configuration key, or what of the machine it is about."""
     detail: str

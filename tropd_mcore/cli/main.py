@@ -1,7 +1,7 @@
 """`tropd`: finds the subcommand, parses its arguments, and turns errors of the user into one line and exit code 2.
 
-Not for the subcommands themselves. Invariants: `tropd --help` imports nothing heavy; training is not here, because it
-runs on all ranks (`torchrun ... -m tropd_mcore.train`).
+Not for the subcommands themselves. Invariants: `tropd --help` imports nothing heavy; Ctrl-C and SIGTERM end a command
+with one line and take its servers along, also where it does not come back from C code.
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
+import shlex
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+from tropd_mcore import logs, signals
 from tropd_mcore.errors import TropdError
+from tropd_mcore.progress import progress
 
 COMMANDS = {
+    "train": "train one configuration on this node, or as one node of several",
     "config": "check a configuration; print it resolved, or the plan of the run",
     "doctor": "check this machine and environment, and the files a configuration names",
     "prefixes": "sample the teacher responses that guidance continues",
@@ -26,7 +34,18 @@ COMMANDS = {
 }
 """Subcommand -> help; `tropd_mcore.cli.<subcommand>_command` implements it."""
 
-EPILOG = "Training: bash examples/tropd_pretrain.sh CONFIG.yaml (torchrun of python -m tropd_mcore.train)."
+SHORT_COMMANDS = ("config", "train")
+"""Commands that print at once and are over, or whose processes speak for themselves."""
+
+log = logging.getLogger(__name__ if __name__ != "__main__" else "tropd_mcore.cli.main")
+
+EPILOG = "Training: tropd train CONFIG.yaml [key=value ...]; the same command again resumes it."
+
+GOES_ON = ("prefixes",)
+"""Commands that go on where they were, when they are run again."""
+
+LEAVE_S = 8.0
+"""Longest time from a signal to the end: then the process goes, and the kernel ends its servers with it."""
 
 
 class Command(Protocol):
@@ -53,16 +72,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
     options = _parse(parser, arguments)
     assert command is not None, "argparse refuses a command line without a known subcommand"
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("tropd_mcore").setLevel(logging.INFO)
+    logs.configure(int(os.environ.get("RANK", "0")))  # not 0 in a conversion by several ranks
+    if called != "train":  # the launcher of a job decides itself
+        _end_on_signals(str(called))
     try:
-        return command.run(options)
+        if options.command in SHORT_COMMANDS:
+            return command.run(options)
+        log.info("tropd %s", shlex.join(arguments))
+        with progress(log, f"tropd {options.command}"):
+            return command.run(options)
     except TropdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except _Ended as ended:
+        signals.say(ended.line)
+        return ended.code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        signals.say("interrupted")
+        return 128 + signal.SIGINT
+
+
+class _Ended(BaseException):
+    """A signal: raised in the main thread, so that servers are stopped on the way out."""
+
+    def __init__(self, command: str, number: int) -> None:
+        self.code = 128 + number
+        word = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        self.line = f"{word}; the same command {'goes on' if command in GOES_ON else 'starts again'}"
+
+
+def _end_on_signals(command: str) -> None:
+    """End the command on SIGINT, SIGTERM and SIGHUP: at the first by an exception, at the second at once."""
+    heard: list[float] = []
+
+    def leave(number: int) -> None:
+        ended = _Ended(command, number)
+        signals.say(ended.line)
+        os._exit(ended.code)
+
+    def hear(number: int, _frame: object) -> None:
+        heard.append(time.monotonic())
+        if len(heard) == 1:
+            raise _Ended(command, number)
+        if heard[-1] - heard[0] >= signals.SECOND_S:
+            leave(number)
+
+    def wait(number: signal.Signals) -> None:
+        timer = threading.Timer(LEAVE_S, leave, [number])  # the main thread may be inside C code
+        timer.daemon = True
+        timer.start()
+
+    signals.listen((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), wait, hear)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

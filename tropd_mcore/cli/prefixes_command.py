@@ -8,20 +8,30 @@ it stopped; responses that were made otherwise (teacher, prompts, sampling) are 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tropd_mcore.cli.arguments import add_config_arguments, positive
+from tropd_mcore.cli.early_checks import api_key, input_file, model_folder, output_file, refuse, server_package
 from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.derived import teacher_dtype
 from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import ConfigError
+from tropd_mcore.files import writing
+from tropd_mcore.progress import report_every
 
 if TYPE_CHECKING:
     from tropd_mcore.data.prompts import PromptSet
+    from tropd_mcore.rollout.prefixes import ResponseReport, ResponseSampling
     from tropd_mcore.rollout.response_origin import ResponseOrigin
+    from tropd_mcore.types import Prompt
     from tropd_mcore.weights.digest import FolderDigest
+
+TITLE = "the teacher's server (settings of rollout.server)"
+"""Of the server that is started for a teacher in the training job, in messages."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,21 +46,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Sample what is missing and write the file. Raises TropdError."""
     config, _ = load(options.config, options.overrides)
+    report_every(config.monitor.progress_every_s)
     out: Path | None = options.out or config.data.teacher_responses
     if out is None:
         raise ConfigError(["tropd prefixes: no file to write; set data.teacher_responses or give --out"])
+    _check_files(config, out, "--out" if options.out is not None else "data.teacher_responses")
+    work = _work(config, options, out)
+    if work is None:
+        return 0
+    server = teacher_server(config)
+    refuse(server_package(server), api_key("teacher.server", server))
+    report = _sample(config, out, work)
+    print(
+        f"{out}: {report.prompts} responses, {report.sampled} sampled now, {report.finished} ended by themselves, "
+        f"{report.prompts - report.finished} were cut (longest {options.max_new_tokens} tokens)"
+    )
+    return 0
 
-    from tropd_mcore.cli.server import open_server
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be sampled, and how."""
+
+    prompts: list[Prompt]
+    sampling: ResponseSampling
+    origin: ResponseOrigin
+    """What decides the responses of this call"""
+    recorded: ResponseOrigin | None
+    """That of the responses in the file"""
+    answered: Collection[str]
+    """Ids of the prompts whose responses are there"""
+
+
+def _check_files(config: Config, out: Path, option: str) -> None:
+    """Raise ConfigError with everything that is wrong with files and folders, before anything heavy is imported."""
+    refuse(
+        model_folder("student.path", config.student.path),
+        model_folder("teacher.path", config.teacher.path),
+        input_file("data.prompts", config.data.prompts, "a JSONL file"),
+        output_file(option, out),
+    )
+
+
+def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | None:
+    """What is to be done; None, said on stdout, where all responses are there. Raises DataError, ConfigError."""
     from tropd_mcore.data.chat import Renderer
     from tropd_mcore.data.end_tokens import end_tokens, served_end_ids
     from tropd_mcore.data.prompts import PromptNeeds, load_prompts
     from tropd_mcore.data.responses import read_responses
     from tropd_mcore.data.tokenizer_gate import check_tokenizer
-    from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses, stored_responses
-    from tropd_mcore.rollout.response_origin import check_origin, load_origin, save_origin
-    from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
+    from tropd_mcore.rollout.prefixes import ResponseSampling, stored_responses
+    from tropd_mcore.rollout.response_origin import check_origin, load_origin
     from tropd_mcore.teacher.vocabulary import check_same_vocabulary, read_vocabulary, read_width
-    from tropd_mcore.train.teacher_identity import TeacherIdentity
 
     if config.gates.tokenizer:
         check_tokenizer(config.student.path, key="student.path")
@@ -59,19 +106,21 @@ def run(options: argparse.Namespace) -> int:
     excluded = check_same_vocabulary(config.student.path, config.teacher.path, allow_extra=allow_extra)
     renderer = Renderer(config.student.path)
     ends = end_tokens(config, renderer, config.teacher.path)
-    data = config.data.model_copy(update={"teacher_responses": None})
-    needs = PromptNeeds(vocab_size=read_width(config.student.path))
     stored, recorded = stored_responses(out).keys(), load_origin(out)
-    day = template_date(config, recorded.day if recorded is not None and stored else None)
-    prompt_set = load_prompts(data, renderer, seed=config.run.seed, needs=needs, today=day)
-    prompts = prompt_set.prompts
+    prompt_set = load_prompts(
+        config.data.model_copy(update={"teacher_responses": None}),
+        renderer,
+        seed=config.run.seed,
+        needs=PromptNeeds(vocab_size=read_width(config.student.path)),
+        today=template_date(config, recorded.day if recorded is not None and stored else None),
+    )
     end_ids = served_end_ids(ends.ids, config.teacher.path)
     origin = _origin(config, options, prompt_set, end_ids)
     answered = stored & origin.prompts.keys()
     check_origin(out, recorded, origin, answered)
     if out.is_file() and origin.prompts.keys() <= read_responses(out, ends.ids).keys():
-        print(f"{out}: all {len(prompts)} responses are there")
-        return 0
+        print(f"{out}: all {len(prompt_set.prompts)} responses are there")
+        return None
     sampling = ResponseSampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -81,10 +130,22 @@ def run(options: argparse.Namespace) -> int:
         served_width=read_width(config.teacher.path),
         excluded=frozenset(excluded),
     )
-    check_identity = config.teacher.kind == "sglang" and config.gates.teacher_identity
+    return _Work(prompt_set.prompts, sampling, origin, recorded, answered)
+
+
+def _sample(config: Config, out: Path, work: _Work) -> ResponseReport:
+    """Ask the teacher, seen to be the right one before and after. Raises ServerError, GateError, DataError."""
+    from tropd_mcore.cli.server import open_server
+    from tropd_mcore.rollout.prefixes import generate_responses
+    from tropd_mcore.rollout.response_origin import save_origin
+    from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
+    from tropd_mcore.train.teacher_identity import TeacherIdentity
+
+    served = config.teacher.kind == "sglang"
     server = open_server(
-        "teacher",
-        key="teacher.server" if config.teacher.kind == "sglang" else "rollout.server",
+        "prefixes",
+        key="teacher.server" if served else "rollout.server",
+        title=None if served else TITLE,
         model_key="teacher.path",
         model=config.teacher.path,
         dtype=config.teacher.dtype,
@@ -95,18 +156,14 @@ def run(options: argparse.Namespace) -> int:
     with server:
         if config.gates.tokenizer:
             check_served_tokenizer(server, config.teacher.path)
-        identity = TeacherIdentity(server, config) if check_identity else None
+        identity = TeacherIdentity(server, config) if served and config.gates.teacher_identity else None
         if identity is not None:
             identity.check_start()
-        save_origin(out, recorded, origin, answered)
-        report = generate_responses(server.client, prompts, out, sampling)
+        save_origin(out, work.recorded, work.origin, work.answered)
+        report = generate_responses(server.client, work.prompts, out, work.sampling, generate=server.generate)
         if identity is not None:
             identity.check_now()
-    print(
-        f"{out}: {report.prompts} responses, {report.sampled} sampled now, {report.finished} ended by themselves, "
-        f"{report.prompts - report.finished} were cut (longest {options.max_new_tokens} tokens)"
-    )
-    return 0
+    return report
 
 
 def _origin(
@@ -138,7 +195,8 @@ def _teacher_files(config: Config) -> FolderDigest:
     known = dict(memory.known)
     found = folder_digest(config.teacher.path, memory)
     if memory.known != known:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
         memory.save(place)
     return found
 

@@ -7,7 +7,7 @@ keys to change; nothing is raised, so that all problems can be reported together
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tropd_mcore.config.derived import (
     active_guidance,
@@ -33,14 +33,18 @@ MANAGED_SERVER_ARGS = {
     "--max-total-tokens": "server.max_total_tokens",
     "--mem-fraction-static": "server.mem_fraction",
     "--api-key": "server.api_key_env",
+    "--admin-api-key": "the random key of the started server",
+    "--tokenizer-worker-num": "one tokenizer process: SGLang takes no key with several",
+    "--grpc-port": "HTTP alone: SGLang's gRPC asks for no key",
+    "--smg-grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
+    "--grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
 }
 """Arguments of the SGLang server that have a key of their own, and that key."""
 
 
 def problems_across_sections(config: Config) -> list[str]:
     """Return every problem that needs no more than the configuration itself."""
-    checks = (_parallel, objective_problems, _objective, _rollout, _loss, _servers, _optimizer, _others)
-    return [problem for check in checks for problem in check(config)]
+    return [problem for check in CHECKS for problem in check(config)]
 
 
 def layout_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
@@ -126,7 +130,7 @@ def _parallel(config: Config) -> Iterator[str]:
         )
 
 
-def _objective(config: Config) -> Iterator[str]:
+def _guidance(config: Config) -> Iterator[str]:
     guidance = active_guidance(config)
     if guidance is not None and config.data.teacher_responses is None:
         yield (
@@ -140,6 +144,9 @@ def _objective(config: Config) -> Iterator[str]:
             f"objective.guidance.min_continuation = {guidance.min_continuation} leaves no room for a prefix within the "
             f"shared rollout.{key} = {new_tokens}; lower the one or raise the other"
         )
+
+
+def _policy_gradient(config: Config) -> Iterator[str]:
     correction = policy_gradient(config.objective)
     if correction.icepop_low >= correction.icepop_high:
         yield (
@@ -162,12 +169,19 @@ def _rollout(config: Config) -> Iterator[str]:
             f"rollout.truncate.start = {rollout.truncate.start} cuts nothing off rollout.max_new_tokens = "
             f"{rollout.max_new_tokens}; lower it or remove rollout.truncate"
         )
-    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+
+
+def _cache(config: Config) -> Iterator[str]:
+    rollout, longest = config.rollout, config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if rollout.server.max_total_tokens is not None and rollout.server.max_total_tokens < longest:
         yield (
             f"rollout.server.max_total_tokens = {rollout.server.max_total_tokens} holds less than one request of "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it or lower those"
         )
+
+
+def _packs(config: Config) -> Iterator[str]:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if config.batch.tokens_per_micro_batch < longest:
         yield (
             f"batch.tokens_per_micro_batch = {config.batch.tokens_per_micro_batch} is below data.max_prompt_tokens + "
@@ -177,7 +191,6 @@ def _rollout(config: Config) -> Iterator[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     loss = config.loss
-    yield from backend_problems(loss.backend, config.platform.kind)
     if loss.form == "logits" and loss.overlap_chunks:
         yield (
             "loss.overlap_chunks has no effect with loss.form=logits, where no chunk's logits are left to be computed; "
@@ -198,19 +211,33 @@ def _loss(config: Config) -> Iterator[str]:
             f"loss.weight_gradient={loss.weight_gradient} has no effect with loss.form=logits, whose weight gradient "
             "is Megatron's; remove it"
         )
-    if full_vocabulary(config.objective) and loss.weight_gradient == "recompute":
+
+
+def _backend(config: Config) -> Iterator[str]:
+    yield from backend_problems(config.loss.backend, config.platform.kind)
+
+
+def _weight_gradient(config: Config) -> Iterator[str]:
+    if full_vocabulary(config.objective) and config.loss.weight_gradient == "recompute":
         yield (
             "loss.weight_gradient=recompute cannot be combined with objective.full_vocabulary, whose gradient is made "
             "in the forward pass; set deferred or folded"
         )
 
 
-def _servers(config: Config) -> Iterator[str]:
+def _rollout_server(config: Config) -> Iterator[str]:
+    yield from _server("rollout.server", config.rollout.server)
+
+
+def _teacher_server(config: Config) -> Iterator[str]:
+    if config.teacher.kind == "sglang":
+        yield from _server("teacher.server", config.teacher.server)
+
+
+def _both_servers(config: Config) -> Iterator[str]:
     servers = {"rollout.server": config.rollout.server}
     if config.teacher.kind == "sglang":
         servers["teacher.server"] = config.teacher.server
-    for key, server in servers.items():
-        yield from _server(key, server)
     ports = [server.port for server in servers.values() if server.port is not None]
     if len(ports) != len(set(ports)):
         yield f"rollout.server.port and teacher.server.port are both {ports[0]}; give them different ones or none"
@@ -223,17 +250,23 @@ def _server(key: str, server: ServerConfig) -> Iterator[str]:
     if server.url is not None:
         if not re.match(r"https?://[^/]+", server.url):
             yield f"{key}.url: expected http://host:port or https://host, found {server.url!r}"
-        starting = ("port", "tensor_parallel", "max_total_tokens", "mem_fraction", "extra_args")
+        starting = ("port", "tensor_parallel", "max_total_tokens", "mem_fraction", "extra_args", "log_max_mib")
         given = [name for name in starting if getattr(server, name) != ServerConfig.model_fields[name].default]
         if given:
             yield f"{key}.url names a running server, so {key}.{{{','.join(given)}}} would have no effect; remove one"
+    default = ServerConfig.model_fields["hang_timeout_s"].default  # which a short request_timeout_s may be below
+    if server.hang_timeout_s > server.request_timeout_s and server.hang_timeout_s != default:
+        yield (
+            f"{key}.hang_timeout_s = {server.hang_timeout_s:g} is above {key}.request_timeout_s = "
+            f"{server.request_timeout_s:g}, which would end first; lower it or raise that"
+        )
     for argument in server.extra_args:
         flag = argument.partition("=")[0]
         if flag in MANAGED_SERVER_ARGS:
             yield f"{key}.extra_args: {flag} is set by {MANAGED_SERVER_ARGS[flag]}; remove it there"
 
 
-def _optimizer(config: Config) -> Iterator[str]:
+def _warmup(config: Config) -> Iterator[str]:
     optimizer, updates = config.optimizer, updates_per_step(config.objective)
     if optimizer.warmup_steps > config.run.steps * updates:
         each = f" of {updates} optimizer steps each" if updates > 1 else ""
@@ -241,14 +274,26 @@ def _optimizer(config: Config) -> Iterator[str]:
             f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than run.steps = {config.run.steps}{each}; "
             "lower it or raise run.steps"
         )
+
+
+def _rates(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
         yield (
             f"optimizer.min_learning_rate = {optimizer.min_learning_rate} is above "
             f"optimizer.learning_rate = {optimizer.learning_rate}"
         )
+
+
+def _adam(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
     for name in ("beta1", "beta2"):
         if getattr(optimizer, name) == 1.0:
             yield f"optimizer.{name} = 1 never forgets the first gradient; expected less than 1"
+
+
+def _overlap(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
     if optimizer.overlap_param_gather and not (optimizer.distributed and optimizer.overlap_grad_reduce):
         yield "optimizer.overlap_param_gather needs optimizer.distributed=true and optimizer.overlap_grad_reduce=true"
 
@@ -270,10 +315,21 @@ def _beginning(config: Config) -> Iterator[str]:
         )
 
 
-def _others(config: Config) -> Iterator[str]:
-    yield from _beginning(config)
+def _timeouts(config: Config) -> Iterator[str]:
+    run = config.run
+    if run.rank_timeout_s >= run.stall_timeout_s:
+        yield (
+            f"run.rank_timeout_s = {run.rank_timeout_s:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: "
+            "a rank without a sign of life is found before a run without progress; lower the one or raise the other"
+        )
+
+
+def _replay(config: Config) -> Iterator[str]:
     if config.run.replay == config.run.dir:
         yield f"run.replay and run.dir are both {config.run.dir}; replay another run, or remove run.replay to resume"
+
+
+def _pattern(config: Config) -> Iterator[str]:
     try:
         groups = re.compile(config.verifier.pattern).groups
     except re.error as error:
@@ -281,16 +337,53 @@ def _others(config: Config) -> Iterator[str]:
     else:
         if groups < 1:
             yield f"verifier.pattern: expected a group that holds the answer, found none in {config.verifier.pattern!r}"
-    paths = {
-        "run.dir": config.run.dir,
-        "run.replay": config.run.replay,
-        "run.init_from": config.run.init_from,
-        "student.path": config.student.path,
-        "teacher.path": config.teacher.path,
-        "data.prompts": config.data.prompts,
-        "data.teacher_responses": config.data.teacher_responses,
-        "objective.reference": getattr(config.objective, "reference", None),
-    }
-    for key, path in paths.items():
+
+
+def _home(key: str) -> Callable[[Config], Iterator[str]]:
+    """The check of one path: nobody expands `~` in it."""
+
+    def check(config: Config) -> Iterator[str]:
+        section, _, name = key.partition(".")
+        path = getattr(getattr(config, section), name, None)
         if path is not None and str(path).startswith("~"):
             yield f"{key}: `~` is not expanded here; write the whole path instead of {str(path)!r}"
+
+    return check
+
+
+PATHS = (
+    "run.dir",
+    "run.replay",
+    "run.init_from",
+    "student.path",
+    "teacher.path",
+    "data.prompts",
+    "data.teacher_responses",
+    "objective.reference",
+)
+
+CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
+    _parallel,
+    objective_problems,
+    _guidance,
+    _policy_gradient,
+    _rollout,
+    _cache,
+    _packs,
+    _backend,
+    _loss,
+    _weight_gradient,
+    _rollout_server,
+    _teacher_server,
+    _both_servers,
+    _warmup,
+    _rates,
+    _adam,
+    _overlap,
+    _beginning,
+    _timeouts,
+    _replay,
+    _pattern,
+    *(_home(key) for key in PATHS),
+)
+"""Every check across sections, each about as few values as it can be: one that needs a wrong value is left out."""

@@ -154,6 +154,18 @@ def reference_path(config: Config) -> Path | None:
     return None
 
 
+def model_paths(config: Config) -> dict[str, Path]:
+    """Return {configuration key: folder} of every model of the run."""
+    paths = {"student.path": config.student.path, "teacher.path": config.teacher.path}
+    reference = reference_path(config)
+    return paths if reference is None else {**paths, "objective.reference": reference}
+
+
+def reads_responses(config: Config) -> bool:
+    """Return whether the run reads data.teacher_responses: where guidance continues them, sampled here or replayed."""
+    return active_guidance(config) is not None and config.data.teacher_responses is not None
+
+
 def full_vocabulary(objective: ObjectiveConfig) -> bool:
     """Return whether the loss is a divergence over the whole vocabulary, which needs the teacher's hidden states."""
     return isinstance(objective, GkdObjective) and objective.full_vocabulary

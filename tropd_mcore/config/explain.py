@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from tropd_mcore.config.aliases import meant_by
 from tropd_mcore.config.schema import Config
+
+SHOWN_KEYS = 3
+"""Keys that one line suggests."""
 
 
 def explain_validation_error(
@@ -29,6 +34,17 @@ def explain_validation_error(
         place = next((places[key] for key in _ancestors(keys) if key in places), next(inside, name))
         lines.append(f"{place}: {_message(dotted, keys, detail, renamed)}")
     return lines
+
+
+def wrong_keys(error: ValidationError) -> set[tuple[str, ...]]:
+    """Return (section,) or (section, field) of each value that is wrong, missing, or may be meant by an unknown key."""
+    found: set[tuple[str, ...]] = set()
+    for detail in error.errors(include_url=False):
+        keys = _without_tags(detail["loc"])
+        found.add(tuple(keys[:1]) if detail["type"].startswith("union_tag") else tuple(keys[:2]))
+        if detail["type"] == "extra_forbidden":
+            found |= {tuple(key.split(".")[:2]) for key in _meant(".".join(keys), keys, {})}
+    return found
 
 
 def unknown_keys(error: ValidationError) -> list[str]:
@@ -57,19 +73,36 @@ def _message(dotted: str, keys: list[str], detail: Mapping[str, Any], renamed: M
 
 
 def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str:
-    """The new name of a renamed key, else the closest sibling, else the section that has a key of this name."""
+    """The new name of a renamed key, else what it may mean, else what its section has."""
     if dotted in renamed:
         return f": it was renamed; use {renamed[dotted]}"
-    known = schema_keys()
-    everything = {ancestor for key in known for ancestor in _ancestors(key.split("."))}
+    everything = _everything()
     if dotted in everything:
         return f": not a key of the chosen {keys[0]}.kind"
     parent = ".".join(keys[:-1])
+    meant = _meant(dotted, keys, renamed)
     siblings = [key for key in everything if key.rpartition(".")[0] == parent]
-    close = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.75)
-    if not close:
-        close = sorted(key for key in everything if key.rpartition(".")[2] == keys[-1])[:2]
-    return f"; did you mean {' or '.join(close)}?" if close else f"; {parent or 'the file'} has {_listing(siblings)}"
+    return f"; did you mean {' or '.join(meant)}?" if meant else f"; {parent or 'the file'} has {_listing(siblings)}"
+
+
+def _meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]:
+    """Keys that an unknown key may mean: by an alias, by a close name in its section, or by its name in another."""
+    if dotted in renamed:
+        return [renamed[dotted]]
+    everything, parent, name = _everything(), ".".join(keys[:-1]), keys[-1]
+    if meant := meant_by(dotted):
+        return meant[:SHOWN_KEYS]
+    siblings = {key.rpartition(".")[2]: key for key in everything if key.rpartition(".")[0] == parent}
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.72)
+    if close:
+        return [siblings[close[0]]]
+    return sorted(key for key in everything if key.rpartition(".")[2] == name)[:2]
+
+
+@cache
+def _everything() -> frozenset[str]:
+    """Every key and section of the schema, over all variants."""
+    return frozenset(ancestor for key in schema_keys() for ancestor in _ancestors(key.split(".")))
 
 
 def _listing(keys: list[str]) -> str:

@@ -7,17 +7,22 @@ Relative paths in the file or in an override are relative to the current directo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from tropd_mcore.config.checks import problems_across_sections
-from tropd_mcore.config.explain import explain_validation_error
+from tropd_mcore.config.checks import CHECKS, problems_across_sections
+from tropd_mcore.config.explain import explain_validation_error, wrong_keys
+from tropd_mcore.config.partial import problems_without, without
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.switched import drop_other_kinds, kinds_of, take_away
 from tropd_mcore.config.yaml_reader import parse_yaml
 from tropd_mcore.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -29,8 +34,10 @@ RENAMED_KEYS: dict[str, str] = {}
 def load(path: Path | str, overrides: list[str]) -> tuple[Config, dict[str, str]]:
     """Read `path`, apply `a.b=value` overrides in order (values are YAML), validate, and check across sections.
 
-    Returns the config and the source of each leaf key: `<file>:<line>`, `command line` or `default`.
-    Raises ConfigError with every problem found in the file, the overrides and the values.
+    Returns the config and the source of each leaf key: `<file>:<line>`, `command line` or `default`. An override that
+    chooses another kind of a section leaves the file's keys of the old kind out, and says so in the log; one that sets
+    a section to null brings its defaults back. Raises ConfigError with every problem found in the file, the overrides
+    and the values, and with those across sections that need no wrong value.
     """
     name = str(path)
     document = parse_yaml(_read(Path(path)), name)
@@ -39,16 +46,24 @@ def load(path: Path | str, overrides: list[str]) -> tuple[Config, dict[str, str]
     if not isinstance(document.value, dict):
         problems.append(f"{name}: expected sections such as `run:`, found {document.value!r}")
     places = {key: f"{name}:{line}" for key, line in document.lines.items()}
+    kinds = kinds_of(tree)
     for override in overrides:
         problems += _apply(override, tree, places)
+    left_out = drop_other_kinds(tree, kinds, places, COMMAND_LINE)
+    take_away(tree, [key for key, place in places.items() if place == COMMAND_LINE])
     _fill_default_kinds(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(problems + explain_validation_error(error, places, name, RENAMED_KEYS)) from None
+        problems += explain_validation_error(error, places, name, RENAMED_KEYS)
+        rest = without(tree, wrong_keys(error))
+        problems += list(problems_without(CHECKS, rest)) if rest is not None else []
+        raise ConfigError(problems) from None
     problems += problems_across_sections(config)
     if problems:
         raise ConfigError(problems)
+    for line in left_out:
+        log.info("%s: %s", COMMAND_LINE, line)
     return config, {key: _source(key, places) for key in leaves(config)}
 
 

@@ -32,11 +32,14 @@ class RunConfig(Section):
     export_at_end: bool = True
     """Write the trained student as a Hugging Face folder to <dir>/export."""
     keep_rollouts: PositiveInt | None = None
-    """Newest steps whose rollouts stay in <dir>/rollouts; None = all. Steps since the last checkpoint always stay."""
+    """Newest steps whose rollouts stay in <dir>/rollouts (docs/run-directory.md says how large they are); None = all.
+    Those of steps since the last checkpoint always stay, because a resume repeats these steps with them."""
     keep_scores: NonNegativeInt | None = 0
-    """Newest steps whose teacher scores stay in <dir>/scores beyond those that a resume needs; None = all."""
+    """Newest steps whose teacher scores stay in <dir>/scores; 0 = of the step under way only, None = all. Those of a
+    served teacher stay since the last checkpoint in any case; a teacher in the job scores repeated steps again."""
     keep_tokens: PositiveInt | None = 200
-    """Newest steps whose per-token values stay in <dir>/tokens for the report; None = all."""
+    """Newest steps whose per-token values stay in <dir>/tokens, which the report shows; None = all. How many samples of
+    each step: monitor.token_samples."""
     lock: Literal["auto", "flock", "file"] = "auto"
     """How one job keeps others out of <dir>: a lock of the kernel, or a file that names host and process, for file
     systems without flock (Lustre); auto = flock where the file system has it, else a file."""
@@ -276,7 +279,8 @@ class MonitorConfig(Section):
     topk_overlap: bool = True
     """Measure teacher/student top-k overlap each step: one more top-k over the student's shard."""
     token_samples: NonNegativeInt = 4
-    """Samples a step whose per-token values are kept in <run.dir>/tokens for the report."""
+    """Samples per step, spread evenly over the step, whose per-token values are kept in <run.dir>/tokens for the
+    report."""
 
 
 class GatesConfig(Section):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tropd_mcore.data.chat_template import Chat, ChatTemplate, Message
+from tropd_mcore.data.token_texts import token_texts
 from tropd_mcore.data.tokenizer import decode, load_tokenizer, own_end_ids
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import IntArray
@@ -79,8 +80,11 @@ class Renderer:
         return decode(self.tokenizer, prompt_ids[-TAIL_TOKENS:]).rstrip().endswith(text)
 
     def token_texts(self, ids: Iterable[int]) -> list[str]:
-        """Return the text of each id on its own, special tokens included."""
-        return [decode(self.tokenizer, [index]) for index in ids]
+        """Return the text that each id adds, special tokens included.
+
+        A character whose bytes are spread over several tokens is the text of the last of them, the others have none.
+        """
+        return token_texts(self.tokenizer, [int(index) for index in ids])
 
     def token_id(self, text: str) -> int | None:
         """Return the id of a vocabulary entry, or of a text that is a single token; None where it is neither."""

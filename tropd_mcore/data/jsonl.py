@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tropd_mcore.errors import DataError
+from tropd_mcore.file_kinds import Found, in_the_way
+from tropd_mcore.files import shown
 
 SHOWN_PROBLEMS = 10
 """Problems of one file that a message lists; of the others it says how many there are."""
+_HEADER = re.compile(r"[A-Za-z_][\w .-]{0,40}")
+"""The name of a column in the first line of a table."""
 
 
 class Problem(NamedTuple):
@@ -27,14 +32,46 @@ class Problem(NamedTuple):
 
 
 def read_lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text) of every line that is not blank. Raises DataError naming `key`."""
+    """Yield (number from 1, text) of every line that is not blank.
+
+    Raises DataError naming `key` where the file is missing, of another kind (parquet, gzip, CSV, one JSON array, a
+    pipe ...) or not UTF-8.
+    """
+    place = f"{key}={shown(path)}"
+    if (found := in_the_way(path)) is not None:
+        raise DataError(f"{place}: expected JSONL, one object per line; {found}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{key}={path}: cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{place}: line {line} is not UTF-8 text ({error.reason}: byte 0x{content[error.start]:02x}); save the "
+            "file as UTF-8 (iconv -t utf-8)"
+        ) from error
+    if (other := _other_text(text)) is not None:
+        raise DataError(f"{place}: expected JSONL, one object per line; {other}")
+    for number, line_text in enumerate(text.split("\n"), start=1):
+        if line_text.strip():
+            yield number, line_text
+
+
+def _other_text(text: str) -> Found | None:
+    """What a text is of which no line can be an object; None where its first line may be one."""
+    if text.startswith("\ufeff"):
+        return Found("a byte order mark (BOM) at the start of line 1", "save the file as UTF-8 without it")
+    first = next((line for line in text.split("\n") if line.strip()), "").strip()
+    if first.startswith("["):
+        return Found("a JSON array", "write its elements on a line each (jq -c '.[]')")
+    if first == "{":
+        return Found("a JSON object over several lines", "write each object on one line (jq -c .)")
+    for separator, name in ((",", "CSV"), ("\t", "tab-separated values")):
+        columns = [column.strip().strip('"') for column in first.split(separator)]
+        if len(columns) > 1 and all(_HEADER.fullmatch(column) for column in columns):
+            return Found(f"{name} with the columns {', '.join(columns)}"[:120], "write each row as a JSON object")
+    return None
 
 
 def parse_object(line: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

@@ -57,6 +57,15 @@ def equal(response: str, answer: str, *, limit_s: int) -> bool:
     return bool(verify(expected, found, timeout_seconds=limit))
 
 
+def expression(response: str, *, limit_s: int) -> str | None:
+    """Return the text of the expression that is read in a response; None where none can be read in `limit_s`."""
+    try:
+        found = _parse(_readable(_end(response)), _limit(limit_s))
+    except _TooSlowError:
+        return None
+    return str(found[-1]) if found else None
+
+
 def can_be_equal(answer: str, *, limit_s: int) -> bool:
     """Return whether an expression can be read in `answer`, and equals itself."""
     if _NUMBER.fullmatch(answer.strip()):

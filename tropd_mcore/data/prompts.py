@@ -8,7 +8,6 @@ step are a pure function of (file, seed, step), so a resumed run needs no cursor
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -28,10 +27,8 @@ from tropd_mcore.data.prompt_file import PromptRecord, scan_prompt_file
 from tropd_mcore.data.responses import Responses, scan_responses
 from tropd_mcore.data.verify import answer_problem
 from tropd_mcore.errors import DataError
+from tropd_mcore.progress import counted, progress
 from tropd_mcore.types import Prompt
-
-PROGRESS_S = 30.0
-"""Seconds between two lines that say how many answers were looked at."""
 
 DATE_STRING = "%d %b %Y"
 """How Llama's templates write the day."""
@@ -129,18 +126,21 @@ def load_prompts(
     responses = _responses(config, renderer, needs)
     known = responses.by_prompt.keys() | responses.bad_ids
     prompts: list[Prompt] = []
-    for record in records:
-        where = f"{config.prompts}:{record.line}: prompt {record.prompt_id!r}"
-        try:
-            token_ids = renderer.prompt_ids(asked[record.prompt_id])
-        except DataError as error:
-            problems.append(Problem(record.line, f"{where}: {error}"))
-            continue
-        prompts.append(Prompt(record.prompt_id, token_ids, record.answer, responses.by_prompt.get(record.prompt_id)))
-        missing = needs.responses and record.prompt_id not in known
-        problems += [
-            Problem(record.line, f"{where} {text}") for text in _problems(prompts[-1], config, needs, missing=missing)
-        ]
+    with progress(log, f"{config.prompts}: rendering", total=len(records), unit="prompts") as state:
+        for record in counted(records, state):
+            where = f"{config.prompts}:{record.line}: prompt {record.prompt_id!r}"
+            try:
+                token_ids = renderer.prompt_ids(asked[record.prompt_id])
+            except DataError as error:
+                problems.append(Problem(record.line, f"{where}: {error}"))
+                continue
+            response = responses.by_prompt.get(record.prompt_id)
+            prompts.append(Prompt(record.prompt_id, token_ids, record.answer, response))
+            missing = needs.responses and record.prompt_id not in known
+            problems += [
+                Problem(record.line, f"{where} {text}")
+                for text in _problems(prompts[-1], config, needs, missing=missing)
+            ]
     problems += _answer_problems(records, config.prompts, needs.verifier)
     foreign = _foreign(prompts, responses, config) if needs.responses else ()
     raise_problems(problems, [*responses.problems, *foreign])
@@ -209,16 +209,13 @@ def _answer_problems(records: list[PromptRecord], path: Path, verifier: Verifier
         return
     judged = [(record, record.answer) for record in records if record.answer is not None]
     found: dict[str, str | None] = {}
-    said = time.monotonic()
-    for done, (record, answer) in enumerate(judged, start=1):
-        if answer not in found:
-            found[answer] = answer_problem(verifier, answer)
-        problem = found[answer]
-        if problem is not None:
-            yield Problem(record.line, f"{path}:{record.line}: prompt {record.prompt_id!r}: {problem}")
-        if time.monotonic() - said > PROGRESS_S:
-            said = time.monotonic()
-            log.info("%s: %d of %d answers are looked at", path, done, len(judged))
+    with progress(log, f"{path}: reading answers", total=len(judged), unit="answers") as state:
+        for record, answer in counted(judged, state):
+            if answer not in found:
+                found[answer] = answer_problem(verifier, answer)
+            problem = found[answer]
+            if problem is not None:
+                yield Problem(record.line, f"{path}:{record.line}: prompt {record.prompt_id!r}: {problem}")
 
 
 def _check_date(config: DataConfig, renderer: Renderer, asked: Collection[Asked], day: date) -> date | None:

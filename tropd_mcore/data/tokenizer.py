@@ -9,6 +9,7 @@ has the ids of the file, which `tokenizer_gate` proves at the start of every com
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -17,15 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tropd_mcore.errors import DataError, first_line
-from tropd_mcore.files import publish_text
+from tropd_mcore.file_kinds import in_the_way
+from tropd_mcore.files import publish_text, shown, writing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 READABLE_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 """A folder with a tokenizer has at least one of them."""
-LFS_POINTER = b"version https://git-lfs"
-"""First bytes of a Git LFS pointer, a text of three lines that stands where a large file should be."""
 
 PROBE = (
     "What is 2 + 3?\nAnswer in one line.",
@@ -71,8 +71,10 @@ def read_tokenizer(folder: Path) -> LoadedTokenizer:
     Raises DataError where there is no tokenizer or the installed libraries cannot read it. A folder is read once per
     process, again where one of its files has changed (2 s for 150 000 tokens, 4 s where something is corrected).
     """
+    for name in READABLE_FILES:
+        _check_file(folder / name)
     if not any((folder / name).is_file() for name in READABLE_FILES):
-        raise DataError(f"{folder}: expected a tokenizer there (tokenizer.json)")
+        raise DataError(f"{shown(folder)}: expected a tokenizer there (tokenizer.json)")
     state = tuple(
         (path.name, stat.st_mtime_ns, stat.st_size, stat.st_ino)
         for path in sorted(folder.iterdir())
@@ -155,11 +157,12 @@ def write_for_server(loaded: LoadedTokenizer, folder: Path, into: Path) -> Path 
     """
     if loaded.correction is None:
         return None
-    shutil.rmtree(into, ignore_errors=True)
-    into.mkdir(parents=True)
-    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, into / name)
+    with writing(into):
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True)
+        for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, into / name)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": False}
@@ -200,12 +203,11 @@ def _tokenizer_of_file(folder: Path) -> Any:
 
 
 def _check_file(path: Path) -> None:
-    """Raise DataError where `path` is there and is a Git LFS pointer, or settings that are no JSON."""
-    if not path.is_file():
+    """Raise DataError where `path` is there and is no file of its kind, or settings that are no JSON."""
+    if not os.path.lexists(path):
         return
-    with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise DataError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    if (found := in_the_way(path)) is not None:
+        raise DataError(f"{shown(path)}: expected a file of the tokenizer; {found}")
     if path.name == "tokenizer_config.json":
         _read_json(path)
 

@@ -11,7 +11,7 @@ import re
 
 from tropd_mcore.config.schema import VerifierConfig
 from tropd_mcore.data.answer_pattern import can_be_captured
-from tropd_mcore.data.mathematics import can_be_equal, equal
+from tropd_mcore.data.mathematics import can_be_equal, equal, expression
 from tropd_mcore.data.thinking import answer_part
 
 MATH_TIMEOUT_S = 5
@@ -33,9 +33,17 @@ def is_right(verifier: VerifierConfig, said: str, answer: str) -> bool:
     """Return whether what was said outside of thinking ends in `answer`."""
     assert verifier.kind != "none", "nothing is judged with verifier.kind=none"
     if verifier.kind == "exact_match":
-        found = [match[1] for match in re.finditer(verifier.pattern, said)]
-        return bool(found) and found[-1] is not None and found[-1].strip() == answer.strip()
+        found = found_answer(verifier, said)
+        return found is not None and found == answer.strip()
     return equal(said, answer, limit_s=MATH_TIMEOUT_S)
+
+
+def found_answer(verifier: VerifierConfig, said: str) -> str | None:
+    """Return the answer that is read in what was said outside of thinking; None where there is none. For showing it."""
+    if verifier.kind == "exact_match":
+        found = [match[1] for match in re.finditer(verifier.pattern, said)]
+        return found[-1].strip() if found and found[-1] is not None else None
+    return expression(said, limit_s=MATH_TIMEOUT_S)
 
 
 def answer_problem(verifier: VerifierConfig, answer: str) -> str | None:

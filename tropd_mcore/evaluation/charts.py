@@ -1,39 +1,46 @@
 """Charts as SVG text: lines over steps, and points with intervals; styled by the page's style sheet.
 
-Not for choosing what is shown (see `report`). Invariants: no chart needs anything from outside the page; series differ
-by dash as well as by colour; a value that is missing leaves a gap and is never drawn.
+Not for choosing what is shown (see `curves_view`) or for axes (see `axes`). Invariants: no chart needs anything from
+outside the page; series differ by dash as well as by colour; a value that is missing leaves a gap and is never drawn;
+what is read under the pointer (`data-plot`) are the values that are drawn.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-Hue = Literal["trusted", "outlier", "prefix", "plain"]
-Dash = Literal["solid", "dashed", "dotted"]
-_DASHES: dict[str, str] = {"dashed": "7 4", "dotted": "1.5 4"}
+from tropd_mcore.evaluation.axes import ANY, Axis, Scale, step_ticks
+from tropd_mcore.evaluation.thinning import drawn_steps
 
-WIDTH, HEIGHT = 460, 236
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 30
+Hue = Literal["trusted", "outlier", "prefix", "plain", "run0", "run1", "run2", "run3", "run4", "run5"]
+Dash = Literal["solid", "dashed", "dotted", "mixed"]
+_DASHES: dict[str, str] = {"dashed": "7 4", "dotted": "1.5 4", "mixed": "8 4 1.5 4"}
+
+WIDTH, HEIGHT = 460, 244
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 38
 """Margins of the plot area in the units of the view box."""
-TARGET_TICKS = 5
-OVERSHOOT = 0.1
-"""Part of a tick's spacing that values may lie outside the outermost ticks."""
-SINGLE_POINT_RADIUS = 3
+SINGLE_POINT_RADIUS = 2.6
 """A value between two missing ones has no line and is drawn as a point of this radius."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line; `values` has an entry a step, None where there is none."""
+    """One line; `values` has one entry per step, None where there is none."""
 
     label: str
     hue: Hue
     values: Sequence[float | None]
     dash: Dash = "solid"
+
+    @property
+    def known(self) -> list[float]:
+        """The values that are there."""
+        return [value for value in self.values if value is not None and math.isfinite(value)]
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,18 @@ class Interval:
     hollow: bool = False
 
 
-def line_chart(steps: Sequence[int], series: Sequence[Series], *, description: str, logarithmic: bool = False) -> str:
-    """Return the SVG of lines over `steps`; `logarithmic` leaves out values that are not positive."""
+def line_chart(steps: Sequence[int], series: Sequence[Series], *, description: str, scale: Scale = ANY) -> str:
+    """Return the SVG of lines over `steps`; a logarithmic scale leaves out values that are not positive."""
     drawn = [
-        Series(line.label, line.hue, [_usable(value, logarithmic) for value in line.values], line.dash)
-        for line in series
+        Series(line.label, line.hue, [_usable(value, scale) for value in line.values], line.dash) for line in series
     ]
-    values = [value for line in drawn for value in line.values if value is not None]
+    values = [value for line in drawn for value in line.known]
     if not values:
         return ""
-    axis = _Axis.over(values, logarithmic=logarithmic)
+    kept = drawn_steps(len(steps), [line.values for line in drawn])
+    shown_steps = [steps[index] for index in kept]
+    shown = [Series(line.label, line.hue, [line.values[i] for i in kept], line.dash) for line in drawn]
+    axis = Axis.over(values, scale)
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
     def x(step: int) -> float:
@@ -67,13 +76,15 @@ def line_chart(steps: Sequence[int], series: Sequence[Series], *, description: s
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - axis.place(value))
 
     parts = [_grid_line(y(tick), axis.text(tick)) for tick in axis.ticks]
-    for tick in _step_ticks(first, steps[-1]):
-        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{tick}</text>')
-    for line in drawn:
-        for run in _runs(steps, line.values):
-            points = [(x(step), y(value)) for step, value in run]
-            parts.append(_polyline(points, line))
-    return _svg(HEIGHT, description, parts)
+    for tick in step_ticks(first, steps[-1]):
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{tick}</text>')
+    parts.append(
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>'
+    )
+    for line in shown:
+        for run in _runs(shown_steps, line.values):
+            parts.append(_polyline([(x(step), y(value)) for step, value in run], line))
+    return _svg(HEIGHT, description, parts, _plot(shown_steps, shown, scale, (first, last)))
 
 
 def interval_chart(rows: Sequence[Interval], *, description: str) -> str:
@@ -88,18 +99,21 @@ def interval_chart(rows: Sequence[Interval], *, description: str) -> str:
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="6" y2="{height - 26}"/>')
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{height - 10}" text-anchor="middle">{tick:.0%}</text>')
     for index, row in enumerate(rows):
-        y = 6 + row_height * (index + 0.5)
-        fill = "hollow" if row.hollow else "filled"
-        parts.append(f'<text class="row" x="0" y="{y + 4:.1f}">{escape(row.label)}</text>')
-        parts.append(
-            f'<line class="line {row.hue}" x1="{x(row.low):.1f}" x2="{x(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts += [
-            f'<line class="line {row.hue}" x1="{x(end):.1f}" x2="{x(end):.1f}" y1="{y - 5:.1f}" y2="{y + 5:.1f}"/>'
-            for end in (row.low, row.high)
-        ]
-        parts.append(f'<circle class="point {fill} {row.hue}" cx="{x(row.value):.1f}" cy="{y:.1f}" r="5"/>')
+        parts += _interval_row(row, 6 + row_height * (index + 0.5), x(row.value), (x(row.low), x(row.high)))
     return _svg(height, description, parts)
+
+
+def bar_chart(rows: Sequence[tuple[str, float, str]], *, description: str) -> str:
+    """Return the SVG of horizontal bars: (label, share of the longest possible bar in [0, 1], text behind it)."""
+    row_height, left, right = 24, 158, 112
+    parts = []
+    for index, (label, share, text) in enumerate(rows):
+        top = 4 + row_height * index
+        width = max(1.0, (WIDTH - left - right) * share)
+        parts.append(f'<text class="row" x="0" y="{top + 15}">{escape(label)}</text>')
+        parts.append(f'<rect class="bar" x="{left}" y="{top + 3}" width="{width:.1f}" height="16" rx="2"/>')
+        parts.append(f'<text class="row soft" x="{left + width + 7:.1f}" y="{top + 15}">{escape(text)}</text>')
+    return _svg(row_height * len(rows) + 8, description, parts)
 
 
 def legend_mark(hue: Hue, dash: Dash) -> str:
@@ -108,70 +122,45 @@ def legend_mark(hue: Hue, dash: Dash) -> str:
     return f'<svg class="mark" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">{line}</svg>'
 
 
-def format_value(value: float) -> str:
-    """Return a number with three significant digits."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-        return f"{value:.{digits}f}"
-    return f"{value:.2e}"
+def _interval_row(row: Interval, y: float, x: float, ends: tuple[float, float]) -> list[str]:
+    low, high = ends
+    fill = "hollow" if row.hollow else "filled"
+    marks = [
+        f'<line class="line {row.hue}" x1="{end:.1f}" x2="{end:.1f}" y1="{y - 5:.1f}" y2="{y + 5:.1f}"/>'
+        for end in (low, high)
+    ]
+    return [
+        f'<text class="row" x="0" y="{y + 4:.1f}">{escape(row.label)}</text>',
+        f'<line class="line {row.hue}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>',
+        *marks,
+        f'<circle class="point {fill} {row.hue}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>',
+    ]
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """A vertical axis: its ends and its ticks, in values."""
-
-    low: float
-    high: float
-    ticks: tuple[float, ...]
-    logarithmic: bool
-
-    @staticmethod
-    def over(values: Sequence[float], *, logarithmic: bool) -> _Axis:
-        low, high = min(values), max(values)
-        if logarithmic:
-            exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            ticks = [10.0**exponent for exponent in exponents]
-            if len(ticks) == 1:
-                ticks.append(10 * ticks[0])
-        else:
-            ticks = _even_ticks(low, high)
-        return _Axis(min(low, ticks[0]), max(high, ticks[-1]), tuple(ticks), logarithmic)
-
-    def place(self, value: float) -> float:
-        """0 at the low end, 1 at the high end."""
-        if self.logarithmic:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-    def text(self, tick: float) -> str:
-        if self.logarithmic:
-            return f"{tick:g}"
-        spacing = self.ticks[1] - self.ticks[0]
-        decimals = max(0, -math.floor(math.log10(spacing) + 1e-9))
-        return f"{tick:.{decimals}f}" if decimals <= 4 and abs(tick) < 1e5 else f"{tick:g}"
+def _plot(steps: Sequence[int], series: Sequence[Series], scale: Scale, ends: tuple[int, int]) -> str:
+    """What the page's script reads under the pointer, as JSON."""
+    return json.dumps(
+        {
+            "steps": list(steps),
+            "ends": ends,
+            "form": scale.form,
+            "lines": [
+                {"label": line.label, "hue": line.hue, "values": [_rounded(value) for value in line.values]}
+                for line in series
+            ],
+        },
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+    )
 
 
-def _even_ticks(low: float, high: float) -> list[float]:
-    """About TARGET_TICKS multiples of 1, 2, 2.5 or 5 times a power of ten, around [low, high]."""
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        margin = 0.5 * abs(high) or 1.0
-        low, high = low - margin, high + margin
-    rough = (high - low) / TARGET_TICKS
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    spacing = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough * (1 - 1e-9))
-    first, last = math.floor(low / spacing + OVERSHOOT), math.ceil(high / spacing - OVERSHOOT)
-    return [round(index * spacing, 12) for index in range(first, last + 1)]
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
 
 
-def _step_ticks(first: int, last: int) -> list[int]:
-    """Whole numbers inside [first, last]."""
-    if first == last:
-        return [first]
-    return sorted({round(tick) for tick in _even_ticks(first, last) if first <= tick <= last and tick == round(tick)})
-
-
-def _usable(value: float | None, logarithmic: bool) -> float | None:
-    if value is None or not math.isfinite(value) or (logarithmic and value <= 0):
+def _usable(value: float | None, scale: Scale) -> float | None:
+    if value is None or not math.isfinite(value) or (scale.logarithmic and value <= 0):
         return None
     return value
 
@@ -208,8 +197,9 @@ def _grid_line(y: float, text: str) -> str:
     )
 
 
-def _svg(height: int, description: str, parts: Sequence[str]) -> str:
+def _svg(height: int, description: str, parts: Sequence[str], plot: str = "") -> str:
+    data = f' data-plot="{escape(plot, quote=True)}" tabindex="0"' if plot else ""
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(description, quote=True)}">'
-        f"{''.join(parts)}</svg>"
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(description, quote=True)}"{data}>{"".join(parts)}</svg>'
     )

@@ -8,6 +8,7 @@ training; two results are compared only where prompts and settings are the same.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
@@ -23,9 +24,12 @@ from tropd_mcore.data.verify import is_right
 from tropd_mcore.errors import DataError, ServerError
 from tropd_mcore.evaluation.statistics import clustered_interval, paired_difference_interval, wilson_interval
 from tropd_mcore.files import file_digest, publish_text
+from tropd_mcore.progress import counted, progress
 from tropd_mcore.serving.wire import Generation, GenerationRequest
 from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.digest import folder_digest
+
+log = logging.getLogger(__name__)
 
 ANY_LENGTH = 1 << 31
 """Tokens of a prompt: how many an evaluation can have is for the server to say."""
@@ -95,8 +99,8 @@ class EvaluationResult:
     """Digest of the whole folder, with tokenizer, chat template and end tokens; "" in a result of an older release"""
 
     def save(self, path: Path) -> None:
-        """Publish the result as JSON."""
-        publish_text(path, json.dumps(asdict(self), indent=1) + "\n")
+        """Publish the result as JSON. Raises DataError where the place cannot be written."""
+        publish_text(path, json.dumps(asdict(self), indent=1) + "\n", key="--out")
 
 
 def load_result(path: Path) -> EvaluationResult:
@@ -145,10 +149,11 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, t
 
     def judged(generations: list[Generation], samples: int) -> list[bool]:
         right = []
-        for index, generation in enumerate(generations):
-            ids, finished = generation.output_ids, generation.finish_reason == "stop"
-            said = read_answer_ids(verifier, renderer, prompts[index // samples], ids, finished=finished)
-            right.append(said is not None and is_right(verifier, said, expected[index // samples]))
+        with progress(log, "verifier", total=len(generations), unit="responses judged") as state:
+            for index, generation in enumerate(counted(generations, state)):
+                ids, finished = generation.output_ids, generation.finish_reason == "stop"
+                said = read_answer_ids(verifier, renderer, prompts[index // samples], ids, finished=finished)
+                right.append(said is not None and is_right(verifier, said, expected[index // samples]))
         return right
 
     digest = folder_digest(model)
@@ -168,6 +173,11 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, t
         template_date=prompt_set.printed_date.isoformat() if prompt_set.printed_date else None,
         model_sha256=digest.whole(),
     )
+
+
+def read_prompts(model: Path, settings: EvaluationSettings, today: date) -> PromptSet:
+    """Return the prompts as `evaluate` will read them. Raises DataError where one cannot be rendered or judged."""
+    return _read_prompts(Renderer(model), settings, _verifier(settings), today)
 
 
 def _verifier(settings: EvaluationSettings) -> VerifierConfig:

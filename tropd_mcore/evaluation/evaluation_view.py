@@ -5,6 +5,7 @@ Not for measuring (see `evaluate`). Invariant: a difference is shown with its in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -19,43 +20,56 @@ _ROLES: tuple[tuple[str, str, Hue], ...] = (
 )
 """(setting that names a model folder, what the model is called, its hue)"""
 _READING = (
-    "Filled: greedy, hollow: sampled. Bars are 95 % intervals: Wilson for greedy, normal over prompts for sampled "
-    "answers; adjusted Wald for matched pairs for the differences."
+    "Filled: greedy answers. Hollow: sampled answers. Bars are 95 % intervals (greedy: Wilson; sampled: normal over "
+    "prompts; differences: adjusted Wald for matched pairs)."
 )
 
 
-def evaluation_section(run: RunRecords) -> str:
-    """Return the section, or what to call where nothing was evaluated."""
+def evaluation_section(runs: Sequence[RunRecords]) -> str:
+    """Return the section of `runs`, or what to call where nothing was evaluated."""
+    parts = "".join(f"{_heading(run, runs)}{_evaluations(run)}" for run in runs)
+    return f"<section><h2>Held-out accuracy</h2>{parts}</section>"
+
+
+def _heading(run: RunRecords, runs: Sequence[RunRecords]) -> str:
+    return f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+
+
+def _evaluations(run: RunRecords) -> str:
     results = _ordered(run)
     if not results:
         call = "tropd eval CONFIG --prompts HELD_OUT.jsonl --out RUN/evaluation_after.json"
-        text = f"No evaluation in this run directory; <code>{call}</code> puts one here."
-        return f'<section><h2>Held-out accuracy</h2><p class="note">{text}</p></section>'
+        return f'<p class="note">No evaluation in this run directory; <code>{call}</code> puts one here.</p>'
     chart = interval_chart(_intervals(run, results), description="Held-out accuracy with 95 % intervals")
     differences = "".join(f"<li>{line}</li>" for line in _differences(run, results))
     return (
-        '<section><h2>Held-out accuracy</h2><div class="evaluation"><figure>'
-        f'{chart}<p class="reading">{_READING}</p></figure>'
-        f"<div>{_table(run, results)}<ul>{differences}</ul></div></div></section>"
+        f'<div class="evaluation"><figure>{chart}<p class="reading">{_READING}</p></figure>'
+        f"<div>{_table(run, results)}<ul>{differences}</ul></div></div>"
     )
 
 
-def headline(run: RunRecords) -> tuple[str, str, str] | None:
-    """Return (title, greedy accuracy before and after, counts) where both were evaluated."""
+def before_and_after(run: RunRecords) -> tuple[EvaluationResult, EvaluationResult] | None:
+    """Return the results of the student before training and after it; None where one of them is missing."""
     results = _ordered(run)
     before = next((result for result in results if _role(run, result) == _ROLES[0][1]), None)
     after = next((result for result in reversed(results) if _role(run, result) is None), None)
-    if before is None or after is None:
+    return None if before is None or after is None else (before, after)
+
+
+def difference(before: EvaluationResult, after: EvaluationResult) -> dict[str, float] | None:
+    """Return `compare` of the two; None where they cannot be compared."""
+    try:
+        return compare(before, after)
+    except DataError:
         return None
-    counts = f"{before.greedy.correct} and {after.greedy.correct} of {after.greedy.total} held-out, greedy"
-    return "Right answers", f"{before.greedy.accuracy:.1%} → {after.greedy.accuracy:.1%}", counts
 
 
 def _role(run: RunRecords, result: EvaluationResult) -> str | None:
     """What the run's configuration calls the model; None for one it does not know, such as the export."""
+    start = run.launch_folder or Path.cwd()
     for key, name, _ in _ROLES:
         path = run.settings.get(key)
-        if isinstance(path, str) and Path(path).resolve() == Path(result.model).resolve():
+        if isinstance(path, str) and (start / path).resolve() == (start / result.model).resolve():
             return name
     return None
 
@@ -85,7 +99,7 @@ def _intervals(run: RunRecords, results: list[EvaluationResult]) -> list[Interva
 
 
 def _differences(run: RunRecords, results: list[EvaluationResult]) -> list[str]:
-    """One line a model that is compared with the first."""
+    """One line per model that is compared with the first."""
     lines = []
     for result in results[1:]:
         pair = f"{escape(_name(run, result))} - {escape(_name(run, results[0]))}"
@@ -108,7 +122,7 @@ def _table(run: RunRecords, results: list[EvaluationResult]) -> str:
         f'<td title="SHA-256 of the weights"><code>{escape(result.weights_sha256[:10])}</code></td></tr>'
         for result in results
     )
-    heads = "".join(f"<th>{head}</th>" for head in ("model", "greedy", "sampled", "tokens", "truncated", "weights"))
+    heads = "".join(f"<th>{head}</th>" for head in ("model", "greedy", "sampled", "tokens", "cut", "weights"))
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 

@@ -1,37 +1,53 @@
-"""Rollouts as HTML: every token with its text, coloured and marked by what the loss made of it.
+"""One rollout as HTML: every token with its text, coloured and marked by what the loss made of it, and its verdict.
 
-Not for metrics. Invariant: a token's kind shows without colour too: prefix dotted below, outlier waved below and bold,
-not scored struck through.
+Not for which rollouts are shown (see `rollout_choice`, `rollouts_section`). Invariant: a token's kind shows without
+colour too: prefix dotted below, outlier waved below and bold, not scored struck through, part of a character a dot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
+from typing import Literal
 
 import numpy as np
 
+from tropd_mcore.evaluation.rollout_texts import Answer, RolloutTexts
 from tropd_mcore.evaluation.run_records import StepTokens
 from tropd_mcore.types import Rollout
 
-TokenTexts = Callable[[Sequence[int]], list[str]]
-"""ids -> the text of each"""
+Verdict = Literal["right", "wrong", "no answer", "cut", "not judged"]
 
-SHOWN_TOKENS = 600
-"""Tokens of a rollout that are shown; longer ones are cut with a note."""
+OPEN_TOKENS = 600
+"""Tokens of a rollout that are in sight; the middle of a longer one is folded."""
 STRONG_LOG_RATIO = 3.0
 """|log-ratio| in nats at which a token has its full colour."""
+STRENGTHS = 10
+"""Shades of a colour (classes s0, s1, ... of the style sheet)."""
+LONGEST_ANSWER = 80
+"""Characters of an answer in the caption."""
 
 LEGEND = (
     '<p class="legend">'
     '<span class="token prompt">prompt</span> <span class="token prefix">teacher prefix</span> '
-    '<span class="token trusted" style="--strength:.6">trusted</span> '
-    '<span class="token outlier" style="--strength:.8">outlier</span> '
-    '<span class="token unscored">not scored</span>'
-    "<span>A stronger colour is a larger |log-ratio|; point at a token for its numbers. "
-    "Of the samples that were kept, those with the most outliers are shown.</span></p>"
+    '<span class="token trusted s6">trusted</span> '
+    '<span class="token outlier s8">outlier</span> '
+    '<span class="token unscored">not scored</span> '
+    '<span class="token part"></span> <span>one of several tokens of the character that follows</span>'
+    "<span>A stronger colour is a larger |r|, the log-ratio. Point at a token for its numbers.</span></p>"
 )
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One token as it is shown."""
+
+    kind: str
+    """Classes of the style sheet"""
+    text: str
+    title: str = ""
+    """Its numbers"""
 
 
 @dataclass(frozen=True)
@@ -45,39 +61,82 @@ class _Row:
     on: bool
 
 
-def rollout_html(tokens: StepTokens, sample: int, token_texts: TokenTexts) -> str:
-    """Return one rollout of `tokens`: the prompt, the prefix and the response, token by token."""
+def rollout_html(tokens: StepTokens, sample: int, texts: RolloutTexts, *, label: str = "", most: int) -> str:
+    """Return one rollout with its caption: prompt, prefix and response, at most `most` tokens.
+
+    Tokens are coloured where their values were kept. The middle of a long rollout is folded, and left out with a note
+    where it has more than `most` tokens.
+    """
     rollout = tokens.rollouts[sample]
+    ids = rollout.token_ids.tolist()
+    head, tail = _ends(len(ids), most)
+    left_out = len(ids) - head - tail
+    places = [*range(head), *range(len(ids) - tail, len(ids))]
+    pieces = texts.texts(ids[:head]) + (texts.texts(ids[len(ids) - tail :]) if tail else [])
     rows = _rows(tokens, sample)
-    start = len(rollout.prompt_ids)
-    prefix_end = start + len(rollout.prefix_ids)
-    ids = rollout.token_ids.tolist()[: start + SHOWN_TOKENS]
-    texts = token_texts(ids)
+    known = sample in tokens.kept
+    spans = [
+        _token(rollout, place, ids[place], text, rows if known else None)
+        for place, text in zip(places, pieces, strict=True)
+    ]
+    caption = _caption(tokens, sample, texts, label)
+    return (
+        f'<figure class="rollout"><figcaption>{caption}</figcaption>'
+        f'<div class="text">{_folded(spans, head, left_out)}</div></figure>'
+    )
+
+
+def verdict_of(tokens: StepTokens, sample: int, answer: Answer | None) -> Verdict:
+    """Return what the verifier says of a sample: as it was stored in training, else as it is read now."""
+    stored = tokens.verdicts[sample] if tokens.verdicts is not None else None
+    right = stored if stored is not None else answer.right if answer is not None else None
+    if right is None:
+        return "not judged"
+    if right:
+        return "right"
+    if answer is not None and answer.found is not None:
+        return "wrong"
+    if tokens.rollouts[sample].finish_reason == "length":
+        return "cut"
+    return "no answer" if answer is not None else "wrong"
+
+
+def _ends(count: int, most: int) -> tuple[int, int]:
+    """How many tokens at the start and at the end are on the page."""
+    if count <= most:
+        return count, 0
+    return most - most // 2, most // 2
+
+
+def _folded(spans: list[_Span], head: int, left_out: int) -> str:
+    """The spans, those in the middle of a long rollout in a fold."""
+    gap = f'<span class="note"> … {left_out} tokens are not on this page … </span>' if left_out else ""
+    if len(spans) <= OPEN_TOKENS:
+        return f"{_html(spans[:head])}{gap}{_html(spans[head:])}"
+    begin, end = OPEN_TOKENS // 2, len(spans) - OPEN_TOKENS // 2
+    cut = min(max(head, begin), end) if left_out else end
+    middle = f"{_html(spans[begin:cut])}{gap}{_html(spans[cut:end])}"
+    return (
+        f"{_html(spans[:begin])}<details><summary>{end - begin + left_out} tokens in between</summary>{middle}"
+        f"</details>{_html(spans[end:])}"
+    )
+
+
+def _html(spans: list[_Span]) -> str:
+    """The spans as HTML; neighbours of one kind that have no numbers are one element."""
     parts = []
-    for index, (token_id, text) in enumerate(zip(ids, texts, strict=True)):
-        if index < start:
-            parts.append(_span("prompt", text))
-        elif index < prefix_end:
-            parts.append(_span("prefix", text, _numbers(token_id, rows.get(index))))
-        else:
-            parts.append(_response_token(token_id, text, rows.get(index)))
-    left = len(rollout.token_ids) - len(ids)
-    cut = f'<span class="note"> … {left} more tokens</span>' if left else ""
-    shown = f"<pre>{''.join(parts)}{cut}</pre>"
-    return f'<figure class="rollout"><figcaption>{_caption(rollout)}</figcaption>{shown}</figure>'
-
-
-def samples_to_show(tokens: StepTokens, count: int) -> list[int]:
-    """Return at most `count` of the samples whose token values were kept: those with the most outliers first."""
-    table = tokens.table
-    on = table["on"].astype(bool)
-    kept, sample_of_row = np.unique(table["sample_index"], return_inverse=True)
-    outliers = np.bincount(sample_of_row[on], weights=1.0 - table["trusted"][on].astype(float), minlength=len(kept))
-    return [int(kept[index]) for index in np.argsort(-outliers, kind="stable")[:count]]
+    for (kind, title), group in groupby(spans, key=lambda span: (span.kind, span.title)):
+        texts = [span.text for span in group]
+        pieces = texts if title else ["".join(texts)]
+        hint = f' title="{escape(title, quote=True)}"' if title else ""
+        for text in pieces:
+            shown = escape(text).replace("\n", '<span class="newline">⏎</span>\n')
+            parts.append(f'<span class="token {kind}{"" if text else " part"}"{hint}>{shown}</span>')
+    return "".join(parts)
 
 
 def _rows(tokens: StepTokens, sample: int) -> dict[int, _Row]:
-    """{index in `Rollout.token_ids`: row}"""
+    """{index in `Rollout.token_ids`: row} of the tokens that the teacher scored."""
     table = tokens.table
     rows = np.flatnonzero(table["sample_index"] == sample)
     return {
@@ -93,12 +152,21 @@ def _rows(tokens: StepTokens, sample: int) -> dict[int, _Row]:
     }
 
 
-def _response_token(token_id: int, text: str, row: _Row | None) -> str:
+def _token(rollout: Rollout, place: int, token_id: int, text: str, rows: dict[int, _Row] | None) -> _Span:
+    """One token; `rows` is None where the rollout has no token values, and all but its regions is unknown."""
+    start = len(rollout.prompt_ids)
+    if place < start:
+        return _Span("prompt", text)
+    row = None if rows is None else rows.get(place)
+    if place < start + len(rollout.prefix_ids):
+        return _Span("prefix", text, "" if rows is None else _numbers(token_id, row))
+    if rows is None:
+        return _Span("plain", text)
     if row is None or not row.on:
-        return _span("unscored", text, f"id {token_id}, not scored by the teacher")
+        return _Span("unscored", text, f"id {token_id}, not scored by the teacher")
     kind = "trusted" if row.trusted >= 0.5 else "outlier"
     strength = min(1.0, 0.15 + abs(row.log_ratio) / STRONG_LOG_RATIO)
-    return _span(kind, text, _numbers(token_id, row), f' style="--strength:{strength:.2f}"')
+    return _Span(f"{kind} s{min(STRENGTHS - 1, int(STRENGTHS * strength))}", text, _numbers(token_id, row))
 
 
 def _numbers(token_id: int, row: _Row | None) -> str:
@@ -110,16 +178,31 @@ def _numbers(token_id: int, row: _Row | None) -> str:
     )
 
 
-def _span(kind: str, text: str, title: str = "", attributes: str = "") -> str:
-    shown = escape(text).replace("\n", '<span class="newline">⏎</span>\n')
-    hint = f' title="{escape(title, quote=True)}"' if title else ""
-    return f'<span class="token {kind}"{hint}{attributes}>{shown}</span>'
-
-
-def _caption(rollout: Rollout) -> str:
+def _caption(tokens: StepTokens, sample: int, texts: RolloutTexts, label: str) -> str:
+    rollout = tokens.rollouts[sample]
+    answer = texts.answer(rollout)
+    verdict = verdict_of(tokens, sample, answer)
+    chip = f'<span class="verdict {verdict.replace(" ", "-")}">{verdict}</span>' if verdict != "not judged" else ""
     ended = "ended by itself" if rollout.finish_reason == "stop" else "cut by the token budget"
-    answer = f", right answer {escape(rollout.answer)}" if rollout.answer is not None else ""
-    return (
-        f"<b>{escape(rollout.sample_id)}</b> · prefix {len(rollout.prefix_ids)} tokens, "
-        f"response {len(rollout.response_ids)} tokens, {ended}{answer}"
-    )
+    facts = [
+        *_answers(rollout, answer),
+        f"prefix {len(rollout.prefix_ids)} tokens, response {len(rollout.response_ids)} tokens",
+        ended,
+        f"weights {escape(rollout.policy_version)}",
+    ]
+    why = f'<span class="label">{escape(label)}</span>' if label else ""
+    return f"<b>{escape(rollout.sample_id)}</b> {why} {chip}<br>{' · '.join(facts)}"
+
+
+def _answers(rollout: Rollout, answer: Answer | None) -> list[str]:
+    """The answer that was read beside the one that was expected."""
+    found = []
+    if answer is not None:
+        found.append("no answer found" if answer.found is None else f"answered <q>{_short(answer.found)}</q>")
+    if rollout.answer is not None:
+        found.append(f"expected <q>{_short(rollout.answer)}</q>")
+    return found
+
+
+def _short(text: str) -> str:
+    return escape(text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]} …")

@@ -1,26 +1,33 @@
 """What a run left in its directory, read for the report: metrics, evaluations, token values, configuration.
 
-Not for training state (checkpoints, scores). Invariant: a part that is not there is empty or None, never an error; a
-part that is there and damaged is a DataError.
+Not for training state (checkpoints, scores) or for choosing what is shown. Invariants: a part that is not there is
+empty or None, never an error; a part that is there and damaged is a DataError; a run that still goes on can be read.
 """
 
 from __future__ import annotations
 
+import math
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from tropd_mcore.errors import DataError
+from tropd_mcore.errors import DataError, first_line
 from tropd_mcore.evaluation.evaluate import EvaluationResult, load_result
 from tropd_mcore.files import read_step_lines
 from tropd_mcore.types import Rollout, TokenTable
 
 LoadRollouts = Callable[[Path], list[Rollout]]
+
+VERDICTS = "verdict"
+"""Array of a file of token values with what the verifier said of every sample of the step: 1, 0, -1 = not judged."""
+_COLUMNS = ("sample_index", "token_index", "on", "off", "trusted", "log_ratio", "old_logp", "teacher_logp")
+_VERDICTS: dict[int, bool | None] = {1: True, 0: False, -1: None}
 
 
 @dataclass(frozen=True)
@@ -30,43 +37,94 @@ class StepTokens:
     step: int
     table: TokenTable
     rollouts: list[Rollout]
+    verdicts: list[bool | None] | None = None
+    """One for each rollout, None where it was not judged; None as a whole in a file that does not say"""
+
+    @property
+    def kept(self) -> list[int]:
+        """Samples with token values, ascending."""
+        return [int(sample) for sample in np.unique(self.table["sample_index"])]
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """Everything the report shows."""
+    """Everything the report shows of one run."""
 
     root: Path
+    name: str
+    """What the page calls the run"""
     metrics: list[dict[str, Any]]
-    """One object a step: `step` and {metric name: value or None}"""
+    """One object per step: `step` and {metric name: value or None}"""
     settings: Mapping[str, Any]
     """{dotted key: value} of config.resolved.yaml"""
     config_text: str
     evaluations: list[EvaluationResult]
-    tokens: list[StepTokens]
+    tokens: list[StepTokens] = field(default_factory=list)
+    steps_with_tokens: int = 0
+    """Steps whose token values and rollouts are both there; `tokens` are some of them"""
 
-    @property
+    @cached_property
     def steps(self) -> list[int]:
         return [int(line["step"]) for line in self.metrics]
 
+    @cached_property
+    def metric_names(self) -> list[str]:
+        """All metrics that any step has, in the order of the file."""
+        return [name for name in dict.fromkeys(name for line in self.metrics for name in line) if name != "step"]
+
     def series(self, name: str) -> list[float | None]:
-        """One metric over the steps."""
-        return [line.get(name) for line in self.metrics]
+        """Return one metric over the steps; what is no finite number is None."""
+        return [_number(line.get(name)) for line in self.metrics]
+
+    @cached_property
+    def launch_folder(self) -> Path | None:
+        """The folder that relative paths of the configuration start at, seen from where the run directory lies.
+
+        None where that cannot be told: run.dir was absolute, or the run directory has been moved alone.
+        """
+        named = self.settings.get("run.dir")
+        if not isinstance(named, str) or Path(named).is_absolute() or ".." in Path(named).parts:
+            return None
+        parts, here = Path(named).parts, self.root.resolve()
+        return Path(*here.parts[: -len(parts)]) if parts and here.parts[-len(parts) :] == parts else None
+
+    def places(self, key: str) -> list[Path]:
+        """Return where the path of a setting may lie, the likeliest first; [] where the setting is no path."""
+        named = self.settings.get(key)
+        if not isinstance(named, str):
+            return []
+        if Path(named).is_absolute():
+            return [Path(named)]
+        folders = [self.launch_folder, Path.cwd(), self.root]
+        return list(dict.fromkeys(folder / named for folder in folders if folder is not None))
 
 
-def read_run(run_dir: Path, load_rollouts: LoadRollouts, *, token_steps: int) -> RunRecords:
-    """Read `run_dir`; token values of at most `token_steps` steps, evenly spread. Raises DataError."""
+def read_run(run_dir: Path, load_rollouts: LoadRollouts, *, token_steps: int, name: str | None = None) -> RunRecords:
+    """Read `run_dir`; token values of at most `token_steps` steps, evenly spread from the first to the last.
+
+    `name`: what the page calls the run; None = the folder's name. Raises DataError where there is no run, or a file of
+    it is damaged.
+    """
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: expected the run directory (run.dir) of a training run, found no folder")
-    config = run_dir / "config.resolved.yaml"
-    config_text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    config, metrics = run_dir / "config.resolved.yaml", run_dir / "metrics.jsonl"
+    evaluations = evaluation_files(run_dir)
+    if not (config.is_file() or metrics.is_file() or evaluations):
+        raise DataError(
+            f"{run_dir}: expected the run directory (run.dir) of a training run, found none of config.resolved.yaml, "
+            "metrics.jsonl, evaluation_*.json"
+        )
+    config_text = _read_text(config) if config.is_file() else ""
+    both = _steps_with_tokens(run_dir)
     return RunRecords(
         root=run_dir,
-        metrics=read_step_lines(run_dir / "metrics.jsonl"),
+        name=name or run_dir.resolve().name,
+        metrics=read_step_lines(metrics),
         settings=_flat(_read_yaml(config_text, config)),
         config_text=config_text,
-        evaluations=[load_result(path) for path in evaluation_files(run_dir)],
-        tokens=_read_tokens(run_dir, load_rollouts, token_steps),
+        evaluations=[load_result(path) for path in evaluations],
+        tokens=list(_read_tokens(both, load_rollouts, token_steps)),
+        steps_with_tokens=len(both),
     )
 
 
@@ -75,35 +133,73 @@ def evaluation_files(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("evaluation_*.json")) + sorted(run_dir.glob("evaluation/*.json"))
 
 
-def _read_tokens(run_dir: Path, load_rollouts: LoadRollouts, count: int) -> list[StepTokens]:
-    both = sorted(
+def _steps_with_tokens(run_dir: Path) -> list[tuple[int, Path, Path]]:
+    """(step, file of token values, file of rollouts), ascending."""
+    return sorted(
         (int(path.stem.removeprefix("step_")), path, run_dir / "rollouts" / path.name)
         for path in run_dir.glob("tokens/step_*.npz")
-        if (run_dir / "rollouts" / path.name).is_file()
+        if path.stem.removeprefix("step_").isdecimal() and (run_dir / "rollouts" / path.name).is_file()
     )
+
+
+def _read_tokens(both: list[tuple[int, Path, Path]], load_rollouts: LoadRollouts, count: int) -> Iterator[StepTokens]:
     chosen = sorted({round(index) for index in np.linspace(0, len(both) - 1, min(count, len(both)))}) if both else []
-    return [
-        StepTokens(step, _read_table(tokens), load_rollouts(rollouts))
-        for step, tokens, rollouts in (both[index] for index in chosen)
-    ]
+    for step, tokens, rollouts in (both[index] for index in chosen):
+        try:
+            table, verdicts = _read_table(tokens)
+            found = load_rollouts(rollouts)
+            if not _belong(table, found, verdicts):
+                raise DataError(f"{tokens}: not the token values of the rollouts in {rollouts}; remove the file")
+            yield StepTokens(step, table, found, verdicts)
+        except DataError:
+            if tokens.exists() and rollouts.exists():
+                raise  # else: a run that goes on has just removed what it keeps no longer
 
 
-def _read_table(path: Path) -> TokenTable:
+def _read_table(path: Path) -> tuple[TokenTable, list[bool | None] | None]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return TokenTable({name: archive[name] for name in archive.files})
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: expected the token values of a step: {error}; remove the file") from error
+            columns = {name: archive[name] for name in archive.files}
+        missing = [name for name in _COLUMNS if name not in columns]
+        if missing:
+            raise ValueError(f"column {missing[0]} is missing")
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: expected the token values of a step: {first_line(error)}; remove the file") from error
+    codes = columns.pop(VERDICTS, None)
+    return TokenTable(columns), None if codes is None else [_VERDICTS.get(int(code)) for code in codes]
+
+
+def _belong(table: TokenTable, rollouts: list[Rollout], verdicts: list[bool | None] | None) -> bool:
+    """Whether the samples and the tokens of a table are there in the rollouts."""
+    if verdicts is not None and len(verdicts) != len(rollouts):
+        return False
+    lengths = np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64)
+    samples, places = table["sample_index"].astype(np.int64), table["token_index"].astype(np.int64)
+    inside = (samples >= 0) & (samples < len(lengths))
+    return bool(inside.all() and (places < lengths[samples]).all())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {first_line(error)}") from error
 
 
 def _read_yaml(text: str, path: Path) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise DataError(f"{path}: cannot be read as YAML: {error}") from error
+        raise DataError(f"{path}: cannot be read as YAML: {first_line(error)}") from error
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree} if prefix else {}
     return {key: value for name in tree for key, value in _flat(tree[name], f"{prefix}{name}.").items()}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

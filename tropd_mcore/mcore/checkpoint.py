@@ -49,6 +49,7 @@ from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.rng_state import load_rng, save_rng
 from tropd_mcore.mcore.torch_dist import InProcessSave, RestrictedLoad
 from tropd_mcore.mcore.weights_io import synchronize_parameters
+from tropd_mcore.progress import progress
 from tropd_mcore.weights.architecture import check_same_architecture
 from tropd_mcore.weights.hf_folder import copy_companions
 from tropd_mcore.weights.publish import fsync_tree, replace_folder
@@ -106,17 +107,37 @@ def write(
     run: str | None = None,
 ) -> None:
     """Write one checkpoint to `final`, replacing it if it exists. Raises ModelError as `save` does."""
-    model, layout = state.model, state.model.layout
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
+    try:
+        _write(partial, final, state, step=step, extra=extra, hf_folder=hf_folder, run=run)
+    except ModelError as error:
+        if state.model.layout.rank == 0:  # every rank has failed, and the unfinished folder may be what fills the disk
+            shutil.rmtree(partial, ignore_errors=True)
+        raise ModelError(f"{error}; choose a place with room and rights (run.dir), or make room there") from error
+
+
+def _write(
+    partial: Path,
+    final: Path,
+    state: TrainState,
+    *,
+    step: int,
+    extra: dict[str, Any],
+    hf_folder: Path | None,
+    run: str | None,
+) -> None:
+    """Fill `partial` and give it its name."""
+    model, layout = state.model, state.model.layout
     failed = f"checkpoint {final}: writing failed"
     _on_first_rank(layout, lambda: _make_empty(partial), failed)
     synchronize_parameters(model)
     try:
-        dist_checkpointing.save(
-            _sharded_state(state, is_loading=False),
-            str(partial),
-            sharded_strategy=InProcessSave(layout.groups.control),
-        )
+        with progress(logger, f"writing checkpoint {final}"):
+            dist_checkpointing.save(
+                _sharded_state(state, is_loading=False),
+                str(partial),
+                sharded_strategy=InProcessSave(layout.groups.control),
+            )
     except (CheckpointException, OSError, RuntimeError) as error:
         raise ModelError(f"{failed} ({_first_failure(error)})") from error
     if state.optimizer is not None:
@@ -135,7 +156,8 @@ def write(
         run=run,
         files=make_digests(partial, layout.groups.control),
     )
-    _on_first_rank(layout, lambda: _publish(partial, final, info), failed)
+    with progress(logger, f"bringing checkpoint {final} to the disk"):
+        _on_first_rank(layout, lambda: _publish(partial, final, info), failed)
 
 
 def load(path: Path, state: TrainState, *, begin: bool = False, run: str | None = None) -> CheckpointInfo:
@@ -157,7 +179,7 @@ def load(path: Path, state: TrainState, *, begin: bool = False, run: str | None 
     sharded = _sharded_state(state, is_loading=True)
     try:
         # Copies into views of leaf parameters, which autograd refuses.
-        with torch.no_grad():
+        with torch.no_grad(), progress(logger, f"reading checkpoint {path}"):
             loaded = dist_checkpointing.load(sharded, str(path), sharded_strategy=RestrictedLoad(layout.groups.control))
     except _READ_ERRORS as error:
         raise ModelError(f"checkpoint {path}: cannot be read ({_first_failure(error)})") from error

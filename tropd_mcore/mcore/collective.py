@@ -1,18 +1,45 @@
 """Host objects between the ranks of a job, and errors that all ranks meet together.
 
 Objects travel pickled over the job's own control group (gloo), never over a network socket of another origin.
-Invariant: every function here is called by all ranks of its group, in the same order.
+Invariants: every function here is called by all ranks of its group, in the same order; each rank counts the meetings
+that it came to, so that one which is waited for can be named (`train.watch`).
 """
 
+from __future__ import annotations
+
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from tropd_mcore.errors import TropdError
+from tropd_mcore import stopping
+from tropd_mcore.errors import StopRequested, TropdError
 
 Value = TypeVar("Value")
+
+
+class Meetings:
+    """How many collectives of the control group this process has come to, and since when it has waited in one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.since: float | None = None
+        """`time.monotonic` when it came; None while it is in none."""
+
+    @contextmanager
+    def attend(self) -> Iterator[None]:
+        self.count += 1
+        self.since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = None
+
+
+meetings = Meetings()
+"""Of this process."""
 
 
 @contextmanager
@@ -30,12 +57,33 @@ def shared_fate(control: dist.ProcessGroup) -> Iterator[None]:
 
 
 def raise_together(error: TropdError | None, control: dist.ProcessGroup) -> None:
-    """Raise on every rank the error that the lowest rank met, if any did; a rank that met one raises its own."""
+    """Raise on every rank the error that the lowest rank met, if any did; a rank that met one raises its own.
+
+    A request to stop is raised where no rank met anything else, so that all ranks do the same about it.
+    """
     errors: list[TropdError | None] = [None] * dist.get_world_size(control)
-    dist.all_gather_object(errors, error, group=control)
-    for met_somewhere in errors:
-        if met_somewhere is not None:
-            raise error or met_somewhere
+    with meetings.attend():
+        dist.all_gather_object(errors, error, group=control)
+    met = [found for found in errors if found is not None]
+    failures = [found for found in met if not isinstance(found, StopRequested)]
+    if failures:
+        raise error if error is not None and not isinstance(error, StopRequested) else failures[0]
+    if met:
+        raise met[0]
+
+
+def stop_together(control: dist.ProcessGroup) -> None:
+    """Raise StopRequested on every rank where any of them was asked to stop. Collective."""
+    with shared_fate(control):
+        stopping.check()
+
+
+def asked_to_stop(control: dist.ProcessGroup) -> str | None:
+    """Return on every rank why the job shall stop, held back or not; None where no rank was asked. Collective."""
+    reasons: list[str | None] = [None] * dist.get_world_size(control)
+    with meetings.attend():
+        dist.all_gather_object(reasons, stopping.requested(), group=control)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def on_rank_zero(function: Callable[[], Value], control: dist.ProcessGroup) -> Value:
@@ -44,7 +92,8 @@ def on_rank_zero(function: Callable[[], Value], control: dist.ProcessGroup) -> V
     with shared_fate(control):
         if dist.get_rank(control) == 0:
             box[0] = function()
-    dist.broadcast_object_list(box, src=dist.get_global_rank(control, 0), group=control)
+    with meetings.attend():
+        dist.broadcast_object_list(box, src=dist.get_global_rank(control, 0), group=control)
     return box[0]  # type: ignore[return-value]
 
 
@@ -52,12 +101,14 @@ def gather_on_rank_zero(value: Value, control: dist.ProcessGroup) -> list[Value]
     """Every rank's value in rank order on rank 0, an empty list elsewhere."""
     is_zero = dist.get_rank(control) == 0
     values: list[Value] | None = [value] * dist.get_world_size(control) if is_zero else None
-    dist.gather_object(value, values, dst=dist.get_global_rank(control, 0), group=control)
+    with meetings.attend():
+        dist.gather_object(value, values, dst=dist.get_global_rank(control, 0), group=control)
     return values if values is not None else []
 
 
 def all_agree(flag: bool, control: dist.ProcessGroup) -> bool:
     """True where every rank says so."""
     flags: list[bool] = [False] * dist.get_world_size(control)
-    dist.all_gather_object(flags, flag, group=control)
+    with meetings.attend():
+        dist.all_gather_object(flags, flag, group=control)
     return all(flags)

@@ -7,6 +7,7 @@ group, never None; outside `mcore/` a group comes from `Layout.groups` and nobod
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Longest wait in one collective: the other ranks wait in one while rank 0 samples or a checkpoint is written."""
+COLLECTIVE_GRACE = timedelta(minutes=30)
+"""How much longer than run.stall_timeout_s that is at least: who is waited for is named before a collective gives up.
+"""
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,22 @@ class Layout:
         return self.pp_rank == self.pp_size - 1
 
 
-def initialize(parallel: ParallelConfig, platform: Platform, seed: int, environment: RankEnvironment) -> Layout:
+def collective_timeout(stall_timeout_s: float) -> timedelta:
+    """Return the longest wait in one collective of a run that is watched with this run.stall_timeout_s."""
+    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=stall_timeout_s) + COLLECTIVE_GRACE)
+
+
+def initialize(
+    parallel: ParallelConfig,
+    platform: Platform,
+    seed: int,
+    environment: RankEnvironment,
+    *,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+) -> Layout:
     """Activate the platform, join the job, create the groups and seed the model's random states.
+
+    `timeout` is the longest wait in one collective.
 
     Uses torch.distributed as it is where it is already initialised (with ranks that match `environment`). Replaces a
     former layout of the process. Raises ConfigError where the sizes do not fit the world.
@@ -118,7 +136,7 @@ def initialize(parallel: ParallelConfig, platform: Platform, seed: int, environm
             platform.backend,
             rank=environment.rank,
             world_size=environment.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timeout,
         )
     assert (dist.get_rank(), dist.get_world_size()) == (environment.rank, environment.world_size)
     if parallel_state.model_parallel_is_initialized():
@@ -128,14 +146,15 @@ def initialize(parallel: ParallelConfig, platform: Platform, seed: int, environm
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    layout = _layout(parallel, owns_world)
+    layout = _layout(parallel, owns_world, timeout)
     logger.info("parallel: %s ranks, %s", layout.world_size, parallel)
     return layout
 
 
-def _layout(parallel: ParallelConfig, owns_world: bool) -> Layout:
+def _layout(parallel: ParallelConfig, owns_world: bool, timeout: timedelta) -> Layout:
     world = dist.group.WORLD
     assert world is not None
     groups = Groups(
@@ -145,7 +164,7 @@ def _layout(parallel: ParallelConfig, owns_world: bool) -> Layout:
         cp=parallel_state.get_context_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         world=world,
-        control=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT),
+        control=dist.new_group(backend="gloo", timeout=timeout),
     )
     return Layout(
         rank=dist.get_rank(),

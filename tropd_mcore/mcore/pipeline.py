@@ -10,6 +10,7 @@ Legend: P positions on this context rank, T rows, D hidden.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +23,10 @@ from torch import Tensor
 from tropd_mcore.losses.kernel.source import OutputLayer
 from tropd_mcore.mcore.head import nothing_of
 from tropd_mcore.mcore.model import Model
+from tropd_mcore.progress import progress
 from tropd_mcore.types import MicroBatch
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -73,6 +77,7 @@ def _run(
 ) -> list[Result | None]:
     results: list[Result | None] = [None] * len(micro_batches)
     padded = _fill_interleaved(model, micro_batches)
+    begun: list[int] = []
 
     def finish(index: int, micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert model.head is not None, "the last stage has the output layer"
@@ -84,20 +89,25 @@ def _run(
 
     def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         index, micro_batch = next(batches)
+        begun.append(index)
+        if len(begun) > 1:  # the one before is over, or on its way through the other stages
+            state.advance()
         return _forward(model, chunk, micro_batch), partial(finish, index, micro_batch)
 
     schedule = get_forward_backward_func(
         pp_size=model.layout.pp_size, vp_size=model.config.virtual_pipeline_model_parallel_size
     )
-    schedule(
-        forward_step_func=forward_step,
-        data_iterator=[iter(enumerate(padded)) for _ in model.chunks],
-        model=model.chunks,
-        num_microbatches=len(padded),
-        seq_length=pack_length,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    what, total = "forward pass" if forward_only else "forward and backward", len(padded) * len(model.chunks)
+    with progress(log, what, total=total, unit="micro-batches") as state:
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(enumerate(padded)) for _ in model.chunks],
+            model=model.chunks,
+            num_microbatches=len(padded),
+            seq_length=pack_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
     return results
 
 

@@ -6,6 +6,7 @@ and the Megatron side by the code that trains.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,13 @@ from tropd_mcore.mcore.conversion import Job, load_checkpoint
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
 from tropd_mcore.mcore.weights_io import iterate_hf
+from tropd_mcore.progress import counted, progress
 from tropd_mcore.types import MicroBatch
 from tropd_mcore.weights.families import hf_weight_plan
 from tropd_mcore.weights.hf_folder import HfReader
 from tropd_mcore.weights.independent import independent_model
+
+log = logging.getLogger(__name__)
 
 LIMIT_NATS = 1e-4
 """Largest difference of a float32 log-prob between two implementations of one model."""
@@ -53,13 +57,14 @@ def compare_tensors(name: str, expected: HfReader, found: Iterable[tuple[str, Te
     plan = [tensor_name for tensor_name, _ in hf_weight_plan(expected.arch)]
     seen: list[str] = []
     different: list[str] = []
-    for tensor_name, tensor in found:
-        seen.append(tensor_name)
-        if tensor_name not in plan:
-            continue
-        original = expected.tensor(tensor_name)
-        if original.dtype != tensor.dtype or not torch.equal(_bytes(original), _bytes(tensor)):
-            different.append(tensor_name)
+    with progress(log, f"{name}: comparing", total=len(plan), unit="tensors") as state:
+        for tensor_name, tensor in counted(found, state):
+            seen.append(tensor_name)
+            if tensor_name not in plan:
+                continue
+            original = expected.tensor(tensor_name)
+            if original.dtype != tensor.dtype or not torch.equal(_bytes(original), _bytes(tensor)):
+                different.append(tensor_name)
     odd = sorted(set(plan) ^ set(seen))
     return [
         Check(f"{name}: names", f"{len(plan)} tensors", _summary(odd, "the same"), "the same", not odd),
@@ -97,7 +102,8 @@ def verify(hf: Path, job: Job, *, mcore: Path | None, other_hf: Path | None, see
         reader.check()
         sequences = sample_sequences(hf, reader.arch.vocab_size, seed)
         labels, ids = [label for label, _ in sequences], [tokens for _, tokens in sequences]
-        expected = hf_log_probs(hf, ids)
+        with progress(log, f"log-probs of {hf} with transformers"):
+            expected = hf_log_probs(hf, ids)
         checks = []
         if mcore is not None:
             stored = load_checkpoint(mcore, job)

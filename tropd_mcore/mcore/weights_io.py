@@ -8,6 +8,7 @@ parameters into its float32 main weights when it is made.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,11 +23,14 @@ from tropd_mcore.errors import ModelError
 from tropd_mcore.mcore.collective import shared_fate
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.progress import counted, progress
 from tropd_mcore.weights.architecture import check_same_architecture
 from tropd_mcore.weights.dense import EMBEDDING, OUTPUT
 from tropd_mcore.weights.families import check_mcore_names, rule_by_mcore_name, rules
 from tropd_mcore.weights.hf_folder import MAX_SHARD_BYTES, HfReader, write_hf_folder
 from tropd_mcore.weights.mapping import Rule, Split, to_hf, to_mcore_shard
+
+log = logging.getLogger(__name__)
 
 _LAYERS = "decoder.layers."
 
@@ -43,12 +47,14 @@ def load_hf(model: Model, folder: Path, layout: Layout) -> None:
         check_same_architecture(reader.arch, model.arch, source=str(folder))
         reader.check()
         _gather_owners(model, layout)
-        by_name = rule_by_mcore_name(model.arch)
-        for name, parameter in named_parameters(model).items():
-            shard = _read_shard(by_name[name], reader, model, layout)
-            if shard.shape != parameter.shape:
-                raise ModelError(f"{name}: expected shape {tuple(parameter.shape)}, found {tuple(shard.shape)}")
-            parameter.copy_(shard)
+        by_name, parameters = rule_by_mcore_name(model.arch), named_parameters(model)
+        with progress(log, f"loading {folder}", total=len(parameters), unit="tensors", amount_unit="B") as state:
+            for name, parameter in parameters.items():
+                shard = _read_shard(by_name[name], reader, model, layout)
+                if shard.shape != parameter.shape:
+                    raise ModelError(f"{name}: expected shape {tuple(parameter.shape)}, found {tuple(shard.shape)}")
+                parameter.copy_(shard)
+                state.advance(amount=shard.nbytes)
 
 
 @torch.no_grad()
@@ -85,8 +91,12 @@ def export_hf(
 
     Everything but the weights comes from `source_folder`. Raises ModelError as `write_hf_folder` does, on every rank.
     """
-    weights = iterate_hf(model, layout)
-    with shared_fate(layout.groups.control):
+    count = sum(len(rule.hf_names) for rule in rules(model.arch) if rule.exported)
+    with (
+        progress(log, f"writing {out}", total=count, unit="tensors") as state,
+        shared_fate(layout.groups.control),
+    ):
+        weights = counted(iterate_hf(model, layout), state)
         try:
             if layout.rank == 0:
                 write_hf_folder(out, weights, source_folder=source_folder, max_shard_bytes=max_shard_bytes)

@@ -44,6 +44,25 @@ class Metric:
     compute: Compute
 
 
+PHASES = {
+    "step": "from the line of the step before to this one's, so that it has everything below and what is no phase",
+    "server": "waiting until the rollout server is ready, at the first step and after a restart",
+    "publish": "the student's weights to the rollout server, with the proof that they arrived",
+    "rollout": "sampling the responses, or reading those that are stored",
+    "pack": "packing samples into micro-batches",
+    "verifier": "judging the answers",
+    "teacher": "scores of the teacher, in this process or from its server",
+    "student": "the student's scores before the first update, where the objective needs them",
+    "context": "what the objective takes from the whole batch",
+    "forward_backward": "forward and backward passes",
+    "gates": "the comparison of sampler and trainer",
+    "optimizer": "optimizer steps",
+    "metrics": "gathering the tokens of all ranks; computing and writing the line of the step before, and its tokens",
+    "checkpoint": "the checkpoint that was written after the step before, whose line was out already",
+}
+"""Phase -> what its seconds, `time/<phase>`, are spent on; one that took less than 1 ms has none in a line."""
+
+
 def compute_metrics(record: StepRecord) -> dict[str, float]:
     """Return {name: value} of every metric and of every timing (`time/<phase>`, seconds); NaN where undefined."""
     values = {metric.name: metric.compute(record) for metric in METRICS}

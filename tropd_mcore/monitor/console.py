@@ -1,17 +1,24 @@
-"""One aligned line a step for the person who watches.
+"""One aligned line per step for the person who watches.
 
-Not a record (see `jsonl`). Invariant: every line has the width of the header, whatever the numbers are.
+Not a record (see `jsonl`). Invariant: every line has the width of the header, whatever the numbers are, and at most
+100 columns for a run of up to 99,999 steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 HEADER_EVERY = 20
 """Lines between two repetitions of the header."""
+RECENT_STEPS = 10
+"""Steps whose mean duration tells the time that is left."""
+
+_DIM, _BOLD, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
@@ -25,41 +32,84 @@ class Column:
 
 
 COLUMNS = (
-    Column("loss", "loss/objective", "9.4f"),
-    Column("trust%", "trust/fraction", "6.1f", 100.0),
-    Column("TV", "trust/tv", "6.4f"),
-    Column("mean r", "log_ratio/mean", "8.4f"),
-    Column("|g|", "optimizer/grad_norm", "9.3g"),
-    Column("H_S", "entropy/student", "6.3f"),
-    Column("H_T", "entropy/teacher", "6.3f"),
-    Column("prefix", "guidance/prefix_length", "7.1f"),
-    Column("length", "rollout/length_mean", "7.1f"),
+    Column("loss", "loss/objective", "7.4f"),
+    Column("trust", "trust/fraction", "5.1f", 100.0),
+    Column("mean r", "log_ratio/mean", "7.4f"),
+    Column("|g|", "optimizer/grad_norm", "7.3g"),
+    Column("H_S", "entropy/student", "5.3f"),
+    Column("prefix", "guidance/prefix_length", "6.0f"),
+    Column("length", "rollout/length_mean", "6.0f"),
     Column("acc", "verifier/accuracy", "5.3f"),
-    Column("tok/s", "throughput/tokens_per_second", "8.1f"),
-    Column("s/step", "time/step", "7.2f"),
+    Column("tok/s", "throughput/tokens_per_second", "6.0f"),
+    Column("s/step", "time/step", "6.1f"),
 )
+SHARES = ("roll", ("time/rollout",)), ("tch", ("time/teacher",)), ("trn", ("time/forward_backward", "time/optimizer"))
+"""Title and phases of each share of the step's seconds, in percent."""
+LEFT_WIDTH = 5
 
 
 class Console:
-    """Writes to `stream`; a value that is not known is shown as `-`."""
+    """Writes to `stream`; a value that is not known is shown as `-`.
 
-    def __init__(self, stream: TextIO) -> None:
+    `steps` is the number of steps of the run, `last_step` the one that this launch ends before. `now` returns seconds.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        steps: int,
+        last_step: int | None = None,
+        colour: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._stream = stream
+        self._steps = steps
+        self._last_step = steps if last_step is None else last_step
+        self._colour = colour
+        self._now = now
+        self._ends: deque[float] = deque([now()], maxlen=RECENT_STEPS + 1)
         self._lines = 0
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the line of one step, with the header before the first and every 20th."""
+        self._ends.append(self._now())
+        width = max(2 * len(str(self._steps)) + 1, len("step"))
         if self._lines % HEADER_EVERY == 0:
-            self._print("  ".join([f"{'step':>6}", *(f"{column.title:>{_width(column)}}" for column in COLUMNS)]))
-        self._print("  ".join([f"{step:>6}", *(_cell(column, metrics.get(column.metric)) for column in COLUMNS)]))
+            titles = [f"{column.title:>{_width(column)}}" for column in COLUMNS]
+            shares = [title for title, _ in SHARES]
+            self._print(_DIM, " ".join([f"{'step':>{width}}", *titles, *shares, f"{'left':>{LEFT_WIDTH}}"]))
+        cells = [_cell(column, metrics.get(column.metric)) for column in COLUMNS]
+        number = f"{step}/{self._steps}"
+        ends = [_shares(metrics), f"{self._left(step):>{LEFT_WIDTH}}"]
+        self._print(_BOLD, f"{number:>{width}}", f" {' '.join([*cells, *ends])}")
         self._lines += 1
 
     def close(self) -> None:
         """Nothing to close: the stream is the caller's."""
 
-    def _print(self, line: str) -> None:
-        self._stream.write(line + "\n")
+    def _left(self, step: int) -> str:
+        """The time until the launch has made its steps, at the speed of the last ones."""
+        per_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return clock(per_step * max(self._last_step - step - 1, 0))
+
+    def _print(self, style: str, styled: str, plain: str = "") -> None:
+        text = f"{style}{styled}{_RESET}" if self._colour else styled
+        self._stream.write(f"{text}{plain}\n")
         self._stream.flush()
+
+
+def clock(seconds: float) -> str:
+    """Return a duration in at most five characters: 45s, 12m, 3h05, 4d07h, 123d."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f}s"
+    if minutes < 100:
+        return f"{minutes}m"
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}"
+    hours = round(seconds / 3600)
+    return f"{hours // 24}d{hours % 24:02d}h" if hours < 240 else f"{min(hours // 24, 9999)}d"
 
 
 def _width(column: Column) -> int:
@@ -70,5 +120,23 @@ def _cell(column: Column, value: float | None) -> str:
     width = _width(column)
     if value is None or not math.isfinite(value):
         return f"{'-' if value is None or math.isnan(value) else str(value):>{width}}"
-    text = f"{value * column.factor:{column.format}}".strip()
-    return f"{text if len(text) <= width else f'{value * column.factor:.{max(width - 7, 0)}e}':>{width}}"
+    digits, kind = int(column.format[:-1].partition(".")[2]), column.format[-1]
+    shown = value * column.factor
+    ways = [f"{shown:.{fewer}{kind}}" for fewer in range(digits, -1, -1)] + [f"{shown:.0e}"]
+    return _fitting(ways, width)
+
+
+def _fitting(ways: Sequence[str], width: int) -> str:
+    """The first text that has room in `width` columns, and nothing readable where none has."""
+    return f"{next((text for text in ways if len(text) <= width), '#' * width):>{width}}"
+
+
+def _shares(metrics: Mapping[str, float]) -> str:
+    """Percent of the step's seconds by part, each under its title."""
+    whole = metrics.get("time/step", 0.0)
+    cells = []
+    for title, phases in SHARES:
+        seconds = sum(metrics.get(phase, 0.0) for phase in phases)
+        share = f"{100 * seconds / whole:.0f}" if whole > 0 and math.isfinite(whole) else "-"
+        cells.append(_fitting([share], len(title)))
+    return " ".join(cells)

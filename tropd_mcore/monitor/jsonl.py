@@ -1,18 +1,17 @@
 """metrics.jsonl: one line a step, the record of a run that everything else is made from.
 
 Not for per-token values (see `train.tokens`). Invariants: steps ascend without repetition; a line is on disk before the
-next step starts; a value that does not exist is null.
+next step starts, or no part of it is; a value that does not exist is null.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from tropd_mcore.files import publish_text, read_step_lines
+from tropd_mcore.files import append_text, publish_text, read_step_lines
 
 
 class JsonLines:
@@ -23,13 +22,9 @@ class JsonLines:
         truncate(path, start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and flush it to disk."""
+        """Append one line and flush it to disk. Raises DataError where it cannot be written, whole."""
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_text(self._path, json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Nothing to close: each line opens and closes the file."""
@@ -41,5 +36,5 @@ def truncate(path: Path, step: int) -> None:
         return
     kept = [record for record in read_step_lines(path) if record["step"] < step]
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
-    if text != path.read_text(encoding="utf-8"):
+    if text.encode() != path.read_bytes():
         publish_text(path, text)

@@ -5,18 +5,24 @@ Not for measuring (see `catalogue`). Invariant: it does something on rank 0 only
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import TropdError
+from tropd_mcore.files import writing
+from tropd_mcore.logs import has_colour
 from tropd_mcore.monitor.catalogue import compute_metrics
 from tropd_mcore.monitor.console import Console
 from tropd_mcore.monitor.jsonl import JsonLines
 from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.monitor.tensorboard import TensorBoard
 from tropd_mcore.monitor.wandb import WeightsAndBiases
+
+log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -38,7 +44,8 @@ class Monitor:
     def __init__(self, config: Config, run_dir: Path, rank: int, start_step: int = 0) -> None:
         self._sinks: list[Sink] = []
         if rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            with writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
             self._sinks = _sinks(config, run_dir, start_step)
 
     def log(self, step: int, record: StepRecord | None) -> None:
@@ -48,16 +55,23 @@ class Monitor:
         assert record is not None, "rank 0 logs a record"
         metrics = compute_metrics(record)
         for sink in self._sinks:
-            sink.write(step, metrics)
+            with writing(Path("standard output"), key="the redirection of the output"):
+                sink.write(step, metrics)
 
     def close(self) -> None:
         """Close every sink."""
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except TropdError as error:  # nobody can do anything about it any more, and another error may be under way
+                log.warning("%s", error)
 
 
 def _sinks(config: Config, run_dir: Path, start_step: int) -> list[Sink]:
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", start_step), Console(sys.stdout)]
+    steps, stop_after = config.run.steps, config.run.stop_after
+    last_step = steps if stop_after is None else min(steps, start_step + stop_after)
+    console = Console(sys.stdout, steps=steps, last_step=last_step, colour=has_colour(sys.stdout))
+    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", start_step), console]
     if config.monitor.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard", start_step))
     if config.monitor.wandb_project is not None:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from tropd_mcore.errors import ConfigError
+from tropd_mcore.files import writing
+
+KEYS = "run.dir (or monitor.tensorboard=false)"
+"""What to change where the folder cannot be written."""
 
 
 class TensorBoard:
-    """Raises ConfigError where the package is not installed."""
+    """Raises ConfigError where the package is not installed, DataError where `folder` cannot be written."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         try:
@@ -23,15 +27,19 @@ class TensorBoard:
             raise ConfigError(
                 ["monitor.tensorboard=true needs the package tensorboard: pip install 'tropd-mcore[tensorboard]'"]
             ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step)
+        self._folder = folder
+        with writing(folder, key=KEYS):
+            self._writer: Any = SummaryWriter(str(folder), purge_step=start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the values that exist."""
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, global_step=step)
-        self._writer.flush()
+        """Write the values that exist. Raises DataError where the folder cannot be written."""
+        with writing(self._folder, key=KEYS):
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, global_step=step)
+            self._writer.flush()
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Flush and close the event file. Raises DataError where it cannot be written."""
+        with writing(self._folder, key=KEYS):
+            self._writer.close()

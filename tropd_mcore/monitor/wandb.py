@@ -9,16 +9,17 @@ from __future__ import annotations
 import importlib
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tropd_mcore.errors import ConfigError
+from tropd_mcore.errors import ConfigError, DataError, first_line
 from tropd_mcore.files import publish_text
 
 
 class WeightsAndBiases:
-    """Raises ConfigError where the package is not installed."""
+    """Raises ConfigError where the package is not installed or wandb cannot work, DataError for a damaged wandb.id."""
 
     def __init__(self, project: str, run_dir: Path, settings: Mapping[str, Any]) -> None:
         try:
@@ -27,22 +28,43 @@ class WeightsAndBiases:
             raise ConfigError(
                 ["monitor.wandb_project is set but the package wandb is missing: pip install 'tropd-mcore[wandb]'"]
             ) from error
-        id_file = run_dir / "wandb.id"
-        if not id_file.exists():
-            publish_text(id_file, secrets.token_hex(8))
-        self._run: Any = wandb.init(
-            project=project,
-            id=id_file.read_text().strip(),
-            name=run_dir.name,
-            dir=str(run_dir),
-            config=dict(settings),
-            resume="allow",
-        )
+        self._errors = (OSError, getattr(wandb, "Error", OSError))
+        name = _run_name(run_dir / "wandb.id")
+        with self._told():
+            self._run: Any = wandb.init(
+                project=project,
+                id=name,
+                name=run_dir.name,
+                dir=str(run_dir),
+                config=dict(settings),
+                resume="allow",
+            )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the values that exist; W&B keeps its own history for steps that are repeated after a resume."""
-        self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+        with self._told():
+            self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
 
     def close(self) -> None:
         """Finish the upload."""
-        self._run.finish()
+        with self._told():
+            self._run.finish()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what wandb raises (no network, no login, a full disk) into one line."""
+        try:
+            yield
+        except self._errors as error:
+            problem = f"monitor.wandb_project: wandb says: {first_line(error)}"
+            raise ConfigError([f"{problem}; mend that, set WANDB_MODE=offline, or leave the key out"]) from error
+
+
+def _run_name(path: Path) -> str:
+    """The id in `path`, drawn where there is none. Raises DataError where the file cannot be read or written."""
+    if not path.exists():
+        publish_text(path, secrets.token_hex(8))
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected the id of the W&B run, cannot read it ({error}); remove the file") from error

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tropd_mcore.errors import DataError, ServerError
-from tropd_mcore.files import publish_text
+from tropd_mcore.files import append_text, publish_text, shown, writing
+from tropd_mcore.progress import progress
+from tropd_mcore.rollout.response_origin import PLACE_KEY
 from tropd_mcore.rollout.sampler import check_ids
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.wire import Generation, GenerationRequest
 from tropd_mcore.types import Prompt
 
 log = logging.getLogger(__name__)
+
+Generate = Callable[[list[GenerationRequest]], list[Generation | ServerError]]
 
 PROMPTS_PER_CHUNK = 256
 """Responses between two flushes to the disk."""
@@ -61,24 +66,29 @@ def generate_responses(
     sampling: ResponseSampling,
     *,
     chunk: int = PROMPTS_PER_CHUNK,
+    generate: Generate | None = None,
 ) -> ResponseReport:
     """Write one line `{id, response_ids, finished}` a prompt to `out`, in the order of `prompts`.
 
-    Prompts that `out` or its `.partial` already answers are not sampled. Raises ServerError where the server cannot
+    Prompts that `out` or its `.partial` already answers are not sampled. `generate` is asked in place of the client's,
+    for example one that restarts the server (`SupervisedServer.generate`). Raises ServerError where the server cannot
     answer, DataError where a prompt or a stored line does not fit; what was sampled until then is kept.
     """
     partial = _partial(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out, key=PLACE_KEY):
+        out.parent.mkdir(parents=True, exist_ok=True)
     lines = stored_responses(out)
     missing = [prompt for prompt in prompts if prompt.prompt_id not in lines]
     for prompt in missing:
         check_ids(prompt.token_ids, sampling.vocab_size, what=f"prompt {prompt.prompt_id!r}")
     _check_lengths(client, missing, sampling)
-    for start in range(0, len(missing), chunk):
-        fresh = _sample(client, missing[start : start + chunk], sampling)
-        _append(partial, fresh)
-        lines.update(fresh)
-        log.info("%d of %d teacher responses", len(lines), len(prompts))
+    with progress(log, "teacher responses", total=len(missing), unit="missing ones") as state:
+        for start in range(0, len(missing), chunk):
+            fresh = _sample(client, generate or client.generate, missing[start : start + chunk], sampling)
+            _append(partial, fresh)
+            lines.update(fresh)
+            state.advance(len(fresh))
+            log.info("%s", state.line(time.monotonic()))
     wanted = [lines[prompt.prompt_id] for prompt in prompts]
     responses = [json.loads(line) for line in wanted]
     empty = [response["id"] for response in responses if not response["response_ids"]]
@@ -90,13 +100,15 @@ def generate_responses(
             len(empty),
             empty[0],
         )
-    publish_text(out, "".join(line + "\n" for line in wanted))
+    publish_text(out, "".join(line + "\n" for line in wanted), key=PLACE_KEY)
     partial.unlink(missing_ok=True)
     finished = sum(bool(response["finished"]) for response in responses)
     return ResponseReport(prompts=len(prompts), sampled=len(missing), finished=finished)
 
 
-def _sample(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampling) -> dict[str, str]:
+def _sample(
+    client: SglangClient, generate: Generate, prompts: list[Prompt], sampling: ResponseSampling
+) -> dict[str, str]:
     requests = [
         GenerationRequest(
             input_ids=prompt.token_ids,
@@ -109,7 +121,7 @@ def _sample(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampl
         for prompt in prompts
     ]
     lines = {}
-    for prompt, answer in zip(prompts, client.generate(requests), strict=True):
+    for prompt, answer in zip(prompts, generate(requests), strict=True):
         if isinstance(answer, ServerError):
             raise answer
         if answer.finish_reason == "abort":
@@ -155,7 +167,10 @@ def _stored(path: Path, *, may_be_cut: bool) -> dict[str, str]:
     if not path.is_file():
         return {}
     stored = {}
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}; restore or remove it") from error
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
@@ -168,11 +183,5 @@ def _stored(path: Path, *, may_be_cut: bool) -> dict[str, str]:
 
 
 def _append(path: Path, lines: dict[str, str]) -> None:
-    """Add whole lines after the last whole line and flush them to the disk."""
-    with path.open("ab+") as stream:
-        stream.seek(0)
-        content = stream.read()
-        stream.truncate(content.rfind(b"\n") + 1)
-        stream.write("".join(line + "\n" for line in lines.values()).encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Add whole lines after the last whole line and flush them to the disk. Raises DataError; then none is added."""
+    append_text(path, "".join(line + "\n" for line in lines.values()), key=PLACE_KEY)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tropd_mcore.errors import GateError, ServerError
+from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung
+from tropd_mcore.progress import progress
 from tropd_mcore.rollout.publication import PublicationLedger, tensor_digest
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.weight_payload import SharedBuffer, by_value, shared_memory_room
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 512 * 2**20
 """Tensor bytes of one request."""
+
+UNDO_TIMEOUT_S = 30.0
+"""Longest wait for each of the two requests that leave an update behind."""
 
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
 """Names of dtypes in /server_info that say what the server casts to."""
@@ -121,15 +125,22 @@ class WeightPublisher:
         # by value each rank of the server gets its own copy in the request
         limit = self._bucket_bytes if self._buffer is not None else self._bucket_bytes // info.tensor_parallel
         sent: dict[str, bytes] = {}
-        try:
-            for bucket in self._buckets(tensors, limit):
-                update.send(bucket)
-                sent |= self._digests(bucket, info)
-            update.close()
-            check(sent, info)
-            update.finish()
-        finally:
-            update.abandon()
+        what = f"{self._client.key}: publishing weights"
+        with progress(log, what, total=len(self._plan), unit="tensors", amount_unit="B") as state:
+            try:
+                for bucket in self._buckets(tensors, limit):
+                    update.send(bucket)
+                    sent |= self._digests(bucket, info)
+                    state.advance(len(bucket), amount=sum(tensor.nbytes for _, tensor in bucket))
+                update.close()
+                check(sent, info)
+                update.finish()
+            except ServerHung:
+                # it is killed, or ends the run; each further request would wait as long once more
+                raise
+            except BaseException:
+                update.abandon()
+                raise
         reported = self._client.info().weight_version
         if reported != version:
             raise ServerError(f"{self._client.key}: the server reports weights {reported!r} after one to {version!r}")
@@ -255,7 +266,7 @@ class _Update:
         self._buffer = buffer
         self._copies = copies
         self._version = version
-        self._to_undo: list[Callable[[], None]] = []
+        self._to_undo: list[Callable[[float], None]] = []
 
     def send(self, bucket: list[tuple[str, Tensor]]) -> None:
         """Load one bucket, under a label that says that more must come."""
@@ -282,9 +293,14 @@ class _Update:
         self._to_undo.pop()
 
     def abandon(self) -> None:
-        """Leave a session that `finish` did not end; a failure here does not hide the one that led here."""
+        """Leave a session that `finish` did not end; a failure here does not hide the one that led here.
+
+        Each request has UNDO_TIMEOUT_S; of a server that is gone nothing more is asked.
+        """
         while self._to_undo:
             try:
-                self._to_undo.pop()()
+                self._to_undo.pop()(UNDO_TIMEOUT_S)
             except ServerError as error:
                 log.warning("%s (while an update was abandoned)", error)
+                if isinstance(error, ServerDied):
+                    return

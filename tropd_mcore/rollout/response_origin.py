@@ -19,6 +19,9 @@ from tropd_mcore.files import publish_text
 from tropd_mcore.types import Prompt
 from tropd_mcore.weights.digest import FolderDigest
 
+PLACE_KEY = "data.teacher_responses (or --out)"
+"""What to change where responses cannot be written."""
+
 log = logging.getLogger(__name__)
 
 
@@ -116,8 +119,8 @@ def save_origin(
     known = recorded.prompts if recorded is not None else {}
     prompts = {name: digest for name, digest in now.prompts.items() if name not in answered}
     prompts |= {name: known[name] for name in answered if name in known}
-    responses.parent.mkdir(parents=True, exist_ok=True)
-    publish_text(origin_file(responses), now.model_copy(update={"prompts": prompts}).model_dump_json(indent=1) + "\n")
+    text = now.model_copy(update={"prompts": prompts}).model_dump_json(indent=1)
+    publish_text(origin_file(responses), text + "\n", key=PLACE_KEY)
 
 
 def say_unknown(responses: Path, count: int) -> None:

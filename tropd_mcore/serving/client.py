@@ -1,27 +1,25 @@
 """A client of one SGLang server: sampling, scoring and weight updates, from plain synchronous code.
 
-Not for starting servers (see `process`) or for deciding what to do when one is gone (see `supervisor`). Invariant:
-connection errors and 5xx answers are retried a bounded number of times with growing waits, 4xx answers never; what
-comes back is checked (see `wire`), asked for once more where it makes no sense, and is an AnswerError after that. Each
-call runs its own event loop: not for use inside one.
+Not for starting servers (see `process`), for retries and hangs (see `transport`) or for deciding what to do when a
+server is gone (see `supervisor`). Invariant: what comes back is checked (see `wire`), asked for once more if it makes
+no sense, and is an AnswerError after that. Each call runs its own event loop: not for use inside one.
 """
 
 from __future__ import annotations
 
-import asyncio
-import io
-import json
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import aiohttp
-import tenacity
 
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import AnswerError, ServerDied, ServerError
+from tropd_mcore.errors import AnswerError, ServerError
+from tropd_mcore.progress import progress
 from tropd_mcore.serving import wire
 from tropd_mcore.serving.environment import read_api_key
+from tropd_mcore.serving.transport import Endpoint, MissingError, RefusedError, Transport
 
 log = logging.getLogger(__name__)
 
@@ -29,78 +27,92 @@ Answer = TypeVar("Answer")
 Question = TypeVar("Question")
 
 HEALTH_TIMEOUT_S = 30.0
-FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 30.0
-
-
-class _PassingError(ServerError):
-    """A failure that may be gone at the next attempt."""
-
-
-class _UnreachableError(_PassingError):
-    """No connection, or one that broke."""
-
-
-class _MissingError(ServerError):
-    """The server does not know the path."""
-
-
-class _RefusedError(ServerError):
-    """The server does not do it, or not for this key."""
 
 
 class SglangClient:
     """Talks to the server at `url`. `key` is the section that configures it, for messages (`rollout.server`).
 
-    `alive` tells whether the process of a started server runs; once it does not, nothing is retried. Such a server
-    listens on loopback and has no API key; `api_key_env` is for one that runs elsewhere.
+    `alive` tells whether the process of a started server runs; once it does not, nothing is retried. `stopped` tells
+    which of its processes is stopped, and `api_key` is the one that it was given; for a server that runs elsewhere
+    `api_key_env` names it. `name` is what messages begin with, the key unless given.
     """
 
-    def __init__(self, url: str, config: ServerConfig, *, key: str, alive: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        config: ServerConfig,
+        *,
+        key: str,
+        name: str | None = None,
+        alive: Callable[[], bool] | None = None,
+        stopped: Callable[[], str | None] | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self.url = url.rstrip("/")
         self.key = key
-        self.retries = 0
-        """Attempts beyond the first, over the client's life."""
+        self.name = name or key
         self.asked_again = 0
         """Answers that made no sense and were asked for once more, over the client's life."""
         self.same_host = alive is not None
         """Whether the server shares this host's memory, as one that we started does."""
         self._told_refusal = False
-        self._config = config
-        self._alive = alive
-        self._api_key = read_api_key(config.api_key_env, key=f"{key}.api_key_env") if config.url else None
+        if api_key is None and config.url:
+            api_key = read_api_key(config.api_key_env, key=f"{key}.api_key_env")
+        self._http = Transport(Endpoint(self.url, config, key, self.name, alive, stopped, api_key))
 
-    def healthy(self) -> bool:
-        """Return whether the server generates: False while it starts, is paused or does not answer."""
+    @property
+    def retries(self) -> int:
+        """Attempts beyond the first, over the client's life."""
+        return self._http.retries
+
+    def healthy(self, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
+        """Return whether the server generates: False while it starts, is paused or does not answer.
+
+        Raises StopRequested.
+        """
 
         async def ask(session: aiohttp.ClientSession) -> bool:
             try:
-                async with session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(HEALTH_TIMEOUT_S)) as answer:
+                async with session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(timeout_s)) as answer:
                     return answer.status == 200
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return False
 
-        return self._run(ask)
+        return self._http.run(ask, watched=False, may_stop=True)
 
     def info(self) -> wire.ServerInfo:
         """Return version label, tensor-parallel size and limits of the server. Raises ServerError."""
 
         async def ask(session: aiohttp.ClientSession) -> wire.ServerInfo:
-            server = await self._call(session, "GET", "/server_info")
-            return wire.read_server_info(server, await self._call(session, "GET", "/model_info"))
+            server = await self._http.call(session, "GET", "/server_info")
+            return wire.read_server_info(server, await self._http.call(session, "GET", "/model_info"))
 
-        return self._run(ask)
+        return self._http.run(ask)
 
     def generate(self, requests: list[wire.GenerationRequest]) -> list[wire.Generation | ServerError]:
         """Sample each request; entry i is the continuation of request i, or why there is none.
 
         At most `max_concurrency` are in flight. Token ids must be inside the vocabulary: SGLang dies of others.
         """
-        return self._generate_all(requests, wire.generation_body, wire.read_generation)
+        with progress(log, self.name, total=len(requests), unit="responses", amount_unit="tok") as state:
+            longest = 0
+
+            def count(answer: wire.Generation | ServerError) -> None:
+                nonlocal longest
+                tokens = 0 if isinstance(answer, ServerError) else len(answer.output_ids)
+                longest = max(longest, tokens)
+                state.advance(note=f"longest {longest}", amount=tokens)
+
+            return self._generate_all(requests, wire.generation_body, wire.read_generation, count)
 
     def score(self, requests: list[wire.ScoringRequest]) -> list[wire.TokenScores | ServerError]:
         """Score each request at temperature 1; entry i holds the scores of request i, or why there are none."""
-        return self._generate_all(requests, wire.scoring_body, wire.read_scores)
+        with progress(log, self.name, total=len(requests), unit="samples scored", amount_unit="tok") as state:
+
+            def count(answer: wire.TokenScores | ServerError) -> None:
+                state.advance(amount=0 if isinstance(answer, ServerError) else len(answer.logp_N))
+
+            return self._generate_all(requests, wire.scoring_body, wire.read_scores, count)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the ids that the server makes of each text, without special tokens around it.
@@ -114,13 +126,13 @@ class SglangClient:
         """Abort what runs and hold back new requests until `resume`."""
         self._post("/pause_generation", {"mode": "abort"})
 
-    def resume(self) -> None:
-        """Take requests again; harmless where the server was not paused."""
-        self._post("/continue_generation", {})
+    def resume(self, limit_s: float | None = None) -> None:
+        """Take requests again; harmless where the server was not paused. With `limit_s` there is one try, so long."""
+        self._post("/continue_generation", {}, retry=limit_s is None, limit_s=limit_s)
 
     def flush_cache(self) -> None:
         """Forget all cached KV. Raises ServerError while requests run."""
-        self._post("/flush_cache", {})
+        self._post("/flush_cache", {}, json_answer=False)
 
     def begin_weight_update(self) -> None:
         """Open the update session; one that an earlier failure left open is closed first."""
@@ -141,9 +153,9 @@ class SglangClient:
         """
         self._post("/update_weights_from_tensor", wire.weights_body(payloads, version=version), retry=False)
 
-    def end_weight_update(self) -> None:
-        """Close the update session."""
-        self._post("/end_weight_update", {}, retry=False)
+    def end_weight_update(self, limit_s: float | None = None) -> None:
+        """Close the update session, within `limit_s` (request_timeout_s)."""
+        self._post("/end_weight_update", {}, retry=False, limit_s=limit_s)
 
     def label_weights(self, version: str) -> None:
         """Give the weights that the server holds the label `version`, which it stamps on what it samples."""
@@ -158,16 +170,16 @@ class SglangClient:
         """
         try:
             answer = self._post("/weights_checker", {"action": "checksum"})
-        except _MissingError:
+        except MissingError:
             return None
-        except _RefusedError as error:
+        except RefusedError as error:
             if not may_refuse:
                 raise
             if not self._told_refusal:
                 log.warning(
                     "%s: the server gives no checksum of its weights, so its scores alone tell which model it serves "
                     "(%s). If it has an admin key, let %s.api_key_env name that",
-                    self.key,
+                    self.name,
                     error,
                     self.key,
                 )
@@ -182,40 +194,46 @@ class SglangClient:
         """Overwrite every weight of the server with random numbers, to prove that the next update sets them all."""
         self._post("/weights_checker", {"action": "reset_tensors"})
 
-    def _post(self, path: str, body: wire.Json | bytes, *, retry: bool = True) -> object:
-        return self._run(lambda session: self._call(session, "POST", path, body, retry=retry))
-
-    def _run(self, call: Callable[[aiohttp.ClientSession], Coroutine[None, None, Answer]]) -> Answer:
-        async def with_session() -> Answer:
-            headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-            connector = aiohttp.TCPConnector(limit=self._config.max_concurrency)
-            timeout = aiohttp.ClientTimeout(total=self._config.request_timeout_s)
-            async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
-                return await call(session)
-
-        return asyncio.run(with_session())
+    def _post(
+        self,
+        path: str,
+        body: wire.Json | bytes,
+        *,
+        retry: bool = True,
+        json_answer: bool = True,
+        limit_s: float | None = None,
+    ) -> object:
+        return self._http.run(
+            lambda session: self._http.call(session, "POST", path, body, retry=retry, json_answer=json_answer),
+            limit_s=limit_s,
+        )
 
     def _generate_all(
         self,
         questions: list[Question],
         body_of: Callable[[Question], wire.Json],
         read: Callable[[object, Question], Answer],
+        count: Callable[[Answer | ServerError], None],
     ) -> list[Answer | ServerError]:
         """What `read` makes of the answer of /generate to each question, or why there is none.
 
-        An answer that makes no sense is asked for once more, and one line is logged about all of them.
+        `count` is told of each as it comes. An answer that makes no sense is asked for once more, and one line is
+        logged about all of them.
         """
         nonsense: list[str] = []
 
         async def ask(session: aiohttp.ClientSession, question: Question) -> Answer:
             body = body_of(question)
             try:
-                return read(await self._call(session, "POST", "/generate", body), question)
+                return read(await self._http.call(session, "POST", "/generate", body), question)
             except AnswerError as error:
                 nonsense.append(str(error))
-            return read(await self._call(session, "POST", "/generate", body), question)
+            return read(await self._http.call(session, "POST", "/generate", body), question)
 
-        answers = self._run(lambda session: self._gather([ask(session, question) for question in questions]))
+        answers = self._http.run(
+            lambda session: self._http.gather([partial(ask, session, question) for question in questions], count),
+            watched=False,  # `gather` watches, so that a hung server costs no answer that has come
+        )
         self.asked_again += len(nonsense)
         if nonsense:
             log.warning(
@@ -226,99 +244,3 @@ class SglangClient:
                 nonsense[0],
             )
         return answers
-
-    async def _gather(self, calls: list[Coroutine[None, None, Answer]]) -> list[Answer | ServerError]:
-        slots = asyncio.Semaphore(self._config.max_concurrency)
-
-        async def caught(call: Coroutine[None, None, Answer]) -> Answer | ServerError:
-            async with slots:
-                try:
-                    return await call
-                except ServerError as error:
-                    return error
-
-        return await asyncio.gather(*(caught(call) for call in calls))
-
-    async def _call(
-        self,
-        session: aiohttp.ClientSession,
-        method: str,
-        path: str,
-        body: wire.Json | bytes | None = None,
-        *,
-        retry: bool = True,
-    ) -> object:
-        """One request with its retries; the decoded answer."""
-        attempts = self._config.max_retries + 1 if retry else 1
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_PassingError),
-            stop=tenacity.stop_after_attempt(attempts),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-            before_sleep=self._count_retry,
-            reraise=True,
-        )
-        try:
-            return await retrying(self._attempt, session, method, path, body)
-        except _UnreachableError as error:
-            raise ServerDied(f"{error} ({attempts} attempts; {self.key}.max_retries)") from error
-        except _PassingError as error:
-            raise ServerError(f"{error} ({attempts} attempts; {self.key}.max_retries)") from error
-
-    def _count_retry(self, state: tenacity.RetryCallState) -> None:
-        assert state.outcome is not None
-        self.retries += 1
-        log.warning("%s; attempt %d follows", state.outcome.exception(), state.attempt_number + 1)
-
-    async def _attempt(
-        self, session: aiohttp.ClientSession, method: str, path: str, body: wire.Json | bytes | None
-    ) -> object:
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} if data is not None else {}
-        try:
-            stream = io.BytesIO(data) if data is not None else None
-            async with session.request(method, f"{self.url}{path}", data=stream, headers=headers) as answer:
-                return self._checked(path, answer.status, await answer.read())
-        except TimeoutError as error:
-            seconds = self._config.request_timeout_s
-            raise ServerError(
-                f"{self.key}: no answer of {path} at {self.url} within request_timeout_s={seconds:g} s"
-            ) from error
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
-            problem = f"{self.key}: no connection to {self.url}{path}: {error or type(error).__name__}"
-            if self._alive is not None and not self._alive():
-                raise ServerDied(f"{problem}; its process has ended") from error
-            raise _UnreachableError(problem) from error
-
-    def _checked(self, path: str, status: int, content: bytes) -> object:
-        if status == 200:
-            if not content.strip().startswith((b"{", b"[")):
-                return None
-            try:
-                return json.loads(content)
-            except ValueError as error:
-                raise _PassingError(f"{self.key}: {path} answered JSON that cannot be read: {error}") from error
-        detail = _message(content)
-        if status >= 500:
-            raise _PassingError(f"{self.key}: {path} answered {status}: {detail}")
-        if status in (401, 403):
-            raise _RefusedError(
-                f"{self.key}: {path} answered {status}: check the key that api_key_env names ({detail})"
-            )
-        if status == 404:
-            raise _MissingError(f"{self.key}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
-        if status in (400, 405):
-            raise _RefusedError(f"{self.key}: {path} answered {status}: {detail}")
-        raise ServerError(f"{self.key}: {path} answered {status}: {detail}")
-
-
-def _message(content: bytes) -> str:
-    """The server's own words, one line, at most 300 characters."""
-    text = content.decode(errors="replace")
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        answer = text
-    if isinstance(answer, dict):
-        answer = answer.get("error") or answer
-        answer = answer.get("message", answer) if isinstance(answer, dict) else answer
-    return " ".join(str(answer).split())[:300]

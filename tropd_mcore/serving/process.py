@@ -1,17 +1,16 @@
 """One SGLang server as a process of ours: started on loopback, waited for, watched, and stopped by its pid.
 
-Not for talking to it (see `client`). Invariants: the server runs in a process group of its own that ends with us, even
-when we are killed; a server that an earlier launch left behind is stopped before a new one starts, and only after its
-pid and its start time both match the record; nothing is ever stopped by name.
+Not for talking to it (see `client`) and not for what earlier launches left (see `record`). Invariants: the server
+runs in a process group of its own that ends with us, even when we are killed; it takes requests only with a random key
+that stands in its environment and in our memory alone; nothing is ever stopped by name.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import signal
+import secrets
 import socket
 import subprocess
 import sys
@@ -22,25 +21,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
+from tropd_mcore import stopping
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerError
-from tropd_mcore.files import publish_text
+from tropd_mcore.foreign_text import one_line
 from tropd_mcore.progress import progress
-from tropd_mcore.serving.client import SglangClient
-from tropd_mcore.serving.environment import server_environment
+from tropd_mcore.serving.client import HEALTH_TIMEOUT_S, SglangClient
+from tropd_mcore.serving.environment import Place, server_environment
+from tropd_mcore.serving.left_behind import make_folder, note_process, remove_left_over, remove_of
+from tropd_mcore.serving.log_file import ServerLog
+from tropd_mcore.serving.record import group_members, make_record, stop_group, stop_left_over, stopped_member
 
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 POLL_S = 0.25
-STOP_GRACE_S = 2.0
-"""A server holds nothing that is worth a longer wait; by itself it takes about 5 s."""
-STOP_TIMEOUT_S = 30.0
-SAME_START_S = 1.0
-LOG_TAIL_BYTES = 65536
+SHOWN_OF_LINE = 100
+"""Characters of the server's last line beside the time it has been starting."""
 
 # the kernel's parent-death signal is tied to the starting thread, so one that lives as long as we do starts all servers
 _STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-starter")
@@ -64,11 +62,17 @@ class ServerSpec:
     name: str
     dtype: Dtype = "bfloat16"
     """Of the model, for a `config` that names none."""
+    title: str | None = None
+    """What messages about it begin with; None = `key`."""
     tokenizer_path: Path | None = None
     """Tokenizer files to serve with; None = those of the model folder."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
     cpu_threads: int = 1
     """Threads of each rank of a CPU server."""
+
+    @property
+    def called(self) -> str:
+        return self.title or self.key
 
     @property
     def log_path(self) -> Path:
@@ -87,7 +91,10 @@ class ServerProcess:
         self.port: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._reserved: socket.socket | None = None
-        self._log_start = 0
+        self._log = ServerLog(spec.log_path, int(spec.config.log_max_mib * 2**20))
+        self._api_key = secrets.token_urlsafe(32)
+        self._folder: Path | None = None
+        """Temporary folder of the server, which goes with it"""
 
     @property
     def url(self) -> str:
@@ -102,31 +109,47 @@ class ServerProcess:
         return self._process.pid
 
     def client(self) -> SglangClient:
-        """Return a client that knows when this process has ended."""
-        return SglangClient(self.url, self.spec.config, key=self.spec.key, alive=self.alive)
+        """Return a client that has the server's key and knows when this process has ended or is stopped."""
+        return SglangClient(
+            self.url,
+            self.spec.config,
+            key=self.spec.key,
+            name=self.spec.called,
+            alive=self.alive,
+            stopped=self.stopped,
+            api_key=self._api_key,
+        )
 
     def start(self) -> None:
         """Stop a left-over server of this record, then start a new one; does not wait for it (see `wait_ready`).
 
-        Raises ServerError where the model folder is missing or the configured port is taken.
+        Raises ServerError where the model folder is missing, the configured port is taken, or another live process
+        uses the server of this record.
         """
         assert not self.alive(), "already started"
         spec = self.spec
         if not (spec.model_path / "config.json").is_file():
             raise ServerError(f"{spec.model_key}={spec.model_path}: expected a model folder with a config.json there")
         spec.run_dir.mkdir(parents=True, exist_ok=True)
-        stop_left_over(spec.record_path)
+        stop_left_over(spec.record_path, key=spec.called)
         # a restart keeps the port that the OS chose, so that the URL stays
         self._reserved = _reserve_port(self.port or spec.config.port, key=f"{spec.key}.port")
-        self.port = self._reserved.getsockname()[1]
+        port = self.port = self._reserved.getsockname()[1]
+        remove_left_over()
+        self._folder = make_folder()
         environment = server_environment(
-            spec.device,
-            tensor_parallel=spec.config.tensor_parallel,
-            cpu_threads=spec.cpu_threads,
-            extra=spec.extra_env,
+            Place(
+                device=spec.device,
+                port=port,
+                folder=self._folder,
+                api_key=self._api_key,
+                tensor_parallel=spec.config.tensor_parallel,
+                cpu_threads=spec.cpu_threads,
+                extra_args=spec.config.extra_args,
+            ),
+            spec.extra_env,
         )
-        with spec.log_path.open("ab") as log_file:
-            self._log_start = log_file.tell()
+        with self._log.open() as log_file:
             self._process = _STARTER.submit(
                 subprocess.Popen,
                 self.command(),
@@ -136,9 +159,11 @@ class ServerProcess:
                 env=environment,
                 start_new_session=True,
             ).result()
-        record = {"pid": self.pid, "start_time": psutil.Process(self.pid).create_time(), "port": self.port}
-        publish_text(spec.record_path, json.dumps(record) + "\n")
-        log.info("%s: starting %s on %s (pid %d, log %s)", spec.key, spec.model_path, self.url, self.pid, spec.log_path)
+        note_process(self.pid)
+        make_record(self.pid, port).save(spec.record_path)
+        log.info(
+            "%s: starting %s on %s (pid %d, log %s)", spec.called, spec.model_path, self.url, self.pid, spec.log_path
+        )
 
     def command(self) -> list[str]:
         """Return the command line of the server."""
@@ -159,35 +184,47 @@ class ServerProcess:
         return [*command, *config.extra_args]
 
     def wait_ready(self) -> None:
-        """Wait until the server generates. Raises ServerError where it dies or takes longer than start_timeout_s."""
+        """Wait until the server generates. Raises ServerError where it dies or takes longer than start_timeout_s;
+        StopRequested."""
         started = time.monotonic()
         client = self.client()
-        limit = self.spec.config.start_timeout_s
-        with progress(log, f"{self.spec.key}: starting, at most {limit:g} s (start_timeout_s; {self.spec.log_path})"):
-            while not client.healthy():
+        called, limit = self.spec.called, self.spec.config.start_timeout_s
+        what = f"{called}: starting, at most {limit:g} s (start_timeout_s; {self.spec.log_path})"
+        with progress(log, what) as state:
+            while not client.healthy(min(HEALTH_TIMEOUT_S, max(1.0, limit - (time.monotonic() - started)))):
+                stopping.check()
+                note_process(self.pid)
+                state.note = f"last line: {self._last_log_line()[:SHOWN_OF_LINE]}"
                 if not self.alive():
                     raise ServerError(self.describe_end())
                 if time.monotonic() - started > limit:
+                    end = self._last_words()
                     self.stop()
-                    raise ServerError(
-                        f"{self.spec.key}: not ready after start_timeout_s={limit:g} s; "
-                        f"last line: {self._last_log_line()!r}; log: {self.spec.log_path}"
-                    )
+                    raise ServerError(f"{called}: not ready after {self.spec.key}.start_timeout_s={limit:g} s; {end}")
                 time.sleep(POLL_S)
         self._release_port()
-        log.info("%s: ready on %s after %.1f s", self.spec.key, self.url, time.monotonic() - started)
+        note_process(self.pid)
+        log.info("%s: ready on %s after %.1f s", called, self.url, time.monotonic() - started)
 
     def alive(self) -> bool:
         """Return whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
+    def stopped(self) -> str | None:
+        """Return which process of the server is stopped (SIGSTOP), in words; None where none is."""
+        return stopped_member(self.pid) if self.alive() else None
+
     def stop(self) -> None:
         """Stop the process group, gently and then not; harmless where it has ended already."""
         self._release_port()
+        self._log.close()
         if self._process is None:
             return
-        _stop_group(self._process.pid)
+        note_process(self.pid)
+        members = {member.pid for member in group_members(self.pid)}
+        stop_group(self.pid)
         self._process.wait()
+        remove_of({*members, self.pid}, self._folder)
         self._process = None
         self.spec.record_path.unlink(missing_ok=True)
 
@@ -201,8 +238,10 @@ class ServerProcess:
         """Return how the process ended (exit code, last log line, log file), one line."""
         code = None if self._process is None else self._process.poll()
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        how = "runs but does not answer" if self.alive() else how
-        return f"{self.spec.key}: the server {how}; last line: {self._last_log_line()!r}; log: {self.spec.log_path}"
+        if self.alive():
+            stopped = self.stopped()
+            how = "runs but does not answer" + (f": {stopped}" if stopped else "")
+        return f"{self.spec.called}: the server {how}; {self._last_words()}"
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -210,67 +249,19 @@ class ServerProcess:
     def __exit__(self, *_exception: object) -> None:
         self.stop()
 
+    def _last_words(self) -> str:
+        return f"last line: {self._last_log_line()!r}; log: {self.spec.log_path}"
+
     def _last_log_line(self) -> str:
         """The last line since the start that names an exception, else the last line."""
-        with self.spec.log_path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(self._log_start, size - LOG_TAIL_BYTES))
-            lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = self._log.tail()
         exceptions = [line for line in lines if _EXCEPTION_LINE.match(line)]
-        return (exceptions or lines or [""])[-1][:300]
+        return one_line((exceptions or lines or [""])[-1])
 
     def _release_port(self) -> None:
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = None
-
-
-def stop_left_over(record_path: Path) -> bool:
-    """Stop the server that `record_path` describes if it still runs; return whether one was stopped.
-
-    A process counts as that server where both pid and start time match, so a reused pid is never touched.
-    """
-    try:
-        record = json.loads(record_path.read_text())
-        pid, start_time = int(record["pid"]), float(record["start_time"])
-    except FileNotFoundError:
-        return False
-    except (ValueError, KeyError, TypeError) as error:
-        log.warning("%s: not a server record (%s); ignored", record_path, error)
-        return False
-    try:
-        process = psutil.Process(pid)
-        if abs(process.create_time() - start_time) > SAME_START_S or os.getpgid(pid) != pid:
-            return False
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return False
-    log.warning("stopping the server with pid %d that an earlier launch left behind (%s)", pid, record_path)
-    _stop_group(pid)
-    record_path.unlink(missing_ok=True)
-    return True
-
-
-def _stop_group(group: int) -> None:
-    """SIGTERM to the leader, at most STOP_GRACE_S to wind up, then SIGKILL to the whole group that was made for it.
-
-    Its children get no SIGTERM: SGLang takes a child that ends by itself for a crash and waits to diagnose it.
-    """
-    members = _group_members(group)
-    try:
-        os.kill(group, signal.SIGTERM)
-        psutil.wait_procs(members, timeout=STOP_GRACE_S)
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
-
-
-def _group_members(group: int) -> list[psutil.Process]:
-    try:
-        leader = psutil.Process(group)
-        return [leader, *leader.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _reserve_port(port: int | None, *, key: str) -> socket.socket:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 import numpy as np
 
 from tropd_mcore.errors import AnswerError
+from tropd_mcore.foreign_text import one_line
 from tropd_mcore.types import FloatArray, IntArray
 
 LOGP_SLACK = 1e-3
@@ -29,8 +30,8 @@ def token_ids(values: list[object], vocab_size: int, *, field: str) -> IntArray:
     for index, value in enumerate(values):
         if type(value) is not int or not 0 <= value < vocab_size:
             raise AnswerError(
-                f"SGLang answered {value!r} in {field}[{index}]; expected a token id in [0, {vocab_size}), the "
-                "vocabulary of the served model"
+                f"SGLang answered {one_line(repr(value), 60)} in {field}[{index}]; expected a token id in "
+                f"[0, {vocab_size}), the vocabulary of the served model"
             )
     if not values:
         raise AnswerError(f"SGLang answered no token in {field}; expected at least one")
@@ -40,7 +41,10 @@ def token_ids(values: list[object], vocab_size: int, *, field: str) -> IntArray:
 def check_prompt_length(reported: object, sent: int) -> None:
     """Raise AnswerError where the server says that it read another number of prompt tokens than were sent."""
     if reported is not None and reported != sent:
-        raise AnswerError(f"SGLang answered meta_info.prompt_tokens {reported!r}; {sent} were sent: the prompt was cut")
+        raise AnswerError(
+            f"SGLang answered meta_info.prompt_tokens {one_line(repr(reported), 60)}; {sent} were sent: the prompt was "
+            "cut"
+        )
 
 
 def check_log_probs(logp_N: FloatArray, *, field: str) -> None:
@@ -67,7 +71,9 @@ def check_end(output_ids: IntArray, reason: str, matched: object, *, longest: in
         )
     if reason == "stop":
         if matched is not None and matched != last:
-            raise AnswerError(f"SGLang stopped at {matched!r} but the last token is {last}; expected the same token")
+            raise AnswerError(
+                f"SGLang stopped at {one_line(repr(matched), 60)} but the last token is {last}; expected the same token"
+            )
         if end_ids and last not in end_ids:
             raise AnswerError(
                 f"SGLang answered a continuation that stopped at token {last}; expected one of "

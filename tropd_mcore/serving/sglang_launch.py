@@ -1,6 +1,8 @@
 """Run SGLang's own server: `python -m tropd_mcore.serving.sglang_launch [--parent-pid N] <sglang.launch_server args>`.
 
-Two things come before it. The server asks the kernel to kill it when process N ends, however N ends. And with
+Some things come before it. The server asks the kernel to kill it when process N ends, however N ends. What it makes
+(sockets, shared memory, files) is for this user alone. The key in the environment variable `TROPD_SERVER_KEY`, if there
+is one, becomes its API key: it stands on no command line and is taken out of every log line. And with
 `SGLANG_USE_CPU_ENGINE=1`, where `sgl_kernel` or `torchvision` are not installed (their wheels need an NVIDIA driver),
 the names that SGLang reads from them at import are put in their place: kernels of speculative decoding and of KV moves,
 which a dense decoder never calls and which raise when called, and one enumeration. Nothing of SGLang is patched, and
@@ -14,6 +16,7 @@ import ctypes
 import enum
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import runpy
 import signal
@@ -22,6 +25,9 @@ import types
 from collections.abc import Callable, Mapping
 
 PR_SET_PDEATHSIG = 1
+KEY_VARIABLE = "TROPD_SERVER_KEY"
+"""Environment variable with the API key that the server shall require."""
+OWNER_ONLY = 0o077
 PARENT_VARIABLE = "TROPD_SERVER_PARENT_PID"
 """Each process of the server leaves its pid here for those that it spawns."""
 
@@ -46,6 +52,26 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         sys.exit(f"sglang_launch: the parent process {parent_pid} has already ended")
+
+
+def require_key() -> None:
+    """Let the server require the key of the environment, which its children do not inherit."""
+    key = os.environ.pop(KEY_VARIABLE, "")
+    if not key:
+        return
+    # the list of this process: what /proc shows of the command line stays as it was
+    sys.argv.insert(1, f"--api-key={key}")
+    make = logging.getLogRecordFactory()
+
+    def without_key(*args: object, **kwargs: object) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        # SGLang logs all of its arguments when it starts
+        message = record.getMessage()
+        if key in message:
+            record.msg, record.args = message.replace(key, "<key>"), ()
+        return record
+
+    logging.setLogRecordFactory(without_key)
 
 
 def add_cpu_placeholders() -> None:
@@ -104,6 +130,9 @@ def _prepare() -> None:
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     if parent_pid is not None:
         die_with_parent(parent_pid)
+    os.umask(OWNER_ONLY)
+    if __name__ == "__main__":
+        require_key()
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         add_cpu_placeholders()
 

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Callable
 
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import ServerDied, ServerError
+from tropd_mcore.errors import ServerDied, ServerError, ServerHung
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.process import ServerProcess, ServerSpec
+from tropd_mcore.serving.wire import Generation, GenerationRequest
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class SupervisedServer:
             self._client = self._process.client()
         else:
             assert self.config.url is not None
-            self._client = SglangClient(self.config.url, self.config, key=self.spec.key)
+            self._client = SglangClient(self.config.url, self.config, key=self.spec.key, name=self.spec.called)
 
     def wait_ready(self) -> None:
         """Wait until the server answers. Raises ServerError where it does not."""
@@ -56,7 +57,28 @@ class SupervisedServer:
         # a launch that was killed while it updated weights left the server paused
         self.client.resume()
         if not self.client.healthy():
-            raise ServerError(f"{self.spec.key}.url={self.config.url}: the server there is not healthy (GET /health)")
+            raise ServerError(
+                f"{self.spec.key}.url={self.config.url}: the server there is not healthy (GET /health; it is paused, "
+                "it starts, or its engine gives nothing)"
+            )
+
+    def generate(self, requests: list[GenerationRequest]) -> list[Generation | ServerError]:
+        """`SglangClient.generate`; a server that dies or hangs is restarted and asked for what is missing.
+
+        For a server whose weights stay those of its folder. Raises ServerDied once the restarts are used up.
+        """
+        answers: list[Generation | ServerError | None] = [None] * len(requests)
+        while True:
+            missing = [index for index, answer in enumerate(answers) if answer is None]
+            died: ServerDied | None = None
+            for index, answer in zip(missing, self.client.generate([requests[i] for i in missing]), strict=True):
+                if isinstance(answer, ServerDied):
+                    died = answer
+                else:
+                    answers[index] = answer
+            if died is None:
+                return [answer for answer in answers if answer is not None]
+            self.recover(died)
 
     def recover(self, error: ServerDied) -> None:
         """Restart the server that `error` is about and wait until it is ready; its weights are the folder's again.
@@ -65,12 +87,12 @@ class SupervisedServer:
         """
         if self._process is None:
             raise error
+        # of a hung one the error tells more than its process, which runs
+        end = str(error) if isinstance(error, ServerHung) else self._process.describe_end()
         if self.restarts >= self.config.max_restarts:
-            raise ServerDied(
-                f"{self._process.describe_end()}; {self.spec.key}.max_restarts={self.config.max_restarts} are used up"
-            ) from error
+            raise ServerDied(f"{end}; {self.spec.key}.max_restarts={self.config.max_restarts} are used up") from error
         self.restarts += 1
-        log.warning("%s; restart %d of %d", self._process.describe_end(), self.restarts, self.config.max_restarts)
+        log.warning("%s; restart %d of %d", end, self.restarts, self.config.max_restarts)
         self._process.restart()
         if self.after_restart is not None:
             try:

@@ -20,6 +20,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from tropd_mcore.errors import ServerError
+from tropd_mcore.serving.left_behind import note_sharing
 
 SHARED_MEMORY = Path("/dev/shm")
 ALIGNMENT = 64
@@ -64,8 +65,10 @@ class SharedBuffer:
                     f"a weight update needs {size >> 20} MiB of {SHARED_MEMORY} but {room >> 20} are usable: "
                     "enlarge it (docker: --shm-size)"
                 )
+            note_sharing()
             with _shared_by_file_name():
                 self._bytes = torch.empty(size, dtype=torch.uint8).share_memory_()
+                note_sharing(self._bytes.untyped_storage()._share_filename_cpu_()[0].decode())
         return self._bytes
 
 

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tropd_mcore.errors import AnswerError, ServerError
+from tropd_mcore.foreign_text import one_line, quoted
 from tropd_mcore.serving import sense
 from tropd_mcore.types import FloatArray, IntArray
 
@@ -172,7 +173,7 @@ def read_generation(answer: object, request: GenerationRequest) -> Generation:
     finish = _object(meta.get("finish_reason"), "meta_info.finish_reason")
     reason = finish.get("type")
     if reason not in ("stop", "length", "abort"):
-        raise AnswerError(f"SGLang answered finish_reason {reason!r}; expected stop, length or abort")
+        raise AnswerError(f"SGLang answered finish_reason {_shown(reason)}; expected stop, length or abort")
     if reason == "abort":
         return Generation(np.zeros(0, np.int32), np.zeros(0, np.float32), reason, _weight_versions(meta))
     sense.check_prompt_length(meta.get("prompt_tokens"), len(request.input_ids))
@@ -202,7 +203,8 @@ def read_scores(answer: object, request: ScoringRequest) -> TokenScores:
     shape = meta.get("input_top_logprobs_shape")
     if shape != list(expected) or meta.get("input_top_logprobs_null_prefix") != 1:
         raise AnswerError(
-            f"SGLang answered top log-probs of shape {shape} after {meta.get('input_top_logprobs_null_prefix')} null "
+            f"SGLang answered top log-probs of shape {_shown(shape)} after "
+            f"{_shown(meta.get('input_top_logprobs_null_prefix'))} null "
             f"rows; expected {list(expected)} after 1 (SGLang 0.5.23 or newer with return_flat_raw_top_logprobs_b64)"
         )
     topk_logp_NK = _base64_array(meta, "input_top_logprobs_val_flat_b64", np.dtype("<f4"), expected)
@@ -214,6 +216,7 @@ def read_scores(answer: object, request: ScoringRequest) -> TokenScores:
     return TokenScores(logp_N, topk_ids_NK.astype(np.int32), topk_logp_NK.astype(np.float32))
 
 
+_LONGEST_PATH = 4096
 _DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 
 
@@ -224,19 +227,19 @@ def read_server_info(server: object, model: object) -> ServerInfo:
     if not isinstance(bound, int) or not isinstance(tensor_parallel, int):
         raise ServerError("/server_info lacks max_req_input_len or tp_size: expected SGLang 0.5.23 or newer")
     return ServerInfo(
-        version=str(server.get("version")),
-        weight_version=str(model.get("weight_version")),
+        version=one_line(server.get("version")),
+        weight_version=one_line(model.get("weight_version")),
         tensor_parallel=tensor_parallel,
         # SGLang refuses inputs >= max_req_input_len and cuts max_new_tokens at max_req_input_len + 4 - input
         longest_input=bound - 1,
         longest_sequence=bound + 4,
-        model_path=str(model.get("model_path", "?")),
-        model_type=str(model.get("model_type", "?")),
-        dtype=_DTYPE_ALIASES.get(str(server.get("dtype", "?")), str(server.get("dtype", "?"))),
-        quantization=None if server.get("quantization") is None else str(server["quantization"]),
+        model_path=one_line(model.get("model_path", "?"), _LONGEST_PATH),
+        model_type=one_line(model.get("model_type", "?")),
+        dtype=_DTYPE_ALIASES.get(str(server.get("dtype", "?")), one_line(server.get("dtype", "?"))),
+        quantization=None if server.get("quantization") is None else one_line(server["quantization"]),
         data_parallel=_count(server.get("dp_size")),
         pipeline_parallel=_count(server.get("pp_size")),
-        device=str(server.get("device", "?")),
+        device=one_line(server.get("device", "?")),
     )
 
 
@@ -257,9 +260,10 @@ def read_checksums(answer: object) -> WeightChecksums | None:
         found = rank.get("checksums") if isinstance(rank, dict) else None
         place = _place(rank)
         for name, checksum in found.items() if isinstance(found, dict) else ():
-            tensors[str(name)] = (*tensors.get(str(name), ()), str(checksum))
-            places[str(name)] = (*places.get(str(name), ()), place)
-    return WeightChecksums(total, tensors, places)
+            key = one_line(name)
+            tensors[key] = (*tensors.get(key, ()), one_line(checksum))
+            places[key] = (*places.get(key, ()), place)
+    return WeightChecksums(one_line(total), tensors, places)
 
 
 def _place(rank: object) -> Place | None:
@@ -292,10 +296,12 @@ def _token_logp(
     values = np.empty(len(entries), dtype=np.float32)
     for index, (entry, token_id) in enumerate(zip(entries, token_ids.tolist(), strict=True)):
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] not in (token_id, echo_of_last):
-            raise AnswerError(f"SGLang answered {entry} in {field}[{index}]; expected [log-prob, {token_id}, ...]")
+            raise AnswerError(
+                f"SGLang answered {_shown(entry)} in {field}[{index}]; expected [log-prob, {token_id}, ...]"
+            )
         # false for NaN, and for an integer that is too large to become a float
         if type(entry[0]) not in (float, int) or not abs(entry[0]) <= _LARGEST_FLOAT32:
-            found = str(entry[0])[:30]
+            found = one_line(entry[0], 30)
             raise AnswerError(f"SGLang answered log-prob {found} in {field}[{index}]; expected a finite number")
         values[index] = entry[0]
     return values
@@ -304,10 +310,10 @@ def _token_logp(
 def _weight_versions(meta: Json) -> tuple[str, ...]:
     spans = meta.get("weight_versions")
     if isinstance(spans, list) and spans:
-        return tuple(str(_object(span, "meta_info.weight_versions").get("version")) for span in spans)
+        return tuple(one_line(_object(span, "meta_info.weight_versions").get("version")) for span in spans)
     if "weight_version" not in meta:
         raise AnswerError("SGLang answered without meta_info.weight_version: expected SGLang 0.5.23 or newer")
-    return (str(meta["weight_version"]),)
+    return (one_line(meta["weight_version"]),)
 
 
 def _base64_array(meta: Json, field: str, dtype: np.dtype[np.generic], shape: tuple[int, int]) -> np.ndarray:
@@ -331,20 +337,24 @@ def read_token_lists(answer: object, count: int) -> list[list[int]]:
     found: list[list[int]] = []
     for ids in lists:
         if not isinstance(ids, list) or not all(type(index) is int for index in ids):
-            raise AnswerError(f"SGLang answered {str(ids)[:60]!r} as tokens of a text; expected a list of ids")
+            raise AnswerError(f"SGLang answered {quoted(ids, 60)} as tokens of a text; expected a list of ids")
         found.append(ids)
     return found
 
 
 def _object(value: object, name: str) -> Json:
     if not isinstance(value, dict):
-        found = "nothing that is JSON" if value is None else type(value).__name__
-        raise AnswerError(f"SGLang answered {found} as {name}; expected a JSON object")
+        raise AnswerError(f"SGLang answered {_shown(value)} as {name}; expected a JSON object")
     return value
 
 
 def _list(parent: Json, field: str) -> list[object]:
     value = parent.get(field)
     if not isinstance(value, list):
-        raise AnswerError(f"SGLang answered {type(value).__name__} as {field}; expected a list")
+        raise AnswerError(f"SGLang answered {_shown(value)} as {field}; expected a list")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value of an answer for a message: nothing where it is absent, else its text in Python's form, cut."""
+    return "nothing" if value is None else one_line(repr(value), 60)

@@ -1,6 +1,7 @@
-"""What torchrun runs on every rank: `python -m tropd_mcore.train CONFIG.yaml [key=value ...] [--dry-run]`.
+"""One rank of a job: `python -m tropd_mcore.train CONFIG.yaml [key=value ...]`, started by `tropd train` or torchrun.
 
-Exit codes: 0 done, 2 an error that the user can act upon (one line each on stderr), anything else a bug.
+Not for launching (`launch`, `cli.train_command`). Invariants: a rank never outlives its launcher; an error is told
+once, by the rank that met it, while the ranks that meet nothing but its absence keep silent. Exit codes: `exits`.
 """
 
 from __future__ import annotations
@@ -8,16 +9,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
-import warnings
+import traceback
 
-from tropd_mcore.config.loader import load
-from tropd_mcore.config.plan import plan
-from tropd_mcore.errors import TropdError
+from tropd_mcore import signals, stopping
+from tropd_mcore.errors import StopRequested, TropdError
+from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
 
 ECHO_DELAY_S = 30.0
 """Longer than rank 0 needs to stop its servers and end with the message."""
+POLL_S = 0.1
+LOST_CONNECTION = ("connection", "peer", "closed", "socket", "timed out", "remote process", "aborted", "reset")
+"""Words of gloo, NCCL and the store about ranks that are gone."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,42 +33,123 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
     options = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of communication and compute
     try:
-        config, sources = load(options.config, options.overrides)
-        if options.dry_run:
-            world_size = os.environ.get("WORLD_SIZE")
-            if rank == 0:
-                print(plan(config, int(world_size) if world_size else None), end="")
-            return 0
-        _configure_logging(rank)
-        from tropd_mcore.mcore.parallel import RankEnvironment
-        from tropd_mcore.train.job import run_job
-
-        run_job(config, sources, RankEnvironment.from_environ())
-    except TropdError as error:
+        return _run(options, rank)
+    except StopRequested as stop:
+        if rank == 0:
+            signals.say(str(stop))
+        return 0
+    except Exception as error:
+        if is_lost_connection(error):
+            return _stand_by(rank)
+        if not isinstance(error, TropdError):
+            traceback.print_exc()
+            signals.end(BUG)
         if rank != 0:
             # Most errors are met by all ranks. The launcher ends this one as soon as rank 0 has told of it.
-            time.sleep(ECHO_DELAY_S)
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        return 2
+            _wait_to_be_ended()
+        signals.say(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}")
+        return EXPLAINED
+
+
+def _run(options: argparse.Namespace, rank: int) -> int:
+    from tropd_mcore.config.loader import load
+
+    config, sources = load(options.config, options.overrides)
+    if options.dry_run:
+        from tropd_mcore.config.plan import plan
+
+        world_size = os.environ.get("WORLD_SIZE")
+        if rank == 0:
+            print(plan(config, int(world_size) if world_size else None), end="")
+        return 0
+    from tropd_mcore import logs
+    from tropd_mcore.progress import progress, report_every
+
+    logs.configure(rank)
+    report_every(config.monitor.progress_every_s)
+    log = logging.getLogger("tropd_mcore.train")
+    log.info("rank 0 of %s: loading the libraries", os.environ.get("WORLD_SIZE", "1"))
+    with progress(log, "loading the libraries"):
+        from tropd_mcore.mcore.collective import meetings
+        from tropd_mcore.mcore.parallel import RankEnvironment
+        from tropd_mcore.train.watch import open_watch
+
+    environment = RankEnvironment.from_environ()
+    watch = open_watch(config.run, rank, environment.world_size, meetings) if environment.world_size > 1 else None
+    with progress(log, "loading the libraries"):
+        from tropd_mcore.train.job import run_job
+
+    try:
+        run_job(config, sources, environment)
+    finally:
+        if watch is not None:
+            watch.close()
     return 0
 
 
-def _configure_logging(rank: int) -> None:
-    """Rank 0 tells what it does; the other ranks only what is wrong."""
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s %(levelname).1s %(message)s"
-        if rank == 0
-        else f"%(asctime)s %(levelname).1s rank {rank}: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    for noisy in ("megatron", "httpx", "transformers", "torch"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Megatron and torch announce deprecations of each other in every process.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Return whether `error` is what a collective says where another rank is gone, or was made of that."""
+    from torch.distributed import DistError
+
+    while error is not None:
+        text = str(error).lower()
+        lost = any(word in text for word in LOST_CONNECTION)
+        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and lost and _in_collective(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _in_collective(error: BaseException) -> bool:
+    """Whether the error came out of torch.distributed or of gloo below it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("torch/distributed/" in frame.filename for frame in frames) or "gloo" in str(error).lower()
+
+
+def _stand_by(rank: int) -> int:
+    """Another rank is gone: leave the word to it, or to the launcher. What was met is told where neither has ended us.
+
+    Called while the exception is handled.
+    """
+    asked = stopping.requested()
+    _wait_to_be_ended()
+    if asked is not None:  # another rank was asked to stop at a moment when it had nothing to save
+        signals.end(STOPPED)
+    traceback.print_exc()
+    signals.say(f"error (rank {rank}): the connection to another rank was lost; see the output of the other nodes")
+    signals.end(BYSTANDER)
+
+
+def _wait_to_be_ended() -> None:
+    """Give the launcher the time to end this rank without a word; torchrun does that by SIGTERM."""
+    deadline = time.monotonic() + ECHO_DELAY_S
+    asked = stopping.requested()
+    while time.monotonic() < deadline:
+        if asked is None and stopping.requested() is not None:
+            signals.end(BYSTANDER)
+        time.sleep(POLL_S)
+
+
+def _hear(number: signal.Signals) -> None:
+    """Act on a signal, in the thread of `signals`, also while this rank waits inside a collective."""
+    launched = signals.LAUNCHER_VARIABLE in os.environ
+    says = os.environ.get("RANK", "0") == "0" and not launched
+    if number == signal.SIGINT:
+        # the servers of this rank end with it; nothing here is worth a longer wait
+        if says:
+            signals.say("interrupted; the same command resumes")
+        os._exit(INTERRUPTED)
+    stopping.request(number.name)
+    if not stopping.waits():
+        if says:
+            signals.say(f"stopped by {number.name} before the first step of this launch; the same command resumes")
+        os._exit(STOPPED if launched else 0)
 
 
 if __name__ == "__main__":
+    signals.listen((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _hear)
+    launcher = os.environ.get(signals.LAUNCHER_VARIABLE)
+    signals.die_with_parent(int(launcher) if launcher else None)
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Seconds of each phase of a step.
 
 Not for kernels: a phase ends when the host goes on, and the phases of a step are separated by host objects anyway.
+Invariant: every second belongs to one phase at most, the innermost one, so phases never add up to more than the step.
 """
 
 import time
@@ -12,22 +13,35 @@ NOTHING_S = 1e-3
 
 
 class StepClock:
-    """Phases of one step; `seconds` has the times of those that did something, and `step`, since the clock was made."""
+    """Phases since the last `take`; what follows a step's line, such as its checkpoint, belongs to the next line."""
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._begun = self._charged = time.monotonic()
         self._phases: dict[str, float] = {}
+        self._open: list[str] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to phase `name`."""
-        start = time.monotonic()
+        """Add the time of the block to phase `name`, without the time of the phases inside it."""
+        self._charge()
+        self._open.append(name)
         try:
             yield
         finally:
-            self._phases[name] = self._phases.get(name, 0.0) + time.monotonic() - start
+            self._charge()
+            self._open.pop()
 
-    @property
-    def seconds(self) -> dict[str, float]:
+    def take(self) -> dict[str, float]:
+        """Return the seconds of the phases that did something, and of `step`, all of them; begin again."""
+        self._charge()
         done = {name: seconds for name, seconds in self._phases.items() if seconds >= NOTHING_S}
-        return {**done, "step": time.monotonic() - self._start}
+        seconds = {**done, "step": self._charged - self._begun}
+        self._phases, self._begun = {}, self._charged
+        return seconds
+
+    def _charge(self) -> None:
+        """Give the time since the last call to the innermost open phase."""
+        now = time.monotonic()
+        if self._open:
+            self._phases[self._open[-1]] = self._phases.get(self._open[-1], 0.0) + now - self._charged
+        self._charged = now

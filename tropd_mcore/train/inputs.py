@@ -11,19 +11,19 @@ import importlib.util
 import logging
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tropd_mcore
-from tropd_mcore.config.derived import support_size, teacher_dtype
+from tropd_mcore.config.derived import model_paths, reads_responses, support_size, teacher_dtype
 from tropd_mcore.config.divergence_objectives import CustomObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, ModelError
 from tropd_mcore.files import file_digest, publish_text
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate
 from tropd_mcore.progress import progress
-from tropd_mcore.train.material import model_paths
-from tropd_mcore.train.parts import Site
+from tropd_mcore.train.ground import Ground
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.weights.digest import (
     DigestMemory,
@@ -34,6 +34,9 @@ from tropd_mcore.weights.digest import (
     model_files,
     read_files,
 )
+
+if TYPE_CHECKING:
+    from tropd_mcore.train.parts import Site
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +111,24 @@ def read_inputs(site: Site) -> Inputs:
         with shared_fate(control):
             mine = read_files(wanted[layout.rank :: layout.world_size])
         read = gather_on_rank_zero(mine, control)
-        return on_rank_zero(lambda: _compose(site, [entry for part in read for entry in part]), control)
+        launch = {"ranks": str(layout.world_size), "platform": site.platform.name}
+        return on_rank_zero(lambda: _remembered(site, launch, [entry for part in read for entry in part]), control)
+
+
+def read_inputs_alone(ground: Ground, *, ranks: int | None, platform: str) -> Inputs:
+    """Return what `read_inputs` would, read by this process alone; nothing is written. Raises DataError, ModelError.
+
+    `ranks` is None where their number is not known; then that of the launch before is taken.
+    """
+    wanted = _unread(ground)
+    with progress(log, f"reading {len(wanted)} files of model folders for their digests"):
+        read = read_files(wanted)
+    if ranks is None:
+        recorded = load_inputs(ground.run_dir)
+        launch = {"ranks": recorded.launch["ranks"]} if recorded is not None and "ranks" in recorded.launch else {}
+    else:
+        launch = {"ranks": str(ranks)}
+    return _compose(ground, {**launch, "platform": platform}, read, load_memory(ground.run_dir.digests))
 
 
 def load_inputs(run_dir: RunDir) -> Inputs | None:
@@ -149,27 +169,36 @@ def teacher_name(config: Config, inputs: Inputs, identity: str = "") -> str:
     return " ".join(f"{name}={value}" for name, value in parts.items() if value is not None)
 
 
-def _files(site: Site) -> dict[str, list[Path]]:
+def _files(ground: Ground) -> dict[str, list[Path]]:
     """{configuration key: files} of every model folder."""
-    return {key: [path / name for name in model_files(path)] for key, path in model_paths(site.config).items()}
+    return {key: [path / name for name in model_files(path)] for key, path in model_paths(ground.config).items()}
 
 
-def _unread(site: Site) -> list[Path]:
+def _unread(ground: Ground) -> list[Path]:
     """Files whose digest nobody remembers, each once, the largest first so that the shares are about equal."""
-    memory = load_memory(site.run_dir.digests)
+    memory = load_memory(ground.run_dir.digests)
     try:
-        paths = {path.resolve() for files in _files(site).values() for path in files}
+        paths = {path.resolve() for files in _files(ground).values() for path in files}
         unknown = [(path.stat().st_size, path) for path in paths if memory.recall(path) is None]
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return [path for _, path in sorted(unknown, reverse=True)]
 
 
-def _compose(site: Site, read: list[Read]) -> Inputs:
-    """The record from what all ranks read and what is remembered, which is remembered from now on."""
-    config, run_dir = site.config, site.run_dir
-    memory, now = load_memory(run_dir.digests), {str(path): digest for path, _, digest in read}
-    files = _files(site)
+def _remembered(ground: Ground, launch: dict[str, str], read: list[Read]) -> Inputs:
+    """The record, from what all ranks read and what is remembered; both are remembered from now on."""
+    memory = load_memory(ground.run_dir.digests)
+    found = _compose(ground, launch, read, memory)
+    memory.remember(read)
+    memory.forget_all_but({str(path.resolve()) for paths in _files(ground).values() for path in paths})
+    memory.save(ground.run_dir.digests)
+    return found
+
+
+def _compose(ground: Ground, launch: dict[str, str], read: list[Read], memory: DigestMemory) -> Inputs:
+    config = ground.config
+    now = {str(path): digest for path, _, digest in read}
+    files = _files(ground)
     models = {
         key: ModelInput(
             path=str(folder),
@@ -177,15 +206,15 @@ def _compose(site: Site, read: list[Read]) -> Inputs:
         )
         for key, folder in model_paths(config).items()
     }
-    memory.remember(read)
-    memory.forget_all_but({str(path.resolve()) for paths in files.values() for path in paths})
-    memory.save(run_dir.digests)
-    paths = {"data.prompts": config.data.prompts, "data.teacher_responses": config.data.teacher_responses}
+    paths, responses = {"data.prompts": config.data.prompts}, config.data.teacher_responses
+    # A file that nobody reads may be missing; where it is there, its changes are said.
+    if responses is not None and (reads_responses(config) or responses.is_file()):
+        paths["data.teacher_responses"] = responses
     return Inputs(
-        data={key: _data_input(key, path) for key, path in paths.items() if path is not None},
+        data={key: _data_input(key, path) for key, path in paths.items()},
         models=models,
         code=_code(config),
-        launch={"ranks": str(site.layout.world_size), "platform": site.platform.name, **_versions()},
+        launch={**launch, **_versions()},
     )
 
 

@@ -7,11 +7,11 @@ outside the run directory; servers that were started here are stopped on every w
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from contextlib import ExitStack
 
-from tropd_mcore.config.checks import backend_problems, layout_problems
+from tropd_mcore import stopping
+from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import (
     full_vocabulary,
     has_prefix_loss,
@@ -31,14 +31,17 @@ from tropd_mcore.mcore.dry_run import dry_run
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer
-from tropd_mcore.mcore.parallel import RankEnvironment, destroy, initialize
+from tropd_mcore.mcore.parallel import RankEnvironment, collective_timeout, destroy, initialize
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.weights_io import export_hf, load_hf
 from tropd_mcore.monitor.monitor import Monitor
+from tropd_mcore.progress import progress
+from tropd_mcore.serving.left_behind import remove_left_over
 from tropd_mcore.train.batch_context import BatchContextSource
+from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.init_from import begin_optimizer, begin_weights
-from tropd_mcore.train.inputs import teacher_name
-from tropd_mcore.train.material import Material, check_tokenizers, check_vocabularies, model_paths, read_material
+from tropd_mcore.train.inputs import read_inputs, teacher_name
+from tropd_mcore.train.material import Material
 from tropd_mcore.train.model_check import check_model
 from tropd_mcore.train.parts import (
     Servers,
@@ -57,41 +60,54 @@ from tropd_mcore.train.rollout_source import RolloutSource
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import ScoreSource
 from tropd_mcore.train.served_teacher import ServedTeacher
-from tropd_mcore.train.start import Start, accept, compare_contents, open_launch
-from tropd_mcore.train.stored_responses import check_responses
+from tropd_mcore.train.start import Start, accept, make_start
+from tropd_mcore.train.start_checks import (
+    BACKEND,
+    CONTENT_CHECKS,
+    MATERIAL_CHECKS,
+    MODELS,
+    State,
+    run_before_groups,
+    run_checks,
+)
 from tropd_mcore.train.trainer import Parts, Trainer
-from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.publish import replace_folder
 
 log = logging.getLogger(__name__)
 
 
 def run_job(config: Config, sources: dict[str, str], environment: RankEnvironment) -> None:
-    """Train `config` to its end (or for `run.stop_after` steps) and export the student. Raises TropdError."""
+    """Train `config` to its end (or for `run.stop_after` steps) and export the student.
+
+    Raises TropdError; StopRequested, with what was saved, where the job was asked to stop.
+    """
     problems = layout_problems(config.parallel, environment.world_size)
     if problems:
         raise ConfigError(problems)
-    models = {key: read_architecture(path) for key, path in model_paths(config).items()}
+    before = State(config, RunDir(config.run.dir))
+    run_before_groups([MODELS], before)
     platform = choose(config.platform.kind, environment.local_rank)
-    if problems := backend_problems(config.loss.backend, platform.name):
-        raise ConfigError(problems)
-    layout = initialize(config.parallel, platform, config.run.seed, environment)
-    site = Site(config, platform, layout, RunDir(config.run.dir), models)
+    before.platform = platform.name
+    run_before_groups([BACKEND], before)
+    timeout = collective_timeout(config.run.stall_timeout_s)
+    layout = initialize(config.parallel, platform, config.run.seed, environment, timeout=timeout)
+    site = Site(config, platform, layout, before.run_dir, before.models)
     with ExitStack() as cleanup:
         cleanup.callback(destroy, layout)
-        _hold_run_dir(site, cleanup)
-        opened = open_launch(site)
-        check_tokenizers(site)
-        check_vocabularies(site)
-        material = read_material(site)
-        first_step = opened.first_step
-        exported = not config.run.export_at_end or site.run_dir.exported_at() == first_step
-        if first_step >= config.run.steps and exported:
-            log.info("%s is complete: %d of %d steps", config.run.dir, first_step, config.run.steps)
-            return
-        start = compare_contents(site, opened, sources)
-        check_responses(site, start.inputs, material.prompts)
-        _train(site, material, start, cleanup)
+        with progress(log, "checking files and settings"):
+            _hold_run_dir(site, cleanup)
+            state = State.of(site)
+            run_checks(MATERIAL_CHECKS, state, site)
+            assert state.opened is not None
+            first_step = state.opened.first_step
+            exported = not config.run.export_at_end or site.run_dir.exported_at() == first_step
+            if first_step >= config.run.steps and exported:
+                log.info("%s is complete: %d of %d steps", config.run.dir, first_step, config.run.steps)
+                return
+            state.inputs = read_inputs(site)
+            run_checks(CONTENT_CHECKS, state, site)
+            start = make_start(site, state.opened, state.inputs, sources)
+        _train(site, state.material(), start, cleanup)
 
 
 def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> None:
@@ -101,27 +117,28 @@ def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> 
         last_step = min(last_step, first_step + config.run.stop_after)
     servers = start_servers(site, cleanup) if first_step < last_step else Servers()
 
-    student = build_model(
-        site.student, config.parallel, layout, site.platform,
-        dtype=config.student.dtype, trainable=True, recompute=config.student.recompute, optimizer=config.optimizer,
-    )  # fmt: skip
-    load_hf(student, config.student.path, layout)
-    if first_step < last_step:
-        check_model(site, "student.path", student, start.inputs)
-    if start.source is not None and not config.run.init_optimizer:
-        begin_weights(start.source, student)
-    optimizer, scheduler = build_optimizer(
-        student, config.optimizer, steps=config.run.steps * updates_per_step(config.objective)
-    )
-    if start.source is not None and config.run.init_optimizer:
-        begin_optimizer(start.source, TrainState(student, optimizer, scheduler))
-    average = student_average(site, student) if first_step < last_step else None
-    state = TrainState(student, optimizer, scheduler, average)
-    if start.checkpoint is not None:
-        load(start.checkpoint, state, run=start.run)
-        log.info("resumed from %s", start.checkpoint)
-    parts = _make_parts(site, material, state, servers, start, cleanup) if first_step < last_step else None
-    accept(site, start, material.day)
+    with progress(log, "making models, optimizer and servers ready"):
+        student = build_model(
+            site.student, config.parallel, layout, site.platform,
+            dtype=config.student.dtype, trainable=True, recompute=config.student.recompute, optimizer=config.optimizer,
+        )  # fmt: skip
+        load_hf(student, config.student.path, layout)
+        if first_step < last_step:
+            check_model(site, "student.path", student, start.inputs)
+        if start.source is not None and not config.run.init_optimizer:
+            begin_weights(start.source, student)
+        optimizer, scheduler = build_optimizer(
+            student, config.optimizer, steps=config.run.steps * updates_per_step(config.objective)
+        )
+        if start.source is not None and config.run.init_optimizer:
+            begin_optimizer(start.source, TrainState(student, optimizer, scheduler))
+        average = student_average(site, student) if first_step < last_step else None
+        state = TrainState(student, optimizer, scheduler, average)
+        if start.checkpoint is not None:
+            load(start.checkpoint, state, run=start.run)
+            log.info("resumed from %s", start.checkpoint)
+        parts = _make_parts(site, material, state, servers, start, cleanup) if first_step < last_step else None
+        accept(site, start, material.day)
     if parts is not None:
         Trainer(parts, first_step=first_step, last_step=last_step).fit()
     if last_step < config.run.steps:
@@ -133,7 +150,8 @@ def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> 
             latest(site.run_dir.checkpoints),
         )
     if last_step == config.run.steps and config.run.export_at_end:
-        export(site, student, max(first_step, last_step))
+        with stopping.safe_points(), stopping.held():
+            export(site, student, max(first_step, last_step))
 
 
 def _make_parts(
@@ -155,9 +173,11 @@ def _make_parts(
             own_topk=own_support_size(config.objective),
             teacher=teacher if full_vocabulary(config.objective) else None,
         )
-    policy = make_policy(site, student, material.ends, servers.policy) if config.run.replay is None else None
-    monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=start.first_step)
-    cleanup.callback(monitor.close)
+    clock = StepClock()
+    policy = make_policy(site, student, material.ends, servers.policy, clock) if config.run.replay is None else None
+    with shared_fate(layout.groups.control):
+        monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=start.first_step)
+        cleanup.callback(monitor.close)
     if state.average is not None and material.solution_prompts is not None:
         scorer = make_self_teacher(site, state.average, settings, material.solution_prompts, material.ignored)
     else:
@@ -192,6 +212,7 @@ def _make_parts(
         renderer=material.renderer,
         sampler_bounds=sampler_bounds(site, servers.policy),
         teacher_check=teacher_check,
+        clock=clock,
     )
 
 
@@ -210,6 +231,13 @@ def export(site: Site, student: Model, step: int) -> None:
 
 
 def _hold_run_dir(site: Site, cleanup: ExitStack) -> None:
-    with shared_fate(site.layout.groups.control):
-        if site.layout.rank == 0:
-            cleanup.callback(os.close, site.run_dir.lock())
+    """Rank 0 holds the directory; the others, who see it then, notice like it where it goes. Collective."""
+    run_dir, rank = site.run_dir, site.layout.rank
+    for mine, hold in ((rank == 0, lambda: run_dir.lock(site.config.run.lock)), (rank != 0, run_dir.watch)):
+        with shared_fate(site.layout.groups.control):
+            if mine:
+                cleanup.callback(hold().release)
+    if rank == 0:
+        remove_left_over()
+        if removed := run_dir.clean():
+            log.info("removed %d files in %s that a killed launch had not finished", removed, run_dir.root)

@@ -1,12 +1,15 @@
 """What a run reads before it builds anything: tokenizers, prompts, stored responses, and whether they fit together.
 
-Not for weights or servers (`parts`). Invariant: everything that is wrong with the data is found here, before a model is
-built or a server is asked, and all of it is said at once.
+Not for weights or servers (`parts`), nor for who looks (`start_checks`: the ranks of a job, or `tropd doctor`).
+Invariants: everything that is wrong with the data is found here, before a model is built or a server is asked, and all
+of it is said at once; nothing here is collective, and nothing is written.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -15,7 +18,9 @@ from pathlib import Path
 from tropd_mcore.config.checks import data_problems, self_teacher_problems
 from tropd_mcore.config.derived import (
     longest_sample,
+    model_paths,
     own_support_size,
+    reads_responses,
     reference_path,
     support_key,
     support_size,
@@ -23,16 +28,16 @@ from tropd_mcore.config.derived import (
 from tropd_mcore.config.divergence_objectives import SdpoObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
-from tropd_mcore.data.end_tokens import EndTokens, end_tokens
+from tropd_mcore.data.end_tokens import EndTokens
 from tropd_mcore.data.feedback import SolutionPrompts
 from tropd_mcore.data.prompts import PromptSet, load_prompts, needs_of
-from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
+from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.data.tokenizer_gate import check_tokenizer
-from tropd_mcore.errors import ConfigError
-from tropd_mcore.losses.method_table import bind_objective
-from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
+from tropd_mcore.errors import ConfigError, DataError, ModelError, TropdError
 from tropd_mcore.teacher.vocabulary import check_same_vocabulary
-from tropd_mcore.train.parts import Site
+from tropd_mcore.train.ground import Ground
+from tropd_mcore.weights.architecture import Architecture, read_architecture
+from tropd_mcore.weights.hf_folder import HfReader
 
 log = logging.getLogger(__name__)
 
@@ -56,111 +61,154 @@ class Material:
     """The day that chat templates print."""
 
 
-def check_tokenizers(site: Site) -> None:
-    """Raise on every rank where a tokenizer of the run is not the one of its files (gates.tokenizer). Collective."""
-    if not site.config.gates.tokenizer:
-        return
+def together(looks: Iterable[Callable[[], object]]) -> None:
+    """Look at everything, then raise what was met: an error alone as it is, several as one DataError of their lines."""
+    met: list[TropdError] = []
+    for look in looks:
+        try:
+            look()
+        except TropdError as error:
+            met.append(error)
+    if len(met) == 1:
+        raise met[0]
+    if met:
+        raise DataError("\n".join(map(str, met)))
 
-    def check() -> None:
-        checked: set[Path] = set()
-        for key, path in model_paths(site.config).items():
-            if path.resolve() not in checked:
-                check_tokenizer(path, key=key)
-                checked.add(path.resolve())
 
-    on_rank_zero(check, site.layout.groups.control)
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the configuration key of a model folder before what is wrong with it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error
 
 
-def check_vocabularies(site: Site) -> None:
+def _each_once(paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """(key, folder) of each folder, by its first key."""
+    first: dict[Path, tuple[str, Path]] = {}
+    for key, path in paths.items():
+        first.setdefault(path.resolve(), (key, path))
+    yield from first.values()
+
+
+def read_models(config: Config) -> dict[str, Architecture]:
+    """Return what config.json says of every model, by key. Raises TropdError with all that cannot be used."""
+    found: dict[str, Architecture] = {}
+
+    def read(key: str, path: Path) -> None:
+        with _named(key):
+            found[key] = read_architecture(path)
+
+    together(partial(read, key, path) for key, path in model_paths(config).items())
+    return found
+
+
+def check_weights(ground: Ground) -> None:
+    """Raise where the tensors that this run loads are not those that config.json says; only headers are read."""
+    config = ground.config
+
+    def look(key: str, path: Path) -> None:
+        with _named(key), HfReader(path) as reader:
+            reader.check()
+
+    elsewhere = config.teacher.kind == "sglang" and config.teacher.server.url is not None
+    loaded = {key: path for key, path in model_paths(config).items() if key != "teacher.path" or not elsewhere}
+    together(partial(look, key, path) for key, path in _each_once(loaded))
+
+
+def check_tokenizers(ground: Ground) -> None:
+    """Raise where a tokenizer of the run is not the one of its files (gates.tokenizer)."""
+    if ground.config.gates.tokenizer:
+        paths = _each_once(model_paths(ground.config))
+        together(partial(check_tokenizer, path, key=key) for key, path in paths)
+
+
+def check_vocabularies(ground: Ground) -> None:
     """Raise where a model does not have the student's tokens: the teacher unless told not to look, the reference.
 
     Also where a model has fewer tokens than the candidates that are asked of it.
     """
-    config, control = site.config, site.layout.groups.control
+    config = ground.config
     problems = [
         f"objective.{key} = {candidates} but the vocabulary of the {name} has {vocab_size} tokens; lower it"
         for key, candidates, name, vocab_size in (
-            (support_key(config.objective), support_size(config.objective), "teacher", site.teacher.vocab_size),
-            ("own_topk", own_support_size(config.objective), "student", site.student.vocab_size),
+            (support_key(config.objective), support_size(config.objective), "teacher", ground.teacher.vocab_size),
+            ("own_topk", own_support_size(config.objective), "student", ground.student.vocab_size),
         )
         if candidates > vocab_size
     ]
     if problems:
         raise ConfigError(problems)
     if config.gates.vocabulary:
-        for key, path in model_paths(config).items():
-            if key != "student.path":
-                allow_extra = key == "teacher.path" and config.teacher.extra_tokens == "exclude"
-                check = partial(check_same_vocabulary, config.student.path, path, key=key, allow_extra=allow_extra)
-                on_rank_zero(check, control)
-    reference = site.models.get("objective.reference")
-    if reference is not None and reference.vocab_size < site.student.vocab_size:
+        others = {key: path for key, path in model_paths(config).items() if key != "student.path"}
+        allowed = "teacher.path" if config.teacher.extra_tokens == "exclude" else ""
+        together(
+            partial(check_same_vocabulary, config.student.path, path, key=key, allow_extra=key == allowed)
+            for key, path in others.items()
+        )
+    reference = ground.models.get("objective.reference")
+    if reference is not None and reference.vocab_size < ground.student.vocab_size:
         raise ConfigError(
             [
                 f"objective.reference={reference_path(config)}: its vocabulary has {reference.vocab_size} entries, the "
-                f"student's {site.student.vocab_size}; choose a reference that knows every token of the student"
+                f"student's {ground.student.vocab_size}; choose a reference that knows every token of the student"
             ]
         )
 
 
-def read_material(site: Site) -> Material:
-    """Read tokenizer and data. Collective.
+def template_day(ground: Ground) -> date:
+    """Return the configured day, else the recorded one, else today, which `start.accept` records. Raises DataError."""
+    return ground.config.data.template_date or ground.run_dir.recorded_template_date() or date.today()
 
-    Raises ConfigError where packs or models are too short for the data, a token to ignore is unknown or a custom
-    objective cannot be imported, DataError with everything that the run would miss in prompts and stored responses.
+
+def read_prompts(
+    ground: Ground,
+    renderer: Renderer,
+    ends: EndTokens,
+    day: date,
+    *,
+    answers: bool = True,
+    responses: bool = True,
+) -> PromptSet:
+    """Return the prompts, with all that the run needs of them. Raises DataError with every problem of the files.
+
+    `answers`: whether they are looked at, which takes milliseconds each. `responses`: whether data.teacher_responses is
+    there; one that nobody continues is not read.
     """
-    config, control = site.config, site.layout.groups.control
-    # Every rank reads, perhaps from a disk of its own: what one alone cannot read is met by all.
-    with shared_fate(control):
-        bind_objective(config.objective)
-        renderer = Renderer(config.student.path)
-        ignored = ignored_tokens(config.loss, renderer.token_id)
-        ends = end_tokens(config, renderer, config.teacher.path)
-    day = on_rank_zero(lambda: _template_date(site), control)
-    prompts = _prompts(site, renderer, ends, day)
-    with shared_fate(control):
-        longest = _longest_sample(site, prompts)
-        solution_prompts = _solution_prompts(site, renderer, prompts)
-    return Material(renderer, prompts, ignored, longest, solution_prompts, ends, _excluded_tokens(site), day)
-
-
-def _template_date(site: Site) -> date:
-    """The configured day, else the recorded one, else today, which `start.accept` records."""
-    return site.config.data.template_date or site.run_dir.recorded_template_date() or date.today()
-
-
-def _prompts(site: Site, renderer: Renderer, ends: EndTokens, day: date) -> PromptSet:
-    """The prompts, with all that the run needs of them. Collective.
-
-    Every rank reads and renders them. Rank 0 alone looks at the answers, which takes milliseconds each.
-    """
-    config, control = site.config, site.layout.groups.control
-    needs = needs_of(config, vocab_size=site.student.vocab_size, end_ids=ends.ids)
-    if site.layout.rank != 0:
+    config = ground.config
+    needs = needs_of(config, vocab_size=ground.student.vocab_size, end_ids=ends.ids)
+    if not answers:
         needs = replace(needs, verifier=None)
-    with shared_fate(control):
-        return load_prompts(config.data, renderer, seed=config.run.seed, needs=needs, today=day)
+    data = config.data
+    if not responses:
+        needs = replace(needs, responses=False)
+    if not responses or not reads_responses(config):
+        data = data.model_copy(update={"teacher_responses": None})
+    return load_prompts(data, renderer, seed=config.run.seed, needs=needs, today=day)
 
 
-def _excluded_tokens(site: Site) -> tuple[int, ...]:
-    """Ids of tokens that only the teacher has and that are no candidates; said once. Collective."""
-    config = site.config
+def excluded_tokens(ground: Ground) -> tuple[int, ...]:
+    """Return the ids of tokens that only the teacher has and that are no candidates. Raises DataError."""
+    config = ground.config
     if config.teacher.extra_tokens == "refuse":
         return ()
-    find = partial(check_same_vocabulary, config.student.path, config.teacher.path, allow_extra=True)
-    found = on_rank_zero(find, site.layout.groups.control)
+    found = check_same_vocabulary(config.student.path, config.teacher.path, allow_extra=True)
     if found:
         log.info("%d tokens that only the teacher has are no candidates, the first is id %d", len(found), found[0])
     return found
 
 
-def _solution_prompts(site: Site, renderer: Renderer, prompts: PromptSet) -> SolutionPrompts | None:
-    """Raises DataError where a prompt cannot take a solution, ConfigError where a response would not fit after one."""
-    config, objective = site.config, site.config.objective
+def solution_prompts(ground: Ground, renderer: Renderer, prompts: PromptSet) -> SolutionPrompts | None:
+    """Return what a self-teacher reads; None for another teacher.
+
+    Raises DataError where a prompt cannot take a solution, ConfigError where a response would not fit after one.
+    """
+    config, objective = ground.config, ground.config.objective
     if not isinstance(objective, SdpoObjective):
         return None
     found = SolutionPrompts(prompts.asked, renderer, objective.template, config.verifier)
-    longest, context = found.longest_without_solution(), site.student.max_position_embeddings
+    longest, context = found.longest_without_solution(), ground.student.max_position_embeddings
     problems = self_teacher_problems(config, longest_prompt=longest, context=context)
     if problems:
         raise ConfigError(problems)
@@ -169,14 +217,17 @@ def _solution_prompts(site: Site, renderer: Renderer, prompts: PromptSet) -> Sol
     return found
 
 
-def _longest_sample(site: Site, prompts: PromptSet) -> int:
-    """The most tokens a sample of this run can have."""
-    config = site.config
+def check_lengths(ground: Ground, prompts: PromptSet) -> int:
+    """Return the most tokens a sample of this run can have.
+
+    Raises ConfigError where packs or contexts are too short.
+    """
+    config = ground.config
     lengths = {"longest_prompt": prompts.longest_prompt, "longest_response": prompts.longest_response}
     problems = data_problems(config, **lengths)
     longest = longest_sample(config, **lengths)
     for key, path in model_paths(config).items():
-        context = site.models[key].max_position_embeddings
+        context = ground.models[key].max_position_embeddings
         if longest > context:
             problems.append(
                 f"{key}={path}: its context is {context} tokens but the longest sample can have "
@@ -185,10 +236,3 @@ def _longest_sample(site: Site, prompts: PromptSet) -> int:
     if problems:
         raise ConfigError(problems)
     return longest
-
-
-def model_paths(config: Config) -> dict[str, Path]:
-    """{configuration key: folder} of every model of the run."""
-    paths = {"student.path": config.student.path, "teacher.path": config.teacher.path}
-    reference = reference_path(config)
-    return paths if reference is None else {**paths, "objective.reference": reference}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tropd_mcore.config.derived import model_paths
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
 from tropd_mcore.files import publish_text
@@ -27,7 +28,6 @@ from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.probe import probe_log_probs
 from tropd_mcore.serving.wire import is_exact
 from tropd_mcore.train.inputs import Inputs
-from tropd_mcore.train.material import model_paths
 from tropd_mcore.train.parts import Site
 from tropd_mcore.types import FloatArray, IntArray
 from tropd_mcore.weights.independent import fits, independent_log_probs, probe_ids

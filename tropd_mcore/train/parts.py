@@ -33,6 +33,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.megatron import MegatronTeacher
 from tropd_mcore.teacher.self_teacher import SelfTeacher
 from tropd_mcore.teacher.sglang import SglangTeacher
+from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.gates import SamplerBounds, engines_are_exact
 from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.train.run_dir import RunDir
@@ -101,8 +102,10 @@ def reference_model(site: Site) -> Model | None:
     return _frozen(site, site.models["objective.reference"], path, site.config.student.dtype) if path else None
 
 
-def make_policy(site: Site, student: Model, ends: EndTokens, server: SupervisedServer | None) -> PolicyServer:
-    """The rollout server as all ranks see it; responses stop at `ends`."""
+def make_policy(
+    site: Site, student: Model, ends: EndTokens, server: SupervisedServer | None, clock: StepClock | None = None
+) -> PolicyServer:
+    """The rollout server as all ranks see it; responses stop at `ends`, and `clock` is the step's."""
     config = site.config
     dtype = student.config.params_dtype
     plan = [(name, shape, dtype) for name, shape in hf_weight_plan(site.student)]
@@ -121,7 +124,7 @@ def make_policy(site: Site, student: Model, ends: EndTokens, server: SupervisedS
         )
         return sampler, WeightPublisher(server.client, plan, ledger=ledger)
 
-    return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync)
+    return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync, clock=clock)
 
 
 def sampler_bounds(site: Site, server: SupervisedServer | None) -> SamplerBounds:

@@ -23,6 +23,7 @@ from tropd_mcore.mcore.weights_io import iterate_hf
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import Collected, SglangSampler
 from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.train.clock import StepClock
 from tropd_mcore.types import Rollout, SampleRequest
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ MakeStream = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class PolicyServer:
-    """Collective face of the rollout server. `connect` is called on rank 0 alone, once the server is needed."""
+    """Collective face of the rollout server. `connect` is called on rank 0 alone, once the server is needed.
+
+    `clock` is the step's, for the phases that are not sampling: waiting for the server, and publication.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class PolicyServer:
         connect: Callable[[SupervisedServer], tuple[SglangSampler, WeightPublisher]],
         *,
         prove_sync: bool,
+        clock: StepClock | None = None,
     ) -> None:
         self._model = model
         self._layout = layout
@@ -48,6 +53,7 @@ class PolicyServer:
         self._server = server
         self._connect = connect
         self._prove_sync = prove_sync
+        self._clock = clock or StepClock()
         self._sampler: SglangSampler | None = None
         self._publisher: WeightPublisher | None = None
         self._launch = on_rank_zero(lambda: uuid.uuid4().hex[:8], self._control)
@@ -64,14 +70,18 @@ class PolicyServer:
         version = f"{self._launch}/step-{step:06d}"
         found = Collected()
         while True:
-            died = self._publish(version)
+            with self._clock.phase("server"):
+                self._start()
+            with self._clock.phase("publish"):
+                died = self._publish(version)
             if died is None:
                 collect = partial(self._collect, requests, step, version, found)
                 found = on_rank_zero(collect, self._control)
                 died = found.died
             if died is None:
                 return [rollout for request in requests if (rollout := found.rollouts.get(request.sample_id))]
-            self._recover(died)
+            with self._clock.phase("server"):
+                self._recover(died)
 
     def _collect(self, requests: list[SampleRequest], step: int, version: str, found: Collected) -> Collected:
         assert self._sampler is not None and self._publisher is not None
@@ -87,7 +97,6 @@ class PolicyServer:
         """Bring the server to `version`; returns why it is gone where it died meanwhile, on every rank."""
         if self._published == version:
             return None
-        self._start()
         prove = self._prove_sync
         error: TropdError | None = None
         streams = _Streams(lambda: iterate_hf(self._model, self._layout), expected=2 if prove else 1)

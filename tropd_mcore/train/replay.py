@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.errors import DataError
-from tropd_mcore.files import publish_file
+from tropd_mcore.file_kinds import in_the_way
+from tropd_mcore.files import publish_file, shown
 from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
 
 _RAGGED = ("prompt_ids", "prefix_ids", "response_ids", "behav_logp", "trust_u")
@@ -108,6 +109,7 @@ def save_scores(path: Path, key: ScoreKey, scores: Sequence[TeacherScores]) -> N
         pieces = [piece for score in scores if (piece := getattr(score, name)) is not None]
         if pieces and len(pieces) == len(scores):
             arrays[name] = torch.cat(pieces).cpu().numpy()
+    arrays["topk_ids_TK"] = arrays["topk_ids_TK"].astype(np.int32)  # a third of the file; no vocabulary needs more
     arrays |= {f"key_{name}": np.array(part) for name, part in key.parts().items()}
     _publish_arrays(path, arrays)
 
@@ -130,6 +132,7 @@ def mismatch(path: Path, key: ScoreKey) -> str | None:
 def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores]:
     """The scores at `path`, which are those of `key` (see `mismatch`), cut to its micro-batches."""
     arrays = _read_arrays(path)
+    arrays["topk_ids_TK"] = arrays["topk_ids_TK"].astype(np.int64)
     sizes = [len(micro_batch.rows) for micro_batch in key.micro_batches]
     device = key.micro_batches[0].rows.device if key.micro_batches else torch.device("cpu")
     pieces = {
@@ -156,6 +159,10 @@ def _read_arrays(
     path: Path, names: Collection[str] | None = None, *, missing_ok: bool = False
 ) -> dict[str, np.ndarray]:
     """The arrays of these names, or all; none of them where one is not there and that may be."""
+    if (other := in_the_way(path, zip_wanted=True)) is not None:
+        raise DataError(
+            f"cannot read {shown(path)}: expected arrays (.npz); {other}; without the file, the step is made again"
+        )
     try:
         with np.load(path, allow_pickle=False) as archive:
             if missing_ok and names is not None and not set(names) <= set(archive.files):

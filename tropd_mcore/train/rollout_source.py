@@ -71,8 +71,11 @@ class RolloutSource:
 
     def save(self, step: int, rollouts: list[Rollout]) -> None:
         """Store what a repetition of `step` starts from, from rank 0; collective."""
-        path = self._run_dir.rollouts(step)
-        on_rank_zero(lambda: save_rollouts(path, rollouts, left_out=self.left_out), self._control)
+        on_rank_zero(lambda: self._save(step, rollouts), self._control)
+
+    def _save(self, step: int, rollouts: list[Rollout]) -> None:
+        self._run_dir.check_held()
+        save_rollouts(self._run_dir.rollouts(step), rollouts, left_out=self.left_out)
 
     def _stored(self, step: int) -> list[Rollout] | None:
         own = self._run_dir.rollouts(step)
@@ -88,7 +91,7 @@ class RolloutSource:
         if self._config.rollout.truncate is not None:
             budgets = [new_token_budget(step, len(rollout.prefix_ids), self._config) for rollout in rollouts]
             rollouts = [cut_response(rollout, budget) for rollout, budget in zip(rollouts, budgets, strict=True)]
-        save_rollouts(own, rollouts, left_out=self.left_out)
+        self._save(step, rollouts)
         return rollouts
 
     def _load(self, path: Path) -> list[Rollout]:

@@ -13,17 +13,30 @@
     checkpoints/ export/   Megatron checkpoints and the final Hugging Face folder
     logs/                  output of the servers
 
-Invariant: one job at a time; the lock goes with the process that holds it, so a killed job leaves none behind.
+Invariant: one job at a time (`run_lock`); a job that a resume would need a file of never removes it.
 """
 
-import fcntl
-import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
 from tropd_mcore.errors import ConfigError, DataError
-from tropd_mcore.files import publish_text
+from tropd_mcore.files import PARTIAL, publish_text, remove_left_partials
+from tropd_mcore.train.run_lock import Kind, RunLock
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How many of the newest steps keep their files; None = all."""
+
+    rollouts: int | None = None
+    scores: int | None = 0
+    tokens: int | None = None
+    rollouts_needed_from: int = 0
+    """First step that a resume would repeat, that of the newest checkpoint: its rollouts stay."""
+    scores_needed_from: int = 0
+    """The same for scores, which only a served teacher could not give again."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class RunDir:
     """Paths of one run; nothing is created before `prepare`."""
 
     root: Path
+    _locks: list[RunLock] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def config(self) -> Path:
@@ -91,24 +105,27 @@ class RunDir:
     def tokens(self, step: int) -> Path:
         return self.root / "tokens" / f"step_{step:06d}.npz"
 
-    def lock(self) -> int:
-        """Create the directory and hold it for this process, until the returned descriptor is closed.
+    def lock(self, kind: Kind = "auto") -> RunLock:
+        """Create the directory and hold it for this process, until the lock is released or the process ends.
 
-        Raises `ConfigError` where the directory cannot be written or another job holds it.
+        Raises `ConfigError` where the directory cannot be written, another job holds it or `kind` cannot be had there.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-        except OSError as error:
-            problem = f"run.dir: cannot write {self.root}: {error.strerror}; choose another run.dir"
-            raise ConfigError([problem]) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            problem = f"run.dir: {self.root} is in use by another job; stop it or set another run.dir"
-            raise ConfigError([problem]) from error
+        lock = RunLock(self.root)
+        lock.acquire(kind)
+        self._locks.append(lock)
         return lock
+
+    def watch(self) -> RunLock:
+        """Notice from now on where the directory, which another rank holds, goes. Raises `ConfigError`."""
+        lock = RunLock(self.root)
+        lock.watch()
+        self._locks.append(lock)
+        return lock
+
+    def check_held(self) -> None:
+        """Raise `DataError` where the directory is no longer the one that `lock` or `watch` saw; for before a write."""
+        for lock in self._locks:
+            lock.check()
 
     def recorded_config(self) -> str | None:
         """The resolved configuration of the last accepted launch; None where there is none.
@@ -171,15 +188,32 @@ class RunDir:
         """Optimizer steps done when `export` was written; None where there is none."""
         return int(self.export_step.read_text()) if self.export_step.exists() and self.export.exists() else None
 
-    def forget(self, *, rollouts_before: int, scores_before: int) -> None:
-        """Remove stored rollouts and scores of steps that no resume can need any more.
+    def forget(self, step: int, kept: Kept) -> None:
+        """Remove what is stored of the steps before the newest ones that are kept; `step` is the newest one.
 
-        Raises `DataError` where a file cannot be removed.
+        What a resume needs stays, whatever the counts say. Raises `DataError` where a file cannot be removed.
         """
-        for folder, limit in (("rollouts", rollouts_before), ("scores", scores_before)):
-            for path in (self.root / folder).glob("step_*.npz"):
-                if int(path.name.removeprefix("step_").partition(".")[0]) < limit:
+        limits = {
+            "rollouts": _limit(step, kept.rollouts, kept.rollouts_needed_from),
+            "scores": _limit(step, kept.scores, kept.scores_needed_from),
+            "tokens": _limit(step, kept.tokens, step + 1),
+        }
+        for folder, limit in limits.items():
+            for path in self._of_steps(folder) if limit > 0 else ():
+                if _step_of(path) < limit:
                     _remove(path)
+
+    def clean(self) -> int:
+        """Remove what killed writers left unfinished; return how many files and folders. For who holds the directory.
+
+        Checkpoints that were being written are among it: nobody writes one now.
+        """
+        folders = [self.root, *(self.root / name for name in ("rollouts", "scores", "tokens", "logs"))]
+        removed = sum(remove_left_partials(folder) for folder in folders)
+        for path in self.checkpoints.glob(f"step_*{PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
+            removed += 1
+        return removed
 
     def drop(self, *, rollouts_from: int, scores_from: int) -> None:
         """Remove stored rollouts and scores of these steps and later ones, which turned out to be wrong.
@@ -187,9 +221,23 @@ class RunDir:
         Raises `DataError` where a file cannot be removed.
         """
         for folder, first in (("rollouts", rollouts_from), ("scores", scores_from)):
-            for path in (self.root / folder).glob("step_*.npz"):
-                if int(path.name.removeprefix("step_").partition(".")[0]) >= first:
+            for path in self._of_steps(folder):
+                if _step_of(path) >= first:
                     _remove(path)
+
+    def _of_steps(self, folder: str) -> list[Path]:
+        return [path for path in (self.root / folder).glob("step_*.npz") if _step_of(path) >= 0]
+
+
+def _limit(step: int, count: int | None, needed_from: int) -> int:
+    """The first step whose files stay after `step`; 0 where all do."""
+    return 0 if count is None else min(step + 1 - count, needed_from)
+
+
+def _step_of(path: Path) -> int:
+    """The step that a file belongs to; -1 of a file of another name."""
+    number = path.name.removeprefix("step_").partition(".")[0]
+    return int(number) if number.isdecimal() else -1
 
 
 def _remove(path: Path) -> None:

@@ -85,6 +85,7 @@ class ScoreSource:
         with shared_fate(self._layout.groups.control):
             present = [score for score in scores if score is not None]
             if self._layout.is_last_stage and self._layout.tp_rank == 0:
+                self._run_dir.check_held()
                 save_scores(self._paths(step)[0], key, present)
         return scores
 

@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tropd_mcore.config.plan import resolved_yaml
 from tropd_mcore.config.record import Change
 from tropd_mcore.mcore.checkpoint_info import INFO_FILE, latest, without_info
 from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
-from tropd_mcore.train.init_from import Source, find_source
-from tropd_mcore.train.inputs import Inputs, load_inputs, read_inputs, save_inputs
-from tropd_mcore.train.parts import Site
-from tropd_mcore.train.replayed_run import check_replayed
+from tropd_mcore.train.beginning import Source, find_source
+from tropd_mcore.train.ground import Ground
+from tropd_mcore.train.inputs import Inputs, load_inputs, save_inputs
 from tropd_mcore.train.resume import Before, check_config, check_inputs, read_before
+
+if TYPE_CHECKING:
+    from tropd_mcore.train.parts import Site
 
 log = logging.getLogger(__name__)
 
@@ -55,42 +58,42 @@ class Start:
     """The name of the run, which its checkpoints carry"""
 
 
-def open_launch(site: Site) -> Opened:
-    """Compare the configuration with the recorded one. Collective; raises ConfigError as `check_config` does."""
+def open_launch(ground: Ground) -> Opened:
+    """Return where a launch would go on, its configuration compared with the recorded one.
 
-    def opened() -> tuple[Path | None, Before, list[Change]]:
-        for path in without_info(site.run_dir.checkpoints):
-            log.warning("%s has no %s and is left out; it is damaged", path, INFO_FILE)
-        checkpoint = latest(site.run_dir.checkpoints)
-        before = read_before(site.run_dir, checkpoint)
-        return checkpoint, before, check_config(before, site.config)
-
-    checkpoint, before, by_content = on_rank_zero(opened, site.layout.groups.control)
+    Raises ConfigError as `check_config` does, or as `find_source` does where the run begins from a checkpoint.
+    """
+    config, run_dir = ground.config, ground.run_dir
+    for path in without_info(run_dir.checkpoints):
+        log.warning("%s has no %s and is left out; it is damaged", path, INFO_FILE)
+    checkpoint = latest(run_dir.checkpoints)
+    before = read_before(run_dir, checkpoint)
+    by_content = check_config(before, config)
     first_step = int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
-    if first_step > site.config.run.steps:
-        log.warning("run.steps = %d but %d steps are done: nothing is left to train", site.config.run.steps, first_step)
-    source = find_source(site) if checkpoint is None else None
+    if first_step > config.run.steps:
+        log.warning("run.steps = %d but %d steps are done: nothing is left to train", config.run.steps, first_step)
+    source = find_source(ground) if checkpoint is None else None
     return Opened(first_step, checkpoint, source, before, by_content)
 
 
-def compare_contents(site: Site, opened: Opened, sources: Mapping[str, str]) -> Start:
-    """Compare what the launch reads with what the launches before read. Collective; raises as `check_inputs` does."""
-    inputs = read_inputs(site)
-    source = opened.source
+def compare_contents(ground: Ground, opened: Opened, inputs: Inputs) -> Inputs:
+    """Compare what the launch reads with what the launches before read; returns it with what the run began from.
 
-    def compared() -> Inputs:
-        recorded = load_inputs(site.run_dir)
-        begun_from = source.record if source is not None else None
-        if opened.checkpoint is not None and recorded is not None:
-            begun_from = recorded.init_from
-        now = inputs.model_copy(update={"init_from": begun_from})
-        check_inputs(opened.before, recorded, now, opened.by_content, site.config)
-        check_replayed(site.config, now)
-        return now
+    Raises ConfigError as `check_inputs` does.
+    """
+    recorded, source = load_inputs(ground.run_dir), opened.source
+    begun_from = source.record if source is not None else None
+    if opened.checkpoint is not None and recorded is not None:
+        begun_from = recorded.init_from
+    now = inputs.model_copy(update={"init_from": begun_from})
+    check_inputs(opened.before, recorded, now, opened.by_content, ground.config)
+    return now
 
-    now = on_rank_zero(compared, site.layout.groups.control)
+
+def make_start(site: Site, opened: Opened, inputs: Inputs, sources: Mapping[str, str]) -> Start:
+    """Return what the parts of a launch need to know of it; `inputs` were compared. Collective."""
     run = on_rank_zero(lambda: site.run_dir.recorded_id() or uuid.uuid4().hex[:12], site.layout.groups.control)
-    return Start(opened.first_step, opened.checkpoint, source, now, resolved_yaml(site.config, sources), run)
+    return Start(opened.first_step, opened.checkpoint, opened.source, inputs, resolved_yaml(site.config, sources), run)
 
 
 def accept(site: Site, start: Start, day: date) -> None:

@@ -11,24 +11,19 @@ import logging
 from tropd_mcore.config.derived import active_guidance
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError
-from tropd_mcore.mcore.collective import on_rank_zero
 from tropd_mcore.rollout.response_origin import load_origin, origin_file, prompt_digests, say_unknown
-from tropd_mcore.train.inputs import Inputs
-from tropd_mcore.train.parts import Site
+from tropd_mcore.train.ground import Ground
+from tropd_mcore.weights.digest import FolderDigest
 
 log = logging.getLogger(__name__)
 
 
-def check_responses(site: Site, inputs: Inputs, prompts: PromptSet) -> None:
+def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -> None:
     """Compare the record beside data.teacher_responses with teacher and prompts, where responses are continued.
 
-    Collective. Raises DataError where they are another teacher's, or answer other prompts under the same ids.
+    Raises DataError where they are another teacher's, or answer other prompts under the same ids.
     """
-    on_rank_zero(lambda: _check(site, inputs, prompts), site.layout.groups.control)
-
-
-def _check(site: Site, inputs: Inputs, prompts: PromptSet) -> None:
-    config = site.config
+    config = ground.config
     path = config.data.teacher_responses
     if path is None or active_guidance(config) is None or config.run.replay is not None:
         return
@@ -42,7 +37,7 @@ def _check(site: Site, inputs: Inputs, prompts: PromptSet) -> None:
     way_out = (
         f"sample them again (`tropd prefixes` to another file), or remove {origin_file(path)} to take them as they are"
     )
-    changes = origin.other_teacher(inputs.models["teacher.path"].digest)
+    changes = origin.other_teacher(teacher)
     if changes is not None:
         raise DataError(
             f"data.teacher_responses={path}: responses of another teacher ({origin.teacher}) than "

@@ -4,13 +4,14 @@ Invariant: the table does not depend on the parallel layout, the packing or the 
 sample, token and epoch.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from tropd_mcore.evaluation.run_records import VERDICTS
 from tropd_mcore.files import publish_file
 from tropd_mcore.types import MicroBatch, RowContext, TokenTable
 
@@ -51,11 +52,21 @@ def merge_columns(parts: Sequence[NumpyColumns]) -> TokenTable:
     return TokenTable(columns={name: values[order] for name, values in merged.items()})
 
 
-def save_token_sample(path: Path, table: TokenTable, samples: int) -> None:
-    """Publish the rows of the first `samples` samples of the step, as the first epoch saw them, for the report."""
-    keep = (table["sample_index"].astype(np.int64) < samples) & (table["epoch"] == 0)
+def save_token_sample(
+    path: Path, table: TokenTable, samples: int, verdicts: Sequence[bool | None] | None = None
+) -> None:
+    """Publish the rows of `samples` samples of the step, as the first epoch saw them, for the report.
 
-    def write(stream: BinaryIO) -> None:
-        np.savez(stream, allow_pickle=False, **{name: values[keep] for name, values in table.columns.items()})
+    The samples are spread evenly over the step, so that they are of several prompts. `verdicts` says of every sample
+    of the step whether it is right, None where that was not judged.
+    """
+    there = np.unique(table["sample_index"].astype(np.int64))
+    spread = there[np.linspace(0, len(there) - 1, min(samples, len(there))).round().astype(np.int64)]
+    keep = np.isin(table["sample_index"], spread) & (table["epoch"] == 0)
+    columns = {name: values[keep] for name, values in table.columns.items()}
+    if verdicts is not None:
+        columns[VERDICTS] = np.array([-1 if verdict is None else int(verdict) for verdict in verdicts], dtype=np.int8)
 
-    publish_file(path, write)
+    archive = io.BytesIO()  # numpy tells a full disk as another error
+    np.savez(archive, allow_pickle=False, **columns)
+    publish_file(path, lambda stream: stream.write(archive.getbuffer()))

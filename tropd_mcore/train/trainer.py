@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch.distributed as dist
 
+from tropd_mcore import stopping
 from tropd_mcore.config.derived import alpha, policy_gradient
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.groups import mini_batches
 from tropd_mcore.data.packing import PackedStep, pack
 from tropd_mcore.data.supervision import IgnoredTokens
+from tropd_mcore.errors import ServerError, StopRequested
 from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.checkpoint import TrainState, save
-from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate
+from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate, stop_together
 from tropd_mcore.mcore.loss import LossResult, check_finite, make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
@@ -37,12 +40,13 @@ from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.monitor.record import StepRecord
+from tropd_mcore.progress import progress
 from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.gates import SamplerBounds, SamplerGate, check_teacher_is_another
 from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train.run_dir import Kept, RunDir
 from tropd_mcore.train.score_source import ScoreSource
 from tropd_mcore.train.teacher_identity import TeacherCheck
 from tropd_mcore.train.tokens import NumpyColumns, local_columns, merge_columns, save_token_sample
@@ -76,6 +80,8 @@ class Parts:
     sampler_bounds: SamplerBounds
     teacher_check: TeacherCheck | None = None
     """Who sees that a served teacher stays what it was; None where there is none, or nobody shall."""
+    clock: StepClock = field(default_factory=StepClock)
+    """Seconds of the phases; the rollout server's part of it is measured where that is used."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +118,58 @@ class Trainer:
         self.sampler_gate = SamplerGate(parts.config, parts.sampler_bounds)
         self.compared = False
         """Whether sampler and trainer have been compared since the launch; the same on all ranks."""
+        self.saved = first_step
+        """Steps in the newest checkpoint, from which a resume would begin."""
+        self.done = first_step
+        """Steps whose updates the weights have seen, and that are in the metrics."""
 
     def fit(self) -> None:
-        """Train; a step that was interrupted before is repeated with the rollouts and scores it had."""
-        for step in range(self.first_step, self.last_step):
-            clock = StepClock()
-            batch = self.prepare(step, clock)
-            tokens: list[NumpyColumns] = []
-            reports: list[OptimizerReport] = []
-            for update in self.updates(batch):
-                with clock.phase("forward_backward"):
-                    results = self.forward_backward(batch, update)
-                    tokens += self.gather_tokens(batch, update, results)
+        """Train; a step that was interrupted before is repeated with the rollouts and scores it had.
+
+        Raises StopRequested, once what was done is saved, where any rank was asked to stop.
+        """
+        clock = self.parts.clock
+        clock.take()  # the seconds before the first step are nobody's
+        try:
+            with stopping.safe_points():
+                for step in range(self.first_step, self.last_step):
+                    with progress(log, f"step {step} of {self.parts.config.run.steps}"):
+                        self.step(step, clock)
+                    self.may_stop()
+        except StopRequested as request:
+            with stopping.safe_points(), stopping.held():
+                raise StopRequested(f"stopped by {request} {self.save_for_stop()}") from None
+
+    def step(self, step: int, clock: StepClock) -> None:
+        """One step, from its prompts to its checkpoint."""
+        with shared_fate(self.parts.layout.groups.control):
+            self.parts.run_dir.check_held()
+        batch = self.prepare(step, clock)
+        with stopping.held():  # what comes now is short beside what went before, and not torn
+            self.train(batch, clock)
+
+    def train(self, batch: Batch, clock: StepClock) -> None:
+        """The updates of a step, its metrics, and its checkpoint if one is due."""
+        step = batch.step
+        tokens: list[NumpyColumns] = []
+        reports: list[OptimizerReport] = []
+        for update in self.updates(batch):
+            with clock.phase("forward_backward"):
+                results = self.forward_backward(batch, update)
+            with clock.phase("metrics"):
+                tokens += self.gather_tokens(batch, update, results)
+            with clock.phase("gates"):
                 self.check_sampler(batch, update, tokens)
-                with clock.phase("optimizer"):
-                    reports.append(self.update(step, results))
+            with clock.phase("optimizer"):
+                reports.append(self.update(step, results))
+        with clock.phase("metrics"):
             table = merge_columns(tokens)
-            self.parts.monitor.log(step, self.record(batch, table, reports, clock))
-            self.keep(step, table)
+            self.log(step, self.record(batch, table, reports, clock))
+            self.keep_tokens(batch, table)
+        self.done = step + 1
+        with clock.phase("checkpoint"):
+            self.keep(step)
+            self.forget(step)
 
     def prepare(self, step: int, clock: StepClock) -> Batch:
         """Everything that is made from the weights as they are at the start of the step."""
@@ -140,16 +180,20 @@ class Trainer:
             packed = self.pack(rollouts)
         with clock.phase("verifier"):
             verdicts = self.judge(rollouts)
+        self.may_stop()
         with clock.phase("teacher"):
             if parts.teacher_check is not None:
                 parts.teacher_check.at_step(step)
             rollouts, packed = parts.prefixes.settle(step, rollouts, packed, self.pack)
+        self.may_stop()
         with clock.phase("student"):
             passes = parts.context.student(packed)
+        self.may_stop()
         with clock.phase("teacher"):
             scores = parts.scores.at_step(step, rollouts, packed, passes, verdicts.right)
         with clock.phase("context"):
             context = parts.context.complete(step, rollouts, packed, passes, scores, verdicts.right)
+        self.may_stop()
         return Batch(step, rollouts, verdicts, packed, scores, context)
 
     def pack(self, rollouts: list[Rollout]) -> PackedStep:
@@ -263,7 +307,7 @@ class Trainer:
             rollouts=batch.rollouts,
             updates=reports,
             alpha=alpha(batch.step, config),
-            timings=clock.seconds,
+            timings=clock.take(),
             accuracy=accuracy(batch.verdicts.right),
             unfinished=batch.verdicts.unfinished,
             masked_rollouts=self.parts.rollouts.left_out,
@@ -272,19 +316,36 @@ class Trainer:
             policy_gradient=policy_gradient(config.objective),
         )
 
-    def keep(self, step: int, table: TokenTable) -> None:
-        """Token values for the report; every `checkpoint_every` steps and at the end, a checkpoint."""
-        parts, run = self.parts, self.parts.config.run
+    def log(self, step: int, record: StepRecord | None) -> None:
+        """Write the metrics of the step; where that fails on rank 0, all ranks stop. Collective."""
+        with shared_fate(self.parts.layout.groups.control):
+            self.parts.run_dir.check_held()
+            self.parts.monitor.log(step, record)
+
+    def keep_tokens(self, batch: Batch, table: TokenTable) -> None:
+        """Token values of a few samples, and the verdicts of all, for the report."""
+        parts = self.parts
         with shared_fate(parts.layout.groups.control):
             if parts.layout.rank == 0 and parts.config.monitor.token_samples:
-                save_token_sample(parts.run_dir.tokens(step), table, parts.config.monitor.token_samples)
+                parts.run_dir.check_held()
+                samples, verdicts = parts.config.monitor.token_samples, batch.verdicts.right
+                save_token_sample(parts.run_dir.tokens(batch.step), table, samples, verdicts)
+
+    def keep(self, step: int) -> None:
+        """Every `checkpoint_every` steps and at the end, a checkpoint."""
         done = step + 1
-        if done % run.checkpoint_every and done != self.last_step:
-            return
+        if done % self.parts.config.run.checkpoint_every == 0 or done == self.last_step:
+            self.save(done)
+
+    def save(self, done: int) -> Path:
+        """Write the checkpoint of `done` steps; returns its folder. Collective."""
+        parts, run = self.parts, self.parts.config.run
         if parts.teacher_check is not None:
             parts.teacher_check.before_checkpoint(done)
+        with shared_fate(parts.layout.groups.control):
+            parts.run_dir.check_held()
         state = TrainState(parts.student, parts.optimizer, parts.scheduler, parts.average)
-        save(
+        folder = save(
             parts.run_dir.checkpoints,
             done,
             state,
@@ -293,11 +354,39 @@ class Trainer:
             hf_folder=parts.config.student.path,
             run=parts.run_dir.recorded_id(),
         )
+        self.saved = done
+        return folder
+
+    def may_stop(self) -> None:
+        """Raise StopRequested on every rank where any of them was asked to stop. Collective: one small all-gather."""
+        stop_together(self.parts.layout.groups.control)
+
+    def save_for_stop(self) -> str:
+        """Save what no checkpoint has yet; returns where the run stands, for a message. Collective."""
+        where = f"after step {self.done} of {self.parts.config.run.steps}"
+        resumes = "the same command resumes"
+        if self.done == self.saved:
+            return f"{where}; {resumes}"
+        try:
+            folder = self.save(self.done)
+        except ServerError as error:  # a scheduler may end the teacher's server too, before it was looked at
+            return f"{where}, without a checkpoint of steps {self.saved} to {self.done}: {error}; {resumes}"
+        return f"{where}, saved {folder}; {resumes}"
+
+    def forget(self, step: int) -> None:
+        """Remove stored files of earlier steps that no resume needs and no key keeps. Collective."""
+        parts, run = self.parts, self.parts.config.run
+        served = parts.config.teacher.kind == "sglang"  # what a teacher in the job said can be computed again
+        kept = Kept(
+            rollouts=run.keep_rollouts,
+            scores=run.keep_scores,
+            tokens=run.keep_tokens,
+            rollouts_needed_from=self.saved,
+            scores_needed_from=self.saved if served else step + 1,
+        )
         with shared_fate(parts.layout.groups.control):
             if parts.layout.rank == 0:
-                parts.run_dir.forget(
-                    scores_before=done, rollouts_before=done - run.keep_rollouts if run.keep_rollouts is not None else 0
-                )
+                parts.run_dir.forget(step, kept)
 
 
 def sum_over_job(results: Sequence[LossResult | None], layout: Layout) -> tuple[float, int]:

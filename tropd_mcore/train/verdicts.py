@@ -5,6 +5,7 @@ Not for how an answer is judged (`data.verify`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,10 @@ from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.thinking import read_answer
 from tropd_mcore.data.verify import is_right
 from tropd_mcore.errors import DataError
+from tropd_mcore.progress import counted, progress
 from tropd_mcore.types import Rollout
+
+log = logging.getLogger(__name__)
 
 Verdict = bool | None
 """Whether prefix and response together end in the prompt's answer; None where nothing is judged."""
@@ -44,13 +48,14 @@ def judge_rollouts(rollouts: Sequence[Rollout], renderer: Renderer, config: Conf
         check_answers(rollouts, config)
     right: list[Verdict] = []
     unfinished = 0
-    for rollout in rollouts:
-        if rollout.answer is None:
-            right.append(None)
-            continue
-        said = read_answer(config.verifier, renderer, rollout)
-        unfinished += said is None
-        right.append(said is not None and is_right(config.verifier, said, rollout.answer))
+    with progress(log, "verifier", total=len(rollouts), unit="responses judged") as state:
+        for rollout in counted(rollouts, state):
+            if rollout.answer is None:
+                right.append(None)
+                continue
+            said = read_answer(config.verifier, renderer, rollout)
+            unfinished += said is None
+            right.append(said is not None and is_right(config.verifier, said, rollout.answer))
     judged = len(right) - right.count(None)
     return Verdicts(right, unfinished / judged if judged else None)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.file_kinds import NOTHING, folder_in_the_way
+from tropd_mcore.files import shown
 from tropd_mcore.weights.contradictions import contradictions
 from tropd_mcore.weights.json_file import read_json_object
 from tropd_mcore.weights.rope import read_rope
@@ -74,10 +77,12 @@ def read_architecture(folder: Path) -> Architecture:
     model does not reproduce, or keys that say different things.
     """
     path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        raise ModelError(f"model folder {folder}: not found; expected a directory with config.json and *.safetensors")
-    if not path.is_file():
-        raise ModelError(f"model folder {folder}: config.json not found; expected a Hugging Face model folder")
+    if (found := folder_in_the_way(Path(folder))) is not None:
+        what = "not found" if found.what == NOTHING else str(found)
+        expected = "expected a directory with config.json and *.safetensors"
+        raise ModelError(f"model folder {shown(folder)}: {what}; {expected}")
+    if not os.path.lexists(path):
+        raise ModelError(f"model folder {shown(folder)}: config.json not found; expected a Hugging Face model folder")
     return architecture_from_config(read_json_object(path), source=str(path))
 
 

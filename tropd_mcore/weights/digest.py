@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tropd_mcore.errors import DataError, ModelError
-from tropd_mcore.files import file_digest, publish_text
+from tropd_mcore.file_kinds import EMPTY, in_the_way
+from tropd_mcore.files import file_digest, publish_text, shown
 from tropd_mcore.weights.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, INDEX_FILE, TOKENIZER_FILES
 
 SHOWN_FILES = 4
@@ -172,6 +173,8 @@ def folder_digest(folder: Path, memory: DigestMemory | None = None) -> FolderDig
 def data_digest(path: Path, *, key: str) -> DataDigest:
     """The digest of a data file; `key` names it in messages. Raises DataError where it cannot be read."""
     digest, lines, last = hashlib.sha256(), 0, b"\n"
+    if (found := in_the_way(Path(path))) is not None and found.what != EMPTY:
+        raise DataError(f"{key}={shown(path)}: cannot be read: expected JSONL; {found}")
     try:
         with Path(path).open("rb") as stream:
             while block := stream.read(1 << 22):

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.file_kinds import in_the_way
+from tropd_mcore.files import shown
 from tropd_mcore.weights.architecture import Architecture, read_architecture
 from tropd_mcore.weights.families import check_hf_names, hf_weight_plan, is_derived, listed
 from tropd_mcore.weights.json_file import read_json_object
@@ -54,6 +56,10 @@ _ORIGINAL_FILE = "consolidated.safetensors"
 """The publisher's own format beside model.safetensors; SGLang leaves it out as well."""
 
 
+_FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
+"""Ends of names of weights in other formats; the first four are pickles, which can run code when they are read."""
+
+
 class HfReader:
     """The tensors of one folder, read slice by slice. Use as a context manager, or call `close`."""
 
@@ -75,7 +81,8 @@ class HfReader:
             shard = self._open(SINGLE_FILE)
             self._file_of = dict.fromkeys(shard.keys(), SINGLE_FILE)
         else:
-            raise ModelError(f"model folder {folder}: neither {SINGLE_FILE} nor {INDEX_FILE} found")
+            others = _other_weights(self.folder)
+            raise ModelError(f"model folder {shown(folder)}: neither {SINGLE_FILE} nor {INDEX_FILE} found{others}")
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +143,12 @@ class HfReader:
         except FileNotFoundError as error:
             raise ModelError(f"{path}: not found, but {INDEX_FILE} names it") from error
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or truncated safetensors file ({error})") from error
+            found = in_the_way(path)
+            if found is not None:
+                raise ModelError(f"{shown(path)}: expected a safetensors file; {found}") from error
+            raise ModelError(
+                f"{shown(path)}: damaged or truncated safetensors file ({error}); fetch it again"
+            ) from error
         framework = (self._shards[file].metadata() or {}).get("format", "pt")
         if framework in ("tf", "flax"):  # their matrices are transposed
             raise ModelError(f"{path}: holds tensors of {framework}; expected the format pt")
@@ -181,7 +193,8 @@ def write_hf_folder(
             copy_companions(source_folder, partial)
             _write_config(source_folder, partial, written)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"output {out}: writing failed ({error})") from error
+            problem = f"output {shown(out)}: writing failed ({error})"
+            raise ModelError(f"{problem}; make room there and run it again") from error
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -196,6 +209,9 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _check_files(folder: Path) -> None:
     """Refuse files because of which transformers, SGLang and we would load different weights."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if not path.is_file():  # who opens a pipe waits for ever
+            raise ModelError(f"{shown(path)}: expected a safetensors file; {in_the_way(path)}")
     for name, reason in _OTHER_MODEL_FILES.items():
         if (folder / name).exists():
             raise ModelError(f"model folder {folder}: has {name} beside its weights: {reason}")
@@ -214,6 +230,15 @@ def _check_files(folder: Path) -> None:
             f"model folder {folder}: has {listed(others)} beside {SINGLE_FILE}: SGLang would load them all; move them "
             "away"
         )
+
+
+def _other_weights(folder: Path) -> str:
+    """What the folder holds in place of safetensors, as the end of a message."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in _FOREIGN_WEIGHTS)
+    if not names:
+        return "; expected the weights there"
+    cure = "load it with transformers and save it with save_pretrained(..., safe_serialization=True)"
+    return f", but {listed(names)}: weights of another format are not read; {cure}"
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tropd_mcore.errors import ModelError
+from tropd_mcore.file_kinds import in_the_way
+from tropd_mcore.files import shown
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -24,12 +26,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path}: {twice} is there {keys.count(twice)} times ({both}); remove the wrong one")
         return values
 
+    if (other := in_the_way(path)) is not None:
+        raise ModelError(f"{shown(path)}: cannot be read: expected a JSON object; {other}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{shown(path)}: not valid JSON ({error}); mend it or fetch the file again") from error
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ModelError(f"{shown(path)}: cannot be read ({error.strerror})") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

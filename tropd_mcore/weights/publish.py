@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tropd_mcore.errors import ModelError
-from tropd_mcore.files import sync
+from tropd_mcore.files import shown, sync
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yield an empty sibling of `out` to write into; on success it becomes `out`, on an exception it is removed.
 
     A leftover of a killed run is replaced. Raises ModelError where `out` exists and is not an empty directory, or
-    where its parent cannot be written to.
+    where its parent cannot be written to; an OSError of the block counts as such.
     """
     check_new_folder(out)
     partial = out.parent / f".{out.name}.partial"
@@ -29,12 +29,16 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ModelError(f"cannot write to {out.parent}: {error.strerror}") from error
+        raise ModelError(f"cannot write to {shown(out.parent)}: {error.strerror}; choose another place") from error
     try:
         yield partial
         fsync_tree(partial)
         os.replace(partial, out)
         sync(out.parent)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write {shown(out)}: {error.strerror or error}; make room there, or choose another place"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there any more once it was renamed
 
@@ -53,7 +57,9 @@ def replace_folder(fresh: Path, final: Path) -> None:
         sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise ModelError(f"cannot write to {final.parent}: {error.strerror}") from error
+        raise ModelError(
+            f"cannot write to {shown(final.parent)}: {error.strerror}; give the job room and rights there"
+        ) from error
 
 
 def check_new_folder(out: Path) -> None:

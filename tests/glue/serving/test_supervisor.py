@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import GateError, ServerDied
+from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 
@@ -64,3 +64,31 @@ def test_what_is_found_out_about_the_new_process_is_met_by_the_caller(tmp_path: 
     server.after_restart = look
     with pytest.raises(GateError, match="another model"):
         server.recover(ServerDied("gone"))
+
+
+def test_of_a_hung_server_the_error_is_shown_and_not_that_its_process_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = supervised(tmp_path, [], max_restarts=1)
+    server.recover(ServerHung("hung: no answer for 60 s"))
+    assert "hung: no answer for 60 s; restart 1 of 1" in caplog.text and "it ended" not in caplog.text
+
+
+def test_a_command_asks_the_new_process_for_what_is_missing_only(tmp_path: Path) -> None:
+    """What had come and an error about one request are kept; a server at a url ends the command."""
+    server = supervised(tmp_path, [])
+    refused = ServerError("400")
+    rounds: list[list[Any]] = [["a", ServerDied("gone"), refused, ServerDied("gone")], ["b", "d"]]
+    asked: list[list[Any]] = []
+
+    def generate(requests: list[Any]) -> list[Any]:
+        asked.append(requests)
+        return rounds.pop(0)
+
+    server._client = SimpleNamespace(generate=generate)  # type: ignore[assignment]
+    assert server.generate([1, 2, 3, 4]) == ["a", "b", refused, "d"]  # type: ignore[list-item]
+    assert asked == [[1, 2, 3, 4], [2, 4]] and server.restarts == 1
+    rounds.append([ServerDied("gone elsewhere")])
+    server._process = None
+    with pytest.raises(ServerDied, match="gone elsewhere"):
+        server.generate([1])  # type: ignore[list-item]

@@ -2,156 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import ServerDied, ServerError
-from tropd_mcore.serving import client as client_module
-from tropd_mcore.serving import process as process_module
-from tropd_mcore.serving.process import ServerProcess, ServerSpec, stop_left_over
+from tests.glue.server_site import Site, runs, wait_for
+from tropd_mcore import stopping
+from tropd_mcore.errors import ServerDied, ServerError, StopRequested
+from tropd_mcore.serving import record as record_module
 from tropd_mcore.serving.supervisor import SupervisedServer
-
-LIMIT_S = 30.0
-"""Longest wait for what has to happen. It is there to end a hang."""
-
-STAND_IN = """
-import json, os, signal, socket, subprocess, sys, time
-
-does = json.loads(os.environ["STAND_IN"])
-if does.get("stubborn"):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen(["sleep", "60"]).pid if does.get("child") else None
-told = {"argv": sys.argv[1:], "environment": dict(os.environ), "child": child}
-with open(does["notes"] + ".part", "w") as stream:
-    json.dump(told, stream)
-os.rename(does["notes"] + ".part", does["notes"])
-print(does.get("says", "started"), flush=True)
-if "exit" in does:
-    sys.exit(does["exit"])
-if does.get("silent"):
-    time.sleep(60)
-listener = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
-listener.settimeout(60)
-for number in range(10**6):
-    status = 503 if number < does.get("unready", 0) else 200
-    connection, _ = listener.accept()
-    connection.recv(65536)
-    print("answers", status, flush=True)
-    connection.sendall(b"HTTP/1.1 %d X\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n" % status)
-    connection.close()
-"""
-"""`sglang.launch_server`: answers every request with 200, the first `unready` ones with 503.
-
-It ends by itself after a minute, so that nothing stays behind where the product fails to stop it.
-"""
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "POLL_S", 0.01)
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
-
-
-class Site:
-    """A model folder, a run folder and the stand-in, and the processes that were started there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model, self.run_dir, self.packages = folder / "model", folder / "run", folder / "packages"
-        self.notes = folder / "notes.json"
-        self.made: list[ServerProcess | SupervisedServer] = []
-        for package in ("sglang", "sgl_kernel", "torchvision"):  # the last two keep placeholders away
-            (self.packages / package).mkdir(parents=True)
-            (self.packages / package / "__init__.py").touch()
-        (self.packages / "sglang" / "launch_server.py").write_text(STAND_IN)
-        self.model.mkdir()
-        (self.model / "config.json").write_text("{}")
-
-    def spec(
-        self,
-        does: dict[str, Any] | None = None,
-        *,
-        config: dict[str, Any] | None = None,
-        extra_env: dict[str, str] | None = None,
-        **fields: Any,
-    ) -> ServerSpec:
-        """Of a server that `does` this; `config` and `fields` are changes."""
-        paths = [str(self.packages), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "STAND_IN": json.dumps({"notes": str(self.notes), **(does or {})}),
-        }
-        spec = ServerSpec(
-            key="rollout.server",
-            model_key="student.path",
-            model_path=self.model,
-            config=ServerConfig(**{"start_timeout_s": LIMIT_S, "max_retries": 0} | (config or {})),
-            device="cuda",
-            run_dir=self.run_dir,
-            name="rollout",
-            extra_env=environment | (extra_env or {}),
-        )
-        return dataclasses.replace(spec, **fields)
-
-    def process(self, does: dict[str, Any] | None = None, **given: Any) -> ServerProcess:
-        process = ServerProcess(self.spec(does, **given))
-        self.made.append(process)
-        return process
-
-    def started(self, does: dict[str, Any] | None = None, **given: Any) -> ServerProcess:
-        """A process whose stand-in has told what it was given."""
-        process = self.process(does, **given)
-        process.start()
-        wait_for(lambda: self.notes.is_file() or not process.alive())
-        assert self.notes.is_file(), process.describe_end()
-        return process
-
-    def told(self) -> dict[str, Any]:
-        wait_for(self.notes.is_file)
-        return json.loads(self.notes.read_text())
-
-    @property
-    def log(self) -> Path:
-        return self.run_dir / "rollout.log"
-
-    @property
-    def record(self) -> Path:
-        return self.run_dir / "rollout.server.json"
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    yield site
-    for process in site.made:
-        process.stop()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def is_free(port: int) -> bool:
@@ -216,11 +83,77 @@ def test_the_server_leads_a_process_group_and_its_record_tells_pid_start_and_por
     process = site.started({"silent": True})
     assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
     record = json.loads(site.record.read_text())
-    started = pytest.approx(psutil.Process(process.pid).create_time(), rel=0, abs=0.5)
-    assert record == {"pid": process.pid, "start_time": started, "port": process.port}
+    assert record == {
+        "pid": process.pid,
+        "start_time": pytest.approx(psutil.Process(process.pid).create_time(), rel=0, abs=0.5),
+        "port": process.port,
+        "owner_pid": os.getpid(),
+        "owner_start_time": pytest.approx(psutil.Process().create_time(), rel=0, abs=0.5),
+        "host": socket.gethostname(),
+    }
+    assert site.record.stat().st_mode & 0o077 == 0
     assert process.url == f"http://127.0.0.1:{process.port}"
     process.stop()
     assert not site.record.exists()
+
+
+def test_the_server_requires_a_random_key_that_no_command_line_no_file_and_no_child_shows(site: Site) -> None:
+    process = site.started({"child": True})
+    process.wait_ready()
+    (key,) = site.told()["keys"]
+    assert len(key) >= 43, "32 random bytes"
+    child = psutil.Process(site.told()["child"])
+    assert "TROPD_SERVER_KEY" not in site.told()["environment"] and "TROPD_SERVER_KEY" not in child.environ()
+    for one in (psutil.Process(process.pid), child):
+        assert key not in " ".join(one.cmdline())
+    assert [path for path in site.run_dir.iterdir() if key in path.read_text()] == []
+    assert key not in repr(process.spec) + process.describe_end()
+
+
+def test_a_restarted_server_has_the_same_key_and_another_launch_another(site: Site) -> None:
+    process = site.started({"silent": True})
+    keys = site.told()["keys"]
+    process.stop()
+    site.notes.unlink()
+    process.start()
+    assert site.told()["keys"] == keys
+    process.stop()
+    site.notes.unlink()
+    site.started({"silent": True})
+    assert site.told()["keys"] != keys
+
+
+def test_what_a_server_makes_is_for_this_user_alone(site: Site) -> None:
+    site.started({"silent": True})
+    assert site.notes.stat().st_mode & 0o077 == 0, "a file that the server itself has written"
+    folder = Path(site.told()["environment"]["TMPDIR"])
+    assert folder.stat().st_mode & 0o077 == 0
+    assert [path.name for path in site.run_dir.iterdir() if path.stat().st_mode & 0o077] == []
+    site.made[-1].stop()
+    assert not folder.exists()
+
+
+def test_a_stopped_server_is_known_as_stopped_and_killed_without_a_grace(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is stopped does not see SIGTERM; the grace of this test would outlast it."""
+    monkeypatch.setattr(record_module, "STOP_GRACE_S", 600.0)
+    process = site.started({"silent": True})
+    assert process.stopped() is None
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_for(lambda: process.stopped() is not None)
+    pid = process.pid
+    assert process.stopped() == f"its process ({pid}) is stopped (state T)"
+    assert f"the server runs but does not answer: its process ({pid}) is stopped (state T); " in process.describe_end()
+    process.stop()
+    assert not runs(pid)
+
+
+def test_a_request_to_stop_ends_the_wait_for_a_server_that_starts(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = site.started({"silent": True})
+    monkeypatch.setattr(stopping, "_asked", "SIGTERM")
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        process.wait_ready()
 
 
 def test_nobody_else_is_given_the_port_while_the_server_starts(site: Site) -> None:
@@ -288,59 +221,16 @@ def test_a_server_that_is_not_ready_in_time_is_stopped_and_reported(site: Site) 
     with pytest.raises(ServerError) as caught:
         process.wait_ready()
     assert str(caught.value) == (
-        f"rollout.server: not ready after start_timeout_s=0.05 s; last line: 'loading'; log: {site.log}"
+        f"rollout.server: not ready after rollout.server.start_timeout_s=0.05 s; last line: 'loading'; log: {site.log}"
     )
     assert not process.alive() and not runs(pid) and not site.record.exists()
-
-
-def test_the_end_is_described_by_signal_by_silence_and_without_a_process(site: Site) -> None:
-    process = site.started({"silent": True, "says": "started"})
-    rest = f"; last line: 'started'; log: {site.log}"
-    wait_for(lambda: "started" in site.log.read_text())
-    assert process.describe_end() == f"rollout.server: the server runs but does not answer{rest}"
-    os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: not process.alive())
-    assert process.describe_end() == f"rollout.server: the server was killed by signal 9{rest}"
-    process.stop()
-    assert process.describe_end() == f"rollout.server: the server ended with exit code None{rest}"
-
-
-@pytest.mark.parametrize(
-    ("says", "shown"),
-    [
-        ("one\n  two  \n\n   \n", "two"),
-        ("one\nRuntimeError: first\nsglang.Exception: second\nthree\n", "sglang.Exception: second"),
-        ("[12:00] it hit an exception: ValueError: bad\ntail", "[12:00] it hit an exception: ValueError: bad"),
-        ("no exception: nothing to see", "no exception: nothing to see"),
-        ("x" * 400, "x" * 300),
-        ("OSError: too early\n" + "y" * process_module.LOG_TAIL_BYTES + "\nlast", "last"),
-        ("   \n\n", ""),
-    ],
-)  # fmt: skip
-def test_the_line_shown_of_a_log_is_the_last_that_names_an_exception_or_else_the_last_with_text(
-    site: Site, says: str, shown: str
-) -> None:
-    process = site.process()
-    site.run_dir.mkdir()
-    site.log.write_text(says)
-    assert f"; last line: {shown!r}; log: " in process.describe_end()
-
-
-def test_a_log_keeps_earlier_launches_and_none_of_their_lines_is_shown(site: Site) -> None:
-    site.run_dir.mkdir()
-    site.log.write_text("ValueError: of an earlier launch\n")
-    process = site.process({"exit": 1, "says": "of this one"})
-    process.start()
-    wait_for(lambda: not process.alive())
-    assert "last line: 'of this one'" in process.describe_end()
-    assert site.log.read_text() == "ValueError: of an earlier launch\nof this one\n"
 
 
 def test_stopping_ends_the_server_with_its_children_and_is_harmless_when_repeated(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_module, "STOP_GRACE_S", 0.1)
-    monkeypatch.setattr(process_module, "STOP_TIMEOUT_S", 0.3)  # a dead child may be in the process table for longer
+    monkeypatch.setattr(record_module, "STOP_GRACE_S", 0.1)
+    monkeypatch.setattr(record_module, "STOP_TIMEOUT_S", 0.3)  # a dead child may be in the process table for longer
     process = site.started({"silent": True, "child": True})
     family = [process.pid, site.told()["child"]]
     assert all(runs(pid) for pid in family)
@@ -352,7 +242,7 @@ def test_stopping_ends_the_server_with_its_children_and_is_harmless_when_repeate
 
 
 def test_a_server_that_does_not_heed_the_first_signal_is_killed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "STOP_GRACE_S", 0.05)
+    monkeypatch.setattr(record_module, "STOP_GRACE_S", 0.05)
     process = site.started({"silent": True, "stubborn": True})
     pid = process.pid
     process.stop()
@@ -365,71 +255,6 @@ def test_leaving_the_block_of_a_server_stops_it(site: Site) -> None:
         pid = process.pid
         raise RuntimeError("of the block")
     assert not runs(pid) and not process.alive()
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that leads a group, as a server does."""
-    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    yield process
-    process.kill()
-    process.wait()
-
-
-def write_record(path: Path, pid: int, *, later_s: float = 0.0) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"pid": pid, "start_time": psutil.Process(pid).create_time() + later_s, "port": 1}))
-    return path
-
-
-def test_a_server_that_an_earlier_launch_left_behind_is_stopped_first(
-    site: Site, sleeper: subprocess.Popen[bytes]
-) -> None:
-    write_record(site.record, sleeper.pid)
-    process = site.started({"silent": True})
-    assert not runs(sleeper.pid) and json.loads(site.record.read_text())["pid"] == process.pid
-
-
-def test_a_left_over_server_goes_with_its_record(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    record = write_record(tmp_path / "record.json", sleeper.pid, later_s=0.5)
-    assert stop_left_over(record)
-    assert not runs(sleeper.pid) and not record.exists()
-    assert not stop_left_over(record), "nothing is left"
-
-
-@pytest.mark.parametrize("later_s", [-100.0, -1.5, 1.5, 100.0])
-def test_a_process_that_only_has_the_recorded_pid_is_left_alone(
-    tmp_path: Path, sleeper: subprocess.Popen[bytes], later_s: float
-) -> None:
-    assert not stop_left_over(write_record(tmp_path / "record.json", sleeper.pid, later_s=later_s))
-    assert runs(sleeper.pid)
-
-
-def test_a_process_that_leads_no_group_is_left_alone(tmp_path: Path) -> None:
-    member = subprocess.Popen(["sleep", "600"])
-    try:
-        assert not stop_left_over(write_record(tmp_path / "record.json", member.pid))
-        assert runs(member.pid)
-    finally:
-        member.kill()
-        member.wait()
-
-
-def test_a_record_of_a_process_that_has_ended_is_no_left_over(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    record = write_record(tmp_path / "record.json", sleeper.pid)
-    sleeper.kill()
-    sleeper.wait()
-    assert not stop_left_over(record)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"pid": 1}', '{"pid": "x", "start_time": 1}'])
-def test_a_damaged_record_is_ignored_with_a_warning(
-    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    record = tmp_path / "record.json"
-    record.write_text(content)
-    assert not stop_left_over(record)
-    assert f"{record}: not a server record" in caplog.text
 
 
 PARENT = """

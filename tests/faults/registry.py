@@ -1,0 +1,29 @@
+"""All faults of the suite, in the order of the table. Invariant: ids are unique, and every group has a row in CI."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from tests.faults.verdict import Fault
+
+MODULES = sorted(path.stem for path in Path(__file__).parent.glob("rows_*.py"))
+
+
+def all_faults() -> list[Fault]:
+    """Every row; raises ValueError where two have one id."""
+    found = [fault for name in MODULES for fault in importlib.import_module(f"tests.faults.{name}").FAULTS]
+    ids = [fault.id for fault in found]
+    if len(ids) != len(set(ids)):
+        raise ValueError(f"one id twice: {sorted(name for name in ids if ids.count(name) > 1)}")
+    return found
+
+
+def chosen(names: list[str], *, representative: bool = False) -> list[Fault]:
+    """The faults with these ids, or whose id begins with one of them; all where there is none. Raises KeyError."""
+    faults = all_faults()
+    for name in names:
+        if not any(fault.id.startswith(name) for fault in faults):
+            raise KeyError(f"no fault is called {name!r}; see --list")
+    faults = [fault for fault in faults if not names or any(fault.id.startswith(name) for name in names)]
+    return [fault for fault in faults if fault.representative] if representative else faults

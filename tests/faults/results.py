@@ -1,0 +1,69 @@
+"""What a run of the suite leaves: one JSON file that is committed, without host names and paths of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.jobs import REPOSITORY
+from tests.faults.play import Played
+
+RESULTS = Path(__file__).with_name("results")
+COUNTERS = ("lost", "silent", "hung", "left_running", "left_in_shm")
+VERSIONS = ("torch", "megatron-core", "sglang")
+
+
+def write(
+    path: Path, played: list[Played], root: Path, options: argparse.Namespace, *, whole: bool, seconds: float
+) -> None:
+    """Write the result of `python -m tests.faults`."""
+    records = [each.record(root) for each in played]
+    content = {
+        "command": " ".join(["python -m tests.faults", *options.names, f"--jobs {options.jobs}"]),
+        "whole": whole,
+        **circumstances(),
+        "seconds": round(seconds),
+        "totals": {verdict: sum(each["verdict"] == verdict for each in records) for verdict in ("ok", "WEAK", "MISS")},
+        **{name: sum(each[name] for each in records) for name in COUNTERS},
+        "faults": records,
+    }
+    write_json(path, content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Indented, with a newline at its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def circumstances() -> dict[str, Any]:
+    """Date, commit, machine and versions of a result."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "tropd_mcore", "tests", "examples")),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+    }
+
+
+def machine() -> str:
+    """The processor and how many of its cores this process may use."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], cwd=REPOSITORY, check=False, capture_output=True, text=True)
+    return found.stdout.strip()

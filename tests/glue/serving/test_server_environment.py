@@ -1,0 +1,129 @@
+"""The environment of a started server: what it inherits, and what keeps it to this host and this user."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.serving.environment import Place, server_environment
+from tropd_mcore.serving.transport import Endpoint
+
+OF_TORCHRUN = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+)
+
+
+def environment_of(
+    device: str, *, ranks: int = 1, threads: int = 1, arguments: tuple[str, ...] = (), **extra: str
+) -> dict[str, str]:
+    """Of a server, without what pytest adds to ours."""
+    place = Place(device, 5, Path("/own"), "secret", ranks, threads, arguments)
+    return {name: value for name, value in server_environment(place, extra).items() if not name.startswith("PYTEST_")}
+
+
+def own() -> dict[str, str]:
+    """What every started server has of its own."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    return {
+        "TROPD_SERVER_KEY": "secret",
+        "TMPDIR": "/own",
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{user}",
+        "no_proxy": "127.0.0.1,localhost,::1",
+        "NO_PROXY": "127.0.0.1,localhost,::1",
+    }
+
+
+LOOPBACK = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": "file:///own/ranks",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "5",
+}
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The whole environment."""
+    environment = {"PATH": "/bin", "HOME": "/nowhere", "CUDA_VISIBLE_DEVICES": "0", "MY_RANK": "7", "RANKING": "x"}
+    for name in tuple(os.environ):
+        if name not in environment:
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return environment
+
+
+def test_a_gpu_server_inherits_all_of_our_environment_and_has_its_own_key_folder_and_interface(
+    ours: dict[str, str],
+) -> None:
+    assert environment_of("cuda", ranks=2, threads=3) == ours | own() | LOOPBACK
+
+
+@pytest.mark.parametrize("name", [*OF_TORCHRUN, "SGLANG_RETURN_ORIGINAL_LOGPROB"])
+def test_what_torchrun_told_this_rank_and_what_changes_log_probs_is_not_inherited(
+    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert environment_of("cuda") == ours | own() | LOOPBACK
+    changed: dict[str, Any] = {name: "2"}
+    assert environment_of("cuda", **changed) == ours | own() | LOOPBACK | {name: "2"}
+
+
+def test_a_cpu_server_gets_its_threads_and_each_of_several_ranks_its_cpus(
+    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 4, 5})
+    engine = {"SGLANG_USE_CPU_ENGINE": "1"}
+    one = environment_of("cpu", threads=2)
+    assert one == {**ours, **own(), **LOOPBACK, **engine, "OMP_NUM_THREADS": "2"}
+    two = environment_of("cpu", ranks=2, threads=2, OMP_NUM_THREADS="5")
+    assert two == {
+        **ours,
+        **own(),
+        **LOOPBACK,
+        **engine,
+        "OMP_NUM_THREADS": "5",
+        "SGLANG_CPU_OMP_THREADS_BIND": "4,5|9,4",
+    }
+
+
+def test_a_server_asks_itself_without_a_proxy_and_the_users_own_exceptions_stay(
+    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy:1")
+    monkeypatch.setenv("no_proxy", "intern.example, ::1")
+    found = environment_of("cuda")
+    assert found["http_proxy"] == "http://proxy:1", "models may still come through it"
+    assert found["no_proxy"] == "intern.example,::1,127.0.0.1,localhost"
+    assert found["NO_PROXY"] == "127.0.0.1,localhost,::1"
+
+
+@pytest.mark.parametrize("argument", ["--dp-size", "--dp=2", "--nnodes", "--dist-init-addr", "--data-parallel-size"])
+def test_a_server_of_several_groups_or_hosts_meets_as_sglang_does(ours: dict[str, str], argument: str) -> None:
+    """One file for all groups would mix their ranks."""
+    assert environment_of("cuda", arguments=("--log-level", "info", argument, "2")) == ours | own()
+
+
+def test_a_key_is_not_shown_by_what_holds_it() -> None:
+    assert "secret" not in repr(Place("cuda", 5, Path("/own"), "secret"))
+    endpoint = Endpoint("http://x", ServerConfig(), "rollout.server", "rollout.server", api_key="secret")
+    assert "secret" not in repr(endpoint)

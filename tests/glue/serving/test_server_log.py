@@ -1,0 +1,107 @@
+"""The log of a server: what is shown of it, and that it stays small while the server writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.glue.server_site import Site, wait_for
+from tropd_mcore.serving import log_file as log_module
+from tropd_mcore.serving.log_file import ServerLog
+
+
+def test_the_end_is_described_by_signal_by_silence_and_without_a_process(site: Site) -> None:
+    process = site.started({"silent": True, "says": "started"})
+    rest = f"; last line: 'started'; log: {site.log}"
+    wait_for(lambda: "started" in site.log.read_text())
+    assert process.describe_end() == f"rollout.server: the server runs but does not answer{rest}"
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: not process.alive())
+    assert process.describe_end() == f"rollout.server: the server was killed by signal 9{rest}"
+    process.stop()
+    assert process.describe_end() == f"rollout.server: the server ended with exit code None{rest}"
+
+
+@pytest.mark.parametrize(
+    ("says", "shown"),
+    [
+        ("one\n  two  \n\n   \n", "two"),
+        ("one\nRuntimeError: first\nsglang.Exception: second\nthree\n", "sglang.Exception: second"),
+        ("[12:00] it hit an exception: ValueError: bad\ntail", "[12:00] it hit an exception: ValueError: bad"),
+        ("no exception: nothing to see", "no exception: nothing to see"),
+        ("x" * 400, "x" * 300),
+        ("OSError: too early\n" + "y" * log_module.TAIL_BYTES + "\nlast", "last"),
+        ("   \n\n", ""),
+    ],
+)  # fmt: skip
+def test_the_line_shown_of_a_log_is_the_last_that_names_an_exception_or_else_the_last_with_text(
+    site: Site, says: str, shown: str
+) -> None:
+    process = site.process()
+    site.run_dir.mkdir()
+    site.log.write_text(says)
+    assert f"; last line: {shown!r}; log: " in process.describe_end()
+
+
+def test_a_log_keeps_earlier_launches_and_none_of_their_lines_is_shown(site: Site) -> None:
+    site.run_dir.mkdir()
+    site.log.write_text("ValueError: of an earlier launch\n")
+    process = site.process({"exit": 1, "says": "of this one"})
+    process.start()
+    wait_for(lambda: not process.alive())
+    assert "last line: 'of this one'" in process.describe_end()
+    assert site.log.read_text() == "ValueError: of an earlier launch\nof this one\n"
+
+
+WRITER = "i=0; while [ $i -lt 4000 ]; do i=$((i+1)); echo line $i; done"
+
+
+def test_a_log_is_cut_while_the_server_writes_to_it_and_every_line_is_in_one_of_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "LOOK_EVERY_S", 3600.0)
+    server_log = ServerLog(tmp_path / "rollout.log", 20_000)
+    with server_log.open() as stream:
+        writer = subprocess.Popen(["sh", "-c", WRITER + "; read go; echo last"], stdout=stream, stdin=subprocess.PIPE)
+    path, older = tmp_path / "rollout.log", tmp_path / "rollout.log.1"
+    wait_for(lambda: "line 4000" in path.read_text())
+    assert server_log.rotate() and not server_log.rotate(), "what is small is left alone"
+    assert path.read_text() == "" and older.read_text().splitlines()[-1] == "line 4000"
+    writer.communicate(b"go\n")
+    assert path.read_bytes() == b"last\n", "the server goes on at the start, without a hole"
+    assert server_log.tail() == ["last"]
+    assert [file.stat().st_mode & 0o077 for file in (path, older)] == [0, 0]
+    server_log.close()
+
+
+def test_the_size_is_looked_at_while_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "LOOK_EVERY_S", 0.01)
+    server_log = ServerLog(tmp_path / "rollout.log", 1000)
+    with server_log.open() as stream:
+        for number in range(3):
+            stream.write(b"x" * 2000 + str(number).encode())
+            stream.flush()
+            wait_for(lambda: (tmp_path / "rollout.log").stat().st_size == 0)
+    server_log.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rollout.log", "rollout.log.1"]
+    assert (tmp_path / "rollout.log.1").read_bytes()[-1:] == b"2"
+
+
+def test_a_log_that_an_earlier_launch_left_large_is_moved_away_at_the_start(site: Site) -> None:
+    site.run_dir.mkdir()
+    site.log.write_text("old\n" * 1000)
+    site.started({"silent": True, "says": "new"}, config={"log_max_mib": 0.001})
+    wait_for(lambda: site.log.read_text() == "new\n")
+    assert site.log.with_name("rollout.log.1").read_text() == "old\n" * 1000
+
+
+def test_terminal_escapes_of_a_servers_log_are_shown_as_text(site: Site) -> None:
+    process = site.process()
+    site.run_dir.mkdir()
+    site.log.write_text("\x1b]0;owned\x07ok\x85error: fake\n")
+    end = process.describe_end()
+    assert end.isprintable() and "last line: 'error: fake'" in end

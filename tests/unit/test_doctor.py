@@ -1,0 +1,303 @@
+"""`tropd doctor`: what it finds on this machine and about a configuration, by level, key and exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_models import write_tiny_model
+from tropd_mcore.cli import checks_of_config, checks_of_machine
+from tropd_mcore.cli import main as cli
+from tropd_mcore.config.loader import load
+from tropd_mcore.train.preflight import CHEAP_CHECKS
+from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train.start_checks import START_CHECKS, State
+
+RECIPE = """\
+run: {dir: DIR/run, steps: 8}
+platform: {kind: cpu}
+parallel: {tensor: 2, pipeline: 2}
+student: {path: DIR/student}
+teacher: {kind: megatron, path: DIR/teacher}
+data: {prompts: DIR/prompts.jsonl, teacher_responses: DIR/responses.jsonl, max_prompt_tokens: 64}
+rollout: {max_new_tokens: 32}
+batch: {tokens_per_micro_batch: 256}
+"""
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name in ("student", "teacher"):
+        write_tiny_model(root / name, num_hidden_layers=1)
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("DIR", str(tmp_path)))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path: Path, models: Path) -> Path:
+    """Everything that the recipe names."""
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir()
+        for file in (models / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "two pears"}\n')
+    (tmp_path / "responses.jsonl").write_text('{"id": "a", "response_ids": [5, 6]}\n')
+    return tmp_path
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
+    """The exit code and the lines; nothing is said on stderr."""
+    code = cli.main(["doctor", *arguments])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return code, captured.out.splitlines()
+
+
+def at(level: str, lines: list[str]) -> dict[str, str]:
+    """{name: text} of the lines of a level."""
+    pattern = re.compile(rf"{level:<4}  (.{{26}})  (.*)")
+    return {match[1].strip(): match[2] for line in lines if (match := pattern.fullmatch(line))}
+
+
+def test_doctor_is_content_with_this_machine_and_with_files_that_exist(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    code, lines = doctor(capsys, recipe)
+    assert code == 0 and lines[0].startswith("doctor: this machine and ") and "FAIL" not in "".join(lines)
+    assert lines[-1].startswith("doctor: nothing is in the way")
+    fine = at("ok", lines)
+    assert "will be created" in fine["run.dir"] and fine["data.prompts"].startswith("1 of up to ")
+    assert {"python", "platform", "compiler", "loopback", "proxies", "memory", "disk", "devices"} <= fine.keys()
+    assert not (files / "run").exists(), "it changes nothing"
+
+
+def test_doctor_without_a_configuration_looks_at_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = doctor(capsys)
+    assert code == 0 and lines[0] == "doctor: this machine" and "student.path" not in at("ok", lines)
+
+
+def test_doctor_says_something_before_it_imports_anything_heavy() -> None:
+    """The first line comes before torch, whose import may take long on a busy machine."""
+    code = (
+        "import sys; from tropd_mcore.cli import doctor_command, main as cli\n"
+        "class Told(Exception): pass\n"
+        "def machine(): raise Told\n"
+        "doctor_command._machine = machine\n"
+        "try: cli.main(['doctor'])\n"
+        "except Told: pass\n"
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout.splitlines() == ["doctor: this machine", "[]"]
+
+
+def test_doctor_reads_every_tokenizer_and_says_what_is_wrong_with_one(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    (files / "teacher" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    code, lines = doctor(capsys, recipe)
+    failed = at("FAIL", lines)
+    assert code == 2 and re.search(r"/teacher/tokenizer\.json.*Git LFS pointer", failed["tokenizer"])
+
+
+def test_doctor_does_not_read_tokenizers_where_the_gate_is_off(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    _, lines = doctor(capsys, recipe, "gates.tokenizer=false")
+    assert at("ok", lines)["tokenizer"] == "not looked at (gates.tokenizer=false)"
+
+
+def test_doctor_names_the_lines_that_training_would_refuse(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    """All of them up to ten, and how many more there are."""
+    bad = "".join(f'{{"id": "p{index}"}}\n' for index in range(12))
+    (files / "prompts.jsonl").write_text('{"id": "a", "prompt": "two pears", "label": "2"}\n' + bad)
+    code, lines = doctor(capsys, recipe)
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert code == 2 and len(failed) == 11 and all(line[6:].startswith("data.prompts ") for line in failed)
+    assert f"{files / 'prompts.jsonl'}:1: unknown key 'label'; did you mean 'answer'?" in failed[0]
+    assert "prompts.jsonl:2: prompt 'p0': expected either `messages` or `prompt`, found neither" in failed[1]
+    assert failed[-1].endswith("... and 3 more")
+
+
+def test_a_wrong_end_token_is_told_by_its_key_and_the_prompts_are_skipped(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    code, lines = doctor(capsys, recipe, "rollout.end_tokens=[nope]")
+    failed = at("FAIL", lines)
+    assert code == 2 and set(failed) == {"rollout.end_tokens"}
+    assert any("rollout.end_tokens: 'nope' is no token of the student" in line for line in lines)
+    assert next(line for line in lines if line.startswith("skip")).endswith(
+        ": data.prompts, lengths, objective.template"
+    )
+
+
+def test_doctor_names_each_file_that_is_missing(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
+    code, lines = doctor(capsys, recipe)
+    assert code == 2 and lines[-1] == "doctor: 3 in the way, 1 to look at"
+    assert list(at("FAIL", lines)) == ["student.path", "teacher.path", "data.prompts"]
+
+
+def test_responses_that_prefixes_has_still_to_make_are_in_nobodys_way(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    (files / "responses.jsonl").unlink()
+    code, lines = doctor(capsys, recipe)
+    assert code == 0
+    assert "not yet made; run `tropd prefixes CONFIG`" in at("warn", lines)["data.teacher_responses"]
+    assert "without the teacher responses" in at("ok", lines)["data.prompts"]
+
+
+def test_responses_that_nobody_continues_are_not_asked_for(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    (files / "responses.jsonl").unlink()
+    code, lines = doctor(capsys, recipe, "objective.guidance.enabled=false")
+    assert code == 0 and "data.teacher_responses" not in at("warn", lines) | at("FAIL", lines)
+
+
+def test_doctor_finds_a_taken_port_and_a_server_that_does_not_answer(recipe: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    config, _ = load(recipe, [f"rollout.server.url=http://127.0.0.1:{port}"])
+    (finding,) = checks_of_config.servers(config)
+    assert finding.level == "FAIL" and "does not answer /health" in finding.detail
+
+
+def test_doctor_finds_a_missing_and_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    (finding,) = checks_of_machine.compiler()
+    assert finding.level == "FAIL" and "install g++ or set CXX" in finding.detail
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
+    (finding,) = checks_of_machine.compiler()
+    assert finding.level == "FAIL" and "no headers" in finding.detail
+
+
+def test_doctor_finds_packages_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["numpy==0.0.1", "no-such-package-of-ours==1", "pytest>=1; extra == 'dev'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    (finding,) = [finding for finding in checks_of_machine.versions() if finding.name == "packages"]
+    assert finding.level == "FAIL"
+    assert re.search(r"numpy \S+ \(==0\.0\.1\); no-such-package-of-ours is missing", finding.detail)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_doctor_says_of_each_shipped_recipe_what_is_missing_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """In a folder without models or data, on a machine without GPUs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tropd_mcore.train.preflight_machine.DEVICES", tmp_path)
+    monkeypatch.delenv("TEACHER_API_KEY", raising=False)
+    code, lines = doctor(capsys, str(CONFIGS / name))
+    failed = at("FAIL", lines)
+    assert code == 2 and {"student.path", "teacher.path", "data.prompts"} <= failed.keys()
+    assert ("no GPU is visible on this machine" in failed.get("platform.kind", "")) == ("cpu" not in name)
+    assert ("teacher.server.api_key_env" in failed) == ("4n8g" in name)
+    assert "not yet made" in at("warn", lines)["data.teacher_responses"]
+
+
+def state_of(recipe: str, *overrides: str) -> State:
+    config, _ = load(recipe, list(overrides))
+    state = State(config, RunDir(config.run.dir), platform="cpu")
+    state.models = {"student.path": read_tiny(config.student.path), "teacher.path": read_tiny(config.teacher.path)}
+    return state
+
+
+def read_tiny(folder: Path) -> Any:
+    from tropd_mcore.weights.architecture import read_architecture
+
+    return read_architecture(folder)
+
+
+def test_the_disk_has_to_hold_one_checkpoint_more_than_is_kept_and_two_exports(
+    recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = state_of(recipe, "run.keep_checkpoints=3", "student.dtype=bfloat16")
+    count = checks_of_config.parameters(state.student)
+    from safetensors import safe_open
+
+    with safe_open(files / "student" / "model.safetensors", framework="np") as stored:
+        assert count == sum(int(stored.get_tensor(name).size) for name in list(stored.keys()))
+    needed = count * (4 * (2 + 4 + 8) + 2 * 2)
+    usage = type("Usage", (), {})
+    for free, level in ((needed, "ok"), (needed - 1, "warn")):
+        usage.free = free
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+        found = next(checks_of_config.resources(state))
+        assert (found.name, found.level) == ("disk", level), found
+
+
+def test_weights_that_no_gpu_holds_are_in_the_way(recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimated per rank: 2 + 4 + (8 + 4)/2 bytes of the student, 2 of the teacher, over two by two ranks."""
+    state = state_of(recipe, "student.dtype=bfloat16", "parallel.data=2", "rollout.server.mem_fraction=0.5")
+    state.platform = "cuda"
+    each = checks_of_config.parameters(state.student) * (2 + 4 + 6 + 2) // 4
+    assert checks_of_config.rank_bytes(state, 8) == each
+    for gpu, level in ((2 * each - 2, "FAIL"), (2 * each, "warn"), (4 * each, "ok")):
+        monkeypatch.setattr(checks_of_config, "gpu_bytes", lambda gpu=gpu: gpu)
+        *_, found = checks_of_config.resources(state)
+        assert (found.name, found.level) == ("GPU memory", level), found.detail
+
+
+def test_every_check_has_a_text_for_its_ok_line() -> None:
+    from tropd_mcore.cli.checks_of_start import FIELDS, TOLD
+
+    names = [check.name for check in START_CHECKS]
+    assert len(names) == len(set(names)) and set(names) - {"launch"} == set(TOLD)
+    assert {need for check in START_CHECKS for need in check.needs} <= set(FIELDS)
+    assert len({check.name for check in CHEAP_CHECKS}) == len(CHEAP_CHECKS)
+
+
+def test_a_resumed_run_is_compared_with_its_record(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    from tropd_mcore.config.plan import resolved_yaml
+
+    run = RunDir(files / "run")
+    (run.root / "rollouts").mkdir(parents=True)
+    run.rollouts(0).touch()
+    config, sources = load(recipe, [])
+    run.config.write_text(resolved_yaml(config, sources))
+    code, lines = doctor(capsys, recipe, "rollout.temperature=0.5")
+    assert code == 2 and any("rollout.temperature: 1.0 -> 0.5 is refused" in line for line in lines)
+    code, lines = doctor(capsys, recipe, "run.checkpoint_every=7")
+    assert code == 0 and any("run.checkpoint_every: 50 -> 7" in line for line in lines if line.startswith("warn"))
+    assert not (run.root / "inputs.json").exists() and not (run.root / "digests.json").exists()
+
+
+def test_quick_checks_take_less_than_a_second_of_the_processor(recipe: str, files: Path) -> None:
+    """With the imports: what `tropd train` does before any rank starts, and no heavy module with it."""
+    code = (
+        "import sys, time\n"
+        "from tropd_mcore.config.loader import load\nfrom tropd_mcore.train.preflight import cheap\n"
+        f"assert cheap(load({recipe!r}, [])[0], world_size=4, nodes=1) == []\n"
+        "assert not {'torch', 'transformers', 'megatron.core', 'sglang', 'aiohttp'} & set(sys.modules)\n"
+        "print(time.process_time())"
+    )
+    fastest = min(float(_output(code)) for _ in range(3))
+    assert fastest < 1.0, fastest
+
+
+def _output(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True).stdout

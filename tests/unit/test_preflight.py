@@ -1,0 +1,313 @@
+"""What is wrong with a launch is found without ranks, servers or heavy imports, all at once, each line by its key."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from tropd_mcore.config.loader import load
+from tropd_mcore.config.schema import Config
+from tropd_mcore.train import preflight_machine
+from tropd_mcore.train.preflight import CHEAP_CHECKS, Launch, cheap
+
+RECIPE = """\
+run: {dir: DIR/run}
+platform: {kind: cpu}
+student: {path: DIR/student}
+teacher: {path: DIR/teacher}
+data: {prompts: DIR/prompts.jsonl, teacher_responses: DIR/responses.jsonl}
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Everything that the recipe names, by name alone."""
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    for name in ("prompts", "responses"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("DIR", str(tmp_path)))
+    return tmp_path
+
+
+def config_in(root: Path, *overrides: str) -> Config:
+    return load(root / "recipe.yaml", list(overrides))[0]
+
+
+def found_in(root: Path, *overrides: str, world_size: int = 1, **environ: str) -> list[str]:
+    return cheap(config_in(root, *overrides), world_size=world_size, nodes=1, environ=environ)
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int) -> None:
+    """Device files of NVIDIA's driver beside others of it, in a folder that stands for /dev; torch is one for CUDA."""
+    folder.mkdir()
+    for name in ("null", "nvidiactl", "nvidia-uvm", *(f"nvidia{index}" for index in range(count))):
+        (folder / name).touch()
+    monkeypatch.setattr(preflight_machine, "DEVICES", folder)
+    monkeypatch.setattr(preflight_machine, "_torch_version", lambda: "2.13.0+cu130")
+    importable = preflight_machine.importable
+    monkeypatch.setattr(preflight_machine, "importable", lambda name: name == "transformer_engine" or importable(name))
+
+
+def test_nothing_is_said_of_a_launch_that_has_all_it_names(root: Path) -> None:
+    assert found_in(root) == []
+    assert not (root / "run").exists(), "nothing is made"
+
+
+def test_everything_that_is_wrong_is_told_at_once_each_line_by_its_key(root: Path) -> None:
+    (root / "prompts.jsonl").unlink()
+    (root / "student" / "config.json").unlink()
+    (root / "file").touch()
+    overrides = [
+        f"teacher.path={root}/nope",
+        f"run.dir={root}/file/run",
+        f"run.replay={root}/nope",
+        "verifier.kind=exact_match",
+        "teacher.kind=sglang",
+        "teacher.server.url=http://elsewhere:1",
+        "teacher.server.api_key_env=NO_SUCH_KEY",
+        "parallel.tensor=3",
+    ]
+    found = found_in(root, *overrides, world_size=2)
+    assert [line.split(":")[0].split("=")[0] for line in found] == [
+        "parallel",
+        "student.path",
+        "teacher.path",
+        "data.prompts",
+        "run.dir",
+        "run.replay",
+        "teacher.server.api_key_env",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "override", "line"),
+    [
+        ("rm prompts.jsonl", "", "data.prompts={root}/prompts.jsonl: not found; expected a JSONL file"),
+        ("dir prompts.jsonl", "", "data.prompts={root}/prompts.jsonl: is a folder; expected a JSONL file"),
+        (
+            "dir responses.jsonl",
+            "",
+            "data.teacher_responses={root}/responses.jsonl: is a folder; expected a JSONL file",
+        ),
+        (
+            "rm responses.jsonl",
+            "",
+            "data.teacher_responses={root}/responses.jsonl: not yet made; run `tropd prefixes CONFIG` with this "
+            "configuration, or set objective.guidance.enabled=false",
+        ),
+        (
+            "rm student",
+            "",
+            "student.path={root}/student: not found; expected a Hugging Face model folder",
+        ),
+        ("file student", "", "student.path={root}/student: is a file; expected a Hugging Face model folder"),
+        (
+            "deeper student",
+            "",
+            "student.path={root}/student: config.json not found there; expected a Hugging Face model folder; did you "
+            "mean {root}/student/deeper?",
+        ),
+        (
+            "checkpoint student",
+            "",
+            "student.path={root}/student: config.json not found there; expected a Hugging Face model folder; it is a "
+            "checkpoint: `tropd convert mcore-to-hf` makes a model folder of it",
+        ),
+        ("file run", "", "run.dir={root}/run: is a file; choose another run.dir"),
+        (
+            "",
+            "run.init_from={root}/nope",
+            "run.init_from={root}/nope: no such folder; expected a checkpoint folder <run.dir>/checkpoints/step_<n>",
+        ),
+        (
+            "",
+            "run.replay={root}/student",
+            "run.replay={root}/student: no rollouts/ in it; expected the run directory of another run",
+        ),
+        (
+            "",
+            "parallel.data=2",
+            "parallel: tp*pp*cp*dp = 1*1*1*2 = 2 but WORLD_SIZE is 1; set parallel.data=1 or launch 2 ranks",
+        ),
+    ],
+)
+def test_each_fault_of_a_path_is_one_line_that_says_what_to_do(
+    root: Path, change: str, override: str, line: str
+) -> None:
+    make(root, change)
+    overrides = [override.replace("{root}", str(root))] if override else []
+    assert found_in(root, *overrides) == [line.replace("{root}", str(root))]
+
+
+def make(root: Path, change: str) -> None:
+    what, _, name = change.partition(" ")
+    path = root / name
+    if what in ("rm", "dir", "file") and path.is_dir() and name:
+        (path / "config.json").unlink()
+        path.rmdir()
+    elif what in ("rm", "dir") and name:
+        path.unlink()
+    if what == "dir":
+        path.mkdir()
+    if what == "file":
+        path.touch()
+    if what in ("deeper", "checkpoint"):
+        (path / "config.json").unlink()
+    if what == "deeper":
+        (path / "deeper").mkdir()
+        (path / "deeper" / "config.json").touch()
+    if what == "checkpoint":
+        (path / "tropd.json").touch()
+
+
+def test_a_folder_without_rights_is_refused_by_its_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question to the system is answered by the test: the superuser may write everywhere."""
+    closed, access = root / "closed", os.access
+    closed.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    (line,) = found_in(root, f"run.dir={closed}/run")
+    assert line == f"run.dir={closed}/run: {closed} cannot be written; choose another run.dir"
+
+
+def test_a_checkpoint_that_the_run_no_longer_begins_from_may_be_gone(root: Path) -> None:
+    own = root / "run" / "checkpoints" / "step_000002"
+    own.mkdir(parents=True)
+    (own / "tropd.json").touch()
+    assert found_in(root, f"run.init_from={root}/nope") == []
+
+
+def test_packages_that_are_missing_are_named_with_the_key_that_asks_for_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight_machine, "importable", lambda name: False)
+    lines = found_in(root, "verifier.kind=math_verify", "monitor.wandb_project=p", "monitor.tensorboard=true")
+    found = {line.split()[-1].strip("`'"): line.split(":")[0] for line in lines}
+    assert found == {
+        "torch": "platform.kind",
+        "megatron-core": "platform.kind",
+        "transformers": "student.path",
+        "tropd-mcore[eval]": "verifier.kind",
+        "tropd-mcore[wandb]": "monitor.wandb_project",
+        "tensorboard": "monitor.tensorboard",
+        "tropd-mcore[sglang]": "rollout.server",
+    }
+    assert lines[3] == (
+        "verifier.kind: verifier.kind=math_verify needs the package math_verify, which is not installed; "
+        "run `pip install 'tropd-mcore[eval]'`"
+    )
+    lines = found_in(root, "rollout.server.url=http://127.0.0.1:1")
+    assert not any("sglang" in line for line in lines), "a server that runs elsewhere needs no package here"
+
+
+def test_a_key_in_the_environment_is_asked_for_where_a_url_needs_it(root: Path) -> None:
+    overrides = ["rollout.server.url=http://elsewhere:1", "rollout.server.api_key_env=KEY"]
+    (line,) = found_in(root, *overrides)
+    assert line.startswith("rollout.server.api_key_env=KEY: this environment variable is unset or empty")
+    assert found_in(root, *overrides, KEY="") == [line] and found_in(root, *overrides, KEY="secret") == []
+
+
+def test_a_taken_port_is_refused_unless_a_server_of_this_run_holds_it(root: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (line,) = found_in(root, f"rollout.server.port={port}")
+        assert line.startswith(f"rollout.server.port={port} is taken (Address already in use)")
+        record = root / "run" / "logs" / "rollout.server.json"
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"pid": os.getpid(), "start_time": 0.0, "port": port}))
+        assert found_in(root, f"rollout.server.port={port}") == []
+    record.unlink()
+    assert found_in(root, f"rollout.server.port={port}") == []
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus"),
+    [
+        ({}, 4),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "2"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "0,3,-1,2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-a, MIG-b"}, 2),
+    ],
+)
+def test_gpus_are_counted_as_torch_would_without_torch(
+    root: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], gpus: int
+) -> None:
+    with_gpus(monkeypatch, root / "dev", 4)
+    assert preflight_machine.visible_gpus(environ) == gpus
+
+
+def test_gpus_that_do_not_exist_are_not_there_whatever_the_environment_says(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, root / "dev", 0)
+    assert preflight_machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
+    (root / "dev" / "dxg").touch()
+    assert preflight_machine.visible_gpus({}) is None, "Windows' subsystem for Linux has no file per GPU"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "kind", "overrides", "ranks", "lines"),
+    [
+        (0, "cuda", [], 8, ["platform.kind=cuda: no GPU is visible on this machine"]),
+        (0, "auto", [], 8, []),
+        (4, "cuda", [], 8, ["parallel: 8 ranks on this machine but 4 GPUs are visible"]),
+        (4, "auto", [], 8, ["parallel: 8 ranks on this machine but 4 GPUs are visible"]),
+        (8, "cuda", [], 8, []),
+        (
+            1,
+            "cuda",
+            ["rollout.server.tensor_parallel=2"],
+            1,
+            ["rollout.server.tensor_parallel=2 but 1 GPUs are visible"],
+        ),
+        (1, "cpu", [], 1, ["platform.kind=cpu: 1 GPUs are visible, which the CPU platform refuses"]),
+    ],
+)
+def test_a_machine_with_too_few_gpus_is_refused(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    kind: str,
+    overrides: list[str],
+    ranks: int,
+    lines: list[str],
+) -> None:
+    with_gpus(monkeypatch, root / "dev", gpus)
+    found = found_in(root, f"platform.kind={kind}", *overrides, world_size=ranks)
+    assert len(found) == len(lines) and all(text.startswith(line) for text, line in zip(found, lines, strict=True)), (
+        found
+    )
+
+
+def test_ranks_are_counted_per_machine_where_the_number_of_machines_is_known(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, root / "dev", 8)
+    config = config_in(root, "platform.kind=cuda")
+    assert cheap(config, world_size=32, nodes=4, environ={}) == cheap(config, world_size=32, environ={}) == []
+    (line,) = cheap(config, world_size=32, nodes=2, environ={})
+    assert line.startswith("parallel: 16 ranks on this machine but 8 GPUs are visible")
+
+
+def test_a_torch_without_cuda_is_refused_where_the_platform_is_cuda(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, root / "dev", 1)
+    monkeypatch.setattr(preflight_machine, "_torch_version", lambda: "2.13.0+cpu")
+    (line,) = found_in(root, "platform.kind=cuda")
+    assert line.startswith("platform.kind=cuda: 1 GPUs are visible but torch 2.13.0+cpu is the CPU build")
+    assert found_in(root, "platform.kind=cpu") == [], "nothing of that torch sees them"
+
+
+def test_a_warning_is_no_reason_to_refuse_a_launch(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, root / "dev", 0)
+    launch = Launch(config_in(root, "platform.kind=auto"), 8, 1, {})
+    (fault,) = [fault for check in CHEAP_CHECKS for fault in check.find(launch)]
+    assert fault.level == "warning" and "so 8 ranks train on the CPU" in fault.text

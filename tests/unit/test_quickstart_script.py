@@ -1,0 +1,115 @@
+"""examples/quickstart.sh over steps that only say that they were called: environment, failures, signals."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+INTERPRETER = """\
+#!/usr/bin/env bash
+echo "$2 ${*:3:1}" >> "$CALLS"
+case "$*" in
+  *"$FAIL_AT"*) exit 7 ;;
+  *make_models*)
+    if [[ -n "$SLEEP" ]]; then
+      trap 'echo ended by TERM >> "$CALLS"; exit 143' TERM
+      trap 'echo ended by INT >> "$CALLS"; exit 130' INT
+      echo $$ > "$CALLS.pid"
+      while :; do sleep 0.05; done
+    fi ;;
+esac
+"""
+STEPS = [
+    "examples.make_models models/arithmetic",
+    "tropd_mcore.cli.main prefixes",
+    "tropd_mcore.cli.main eval",
+    "tropd_mcore.cli.main train",
+    "tropd_mcore.cli.main eval",
+    "tropd_mcore.cli.main report",
+]
+LIMIT_S = 120.0
+
+
+class Clone:
+    """A copy of the script beside an environment of stubs."""
+
+    def __init__(self, root: Path, venv: str) -> None:
+        self.root, self.calls = root / "a clone", root / "calls"
+        (self.root / "examples").mkdir(parents=True)
+        shutil.copy(EXAMPLES / "quickstart.sh", self.root / "examples")
+        (self.root / "examples" / "setup_env.sh").write_text('echo "setup $VENV" >> "$CALLS"\n')
+        self.venv = venv
+        interpreter = self.root / venv / "bin" / "python"
+        interpreter.parent.mkdir(parents=True)
+        interpreter.write_text(INTERPRETER)
+        interpreter.chmod(0o755)
+
+    def start(self, *, venv: str | None = None, fail_at: str = "nothing", sleep: bool = False) -> subprocess.Popen[str]:
+        variables = {"VENV": venv or self.venv, "CALLS": str(self.calls), "FAIL_AT": fail_at, "SLEEP": "1" * sleep}
+        return subprocess.Popen(
+            ["bash", "examples/quickstart.sh", "run.steps=3"],
+            cwd=self.root,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def called(self) -> list[str]:
+        return self.calls.read_text().splitlines()
+
+
+def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=LIMIT_S)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("venv", [".venv", "an environment/of mine"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_environment_may_be_anywhere(tmp_path: Path, venv: str, absolute: bool) -> None:
+    clone = Clone(tmp_path, venv)
+    code, out, err = result(clone.start(venv=str(clone.root / venv) if absolute else None))
+    assert (code, err) == (0, "") and "Everything is in runs/quickstart" in out
+    assert clone.called() == [f"setup {clone.root / venv}", *STEPS]
+
+
+@pytest.mark.parametrize(("step", "done", "words"), [("prefixes", 2, "teacher responses"), ("report", 6, "report")])
+def test_the_step_that_fails_is_named_and_the_next_ones_are_not_begun(
+    tmp_path: Path, step: str, done: int, words: str
+) -> None:
+    clone = Clone(tmp_path, ".venv")
+    code, _, err = result(clone.start(fail_at=step))
+    assert code == 7 and err.startswith(f"error: quickstart: the step '{words}") and err.count("\n") == 1
+    assert clone.called()[1:] == STEPS[:done]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_and_the_script(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """As `kill` sends it, to the script alone."""
+    clone = Clone(tmp_path, ".venv")
+    process = clone.start(sleep=True)
+    pid_file = Path(f"{clone.calls}.pid")
+    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip() != "")
+    process.send_signal(number)
+    found, _, err = result(process)
+    assert found == code and err.strip().endswith("; the same command goes on")
+    assert clone.called()[-1] == f"ended by {number.name.removeprefix('SIG')}"
+    wait_for(lambda: not Path(f"/proc/{pid_file.read_text().strip()}").exists())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)

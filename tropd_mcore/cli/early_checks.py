@@ -1,0 +1,98 @@
+"""What is wrong with the files and folders of a command line, found before anything heavy is imported or started.
+
+Not for configurations (`config.checks`) or for what is in the files. Invariants: nothing is written; everything is told
+at once, each line with its option.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.train.preflight_files import INFO_FILE, file_problem, folder_problem
+from tropd_mcore.train.preflight_machine import importable
+
+
+def refuse(*found: Iterable[str]) -> None:
+    """Raise ConfigError with every line of `found`, if there is one."""
+    problems = [line for lines in found for line in lines]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _named(option: str, path: Path) -> str:
+    """An option, or a configuration key, with its value."""
+    return f"{option}{' ' if option.startswith('-') else '='}{path}"
+
+
+def input_file(option: str, path: Path, expected: str) -> Iterator[str]:
+    """`path` is a file that can be read; `expected` says of what kind."""
+    if (problem := file_problem(path)) is not None:
+        yield f"{_named(option, path)}: {problem}; expected {expected}"
+
+
+def model_folder(option: str, path: Path) -> Iterator[str]:
+    """`path` is a folder with a config.json."""
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "not found"
+        yield f"{_named(option, path)}: {found}; expected a Hugging Face model folder"
+    elif not (path / "config.json").is_file():
+        yield f"{_named(option, path)}: config.json not found there; expected a Hugging Face model folder"
+
+
+def checkpoint_folder(option: str, path: Path) -> Iterator[str]:
+    """`path` is a complete checkpoint."""
+    if not path.is_dir():
+        yield f"{_named(option, path)}: {'is a file' if path.exists() else 'not found'}; expected a checkpoint folder"
+    elif not (path / INFO_FILE).is_file():
+        newest = sorted(path.glob(f"checkpoints/*/{INFO_FILE}")) or sorted(path.glob(f"*/{INFO_FILE}"))
+        hint = f"; did you mean {newest[-1].parent}?" if newest else ""
+        yield f"{_named(option, path)}: no {INFO_FILE} in it; expected a complete checkpoint folder{hint}"
+
+
+def output_file(option: str, path: Path) -> Iterator[str]:
+    """A file can be written at `path`."""
+    if path.is_dir():
+        yield f"{_named(option, path)}: is a folder; expected the name of a file"
+    elif (problem := folder_problem(path.parent)) is not None:
+        yield f"{_named(option, path)}: {problem}; choose another place"
+    elif path.exists() and not os.access(path, os.W_OK):
+        yield f"{_named(option, path)}: cannot be written (permission); choose another place"
+
+
+def output_folder(option: str, path: Path) -> Iterator[str]:
+    """A new folder can be made at `path`, which is not there or empty."""
+    if path.exists() and not path.is_dir():
+        yield f"{_named(option, path)}: a file of that name exists; expected a new or empty folder"
+    elif path.is_dir() and any(path.iterdir()):
+        yield f"{_named(option, path)}: not empty; choose a new folder or remove its content"
+    elif (problem := folder_problem(path.parent)) is not None:
+        yield f"{_named(option, path)}: {problem}; choose another place"
+
+
+def verifier_package(kind: str) -> Iterator[str]:
+    """What judges the answers is installed."""
+    if kind == "math_verify" and not importable("math_verify"):
+        yield (
+            "verifier.kind=math_verify needs the package math_verify, which is not installed; run `pip install "
+            "'tropd-mcore[eval]'`"
+        )
+
+
+def server_package(server: ServerConfig) -> Iterator[str]:
+    """What starts a server is installed, where one is to be started."""
+    if server.url is None and not importable("sglang"):
+        yield (
+            "starting a server needs the package sglang, which is not installed; run `pip install "
+            "'tropd-mcore[sglang]'`, or name the url of one that runs"
+        )
+
+
+def api_key(section: str, server: ServerConfig) -> Iterator[str]:
+    """The environment holds the key of a server at a url."""
+    variable = server.api_key_env
+    if server.url is not None and variable is not None and not os.environ.get(variable):
+        yield f"{section}.api_key_env={variable}: this environment variable is unset or empty; export it"

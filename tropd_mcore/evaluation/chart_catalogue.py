@@ -1,0 +1,199 @@
+"""The charts of the report: which metrics are drawn together, and in words how to read them.
+
+Not for drawing (see `charts`, `curves_view`). Invariant: every line names a metric of `monitor.catalogue` or a phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tropd_mcore.evaluation.axes import ANY, LOGARITHMIC, POSITIVE, SHARE, Scale
+from tropd_mcore.evaluation.charts import Dash, Hue
+
+
+@dataclass(frozen=True)
+class Line:
+    """A metric as one line of a chart."""
+
+    label: str
+    metric: str
+    hue: Hue = "plain"
+    dash: Dash = "solid"
+    complement: bool = False
+    """Show 1 - value."""
+    only_other: bool = False
+    """Leave the line out where it is the same as the one before it."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is drawn together, and how to read it."""
+
+    title: str
+    unit: str
+    reading: str
+    lines: tuple[Line, ...]
+    scale: Scale = ANY
+
+
+CHARTS = (
+    Chart(
+        "Loss", "nats per token",
+        "Objective: the mean loss of all tokens, as a value to read. Surrogate: what is differentiated; only its "
+        "gradient has a meaning, and it can be negative.",
+        (
+            Line("objective", "loss/objective"),
+            Line("surrogate", "loss/total", "prefix", "dotted"),
+        ),
+    ),
+    Chart(
+        "Loss by region", "nats per token",
+        "The objective, averaged over the tokens of each region. The regions are defined above.",
+        (
+            Line("trusted", "loss/trusted", "trusted"),
+            Line("outlier", "loss/outlier", "outlier", "dashed"),
+            Line("prefix", "loss/prefix", "prefix", "dotted"),
+        ),
+    ),
+    Chart(
+        "Trust", "share of student tokens",
+        "Trusted: what the gate let pass. 1 - TV: what it is expected to let pass. Lines that stay apart mean that the "
+        "gate, the sampler or a template is wrong.",
+        (
+            Line("trusted", "trust/fraction", "trusted"),
+            Line("1 - TV", "trust/tv", "plain", "dashed", complement=True),
+        ),
+        SHARE,
+    ),
+    Chart(
+        "Mean log-ratio", "nats",
+        "The mean of r. Below 0, the student gives its tokens more probability than the teacher does. At 0, the two "
+        "agree.",
+        (Line("all student tokens", "log_ratio/mean"), Line("trusted", "log_ratio/trusted", "trusted", "dashed")),
+    ),
+    Chart(
+        "Learning rate", "", "The rate of the last optimizer step.",
+        (Line("learning rate", "optimizer/learning_rate"),), POSITIVE,
+    ),
+    Chart(
+        "Gradient norm", "before clipping, logarithmic",
+        "A short peak is usual. If the norm jumps and stays high, lower optimizer.learning_rate.",
+        (
+            Line("mean of the updates", "optimizer/grad_norm"),
+            Line("largest of the updates", "optimizer/grad_norm_max", "outlier", "dotted", only_other=True),
+        ),
+        LOGARITHMIC,
+    ),
+    Chart(
+        "Entropy", "nats",
+        "How undecided each model is about the next token. The student should approach the teacher. A student that "
+        "falls far below has lost variety.",
+        (Line("student", "entropy/student", "trusted"), Line("teacher", "entropy/teacher", "plain", "dashed")),
+        POSITIVE,
+    ),
+    Chart(
+        "Outlier divergence", "nats",
+        "The distance to the teacher where the student's token was not trusted: forward KL over the teacher's top-k.",
+        (
+            Line("mean", "outlier/fkl_mean", "outlier"),
+            Line("95 % quantile", "outlier/fkl_p95", "outlier", "dotted"),
+        ),
+    ),
+    Chart(
+        "Teacher prefix", "tokens, mean",
+        "How many tokens of the teacher's answer the student is given before it continues. 0: it answers alone.",
+        (Line("prefix length", "guidance/prefix_length", "prefix"),), POSITIVE,
+    ),
+    Chart(
+        "Guidance schedule", "alpha", "The share of each stored teacher response that is used as a prefix.",
+        (Line("alpha", "guidance/alpha", "prefix", "dashed"),), SHARE,
+    ),
+    Chart(
+        "Right answers of the rollouts", "share of samples",
+        "On training prompts, with the teacher's prefix as a part of the answer. The task gets harder as the prefix "
+        "shrinks, so a fall here can go with a better student.",
+        (
+            Line("right", "verifier/accuracy", "trusted"),
+            Line("without an answer", "verifier/unfinished", "outlier", "dotted"),
+        ),
+        SHARE,
+    ),
+    Chart(
+        "Response length", "tokens",
+        "The student's own part. It grows as the teacher's prefix shrinks.",
+        (
+            Line("mean", "rollout/length_mean"),
+            Line("95 % quantile", "rollout/length_p95", "plain", "dotted"),
+        ),
+        POSITIVE,
+    ),
+    Chart(
+        "Cut responses", "share of samples",
+        "Responses that reached the token budget (rollout.max_new_tokens) before they ended.",
+        (Line("cut", "rollout/truncated", "outlier"),), SHARE,
+    ),
+    Chart(
+        "Teacher's top-k", "probability, share",
+        "How much of each model's probability lies on the teacher's k best tokens, and how many of them are among the "
+        "student's k best.",
+        (
+            Line("teacher mass", "topk/teacher_mass_mean", "plain"),
+            Line("student mass", "topk/student_mass_mean", "trusted", "dashed"),
+            Line("overlap", "topk/overlap", "prefix", "dotted"),
+        ),
+        SHARE,
+    ),
+    Chart(
+        "Sampler against trainer", "nats, logarithmic",
+        "The sampler and the trainer compute the log-prob of the same token with the same weights. A small difference "
+        "is rounding. A large one means wrong weights.",
+        (
+            Line("mean", "engine/difference_mean"),
+            Line("99 % quantile", "engine/difference_p99", "plain", "dashed"),
+            Line("largest", "engine/difference_max", "outlier", "dotted"),
+        ),
+        LOGARITHMIC,
+    ),
+    Chart(
+        "Ratio to the policy at the step's start", "p / p_old, logarithmic",
+        "Over all updates of the step. It is 1 at the first update.",
+        (
+            Line("mean", "ratio/mean", "trusted"),
+            Line("largest", "ratio/max", "outlier", "dotted"),
+        ),
+        LOGARITHMIC,
+    ),
+    Chart(
+        "Clipped ratios", "share of student tokens",
+        "Tokens that have no gradient because PPO's clip holds them. If they are many, make fewer updates per step.",
+        (Line("clipped", "ratio/clipped", "outlier"),), SHARE,
+    ),
+    Chart(
+        "Tokens per second", "whole step",
+        "Prompt, prefix and response tokens of all samples over the time of the step.",
+        (Line("tokens per second", "throughput/tokens_per_second"),), POSITIVE,
+    ),
+)  # fmt: skip
+"""In the order of the page."""
+
+PHASES = {
+    "rollout": "rollouts",
+    "server": "server start",
+    "publish": "publication of weights",
+    "student": "student before the update",
+    "teacher": "teacher scores",
+    "forward_backward": "forward and backward",
+    "checkpoint": "checkpoint",
+    "metrics": "metrics",
+}
+"""Names of phases (`time/<phase>`) that do not speak for themselves."""
+PHASE_PREFIX = "time/"
+WHOLE_STEP = "time/step"
+LEAST_SHARE = 0.01
+"""A phase is drawn where it took this part of at least one step; smaller ones are in the table of all metrics."""
+
+
+def phase_name(metric: str) -> str:
+    """Return what a phase is called on the page."""
+    phase = metric.removeprefix(PHASE_PREFIX)
+    return PHASES.get(phase, phase.replace("_", " "))

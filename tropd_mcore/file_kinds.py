@@ -1,0 +1,147 @@
+"""What stands where a file is expected, told from its first bytes: for the messages of everything that reads files.
+
+Not for reading (`data`, `weights`). Invariants: nothing here waits, so a pipe or a device is told by what it is and
+never opened; at most 512 bytes of a file are read.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from tropd_mcore.files import shown
+
+HEAD_BYTES = 512
+"""First bytes of a file that are looked at; the mark of a tar archive ends at byte 262."""
+EMPTY = "an empty file"
+NOTHING = "nothing"
+LFS_POINTER = b"version https://git-lfs"
+"""First bytes of a Git LFS pointer, a text of three lines that stands where a large file should be."""
+_UNPACK = "unpack it"
+_CONVERT = "convert it to JSONL, one object per line, in UTF-8"
+_SAFETENSORS = "save the model with safetensors (`save_pretrained(..., safe_serialization=True)`)"
+_BINARY = (
+    (LFS_POINTER, "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
+    (b"PAR1", "a parquet file", _CONVERT),
+    (b"ARROW1", "an Arrow file", _CONVERT),
+    (b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (b"BZh", "a bzip2 archive", _UNPACK),
+    (b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _CONVERT),
+    (b"SQLite format 3\x00", "a SQLite database", _CONVERT),
+    (b"\x93NUMPY", "a NumPy array", _CONVERT),
+    (b"%PDF-", "a PDF document", _CONVERT),
+    (b"GGUF", "a GGUF model", _SAFETENSORS),
+    (b"\x80\x02", "a pickle", _SAFETENSORS),
+    (b"\x80\x03", "a pickle", _SAFETENSORS),
+    (b"\x80\x04", "a pickle", _SAFETENSORS),
+    (b"\x80\x05", "a pickle", _SAFETENSORS),
+    (b"PK\x03\x04", "a zip archive (a folder, .npz or .bin of PyTorch)", _UNPACK),
+    (b"PK\x05\x06", "an empty zip archive", "put the file itself there"),
+)
+"""(first bytes, name, what to do) of files that are no text."""
+_RECODE = "save it as UTF-8 (iconv -t utf-8)"
+_TEXT = (
+    (b"\xff\xfe\x00\x00", "text in UTF-32", _RECODE),
+    (b"\x00\x00\xfe\xff", "text in UTF-32", _RECODE),
+    (b"\xff\xfe", "text in UTF-16", _RECODE),
+    (b"\xfe\xff", "text in UTF-16", _RECODE),
+)
+_PAGE = (b"<!doctype", b"<html", b"<?xml")
+_MODES = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in place of what a reader expects."""
+
+    what: str
+    """With its article: `a parquet file`"""
+    cure: str
+
+    def __str__(self) -> str:
+        """`found a parquet file; convert it to JSONL`, the end of a message."""
+        return f"not found; {self.cure}" if self.what == NOTHING else f"found {self.what}; {self.cure}"
+
+
+def in_the_way(path: Path, *, zip_wanted: bool = False) -> Found | None:
+    """Return what keeps `path` from being read as the file that it should be; None where nothing does.
+
+    Missing, a dangling link, no right to read, not a regular file, empty, or by its first bytes a file of another kind.
+    `zip_wanted`: a zip archive is what is expected (`.npz`).
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return _absent(path, error)
+    for holds, name in _MODES:
+        if holds(mode):
+            return Found(name, "put a file there or name another one")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except PermissionError:
+        return Found("a file that this user may not read", f"give the right to read it (chmod u+r {shown(path)})")
+    except OSError as error:
+        return Found(f"a file that cannot be read ({error.strerror})", "look at its disk, or fetch it again")
+    found = kind_of(head)
+    return None if found is not None and zip_wanted and head.startswith(b"PK\x03\x04") else found
+
+
+def kind_of(head: bytes) -> Found | None:
+    """Return what a file is that begins with `head`, where that is not the text or the weights that we read."""
+    if not head:
+        return Found(EMPTY, "write it or fetch it again")
+    for marks in (_BINARY, _TEXT):
+        for mark, name, cure in marks:
+            # the size that a safetensors file begins with can look like a mark of two bytes; zeros follow it
+            if head.startswith(mark) and not (len(mark) == 2 and head[2:3] == b"\0"):
+                return Found(name, cure)
+    if not any(head):
+        return Found("a file of zeros, as a machine that crashed leaves it", "write it or fetch it again")
+    if head[257:262] == b"ustar":
+        return Found("a tar archive", _UNPACK)
+    if head.lstrip().lower().startswith(_PAGE):
+        return Found("a web page", "fetch the file itself: this is what a server says instead of it")
+    if _half_zero(head):
+        return Found("text in UTF-16", _RECODE)
+    return None
+
+
+def folder_in_the_way(path: Path) -> Found | None:
+    """Return what is found where a folder is expected; None where `path` is a folder that can be listed."""
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            next(iter(path.iterdir()), None)
+            return None
+    except PermissionError:
+        return Found("a folder that this user may not enter", "give the right to read and enter it (chmod u+rx)")
+    except OSError as error:
+        return _absent(path, error)
+    return Found("a file", "name the folder that holds it")
+
+
+def _absent(path: Path, error: OSError) -> Found:
+    if path.is_symlink():
+        return Found(f"a link to {shown(os.readlink(path))}, which is not there", "mend the link")
+    if isinstance(error, FileNotFoundError):
+        return Found(NOTHING, "check the path")
+    if isinstance(error, PermissionError):
+        return Found("a folder that this user may not enter", "give the right to enter it (chmod u+x)")
+    if isinstance(error, NotADirectoryError):
+        return Found("a file where a folder should be", "check the path")
+    return Found(f"a path that cannot be looked at ({error.strerror})", "check the path")
+
+
+def _half_zero(head: bytes) -> bool:
+    """Whether every second byte of a beginning is zero, as in UTF-16 of ASCII characters without a mark."""
+    pairs = len(head) // 2
+    return pairs >= 2 and (not any(head[1 : 2 * pairs : 2]) or not any(head[0 : 2 * pairs : 2]))

@@ -1,0 +1,339 @@
+"""HTTP with one server: retries, time-outs, keys, and the watch that finds a hung server while requests wait for it.
+
+Not for what is asked and what the answers mean (see `client` and `wire`). Invariants: connection errors, time-outs and
+the answers 408, 425, 429 and 5xx are retried a bounded number of times with growing waits, other answers never; a
+server that hangs is found in hang_timeout_s (see `watch`); no proxy of the environment is used and no redirect is
+followed; what a server says is one printable line in a message. Each call runs its own event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import aiohttp
+import tenacity
+
+from tropd_mcore import stopping
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.errors import AnswerError, ServerDied, ServerError, ServerHung
+from tropd_mcore.foreign_text import one_line, quoted
+from tropd_mcore.serving import wire
+from tropd_mcore.serving.watch import Watched, hang
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+LONGEST_RETRY_AFTER_S = 60.0
+"""Longest wait that a server may ask for by Retry-After."""
+STOP_POLL_S = 0.25
+"""Seconds between two looks for a request to stop."""
+BUSY_STATUS = (408, 425, 429)
+"""Answers of a server that did nothing yet and may be asked again, whatever was asked."""
+NOT_SGLANG = "is a proxy or another service at this url?"
+
+
+class _PassingError(ServerError):
+    """A failure that may be gone at the next attempt; `wait_s` is what the server asked us to wait."""
+
+    wait_s: float = 0.0
+
+
+class _BusyError(_PassingError):
+    """The server did nothing and wants to be asked later."""
+
+
+class _LateError(_PassingError):
+    """No answer within request_timeout_s."""
+
+
+class _UnreachableError(_PassingError):
+    """No connection, or one that broke."""
+
+
+class MissingError(ServerError):
+    """The server does not know the path."""
+
+
+class RefusedError(ServerError):
+    """The server does not do it, or not for this key."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Whom to ask; see `SglangClient`."""
+
+    url: str
+    config: ServerConfig
+    key: str
+    """Section of the configuration, for the keys that messages name"""
+    name: str
+    """What messages begin with"""
+    alive: Callable[[], bool] | None = None
+    stopped: Callable[[], str | None] | None = None
+    api_key: str | None = field(default=None, repr=False)
+
+
+class Transport:
+    """Requests to one server."""
+
+    def __init__(self, to: Endpoint) -> None:
+        self.retries = 0
+        """Attempts beyond the first."""
+        self.url, self.key, self.name = to.url, to.key, to.name
+        self._to = to
+        self._config = to.config
+
+    def run(
+        self,
+        call: Callable[[aiohttp.ClientSession], Coroutine[None, None, Answer]],
+        *,
+        watched: bool = True,
+        may_stop: bool = False,
+        limit_s: float | None = None,
+    ) -> Answer:
+        """Run `call` in a loop of its own. Raises what it raises; ServerHung, if `watched`; StopRequested if it may."""
+
+        async def with_session() -> Answer:
+            connector = aiohttp.TCPConnector(limit=self._config.max_concurrency)
+            timeout = aiohttp.ClientTimeout(total=limit_s or self._config.request_timeout_s)
+            async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers()) as session:
+                dangers = [self._hung(generates=False)] if watched else []
+                return await _attended(call(session), dangers, may_stop=may_stop)
+
+        return asyncio.run(with_session())
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._to.api_key}"} if self._to.api_key else {}
+
+    async def _hung(self, *, generates: bool) -> ServerDied:
+        """The error of a server that is hung, once it is."""
+        limit_s = self._config.hang_timeout_s
+        reason = await hang(Watched(self.url, limit_s, generates, self._headers(), self._to.stopped))
+        return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})")
+
+    async def gather(
+        self, calls: list[Callable[[], Awaitable[Answer]]], count: Callable[[Answer | ServerError], None]
+    ) -> list[Answer | ServerError]:
+        """All answers, in order; of a hung server those that had come, and ServerDied for the others.
+
+        Raises StopRequested within STOP_POLL_S. SGLang aborts requests whose connection is closed.
+        """
+        slots = asyncio.Semaphore(self._config.max_concurrency)
+        unanswering: asyncio.Future[ServerDied] = asyncio.get_running_loop().create_future()
+        answered = 0
+
+        async def caught(call: Callable[[], Awaitable[Answer]]) -> Answer | ServerError:
+            nonlocal answered
+            async with slots:
+                before = answered
+                try:
+                    answer: Answer | ServerError = await call()
+                    answered += 1
+                except ServerError as error:
+                    answer = error
+                    if isinstance(error.__cause__, _LateError) and answered == before:
+                        answer = ServerHung(f"{error}; no other request was answered meanwhile")
+                        if not unanswering.done():
+                            unanswering.set_result(answer)
+            count(answer)
+            return answer
+
+        tasks = [asyncio.ensure_future(caught(call)) for call in calls]
+        if not tasks:
+            return []
+        try:
+            await _attended(
+                asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION),
+                [self._hung(generates=True), unanswering],
+                may_stop=True,
+            )
+            died = None
+        except ServerDied as error:
+            died = error
+        finally:
+            await _cancelled(tasks)
+        for task in tasks:
+            # what broke in our own code; the others were cancelled for it
+            if not task.cancelled() and (bug := task.exception()) is not None:
+                raise bug
+        return [died if died is not None and task.cancelled() else task.result() for task in tasks]
+
+    async def call(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        body: wire.Json | bytes | None = None,
+        *,
+        retry: bool = True,
+        json_answer: bool = True,
+    ) -> object:
+        """One request with its retries; the decoded answer. Without `retry` it is asked again only where the server
+        said that it has done nothing yet."""
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_PassingError if retry else _BusyError),
+            stop=tenacity.stop_after_attempt(self._config.max_retries + 1),
+            wait=_wait_s,
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
+        try:
+            return await retrying(self._attempt, session, method, path, body, json_answer)
+        except _PassingError as error:
+            attempts = retrying.statistics["attempt_number"]
+            kind = ServerDied if isinstance(error, _UnreachableError) else ServerError
+            raise kind(f"{error} ({attempts} attempts; {self.key}.max_retries)") from error
+
+    def _count_retry(self, state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        self.retries += 1
+        log.warning("%s; attempt %d follows", state.outcome.exception(), state.attempt_number + 1)
+
+    async def _attempt(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        body: wire.Json | bytes | None,
+        json_answer: bool,
+    ) -> object:
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if data is not None else {}
+        try:
+            stream = io.BytesIO(data) if data is not None else None
+            async with session.request(
+                method, f"{self.url}{path}", data=stream, headers=headers, allow_redirects=False
+            ) as answer:
+                return self._checked(path, answer, await answer.read(), json_answer=json_answer)
+        except TimeoutError as error:
+            seconds = session.timeout.total or 0.0
+            raise _LateError(
+                f"{self.name}: no answer of {path} at {self.url} within request_timeout_s={seconds:g} s"
+            ) from error
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
+            found = one_line(error) or type(error).__name__
+            problem = f"{self.name}: no connection to {self.url}{path}: {found}"
+            if self._to.alive is not None and not self._to.alive():
+                raise ServerDied(f"{problem}; its process has ended") from error
+            raise _UnreachableError(problem) from error
+        except aiohttp.ClientError as error:
+            # a URL or an answer that is not HTTP
+            raise ServerError(
+                f"{self.name}: {self.url}{path} cannot be asked: {one_line(error)}; {NOT_SGLANG}"
+            ) from error
+
+    def _checked(self, path: str, answer: aiohttp.ClientResponse, content: bytes, *, json_answer: bool) -> object:
+        """The decoded answer. Raises the error of its status; AnswerError where it is not the JSON that must come."""
+        status, said = answer.status, f"{self.name}: {path} answered {answer.status}"
+        if status == 200:
+            return self._decoded(path, answer.content_type, content) if json_answer else None
+        detail = _message(content)
+        if status >= 500 or status in BUSY_STATUS:
+            busy = _BusyError if status in BUSY_STATUS else _PassingError
+            error = busy(f"{said}: {detail}")
+            error.wait_s = _retry_after_s(answer.headers.get("Retry-After"))
+            raise error
+        if status in (401, 403):
+            whose = "check the key that api_key_env names" if self._config.url else "it does not take the key it got"
+            raise RefusedError(f"{said}: {whose} ({detail})")
+        if status == 404:
+            raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
+        if status in (400, 405):
+            raise RefusedError(f"{said}: {detail}")
+        if 300 <= status < 400:
+            target = quoted(answer.headers.get("Location", ""), 100)
+            raise ServerError(f"{said}, a redirect to {target}; {NOT_SGLANG} ({self.url})")
+        raise ServerError(f"{said}: {detail}")
+
+    def _decoded(self, path: str, content_type: str, content: bytes) -> object:
+        """The JSON of an answer with status 200."""
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            if content.lstrip().startswith((b"{", b"[")):
+                raise _PassingError(
+                    f"{self.name}: {path} answered JSON that cannot be read: {one_line(error)}"
+                ) from error
+        start = quoted(content[:400].decode(errors="replace"), 60)
+        raise AnswerError(
+            f"{self.name}: {path} answered {one_line(content_type, 60)} {start}; expected JSON: {NOT_SGLANG} "
+            f"({self.url})"
+        )
+
+
+async def _attended(
+    work: Awaitable[Answer],
+    dangers: Sequence[Coroutine[None, None, ServerDied] | asyncio.Future[ServerDied]],
+    *,
+    may_stop: bool,
+) -> Answer:
+    """The result of `work`, unless one of `dangers` comes to an end first: what that returns is raised.
+
+    `may_stop`: a request to stop ends the wait as well, by StopRequested. What has not ended is cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    guards = [asyncio.ensure_future(danger) for danger in dangers]
+    try:
+        while not task.done():
+            await asyncio.wait([task, *guards], timeout=STOP_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            ended = next((guard for guard in guards if guard.done()), None)
+            if ended is not None and not task.done():
+                raise ended.result()
+            if may_stop:
+                stopping.check()
+        return task.result()
+    finally:
+        await _cancelled([task, *guards])
+
+
+async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel what has not ended, and wait until it has."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt: growing, and at least what the server asked for, within bounds."""
+    growing = tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
+    error = state.outcome.exception() if state.outcome is not None else None
+    return max(growing, error.wait_s) if isinstance(error, _PassingError) else growing
+
+
+def _retry_after_s(header: str | None) -> float:
+    """Seconds of a Retry-After header (a number or a date), at most LONGEST_RETRY_AFTER_S; 0 without a usable one."""
+    if header is None:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    # false for NaN
+    return min(seconds, LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
+
+
+def _message(content: bytes) -> str:
+    """The server's own words, one line, at most 300 characters."""
+    text = content.decode(errors="replace")
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = text
+    if isinstance(answer, dict):
+        answer = answer.get("error") or answer
+        answer = answer.get("message", answer) if isinstance(answer, dict) else answer
+    return one_line(answer)

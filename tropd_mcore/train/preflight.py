@@ -1,0 +1,118 @@
+"""What is wrong with a launch, found in one process before heavy imports, ranks, servers or models: the cheap tier.
+
+Not for what has to read a tokenizer, a model or the data (`train.start_checks`, which the job runs and `tropd doctor`
+repeats). Invariants: nothing heavy is imported (no torch, transformers, megatron or sglang) and nothing is written;
+everything that is found is told at once, each line with its key; the job, `tropd train` and `tropd doctor` go through
+the same list (`CHEAP_CHECKS`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from tropd_mcore.config.checks import layout_problems
+from tropd_mcore.config.derived import model_paths, reads_responses
+from tropd_mcore.config.schema import Config
+from tropd_mcore.train.preflight_files import data_files, model_folders, run_directory, starting_points
+from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, started_servers, visible_gpus
+from tropd_mcore.train.preflight_types import Fault
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the cheap checks look at."""
+
+    config: Config
+    world_size: int | None = None
+    """Ranks of all machines; None = not known yet."""
+    nodes: int | None = None
+    """Machines that share them; None = not known."""
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    @property
+    def ranks_here(self) -> int | None:
+        """Ranks that this machine starts; None where that is not known."""
+        if self.world_size is None or self.nodes is None:
+            return None
+        return -(-self.world_size // self.nodes)
+
+
+@dataclass(frozen=True)
+class CheapCheck:
+    """One check of the cheap tier."""
+
+    name: str
+    """What `tropd doctor` calls it where nothing is wrong."""
+    find: Callable[[Launch], Iterator[Fault]]
+    tell: Callable[[Launch], str]
+    """What it says there."""
+
+
+def cheap(
+    config: Config,
+    *,
+    world_size: int | None,
+    nodes: int | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return what a launch of `config` would end with, one line each, in under a second.
+
+    `world_size` is the number of ranks on all `nodes` machines; None where it is not known. `environ` is the
+    launcher's environment (None = that of this process).
+    """
+    launch = Launch(config, world_size, nodes, os.environ if environ is None else environ)
+    return [fault.text for check in CHEAP_CHECKS for fault in check.find(launch) if fault.level != "warning"]
+
+
+def _layout(launch: Launch) -> Iterator[Fault]:
+    if launch.world_size is not None:
+        for problem in layout_problems(launch.config.parallel, launch.world_size):
+            yield Fault("parallel", problem)
+
+
+def _models(launch: Launch) -> str:
+    return ", ".join(f"{key}={path}" for key, path in model_paths(launch.config).items())
+
+
+def _data(launch: Launch) -> str:
+    config = launch.config
+    responses = f", {config.data.teacher_responses}" if reads_responses(config) else ""
+    return f"{config.data.prompts}{responses}"
+
+
+def _ports(launch: Launch) -> str:
+    named = [f"{key} {server.port}" for key, server in started_servers(launch.config).items() if server.port]
+    return f"free: {', '.join(named)}" if named else "chosen by the OS"
+
+
+def _devices(launch: Launch) -> str:
+    gpus = visible_gpus(launch.environ)
+    ranks = f"{launch.ranks_here} ranks here, " if launch.ranks_here is not None else ""
+    seen = "an unknown number of" if gpus is None else gpus
+    return f"{ranks}platform.kind={launch.config.platform.kind}, {seen} GPUs visible"
+
+
+CHEAP_CHECKS: tuple[CheapCheck, ...] = (
+    CheapCheck("parallel", _layout, lambda launch: f"{launch.world_size or 'any fitting number of'} ranks"),
+    CheapCheck("model folders", lambda launch: model_folders(launch.config), _models),
+    CheapCheck("data files", lambda launch: data_files(launch.config), _data),
+    CheapCheck("run.dir", lambda launch: run_directory(launch.config), lambda launch: "can be written"),
+    CheapCheck(
+        "beginning",
+        lambda launch: starting_points(launch.config),
+        lambda launch: str(launch.config.run.init_from or launch.config.run.replay or "from student.path"),
+    ),
+    CheapCheck(
+        "packages",
+        lambda launch: packages(launch.config, launch.environ),
+        lambda launch: "all that this configuration imports are installed",
+    ),
+    CheapCheck(
+        "API keys", lambda launch: api_keys(launch.config, launch.environ), lambda launch: "every named variable is set"
+    ),
+    CheapCheck("ports", lambda launch: ports(launch.config), _ports),
+    CheapCheck("devices", lambda launch: devices(launch.config, launch.ranks_here, launch.environ), _devices),
+)
+"""All checks of the cheap tier, in the order of their lines."""

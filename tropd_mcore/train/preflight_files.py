@@ -1,0 +1,100 @@
+"""Are the files and folders that a configuration names there, and of the right kind? Nothing but names is read.
+
+Not for what is in them (`train.start_checks`). Invariant: a file that the run does not read is not asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tropd_mcore.config.derived import model_paths, reads_responses
+from tropd_mcore.config.schema import Config
+from tropd_mcore.train.preflight_types import Fault
+
+INFO_FILE = "tropd.json"
+"""What makes a folder a checkpoint. Source: `mcore.checkpoint_info`, which is not imported here for its cost."""
+
+
+def model_folders(config: Config) -> Iterator[Fault]:
+    """Student, teacher and reference are folders with a config.json."""
+    for key, folder in model_paths(config).items():
+        if not folder.exists():
+            yield Fault(key, f"{key}={folder}: not found; expected a Hugging Face model folder")
+        elif not folder.is_dir():
+            yield Fault(key, f"{key}={folder}: is a file; expected a Hugging Face model folder")
+        elif not (folder / "config.json").is_file():
+            hint = f"; {_inside(folder)}" if _inside(folder) else ""
+            yield Fault(key, f"{key}={folder}: config.json not found there; expected a Hugging Face model folder{hint}")
+
+
+def _inside(folder: Path) -> str:
+    """What to write instead, where a model is one level below or the folder is a checkpoint."""
+    if (folder / INFO_FILE).is_file():
+        return "it is a checkpoint: `tropd convert mcore-to-hf` makes a model folder of it"
+    try:
+        models = sorted(child for child in folder.iterdir() if (child / "config.json").is_file())
+    except OSError:
+        return ""
+    return f"did you mean {models[0]}?" if models else ""
+
+
+def data_files(config: Config) -> Iterator[Fault]:
+    """The prompts are a file, and so are the teacher responses where the run reads them."""
+    prompts, responses = config.data.prompts, config.data.teacher_responses
+    if (problem := file_problem(prompts)) is not None:
+        yield Fault("data.prompts", f"data.prompts={prompts}: {problem}; expected a JSONL file")
+    if responses is None or not reads_responses(config) or (problem := file_problem(responses)) is None:
+        return
+    if responses.exists():
+        yield Fault("data.teacher_responses", f"data.teacher_responses={responses}: {problem}; expected a JSONL file")
+        return
+    yield Fault(
+        "data.teacher_responses",
+        f"data.teacher_responses={responses}: not yet made; run `tropd prefixes CONFIG` with this configuration, or "
+        "set objective.guidance.enabled=false",
+        level="not yet made",
+    )
+
+
+def file_problem(path: Path) -> str | None:
+    """Return why `path` is no file that can be read; None where it is one."""
+    if path.is_dir():
+        return "is a folder"
+    if not path.exists():
+        return "not found"
+    return None if os.access(path, os.R_OK) else "cannot be read (permission)"
+
+
+def run_directory(config: Config) -> Iterator[Fault]:
+    """The run directory, or the nearest folder above it that exists, can be written."""
+    if (problem := folder_problem(config.run.dir)) is not None:
+        yield Fault("run.dir", f"run.dir={config.run.dir}: {problem}; choose another run.dir")
+
+
+def folder_problem(path: Path) -> str | None:
+    """Return why the folder `path` cannot be written, or made; None where it can be."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        return f"{existing} is a file" if existing != path else "is a file"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} cannot be written"
+    return None
+
+
+def starting_points(config: Config) -> Iterator[Fault]:
+    """The checkpoint that a run begins from and the run that it replays are there."""
+    begins, replay = config.run.init_from, config.run.replay
+    has_own = any(config.run.dir.glob(f"checkpoints/step_*/{INFO_FILE}"))
+    if begins is not None and not has_own and not begins.is_dir():
+        yield Fault(
+            "run.init_from",
+            f"run.init_from={begins}: no such folder; expected a checkpoint folder <run.dir>/checkpoints/step_<n>",
+        )
+    if replay is None:
+        return
+    if not replay.is_dir():
+        yield Fault("run.replay", f"run.replay={replay}: no such folder; expected the run directory of another run")
+    elif not (replay / "rollouts").is_dir():
+        yield Fault("run.replay", f"run.replay={replay}: no rollouts/ in it; expected the run directory of another run")

@@ -1,0 +1,185 @@
+"""Does this machine have what a launch needs: packages, keys in the environment, free ports, GPUs? Without torch.
+
+Not for versions or memory (`tropd doctor`). Invariant: a GPU counts only where a process of ours could open it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.train.preflight_types import Fault
+
+HOST = "127.0.0.1"
+DEVICES = Path("/dev")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def started_servers(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the servers that the launch starts itself."""
+    servers = {} if config.run.replay is not None else {"rollout.server": config.rollout.server}
+    if config.teacher.kind == "sglang":
+        servers["teacher.server"] = config.teacher.server
+    return {key: server for key, server in servers.items() if server.url is None}
+
+
+def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
+    """Every package that the configuration makes somebody import, each with the key that asks for it."""
+    wanted = [
+        ("torch", "platform.kind", "training", "torch"),
+        ("megatron.core", "platform.kind", "training", "megatron-core"),
+        ("transformers", "student.path", "reading tokenizers", "transformers"),
+    ]
+    if config.verifier.kind == "math_verify":
+        wanted.append(("math_verify", "verifier.kind", "verifier.kind=math_verify", "'tropd-mcore[eval]'"))
+    if config.monitor.wandb_project is not None:
+        wanted.append(("wandb", "monitor.wandb_project", "monitor.wandb_project", "'tropd-mcore[wandb]'"))
+    if config.monitor.tensorboard:
+        wanted.append(("tensorboard", "monitor.tensorboard", "monitor.tensorboard=true", "tensorboard"))
+    for key in started_servers(config):
+        wanted.append(("sglang", key, "starting a server (or set its url)", "'tropd-mcore[sglang]'"))
+    if uses_cuda(config, environ):
+        wanted.append(("transformer_engine", "platform.kind", "CUDA", "'tropd-mcore[gpu]'"))
+    for module, key, purpose, package in wanted:
+        if not importable(module):
+            yield Fault(key, f"{key}: {purpose} needs the package {module}, which is not installed; "
+                        f"run `pip install {package}`")  # fmt: skip
+
+
+def importable(module: str) -> bool:
+    """Return whether the package `module` is installed, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def api_keys(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
+    """Every environment variable that a configuration names as the holder of an API key is set."""
+    servers = {"rollout.server": config.rollout.server}
+    if config.teacher.kind == "sglang":
+        servers["teacher.server"] = config.teacher.server
+    for section, server in servers.items():
+        variable = server.api_key_env
+        if variable is not None and server.url is not None and not environ.get(variable):
+            yield Fault(
+                f"{section}.api_key_env",
+                f"{section}.api_key_env={variable}: this environment variable is unset or empty; export it in the "
+                "shell that launches",
+            )
+
+
+def ports(config: Config) -> Iterator[Fault]:
+    """Every fixed port of a server to start is free, or held by the server of an earlier launch of this run."""
+    for section, server in started_servers(config).items():
+        if server.port is None or _is_left_over(config, section, server.port):
+            continue
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((HOST, server.port))
+                probe.listen()
+        except OSError as error:
+            yield Fault(
+                f"{section}.port",
+                f"{section}.port={server.port} is taken ({error.strerror}); stop what listens there, or leave it out "
+                "so that the OS chooses a free port",
+            )
+
+
+def _is_left_over(config: Config, section: str, port: int) -> bool:
+    """Whether the record of an earlier launch says that its server has the port; the launch decides what to do."""
+    record = config.run.dir / "logs" / f"{section.partition('.')[0]}.server.json"
+    try:
+        values = json.loads(record.read_text(encoding="utf-8"))
+        return int(values["port"]) == port and psutil.pid_exists(int(values["pid"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def visible_gpus(environ: Mapping[str, str]) -> int | None:
+    """Return how many GPUs a process of ours could open; None where this system does not say (WSL).
+
+    That is CUDA_VISIBLE_DEVICES where it is set, else the device files of NVIDIA's driver.
+    """
+    if (DEVICES / "dxg").exists():
+        return None
+    present = sum(1 for path in DEVICES.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+    named = environ.get(VISIBLE)
+    if named is None or present == 0:
+        return present
+    entries = [entry.strip() for entry in named.split(",")]
+    return next((index for index, entry in enumerate(entries) if entry in ("", "-1", "NoDevFiles")), len(entries))
+
+
+def uses_cuda(config: Config, environ: Mapping[str, str]) -> bool:
+    """Return whether the job will run on GPUs, as far as that can be told without torch."""
+    return config.platform.kind == "cuda" or (config.platform.kind == "auto" and bool(visible_gpus(environ)))
+
+
+def devices(config: Config, ranks: int | None, environ: Mapping[str, str]) -> Iterator[Fault]:
+    """This machine has a GPU for each of its `ranks` (None = not known) and for each rank of a server."""
+    kind, gpus = config.platform.kind, visible_gpus(environ)
+    if gpus is None:
+        return
+    if kind == "cpu":
+        if gpus and "+cpu" not in _torch_version():
+            yield Fault(
+                "platform.kind",
+                f"platform.kind=cpu: {gpus} GPUs are visible, which the CPU platform refuses; hide them "
+                f"({VISIBLE}=), or set platform.kind=cuda",
+            )
+        return
+    if gpus == 0:
+        yield _no_gpu(config, ranks, environ)
+        return
+    if "+cpu" in _torch_version():
+        text = f"platform.kind={kind}: {gpus} GPUs are visible but torch {_torch_version()} is the CPU build"
+        yield Fault("platform.kind", f"{text}; install torch for CUDA, or set platform.kind=cpu", _weight(kind))
+    limit = f"; {VISIBLE}={environ[VISIBLE]}" if environ.get(VISIBLE) else ""
+    if ranks is not None and ranks > gpus:
+        yield Fault(
+            "parallel",
+            f"parallel: {ranks} ranks on this machine but {gpus} GPUs are visible{limit}; change parallel.*, launch on "
+            "more machines, or make more GPUs visible",
+        )
+    for section, server in started_servers(config).items():
+        if server.tensor_parallel > gpus:
+            yield Fault(
+                f"{section}.tensor_parallel",
+                f"{section}.tensor_parallel={server.tensor_parallel} but {gpus} GPUs are visible{limit}; lower it",
+            )
+
+
+def _no_gpu(config: Config, ranks: int | None, environ: Mapping[str, str]) -> Fault:
+    why = f" ({VISIBLE}={environ[VISIBLE]!r})" if VISIBLE in environ else ""
+    if config.platform.kind == "cuda":
+        text = f"platform.kind=cuda: no GPU is visible on this machine{why}"
+        return Fault("platform.kind", f"{text}; launch where they are, or set platform.kind=cpu")
+    what = f"{ranks} ranks train" if ranks is not None else "the job trains"
+    return Fault(
+        "platform.kind",
+        f"platform.kind=auto: no GPU is visible on this machine{why}, so {what} on the CPU; set platform.kind=cuda to "
+        "have that refused, or platform.kind=cpu where it is meant",
+        level="warning",
+    )
+
+
+def _weight(kind: str) -> Literal["refused", "warning"]:
+    return "refused" if kind == "cuda" else "warning"
+
+
+def _torch_version() -> str:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""

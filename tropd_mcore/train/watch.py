@@ -1,0 +1,242 @@
+"""Who is alive, who gets on, and who is waited for: one thread per rank, over the store of the job.
+
+Not for servers (`serving`) or for what a launcher sees of its own ranks (`launch`). Each rank beats into the store, and
+looks at the beat of the next one in a ring, so that each is looked at. Invariants: a rank without a beat for
+run.rank_timeout_s, or a job in which no rank gets on for run.stall_timeout_s, is ended with one line that names the
+rank; time counts while the one who looks was running itself, so that a machine that slept accuses nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from tropd_mcore import progress, signals
+from tropd_mcore.config.schema import RunConfig
+from tropd_mcore.mcore.collective import Meetings
+from tropd_mcore.train.exits import EXPLAINED
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 2.0
+"""Between two beats, and between two looks; less where run.rank_timeout_s is short."""
+WAITING_S = 30.0
+"""Rank 0 says whom it waits for after this time, and again after each further one."""
+CLOSE_LIMIT_S = 3.0
+LEFT = -1
+"""The number of the last beat of a rank that has done its work."""
+STORE_TIMEOUT = timedelta(seconds=20)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself."""
+
+    number: int
+    host: str
+    pid: int
+    activity: str
+    ticks: int
+    """Grows whenever the rank gets on."""
+    meetings: int
+    """Collectives of the control group that it has come to."""
+    waits: bool
+    """Whether it is in one of them now."""
+
+    def who(self, rank: int) -> str:
+        """Return the rank as a message names it."""
+        return f"rank {rank} ({self.host}, pid {self.pid})"
+
+    def at(self) -> str:
+        """Return what it was at, for the end of a sentence."""
+        return f", in {self.activity}" if self.activity else ""
+
+
+class Watched:
+    """Since when a number of another rank has not moved, in seconds that this process saw go by."""
+
+    def __init__(self) -> None:
+        self.value: object = None
+        self.still_s = 0.0
+
+    def look(self, value: object, seconds: float) -> float:
+        """Take note of `value` after `seconds`; returns for how long it has been the same."""
+        self.still_s = self.still_s + seconds if value == self.value else 0.0
+        self.value = value
+        return self.still_s
+
+
+class Watch:
+    """The thread of one rank. `end` is called with the line to say once the job has to end."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        rank: int,
+        world_size: int,
+        connect: Callable[[], Store],
+        meetings: Meetings,
+        *,
+        end: Callable[[str], None],
+    ) -> None:
+        self._run = run
+        self._rank = rank
+        self._world_size = world_size
+        self._connect = connect
+        self._meetings = meetings
+        self._end = end
+        self._store: Store | None = None
+        self._number = 0
+        self._interval_s = min(BEAT_S, run.rank_timeout_s / 6)
+        self._next = Watched()
+        self._job = Watched()
+        self._told_s = 0.0
+        self._unreachable_s = 0.0
+        self._last = time.monotonic()
+        self._known: set[int] = set()
+        """Ranks that have beaten once."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat and to look; the thread ends with the process or with `close`."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, and say that this rank has left: at the end of a job its ranks go one after the other."""
+        self._over.set()
+        self._thread.join(CLOSE_LIMIT_S)
+
+    def _loop(self) -> None:
+        while not self._over.wait(self._interval_s):
+            now = time.monotonic()
+            # a process that was stopped, or a machine that slept, has seen none of the time that went by
+            seconds, self._last = min(now - self._last, 2 * self._interval_s + 1.0), now
+            try:
+                if self._store is None:
+                    self._store = self._connect()
+                self.turn(self._store, seconds)
+                self._unreachable_s = 0.0
+            except RuntimeError as error:  # every error of a store
+                self._store = None
+                self._miss_store(error, time.monotonic() - now + seconds)
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._number = LEFT
+                self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat())))
+
+    def turn(self, store: Store, seconds: float) -> None:
+        """Beat once, then look at the others, `seconds` after the last turn."""
+        self._number += 1
+        store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat())))
+        beats = self._read(store, range(self._world_size) if self._rank == 0 else [self._neighbour])
+        self._look_at_neighbour(beats.get(self._neighbour), seconds)
+        if self._rank == 0:
+            self._look_at_job(beats, seconds)
+
+    @property
+    def _neighbour(self) -> int:
+        return (self._rank + 1) % self._world_size
+
+    def _beat(self) -> Beat:
+        return Beat(
+            number=self._number,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            activity=progress.activity(),
+            ticks=progress.ticks(),
+            meetings=self._meetings.count,
+            waits=self._meetings.since is not None,
+        )
+
+    def _read(self, store: Store, ranks: range | list[int]) -> dict[int, Beat]:
+        """The beats of those ranks that have one."""
+        self._known.update(rank for rank in ranks if rank not in self._known and store.check([f"beat/{rank}"]))
+        there = sorted(self._known)
+        if not there:
+            return {}
+        texts = store.multi_get([f"beat/{rank}" for rank in there])
+        return {rank: Beat(**json.loads(text)) for rank, text in zip(there, texts, strict=True)}
+
+    def _look_at_neighbour(self, beat: Beat | None, seconds: float) -> None:
+        """End the job where the next rank has been silent for too long; one that has not begun is not looked at."""
+        limit = self._run.rank_timeout_s
+        if beat is None or beat.number == LEFT or self._next.look((beat.pid, beat.number), seconds) <= limit:
+            return
+        self._end(
+            f"{beat.who(self._neighbour)} has given no sign of life for {limit:g} s{beat.at()}: is it stopped "
+            "(SIGSTOP), swapping, or is its machine gone? (run.rank_timeout_s); the same command resumes"
+        )
+
+    def _look_at_job(self, beats: dict[int, Beat], seconds: float) -> None:
+        """On rank 0: say who is waited for, and end a job in which nobody gets on."""
+        still = self._job.look(
+            [(beat.ticks, beat.meetings, beat.waits, beat.activity) for beat in beats.values()], seconds
+        )
+        if still > self._run.stall_timeout_s:
+            self._end(
+                f"no rank has got on with anything for {self._run.stall_timeout_s:g} s; {_late(beats)} "
+                "(run.stall_timeout_s); the same command resumes"
+            )
+        since = self._meetings.since
+        waited = time.monotonic() - since if since is not None else 0.0
+        if waited < WAITING_S:
+            self._told_s = 0.0
+        elif waited - self._told_s >= WAITING_S:
+            self._told_s = waited
+            log.info("waiting for %s, %.0f s", _late(beats, waiting=True), waited)
+
+    def _miss_store(self, error: Exception, seconds: float) -> None:
+        """The store is not reachable: its launcher is stopped, gone, or on a machine that is."""
+        before, self._unreachable_s = self._unreachable_s, self._unreachable_s + seconds
+        if before < WAITING_S <= self._unreachable_s:
+            log.warning(
+                "the launcher of the first node does not answer (%s): is it stopped, or its machine gone?",
+                str(error).partition("\n")[0][:200],
+            )
+        if self._unreachable_s > self._run.rank_timeout_s and os.environ.get("GROUP_RANK", "0") != "0":
+            self._end(
+                f"rank {self._rank} ({socket.gethostname()}): the launcher of the first node has not answered for "
+                f"{self._run.rank_timeout_s:g} s (run.rank_timeout_s); the same command resumes"
+            )
+
+
+def _late(beats: dict[int, Beat], *, waiting: bool = False) -> str:
+    """The ranks that came to fewer collectives than the others, or where none did, what each is at."""
+    most = max(beat.meetings for beat in beats.values())
+    late = {rank: beat for rank, beat in beats.items() if beat.meetings < most}
+    if not late:
+        # all came to the same one, or none of them is in any: the work itself is what does not end
+        late = {rank: beat for rank, beat in beats.items() if not beat.waits} or beats
+    named = [f"rank {rank} ({beat.activity or 'no long work'})" for rank, beat in list(late.items())[:4]]
+    text = ", ".join(named) + (f" and {len(late) - 4} more" if len(late) > 4 else "")
+    return (
+        text if waiting else f"the others wait for {text}" if len(late) < len(beats) else f"all ranks are at it: {text}"
+    )
+
+
+def open_watch(run: RunConfig, rank: int, world_size: int, meetings: Meetings) -> Watch:
+    """Start the watch of this rank over the store at MASTER_ADDR and MASTER_PORT."""
+
+    def connect() -> Store:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        client = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        return PrefixStore("tropd/watch", client)
+
+    def end(line: str) -> None:
+        signals.say(f"error: {line}")
+        signals.end(EXPLAINED)
+
+    watch = Watch(run, rank, world_size, connect, meetings, end=end)
+    watch.start()
+    return watch
