@@ -22,8 +22,8 @@ if [[ " $* " == *" --device cpu "* ]]; then
   export SGLANG_USE_CPU_ENGINE=1                # SGLang's own switch; without it, it looks for GPU packages
 fi
 # it asks itself when it starts: not through a proxy
-export no_proxy="${no_proxy:+$no_proxy,}127.0.0.1,localhost,::1,$HOST"
-export NO_PROXY="${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1,$HOST"
+direct="${no_proxy:+$no_proxy,}${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1,$HOST"
+export no_proxy="$direct" NO_PROXY="$direct"
 echo "teacher.server.url=http://$HOST:$PORT"
 if [[ -n "$TROPD_SERVER_KEY" ]]; then
   export TROPD_SERVER_KEY

@@ -111,14 +111,23 @@ def _amount(value: float) -> str:
 
 
 def activity() -> str:
-    """Return what this process is at, for messages about it; empty where nothing long runs."""
-    with _lock:
-        return _stack[-1].what if _stack else ""
+    """Return what this process is at, for messages about it; empty where nothing long runs.
+
+    Takes no lock: who watches a rank asks for it, and a terminal that takes no output must not stop that.
+    """
+    top = _stack[-1:]
+    return top[0].what if top else ""
 
 
 def ticks() -> int:
     """Return a number that grows whenever this process gets on with anything."""
     return _ticks
+
+
+def tick() -> None:
+    """Say that this process gets on with something that is not counted."""
+    global _ticks
+    _ticks += 1
 
 
 def report_every(seconds: float) -> None:

@@ -81,9 +81,10 @@ def end(code: int) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Write one line to stderr; a terminal that is gone is no error."""
+    """Write one line to stderr; a terminal that is gone is no error, and a bar that a rank left there is wiped."""
     try:
-        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+        wipe = "\r\x1b[K" if os.isatty(2) and os.environ.get("TERM", "") not in ("", "dumb") else ""
+        os.write(2, f"{wipe}{line}\n".encode(errors="backslashreplace"))
     except OSError:
         return
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.faults import results
 from tests.faults.play import play_all
 from tests.faults.registry import all_faults, chosen
+from tests.faults.scene import end_with_the_suite
 from tests.faults.stage import set_stage
 from tests.faults.verdict import MISS
 
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> int:
         say(f"writing tiny models and rollouts to {root}")
         begun = time.monotonic()
         stage = set_stage(root)
+        end_with_the_suite(stage)
         try:
             played = play_all(stage, faults, jobs=options.jobs, say=say)
         finally:

@@ -22,7 +22,7 @@ from tests.faults.launch import Launch, send, tropd
 from tests.faults.play import without_paths
 from tests.faults.rows_disk import disk_of, no_room
 from tests.faults.rows_signals import to_terminal
-from tests.faults.scene import Scene, scene
+from tests.faults.scene import Scene, end_with_the_suite, scene
 from tests.faults.stage import Stage, set_stage
 
 LONGEST = 100
@@ -149,6 +149,7 @@ def main(arguments: Sequence[str]) -> int:
         root: Path = (options.work or Path(spare)).resolve()
         root.mkdir(parents=True, exist_ok=True)
         stage = set_stage(root)
+        end_with_the_suite(stage)
         chosen = [console for console in CONSOLES if not options.only or options.only in console.title]
         text = page([section(stage, console) for console in chosen])
     if options.out is None:

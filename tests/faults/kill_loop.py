@@ -23,7 +23,7 @@ from typing import Any
 from tests.faults import results
 from tests.faults.launch import Launch, TooLateError, send
 from tests.faults.rows_signals import to_all
-from tests.faults.scene import Scene, scene
+from tests.faults.scene import Scene, end_with_the_suite, scene
 from tests.faults.stage import set_stage
 
 VICTIMS = (
@@ -101,6 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         root.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         stage = set_stage(root)
+        end_with_the_suite(stage)
         with scene(stage, "kill-loop") as made:
             kills, problems = kill_loop(made, options)
             problems += [] if problems else made.replay_problems()

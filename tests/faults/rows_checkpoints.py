@@ -195,7 +195,7 @@ FAULTS = [
     _refused("missing", "a shard is missing", remove_shard, r"\.distcp|checkpoint"),
     _refused("index", "the index of the shards is empty", empty_index, r"\.metadata|checkpoint"),
     _refused("common", "common.pt is empty", empty_common, r"common\.pt|checkpoint"),
-    _refused("bit-flip", "one bit of a main weight is flipped", flip, "step_000002", representative=True),
+    _refused("bit-flip", "one bit of a main weight is flipped", flip, "step_000002"),
     _refused("hostile-index", "a hostile pickle in place of the index", hostile_index, "checkpoint"),
     _refused("hostile-common", "a hostile pickle in place of common.pt", hostile_common, "checkpoint"),
     _refused("renamed", "the folder of a checkpoint has the name of another step", rename, "step"),

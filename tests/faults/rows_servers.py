@@ -148,7 +148,7 @@ def hangs(proxy: Liar) -> None:
     """From the first sample on the server answers nothing, not even that it is healthy."""
 
     async def first(body: Body, forward: Forward) -> Any:
-        proxy.lies["/health"] = hang
+        proxy.lies["/health"] = proxy.lies["/model_info"] = hang
         return await hang(body, forward)
 
     proxy.tell("/generate", first, about=is_sampling)
@@ -198,6 +198,7 @@ FAULTS = [
             wanted="asked again with a line that says so; no sample is lost",
             play=once(name),
             code=(0,),
+            line="" if name == "slow" else r"attempt \d+ follows|asked for once more",
             limit_s=180.0,
             chain="server-once",
             shared=True,

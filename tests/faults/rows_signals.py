@@ -132,8 +132,7 @@ def _row(name: str, done: str, play: Play, code: int, line: str, **more: object)
 
 
 FAULTS = [
-    _row("int", "Ctrl-C in a step", send_at(IN_STEP, signal.SIGINT, to_terminal), 130, INTERRUPTED,
-         representative=True),
+    _row("int", "Ctrl-C in a step", send_at(IN_STEP, signal.SIGINT, to_terminal), 130, INTERRUPTED),
     _row("int-twice", "Ctrl-C twice in a checkpoint", send_at("before checkpoint info", signal.SIGINT, to_terminal, 2),
          130, INTERRUPTED),
     _row("int-early", "Ctrl-C while the ranks start", early(signal.SIGINT), 130, INTERRUPTED),

@@ -144,6 +144,7 @@ FAULTS = [
             wanted="asked again; no sample is lost",
             play=once(name),
             code=(0,),
+            line="" if name == "slow" else r"attempt \d+ follows|asked for once more",
             limit_s=180.0,
             chain="teacher-once",
             shared=True,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +22,9 @@ from tests.e2e.jobs import metrics
 from tests.faults.launch import LIMIT_S, Launch, TooLateError
 from tests.faults.stage import STEPS, Reference, Stage, step_problems, train
 from tests.faults.verdict import Seen
+
+OPEN: list[Scene] = []
+"""Scenes that run now, for a suite that is given up."""
 
 
 @dataclass
@@ -160,10 +165,26 @@ class Scene:
 def scene(stage: Stage, name: str) -> Iterator[Scene]:
     """A scene that leaves nothing."""
     made = Scene(stage, stage.place(name))
+    OPEN.append(made)
     try:
         yield made
     finally:
+        OPEN.remove(made)
         made.close()
+
+
+def end_with_the_suite(stage: Stage) -> None:
+    """Let SIGTERM and SIGINT end this process, with all that it started and mounted. From the main thread."""
+
+    def end(number: int, _frame: object) -> None:
+        for made in list(OPEN):
+            with contextlib.suppress(Exception):
+                made.close()
+        stage.close()
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
 
 
 def copied(source: Path, target: Path) -> Path:

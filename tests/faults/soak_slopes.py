@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,9 +70,9 @@ def theil_sen(
     return float(np.median(slopes)), float(slopes[low]), float(slopes[high])
 
 
-def process_rows(tree: ProcessTree, first_step: int) -> list[dict[str, object]]:
+def process_rows(tree: ProcessTree, first_step: int) -> list[dict[str, Any]]:
     """One entry for each process that lived long enough for a slope."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for series in sorted(tree.series.values(), key=lambda series: series.role):
         columns = list(zip(*series.values, strict=True))
         found = {

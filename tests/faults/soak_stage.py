@@ -1,12 +1,14 @@
 """What a soak trains: tiny models, prompts with answers, stored teacher responses, and a configuration.
 
-Not for running it (`soak`). Invariant: every part of a default run is there (trust region, guidance, gates, its own
-server, checkpoints), and only sizes are small, so that a step takes a fraction of a second.
+Not for running it (`soak`). Invariants: every part of a default run is there (trust region, guidance, gates, its own
+server, checkpoints), and only sizes are small, so that a step takes a fraction of a second; what grows by default and
+has a key that bounds it (rollouts, the server's log) is bounded, so that a run of a thousand steps shows the bound.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +45,7 @@ class Stage:
 
 
 def set_stage(root: Path, *, steps: int, ranks: int) -> Stage:
-    """Write everything that the job reads. `ranks`: tensor-parallel."""
+    """Write everything that the job reads; `ranks` are tensor-parallel."""
     from tests.tiny_models import write_tiny_model
 
     stage = Stage(root)
@@ -63,14 +65,14 @@ def set_stage(root: Path, *, steps: int, ranks: int) -> Stage:
     return stage
 
 
-def _write_lines(path: Path, records: list[dict[str, object]]) -> None:
+def _write_lines(path: Path, records: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _config(stage: Stage, steps: int, ranks: int) -> str:
     root = stage.root
     return f"""\
-run: {{dir: {stage.run_dir}, steps: {steps}, checkpoint_every: 50, export_at_end: false}}
+run: {{dir: {stage.run_dir}, steps: {steps}, checkpoint_every: 50, keep_rollouts: 200, export_at_end: false}}
 platform: {{kind: cpu}}
 parallel: {{tensor: {ranks}}}
 student: {{path: {root / "student"}, dtype: float32}}
@@ -80,7 +82,7 @@ rollout:
   prompts_per_step: 2
   samples_per_prompt: 2
   max_new_tokens: 8
-  server: {{max_total_tokens: 4096}}
+  server: {{max_total_tokens: 4096, log_max_mib: 0.5}}
 objective: {{kind: tropd, outlier: {{topk: 8}}, guidance: {{min_continuation: 2}}}}
 batch: {{tokens_per_micro_batch: 256}}
 optimizer: {{learning_rate: 1.0e-5}}

@@ -120,8 +120,12 @@ def judge(fault: Fault, seen: Seen) -> Verdict:
 
 
 def told(fault: Fault, output: str) -> str:
-    """The line that answers the fault: the last that fits what is wanted, else the last error, else the last line."""
+    """The line that answers the fault: the last that fits what is wanted, else the last error, else the last line.
+
+    Where none is wanted and there is no error, there is nothing to show.
+    """
     lines = [text.strip() for text in output.splitlines() if text.strip()]
     fitting = [text for text in lines if fault.line and re.search(fault.line, text)]
     errors = [text for text in lines if re.search(r"^error|FAIL|interrupted", text)]
-    return (fitting or errors or lines or [""])[-1]
+    others = lines if fault.line else []
+    return (fitting or errors or others or [""])[-1]

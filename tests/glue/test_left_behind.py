@@ -191,6 +191,76 @@ def test_a_ledger_that_lies_removes_nothing_elsewhere(tmp_path: Path, liar: str)
         path.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("sees_all", [True, False])
+def test_a_file_that_only_carries_a_number_of_ours_goes_only_where_no_container_has_the_same_number(
+    monkeypatch: pytest.MonkeyPatch, sees_all: bool
+) -> None:
+    """Containers that share /dev/shm count their processes each for itself."""
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    monkeypatch.setattr(left_behind, "_WHOLE_MACHINE", namespace if sees_all else namespace + 1)
+    gone = 2**22 - 2
+    path = SHARED_MEMORY / f"tropd.{os.getuid()}.{namespace}.{gone}.1.json"
+    file = SHARED_MEMORY / f"torch_{gone}_{uuid.uuid4().hex}_0"
+    try:
+        file.touch()
+        path.write_text(Ledger({gone: 1}).to_json())
+        remove_left_over()
+        assert file.exists() != sees_all and not path.exists()
+    finally:
+        file.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def test_the_buffer_of_weight_updates_is_in_the_ledger_by_its_name() -> None:
+    with running(SHARER) as sharer:
+        line(sharer)
+        (buffer,) = SHARED_MEMORY.glob(f"torch_{sharer.pid}_*")
+        assert Ledger.from_json(ledger_of(sharer.pid).read_text()).files == {str(buffer)}
+        kill(sharer.pid)
+    deadline = time.monotonic() + 60
+    while buffer.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not buffer.exists(), "its manager has removed it"
+    remove_left_over()
+
+
+def test_what_is_older_than_a_process_of_ours_that_maps_it_is_not_its_own(
+    names: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_behind, "_CLOCK_STEP_S", 0.0)
+    monkeypatch.setattr(left_behind, "_own", Ledger())
+    monkeypatch.setattr(left_behind, "_write", lambda: None)
+    old, new = names[:2]
+    old.write_bytes(b"x" * 4096)
+    time.sleep(1.5)  # the start of the machine, and so of a process, is known by the second
+    code = (
+        "import mmap, sys, time\n"
+        "old = open(sys.argv[1], 'rb+')\n"
+        "handles = [mmap.mmap(old.fileno(), 4096)]\n"
+        "with open(sys.argv[2], 'wb+') as stream:\n"
+        "    stream.truncate(4096)\n"
+        "    handles.append(mmap.mmap(stream.fileno(), 4096))\n"
+        "print('mapped', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with running(code, old, new) as process:
+        line(process)
+        left_behind.note_process(process.pid)
+        assert left_behind.mapped_files(process.pid) == {str(old), str(new)}
+        assert left_behind._own.files == {str(new)}
+        kill(process.pid)
+
+
+def test_a_folder_of_a_server_outlives_its_owner_in_the_ledger() -> None:
+    with running("from tropd_mcore.serving import left_behind\nprint(left_behind.make_folder())") as process:
+        folder = Path(line(process))
+        process.wait(timeout=60)
+    ledger = ledger_of(process.pid)
+    assert folder.is_dir()
+    remove_left_over()
+    assert not folder.exists() and not ledger.exists()
+
+
 def test_a_reused_process_number_is_another_process() -> None:
     start = start_of(os.getpid())
     assert start is not None and start_of(os.getpid()) == start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,10 +63,26 @@ def test_a_rank_that_beats_late_again_and_again_is_not_accused(tmp_path: Path) -
     assert ranks.said == []
 
 
-def test_a_rank_that_has_not_begun_is_not_accused(tmp_path: Path) -> None:
+def test_a_rank_that_begins_late_is_not_accused_and_one_that_never_does_is(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2)
-    ranks.go_on(100, but=(1,))
+    ranks.go_on(299, but=(1,))
     assert ranks.said == []
+    ranks.go_on(5, but=(1,))
+    assert ranks.said[0][1].startswith("rank 1 has not begun 602 s after rank 0")
+
+
+def test_a_store_that_answers_nothing_is_noticed_and_does_not_stop_the_thread(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2)
+    held, missed = threading.Event(), threading.Event()
+    watch = ranks.all[1]
+    watch._interval_s = 0.02
+    watch._connect = lambda: held.wait() and ranks.store  # type: ignore[assignment,return-value]
+    watch._miss_store = lambda error, seconds: missed.set()  # type: ignore[method-assign]
+    watch.start()
+    assert missed.wait(60)
+    held.set()
+    watch.close()
+    assert not watch._thread.is_alive()
 
 
 def test_a_rank_that_has_left_is_not_accused(tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ def test_the_time_left_is_that_of_the_launch_at_the_speed_of_its_last_steps():
     assert left[-1] == "88m"
 
 
+def test_the_start_of_a_server_does_not_count_for_the_time_left():
+    stream, now = io.StringIO(), [0.0]
+    console = Console(stream, steps=60, now=lambda: now[0])
+    for step, (seconds, waited) in enumerate([(45.0, 43.0), (2.0, 0.0)]):
+        now[0] += seconds
+        console.write(step, {"time/server": waited} if waited else {})
+    assert [line.split()[-1] for line in stream.getvalue().splitlines()[1:]] == ["2m", "2m"]
+
+
 def test_a_terminal_has_colours_that_take_no_room():
     plain, coloured = io.StringIO(), io.StringIO()
     for stream, colour in ((plain, False), (coloured, True)):

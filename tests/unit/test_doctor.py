@@ -15,6 +15,7 @@ import pytest
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli import checks_of_config, checks_of_machine
 from tropd_mcore.cli import main as cli
+from tropd_mcore.cli.checks_of_start import start_checks
 from tropd_mcore.config.loader import load
 from tropd_mcore.train.preflight import CHEAP_CHECKS
 from tropd_mcore.train.run_dir import RunDir
@@ -258,6 +259,55 @@ def test_weights_that_no_gpu_holds_are_in_the_way(recipe: str, files: Path, monk
         monkeypatch.setattr(checks_of_config, "gpu_bytes", lambda gpu=gpu: gpu)
         *_, found = checks_of_config.resources(state)
         assert (found.name, found.level) == ("GPU memory", level), found.detail
+
+
+def test_machines_that_the_ranks_do_not_divide_over_are_in_the_way(
+    capsys: pytest.CaptureFixture[str], recipe: str, files: Path
+) -> None:
+    """With the line of `tropd train`, and the other checks go on."""
+    code, lines = doctor(capsys, recipe, "parallel.data=2", "--nodes", "3")
+    assert code == 2 and at("FAIL", lines) == {
+        "parallel": "parallel: tp*pp*cp*dp = 8 ranks do not divide over 3 machines"
+    }
+    assert {"disk", "data.prompts"} <= at("ok", lines).keys() and " ranks here" not in at("ok", lines)["memory"]
+    code, lines = doctor(capsys, recipe, "parallel.data=2", "--nodes", "4")
+    assert code == 0 and at("ok", lines)["devices"].startswith("2 ranks here")
+
+
+def test_the_fewest_ranks_are_compared_with_the_gpus_where_their_number_is_left_open(
+    recipe: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").touch()
+    monkeypatch.setattr("tropd_mcore.train.preflight_machine.DEVICES", tmp_path / "dev")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config, _ = load(recipe, ["platform.kind=cuda"])
+    found = [finding for finding in start_checks(config) if finding.name == "parallel"]
+    assert any("4 ranks on this machine but 1 GPUs are visible" in finding.detail for finding in found)
+    found = [finding for finding in start_checks(config, nodes=4) if finding.name == "parallel"]
+    assert not any("GPUs are visible" in finding.detail for finding in found)
+
+
+def test_the_memory_of_this_machine_is_shared_by_its_own_ranks_only(
+    recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = state_of(recipe, "parallel.data=2")
+    each = checks_of_config.rank_bytes(state, 8)
+    memory = type("Memory", (), {"available": 2 * 4 * each})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    *_, found = checks_of_config.resources(state, 2)
+    assert (found.name, found.level) == ("memory", "ok") and ", 4 ranks here;" in found.detail
+    *_, found = checks_of_config.resources(state)
+    assert found.level == "warn" and ", 8 ranks here;" in found.detail
+
+
+def test_proxies_are_named_and_said_to_be_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tuple(os.environ):
+        if name.lower() in checks_of_machine.PROXIES:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("https_proxy", "http://proxy:1")
+    (finding,) = checks_of_machine.proxies()
+    assert finding.detail == "https_proxy: not used; every server, also one at a url, is asked directly"
 
 
 def test_every_check_has_a_text_for_its_ok_line() -> None:

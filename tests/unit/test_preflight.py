@@ -85,6 +85,14 @@ def test_everything_that_is_wrong_is_told_at_once_each_line_by_its_key(root: Pat
     ]
 
 
+def test_a_replay_needs_no_key_of_the_server_that_it_does_not_ask(root: Path) -> None:
+    key = ["rollout.server.url=http://elsewhere:1", "rollout.server.api_key_env=NO_SUCH_KEY"]
+    (line,) = found_in(root, *key)
+    assert line.startswith("rollout.server.api_key_env=NO_SUCH_KEY: this environment variable is unset")
+    (root / "before" / "rollouts").mkdir(parents=True)
+    assert not any("NO_SUCH_KEY" in line for line in found_in(root, *key, f"run.replay={root}/before"))
+
+
 @pytest.mark.parametrize(
     ("change", "override", "line"),
     [

@@ -14,7 +14,8 @@ import psutil
 from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.derived import ranks_per_node, teaches_itself
 from tropd_mcore.config.schema import Config, ServerConfig
-from tropd_mcore.errors import TropdError
+from tropd_mcore.errors import ConfigError, TropdError
+from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.train.start_checks import State
 from tropd_mcore.weights.architecture import Architecture
 
@@ -30,10 +31,8 @@ CROWDED = 0.8
 
 def servers(config: Config) -> Iterator[Finding]:
     """Servers at a URL answer /health."""
-    if config.run.replay is None:
-        yield from _server("rollout.server", config.rollout.server)
-    if config.teacher.kind == "sglang":
-        yield from _server("teacher.server", config.teacher.server)
+    for key, server in used_servers(config).items():
+        yield from _server(key, server)
 
 
 def _server(key: str, server: ServerConfig) -> Iterator[Finding]:
@@ -51,12 +50,19 @@ def _server(key: str, server: ServerConfig) -> Iterator[Finding]:
         yield Finding("FAIL", key, f"{key}.url={server.url} does not answer /health; start it, or correct the url")
 
 
-def resources(state: State) -> Iterator[Finding]:
-    """Disk for checkpoints and export, and memory for weights, gradients and optimizer; nothing without models."""
+def resources(state: State, nodes: int = 1) -> Iterator[Finding]:
+    """Disk for checkpoints and export, and memory of each of `nodes` machines for weights, gradients and optimizer.
+
+    Nothing without models.
+    """
     if not state.has("models"):
         return
     yield _disk(state.config, parameters(state.student))
-    yield from _memory(state)
+    try:
+        here = ranks_per_node(state.config.parallel, nodes)
+    except ConfigError:
+        return  # ranks that do not divide over the machines: told by the checks of a start
+    yield from _memory(state, here, here * nodes)
 
 
 def parameters(arch: Architecture) -> int:
@@ -110,9 +116,9 @@ def rank_bytes(state: State, ranks: int) -> int:
     return total // shard
 
 
-def _memory(state: State) -> Iterator[Finding]:
+def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
+    """Of this machine with `here` of the job's `ranks`."""
     config = state.config
-    ranks = ranks_per_node(config.parallel, 1)
     each = rank_bytes(state, ranks)
     what = f"about {each / GIB:.2f} GiB per rank for weights, gradients and optimizer, without activations"
     gpu = gpu_bytes() if state.platform == "cuda" else None
@@ -121,8 +127,8 @@ def _memory(state: State) -> Iterator[Finding]:
         room = int(gpu * (1 - (given or 0.0)))
         yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
     elif state.platform == "cpu":
-        room = psutil.virtual_memory().available // ranks
-        yield _room("memory", f"{what}, {ranks} ranks", each, room, "launch fewer ranks here")
+        room = psutil.virtual_memory().available // here
+        yield _room("memory", f"{what}, {here} ranks here", each, room, "launch fewer ranks here")
 
 
 def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:

@@ -96,16 +96,12 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def proxies() -> Iterator[Finding]:
-    """Proxies in the environment: nothing of ours asks one for this machine, but servers elsewhere may need none."""
+    """Proxies in the environment, which no request to a server goes through, here or elsewhere."""
     named = sorted(name for name in os.environ if name.lower() in PROXIES and os.environ[name])
     if not named:
         yield Finding("ok", "proxies", "none in the environment")
         return
-    yield Finding(
-        "ok",
-        "proxies",
-        f"{', '.join(named)}: not used for 127.0.0.1; servers at a url go through it unless no_proxy names their host",
-    )
+    yield Finding("ok", "proxies", f"{', '.join(named)}: not used; every server, also one at a url, is asked directly")
 
 
 def resources() -> Iterator[Finding]:

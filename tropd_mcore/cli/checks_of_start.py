@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.derived import model_paths, ranks_per_node, reads_responses
 from tropd_mcore.config.schema import Config
-from tropd_mcore.errors import TropdError
+from tropd_mcore.errors import ConfigError, TropdError
 from tropd_mcore.rollout.response_origin import load_origin
 from tropd_mcore.train.inputs import read_inputs_alone
 from tropd_mcore.train.preflight import CHEAP_CHECKS, Launch
@@ -36,14 +36,19 @@ BLOCKED_BY: dict[str, tuple[str, ...]] = {
 def start_checks(config: Config, *, nodes: int = 1, state: State | None = None) -> Iterator[Finding]:
     """Yield what every check of a start finds. `nodes` is the number of machines; `state` is filled where given."""
     state = state or State(config, RunDir(config.run.dir))
-    ranks = ranks_per_node(config.parallel, 1) if config.parallel.data is not None else None
     wrong: set[str] = set()  # keys and lines that are told already
+    ranks = None
+    try:
+        ranks = ranks_per_node(config.parallel, nodes) * nodes
+    except ConfigError as error:
+        yield from (Finding("FAIL", "parallel", line) for line in error.problems)
     yield from _cheap(state, Launch(config, ranks, nodes), wrong)
     state.platform = _platform(config)
     launch = next(check for check in MATERIAL_CHECKS if check.name == "launch")
     for check in (MODELS, BACKEND, *(check for check in MATERIAL_CHECKS if check is not launch)):
         yield from _look(check, state, wrong)
-    yield from _contents(state, ranks, wrong)
+    # without parallel.data a launch may have more ranks than the fewest
+    yield from _contents(state, ranks if config.parallel.data is not None else None, wrong)
 
 
 def _cheap(state: State, launch: Launch, wrong: set[str]) -> Iterator[Finding]:

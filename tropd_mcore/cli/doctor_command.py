@@ -69,5 +69,5 @@ def _configuration(config: Config, nodes: int) -> Iterator[Check]:
 
     state = State(config, RunDir(config.run.dir))
     yield lambda: start_checks(config, nodes=nodes, state=state)
-    yield lambda: checks_of_config.resources(state)
+    yield lambda: checks_of_config.resources(state, nodes)
     yield lambda: checks_of_config.servers(config)

@@ -322,6 +322,14 @@ def _timeouts(config: Config) -> Iterator[str]:
             f"run.rank_timeout_s = {run.rank_timeout_s:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: "
             "a rank without a sign of life is found before a run without progress; lower the one or raise the other"
         )
+    servers = {"rollout": config.rollout.server, "teacher": config.teacher.server}
+    for name, server in servers.items():
+        for key in ("start_timeout_s", "request_timeout_s"):
+            if (limit := getattr(server, key)) >= run.stall_timeout_s:
+                yield (
+                    f"{name}.server.{key} = {limit:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: a "
+                    "server is given up before the run is; lower the one or raise the other"
+                )
 
 
 def _replay(config: Config) -> Iterator[str]:

@@ -52,6 +52,7 @@ from tropd_mcore.mcore.weights_io import synchronize_parameters
 from tropd_mcore.progress import progress
 from tropd_mcore.weights.architecture import check_same_architecture
 from tropd_mcore.weights.hf_folder import copy_companions
+from tropd_mcore.weights.host_memory import release_freed_memory
 from tropd_mcore.weights.publish import fsync_tree, replace_folder
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def write(
         if state.model.layout.rank == 0:  # every rank has failed, and the unfinished folder may be what fills the disk
             shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(f"{error}; choose a place with room and rights (run.dir), or make room there") from error
+    release_freed_memory()  # else the buffers of each checkpoint leave holes in the heap of every rank
 
 
 def _write(

@@ -28,7 +28,7 @@ from tropd_mcore.mcore.checkpoint_info import (
     step_of,
 )
 from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
-from tropd_mcore.progress import progress
+from tropd_mcore.progress import progress, tick
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def _read_all(folder: Path, names: list[str], control: dist.ProcessGroup) -> dic
         for name in names:
             if _owner(name) % size == rank:
                 mine[name] = _record(folder / name)
+                tick()
     everyone: list[dict[str, FileRecord]] = [{}] * size
     dist.all_gather_object(everyone, mine, group=control)
     return {name: record for part in everyone for name, record in part.items()}

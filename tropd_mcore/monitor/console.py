@@ -68,12 +68,15 @@ class Console:
         self._last_step = steps if last_step is None else last_step
         self._colour = colour
         self._now = now
-        self._ends: deque[float] = deque([now()], maxlen=RECENT_STEPS + 1)
+        self._last = now()
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._lines = 0
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the line of one step, with the header before the first and every 20th."""
-        self._ends.append(self._now())
+        now, waited = self._now(), metrics.get("time/server", 0.0)
+        self._recent.append(max(now - self._last - waited, 0.0))  # a server starts once, and not at every step
+        self._last = now
         width = max(2 * len(str(self._steps)) + 1, len("step"))
         if self._lines % HEADER_EVERY == 0:
             titles = [f"{column.title:>{_width(column)}}" for column in COLUMNS]
@@ -90,7 +93,7 @@ class Console:
 
     def _left(self, step: int) -> str:
         """The time until the launch has made its steps, at the speed of the last ones."""
-        per_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        per_step = sum(self._recent) / len(self._recent)
         return clock(per_step * max(self._last_step - step - 1, 0))
 
     def _print(self, style: str, styled: str, plain: str = "") -> None:

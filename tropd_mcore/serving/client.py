@@ -73,7 +73,8 @@ class SglangClient:
 
         async def ask(session: aiohttp.ClientSession) -> bool:
             try:
-                async with session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(timeout_s)) as answer:
+                timeout = aiohttp.ClientTimeout(timeout_s)
+                async with session.get(f"{self.url}/health", timeout=timeout, allow_redirects=False) as answer:
                     return answer.status == 200
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return False
@@ -206,6 +207,7 @@ class SglangClient:
         return self._http.run(
             lambda session: self._http.call(session, "POST", path, body, retry=retry, json_answer=json_answer),
             limit_s=limit_s,
+            body_bytes=len(body) if isinstance(body, bytes) else 0,
         )
 
     def _generate_all(

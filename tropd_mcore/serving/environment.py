@@ -94,10 +94,10 @@ def _user() -> str:
 
 def _loopback(inherited: Mapping[str, str], place: Place) -> dict[str, str]:
     """What keeps the server's requests to itself off proxies, and its listeners off other interfaces."""
-    found: dict[str, str] = {}
-    for name in _PROXY_EXCEPTIONS:
-        entries = [entry.strip() for entry in inherited.get(name, "").split(",") if entry.strip()]
-        found[name] = ",".join(entries + [host for host in LOOPBACK if host not in entries])
+    # where both are there, most programs read one of them only
+    listed = ",".join(inherited.get(name, "") for name in _PROXY_EXCEPTIONS).split(",")
+    entries = [*(entry.strip() for entry in listed if entry.strip()), *LOOPBACK]
+    found = dict.fromkeys(_PROXY_EXCEPTIONS, ",".join(dict.fromkeys(entries)))
     if any(argument.startswith(_SEVERAL_GROUPS) for argument in place.extra_args):
         return found
     return found | {

@@ -7,7 +7,8 @@ directory (`train.run_dir`) or for stopping processes (`process`).
 
 Invariant: a file is removed only where a ledger names it, or names the process whose number it carries, every process
 of that ledger is gone (number and start time), the file is ours by its owner, and no process maps it or has it open.
-What no ledger knows stays.
+What no ledger knows stays. The number counts only where we see every process of the machine: containers may share
+/dev/shm and each have a process of that number.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from tropd_mcore.files import publish_text, remove_left_partials
+from tropd_mcore.files import publish_text, remove_left_partials, writing
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,10 @@ FOLDER_PREFIX = "tropd-server-"
 LONGEST_BASE = 60
 """Characters of a temporary folder in which SGLang's sockets have room: a socket's path has at most 107."""
 _PROCESSES = Path("/proc")
+_WHOLE_MACHINE = 0xEFFFFFFC
+"""Number of the process namespace that the kernel starts with (PROC_PID_INIT_INO), which holds all others."""
+_CLOCK_STEP_S = 2.0
+"""By how much the start of a process and the time of a file may disagree."""
 _LEDGER = re.compile(r"tropd\.(\d+)\.(\d+)\.(\d+)\.(\d+)\.json")
 """Owner, process namespace, process, start of it in clock ticks since the machine started."""
 _SHM_MANAGER_FOLDER = "torch-shm-dir-"
@@ -71,23 +77,25 @@ _lock = threading.RLock()
 def note_process(pid: int) -> None:
     """Record a process of ours, and what it and its children have mapped of shared memory until now.
 
-    To be called again while it works: what it maps later is not known before. Harmless where it has ended.
+    To be called again while it works: what it maps later is not known before. What is older than the process is not
+    its own, and stays. Harmless where it has ended.
     """
     with _lock:
         before = _own.to_json()
+        since = _began(pid)
         for member in _family(pid):
             start = start_of(member)
             if start is not None:
                 _own.processes[member] = start
-                _own.files |= mapped_files(member)
+                _own.files |= {name for name in mapped_files(member) if _changed(Path(name)) >= since - _CLOCK_STEP_S}
         if _own.to_json() != before:
             _write()
 
 
-def note_sharing(manager: str | None = None) -> None:
-    """Record that this process is about to share tensors; once it does, that the socket of torch's manager is there.
+def note_sharing(manager: str | None = None, name: str | None = None) -> None:
+    """Record that this process is about to share tensors; once it does, the socket of torch's manager and the file.
 
-    Raises DataError where the shared memory is full.
+    `name` is the file's name in shared memory. Raises DataError where the shared memory is full.
     """
     start = start_of(os.getpid())
     assert start is not None, "this process runs"
@@ -95,13 +103,17 @@ def note_sharing(manager: str | None = None) -> None:
         _own.processes[os.getpid()] = start
         if manager is not None and (folder := Path(manager).parent).name.startswith(_SHM_MANAGER_FOLDER):
             _own.folders.add(str(folder))
+        if name is not None:
+            _own.files.add(str(SHARED_MEMORY / name.removeprefix("/")))
         _write()
 
 
 def make_folder() -> Path:
-    """Make a temporary folder for a server, recorded as ours. Raises OSError."""
+    """Make a temporary folder for a server, recorded as ours. Raises DataError where there is no room for it."""
     base = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base if len(base) <= LONGEST_BASE else "/tmp"))
+    base = base if len(base) <= LONGEST_BASE else "/tmp"
+    with writing(Path(base), key="TMPDIR"):
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))
     with _lock:
         _own.folders.add(str(folder))
         _write()
@@ -175,6 +187,22 @@ def _number(path: Path) -> int | None:
         return None
 
 
+def _began(pid: int) -> float:
+    """When process `pid` started, in seconds since 1970; for ever later where it has ended."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return math.inf
+
+
+def _changed(path: Path) -> float:
+    """When the file was made or its state changed last, in seconds since 1970; 0 where it is gone."""
+    try:
+        return path.lstat().st_ctime
+    except OSError:
+        return 0.0
+
+
 def _family(pid: int) -> list[int]:
     try:
         return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
@@ -209,9 +237,13 @@ def _write() -> None:
 
 
 def _forget() -> None:
-    """At the end of a process that ends by itself, what it used is gone or goes with it."""
+    """At the end of a process that ends by itself, what it used is gone or goes with it.
+
+    A folder of a server that is still there stays recorded, for the next launch.
+    """
     path = _ledger_path()
-    if path is not None:
+    left = any(folder.name.startswith(FOLDER_PREFIX) and folder.exists() for folder in map(Path, _own.folders))
+    if path is not None and not left:
         path.unlink(missing_ok=True)
 
 
@@ -231,7 +263,12 @@ def _ledger_of_the_dead(path: Path) -> Ledger | None:
 
 
 def _named_after(pids: Iterable[int]) -> set[str]:
-    """Files of shared memory that carry the number of one of these processes in their name, as torch's do."""
+    """Files of shared memory that carry the number of one of these processes in their name, as torch's do.
+
+    None in a container: there a number says little.
+    """
+    if _namespace() != _WHOLE_MACHINE:
+        return set()
     return {str(path) for pid in pids for path in SHARED_MEMORY.glob(f"torch_{pid}_*")}
 
 

@@ -25,6 +25,7 @@ from tropd_mcore import stopping
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerError
+from tropd_mcore.files import writing
 from tropd_mcore.foreign_text import one_line
 from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import HEALTH_TIMEOUT_S, SglangClient
@@ -130,7 +131,8 @@ class ServerProcess:
         spec = self.spec
         if not (spec.model_path / "config.json").is_file():
             raise ServerError(f"{spec.model_key}={spec.model_path}: expected a model folder with a config.json there")
-        spec.run_dir.mkdir(parents=True, exist_ok=True)
+        with writing(spec.log_path):
+            spec.run_dir.mkdir(parents=True, exist_ok=True)
         stop_left_over(spec.record_path, key=spec.called)
         # a restart keeps the port that the OS chose, so that the URL stays
         self._reserved = _reserve_port(self.port or spec.config.port, key=f"{spec.key}.port")
@@ -149,7 +151,9 @@ class ServerProcess:
             ),
             spec.extra_env,
         )
-        with self._log.open() as log_file:
+        with writing(spec.log_path):
+            log_file = self._log.open()
+        with log_file:
             self._process = _STARTER.submit(
                 subprocess.Popen,
                 self.command(),
@@ -194,7 +198,7 @@ class ServerProcess:
             while not client.healthy(min(HEALTH_TIMEOUT_S, max(1.0, limit - (time.monotonic() - started)))):
                 stopping.check()
                 note_process(self.pid)
-                state.note = f"last line: {self._last_log_line()[:SHOWN_OF_LINE]}"
+                state.advance(0, f"last line: {self._last_log_line()[:SHOWN_OF_LINE]}")
                 if not self.alive():
                     raise ServerError(self.describe_end())
                 if time.monotonic() - started > limit:
@@ -219,13 +223,16 @@ class ServerProcess:
         self._release_port()
         self._log.close()
         if self._process is None:
+            # a start that failed half-way has made its folder
+            remove_of((), self._folder)
+            self._folder = None
             return
         note_process(self.pid)
         members = {member.pid for member in group_members(self.pid)}
         stop_group(self.pid)
         self._process.wait()
         remove_of({*members, self.pid}, self._folder)
-        self._process = None
+        self._process = self._folder = None
         self.spec.record_path.unlink(missing_ok=True)
 
     def restart(self) -> None:

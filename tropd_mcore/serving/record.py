@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,16 +118,15 @@ def stop_group(group: int) -> None:
     """SIGTERM to the leader, at most STOP_GRACE_S to wind up, then SIGKILL to the whole group that was made for it.
 
     Its children get no SIGTERM: SGLang takes a child that ends by itself for a crash and waits to diagnose it. A group
-    with a stopped process is killed at once, since that one cannot wind up.
+    with a stopped process is killed at once, since that one cannot wind up. So is what a leader that is gone has left.
     """
     members = group_members(group)
-    try:
-        if stopped_member(group) is None:
+    if psutil.pid_exists(group) and stopped_member(group) is None:
+        with suppress(ProcessLookupError):
             os.kill(group, signal.SIGTERM)
-            psutil.wait_procs(members, timeout=STOP_GRACE_S)
+        psutil.wait_procs(members, timeout=STOP_GRACE_S)
+    with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
     psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
 
 
@@ -143,12 +143,12 @@ def stopped_member(group: int) -> str | None:
 
 
 def group_members(group: int) -> list[psutil.Process]:
-    """Return the leader and what it has started."""
+    """Return the leader and what it has started, and who is in its group where the leader is gone."""
     try:
         leader = psutil.Process(group)
         return [leader, *leader.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return []
+        return [process for process in psutil.process_iter() if _group_of(process.pid) == group]
 
 
 def command_of(pid: int) -> str:
@@ -169,7 +169,11 @@ def _is(pid: int, start_time: float) -> bool:
 
 
 def _leads_group(pid: int) -> bool:
+    return _group_of(pid) == pid
+
+
+def _group_of(pid: int) -> int | None:
     try:
-        return os.getpgid(pid) == pid
+        return os.getpgid(pid)
     except ProcessLookupError:
-        return False
+        return None

@@ -66,7 +66,11 @@ def require_key() -> None:
     def without_key(*args: object, **kwargs: object) -> logging.LogRecord:
         record = make(*args, **kwargs)
         # SGLang logs all of its arguments when it starts
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except Exception:
+            # a library's bad call; logging itself tells of it and goes on
+            return record
         if key in message:
             record.msg, record.args = message.replace(key, "<key>"), ()
         return record

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from tropd_mcore import stopping
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerDied, ServerError, ServerHung
 from tropd_mcore.serving.client import SglangClient
@@ -83,9 +84,11 @@ class SupervisedServer:
     def recover(self, error: ServerDied) -> None:
         """Restart the server that `error` is about and wait until it is ready; its weights are the folder's again.
 
-        Raises ServerDied with the reason where it runs elsewhere or `max_restarts` are used up.
+        Raises ServerDied with the reason where it runs elsewhere, `max_restarts` are used up, or the process shall stop
+        (else StopRequested).
         """
-        if self._process is None:
+        stopping.check()  # a scheduler's signal ends the server too, before anybody has looked at ours
+        if self._process is None or stopping.requested() is not None:
             raise error
         # of a hung one the error tells more than its process, which runs
         end = str(error) if isinstance(error, ServerHung) else self._process.describe_end()
@@ -106,8 +109,13 @@ class SupervisedServer:
             self._process.stop()
 
     def __enter__(self) -> SupervisedServer:
-        self.start()
-        self.wait_ready()
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            # a block that was not entered is not left
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_exception: object) -> None:

@@ -38,6 +38,8 @@ LONGEST_RETRY_AFTER_S = 60.0
 """Longest wait that a server may ask for by Retry-After."""
 STOP_POLL_S = 0.25
 """Seconds between two looks for a request to stop."""
+SLOWEST_READING = 16 * 2**20
+"""Bytes per second at which a server reads a body at the least. It is JSON, which blocks its HTTP process."""
 BUSY_STATUS = (408, 425, 429)
 """Answers of a server that did nothing yet and may be asked again, whatever was asked."""
 NOT_SGLANG = "is a proxy or another service at this url?"
@@ -101,14 +103,19 @@ class Transport:
         watched: bool = True,
         may_stop: bool = False,
         limit_s: float | None = None,
+        body_bytes: int = 0,
     ) -> Answer:
-        """Run `call` in a loop of its own. Raises what it raises; ServerHung, if `watched`; StopRequested if it may."""
+        """Run `call`, which sends `body_bytes`, in a loop of its own.
+
+        Raises what it raises; ServerHung, if `watched`; StopRequested if it may.
+        """
+        busy_s = body_bytes / SLOWEST_READING
 
         async def with_session() -> Answer:
             connector = aiohttp.TCPConnector(limit=self._config.max_concurrency)
             timeout = aiohttp.ClientTimeout(total=limit_s or self._config.request_timeout_s)
             async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers()) as session:
-                dangers = [self._hung(generates=False)] if watched else []
+                dangers = [self._hung(generates=False, busy_s=busy_s)] if watched else []
                 return await _attended(call(session), dangers, may_stop=may_stop)
 
         return asyncio.run(with_session())
@@ -116,10 +123,10 @@ class Transport:
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._to.api_key}"} if self._to.api_key else {}
 
-    async def _hung(self, *, generates: bool) -> ServerDied:
+    async def _hung(self, *, generates: bool, busy_s: float = 0.0) -> ServerDied:
         """The error of a server that is hung, once it is."""
         limit_s = self._config.hang_timeout_s
-        reason = await hang(Watched(self.url, limit_s, generates, self._headers(), self._to.stopped))
+        reason = await hang(Watched(self.url, limit_s, generates, self._headers(), self._to.stopped, busy_s))
         return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})")
 
     async def gather(

@@ -68,7 +68,8 @@ class SharedBuffer:
             note_sharing()
             with _shared_by_file_name():
                 self._bytes = torch.empty(size, dtype=torch.uint8).share_memory_()
-                note_sharing(self._bytes.untyped_storage()._share_filename_cpu_()[0].decode())
+                manager, name, _ = self._bytes.untyped_storage()._share_filename_cpu_()
+                note_sharing(manager.decode(), name.decode())
         return self._bytes
 
 

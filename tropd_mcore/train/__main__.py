@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -21,7 +22,9 @@ from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOP
 ECHO_DELAY_S = 30.0
 """Longer than rank 0 needs to stop its servers and end with the message."""
 POLL_S = 0.1
-LOST_CONNECTION = ("connection", "peer", "closed", "socket", "timed out", "remote process", "aborted", "reset")
+WORD_AFTER_S = 5.0
+"""A stop that takes longer than this is announced."""
+LOST_CONNECTION = ("connection", "peer", "closed", "socket", "timed out", "aborted", "reset", "remote")
 """Words of gloo, NCCL and the store about ranks that are gone."""
 
 
@@ -95,8 +98,8 @@ def is_lost_connection(error: BaseException | None) -> bool:
 
     while error is not None:
         text = str(error).lower()
-        lost = any(word in text for word in LOST_CONNECTION)
-        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and lost and _in_collective(error)):
+        lost = any(word in text for word in LOST_CONNECTION)  # else it is a trouble of its own, such as no memory
+        if lost and (isinstance(error, DistError) or (isinstance(error, RuntimeError) and _in_collective(error))):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -146,6 +149,15 @@ def _hear(number: signal.Signals) -> None:
         if says:
             signals.say(f"stopped by {number.name} before the first step of this launch; the same command resumes")
         os._exit(STOPPED if launched else 0)
+    if os.environ.get("RANK", "0") == "0":
+        timer = threading.Timer(WORD_AFTER_S, _announce, [number.name])
+        timer.daemon = True
+        timer.start()
+
+
+def _announce(reason: str) -> None:
+    if stopping.waits():
+        signals.say(f"{reason}: the run stops at its next safe point")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
     before.platform = platform.name
     run_before_groups([BACKEND], before)
     timeout = collective_timeout(config.run.stall_timeout_s)
-    layout = initialize(config.parallel, platform, config.run.seed, environment, timeout=timeout)
+    with progress(log, f"waiting for all {environment.world_size} ranks to join"):
+        layout = initialize(config.parallel, platform, config.run.seed, environment, timeout=timeout)
     site = Site(config, platform, layout, before.run_dir, before.models)
     with ExitStack() as cleanup:
         cleanup.callback(destroy, layout)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException, SubprocessContext
@@ -36,10 +37,9 @@ log = logging.getLogger(__name__)
 MONITOR_INTERVAL_S = 0.1
 STORE_INTERVAL_S = 2.0
 """Between two looks at what other nodes say."""
+LINGER_S = 1.5 * STORE_INTERVAL_S
 GONE_LIMIT_S = 10.0
 """Longest wait for killed processes to be gone."""
-WORD_AFTER_S = 5.0
-"""A stop that takes longer than this is announced."""
 FAILURE_KEY = "failure"
 """In the store: the line of the failure that ended a node."""
 STOP_KEY = "stop"
@@ -92,12 +92,25 @@ class _Launcher:
         except TropdError as error:
             code = EXPLAINED
             self.say_once(f"error: {error}")
+        except DistError as error:
+            code = EXPLAINED
+            reason = str(error).partition("\n")[0][:200]
+            self.say_once(f"error: the launcher of node 0 at {self.job.place.address} has ended ({reason})")
         finally:
             kill_family()
+        self._linger()
         if self.interrupted:
             threading.Event().wait()  # the other thread ends the process
         return code
 
+    def _linger(self) -> None:
+        """On the first node, keep the store until the others have read why this one ended."""
+        place = self.job.place
+        if place.nodes > 1 and place.node_rank == 0 and self.started and (self.failed or self.stop is not None):
+            time.sleep(LINGER_S)
+
+    failed = False
+    """Whether a failure was told to the other nodes."""
     interrupted = False
     """Whether the thread of the signals is ending the process."""
 
@@ -113,9 +126,10 @@ class _Launcher:
             return
         self.interrupted = True
         family = psutil.Process().children(recursive=True)
+        # said before the ranks go: else the main thread, which sees them go, might give it another name
+        self.say_once(f"interrupted {where(self.job)}; the same command resumes")
         for process in psutil.Process().children():
             _kill_group(process.pid)
-        self.say_once(f"interrupted {where(self.job)}; the same command resumes")
         self.publish(f"node {self.job.place.node_rank} ({socket.gethostname()}) was interrupted", limit_s=1.0)
         _reap(family)
         signals.end(INTERRUPTED)
@@ -129,16 +143,10 @@ class _Launcher:
             self.interrupted = True
             self.say_once(f"stopped by {reason} before the ranks started; the same command starts again")
             signals.end(0)
-        timer = threading.Timer(WORD_AFTER_S, self._announce)
-        timer.daemon = True
-        timer.start()
-
-    def _announce(self) -> None:
-        if not self.word.locked():
-            signals.say(f"{self.stop}: the run stops at its next safe point")
 
     def publish(self, line: str, *, limit_s: float = GONE_LIMIT_S) -> None:
         """Tell the other nodes why this one ended."""
+        self.failed = True
         store = self.meeting.store
         if store is None or self.job.place.nodes == 1:
             return
@@ -174,8 +182,10 @@ class _Agent(LocalElasticAgent):
         self.code = BUG
         """Exit code of the launcher, once a rank failed."""
         self._launcher = launcher
-        self._looked = time.monotonic()
         self._passed_on = False
+        self._other_nodes: threading.Thread | None = None
+        self._line: str | None = None
+        """Why another node ended."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._launcher.started = True
@@ -211,6 +221,8 @@ class _Agent(LocalElasticAgent):
     def _tell(self, failed: dict[int, subprocess.Popen[bytes]], *, alone: bool) -> None:
         """Say what no rank could say itself; tell the other nodes."""
         launcher = self._launcher
+        if launcher.interrupted:
+            return
         rank = min(failed, key=lambda rank: _blame(failed[rank].returncode))
         code, pid = failed[rank].returncode, failed[rank].pid
         if launcher.stop is not None and code in (STOPPED, -signal.SIGTERM):
@@ -229,20 +241,29 @@ class _Agent(LocalElasticAgent):
         launcher.publish(line)
 
     def _elsewhere(self) -> str | None:
-        """Why another node ended; None while all go on. Takes over a stop that another node was asked for."""
-        launcher, now = self._launcher, time.monotonic()
+        """Why another node ended; None while all go on."""
+        if self._other_nodes is None and self._launcher.job.place.nodes > 1:
+            self._other_nodes = threading.Thread(target=self._listen, name="other nodes", daemon=True)
+            self._other_nodes.start()
+        return self._line
+
+    def _listen(self) -> None:
+        """Look at what other nodes say, and take over a stop that one of them was asked for.
+
+        In a thread: a store whose process is stopped answers nothing, whatever time limit it was given.
+        """
+        launcher = self._launcher
         place, store = launcher.job.place, launcher.meeting.store
-        if place.nodes == 1 or store is None or now - self._looked < STORE_INTERVAL_S:
-            return None
-        self._looked = now
-        try:
-            if launcher.stop is None and store.check([STOP_KEY]):
-                launcher.ask_to_stop(store.get(STOP_KEY).decode())
-            if store.check([FAILURE_KEY]):
-                return f"node {place.node_rank} was stopped because of another one: {store.get(FAILURE_KEY).decode()}"
-        except RuntimeError:
-            return f"node {place.node_rank} was stopped: the launcher of node 0 at {place.address} has ended"
-        return None
+        me = f"node {place.node_rank} was stopped"
+        while store is not None and self._line is None:
+            try:
+                if launcher.stop is None and store.check([STOP_KEY]):
+                    launcher.ask_to_stop(store.get(STOP_KEY).decode())
+                if store.check([FAILURE_KEY]):
+                    self._line = f"{me} because of another one: {store.get(FAILURE_KEY).decode()}"
+            except RuntimeError:
+                self._line = f"{me}: the launcher of node 0 at {place.address} has ended"
+            time.sleep(STORE_INTERVAL_S)
 
 
 class _Console(LogsSpecs):

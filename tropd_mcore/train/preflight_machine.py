@@ -24,12 +24,17 @@ DEVICES = Path("/dev")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def started_servers(config: Config) -> dict[str, ServerConfig]:
-    """Return {section: settings} of the servers that the launch starts itself."""
+def used_servers(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the servers that the job asks; a replay samples from none."""
     servers = {} if config.run.replay is not None else {"rollout.server": config.rollout.server}
     if config.teacher.kind == "sglang":
         servers["teacher.server"] = config.teacher.server
-    return {key: server for key, server in servers.items() if server.url is None}
+    return servers
+
+
+def started_servers(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the servers that the launch starts itself."""
+    return {key: server for key, server in used_servers(config).items() if server.url is None}
 
 
 def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
@@ -64,11 +69,8 @@ def importable(module: str) -> bool:
 
 
 def api_keys(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
-    """Every environment variable that a configuration names as the holder of an API key is set."""
-    servers = {"rollout.server": config.rollout.server}
-    if config.teacher.kind == "sglang":
-        servers["teacher.server"] = config.teacher.server
-    for section, server in servers.items():
+    """Every environment variable that holds the API key of a server that the job asks is set."""
+    for section, server in used_servers(config).items():
         variable = server.api_key_env
         if variable is not None and server.url is not None and not environ.get(variable):
             yield Fault(

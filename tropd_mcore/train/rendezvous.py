@@ -90,7 +90,13 @@ class NodesMeet(RendezvousHandler):
         base.set_timeout(OPERATION_LIMIT)
         store = PrefixStore("tropd", base)
         if place.nodes > 1:
-            self._introduce(store, deadline)
+            try:
+                self._introduce(store, deadline)
+            except RuntimeError as error:  # every error of a store
+                reason = str(error).partition("\n")[0][:200]
+                raise LaunchError(
+                    f"the launcher of node 0 at {place.address}:{place.port} has ended ({reason}); see its output"
+                ) from error
         self.store = store
         address = LOOPBACK if place.nodes == 1 else place.address
         return RendezvousInfo(store, place.node_rank, place.nodes, RendezvousStoreInfo(address, base.port))

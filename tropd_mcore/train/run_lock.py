@@ -38,6 +38,8 @@ FRESH_S = 3 * TOUCH_S
 """A lease that was touched in this time by the clock of the file system is held; nobody waits to see whether it is."""
 TRY_S = 1.0
 """Time for two looks at a lease: the first may find it over, the second takes it."""
+STAT_ATTEMPTS, STAT_PAUSE_S = 10, 1.0
+"""How long an error of a file system may last that is not the absence of a file."""
 WATCH_TRIES = 30
 """Seconds in which every node has to see what the first rank made."""
 _ON_ONE_MACHINE = frozenset({"localflock", "local_lock=flock", "local_lock=all", "nolock"})
@@ -123,9 +125,8 @@ class RunLock:
         return descriptor
 
     def _same(self, name: str) -> bool:
-        try:
-            there = os.stat(self._root / name)
-        except OSError:
+        there = _patient_stat(self._root / name)
+        if there is None:
             return False
         held = os.fstat(self._watched[name])
         return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
@@ -188,6 +189,23 @@ class RunLock:
                     return
             age = _untouched_s(path)
         raise ConfigError([_in_use(self._root, f" ({holder}, last sign of life {age:.0f} s ago)")])
+
+
+def _patient_stat(path: Path) -> os.stat_result | None:
+    """What `os.stat` says, None where nothing is there; another error may be one of a network for a moment.
+
+    Raises DataError where it stays.
+    """
+    for attempt in range(STAT_ATTEMPTS):
+        try:
+            return os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if attempt == STAT_ATTEMPTS - 1:
+                raise DataError(f"run.dir: {path} cannot be looked at: {error.strerror}; the job stops") from error
+            time.sleep(STAT_PAUSE_S)
+    raise AssertionError("unreachable")
 
 
 def _acquired(lease: filelock.SoftFileLease, timeout_s: float) -> bool:

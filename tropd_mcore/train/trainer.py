@@ -25,7 +25,7 @@ from tropd_mcore.errors import ServerError, StopRequested
 from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.checkpoint import TrainState, save
-from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate, stop_together
+from tropd_mcore.mcore.collective import asked_to_stop, gather_on_rank_zero, on_rank_zero, shared_fate, stop_together
 from tropd_mcore.mcore.loss import LossResult, check_finite, make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
@@ -130,15 +130,21 @@ class Trainer:
         """
         clock = self.parts.clock
         clock.take()  # the seconds before the first step are nobody's
-        try:
-            with stopping.safe_points():
+        with stopping.safe_points():
+            try:
                 for step in range(self.first_step, self.last_step):
                     with progress(log, f"step {step} of {self.parts.config.run.steps}"):
                         self.step(step, clock)
                     self.may_stop()
-        except StopRequested as request:
-            with stopping.safe_points(), stopping.held():
-                raise StopRequested(f"stopped by {request} {self.save_for_stop()}") from None
+            except StopRequested as request:
+                with stopping.held():
+                    raise StopRequested(f"stopped by {request} {self.save_for_stop()}") from None
+            except ServerError as error:
+                # a scheduler may end our servers together with us, while a stop is held back
+                reason = asked_to_stop(self.parts.layout.groups.control)
+                if reason is None:
+                    raise
+                raise StopRequested(f"stopped by {reason} {self.without_checkpoint(error)}") from None
 
     def step(self, step: int, clock: StepClock) -> None:
         """One step, from its prompts to its checkpoint."""
@@ -370,8 +376,13 @@ class Trainer:
         try:
             folder = self.save(self.done)
         except ServerError as error:  # a scheduler may end the teacher's server too, before it was looked at
-            return f"{where}, without a checkpoint of steps {self.saved} to {self.done}: {error}; {resumes}"
+            return self.without_checkpoint(error)
         return f"{where}, saved {folder}; {resumes}"
+
+    def without_checkpoint(self, error: ServerError) -> str:
+        """Where the run stands after a stop that could save nothing, for a message."""
+        where = f"after step {self.done} of {self.parts.config.run.steps}"
+        return f"{where}, without a checkpoint of steps {self.saved} to {self.done}: {error}; the same command resumes"
 
     def forget(self, step: int) -> None:
         """Remove stored files of earlier steps that no resume needs and no key keeps. Collective."""

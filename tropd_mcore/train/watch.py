@@ -33,6 +33,8 @@ BEAT_S = 2.0
 WAITING_S = 30.0
 """Rank 0 says whom it waits for after this time, and again after each further one."""
 CLOSE_LIMIT_S = 3.0
+BEGIN_LIMIT_S = 600.0
+"""Longest time between the first beat of a rank and that of the next one: they start together."""
 LEFT = -1
 """The number of the last beat of a rank that has done its work."""
 STORE_TIMEOUT = timedelta(seconds=20)
@@ -118,22 +120,36 @@ class Watch:
         self._thread.join(CLOSE_LIMIT_S)
 
     def _loop(self) -> None:
+        turn, since_turn = None, 0.0
         while not self._over.wait(self._interval_s):
             now = time.monotonic()
             # a process that was stopped, or a machine that slept, has seen none of the time that went by
             seconds, self._last = min(now - self._last, 2 * self._interval_s + 1.0), now
-            try:
-                if self._store is None:
-                    self._store = self._connect()
-                self.turn(self._store, seconds)
+            since_turn += seconds
+            if turn is not None and (turn.is_alive() or turn.error is not None):
+                self._miss_store(turn.error or TimeoutError("no answer"), seconds)
+            elif turn is not None:
                 self._unreachable_s = 0.0
-            except RuntimeError as error:  # every error of a store
-                self._store = None
-                self._miss_store(error, time.monotonic() - now + seconds)
-        if self._store is not None:
+            if turn is None or not turn.is_alive():
+                turn, since_turn = _Turn(self, since_turn), 0.0
+                turn.start()
+                turn.join(self._interval_s)
+        if turn is not None:
+            turn.join(CLOSE_LIMIT_S / 2)
+        if self._store is not None and (turn is None or not turn.is_alive()):
             with contextlib.suppress(RuntimeError):
                 self._number = LEFT
                 self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat())))
+
+    def try_turn(self, seconds: float) -> None:
+        """`turn` over a connection of our own, made where there is none. Raises RuntimeError, as a store does."""
+        try:
+            if self._store is None:
+                self._store = self._connect()
+            self.turn(self._store, seconds)
+        except RuntimeError:
+            self._store = None
+            raise
 
     def turn(self, store: Store, seconds: float) -> None:
         """Beat once, then look at the others, `seconds` after the last turn."""
@@ -169,9 +185,16 @@ class Watch:
         return {rank: Beat(**json.loads(text)) for rank, text in zip(there, texts, strict=True)}
 
     def _look_at_neighbour(self, beat: Beat | None, seconds: float) -> None:
-        """End the job where the next rank has been silent for too long; one that has not begun is not looked at."""
+        """End the job where the next rank has been silent for too long, or has not begun long after this one."""
         limit = self._run.rank_timeout_s
-        if beat is None or beat.number == LEFT or self._next.look((beat.pid, beat.number), seconds) <= limit:
+        if beat is None:
+            if self._next.look(None, seconds) > max(limit, BEGIN_LIMIT_S):
+                self._end(
+                    f"rank {self._neighbour} has not begun {self._next.still_s:.0f} s after rank {self._rank}: is it "
+                    "stopped, or does it wait for a file system? The same command resumes"
+                )
+            return
+        if beat.number == LEFT or self._next.look((beat.pid, beat.number), seconds) <= limit:
             return
         self._end(
             f"{beat.who(self._neighbour)} has given no sign of life for {limit:g} s{beat.at()}: is it stopped "
@@ -185,7 +208,7 @@ class Watch:
         )
         if still > self._run.stall_timeout_s:
             self._end(
-                f"no rank has got on with anything for {self._run.stall_timeout_s:g} s; {_late(beats)} "
+                f"no rank has got on with anything for {self._run.stall_timeout_s:g} s; {self._late(beats)} "
                 "(run.stall_timeout_s); the same command resumes"
             )
         since = self._meetings.since
@@ -194,7 +217,12 @@ class Watch:
             self._told_s = 0.0
         elif waited - self._told_s >= WAITING_S:
             self._told_s = waited
-            log.info("waiting for %s, %.0f s", _late(beats, waiting=True), waited)
+            log.info("waiting for %s, %.0f s", self._late(beats, waiting=True), waited)
+
+    def _late(self, beats: dict[int, Beat], *, waiting: bool = False) -> str:
+        """Who is waited for, in words."""
+        absent = [f"rank {rank} (has not begun)" for rank in range(self._world_size) if rank not in beats]
+        return _listed(absent) if absent else _late(beats, waiting=waiting)
 
     def _miss_store(self, error: Exception, seconds: float) -> None:
         """The store is not reachable: its launcher is stopped, gone, or on a machine that is."""
@@ -218,11 +246,29 @@ def _late(beats: dict[int, Beat], *, waiting: bool = False) -> str:
     if not late:
         # all came to the same one, or none of them is in any: the work itself is what does not end
         late = {rank: beat for rank, beat in beats.items() if not beat.waits} or beats
-    named = [f"rank {rank} ({beat.activity or 'no long work'})" for rank, beat in list(late.items())[:4]]
-    text = ", ".join(named) + (f" and {len(late) - 4} more" if len(late) > 4 else "")
-    return (
-        text if waiting else f"the others wait for {text}" if len(late) < len(beats) else f"all ranks are at it: {text}"
-    )
+    text = _listed([f"rank {rank} ({beat.activity or 'no long work'})" for rank, beat in late.items()])
+    if waiting:
+        return text
+    return f"the others wait for {text}" if len(late) < len(beats) else f"all ranks are at it: {text}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+class _Turn(threading.Thread):
+    """One turn in a thread of its own: a store whose process is stopped answers nothing, whatever its time limit."""
+
+    def __init__(self, watch: Watch, seconds: float) -> None:
+        super().__init__(name="watch turn", daemon=True)
+        self._watch, self._seconds = watch, seconds
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._watch.try_turn(self._seconds)
+        except RuntimeError as error:  # every error of a store
+            self.error = error
 
 
 def open_watch(run: RunConfig, rank: int, world_size: int, meetings: Meetings) -> Watch:

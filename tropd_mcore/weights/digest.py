@@ -17,6 +17,7 @@ from pathlib import Path
 from tropd_mcore.errors import DataError, ModelError
 from tropd_mcore.file_kinds import EMPTY, in_the_way
 from tropd_mcore.files import file_digest, publish_text, shown
+from tropd_mcore.progress import tick
 from tropd_mcore.weights.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, INDEX_FILE, TOKENIZER_FILES
 
 SHOWN_FILES = 4
@@ -152,6 +153,7 @@ def read_files(paths: Iterable[Path]) -> list[tuple[Path, Fingerprint, str]]:
         if changed:
             raise ModelError(f"{path}: changes while it is read; start the run when it is complete")
         read.append((path, before, digest))
+        tick()
     return read
 
 

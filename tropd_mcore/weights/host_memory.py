@@ -1,4 +1,4 @@
-"""How much memory a process on this host may still take, and how sizes are written in messages.
+"""How much memory a process on this host may still take, how it gives back what it freed, and sizes in messages.
 
 Not for GPU memory. Invariant: a limit of the container or of the batch system counts like the size of the machine,
 because the process that exceeds it is killed without a word.
@@ -6,6 +6,7 @@ because the process that exceeds it is killed without a word.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 GIB = 2**30
@@ -41,6 +42,17 @@ def cgroup_room(root: Path = _CGROUP_ROOT, membership: Path = _PROC_CGROUP) -> i
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
             rooms += _rooms(root / "memory", path, *names)
     return min(rooms, default=None)
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the machine, also what lies between blocks that are in use.
+
+    By itself glibc returns only the end of its heap, so that large buffers which are made and freed among small blocks
+    that stay leave a hole each time. Equals malloc_trim(0), and nothing with another C library. Cost: milliseconds.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def gib(size: float) -> str:

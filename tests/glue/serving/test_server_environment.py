@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.serving.environment import Place, server_environment
+from tropd_mcore.serving.sglang_launch import KEY_VARIABLE, require_key
 from tropd_mcore.serving.transport import Endpoint
 
 OF_TORCHRUN = (
@@ -114,13 +117,53 @@ def test_a_server_asks_itself_without_a_proxy_and_the_users_own_exceptions_stay(
     found = environment_of("cuda")
     assert found["http_proxy"] == "http://proxy:1", "models may still come through it"
     assert found["no_proxy"] == "intern.example,::1,127.0.0.1,localhost"
-    assert found["NO_PROXY"] == "127.0.0.1,localhost,::1"
+    assert found["NO_PROXY"] == found["no_proxy"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"NO_PROXY": "a.example"}, "a.example,127.0.0.1,localhost,::1"),
+        ({"no_proxy": "a.example", "NO_PROXY": ""}, "a.example,127.0.0.1,localhost,::1"),
+        ({"no_proxy": "a.example,b", "NO_PROXY": "b, c"}, "a.example,b,c,127.0.0.1,localhost,::1"),
+    ],
+)
+def test_exceptions_under_either_name_hold_under_both(
+    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str
+) -> None:
+    """Most programs read the first of the two that is there."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = environment_of("cuda")
+    assert (found["no_proxy"], found["NO_PROXY"]) == (wanted, wanted)
 
 
 @pytest.mark.parametrize("argument", ["--dp-size", "--dp=2", "--nnodes", "--dist-init-addr", "--data-parallel-size"])
 def test_a_server_of_several_groups_or_hosts_meets_as_sglang_does(ours: dict[str, str], argument: str) -> None:
     """One file for all groups would mix their ranks."""
     assert environment_of("cuda", arguments=("--log-level", "info", argument, "2")) == ours | own()
+
+
+def test_the_key_is_in_no_log_line_and_a_bad_call_of_a_library_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The liars: a line without its argument, an argument that cannot be written, and one that raises."""
+
+    class Broken:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setattr(sys, "argv", ["server"])
+    before = logging.getLogRecordFactory()
+    try:
+        require_key()
+        make = logging.getLogRecordFactory()
+        record = make("x", logging.INFO, "x.py", 1, "arguments %s", ("api_key='secret'",), None)
+        assert record.getMessage() == "arguments api_key='<key>'"
+        for bad in (("%s %s", (1,)), ("%d", ("a",)), ("%s", (Broken(),))):
+            assert make("x", logging.INFO, "x.py", 1, *bad, None).msg == bad[0]
+    finally:
+        logging.setLogRecordFactory(before)
+    assert sys.argv == ["server", "--api-key=secret"] and KEY_VARIABLE not in os.environ
 
 
 def test_a_key_is_not_shown_by_what_holds_it() -> None:

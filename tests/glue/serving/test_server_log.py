@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,7 +76,7 @@ def test_a_log_is_cut_while_the_server_writes_to_it_and_every_line_is_in_one_of_
     assert path.read_text() == "" and older.read_text().splitlines()[-1] == "line 4000"
     writer.communicate(b"go\n")
     assert path.read_bytes() == b"last\n", "the server goes on at the start, without a hole"
-    assert server_log.tail() == ["last"]
+    assert server_log.tail()[-2:] == ["line 4000", "last"]
     assert [file.stat().st_mode & 0o077 for file in (path, older)] == [0, 0]
     server_log.close()
 
@@ -89,6 +92,55 @@ def test_the_size_is_looked_at_while_the_server_runs(tmp_path: Path, monkeypatch
     server_log.close()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rollout.log", "rollout.log.1"]
     assert (tmp_path / "rollout.log.1").read_bytes()[-1:] == b"2"
+
+
+def test_the_last_line_is_found_though_the_log_was_cut_after_it(tmp_path: Path) -> None:
+    """Nothing of an earlier launch comes with it, and a line that the cut went through is one line."""
+    path = tmp_path / "rollout.log"
+    path.write_bytes(b"ValueError: of an earlier launch\n" * 2)
+    server_log = ServerLog(path, 1000)
+    with server_log.open() as stream:
+        stream.write(b"x" * 2000 + b"\nRuntimeError: the ca")
+        stream.flush()
+        assert server_log.rotate()
+        stream.write(b"use\n")
+        stream.flush()
+        assert server_log.tail() == ["x" * 2000, "RuntimeError: the cause"]
+        stream.write(b"y" * 2000)
+        stream.flush()
+        assert server_log.rotate() and server_log.tail() == ["use", "y" * 2000]
+    with server_log.open():
+        assert server_log.tail() == [], "of this launch nothing is there yet"
+    server_log.close()
+
+
+def test_a_log_that_cannot_be_copied_leaves_nothing_half_is_told_once_and_is_cut_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log_module, "LOOK_EVERY_S", 0.01)
+    copy, tries = shutil.copyfileobj, []
+
+    def no_room(source: Any, target: Any, length: int) -> None:
+        target.write(source.read(10))
+        tries.append(1)
+        if len(tries) < 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        source.seek(0)
+        target.seek(0)
+        copy(source, target, length)
+
+    monkeypatch.setattr(shutil, "copyfileobj", no_room)
+    server_log = ServerLog(tmp_path / "rollout.log", 1000)
+    partial = tmp_path / "rollout.log.1.partial"
+    with server_log.open() as stream:
+        stream.write(b"x" * 2000)
+        stream.flush()
+        wait_for(lambda: (tmp_path / "rollout.log").stat().st_size == 0)
+    server_log.close()
+    assert not partial.exists() and (tmp_path / "rollout.log.1").read_bytes() == b"x" * 2000
+    assert [message for message in caplog.messages if "No space left" in message] == [
+        f"{tmp_path}/rollout.log: cannot be rotated yet (No space left on device); it goes on growing"
+    ]
 
 
 def test_a_log_that_an_earlier_launch_left_large_is_moved_away_at_the_start(site: Site) -> None:

@@ -17,7 +17,7 @@ import pytest
 from tests.glue.server_site import Site, runs, wait_for
 from tropd_mcore.cli.server import free_name
 from tropd_mcore.errors import ServerError
-from tropd_mcore.serving.record import is_in_use, read_record, stop_left_over
+from tropd_mcore.serving.record import is_in_use, read_record, stop_group, stop_left_over
 
 
 @pytest.fixture
@@ -191,6 +191,19 @@ def test_two_live_commands_on_one_run_directory_have_a_server_each_and_stop_thei
         first.stdin.close()
         first.wait()
     assert not runs(int(pid)) and not (site.run_dir / "teacher.server.json").exists()
+
+
+def test_what_a_leader_that_is_gone_has_left_in_its_group_is_killed() -> None:
+    """Its number is free once it was waited for."""
+    command = "sleep 600 & echo $!"
+    with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
+        assert leader.stdout is not None
+        left = int(leader.stdout.readline())
+        leader.wait()
+        assert runs(left) and not psutil.pid_exists(leader.pid)
+        stop_group(leader.pid)
+        wait_for(lambda: not runs(left))
+        stop_group(leader.pid)
 
 
 def test_a_record_is_read_as_it_was_written(site: Site) -> None:

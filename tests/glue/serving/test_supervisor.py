@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tropd_mcore import stopping
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung
+from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung, StopRequested
+from tropd_mcore.serving import process as process_module
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 
@@ -30,6 +33,38 @@ def supervised(tmp_path: Path, events: list[str], *, max_restarts: int = 2) -> S
     process: Any = SimpleNamespace(restart=lambda: events.append("restart"), describe_end=lambda: "it ended")
     server._process = process
     return server
+
+
+@pytest.mark.parametrize("fails", ["start", "wait_ready"])
+@pytest.mark.parametrize("error", [ServerError("no"), KeyboardInterrupt()])
+def test_a_server_that_does_not_get_ready_is_stopped(tmp_path: Path, fails: str, error: BaseException) -> None:
+    events: list[str] = []
+    server = supervised(tmp_path, events)
+
+    def fail() -> None:
+        raise error
+
+    steps: dict[str, Any] = {name: lambda name=name: events.append(name) for name in ("start", "wait_ready", "stop")}
+    server._process = SimpleNamespace(client=lambda: None, **{**steps, fails: fail})  # type: ignore[assignment]
+    with pytest.raises(type(error)), server:
+        raise AssertionError("the block is not entered")
+    assert events[-1] == "stop"
+
+
+def test_a_start_that_fails_half_way_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def fail(place: Any, _extra: object) -> None:
+        made.append(place.folder)
+        assert place.folder.is_dir()
+        raise ServerError("no")
+
+    monkeypatch.setattr(process_module, "server_environment", fail)
+    (tmp_path / "config.json").write_text("{}")
+    server = SupervisedServer(supervised(tmp_path, []).spec)
+    with pytest.raises(ServerError, match="no"), server:
+        raise AssertionError("the block is not entered")
+    assert len(made) == 1 and not made[0].exists()
 
 
 def test_the_new_process_is_looked_at_after_every_restart(tmp_path: Path) -> None:
@@ -92,3 +127,21 @@ def test_a_command_asks_the_new_process_for_what_is_missing_only(tmp_path: Path)
     server._process = None
     with pytest.raises(ServerDied, match="gone elsewhere"):
         server.generate([1])  # type: ignore[list-item]
+
+
+@pytest.fixture
+def asked_to_stop() -> Iterator[None]:
+    stopping.request("SIGTERM")
+    yield
+    stopping.forget()
+
+
+@pytest.mark.usefixtures("asked_to_stop")
+def test_a_server_that_dies_of_the_signal_that_stops_the_run_is_not_restarted(tmp_path: Path) -> None:
+    events: list[str] = []
+    server = supervised(tmp_path, events)
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        server.recover(ServerDied("gone"))
+    with stopping.held(), pytest.raises(ServerDied, match="gone"):  # while a checkpoint is written
+        server.recover(ServerDied("gone"))
+    assert not events and server.restarts == 0

@@ -207,10 +207,10 @@ def test_where_no_request_is_answered_the_server_counts_as_hung_though_it_says_i
 
 def test_a_server_that_answers_nothing_is_found_beside_the_requests(serve: Callable[..., Server]) -> None:
     """The requests themselves would wait for request_timeout_s."""
-    client = client_of(serve(hangs, health=hangs).url, hang_timeout_s=0.5, request_timeout_s=LONG_S)
+    client = client_of(serve(hangs, model_info=hangs).url, hang_timeout_s=0.5, request_timeout_s=LONG_S)
     error = one(client)
     assert isinstance(error, ServerHung)
-    assert str(error).startswith("rollout.server: hung: no answer of /health for ")
+    assert str(error).startswith("rollout.server: hung: no answer of /model_info for ")
     assert f"(at {client.url}; rollout.server.hang_timeout_s=0.5)" in str(error)
 
 
@@ -221,23 +221,23 @@ def test_what_had_come_before_a_server_hung_is_kept(serve: Callable[..., Server]
         return good(request)
 
     slow = GenerationRequest(np.array([9], np.int32), max_new_tokens=2, vocab_size=50)
-    client = client_of(serve(some, health=hangs).url, hang_timeout_s=1.0, request_timeout_s=LONG_S)
+    client = client_of(serve(some, model_info=hangs).url, hang_timeout_s=1.0, request_timeout_s=LONG_S)
     first, *others = client.generate([slow, ASK, ASK])
     assert isinstance(first, ServerHung) and all(answered(other) for other in others)
 
 
-@pytest.mark.parametrize("health", [200, 500])
-def test_a_server_that_works_for_long_and_answers_its_health_is_not_hung(
-    serve: Callable[..., Server], health: int
+@pytest.mark.parametrize("health", [200, 500, None])
+def test_a_server_that_works_for_long_and_answers_for_itself_is_not_hung(
+    serve: Callable[..., Server], health: int | None
 ) -> None:
-    """Longer than a silent server would have, whatever its health says apart from 503."""
+    """Longer than a silent server would have, whatever its health says; a busy engine says nothing for 20 s."""
 
     async def slow(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(5.0)
         return good(request)
 
-    async def healthy(_request: web.Request) -> web.StreamResponse:
-        return web.Response(status=health)
+    async def healthy(request: web.Request) -> web.StreamResponse:
+        return await hangs(request) if health is None else web.Response(status=health)
 
     assert answered(one(client_of(serve(slow, health=healthy).url, hang_timeout_s=2.0)))
 
@@ -278,6 +278,23 @@ def test_a_server_that_is_silent_in_an_update_is_found_and_one_that_loads_for_lo
     server = serve(fine, update_weights_from_tensor=hangs, model_info=hangs)
     with pytest.raises(ServerHung, match="no answer of /model_info for"):
         client_of(server.url, hang_timeout_s=0.5, request_timeout_s=LONG_S).update_weights([b"x"], version="v")
+
+
+def test_a_server_that_reads_a_large_update_by_value_has_as_much_longer(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers nothing meanwhile; the liar before it: the same server with a body that is read at once."""
+
+    async def loads(_request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(3.0)
+        return web.json_response({"success": True})
+
+    server = serve(fine, update_weights_from_tensor=loads, model_info=hangs)
+    client = client_of(server.url, hang_timeout_s=0.5)
+    with pytest.raises(ServerHung):
+        client.update_weights([b"x" * 1000], version="v")
+    monkeypatch.setattr(transport_module, "SLOWEST_READING", 10)
+    client.update_weights([b"x" * 1000], version="v")
 
 
 def test_one_late_probe_of_a_process_that_was_stopped_itself_proves_nothing() -> None:
@@ -357,6 +374,16 @@ def test_a_redirect_is_not_followed_and_named(serve: Callable[..., Server]) -> N
     assert "answered 302, a redirect to 'http://login.example/'; is a proxy or another service at this url?" in str(
         error
     )
+
+
+def test_a_server_that_sends_elsewhere_is_not_healthy_and_nobody_is_asked_there(serve: Callable[..., Server]) -> None:
+    other = serve(fine)
+
+    async def elsewhere(_request: web.Request) -> web.StreamResponse:
+        return web.Response(status=302, headers={"Location": f"{other.url}/health"})
+
+    assert not client_of(serve(fine, health=elsewhere).url).healthy()
+    assert other.asked == [] and client_of(other.url).healthy()
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500, 503, 418])

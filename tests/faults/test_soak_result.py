@@ -1,0 +1,76 @@
+"""The committed result of the soak: long enough, of a known commit, and nothing in it grows beyond its bound."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.jobs import REPOSITORY
+
+RESULT = Path(__file__).with_name("results") / "soak.json"
+STEPS = 1500
+RANK_BYTES = 2048.0
+"""Bytes per step of a process of ours. Without the release after a checkpoint a rank has 3,000 to 9,000."""
+SERVER_BYTES = 4096.0
+"""The same for a process of SGLang, which keeps something of each of about 25 requests per step."""
+DISK_BYTES = 4096.0
+"""Bytes per step of the run directory where every key that bounds a part of it is set: a line of metrics.jsonl."""
+LITTLE = 0.01
+"""Handles, threads and names per step: one in a hundred steps."""
+ROLES = {"launcher", "rank 0", "rank 1", "rollout server", "rollout server > sglang::scheduler"}
+
+
+@cache
+def content() -> dict[str, Any]:
+    assert RESULT.is_file(), (
+        f"no {RESULT.relative_to(REPOSITORY)}: run `python -m tests.faults.soak --out tests/faults/results/soak.json`"
+    )
+    found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+    return found
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """Everything in a result that grows beyond its bound, or is missing."""
+    found = [f"no {role}" for role in sorted(ROLES - {row["role"] for row in result["processes"]})]
+    for row in result["processes"]:
+        bound = SERVER_BYTES if "server" in row["role"] else RANK_BYTES
+        bounds = {"anonymous": bound, "rss": bound, "handles": LITTLE, "threads": LITTLE}
+        found += [f"{row['role']}: {name}" for name, most in bounds.items() if row["growth"][name]["slope"] > most]
+    shared = result["shared_memory"]
+    found += [f"/dev/shm: {name}" for name in ("bytes", "names", "names_ever") if shared[name]["slope"] > LITTLE]
+    if result["folders"]["run.dir"]["all"]["bytes"]["slope"] > DISK_BYTES:
+        found.append("run.dir")
+    if result["folders"]["TMPDIR"]["all"]["files"]["slope"] > LITTLE:
+        found.append("TMPDIR")
+    return found + [name for name in ("processes", "shared_memory", "temporary") if result[f"left_{name}"]]
+
+
+def test_the_soak_is_long_enough_and_of_a_known_commit() -> None:
+    result = content()
+    assert result["steps"] >= STEPS and result["ranks"] == 2
+    assert len(result["commit"]) == 40 and result["changed_files"] == 0
+    text = json.dumps(result)
+    assert not [place for place in ("/root/", "/home/", "/tmp/", "/work/") if place in text]
+
+
+def test_nothing_grows_beyond_its_bound_and_nothing_is_left() -> None:
+    assert problems(content()) == []
+
+
+@pytest.mark.parametrize("name", ["anonymous", "rss", "handles", "threads"])
+def test_a_process_that_grows_is_a_problem(name: str) -> None:
+    result = json.loads(json.dumps(content()))
+    row = next(row for row in result["processes"] if row["role"] == "rank 0")
+    row["growth"][name]["slope"] = 9000.0
+    assert problems(result) == [f"rank 0: {name}"]
+
+
+def test_what_is_left_and_a_process_that_is_not_seen_are_problems() -> None:
+    result = json.loads(json.dumps(content()))
+    result["processes"] = [row for row in result["processes"] if row["role"] != "rank 1"]
+    result["left_shared_memory"] = ["torch_1"]
+    assert problems(result) == ["no rank 1", "shared_memory"]

@@ -1,0 +1,28 @@
+"""Memory that was freed goes back to the machine, also where a block above it stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tropd_mcore.weights.host_memory import release_freed_memory
+
+BLOCK = 1 << 16
+"""Bytes; below the size from which the C library maps a block of its own, and so returns it by itself."""
+BLOCKS = 1500
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+def test_memory_between_blocks_that_stay_is_given_back() -> None:
+    blocks = [bytearray(b"x" * BLOCK) for _ in range(BLOCKS)]
+    kept = blocks[::100]
+    kept.append(blocks[-1])
+    del blocks
+    before = anonymous()
+    release_freed_memory()
+    assert before - anonymous() > BLOCKS * BLOCK // 2
+    assert all(block == b"x" * BLOCK for block in kept)
