@@ -1,12 +1,18 @@
-"""What holds for all tests: which tier a folder belongs to, and property tests that try the same examples each time."""
+"""What holds for all tests: the tier of a folder, Ctrl-C, and property tests that try the same examples each time."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 from hypothesis import settings
 
 MARK_OF_FOLDER = ("sglang", "e2e")
 """Every test below tests/<name> carries the mark <name>."""
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # started in the background of a script: what tests start would ignore Ctrl-C as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")

@@ -168,11 +168,12 @@ def test_scripts_convert_there_and_back_and_verify(tmp_path: Path) -> None:
     ("name", "arguments", "words"),
     [
         ("hf_to_mcore", ["--hf", "absent", "--out", "new"], "absent: not found"),
-        ("mcore_to_hf", ["--mcore", "absent", "--out", "new"], "tropd.json not found"),
-        ("hf_to_mcore", ["--hf", "absent", "--out", "new", "--tensor", "2"], "launch a multiple of 2 ranks"),
+        ("mcore_to_hf", ["--mcore", "absent", "--out", "new"], "--mcore absent: not found"),
+        ("hf_to_mcore", ["--hf", "model", "--out", "new", "--tensor", "2"], "launch a multiple of 2 ranks"),
     ],
 )
 def test_scripts_end_with_one_line_and_exit_code_2(name: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", family="qwen2", tied=True, dtype=torch.bfloat16)
     done = script(name, *arguments, cwd=tmp_path)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,8 @@ def say(text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Play what is asked for; 0 where no fault is a MISS."""
+    # started in the background of a script, the jobs would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments and arguments[0] in OTHERS:
         other = importlib.import_module(f"tests.faults.{OTHERS[arguments[0]]}")
         return int(other.main(arguments[1:]))

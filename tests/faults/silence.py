@@ -124,8 +124,8 @@ class Reader:
 
 def _last_picture(line: str) -> str:
     """What stands on a line after all carriage returns, without colours."""
-    pictures = [picture.rstrip() for picture in _ESCAPES.sub("", line).split("\r")]
-    return next((picture for picture in reversed(pictures) if picture), "")
+    pictures = [picture for picture in _ESCAPES.sub("", line).split("\r") if picture]
+    return pictures[-1].rstrip() if pictures else ""  # one of blanks alone wipes what was there
 
 
 def watch(

@@ -85,6 +85,9 @@ def main(arguments: list[str]) -> int:
         soak = start(stage, options)
         try:
             follow(soak, options)
+        except KeyboardInterrupt:
+            say("interrupted; stopping the job")
+            return 130
         finally:
             end(soak)
         seconds = time.monotonic() - begun

@@ -6,6 +6,8 @@ import json
 from functools import cache
 from typing import Any
 
+import pytest
+
 from tests.faults.registry import all_faults
 from tests.faults.results import COUNTERS
 from tests.faults.table import KILL_LOOP, PAGE, RESULT, page
@@ -17,12 +19,16 @@ KILLS = 30
 
 @cache
 def content() -> dict[str, Any]:
+    if not RESULT.is_file():
+        pytest.skip(f"no committed result yet: python -m tests.faults --out tests/faults/results/{RESULT.name}")
     found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
     return found
 
 
 @cache
 def loop() -> dict[str, Any]:
+    if not KILL_LOOP.is_file():
+        pytest.skip(f"no committed result yet: python -m tests.faults kill-loop --out {KILL_LOOP.name}")
     found: dict[str, Any] = json.loads(KILL_LOOP.read_text(encoding="utf-8"))
     return found
 
@@ -54,6 +60,8 @@ def test_the_kill_loop_is_equal_bit_for_bit_after_enough_kills() -> None:
 
 
 def test_the_page_is_that_of_registry_and_result() -> None:
+    content()
+    loop()
     assert PAGE.read_text(encoding="utf-8") == page(content(), loop())
 
 

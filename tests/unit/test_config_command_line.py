@@ -196,8 +196,10 @@ def test_every_check_across_sections_is_a_function_of_the_configuration_alone(tm
 
 
 def test_limits_that_end_before_others_are_refused(tmp_path: Path) -> None:
-    (line,) = problems(tmp_path, overrides=["run.rank_timeout_s=60", "run.stall_timeout_s=60"])
-    assert line.startswith("run.rank_timeout_s = 60 must be below run.stall_timeout_s = 60")
+    (line,) = problems(tmp_path, overrides=["run.rank_timeout_s=5000", "run.stall_timeout_s=5000"])
+    assert line.startswith("run.rank_timeout_s = 5000 must be below run.stall_timeout_s = 5000")
+    (line,) = problems(tmp_path, overrides=["run.stall_timeout_s=2000", "teacher.server.request_timeout_s=2000"])
+    assert line.startswith("teacher.server.request_timeout_s = 2000 must be below run.stall_timeout_s = 2000")
     (line,) = problems(tmp_path, overrides=["rollout.server.hang_timeout_s=50", "rollout.server.request_timeout_s=40"])
     assert line.startswith("rollout.server.hang_timeout_s = 50 is above rollout.server.request_timeout_s = 40")
     load(write(tmp_path), ["rollout.server.request_timeout_s=40"])

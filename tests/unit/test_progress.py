@@ -101,11 +101,15 @@ def test_only_the_innermost_work_that_has_lasted_speaks(caplog):
             assert activity() == "inner"
         wait_for(lambda: caplog.messages[-1].startswith("step: "))
         seen = len(caplog.messages)
+        longest = 0.0
         for _ in range(30):  # each too short to speak, together not
+            begun = time.monotonic()
             with progress(LOG, "tiny"):
                 time.sleep(0.01)
-    later = caplog.messages[seen:]
-    assert later and all(message.startswith("step: ") for message in later)
+            longest = max(longest, time.monotonic() - begun)
+    speakers = {message.partition(":")[0] for message in caplog.messages[seen:]}
+    # on a busy machine a tiny one may have lasted long enough after all
+    assert "step" in speakers and (speakers == {"step"} or longest >= module.FIRST_S)
     assert activity() == ""
 
 

@@ -37,6 +37,14 @@ def test_a_bar_is_a_sign_of_life_and_stands_once_in_the_text():
     assert [line for _, line in said.lines] == ["~ work: 0", "~ work: 100", "~ work: 200", "~ work: 300", "done"]
 
 
+def test_a_bar_that_was_wiped_at_the_end_is_not_in_the_text():
+    said = Said(seconds=2.0)
+    reader = Reader(said)
+    reader.feed(b"before\r\n\rwork: 1\r       \r", 1.0)
+    reader.close(2.0)
+    assert [line for _, line in said.lines] == ["before"]
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", -signal.SIGTERM)])
 def test_a_signal_is_sent_once_a_text_has_come(name, code):
     script = (
