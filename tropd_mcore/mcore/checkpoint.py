@@ -58,6 +58,8 @@ from tropd_mcore.weights.publish import fsync_tree, replace_folder
 logger = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
+FULL_BYTES = 16 << 20
+"""A disk with less room than this is full: a writer asks for its buffer at once."""
 _MEGATRON_FILES = ("metadata.json", "common.pt", ".metadata")
 _READ_ERRORS = (
     CheckpointException, CheckpointingException, OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError,
@@ -141,7 +143,7 @@ def _write(
                 sharded_strategy=InProcessSave(layout.groups.control),
             )
     except (CheckpointException, OSError, RuntimeError) as error:
-        raise ModelError(f"{failed} ({_first_failure(error)})") from error
+        raise ModelError(f"{failed} ({_reason(error, partial)})") from error
     if state.optimizer is not None:
         _on_every_rank(layout, lambda: save_rng(partial, layout.rank), failed)
     if hf_folder is not None:
@@ -372,6 +374,16 @@ def _on_every_rank(layout: Layout, action: Callable[[], None], failed: str) -> N
     first = next((found for found in problems if found is not None), None)
     if first is not None:
         raise ModelError(f"{failed} ({first})")
+
+
+def _reason(error: BaseException, partial: Path) -> str:
+    """Why writing failed; torch's stream errors do not say it where the disk is full."""
+    text = _first_failure(error)
+    try:
+        full = shutil.disk_usage(partial.parent).free < FULL_BYTES
+    except OSError:
+        full = False
+    return f"No space left on device: {text}" if full and "No space" not in text else text
 
 
 def _first_failure(error: BaseException) -> str:

@@ -12,19 +12,18 @@ Not for starting the server from the trainer (see `process`). Invariant: the top
 process that SGLang spawns, so that all of them get the same treatment.
 """
 
-import ctypes
 import enum
 import importlib.machinery
 import importlib.util
 import logging
 import os
 import runpy
-import signal
 import sys
 import types
 from collections.abc import Callable, Mapping
 
-PR_SET_PDEATHSIG = 1
+from tropd_mcore.signals import die_with_parent
+
 KEY_VARIABLE = "TROPD_SERVER_KEY"
 """Environment variable with the API key that the server shall require."""
 OWNER_ONLY = 0o077
@@ -43,15 +42,6 @@ NEVER_CALLED_KERNELS = (
     "verify_tree_greedy_cpu",
 )
 """What SGLang 0.5.23 imports from `sgl_kernel` on a CPU; a newer one that wants more fails naming the missing name."""
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel for SIGKILL when the thread that started this process ends; exit at once if it already has."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:
-        sys.exit(f"sglang_launch: the parent process {parent_pid} has already ended")
 
 
 def require_key() -> None:

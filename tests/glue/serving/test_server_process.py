@@ -295,7 +295,7 @@ def test_a_server_whose_parent_has_ended_before_it_looked_does_not_start(site: S
         line = parent.stderr.readline().decode()
         wait_for(lambda: not runs(pid))
         parent.kill()
-    assert line == f"sglang_launch: the parent process {os.getpid()} has already ended\n"
+    assert line == f"the process {os.getpid()} that started this one has already ended\n"
     assert not site.notes.exists()
 
 
