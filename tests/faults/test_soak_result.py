@@ -61,16 +61,37 @@ def test_nothing_grows_beyond_its_bound_and_nothing_is_left() -> None:
     assert problems(content()) == []
 
 
+def flat(**slopes: float) -> dict[str, Any]:
+    """Quantities that do not grow, but for those named."""
+    names = ("anonymous", "rss", "handles", "threads", "bytes", "files", "names", "names_ever")
+    return {name: {"slope": slopes.get(name, 0.0)} for name in names}
+
+
+def made_up(rank_0: dict[str, Any] | None = None, **parts: Any) -> dict[str, Any]:
+    """A result without a problem, but for what is given."""
+    grown = {"rank 0": rank_0 or flat()}
+    left: dict[str, list[str]] = {f"left_{name}": [] for name in ("processes", "shared_memory", "temporary")}
+    return {
+        "processes": [{"role": role, "growth": grown.get(role, flat())} for role in ROLES],
+        "shared_memory": flat(),
+        "folders": {"run.dir": {"all": flat()}, "TMPDIR": {"all": flat()}},
+        **left,
+        **parts,
+    }
+
+
 @pytest.mark.parametrize("name", ["anonymous", "rss", "handles", "threads"])
 def test_a_process_that_grows_is_a_problem(name: str) -> None:
-    result = json.loads(json.dumps(content()))
-    row = next(row for row in result["processes"] if row["role"] == "rank 0")
-    row["growth"][name]["slope"] = 9000.0
-    assert problems(result) == [f"rank 0: {name}"]
+    assert problems(made_up()) == []
+    assert problems(made_up(flat(**{name: 9000.0}))) == [f"rank 0: {name}"]
+
+
+def test_shared_memory_and_disk_that_grow_are_problems() -> None:
+    folders = {"run.dir": {"all": flat(bytes=22_000.0)}, "TMPDIR": {"all": flat(files=1.0)}}
+    assert problems(made_up(folders=folders)) == ["run.dir", "TMPDIR"]
+    assert problems(made_up(shared_memory=flat(names=1.0))) == ["/dev/shm: names"]
 
 
 def test_what_is_left_and_a_process_that_is_not_seen_are_problems() -> None:
-    result = json.loads(json.dumps(content()))
-    result["processes"] = [row for row in result["processes"] if row["role"] != "rank 1"]
-    result["left_shared_memory"] = ["torch_1"]
-    assert problems(result) == ["no rank 1", "shared_memory"]
+    rows = [row for row in made_up()["processes"] if row["role"] != "rank 1"]
+    assert problems(made_up(processes=rows, left_shared_memory=["torch_1"])) == ["no rank 1", "shared_memory"]
