@@ -138,6 +138,18 @@ def _more_tokens(answer: Body) -> None:
     answer["meta_info"]["output_token_logprobs"] *= 60
 
 
+def _rename(entries: list[list[Any]], place: int) -> None:
+    """The token of one entry becomes another one, whichever was sampled."""
+    entries[place][1] = NO_END if entries[place][1] != NO_END else NO_END + 1
+
+
+def _go_on_after(answer: Body, end: int) -> None:
+    """An end token first, and at least one token after it, however short the true answer is."""
+    answer["output_ids"].append(NO_END)
+    answer["meta_info"]["output_token_logprobs"].append([-1.0, NO_END, None])
+    _set_id(answer, 0, end)
+
+
 def _set_end(answer: Body, end: int, matched: object) -> None:
     _set_id(answer, -1, end)
     answer["meta_info"]["finish_reason"] = {"type": "stop", "matched": matched}
@@ -161,10 +173,10 @@ def sampling_lies(*, vocab_size: int, end: int) -> dict[str, Lie]:
         "`stop` without an end token": lambda a: _cut(a, {"type": "stop", "matched": None}),
         "`length` before the limit": lambda a: _cut(a, {"type": "length", "length": 1}),
         "more tokens than were asked for": _more_tokens,
-        "tokens after an end token": lambda a: _set_id(a, 0, end),
+        "tokens after an end token": lambda a: _go_on_after(a, end),
         "an end token over logits that are NaN": lambda a: _set_end(a, end, "NaN happened"),
         "a prompt that was cut": lambda a: _set_meta(a, prompt_tokens=1),
-        "log-probs of other tokens": lambda a: a["meta_info"]["output_token_logprobs"][0].__setitem__(1, 9),
+        "log-probs of other tokens": lambda a: _rename(a["meta_info"]["output_token_logprobs"], 0),
         "one log-prob too few": lambda a: a["meta_info"]["output_token_logprobs"].pop(),
         "no tokens": lambda a: (a.update(output_ids=[]), _set_meta(a, output_token_logprobs=[])),
         "no meta_info": lambda a: a.pop("meta_info"),
@@ -210,7 +222,7 @@ def scoring_lies(*, vocab_size: int) -> dict[str, Lie]:
         "a score of +3": lambda a: _set_score(a, 3.0),
         "a score that is null": lambda a: _set_score(a, None),
         "a score that contradicts its candidates": _contradict,
-        "scores of other tokens": lambda a: a["meta_info"]["input_token_logprobs"][-1].__setitem__(1, 9),
+        "scores of other tokens": lambda a: _rename(a["meta_info"]["input_token_logprobs"], -1),
         "one score too few": lambda a: a["meta_info"]["input_token_logprobs"].pop(),
         "candidates of another shape": lambda a: _set_meta(a, input_top_logprobs_shape=[1, 1]),
         "candidates cut short": lambda a: _set_meta(a, input_top_logprobs_val_flat_b64="AAAA"),

@@ -48,12 +48,11 @@ class Progress:
 
     def advance(self, count: int = 1, note: str | None = None, *, amount: float = 0.0) -> None:
         """Say that `count` more units are done; `note` is shown beside them, and replaces the one before."""
-        global _ticks
         self.done += count
         self.amount += amount
         self.note = self.note if note is None else note
         self.moved = time.monotonic()
-        _ticks += 1
+        tick()
 
     def rate(self, now: float) -> str:
         """Return the rate of `amount`, for example "412 tok/s"; empty where nothing is counted."""

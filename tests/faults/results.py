@@ -47,8 +47,8 @@ def circumstances() -> dict[str, Any]:
     """Date, commit, machine and versions of a result."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "tropd_mcore", "tests", "examples")),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "tropd_mcore", "tests", "examples")),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
     }
@@ -64,6 +64,13 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """What git says of the repository; `unknown` where it cannot."""
     found = subprocess.run(["git", *arguments], cwd=REPOSITORY, check=False, capture_output=True, text=True)
-    return found.stdout.strip()
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def places_in(result: dict[str, Any]) -> list[str]:
+    """Beginnings of absolute paths that stand in a result, which is read on other machines."""
+    text = json.dumps(result)
+    return [place for place in ("/root/", "/home/", "/tmp/", "/work/") if place in text]

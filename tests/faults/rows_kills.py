@@ -34,11 +34,11 @@ def at(edge: str, *victims: int, waits: int = 0) -> Play:
     return play
 
 
-def kill_launcher(edge: str) -> Play:
-    """SIGKILL the launcher while rank 0 is at `edge`; the ranks are not touched."""
+def kill_launcher(edge: str, start: Callable[[Scene], Launch] = Scene.job) -> Play:
+    """SIGKILL the launcher that `start` started, while rank 0 is at `edge`; ranks and servers are not touched."""
 
     def play(scene: Scene) -> Seen:
-        launch = scene.job()
+        launch = start(scene)
         launch.halt(edge)
         launch.look()
         scene.strike(launch)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import psutil
 
 from tests.faults.launch import Launch, TooLateError, send, tropd
+from tests.faults.rows_kills import kill_launcher
 from tests.faults.rows_signals import INTERRUPTED, STOPPED, to_terminal
 from tests.faults.scene import Scene
 from tests.faults.verdict import Fault, Seen
@@ -268,21 +269,6 @@ def terminate(edge: str) -> Play:
     return play
 
 
-def kill_launcher(edge: str) -> Play:
-    """SIGKILL the launcher: ranks and server go."""
-
-    def play(scene: Scene) -> Seen:
-        launch = running(scene)
-        launch.halt(edge)
-        launch.look()
-        scene.strike(launch)
-        launch.process.kill()
-        launch.go()
-        return scene.end(launch, 60.0)
-
-    return play
-
-
 def kill_rank(edge: str, *, managers: bool = False) -> Play:
     """SIGKILL rank 0, with `managers` also what would clean its shared memory up."""
 
@@ -382,5 +368,5 @@ FAULTS = [
          f"{RESUMES}; what is left in /dev/shm goes with the next launch",
          kill_rank("before update weights", managers=True), (1, 2, 137), "rank|signal"),
     _row("launcher-killed", "kill", "SIGKILL the launcher while samples are to come", RESUMES,
-         kill_launcher("before generate"), (-9,), "", limit_s=60.0),
+         kill_launcher("before generate", running), (-9,), "", limit_s=60.0),
 ]  # fmt: skip

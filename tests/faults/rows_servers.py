@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import pickle
-import re
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +29,7 @@ from tests.faults.lies import (
 )
 from tests.faults.scene import Scene
 from tests.faults.stage import END, SAMPLES, VOCABULARY
+from tests.faults.told_rows import lied_about, told_once
 from tests.faults.verdict import Fault, Seen
 from tests.liars import Body, Forward, Liar, Lie, is_sampling, nothing_done, sampling_lies, twisted
 
@@ -184,42 +184,11 @@ def _stops(
     )
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"\W+", "-", text.lower()).strip("-")
-
-
 SAMPLES_OF_A_STEP = 4 * SAMPLES
 FAULTS = [
-    *(
-        Fault(
-            id=f"server-once-{_slug(name)}",
-            group="server",
-            done=f"the rollout server answers once: {name}",
-            wanted="asked again with a line that says so; no sample is lost",
-            play=once(name),
-            code=(0,),
-            line="" if name == "slow" else r"attempt \d+ follows|asked for once more",
-            limit_s=180.0,
-            chain="server-once",
-            shared=True,
-        )
-        for name in ONCE
-    ),
-    *(
-        Fault(
-            id=f"server-lie-{_slug(name)}",
-            group="server",
-            done=f"the rollout server lies about a sample: {name}",
-            wanted="asked for once more, left out of the step, counted",
-            play=always(name),
-            code=(0,),
-            line="no usable answer|no sense",
-            limit_s=180.0,
-            chain="server-lies",
-            shared=True,
-        )
-        for name in LIES
-    ),
+    *told_once("server", "the rollout server", ONCE, once, "asked again with a line that says so; no sample is lost"),
+    *lied_about("server", "the rollout server", LIES, always, "asked for once more, left out of the step, counted",
+                line="no usable answer|no sense"),
     _stops("503-for-ever", "answers 503 for ever", for_ever(lambda p: p.tell("/generate", status(503))),
            "503.*max_retries"),
     _stops("429-for-ever", "answers 429 for ever", for_ever(lambda p: p.tell("/generate", status(429))),

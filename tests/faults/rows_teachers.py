@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from tests.e2e.jobs import metrics
@@ -20,6 +19,7 @@ from tests.faults.lies import (
 )
 from tests.faults.scene import Scene
 from tests.faults.stage import VOCABULARY
+from tests.faults.told_rows import lied_about, told_once
 from tests.faults.verdict import Fault, Seen
 from tests.liars import Body, Liar, is_scoring, scoring_lies
 
@@ -131,40 +131,9 @@ def _stops(name: str, done: str, play: Play, line: str) -> Fault:
     )
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"\W+", "-", text.lower()).strip("-")
-
-
 FAULTS = [
-    *(
-        Fault(
-            id=f"teacher-once-{_slug(name)}",
-            group="teacher",
-            done=f"the served teacher answers once: {name}",
-            wanted="asked again; no sample is lost",
-            play=once(name),
-            code=(0,),
-            line="" if name == "slow" else r"attempt \d+ follows|asked for once more",
-            limit_s=180.0,
-            chain="teacher-once",
-            shared=True,
-        )
-        for name in PASSING
-    ),
-    *(
-        Fault(
-            id=f"teacher-lie-{_slug(name)}",
-            group="teacher",
-            done=f"the served teacher lies about a sample: {name}",
-            wanted="asked for once more, left out of the loss, counted",
-            play=always(name),
-            code=(0,),
-            limit_s=180.0,
-            chain="teacher-lies",
-            shared=True,
-        )
-        for name in LIES
-    ),
+    *told_once("teacher", "the served teacher", PASSING, once, "asked again; no sample is lost"),
+    *lied_about("teacher", "the served teacher", LIES, always, "asked for once more, left out of the loss, counted"),
     _stops("500-for-ever", "answers 500 for ever", for_ever(tells(status(500)), "teacher.on_failure=stop"), "teacher"),
     _stops("reset-for-ever", "breaks every connection", for_ever(tells(reset)), "teacher.server"),
     _stops("hangs", "hangs in mid-step", for_ever(tells(hang), "teacher.server.hang_timeout_s=10",

@@ -9,12 +9,11 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import subprocess
 from typing import Any
 
 import psutil
 
-from tests.e2e.jobs import REPOSITORY
+from tests.faults.results import git
 from tests.faults.soak_readings import Folder, ProcessTree, SharedMemory
 from tests.faults.soak_slopes import folder_growth, folder_rows, process_rows, short_lived
 
@@ -29,8 +28,8 @@ def result_of(
     middle = options.steps // 2
     return {
         "command": _command(options),
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": len(_git("status", "--porcelain", "--", "tropd_mcore", "examples").splitlines()),
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": len(git("status", "--porcelain", "--", "tropd_mcore", "examples").splitlines()),
         "machine": _machine(),
         "steps": options.steps,
         "ranks": options.ranks,
@@ -103,8 +102,3 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _git(*arguments: str) -> str:
-    answer = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else "unknown"

@@ -247,13 +247,13 @@ STATISTICS = (
 STORED = (
     row(
         "one rank's stored scores taken as everybody's",
-        Fault("mcore.collective", "return all(flags)", "return any(flags)"),
+        Fault("mcore.collective", "return all(_of_every_rank(", "return any(_of_every_rank("),
         test_score_source.test_where_one_rank_has_no_scores_all_ranks_score_again,
         rank=1,
     ),
     row(
         "the same, where the other rank has scores of other rows",
-        Fault("mcore.collective", "return all(flags)", "return any(flags)"),
+        Fault("mcore.collective", "return all(_of_every_rank(", "return any(_of_every_rank("),
         test_score_source.test_where_one_rank_has_the_scores_of_other_rows_all_ranks_score_again,
         rank=0,
     ),

@@ -61,10 +61,7 @@ def raise_together(error: TropdError | None, control: dist.ProcessGroup) -> None
 
     A request to stop is raised where no rank met anything else, so that all ranks do the same about it.
     """
-    errors: list[TropdError | None] = [None] * dist.get_world_size(control)
-    with meetings.attend():
-        dist.all_gather_object(errors, error, group=control)
-    met = [found for found in errors if found is not None]
+    met = [found for found in _of_every_rank(error, control) if found is not None]
     failures = [found for found in met if not isinstance(found, StopRequested)]
     if failures:
         raise error if error is not None and not isinstance(error, StopRequested) else failures[0]
@@ -80,9 +77,7 @@ def stop_together(control: dist.ProcessGroup) -> None:
 
 def asked_to_stop(control: dist.ProcessGroup) -> str | None:
     """Return on every rank why the job shall stop, held back or not; None where no rank was asked. Collective."""
-    reasons: list[str | None] = [None] * dist.get_world_size(control)
-    with meetings.attend():
-        dist.all_gather_object(reasons, stopping.requested(), group=control)
+    reasons = _of_every_rank(stopping.requested(), control)
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -108,7 +103,12 @@ def gather_on_rank_zero(value: Value, control: dist.ProcessGroup) -> list[Value]
 
 def all_agree(flag: bool, control: dist.ProcessGroup) -> bool:
     """True where every rank says so."""
-    flags: list[bool] = [False] * dist.get_world_size(control)
+    return all(_of_every_rank(flag, control))
+
+
+def _of_every_rank(value: Value, control: dist.ProcessGroup) -> list[Value]:
+    """Every rank's value in rank order, on every rank."""
+    values = [value] * dist.get_world_size(control)
     with meetings.attend():
-        dist.all_gather_object(flags, flag, group=control)
-    return all(flags)
+        dist.all_gather_object(values, value, group=control)
+    return values

@@ -6,7 +6,6 @@ machine, without a process group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from tropd_mcore.config.schema import Config
@@ -34,12 +33,9 @@ class Ground(Protocol):
     def teacher(self) -> Architecture: ...
 
 
-@dataclass(frozen=True)
-class Place:
-    """A ground without ranks."""
+class NamedModels:
+    """The two models that every run has, of a ground whose `models` have been read."""
 
-    config: Config
-    run_dir: RunDir
     models: dict[str, Architecture]
 
     @property

@@ -72,6 +72,10 @@ class _Launcher:
         """The signal that asked to stop."""
         self.started = False
         """Whether ranks were started."""
+        self.failed = False
+        """Whether a failure was told to the other nodes."""
+        self.interrupted = False
+        """Whether the thread of the signals is ending the process."""
         self.word = threading.Lock()
         """Taken for good by the thread that says how the job ended."""
 
@@ -108,11 +112,6 @@ class _Launcher:
         place = self.job.place
         if place.nodes > 1 and place.node_rank == 0 and self.started and (self.failed or self.stop is not None):
             time.sleep(LINGER_S)
-
-    failed = False
-    """Whether a failure was told to the other nodes."""
-    interrupted = False
-    """Whether the thread of the signals is ending the process."""
 
     def say_once(self, line: str) -> None:
         """Say how the job ended, unless that has been said."""

@@ -35,6 +35,7 @@ from tropd_mcore.teacher.self_teacher import SelfTeacher
 from tropd_mcore.teacher.sglang import SglangTeacher
 from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.gates import SamplerBounds, engines_are_exact
+from tropd_mcore.train.ground import NamedModels
 from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.score_source import Teacher
@@ -45,7 +46,7 @@ from tropd_mcore.weights.families import hf_weight_plan
 
 
 @dataclass(frozen=True)
-class Site:
+class Site(NamedModels):
     """Where the run takes place."""
 
     config: Config
@@ -54,14 +55,6 @@ class Site:
     run_dir: RunDir
     models: dict[str, Architecture]
     """By the key of their folder: student.path, teacher.path, and objective.reference where there is one."""
-
-    @property
-    def student(self) -> Architecture:
-        return self.models["student.path"]
-
-    @property
-    def teacher(self) -> Architecture:
-        return self.models["teacher.path"]
 
 
 @dataclass(frozen=True)

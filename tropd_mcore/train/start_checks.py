@@ -25,6 +25,7 @@ from tropd_mcore.errors import ConfigError
 from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
 from tropd_mcore.train import material, replayed_run, start, stored_responses
+from tropd_mcore.train.ground import NamedModels
 from tropd_mcore.train.inputs import Inputs
 from tropd_mcore.train.material import Material
 from tropd_mcore.train.preflight import cheap
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class State:
+class State(NamedModels):
     """What the checks look at, and what they have found so far. A ground (`train.ground`) once the models are read."""
 
     config: Config
@@ -64,14 +65,6 @@ class State:
     """What the launch reads, by content; made between the two lists of checks."""
     done: list[str] = field(default_factory=list)
     """Names of the checks that were run, for tests and messages."""
-
-    @property
-    def student(self) -> Architecture:
-        return self.models["student.path"]
-
-    @property
-    def teacher(self) -> Architecture:
-        return self.models["teacher.path"]
 
     @classmethod
     def of(cls, site: Site) -> State:

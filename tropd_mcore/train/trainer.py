@@ -55,6 +55,8 @@ from tropd_mcore.types import OptimizerReport, Rollout, RowContext, TeacherScore
 
 log = logging.getLogger(__name__)
 
+RESUMES = "the same command resumes"
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -369,20 +371,22 @@ class Trainer:
 
     def save_for_stop(self) -> str:
         """Save what no checkpoint has yet; returns where the run stands, for a message. Collective."""
-        where = f"after step {self.done} of {self.parts.config.run.steps}"
-        resumes = "the same command resumes"
         if self.done == self.saved:
-            return f"{where}; {resumes}"
+            return f"{self.position}; {RESUMES}"
         try:
             folder = self.save(self.done)
         except ServerError as error:  # a scheduler may end the teacher's server too, before it was looked at
             return self.without_checkpoint(error)
-        return f"{where}, saved {folder}; {resumes}"
+        return f"{self.position}, saved {folder}; {RESUMES}"
 
     def without_checkpoint(self, error: ServerError) -> str:
         """Where the run stands after a stop that could save nothing, for a message."""
-        where = f"after step {self.done} of {self.parts.config.run.steps}"
-        return f"{where}, without a checkpoint of steps {self.saved} to {self.done}: {error}; the same command resumes"
+        return f"{self.position}, without a checkpoint of steps {self.saved} to {self.done}: {error}; {RESUMES}"
+
+    @property
+    def position(self) -> str:
+        """How far the run is, for a message."""
+        return f"after step {self.done} of {self.parts.config.run.steps}"
 
     def forget(self, step: int) -> None:
         """Remove stored files of earlier steps that no resume needs and no key keeps. Collective."""

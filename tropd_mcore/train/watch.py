@@ -208,7 +208,7 @@ class Watch:
         )
         if still > self._run.stall_timeout_s:
             self._end(
-                f"no rank has got on with anything for {self._run.stall_timeout_s:g} s; {self._late(beats)} "
+                f"no rank has got on with anything for {self._run.stall_timeout_s:g} s; {self._waited_for(beats)} "
                 "(run.stall_timeout_s); the same command resumes"
             )
         since = self._meetings.since
@@ -217,9 +217,9 @@ class Watch:
             self._told_s = 0.0
         elif waited - self._told_s >= WAITING_S:
             self._told_s = waited
-            log.info("waiting for %s, %.0f s", self._late(beats, waiting=True), waited)
+            log.info("waiting for %s, %.0f s", self._waited_for(beats, waiting=True), waited)
 
-    def _late(self, beats: dict[int, Beat], *, waiting: bool = False) -> str:
+    def _waited_for(self, beats: dict[int, Beat], *, waiting: bool = False) -> str:
         """Who is waited for, in words."""
         absent = [f"rank {rank} (has not begun)" for rank in range(self._world_size) if rank not in beats]
         return _listed(absent) if absent else _late(beats, waiting=waiting)
