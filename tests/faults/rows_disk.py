@@ -85,7 +85,7 @@ def _report(scene: Scene, place: Path) -> list[str]:
 
 
 def _convert(scene: Scene, place: Path) -> list[str]:
-    return tropd("convert", "hf-to-mcore", scene.stage.model("student"), place / "out")
+    return tropd("convert", "hf-to-mcore", "--hf", scene.stage.model("student"), "--out", place / "out")
 
 
 def _eval(scene: Scene, place: Path) -> list[str]:

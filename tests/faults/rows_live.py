@@ -26,7 +26,8 @@ from tests.http_server import serving
 
 Play = Callable[[Scene], Seen]
 CHAIN = "own-server"
-STEPS = 14
+STEPS = 48
+"""More than the faults take: the run goes on between them."""
 HANG_S = 10.0
 """rollout.server.hang_timeout_s of this run; 60 by default."""
 CHECKER = """

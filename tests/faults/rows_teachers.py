@@ -102,9 +102,10 @@ def tells(lie: object) -> Callable[[Scene], Prepare]:
 
 
 def student_as_teacher(scene: Scene) -> Seen:
-    """The URL of the teacher is that of the student's server."""
+    """The URL of the teacher is that of the student's server, by another name of the same address."""
     lying_teacher(scene, lambda proxy: None)
-    scene.overrides.append(f"teacher.server.url={scene.stage.outside('student').url}")
+    url = scene.stage.outside("student").url.replace("127.0.0.1", "localhost")
+    scene.overrides.append(f"teacher.server.url={url}")
     return whole_run(scene)
 
 

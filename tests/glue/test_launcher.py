@@ -110,7 +110,7 @@ def test_the_plan_ends_with_the_line_that_starts_each_node(config: Config) -> No
 def test_where_a_run_stands_is_read_from_its_metrics(tmp_path: Path, lines: str | None, said: str) -> None:
     if lines is not None:
         (tmp_path / "metrics.jsonl").write_text(lines)
-    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8)
+    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0)
     assert launch.where(job) == said
 
 

@@ -319,3 +319,33 @@ def test_a_warning_is_no_reason_to_refuse_a_launch(root: Path, monkeypatch: pyte
     launch = Launch(config_in(root, "platform.kind=auto"), 8, 1, {})
     (fault,) = [fault for check in CHEAP_CHECKS for fault in check.find(launch)]
     assert fault.level == "warning" and "so 8 ranks train on the CPU" in fault.text
+
+
+def write_model(folder: Path, *, layers: int, heads: int) -> None:
+    """The config.json of a Qwen3 of these sizes."""
+    values = {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "vocab_size": 320,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "head_dim": 16, "max_position_embeddings": 512, "rope_theta": 1e4,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_a_model_in_the_job_that_cannot_be_cut_is_refused_by_its_key(root: Path) -> None:
+    write_model(root / "student", layers=4, heads=4)
+    write_model(root / "teacher", layers=6, heads=8)
+    found = found_in(root, "parallel.tensor=8", "parallel.pipeline=2", world_size=16)
+    assert found == [
+        f"student.path={root}/student: {what} = 4 of qwen3 is not divisible by parallel.tensor = 8; "
+        "change parallel.tensor or parallel.pipeline"
+        for what in ("num_attention_heads", "num_key_value_heads")
+    ]
+
+
+def test_only_the_student_is_cut_into_virtual_stages_and_a_served_teacher_not_at_all(root: Path) -> None:
+    write_model(root / "student", layers=8, heads=4)
+    write_model(root / "teacher", layers=6, heads=4)
+    assert found_in(root, "parallel.pipeline=2", "parallel.virtual_pipeline=2", world_size=2) == []
+    (line,) = found_in(root, "parallel.pipeline=4", world_size=4)
+    assert line.startswith("teacher.path=") and "num_hidden_layers = 6" in line
+    assert found_in(root, "parallel.pipeline=4", "teacher.kind=sglang", world_size=4) == []

@@ -104,7 +104,10 @@ def _launch(options: argparse.Namespace, config: Config, resolved: str, nodes: N
         job=hashlib.sha256(resolved.encode()).hexdigest(),
     )
     arguments = (options.config, *options.overrides)
-    return launch(Job(place=place, arguments=arguments, run_dir=config.run.dir, steps=config.run.steps))
+    run = config.run
+    return launch(
+        Job(place=place, arguments=arguments, run_dir=run.dir, steps=run.steps, rank_timeout_s=run.rank_timeout_s)
+    )
 
 
 def _as_rank(options: argparse.Namespace) -> int:

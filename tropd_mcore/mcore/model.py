@@ -27,7 +27,7 @@ from tropd_mcore.mcore.checks import check_transformer_config
 from tropd_mcore.mcore.head import Head
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
-from tropd_mcore.weights.architecture import Architecture
+from tropd_mcore.weights.architecture import Architecture, cut_problems
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -88,7 +88,8 @@ def build_model(
     architecture cannot be cut as `parallel` asks.
     """
     virtual_pipeline = layout.vpp_size if (trainable or cut_like_student) and layout.vpp_size > 1 else None
-    _check_divisible(arch, parallel, virtual_pipeline)
+    if problems := cut_problems(arch, parallel, virtual_pipeline):
+        raise ModelError("; ".join(problems))
     config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recompute, virtual_pipeline)
     check_transformer_config(config)
     padded = padded_vocabulary(arch.vocab_size, layout.tp_size)
@@ -105,20 +106,6 @@ def build_model(
     width = padded // layout.tp_size
     shard = VocabShard(start=layout.tp_rank * width, stop=(layout.tp_rank + 1) * width, vocab_size=arch.vocab_size)
     return Model(chunks, config, arch, shard, padded, layout, platform, trainable, head)
-
-
-def _check_divisible(arch: Architecture, parallel: ParallelConfig, virtual_pipeline: int | None) -> None:
-    stages = parallel.pipeline * (virtual_pipeline or 1)
-    cuts = [
-        ("num_hidden_layers", arch.num_layers, "parallel.pipeline * parallel.virtual_pipeline", stages),
-        ("num_attention_heads", arch.num_heads, "parallel.tensor", parallel.tensor),
-        ("num_key_value_heads", arch.num_kv_heads, "parallel.tensor", parallel.tensor),
-        ("intermediate_size", arch.ffn_hidden_size, "parallel.tensor", parallel.tensor),
-    ]
-    problems = [f"{what} = {size} of {arch.family} is not divisible by {key} = {by}"
-                for what, size, key, by in cuts if size % by != 0]  # fmt: skip
-    if problems:
-        raise ModelError("; ".join(problems))
 
 
 def _transformer_config(

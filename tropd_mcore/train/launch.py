@@ -31,6 +31,7 @@ from tropd_mcore import signals
 from tropd_mcore.errors import TropdError
 from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
 from tropd_mcore.train.rendezvous import NodesMeet, Place
+from tropd_mcore.train.stopped_ranks import StoppedRanks
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Job:
     """Of `python -m tropd_mcore.train`, on every rank."""
     run_dir: Path
     steps: int
+    rank_timeout_s: float
 
 
 def launch(job: Job) -> int:
@@ -182,6 +184,7 @@ class _Agent(LocalElasticAgent):
         """Exit code of the launcher, once a rank failed."""
         self._launcher = launcher
         self._passed_on = False
+        self._stopped = StoppedRanks(launcher.job.rank_timeout_s, signals.say)
         self._other_nodes: threading.Thread | None = None
         self._line: str | None = None
         """Why another node ended."""
@@ -202,6 +205,8 @@ class _Agent(LocalElasticAgent):
             _end_ranks(ranks)
         elif self._launcher.stop is not None and not self._passed_on:
             self._pass_on(list(ranks.values()))
+        elif (stopped := self._stopped.look({rank: process.pid for rank, process in ranks.items()})) is not None:
+            self._end_stopped(*stopped, ranks)
         elif (line := self._elsewhere()) is not None:
             self.code = EXPLAINED
             self._launcher.say_once(f"error: {line}")
@@ -217,6 +222,14 @@ class _Agent(LocalElasticAgent):
             with contextlib.suppress(RuntimeError):
                 launcher.meeting.store.set(STOP_KEY, str(launcher.stop))
 
+    def _end_stopped(self, rank: int, why: str, ranks: dict[int, subprocess.Popen[bytes]]) -> None:
+        """End the job because of a rank that does not even get as far as the watch of the ranks."""
+        self.code = EXPLAINED
+        line = f"{_who(rank, ranks[rank].pid)} {why}; the same command resumes"
+        self._launcher.say_once(f"error: {line}")
+        self._launcher.publish(line)
+        _end_ranks(ranks)
+
     def _tell(self, failed: dict[int, subprocess.Popen[bytes]], *, alone: bool) -> None:
         """Say what no rank could say itself; tell the other nodes."""
         launcher = self._launcher
@@ -228,7 +241,7 @@ class _Agent(LocalElasticAgent):
             self.code = 0
             launcher.say_once(f"stopped by {launcher.stop} {where(launcher.job)}; the same command resumes")
             return
-        who = f"rank {rank} (pid {pid} on {socket.gethostname()})"
+        who = _who(rank, pid)
         rest = "" if alone else "; the others were stopped"
         line = f"{who} ended with exit code {code}, see above{rest}"
         if code < 0:
@@ -275,6 +288,11 @@ class _Console(LogsSpecs):
     @property
     def root_log_dir(self) -> str:
         return os.devnull
+
+
+def _who(rank: int, pid: int) -> str:
+    """A rank of this machine as a message names it."""
+    return f"rank {rank} (pid {pid} on {socket.gethostname()})"
 
 
 def where(job: Job) -> str:

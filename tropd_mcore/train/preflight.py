@@ -1,6 +1,6 @@
 """What is wrong with a launch, found in one process before heavy imports, ranks, servers or models: the cheap tier.
 
-Not for what has to read a tokenizer, a model or the data (`train.start_checks`, which the job runs and `tropd doctor`
+Not for what has to read a tokenizer, weights or the data (`train.start_checks`, which the job runs and `tropd doctor`
 repeats). Invariants: nothing heavy is imported (no torch, transformers, megatron or sglang) and nothing is written;
 everything that is found is told at once, each line with its key; the job, `tropd train` and `tropd doctor` go through
 the same list (`CHEAP_CHECKS`).
@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.derived import model_paths, reads_responses
+from tropd_mcore.config.derived import model_paths, reads_responses, teaches_itself
 from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ModelError
 from tropd_mcore.train.preflight_files import data_files, model_folders, run_directory, starting_points
 from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, started_servers, visible_gpus
 from tropd_mcore.train.preflight_types import Fault
+from tropd_mcore.weights.architecture import cut_problems, read_architecture
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,22 @@ def _layout(launch: Launch) -> Iterator[Fault]:
             yield Fault("parallel", problem)
 
 
+def _cuts(launch: Launch) -> Iterator[Fault]:
+    """Every model in the job can be cut over tensor ranks and pipeline stages."""
+    config = launch.config
+    for key, folder in model_paths(config).items():
+        served = key == "teacher.path" and config.teacher.kind == "sglang"
+        if served or not (folder / "config.json").is_file():
+            continue
+        try:
+            arch = read_architecture(folder)
+        except ModelError:  # told by the checks that read models
+            continue
+        stages = config.parallel.virtual_pipeline if key == "student.path" or teaches_itself(config.objective) else None
+        for problem in cut_problems(arch, config.parallel, stages):
+            yield Fault(key, f"{key}={folder}: {problem}; change parallel.tensor or parallel.pipeline")
+
+
 def _models(launch: Launch) -> str:
     return ", ".join(f"{key}={path}" for key, path in model_paths(launch.config).items())
 
@@ -97,6 +115,7 @@ def _devices(launch: Launch) -> str:
 CHEAP_CHECKS: tuple[CheapCheck, ...] = (
     CheapCheck("parallel", _layout, lambda launch: f"{launch.world_size or 'any fitting number of'} ranks"),
     CheapCheck("model folders", lambda launch: model_folders(launch.config), _models),
+    CheapCheck("cuts of the models", _cuts, lambda launch: "layers and heads divide over stages and tensor ranks"),
     CheapCheck("data files", lambda launch: data_files(launch.config), _data),
     CheapCheck("run.dir", lambda launch: run_directory(launch.config), lambda launch: "can be written"),
     CheapCheck(

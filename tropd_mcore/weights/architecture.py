@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tropd_mcore.config.schema import ParallelConfig
 from tropd_mcore.errors import ModelError
 from tropd_mcore.file_kinds import NOTHING, folder_in_the_way
 from tropd_mcore.files import shown
@@ -153,6 +154,22 @@ def check_same_architecture(found: Architecture, expected: Architecture, *, sour
     ]
     if differences:
         raise ModelError(f"{source}: another architecture: {'; '.join(differences)}")
+
+
+def cut_problems(arch: Architecture, parallel: ParallelConfig, virtual_pipeline: int | None) -> list[str]:
+    """Return what of `arch` cannot be cut evenly; `virtual_pipeline` is None for a model that is not interleaved."""
+    stages = parallel.pipeline * (virtual_pipeline or 1)
+    cuts = [
+        ("num_hidden_layers", arch.num_layers, "parallel.pipeline * parallel.virtual_pipeline", stages),
+        ("num_attention_heads", arch.num_heads, "parallel.tensor", parallel.tensor),
+        ("num_key_value_heads", arch.num_kv_heads, "parallel.tensor", parallel.tensor),
+        ("intermediate_size", arch.ffn_hidden_size, "parallel.tensor", parallel.tensor),
+    ]
+    return [
+        f"{what} = {size} of {arch.family} is not divisible by {key} = {by}"
+        for what, size, key, by in cuts
+        if size % by != 0
+    ]
 
 
 def _dtype(config: dict[str, Any], source: str) -> str:
