@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.jobs import REPOSITORY
 from tests.faults.results import places_in
 
 RESULT = Path(__file__).with_name("results") / "soak.json"
@@ -27,9 +26,6 @@ ROLES = {"launcher", "rank 0", "rank 1", "rollout server", "rollout server > sgl
 
 @cache
 def content() -> dict[str, Any]:
-    if not RESULT.is_file():
-        path = RESULT.relative_to(REPOSITORY)
-        pytest.skip(f"no committed result yet: python -m tests.faults.soak --out {path}")
     found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
     return found
 
