@@ -33,9 +33,9 @@ from benchmarks.measure import (
 from benchmarks.ours import ours
 from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
-from tropd_mcore.losses.kernel.choose import backend as choose_backend
-from tropd_mcore.losses.kernel.shard import chunks
-from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
+from tropd_mcore.kernel.choose import backend as choose_backend
+from tropd_mcore.kernel.shard import chunks
+from tropd_mcore.kernel.source import GivenLogits, OutputLayer
 from tropd_mcore.progress import progress
 
 log = logging.getLogger("benchmarks.fused")

@@ -25,8 +25,8 @@ from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
 from tropd_mcore.files import read_step_lines
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.gates import Difference, SamplerBounds, SamplerGate, compare, engines_are_exact
-from tropd_mcore.train.run_dir import RunDir
 
 UNCERTAIN = 0.1
 """Share of the tokens on which the engines differ visibly; a model is sure of the others."""
@@ -120,7 +120,7 @@ def simulated(steps: int, tokens: int, bounds: SamplerBounds, *, seed: int) -> I
             "on": np.ones(tokens, bool),
             "epoch": np.zeros(tokens, np.int64),
             "old_logp": noise,
-            "behav_logp": np.zeros(tokens),
+            "rollout_logp": np.zeros(tokens),
         }
         found = compare([columns], bounds)
         assert found is not None

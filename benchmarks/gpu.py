@@ -35,11 +35,11 @@ from benchmarks.measure import Spread, interleaved, table, write_result
 from benchmarks.ours import ours
 from benchmarks.peers import Composite, load_composite
 from tropd_mcore import logs
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.choose import backend as choose_backend
-from tropd_mcore.losses.kernel.shard import chunks
-from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer, matmul_into
-from tropd_mcore.losses.kernel.topk import distributed_topk
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.choose import backend as choose_backend
+from tropd_mcore.kernel.shard import chunks
+from tropd_mcore.kernel.source import GivenLogits, OutputLayer, matmul_into
+from tropd_mcore.kernel.topk import distributed_topk
 from tropd_mcore.progress import progress
 
 log = logging.getLogger("benchmarks.gpu")

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.losses.kernel.backend import Backend, Kernel
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.backend import Backend, Kernel
+from tropd_mcore.kernel.shard import Scaling, VocabShard
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def kernel_of(vocabulary: int, backend: Backend, chunk_tokens: int) -> Kernel:
 
 
 def make_tokens(tokens: int, vocabulary: int, k: int, *, seed: int = 1, device: str = "cpu") -> Tokens:
-    """Random ids, distinct within a row's top-k; the sampled token is one of them in every other row."""
+    """Random ids, unique_run_lengths within a row's top-k; the sampled token is one of them in every other row."""
     random = torch.Generator().manual_seed(seed)
     stride = max(vocabulary // max(k, 1), 1)
     first_T1 = torch.randint(stride, (tokens, 1), generator=random)

@@ -36,8 +36,8 @@ from benchmarks.ours import ours
 from benchmarks.peers import PEERS, Composite, load_composite
 from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
-from tropd_mcore.losses.kernel.choose import backend as choose_backend
-from tropd_mcore.losses.kernel.source import GivenLogits
+from tropd_mcore.kernel.choose import backend as choose_backend
+from tropd_mcore.kernel.source import GivenLogits
 from tropd_mcore.progress import progress
 
 log = logging.getLogger("benchmarks.loss_only")

@@ -20,11 +20,11 @@ from benchmarks.inputs import kernel_of, with_main_grad
 from benchmarks.measure import table, write_result
 from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
-from tropd_mcore.losses.divergences import topk_forward_kl
-from tropd_mcore.losses.kernel.choose import backend as choose_backend
-from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import TokenLoss, support_loss
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.kernel.choose import backend as choose_backend
+from tropd_mcore.kernel.source import GivenLogits, OutputLayer
+from tropd_mcore.kernel.support_loss import TokenLoss, support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.parts.divergences import topk_forward_kl
 from tropd_mcore.progress import progress
 
 log = logging.getLogger("benchmarks.numerics")
@@ -70,7 +70,7 @@ def errors(device: str, backends: list[str]) -> list[Row]:
             ids_TJ,
             _forward_kl(teacher_TK),
             kernel,
-            distinct=(1, TOPK),
+            unique_run_lengths=(1, TOPK),
             weight_gradient="deferred" if form == "fused" else "recompute",
         )
         output.loss_sum.backward()
@@ -91,10 +91,10 @@ def errors(device: str, backends: list[str]) -> list[Row]:
 
 
 def _forward_kl(teacher_TK: Tensor) -> TokenLoss:
-    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         value_C = topk_forward_kl(logp_CJ[:, 1:], teacher_TK[rows].to(logp_CJ.dtype), norm="truncated")
         count = torch.full((), len(value_C), device=value_C.device)
-        return ObjectiveOutput(value_C.sum(), count, {"logp": logp_CJ[:, 0].detach()})
+        return TokenLosses(value_C.sum(), count, {"logp": logp_CJ[:, 0].detach()})
 
     return loss
 

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import Tokens
-from tropd_mcore.losses.divergences import topk_forward_kl
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.source import LogitSource
-from tropd_mcore.losses.kernel.support_loss import TokenLoss, WeightGradientMode, support_loss
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.source import LogitSource
+from tropd_mcore.kernel.support_loss import TokenLoss, WeightGradientMode, support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.parts.divergences import topk_forward_kl
 
 
 def token_loss(tokens: Tokens) -> TokenLoss:
     """-A log p(x) + sum over the teacher's top-k of q (log q - log p) - c H, summed over tokens."""
 
-    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         loss_C = -tokens.advantage_T[rows] * logp_CJ[:, 0] - tokens.entropy_weight_T[rows] * entropy_C
         if logp_CJ.shape[1] > 1:
             loss_C = loss_C + topk_forward_kl(logp_CJ[:, 1:], tokens.topk_logp_TK[rows], norm="truncated")
         count = torch.full((), loss_C.shape[0], device=loss_C.device)
-        return ObjectiveOutput(loss_C.sum(), count, {})
+        return TokenLosses(loss_C.sum(), count, {})
 
     return loss
 
@@ -34,5 +34,5 @@ def ours(source: LogitSource, tokens: Tokens, kernel: Kernel, *, weight_gradient
     ids_TJ = torch.cat([tokens.target_T[:, None], tokens.topk_ids_TK], dim=1)
     k = tokens.topk_ids_TK.shape[1]
     return support_loss(
-        source, ids_TJ, token_loss(tokens), kernel, distinct=(1, k), weight_gradient=weight_gradient
+        source, ids_TJ, token_loss(tokens), kernel, unique_run_lengths=(1, k), weight_gradient=weight_gradient
     ).loss_sum

@@ -16,13 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tropd_mcore.losses.kernel.backend import Backend, Kernel
-from tropd_mcore.losses.kernel.choose import backend as choose_backend
-from tropd_mcore.losses.kernel.full_vocabulary import FullVocabulary
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import support_loss
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.kernel.backend import Backend, Kernel
+from tropd_mcore.kernel.choose import backend as choose_backend
+from tropd_mcore.kernel.full_vocabulary import FullVocabulary
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_loss import support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
 
 TOKENS, VOCABULARY, HIDDEN, SLOTS, CHUNK = 7, 40, 6, 4, 3
 TEMPERATURE = 0.7
@@ -59,7 +59,7 @@ class Setting:
 def backend_of(setting: Setting) -> Backend:
     """The backend by its name; Triton also on a CPU, where its interpreter runs it."""
     if setting.backend == "triton":
-        from tropd_mcore.losses.kernel.triton_backend import TritonBackend
+        from tropd_mcore.kernel.triton_backend import TritonBackend
 
         return TritonBackend()
     return choose_backend(setting.backend, torch.device(setting.device))
@@ -135,15 +135,15 @@ class Program:
             self.numbers.ids_TJ[at],
             functools.partial(self._token_loss, at),
             kernel,
-            distinct=(1, SLOTS - 1),
+            unique_run_lengths=(1, SLOTS - 1),
             weight_gradient=self.setting.mode,
-            dense=dense,
+            full_vocab_term=dense,
         )
         return output.loss_sum
 
     def _token_loss(
         self, at: slice, logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice
-    ) -> ObjectiveOutput:
+    ) -> TokenLosses:
         """Not linear, so that its graph saves tensors; masked rows have no influence."""
         here = slice(at.start + rows.start, at.start + rows.stop)
         numbers, live_C = self.numbers, self.live_T[here]
@@ -154,7 +154,7 @@ class Program:
         loss = loss + (c * torch.where(live_C, entropy_C, 0.0)).sum()
         if divergence_C is not None:
             loss = loss + (d * torch.where(live_C, divergence_C, 0.0).square()).sum()
-        return ObjectiveOutput(loss, live_C.sum(), {})
+        return TokenLosses(loss, live_C.sum(), {})
 
     def _plain(self, z: Tensor, at: slice) -> Tensor:
         """The same by log_softmax over the whole vocabulary, on the live rows alone."""

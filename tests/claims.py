@@ -141,7 +141,7 @@ def a_student_equal_to_its_teacher_has_no_on_policy_gradient(losses: Losses) -> 
     for mode, u in (("none", 0.5), ("bernoulli", 0.999999), ("soft", 0.5), ("threshold", 0.5)):
         outcomes = replace(student_draws(), u=[u] * VOCABULARY)
         rows = golden_rows(losses, outcomes, teacher="student_logits")
-        output = losses["objectives.tropd"].tropd(
+        output = losses["objectives.trust_region"].tropd(
             rows.inputs, **{**SETTINGS, "trust_mode": mode}, policy=policy(losses)
         )
         assert_close(output.columns["log_ratio"], zeros, 1e-14)

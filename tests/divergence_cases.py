@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from tests.objective_batch import Batch
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs
-from tropd_mcore.losses.objectives.matching import gkd, lsm
-from tropd_mcore.losses.objectives.mixed import aopd, eopd, jsd, tropd_aopd
-from tropd_mcore.losses.objectives.self_teacher import sdpo
-from tropd_mcore.losses.objectives.tropd import tropd
-from tropd_mcore.losses.policy_gradient import PolicyGradient
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.matching import eopd, gkd, jsd, lsm
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
+from tropd_mcore.objectives.self_distillation import sdpo
+from tropd_mcore.objectives.trust_region import aopd, tropd_aopd
 
 PLAIN = PolicyGradient()
 MOVED = PolicyGradient(ratio="ppo_clip", mismatch="tis", tis_cap=1.3, advantage_clip=2.0)
@@ -26,7 +26,7 @@ TROPD: dict[str, Any] = {
     "beta": 0.1,
     "prefix_loss": "nll",
 }
-Objective = Callable[[TokenInputs], ObjectiveOutput]
+Objective = Callable[[TokenInputs], TokenLosses]
 
 
 def every_objective(policy: PolicyGradient = PLAIN) -> dict[str, Objective]:
@@ -36,10 +36,10 @@ def every_objective(policy: PolicyGradient = PLAIN) -> dict[str, Objective]:
         "aopd": partial(aopd, threshold=0.0, norm="tail", policy=policy),
         "tropd_aopd": partial(
             tropd_aopd,
-            tropd=partial(tropd, **TROPD, policy=policy),
             aopd_threshold=0.0,
             aopd_weight=0.4,
-            norm="tail",
+            **TROPD,
+            policy=policy,
         ),
         "jsd": partial(jsd, beta=0.3, policy=policy),
         "lsm": partial(lsm, sampled_tail=False, clip_log_ratio=None),

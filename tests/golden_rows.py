@@ -135,30 +135,30 @@ def golden_rows(losses: Losses, outcomes: Outcomes, *, teacher: str = "teacher_l
         reference_logp_T=-math.log(VOCABULARY) * one_T,
         old_logp_T=logp_TJ[:, 0],
         old_own_logp_TL=logp_TJ[:, 1 + k :],
-        behav_logp_T=logp_TJ[:, 0].detach(),
+        rollout_logp_T=logp_TJ[:, 0].detach(),
         statistic_T=one_T,
         trust_u_T=torch.tensor(outcomes.u, dtype=torch.float64),
-        on_mask_T=is_student,
-        off_mask_T=~is_student,
+        student_mask_T=is_student,
+        prefix_mask_T=~is_student,
         weight_T=torch.tensor(outcomes.probability, dtype=torch.float64),
     )
     return Rows(inputs, logits_TW, shard)
 
 
 def golden_result(losses: Losses, outcomes: Outcomes, **changed: Any) -> tuple[Any, Tensor]:
-    """ObjectiveOutput of `tropd` over the outcomes, and the expected gradient [V]."""
+    """TokenLosses of `tropd` over the outcomes, and the expected gradient [V]."""
     rows = golden_rows(losses, outcomes)
-    output = losses["objectives.tropd"].tropd(rows.inputs, **{**SETTINGS, **changed}, policy=policy(losses))
+    output = losses["objectives.trust_region"].tropd(rows.inputs, **{**SETTINGS, **changed}, policy=policy(losses))
     return output, rows.gradient(output.loss_sum).sum(dim=0)
 
 
 def policy(losses: Losses, **changed: Any) -> Any:
     """A PolicyGradient of the modules under test."""
-    return losses["policy_gradient"].PolicyGradient(**{**POLICY, **changed})
+    return losses["objectives.parts.policy_gradient"].PolicyGradient(**{**POLICY, **changed})
 
 
 def support_log_probs(
-    losses: Losses, logits_TW: Tensor, ids_TJ: Tensor, shard: Any, distinct: tuple[int, ...]
+    losses: Losses, logits_TW: Tensor, ids_TJ: Tensor, shard: Any, unique_run_lengths: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy from this rank's logits, by the eager kernel in chunks of 3 rows."""
     kernel = losses["kernel.backend"].Kernel(
@@ -170,7 +170,7 @@ def support_log_probs(
     )
     source = losses["kernel.source"].GivenLogits(logits_TW.clone())  # the gradient is written over it
     result: tuple[Tensor, Tensor] = losses["kernel.support_log_probs"].support_log_probs(
-        source, ids_TJ, kernel, distinct=distinct
+        source, ids_TJ, kernel, unique_run_lengths=unique_run_lengths
     )
     return result
 

@@ -1,4 +1,4 @@
-"""The package of the losses as a test sees it: imported anew, with one text of one module replaced where asked.
+"""The kernel and the objectives as a test sees them: imported anew, with one text of one module replaced where asked.
 
 Invariant: `sys.modules` is afterwards as it was before, so a mutant is known to the test that made it and to no other.
 """
@@ -16,11 +16,9 @@ from importlib.util import find_spec, spec_from_file_location
 from types import CodeType, ModuleType
 from typing import Any
 
-PACKAGE = "tropd_mcore.losses"
+ROOT = "tropd_mcore"
+PACKAGES = ("tropd_mcore.kernel", "tropd_mcore.objectives")
 MODULES = (
-    "batch_statistics",
-    "divergences",
-    "importance",
     "kernel.backend",
     "kernel.choose",
     "kernel.eager",
@@ -29,21 +27,25 @@ MODULES = (
     "kernel.source",
     "kernel.support_log_probs",
     "kernel.support_loss",
+    "kernel.token_losses",
     "kernel.topk",
     "objectives.candidates",
     "objectives.inputs",
+    "objectives.parts.batch_statistics",
+    "objectives.parts.divergences",
+    "objectives.parts.mismatch",
+    "objectives.parts.policy_gradient",
+    "objectives.parts.trust",
     "objectives.rewards",
     "objectives.sampled",
-    "objectives.tropd",
+    "objectives.trust_region",
     "objectives.verified",
-    "policy_gradient",
-    "trust",
 )
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The modules under test by their name in the package, all of one import."""
+    """The modules under test by their name below `tropd_mcore`, all of one import."""
 
     modules: dict[str, ModuleType]
 
@@ -52,15 +54,15 @@ class Losses:
 
 
 def real_losses() -> Losses:
-    return Losses({name: importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES})
+    return Losses({name: importlib.import_module(f"{ROOT}.{name}") for name in MODULES})
 
 
 def mutant_losses(module: str, right: str, wrong: str) -> Losses:
-    """The package with `right` replaced by `wrong` in one module, as all the others see it too.
+    """The packages with `right` replaced by `wrong` in one module, as all the others see it too.
 
     Raises AssertionError where the text is not in the source exactly once.
     """
-    spec = find_spec(f"{PACKAGE}.{module}")
+    spec = find_spec(f"{ROOT}.{module}")
     assert spec is not None and spec.origin is not None
     loader = _MutantLoader(spec.name, spec.origin, right, wrong)
     with _imported_anew(_OneModule(loader)):
@@ -92,11 +94,11 @@ class _OneModule(MetaPathFinder):
 
 @contextmanager
 def _imported_anew(finder: MetaPathFinder) -> Iterator[None]:
-    """Within, nothing of the package is imported yet and `finder` is asked first."""
-    parent_name, _, child = PACKAGE.rpartition(".")
-    parent = importlib.import_module(parent_name)
-    importlib.import_module(PACKAGE)
-    saved = {name: module for name, module in sys.modules.items() if f"{name}.".startswith(f"{PACKAGE}.")}
+    """Within, nothing of the packages is imported yet and `finder` is asked first."""
+    root = importlib.import_module(ROOT)
+    for package in PACKAGES:
+        importlib.import_module(package)
+    saved = {name: module for name, module in sys.modules.items() if _is_ours(name)}
     for name in saved:
         del sys.modules[name]
     sys.meta_path.insert(0, finder)
@@ -104,7 +106,12 @@ def _imported_anew(finder: MetaPathFinder) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if f"{name}.".startswith(f"{PACKAGE}.")]:
+        for name in [name for name in sys.modules if _is_ours(name)]:
             del sys.modules[name]
         sys.modules.update(saved)
-        setattr(parent, child, saved[PACKAGE])
+        for package in PACKAGES:
+            setattr(root, package.rpartition(".")[2], saved[package])
+
+
+def _is_ours(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in PACKAGES)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tropd_mcore.losses.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.inputs import TokenInputs
 
-TOKENS, VOCABULARY, TOPK, OWN_TOPK = 37, 101, 16, 8
+TOKENS, VOCABULARY, TOPK, STUDENT_TOPK = 37, 101, 16, 8
 ORIGINS = ("student", "student", "prefix", "student", "none")
 
 
@@ -27,7 +27,7 @@ class Batch:
         *,
         vocabulary: int = VOCABULARY,
         topk: int = TOPK,
-        own_topk: int = OWN_TOPK,
+        student_topk: int = STUDENT_TOPK,
         moved: float = 0.0,
     ) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -35,14 +35,14 @@ class Batch:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=random, dtype=torch.float64)
 
-        self.topk, self.own_topk = topk, own_topk
+        self.topk, self.student_topk = topk, student_topk
         self.z_TV = normal(tokens, vocabulary).requires_grad_(True)
         self.log_q_TV = (self.z_TV.detach() + 1.5 * normal(tokens, vocabulary)).log_softmax(dim=1)
         self.log_reference_TV = (self.z_TV.detach() + 0.5 * normal(tokens, vocabulary)).log_softmax(dim=1)
         self.old_z_TV = self.z_TV.detach() + moved * normal(tokens, vocabulary)
         self.x_T = torch.multinomial(self.old_z_TV.softmax(1), 1, generator=random)[:, 0]
         self.u_T = torch.rand(tokens, generator=random, dtype=torch.float64)
-        self.behav_logp_T = at(self.old_z_TV.log_softmax(dim=1), self.x_T) + 0.5 * normal(tokens)
+        self.rollout_logp_T = at(self.old_z_TV.log_softmax(dim=1), self.x_T) + 0.5 * normal(tokens)
         self.statistic_T = normal(tokens)
         self.weight_T = torch.rand(tokens, generator=random, dtype=torch.float64) + 0.5
         self.origin = [ORIGINS[token % len(ORIGINS)] for token in range(tokens)]
@@ -67,7 +67,7 @@ class Batch:
         log_p_TV = self.z_TV.log_softmax(dim=1)
         old_log_p_TV = self.old_z_TV.log_softmax(dim=1)
         log_q_TK, ids_TK = self.log_q_TV.topk(self.topk, dim=1)
-        old_own_TL, own_ids_TL = old_log_p_TV.topk(self.own_topk, dim=1)
+        old_own_TL, own_ids_TL = old_log_p_TV.topk(self.student_topk, dim=1)
         return TokenInputs(
             student_logp_T=at(log_p_TV, self.x_T),
             student_topk_logp_TK=log_p_TV.gather(1, ids_TK),
@@ -84,11 +84,11 @@ class Batch:
             reference_logp_T=at(self.log_reference_TV, self.x_T),
             old_logp_T=at(old_log_p_TV, self.x_T),
             old_own_logp_TL=old_own_TL,
-            behav_logp_T=self.behav_logp_T,
+            rollout_logp_T=self.rollout_logp_T,
             statistic_T=self.statistic_T,
             trust_u_T=self.u_T,
-            on_mask_T=self.on_T,
-            off_mask_T=self.off_T,
+            student_mask_T=self.on_T,
+            prefix_mask_T=self.off_T,
             weight_T=self.weight_T,
         )
 
@@ -120,11 +120,11 @@ def token_inputs(*, student_logp_T: Tensor, teacher_logp_T: Tensor, **given: Ten
         "reference_logp_T": torch.full_like(zero_T, torch.nan),
         "old_logp_T": student_logp_T.detach(),
         "old_own_logp_TL": none_T0,
-        "behav_logp_T": student_logp_T.detach(),
+        "rollout_logp_T": student_logp_T.detach(),
         "statistic_T": zero_T + 1.0,
         "trust_u_T": zero_T + 0.5,
-        "on_mask_T": everything_T,
-        "off_mask_T": ~everything_T,
+        "student_mask_T": everything_T,
+        "prefix_mask_T": ~everything_T,
         "weight_T": zero_T + 1.0,
     }
     return TokenInputs(**{**fields, **given})  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ class Token:
     log_q: Array
     x: int
     u: float
-    behav_logp: float
+    rollout_logp: float
     origin: str
     """`student`, `prefix`, or `none` (does not count)"""
     weight: float
@@ -151,9 +151,9 @@ def trust(log_ratio: float, mode: str, u: float, threshold: float) -> float:
     return 1.0
 
 
-def engine_weight(logp: float, behav_logp: float, settings: dict[str, Any]) -> float:
+def engine_weight(logp: float, rollout_logp: float, settings: dict[str, Any]) -> float:
     """Weight for the mismatch of trainer and sampler."""
-    trainer, sampler = math.exp(logp), math.exp(behav_logp)
+    trainer, sampler = math.exp(logp), math.exp(rollout_logp)
     mode = settings["mismatch"]
     if mode == "off":
         return 1.0
@@ -223,7 +223,7 @@ def tropd_token(token: Token, k: int, settings: dict[str, Any]) -> TokenResult:
         elif mode == "clip":
             advantage += outlier * settings["clip_tau"]
         value = -advantage + divergence_weight * fkl
-        advantage *= engine_weight(float(old_log_p[token.x]), token.behav_logp, settings)
+        advantage *= engine_weight(float(old_log_p[token.x]), token.rollout_logp, settings)
         sampled = policy(advantage, float(log_p[token.x]), float(old_log_p[token.x]), settings)
     return TokenResult(
         surrogate=token.weight * (sampled.loss + divergence_weight * fkl),

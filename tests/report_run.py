@@ -13,8 +13,8 @@ from tropd_mcore.evaluation.evaluate import EvaluationResult, EvaluationSettings
 from tropd_mcore.evaluation.report import ReportOptions, write_report
 from tropd_mcore.evaluation.statistics import wilson_interval
 from tropd_mcore.monitor.catalogue import METRICS
-from tropd_mcore.train.replay import load_rollouts, save_rollouts
-from tropd_mcore.train.tokens import save_token_sample
+from tropd_mcore.records.replay import save_rollouts
+from tropd_mcore.records.token_file import save_token_sample
 from tropd_mcore.types import Rollout, TokenTable
 
 PROMPT, PREFIX, RESPONSE = "two & two", " one", " <b>four"
@@ -63,7 +63,7 @@ def rollout_of(tokenizer, index: int) -> Rollout:
         prompt_ids=np.array(prompt, np.int32),
         prefix_ids=np.array(prefix, np.int32),
         response_ids=np.array(response, np.int32),
-        behav_logp=np.zeros(len(response), np.float32),
+        rollout_logp=np.zeros(len(response), np.float32),
         trust_u=np.zeros(len(response), np.float32),
         policy_version="0",
         finish_reason="stop",
@@ -129,7 +129,7 @@ def write_run(tmp_path: Path, name: str = "run <1>") -> Path:
 
 def page_of(run: Path, **options) -> str:
     """Write the report of a run and return its text."""
-    return write_report(run, ReportOptions(**options), load_rollouts=load_rollouts).path.read_text(encoding="utf-8")
+    return write_report(run, ReportOptions(**options)).path.read_text(encoding="utf-8")
 
 
 def section(page: str, title: str) -> str:

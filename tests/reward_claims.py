@@ -169,7 +169,7 @@ def selection_counts_and_trains_the_selected_only(losses: Losses) -> None:
 
 def statistics_of_a_batch_are_those_of_a_hand_count(losses: Losses) -> None:
     """Two samples of prompt 7 and one of prompt 8; the last row of sample 0 is out of the mask."""
-    statistics = losses["batch_statistics"]
+    statistics = losses["objectives.parts.batch_statistics"]
     log_ratio = np.array([0.3, -0.2, 0.5, 9.0, 0.1, -0.4, 0.6])
     rows = statistics.BatchRows(
         sample_index_T=np.array([0, 0, 0, 0, 1, 1, 2]),
@@ -177,7 +177,7 @@ def statistics_of_a_batch_are_those_of_a_hand_count(losses: Losses) -> None:
         on_T=np.array([True, True, True, False, True, True, True]),
         student_entropy_T=np.array([0.1, 0.9, 0.2, 5.0, 0.3, 0.8, 0.4]),
         old_logp_T=np.full(7, -1.0),
-        behav_logp_T=np.full(7, -1.0),
+        rollout_logp_T=np.full(7, -1.0),
         teacher_logp_T=log_ratio - 1.0,
         prompt_index_S=np.array([7, 7, 8]),
         reward_S=np.array([1.0, 0.0, 1.0]),

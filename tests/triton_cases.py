@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from tests import oracles
-from tropd_mcore.losses.kernel.backend import Backend, RowGradient
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.triton_backend import TritonBackend
+from tropd_mcore.kernel.backend import Backend, RowGradient
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.triton_backend import TritonBackend
 
 TOKENS, VOCABULARY = 3, 101
 DISTINCT = (1, 9, 6)
@@ -49,7 +49,7 @@ class Case:
     grad_entropy_T: Tensor | None
     borders: tuple[int, ...]
     scaling: Scaling
-    distinct: tuple[int, ...] = DISTINCT
+    unique_run_lengths: tuple[int, ...] = DISTINCT
     output: torch.dtype | None = None
     """None: over the logits; a narrower dtype: over the first bytes of their rows"""
     with_dense: bool = False
@@ -112,7 +112,7 @@ def passes_of(backend: Backend, case: Case) -> Passes:
             grad_entropy_C=case.grad_entropy_T.to(math) if case.grad_entropy_T is not None else None,
             lse_C=lse_T,
             entropy_C=entropy_T,
-            distinct=case.distinct,
+            unique_run_lengths=case.unique_run_lengths,
             dense_CR=dense_term(case)[:, start : start + shard.real_width].to(math) if case.with_dense else None,
         )
         out_TW = logits_TW

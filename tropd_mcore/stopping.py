@@ -2,7 +2,7 @@
 
 Not for who asks (signals: `train.launch`, `train.__main__` and `cli`) and not for what is saved (`train.trainer`).
 Invariants: nothing is raised by a signal itself, so no work is torn in the middle: who can stop calls `check`; where
-several ranks work together, a rank that raises is inside `mcore.collective.shared_fate`, so that all of them do.
+several ranks work together, a rank that raises is inside `mcore.collective.raise_on_all_ranks`, so that all of them do.
 """
 
 from collections.abc import Iterator

@@ -60,7 +60,7 @@ class Rollout:
     prefix_ids: IntArray
     response_ids: IntArray
     """EOS included where the student ended by itself."""
-    behav_logp: FloatArray
+    rollout_logp: FloatArray
     """Log-prob (nats) of each response token at the rollout temperature, from the rollout engine."""
     trust_u: FloatArray
     """One uniform in [0, 1) a response token, drawn from (run seed, step, sample id)."""
@@ -80,30 +80,30 @@ class Rollout:
 class MicroBatch:
     """One pack of whole samples without padding between them, and this rank's context-parallel slice of it."""
 
-    input_ids: Tensor
+    input_ids_P: Tensor
     """int64 [P]"""
-    position_ids: Tensor
+    position_ids_P: Tensor
     """int64 [P], restarting at 0 in each sample"""
     cu_seqlens: Tensor
     """int32 [S+1], sample boundaries of the whole pack (all context ranks); the padding tail is the last sample"""
     max_seqlen: int
-    rows: Tensor
+    rows_T: Tensor
     """int64 [T], positions in [0, P) whose next token is supervised"""
-    target_ids: Tensor
+    target_ids_T: Tensor
     """int64 [T], the predicted token of each row"""
-    on_mask: Tensor
+    student_mask_T: Tensor
     """bool [T], sampled by the student"""
-    off_mask: Tensor
+    prefix_mask_T: Tensor
     """bool [T], teacher prefix in the sample that carries the prefix loss; never both"""
-    behav_logp: Tensor
+    rollout_logp_T: Tensor
     """float32 [T], 0 on prefix rows"""
-    trust_u: Tensor
+    trust_u_T: Tensor
     """float32 [T], 0 on prefix rows"""
-    weight: Tensor
+    weight_T: Tensor
     """float32 [T], factor of each row's loss from `loss.aggregation`; 1 for the token mean"""
-    sample_index: Tensor
+    sample_index_T: Tensor
     """int64 [T], index into the step's list of rollouts"""
-    token_index: Tensor
+    token_index_T: Tensor
     """int64 [T], index of the predicted token in `Rollout.token_ids` (>= 1)"""
 
 
@@ -123,7 +123,7 @@ class TeacherScores:
     """float32 [T], full-vocabulary entropy, nats; None where the scorer cannot give it"""
     scored_T: Tensor
     """bool [T], False where the teacher failed on the sample: those rows leave the loss and its denominator"""
-    own_logp_TL: Tensor | None = None
+    logp_of_student_topk_TL: Tensor | None = None
     """float32 [T, L], true log q of the student's own candidates, -inf where the teacher's vocabulary lacks the id;
     None where the scorer was not asked for them"""
     hidden_TD: Tensor | None = None
@@ -163,7 +163,7 @@ class RowContext:
     reference_logp_T: Tensor | None = None
     """float32 [T], its log-prob under the frozen reference model, nats"""
     statistic_T: Tensor | None = None
-    """float32 [T], what the objective's statistic over the batch says of the row (`losses.batch_statistics`)"""
+    """float32 [T], what the objective's statistic over the batch says of the row (`parts.batch_statistics`)"""
     own_ids_TL: Tensor | None = None
     """int64 [T, L], the student's own candidates"""
     old_own_logp_TL: Tensor | None = None
@@ -179,10 +179,10 @@ class TokenTable:
     A row for each time that an update looked at a token, which is once an epoch. Columns: sample_index, token_index,
     epoch (from 0), on (bool), off (bool), impossible (bool: the teacher's log q is -inf, and teacher_logp its floor),
     excluded (candidates that only the teacher's tokenizer has; NaN where there are no such tokens),
-    trusted (weight of the gate), student_logp (at that update), old_logp (before the first), behav_logp, teacher_logp,
-    log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio (p / p_old), clipped (1 where PPO's
-    clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A), student_mass
-    (c_A), topk_overlap (NaN if not computed).
+    trusted (weight of the gate), student_logp (at that update), old_logp (before the first), rollout_logp,
+    teacher_logp, log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio (p / p_old), clipped (1
+    where PPO's clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A),
+    student_mass (c_A), topk_overlap (NaN if not computed).
     """
 
     columns: dict[str, npt.NDArray[np.generic]]

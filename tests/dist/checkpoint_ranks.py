@@ -21,7 +21,7 @@ from tests.dist.conversion_ranks import open_layout
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.errors import ModelError
-from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.mcore import checkpoint, checkpoint_digests
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.checkpoint_info import latest

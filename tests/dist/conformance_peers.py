@@ -16,14 +16,15 @@ from torch import Tensor
 from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.matrix import run_on_rank
 from tropd_mcore.conformance.peers import PeerCase, PeerMissing, covers
-from tropd_mcore.conformance.subject import Answer
-from tropd_mcore.losses.kernel.backend import Kernel, RowGradient
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import NO_ENTRY, Scaling, VocabShard, local_ids
-from tropd_mcore.losses.kernel.source import GivenLogits
-from tropd_mcore.losses.kernel.support_loss import support_loss
-from tropd_mcore.losses.method_table import bind_objective
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs
+from tropd_mcore.conformance.our_loss import Answer
+from tropd_mcore.kernel.backend import Kernel, RowGradient
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import NO_ENTRY, Scaling, VocabShard, local_ids
+from tropd_mcore.kernel.source import GivenLogits
+from tropd_mcore.kernel.support_loss import support_loss
+from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.kernel.token_losses import TokenLosses
 
 
 def run_cells(cells: list[Cell]) -> list[Answer]:
@@ -145,7 +146,7 @@ def _with_slot(row: RowGradient, gradient_C1: Tensor) -> RowGradient:
         row,
         ids_CJ=torch.cat([row.ids_CJ, torch.full_like(row.ids_CJ[:, :1], NO_ENTRY)], dim=1),
         grad_logp_CJ=torch.cat([row.grad_logp_CJ, gradient_C1], dim=1),
-        distinct=(*row.distinct, 1),
+        unique_run_lengths=(*row.unique_run_lengths, 1),
     )
 
 
@@ -162,7 +163,7 @@ def _loss(case: PeerCase, backend: EagerBackend | None = None, vocab_size: int |
     topk, own = case.topk_ids_TK.shape[1], case.own_ids_TL.shape[1]
     unknown_T = torch.full_like(case.teacher_logp_T, torch.nan)
 
-    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         return objective(
             TokenInputs(
                 student_logp_T=logp_CJ[:, 0],
@@ -180,11 +181,11 @@ def _loss(case: PeerCase, backend: EagerBackend | None = None, vocab_size: int |
                 reference_logp_T=unknown_T,
                 old_logp_T=case.old_logp_T,
                 old_own_logp_TL=torch.zeros_like(case.teacher_own_logp_TL),
-                behav_logp_T=case.behav_logp_T,
+                rollout_logp_T=case.rollout_logp_T,
                 statistic_T=torch.ones_like(unknown_T),
                 trust_u_T=case.trust_u_T,
-                on_mask_T=case.on_mask_T,
-                off_mask_T=case.off_mask_T,
+                student_mask_T=case.student_mask_T,
+                prefix_mask_T=case.prefix_mask_T,
                 weight_T=case.weight_T,
             )
         )
@@ -192,4 +193,4 @@ def _loss(case: PeerCase, backend: EagerBackend | None = None, vocab_size: int |
     ids_TJ = torch.cat([case.target_ids_T[:, None], case.topk_ids_TK, case.own_ids_TL], dim=1)
     # The kernel writes over the logits; the leaf keeps its values.
     source = GivenLogits(case.logits_TW.clone())
-    return support_loss(source, ids_TJ, token_loss, kernel, distinct=(1, topk, own)).loss_sum
+    return support_loss(source, ids_TJ, token_loss, kernel, unique_run_lengths=(1, topk, own)).loss_sum

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tropd_mcore.config.schema import ParallelConfig
 from tropd_mcore.errors import ModelError
-from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.mcore.conversion import Job, hf_to_mcore, load_checkpoint, mcore_to_hf
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import RankEnvironment, destroy, initialize

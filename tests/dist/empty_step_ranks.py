@@ -16,7 +16,7 @@ from tests.dist import average_ranks, checkpoint_ranks
 from tests.dist.average_ranks import averaged
 from tests.dist.checkpoint_ranks import Setup
 from tests.dist.conversion_ranks import open_layout
-from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.mcore import checkpoint
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.loss import LossResult
@@ -81,7 +81,7 @@ def resumed(folder: Path, directory: Path, setup: Setup) -> dict[str, str]:
 def _trainer(state: TrainState) -> Trainer:
     """One that can update, and nothing else."""
     trainer = Trainer.__new__(Trainer)
-    trainer.parts = SimpleNamespace(  # type: ignore[assignment]
+    trainer.components = SimpleNamespace(  # type: ignore[assignment]
         student=state.model, optimizer=state.optimizer, scheduler=state.scheduler,
         average=state.average, layout=state.model.layout,
     )  # fmt: skip

@@ -22,7 +22,7 @@ def score_both(
         packed, settings = pack_for(rollouts, case, layout), case.settings(temperature=1.0)
         batches, length = packed.micro_batches, packed.pack_length
         vocab_size = model.arch.vocab_size
-        own_ids = [torch.tensor(own, dtype=torch.int64).expand(len(batch.rows), -1) for batch in batches]
+        own_ids = [torch.tensor(own, dtype=torch.int64).expand(len(batch.rows_T), -1) for batch in batches]
         whole = score_micro_batches(model, batches, length, k=vocab_size, settings=settings, extra_ids=own_ids)
         teacher = MegatronTeacher(model, k=k, settings=settings, excluded=excluded)
         found = teacher.score([], packed, own_ids, [])

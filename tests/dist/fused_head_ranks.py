@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from tests.collectives import counted_collectives
 from tests.dist.layouts import Case, Constants, build, gather_results, layout_of, pack_for, train_step, whole_gradients
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs
-from tropd_mcore.mcore.dry_run import dry_run
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
@@ -50,9 +51,9 @@ def most_rows_of_logits(
         with MostRows(teacher.shard.width) as scoring:
             scores = score_micro_batches(teacher, batches, length, k=constants.k, settings=settings)
         with MostRows(student.shard.width) as sampled:
-            student_pass(student, batches, length, own_topk=0, settings=settings)
+            student_pass(student, batches, length, student_topk=0, settings=settings)
         with MostRows(student.shard.width) as own:
-            student_pass(student, batches, length, own_topk=5, settings=settings)
+            student_pass(student, batches, length, student_topk=5, settings=settings)
         loss = make_distillation_loss(student, constants.objective(), scores, [None], settings)
         with MostRows(student.shard.width) as training:
             run_pipeline(student, batches, length, loss=loss, forward_only=False)
@@ -61,7 +62,7 @@ def most_rows_of_logits(
             "sampled": sampled.rows,
             "own": own.rows,
             "training": training.rows,
-            "rows": len(batches[0].rows),
+            "rows": len(batches[0].rows_T),
             "hidden": max(student.config.hidden_size, teacher.config.hidden_size),
         }
 
@@ -81,7 +82,7 @@ def collectives_of_a_step(
         loss = make_distillation_loss(student, constants.objective(), scores, [None] * len(scores), settings)
         with counted_collectives() as training:
             run_pipeline(student, batches, length, loss=loss, forward_only=False)
-        rows = [len(batch.rows) for batch in batches]
+        rows = [len(batch.rows_T) for batch in batches]
         return {"scoring": dict(scoring), "training": dict(training), "rows": rows}
 
 
@@ -94,8 +95,8 @@ def passes_and_a_step(
         teacher = build(teacher_folder, case, layout, platform, trainable=False)
         packed, settings = pack_for(rollouts, case, layout), case.settings(constants.temperature)
         batches, length = [_weighted(batch) for batch in packed.micro_batches], packed.pack_length
-        passes = student_pass(student, batches, length, own_topk=own, settings=settings)
-        sampled_only = student_pass(student, batches, length, own_topk=0, settings=settings)
+        passes = student_pass(student, batches, length, student_topk=own, settings=settings)
+        sampled_only = student_pass(student, batches, length, student_topk=0, settings=settings)
         own_ids = [found.own_ids_TL if found is not None else None for found in passes]
         scores = score_micro_batches(teacher, batches, length, k=constants.k, settings=settings, extra_ids=own_ids)
         context = [_context(found, scored) for found, scored in zip(passes, scores, strict=True)]
@@ -118,9 +119,9 @@ def passes_and_a_step(
                 "teacher_topk_logp": scored.topk_logp_TK,
                 "teacher_own_logp": scored.own_logp_TL,
                 "statistic": given.statistic_T,
-                "weight": batch.weight,
-                "behav_logp": batch.behav_logp,
-                "trust_u": batch.trust_u,
+                "weight": batch.weight_T,
+                "rollout_logp": batch.rollout_logp_T,
+                "trust_u": batch.trust_u_T,
                 "student_logp": result.columns["student_logp"],
                 "topk_overlap": result.columns["topk_overlap"],
                 **{name: torch.cat([getattr(part, name).detach() for part in parts]) for name in _SEEN},
@@ -141,14 +142,14 @@ _SEEN = (
     "own_ids_TL",
     "teacher_own_logp_TL",
     "weight_T",
-    "behav_logp_T",
+    "rollout_logp_T",
     "trust_u_T",
 )
 
 
 def _weighted(batch: MicroBatch) -> MicroBatch:
     """The same rows with a weight of each that no aggregation gives."""
-    return replace(batch, weight=torch.arange(len(batch.rows)) + 0.25)
+    return replace(batch, weight_T=torch.arange(len(batch.rows_T)) + 0.25)
 
 
 def _context(found: Any, scored: TeacherScores | None) -> RowContext | None:
@@ -161,14 +162,14 @@ def _context(found: Any, scored: TeacherScores | None) -> RowContext | None:
         statistic_T=torch.arange(len(found.logp_T)) + 0.5,
         own_ids_TL=found.own_ids_TL,
         old_own_logp_TL=found.own_logp_TL - 0.5,
-        teacher_own_logp_TL=scored.own_logp_TL,
+        teacher_own_logp_TL=scored.logp_of_student_topk_TL,
     )
 
 
 def _recording(objective: Any, seen: list[TokenInputs]) -> Any:
-    def record(inputs: TokenInputs) -> ObjectiveOutput:
+    def record(inputs: TokenInputs) -> TokenLosses:
         seen.append(inputs)
-        output: ObjectiveOutput = objective(inputs)
+        output: TokenLosses = objective(inputs)
         return output
 
     return record
@@ -199,12 +200,12 @@ def full_vocabulary_step(
     return found
 
 
-def divergence_alone(inputs: TokenInputs) -> ObjectiveOutput:
+def divergence_alone(inputs: TokenInputs) -> TokenLosses:
     """The divergence over the whole vocabulary of every supervised token."""
     assert inputs.divergence_T is not None
-    counted_T = inputs.on_mask_T | inputs.off_mask_T
+    counted_T = inputs.student_mask_T | inputs.prefix_mask_T
     value_T = torch.where(counted_T, inputs.divergence_T, 0.0)
-    return ObjectiveOutput(value_T.sum(), counted_T.sum(), {"loss": value_T.detach()})
+    return TokenLosses(value_T.sum(), counted_T.sum(), {"loss": value_T.detach()})
 
 
 def steps_with_one_sample(
@@ -218,7 +219,7 @@ def steps_with_one_sample(
         for batch in (rollouts, rollouts[:1], rollouts[:1]):
             packed, _, _ = train_step(student, teacher, batch, case, constants)
             gradients.append(whole_gradients(student, layout))
-        return sum(len(micro_batch.rows) for micro_batch in packed.micro_batches), gradients
+        return sum(len(micro_batch.rows_T) for micro_batch in packed.micro_batches), gradients
 
 
 def refusals(student_folder: Path, cases: dict[str, tuple[Case, dict[str, Any]]], constants: Constants) -> list[str]:
@@ -231,7 +232,7 @@ def refusals(student_folder: Path, cases: dict[str, tuple[Case, dict[str, Any]]]
                 student.config.grad_scale_func = lambda loss: 2.0 * loss
             settings = replace(case.settings(constants.temperature), **changed)
             try:
-                dry_run(student, constants.objective(), settings, tokens_per_micro_batch=32, k=constants.k)
+                probe_memory(student, constants.objective(), settings, tokens_per_micro_batch=32, k=constants.k)
             except ConfigError as error:
                 found.append(str(error))
             else:

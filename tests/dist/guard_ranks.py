@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.dist.layouts import Case, Constants, build, gather_results, layout_of, pack_for, whole_gradients
 from tropd_mcore.errors import TrainingError
-from tropd_mcore.losses.kernel.source import OutputLayer
-from tropd_mcore.mcore.dry_run import dry_run
+from tropd_mcore.kernel.source import OutputLayer
+from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.loss import check_finite, make_distillation_loss
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer, optimizer_step
@@ -64,7 +64,7 @@ def non_finite_step(
 
 
 def _break(micro_batch: MicroBatch, scores: TeacherScores, topk_too: bool) -> TeacherScores:
-    at = (micro_batch.sample_index == BROKEN_SAMPLE) & (micro_batch.token_index == BROKEN_TOKEN)
+    at = (micro_batch.sample_index_T == BROKEN_SAMPLE) & (micro_batch.token_index_T == BROKEN_TOKEN)
     return replace(
         scores,
         logp_T=torch.where(at, torch.nan, scores.logp_T),
@@ -88,7 +88,7 @@ def logits_of_a_model_without_weights(folder: Path, rollouts: list[Rollout]) -> 
 
 
 def dry_run_and_look(
-    folder: Path, cases: dict[str, Case], tokens: int, k: int, own_topk: int
+    folder: Path, cases: dict[str, Case], tokens: int, k: int, student_topk: int
 ) -> dict[str, tuple[bool, bool, bool]]:
     """(gradients existed during the run, are zero after, parameters untouched) of this rank."""
     constants = Constants(k=k, temperature=1.0, beta=0.1, outlier_weight=1.0)
@@ -105,13 +105,13 @@ def dry_run_and_look(
                 seen.append(all(float(p.main_grad.abs().max()) > 0 for p in args[0][0].parameters() if p.ndim == 1))
 
             model.config.finalize_model_grads_func = spy
-            dry_run(
+            probe_memory(
                 model,
                 constants.objective(),
                 case.settings(constants.temperature),
                 tokens_per_micro_batch=tokens,
                 k=k,
-                own_topk=own_topk,
+                student_topk=student_topk,
             )
             zero = all(not p.main_grad.any() for module in model.modules for p in module.parameters())
             found[name] = (all(seen) and len(seen) == 1, zero, all(map(torch.equal, before, parameters(model))))
@@ -141,7 +141,7 @@ def step_with_unscored_samples(
         )
         failed = torch.tensor(unscored, dtype=torch.int64)
         masked = [
-            replace(score, scored_T=~torch.isin(micro_batch.sample_index, failed)) if score else None
+            replace(score, scored_T=~torch.isin(micro_batch.sample_index_T, failed)) if score else None
             for micro_batch, score in zip(packed.micro_batches, scores, strict=True)
         ]
         settings = case.settings(constants.temperature)
@@ -158,8 +158,8 @@ def teacher_of_smaller_vocabulary(
         teacher = build(folder, Case(), layout, platform, trainable=False)
         packed, settings = pack_for(rollouts, Case(), layout), Case().settings(temperature=1.0)
         batches, length = packed.micro_batches, packed.pack_length
-        extra = [torch.tensor(candidates).expand(len(batch.rows), -1) for batch in batches]
+        extra = [torch.tensor(candidates).expand(len(batch.rows_T), -1) for batch in batches]
         scores = score_micro_batches(teacher, batches, length, k=k, settings=settings, extra_ids=extra)
         assert all(score is not None and score.logp_T.isfinite().all() for score in scores)
         pairs = zip(batches, scores, strict=True)
-        return [(batch.target_ids, score.scored_T, score.own_logp_TL) for batch, score in pairs if score is not None]
+        return [(batch.target_ids_T, score.scored_T, score.logp_of_student_topk_TL) for batch, score in pairs if score is not None]

@@ -147,7 +147,7 @@ def result_on_this_rank(case: Case, losses: Losses) -> RankResult:
             case.ids_TJ,
             token_loss(case, losses),
             kernel(case, losses),
-            distinct=DISTINCT,
+            unique_run_lengths=DISTINCT,
             weight_gradient=case.mode,
             reduce_hidden_gradient=case.reduce_hidden_gradient,
         )
@@ -188,7 +188,7 @@ def token_loss(case: Case, losses: Losses) -> Any:
         a_CJ, b_CJ, c_C = (number[rows].to(logp_CJ.dtype) for number in (case.a_TJ, case.b_TJ, case.c_T))
         loss_sum = (a_CJ * logp_CJ).sum() + (b_CJ * logp_CJ.exp()).sum() + (c_C * entropy_C).sum()
         row_CX = torch.cat([logp_CJ, entropy_C[:, None]], dim=1).detach()
-        return losses["objectives.inputs"].ObjectiveOutput(loss_sum, torch.tensor(len(logp_CJ)), {"row": row_CX})
+        return losses["kernel.token_losses"].TokenLosses(loss_sum, torch.tensor(len(logp_CJ)), {"row": row_CX})
 
     return loss
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
-from tropd_mcore.config.tropd_objectives import GuidanceConfig, OutlierConfig, TropdObjective
+from tropd_mcore.config.objectives.trust_region import GuidanceConfig, OutlierConfig, TropdObjective
 from tropd_mcore.data.packing import PackedStep, pack
-from tropd_mcore.losses.kernel.source import OutputLayer
-from tropd_mcore.losses.kernel.support_loss import WeightGradientMode
-from tropd_mcore.losses.method_table import bind_objective
+from tropd_mcore.kernel.source import OutputLayer
+from tropd_mcore.kernel.support_loss import WeightGradientMode
+from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.mcore.loss import LossResult, make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, Recompute, build_model
@@ -163,7 +163,7 @@ def gather_results(layout: Layout, packed: PackedStep, results: Sequence[LossRes
         columns = {
             name: torch.cat([result.columns[name].double() for _, result in pairs]) for name in pairs[0][1].columns
         }
-        place = torch.cat([batch.sample_index * 10_000 + batch.token_index for batch, _ in pairs])
+        place = torch.cat([batch.sample_index_T * 10_000 + batch.token_index_T for batch, _ in pairs])
         loss_sum = sum(float(result.loss_sum) for _, result in pairs)
         mine = (loss_sum, sum(int(result.token_count) for _, result in pairs), place, columns)
     assert layout.is_last_stage or all(result is None for result in results), "a result outside the last stage"
@@ -177,7 +177,7 @@ def gather_results(layout: Layout, packed: PackedStep, results: Sequence[LossRes
         "token_count": count,
         "columns": {name: torch.cat([part[3][name] for part in parts])[order] for name in parts[0][3]},
         "micro_batches": len(packed.micro_batches),
-        "own_rows": sum(len(batch.rows) for batch in packed.micro_batches),
+        "own_rows": sum(len(batch.rows_T) for batch in packed.micro_batches),
         "pack_length": packed.pack_length,
     }
 
@@ -217,7 +217,7 @@ def logits_of_samples(folder: Path, rollouts: list[Rollout], case: Case) -> list
         whole = replace(case, tokens_per_micro_batch=1024)
         packed = pack_for(rollouts, whole, layout)
         everywhere = torch.arange(packed.pack_length)
-        micro_batch = replace(without_rows(packed.micro_batches[0]), rows=everywhere)
+        micro_batch = replace(without_rows(packed.micro_batches[0]), rows_T=everywhere)
 
         def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> Tensor:
             logits_TW = layer.logits(slice(0, layer.tokens))
@@ -262,7 +262,7 @@ def train_cases(
             norms, rates = [], []
             for step, rollouts in enumerate(batches, start=1):
                 packed, settings = pack_for(rollouts, case, layout), case.settings(constants.temperature)
-                looks = student_pass(student, packed.micro_batches, packed.pack_length, own_topk=0, settings=settings)
+                looks = student_pass(student, packed.micro_batches, packed.pack_length, student_topk=0, settings=settings)
                 _, results, _ = train_step(student, teacher, rollouts, case, constants)
                 for look, result in zip(looks, results, strict=True):
                     if look is not None and result is not None:

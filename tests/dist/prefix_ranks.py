@@ -14,20 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.dist.layouts import Case, build, gather_results, layout_of, pack_for, whole_gradients
-from tropd_mcore.config.derived import has_prefix_loss, support_size
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ServerError
-from tropd_mcore.losses.method_table import bind_objective
+from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 from tropd_mcore.teacher.sglang import SglangTeacher
 from tropd_mcore.train.prefix_losses import PrefixLosses
-from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.score_source import ScoreSource
-from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.rollout.rollout_source import RolloutSource
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.teacher.score_source import ScoreSource
+from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.types import Rollout
 
 
@@ -131,7 +130,7 @@ def launches(
 def _launch(
     student: Any, config: Config, layout: Layout, case: Case, one_asks: bool, launch: Launch, vocabulary: int
 ) -> Outcome:
-    run_dir, k = RunDir(config.run.dir), support_size(config.objective)
+    run_dir, k = RunDir(config.run.dir), config.objective.teacher_topk
     source = RolloutSource(config, run_dir, None, None, layout, vocab_size=vocabulary)  # type: ignore[arg-type]
     rollouts = source.at_step(0)
     places = {rollout.sample_id: index for index, rollout in enumerate(rollouts)}
@@ -147,7 +146,7 @@ def _launch(
         layout, topk=k, only_rank_zero=one_asks, masked_share=launch.masked_share,
     )  # fmt: skip
     scores = ScoreSource(teacher, run_dir, layout, replay=config.run.replay, name="made up", on_disk=True)
-    fallible = teacher if has_prefix_loss(config.objective) else None
+    fallible = teacher if config.objective.has_prefix_loss else None
 
     def pack(rollouts: list[Rollout]) -> Any:
         return pack_for(rollouts, case, layout)

@@ -88,7 +88,7 @@ def make_rollouts(lengths: Sequence[tuple[int, int, int]], seed: int = 3) -> lis
             prompt_ids=ids(prompt),
             prefix_ids=ids(prefix),
             response_ids=ids(response),
-            behav_logp=random.normal(-4.0, 1.0, response).astype(np.float32),
+            rollout_logp=random.normal(-4.0, 1.0, response).astype(np.float32),
             trust_u=random.random(response, dtype=np.float32),
             policy_version="0",
             finish_reason="stop",

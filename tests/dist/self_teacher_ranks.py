@@ -67,7 +67,7 @@ def _score(
     ignored = IgnoredTokens(always=frozenset({IGNORED}))
     packed = _pack(rollouts, case, layout, ignored)
     own_ids = [
-        candidates(batch.sample_index, batch.token_index, vocabulary) if layout.is_last_stage else None
+        candidates(batch.sample_index_T, batch.token_index_T, vocabulary) if layout.is_last_stage else None
         for batch in packed.micro_batches
     ]
     verdicts = [True] * len(rollouts) if layout.rank == 0 else []
@@ -110,7 +110,7 @@ def _columns(micro_batches: list[MicroBatch], scores: Sequence[TeacherScores | N
     """The scores of this rank's rows, with the row's sample and token."""
     pieces = []
     for batch, score in zip(micro_batches, scores, strict=True):
-        assert score is not None and len(score.logp_T) == len(batch.rows)
+        assert score is not None and len(score.logp_T) == len(batch.rows_T)
         numbers = {name: value for name, value in vars(score).items() if name != "hidden_TD"}
-        pieces.append({"sample": batch.sample_index, "token": batch.token_index, **numbers})
+        pieces.append({"sample": batch.sample_index_T, "token": batch.token_index_T, **numbers})
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

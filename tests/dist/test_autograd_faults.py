@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.autograd_cases import FORMS, SITUATIONS, Setting, outcome
 from tests.ranks import run_on_ranks
 
-KERNEL = "tropd_mcore.losses.kernel"
+KERNEL = "tropd_mcore.kernel"
 FUNCTIONS = ("support_loss", "support_log_probs")
 
 

@@ -21,11 +21,11 @@ from tests.ranks import run_on_ranks
 from tests.triton_cases import assert_close, oracle, passes_of
 from tests.triton_cases import make_case as make_passes_case
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.losses.kernel.backend import RowGradient
-from tropd_mcore.losses.kernel.choose import backend
-from tropd_mcore.losses.kernel.compiled import CompiledBackend
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.backend import RowGradient
+from tropd_mcore.kernel.choose import backend
+from tropd_mcore.kernel.compiled import CompiledBackend
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
 
 CPU = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def test_no_headers_of_python_are_an_error_of_one_line_when_the_backend_is_made(
 
 def test_no_triton_for_a_gpu_is_an_error_of_one_line_when_the_backend_is_made() -> None:
     with (
-        mock.patch("tropd_mcore.losses.kernel.compiled.has_triton", return_value=False),
+        mock.patch("tropd_mcore.kernel.compiled.has_triton", return_value=False),
         pytest.raises(ConfigError, match=r"^loss\.backend=compile needs Triton .* use eager$"),
     ):
         CompiledBackend(torch.device("cuda"))
@@ -83,7 +83,7 @@ def test_no_triton_for_a_gpu_is_an_error_of_one_line_when_the_backend_is_made() 
 
 def test_eager_loads_neither_triton_nor_the_compiler() -> None:
     program = (
-        "import sys, torch; from tropd_mcore.losses.kernel.choose import backend; backend('auto', torch.device('cpu'));"
+        "import sys, torch; from tropd_mcore.kernel.choose import backend; backend('auto', torch.device('cpu'));"
         "assert not {'triton', 'torch._inductor'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
@@ -156,7 +156,7 @@ def _both_passes(compiled: CompiledBackend, rows: int, slots: int) -> Tensor:
     assert stats_C3.shape == (rows, 3) and owned_CJ.shape == (rows, slots)
     per_row_C = torch.rand(rows, generator=random)
     row = RowGradient(
-        ids_CJ, torch.rand(rows, slots, generator=random), per_row_C, per_row_C, per_row_C, distinct=(1,) * slots
+        ids_CJ, torch.rand(rows, slots, generator=random), per_row_C, per_row_C, per_row_C, unique_run_lengths=(1,) * slots
     )
     compiled.write_gradient(logits_CW, row, shard, Scaling(), logits_CW)
     assert not logits_CW[:, 9:].any()

@@ -19,13 +19,13 @@ from tests import divergence_oracles, oracles
 from tests.collectives import counted_collectives
 from tests.ranks import run_on_ranks
 from tropd_mcore.errors import ModelError
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.full_vocabulary import FullVocabulary
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import support_loss
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.full_vocabulary import FullVocabulary
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_loss import support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
 
 TOKENS, VOCABULARY, HIDDEN = 13, 101, 19
 KINDS = {"fkl": 0.5, "rkl": 0.5, "jsd": 0.3}
@@ -110,10 +110,10 @@ def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None
         beta=KINDS[kind],
     )
 
-    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         assert divergence_C is not None
         loss = (case.grad_T[rows].to(divergence_C.dtype) * divergence_C).sum() + case.grad_logp * logp_CJ.sum()
-        return ObjectiveOutput(loss, torch.tensor(len(divergence_C)), {"divergence": divergence_C.detach()})
+        return TokenLosses(loss, torch.tensor(len(divergence_C)), {"divergence": divergence_C.detach()})
 
     logits_TW = case.student_TV[:, start:stop].clone().requires_grad_(True)
     ids_TJ = torch.full((TOKENS, 1), 3)
@@ -121,7 +121,7 @@ def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None
         # An identity output layer: dH is the gradient of the logits, in a buffer of its own.
         source = GivenLogits(logits_TW * 1.0) if not case.overlap else _identity_layer(logits_TW)
         output = support_loss(
-            source, ids_TJ, token_loss, kernel, distinct=(1,), dense=dense, reduce_hidden_gradient=False
+            source, ids_TJ, token_loss, kernel, unique_run_lengths=(1,), full_vocab_term=full_vocab_term, reduce_hidden_gradient=False
         )
         forward_calls = Counter(calls)
         output.loss_sum.backward()
@@ -305,9 +305,9 @@ def _values_without_gradient(case: Case) -> dict[str, Tensor]:
     assert group is not None
     kernel = Kernel(VocabShard(start, stop, VOCABULARY), group, EagerBackend(), Scaling(), chunk_tokens=8)
 
-    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         assert divergence_C is not None
-        return ObjectiveOutput(divergence_C.sum(), torch.tensor(0), {"divergence": divergence_C})
+        return TokenLosses(divergence_C.sum(), torch.tensor(0), {"divergence": divergence_C})
 
     values = {}
     for kind, beta in KINDS.items():
@@ -319,8 +319,8 @@ def _values_without_gradient(case: Case) -> dict[str, Tensor]:
                 torch.full((TOKENS, 1), 3),
                 token_loss,
                 kernel,
-                distinct=(1,),
-                dense=dense,
+                unique_run_lengths=(1,),
+                full_vocab_term=full_vocab_term,
             )
         values[kind] = output.columns["divergence"]
     return values

@@ -113,7 +113,7 @@ def test_what_was_known_before_the_update_reaches_the_objective_row_by_row(seen:
         assert torch.equal(batch["own_ids_TL"], batch["own_ids"])
         assert torch.equal(batch["teacher_own_logp_TL"], batch["teacher_own_logp"])
         assert torch.equal(batch["weight_T"], batch["weight"])
-        assert torch.equal(batch["behav_logp_T"], batch["behav_logp"])
+        assert torch.equal(batch["rollout_logp_T"], batch["rollout_logp"])
         assert torch.equal(batch["trust_u_T"], batch["trust_u"])
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from tests.mutants import Losses, mutant_losses, real_losses
 from tests.oracles import log_softmax, top_ids
 from tests.ranks import run_on_ranks
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_log_probs import support_log_probs
 
 TOKENS, VOCABULARY, K, HIDDEN = 64, 4096, 64, 128
 LOGIT_STD, NOISE = 5.0, 0.05
@@ -30,11 +30,11 @@ BORDERS = {1: (0, 4100), 2: (0, 2500, 4100)}
 """By world size."""
 ROWS = 4100
 
-ADDED_BEFORE_ROUNDING = """            add_support_(grad_BR, local_CJ[rows], owned_CJ[rows], row.distinct)
+ADDED_BEFORE_ROUNDING = """            add_support_(grad_BR, local_CJ[rows], owned_CJ[rows], row.unique_run_lengths)
             out_CW[rows, :real] = scaling.chain_(grad_BR, scaled_BR)
 """
 ADDED_AFTER_ROUNDING = """            out_CW[rows, :real] = scaling.chain_(grad_BR, scaled_BR)
-            add_support_(out_CW[rows, :real], local_CJ[rows], owned_CJ[rows].to(out_CW.dtype), row.distinct)
+            add_support_(out_CW[rows, :real], local_CJ[rows], owned_CJ[rows].to(out_CW.dtype), row.unique_run_lengths)
 """
 
 
@@ -77,11 +77,11 @@ def relative_errors(losses: Losses, backend: str) -> tuple[float, float]:
 
     def forward_kl(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> Any:
         loss_sum = (q_TK[rows] * (q_TK[rows].log() - logp_CJ)).sum()
-        return losses["objectives.inputs"].ObjectiveOutput(loss_sum, torch.tensor(len(logp_CJ)), {})
+        return losses["kernel.token_losses"].TokenLosses(loss_sum, torch.tensor(len(logp_CJ)), {})
 
     source = losses["kernel.source"].OutputLayer(hidden, weight)
     output = losses["kernel.support_loss"].support_loss(
-        source, torch.from_numpy(ids), forward_kl, kernel, distinct=(K,)
+        source, torch.from_numpy(ids), forward_kl, kernel, unique_run_lengths=(K,)
     )
     output.loss_sum.backward()
 
@@ -103,7 +103,7 @@ def _log_prob_errors(form: str) -> float:
     kernel = Kernel(VocabShard(0, ROWS, VOCABULARY), dist.group.WORLD, EagerBackend(), Scaling(), chunk_tokens=24)
     layer = OutputLayer(hidden_TD, weight_VD)
     source: LogitSource = layer if form == "fused" else GivenLogits(hidden_TD @ weight_VD.t())
-    logp_TK, _ = support_log_probs(source, torch.from_numpy(ids), kernel, distinct=(K,))
+    logp_TK, _ = support_log_probs(source, torch.from_numpy(ids), kernel, unique_run_lengths=(K,))
     right = np.stack([log_softmax(z)[row] for z, row in zip(logits, ids, strict=True)])
     return float(np.abs(logp_TK.double().numpy() - right).max())
 

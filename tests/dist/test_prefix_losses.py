@@ -21,7 +21,7 @@ from tests.dist.prefix_ranks import Launch, Outcome, launches, log_softmax_after
 from tests.dist.test_layouts import TOLERANCE, relative_error
 from tests.ranks import run_on_ranks
 from tropd_mcore.errors import TeacherError
-from tropd_mcore.train.replay import save_rollouts
+from tropd_mcore.records.replay import save_rollouts
 from tropd_mcore.types import Rollout
 
 TOPK, BETA = 9, 0.3
@@ -51,7 +51,7 @@ def guided_rollouts(carriers: Sequence[int]) -> list[Rollout]:
                     prompt_ids=prompt_ids,
                     prefix_ids=prefix_ids,
                     response_ids=ids(count),
-                    behav_logp=random.normal(-4.0, 1.0, count).astype(np.float32),
+                    rollout_logp=random.normal(-4.0, 1.0, count).astype(np.float32),
                     trust_u=random.random(count, dtype=np.float32),
                     policy_version="0",
                     finish_reason="stop",

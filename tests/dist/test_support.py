@@ -18,11 +18,11 @@ from torch import Tensor
 from tests import oracles
 from tests.collectives import counted_collectives
 from tests.ranks import run_on_ranks
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits
-from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits
+from tropd_mcore.kernel.support_log_probs import support_log_probs
 
 TOKENS, VOCABULARY, SUPPORT = 37, 101, 17
 DISTINCT = (1, SUPPORT - 1)
@@ -92,7 +92,7 @@ def kernel_on_this_rank(case: Case, borders: tuple[int, ...], with_entropy_gradi
     kernel = kernel_of_this_rank(case, borders)
     logits_TW = case.logits_TV[:, kernel.shard.start : kernel.shard.stop].clone().requires_grad_(True)
     with counted_collectives() as forward_calls:
-        logp_TJ, entropy_T = support_log_probs(GivenLogits(logits_TW), case.ids_TJ, kernel, distinct=DISTINCT)
+        logp_TJ, entropy_T = support_log_probs(GivenLogits(logits_TW), case.ids_TJ, kernel, unique_run_lengths=DISTINCT)
     with counted_collectives() as backward_calls:
         loss = (logp_TJ * case.grad_logp_TJ.to(logp_TJ.dtype)).sum()
         if with_entropy_gradient:
@@ -270,7 +270,7 @@ def _saved_for_backward(borders: tuple[int, ...]) -> list[tuple[tuple[int, ...],
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        support_log_probs(GivenLogits(logits_TW), case.ids_TJ, kernel, distinct=DISTINCT)
+        support_log_probs(GivenLogits(logits_TW), case.ids_TJ, kernel, unique_run_lengths=DISTINCT)
     return saved
 
 

@@ -36,12 +36,12 @@ from tests.dist.kernel_cases import (
 from tests.mutants import real_losses
 from tests.ranks import run_on_ranks
 from tropd_mcore.errors import LossInputError
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.eager import BLOCK_ELEMENTS, EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import support_loss
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.eager import BLOCK_ELEMENTS, EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits, OutputLayer
+from tropd_mcore.kernel.support_loss import support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
 """Largest error, relative to the largest entry."""
@@ -200,7 +200,7 @@ def _tied_weight(case: Case) -> tuple[Tensor, Tensor]:
         case.ids_TJ,
         token_loss(case, losses),
         kernel(case, losses),
-        distinct=DISTINCT,
+        unique_run_lengths=DISTINCT,
         weight_gradient=case.mode,  # type: ignore[arg-type]
         reduce_hidden_gradient=False,
     )
@@ -232,10 +232,10 @@ def _constant_loss(case: Case, form: str) -> tuple[Tensor, Tensor]:
     source = OutputLayer(hidden_TD, weight_WD) if form == "fused" else GivenLogits(hidden_TD @ weight_WD.t())
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
 
-    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
-        return ObjectiveOutput(torch.ones((), dtype=torch.float64), torch.tensor(len(logp_CJ)), {})
+    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
+        return TokenLosses(torch.ones((), dtype=torch.float64), torch.tensor(len(logp_CJ)), {})
 
-    output = support_loss(source, case.ids_TJ, loss, kernel(case, real_losses()), distinct=DISTINCT)
+    output = support_loss(source, case.ids_TJ, loss, kernel(case, real_losses()), unique_run_lengths=DISTINCT)
     (output.loss_sum * scale).backward()
     zero = torch.zeros(())
     return tuple(zero if number.grad is None else number.grad for number in (hidden_TD, weight_WD))  # type: ignore[return-value]
@@ -251,7 +251,7 @@ def _backward_twice(case: Case) -> None:
     weight_WD = case.weight_VD.clone().requires_grad_()
     losses = real_losses()
     source = OutputLayer(case.hidden_TD, weight_WD)
-    output = support_loss(source, case.ids_TJ, token_loss(case, losses), kernel(case, losses), distinct=DISTINCT)
+    output = support_loss(source, case.ids_TJ, token_loss(case, losses), kernel(case, losses), unique_run_lengths=DISTINCT)
     output.loss_sum.backward(retain_graph=True)
     output.loss_sum.backward()
 
@@ -275,13 +275,13 @@ def _peak_bytes(form: str, mode: str, chunk_tokens: int, dtype: torch.dtype) -> 
     source: Any = OutputLayer(hidden_TD, weight_WD) if form == "fused" else GivenLogits(hidden_TD @ weight_WD.t())
     ids_TJ = torch.randint(WIDE, (ROWS, SLOTS), generator=random)
 
-    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
-        return ObjectiveOutput(logp_CJ.exp().sum() + entropy_C.sum(), torch.tensor(len(logp_CJ)), {})
+    def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
+        return TokenLosses(logp_CJ.exp().sum() + entropy_C.sum(), torch.tensor(len(logp_CJ)), {})
 
     assert dist.group.WORLD is not None
     chunked = Kernel(VocabShard(0, WIDE, WIDE), dist.group.WORLD, EagerBackend(), Scaling(0.9, 30.0), chunk_tokens)
     with traced_allocations() as allocated:
-        output = support_loss(source, ids_TJ, loss, chunked, distinct=(1,) * SLOTS, weight_gradient=mode)  # type: ignore[arg-type]
+        output = support_loss(source, ids_TJ, loss, chunked, unique_run_lengths=(1,) * SLOTS, weight_gradient=mode)  # type: ignore[arg-type]
         if form == "fused":
             output.loss_sum.backward()
         else:

@@ -18,12 +18,12 @@ from torch import Tensor
 from tests import oracles
 from tests.collectives import counted_collectives
 from tests.ranks import run_on_ranks
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
-from tropd_mcore.losses.kernel.topk import SMALLEST_CUT, TILE, TopK, distributed_topk
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_log_probs import support_log_probs
+from tropd_mcore.kernel.topk import SMALLEST_CUT, TILE, TopK, distributed_topk
 
 TOKENS, VOCABULARY = 37, 101
 PLAIN = Scaling()
@@ -164,7 +164,7 @@ def _topk_with_ids(
     source: LogitSource = layer if form == "fused" else GivenLogits(layer.logits(slice(0, layer.tokens)))
     with counted_collectives() as calls:
         result = distributed_topk(source, k=16, kernel=kernel, ids_TJ=ids_TJ)
-    logp_TJ, _ = support_log_probs(source, ids_TJ, kernel, distinct=(1,) * ids_TJ.shape[1])
+    logp_TJ, _ = support_log_probs(source, ids_TJ, kernel, unique_run_lengths=(1,) * ids_TJ.shape[1])
     return result, logp_TJ, calls
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from tests import oracles
 from tests.ranks import run_on_ranks
-from tropd_mcore.losses.kernel.backend import Backend, Kernel
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import WeightGradientMode, support_loss
-from tropd_mcore.losses.kernel.triton_backend import TritonBackend
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.kernel.backend import Backend, Kernel
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_loss import WeightGradientMode, support_loss
+from tropd_mcore.kernel.triton_backend import TritonBackend
+from tropd_mcore.kernel.token_losses import TokenLosses
 
 TOKENS, VOCABULARY, HIDDEN = 7, 37, 5
 BORDERS = (0, 22, 40)
@@ -72,11 +72,11 @@ def make_case(form: str, mode: WeightGradientMode, dtype: torch.dtype = torch.fl
 def loss_on_this_rank(case: Case) -> Result:
     """A loss that is linear in log-probs and entropies, so that its gradient is what the case says."""
 
-    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         terms_C = (case.grad_logp_TJ[rows].to(logp_CJ.dtype) * logp_CJ).sum(dim=1)
         terms_C = terms_C + case.grad_entropy_T[rows].to(logp_CJ.dtype) * entropy_C
         count = torch.tensor(logp_CJ.shape[0])
-        return ObjectiveOutput(terms_C.sum(), count, {"loss": terms_C.detach()})
+        return TokenLosses(terms_C.sum(), count, {"loss": terms_C.detach()})
 
     start, stop = BORDERS[dist.get_rank()], BORDERS[dist.get_rank() + 1]
     group = dist.group.WORLD
@@ -91,7 +91,7 @@ def loss_on_this_rank(case: Case) -> Result:
         source = GivenLogits((case.hidden_TD @ case.weight_VD[start:stop].T).requires_grad_(True))
     elif case.mode == "folded":
         weight_WD.main_grad = torch.zeros_like(weight_WD, dtype=main_dtype(case), requires_grad=False)  # type: ignore[attr-defined]
-    output = support_loss(source, case.ids_TJ, token_loss, kernel, distinct=DISTINCT, weight_gradient=case.mode)
+    output = support_loss(source, case.ids_TJ, token_loss, kernel, unique_run_lengths=DISTINCT, weight_gradient=case.mode)
     assert int(output.token_count) == TOKENS
     (output.loss_sum * case.factor).backward()
     loss = float(output.loss_sum.detach())

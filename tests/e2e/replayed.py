@@ -18,8 +18,8 @@ import torch.distributed as dist
 from tests.ranks import run_on_ranks
 from tropd_mcore.config.loader import load
 from tropd_mcore.mcore.parallel import RankEnvironment
+from tropd_mcore.records.replay import load_rollouts, save_rollouts
 from tropd_mcore.train.job import run_job
-from tropd_mcore.train.replay import load_rollouts, save_rollouts
 from tropd_mcore.train.trainer import Trainer
 from tropd_mcore.types import OptimizerReport, Rollout
 
@@ -139,7 +139,7 @@ def _sample(stage: Stage, prompt_id: str, prompt_ids: np.ndarray, index: int, ge
         prompt_ids=prompt_ids,
         prefix_ids=np.zeros(0, dtype=np.int32),
         response_ids=response.numpy().astype(np.int32),
-        behav_logp=np.zeros(count, dtype=np.float32),
+        rollout_logp=np.zeros(count, dtype=np.float32),
         trust_u=torch.rand(count, generator=generator).numpy(),
         policy_version="replayed",
         finish_reason="length",
@@ -147,7 +147,7 @@ def _sample(stage: Stage, prompt_id: str, prompt_ids: np.ndarray, index: int, ge
         answer=None,
     )
     logp = log_probs(stage.model("student"), rollout).gather(1, response[:, None])[:, 0]
-    return dataclasses.replace(rollout, behav_logp=logp.numpy().astype(np.float32))
+    return dataclasses.replace(rollout, rollout_logp=logp.numpy().astype(np.float32))
 
 
 def _config(stage: Stage) -> str:

@@ -16,14 +16,14 @@ from tests.e2e.replayed import Stage
 from tests.tiny_models import tiny_tokenizer
 from tropd_mcore.errors import ConfigError, TropdError
 from tropd_mcore.mcore.checkpoint_info import read_info
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.inputs import load_inputs
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.types import Rollout
 
 FIRST = ["run.steps=1", "run.export_at_end=true"]
 BEGUN = ["run.init_from=CHECKPOINT", "gates.sampler_logprob=false"]
 """The stored rollouts come from the first weights, not from the checkpoint."""
-SDPO = "objective={kind: sdpo, topk: 9, own_topk: 12, average_rate: 0.0, template: '{prompt} ({solution}) so'}"
+SDPO = "objective={kind: sdpo, topk: 9, student_topk: 12, average_rate: 0.0, template: '{prompt} ({solution}) so'}"
 JOBS = {
     "first": FIRST,
     "weights": [*BEGUN, *FIRST],

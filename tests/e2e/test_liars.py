@@ -31,9 +31,9 @@ from tests.liars import (
     twisted,
 )
 from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.records.replay import load_rollouts
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
-from tropd_mcore.train.replay import load_rollouts
 from tropd_mcore.weights.architecture import read_architecture
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
@@ -143,7 +143,7 @@ def test_samples_that_are_lied_about_are_left_out_of_every_step(
         rollouts = load_rollouts(run_dir / "rollouts" / f"step_{step:06d}.npz")
         assert not {tuple(rollout.prompt_ids.tolist()) for rollout in rollouts} & victims.keys()
         assert all(((r.response_ids >= 0) & (r.response_ids < width)).all() for r in rollouts)
-        assert all((r.behav_logp <= 1e-3).all() and np.isfinite(r.behav_logp).all() for r in rollouts)
+        assert all((r.rollout_logp <= 1e-3).all() and np.isfinite(r.rollout_logp).all() for r in rollouts)
         assert lines[step]["tokens/student"] == sum(len(r.response_ids) for r in rollouts)
 
 

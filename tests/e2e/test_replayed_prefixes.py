@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e import jobs, replayed
 from tests.e2e.replayed import LONGEST, PROMPTS, SAMPLES, STEPS, Stage
-from tropd_mcore.train.replay import load_rollouts, save_rollouts
+from tropd_mcore.records.replay import load_rollouts, save_rollouts
 from tropd_mcore.types import Rollout
 
 PREFIX = 5

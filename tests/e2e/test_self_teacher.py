@@ -15,7 +15,7 @@ from tests.e2e import jobs, replayed
 from tests.e2e.replayed import PROMPTS, SAMPLES, STEPS, Stage
 from tests.ranks import run_on_ranks
 from tests.tiny_models import tiny_tokenizer
-from tropd_mcore.train.replay import load_rollouts, save_rollouts
+from tropd_mcore.records.replay import load_rollouts, save_rollouts
 from tropd_mcore.types import Rollout
 
 TEMPLATE = "{prompt} ({solution}) so"
@@ -23,7 +23,7 @@ TEMPLATE = "{prompt} ({solution}) so"
 
 def sdpo(rate: float) -> list[str]:
     return [
-        f"objective={{kind: sdpo, topk: 9, own_topk: 12, average_rate: {rate}, template: '{TEMPLATE}'}}",
+        f"objective={{kind: sdpo, topk: 9, student_topk: 12, average_rate: {rate}, template: '{TEMPLATE}'}}",
         "teacher.path=STUDENT",
         "batch.tokens_per_micro_batch=160",
     ]

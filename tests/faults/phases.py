@@ -7,13 +7,13 @@ product does not have is an error in the job's process, so that no fault is play
 from __future__ import annotations
 
 PHASES = {
-    "read rollouts": "tropd_mcore.train.rollout_source:RolloutSource.at_step",
-    "store rollouts": "tropd_mcore.train.rollout_source:RolloutSource.save",
-    "sample": "tropd_mcore.train.policy_server:PolicyServer.sample",
+    "read rollouts": "tropd_mcore.rollout.rollout_source:RolloutSource.at_step",
+    "store rollouts": "tropd_mcore.rollout.rollout_source:RolloutSource.save",
+    "sample": "tropd_mcore.rollout.policy_server:PolicyServer.sample",
     "update weights": "tropd_mcore.serving.client:SglangClient.update_weights",
     "generate": "tropd_mcore.serving.client:SglangClient.generate",
     "served score": "tropd_mcore.serving.client:SglangClient.score",
-    "score": "tropd_mcore.train.score_source:ScoreSource.at_step",
+    "score": "tropd_mcore.teacher.score_source:ScoreSource.at_step",
     "forward and backward": "tropd_mcore.train.trainer:Trainer.forward_backward",
     "optimizer": "tropd_mcore.train.trainer:Trainer.update",
     "metrics": "tropd_mcore.monitor.monitor:Monitor.log",

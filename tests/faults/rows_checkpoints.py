@@ -150,10 +150,10 @@ def other_rollouts(run_dir: Path, scene: Scene) -> None:
     """Sampled by another model: their log-probs are not the student's."""
     import dataclasses
 
-    from tropd_mcore.train.replay import load_rollouts, save_rollouts
+    from tropd_mcore.records.replay import load_rollouts, save_rollouts
 
     source = scene.stage.root / "sampled" / "rollouts" / "step_000004.npz"
-    changed = [dataclasses.replace(each, behav_logp=each.behav_logp - 0.7) for each in load_rollouts(source)]
+    changed = [dataclasses.replace(each, rollout_logp=each.rollout_logp - 0.7) for each in load_rollouts(source)]
     save_rollouts(run_dir / "rollouts" / "step_000004.npz", changed)
 
 

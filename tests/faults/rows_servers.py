@@ -87,7 +87,7 @@ def _copy(scene: Scene, problems: list[str], *, masked: int) -> Seen:
 
 def _trained_on(scene: Scene, ids: tuple[int, ...] | None) -> list[str]:
     """Whether a stored rollout has the prompt that was lied about in its step."""
-    from tropd_mcore.train.replay import load_rollouts
+    from tropd_mcore.records.replay import load_rollouts
 
     count = 0
     for stored in (scene.run_dir / "rollouts").glob("step_*.npz"):

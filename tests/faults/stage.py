@@ -221,7 +221,7 @@ def _write_rollouts(stage: Stage) -> None:
 
     from tests.e2e.replayed import log_probs
     from tests.tiny_models import tiny_tokenizer
-    from tropd_mcore.train.replay import save_rollouts
+    from tropd_mcore.records.replay import save_rollouts
 
     tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(3)
     prompts, responses = [], []
@@ -235,7 +235,7 @@ def _write_rollouts(stage: Stage) -> None:
                 rollout = _sample(f"{name}/{index}", name, ids, generator)
                 logp = log_probs(stage.model("student"), rollout)
                 chosen = logp.gather(1, torch.from_numpy(rollout.response_ids.astype(np.int64))[:, None])[:, 0]
-                rollouts.append(dataclasses.replace(rollout, behav_logp=chosen.numpy().astype(np.float32)))
+                rollouts.append(dataclasses.replace(rollout, rollout_logp=chosen.numpy().astype(np.float32)))
             prompts.append({"id": name, "prompt": text, "answer": str(number)})
         save_rollouts(stage.root / "sampled" / "rollouts" / f"step_{step:06d}.npz", rollouts)
     for number in range(SPARE_PROMPTS):
@@ -259,7 +259,7 @@ def _sample(sample_id: str, prompt_id: str, prompt_ids: np.ndarray, generator: A
         prompt_ids=prompt_ids,
         prefix_ids=np.zeros(0, dtype=np.int32),
         response_ids=torch.randint(3, REAL_TOKENS, (count,), generator=generator).numpy().astype(np.int32),
-        behav_logp=np.zeros(count, dtype=np.float32),
+        rollout_logp=np.zeros(count, dtype=np.float32),
         trust_u=torch.rand(count, generator=generator).numpy(),
         policy_version="stored",
         finish_reason="length",

@@ -22,16 +22,16 @@ from tests.glue.stubs import VOCABULARY, RowValue, make_rollouts, make_scores, m
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.supervision import IgnoredTokens
-from tropd_mcore.losses.method_table import Objective
 from tropd_mcore.mcore.loss import LossResult
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.mcore.row_constants import RowConstants
+from tropd_mcore.mcore.token_inputs import TokenInputsBuilder
 from tropd_mcore.monitor.record import StepRecord
+from tropd_mcore.objectives.registry import LossFunction
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train import trainer as trainer_module
 from tropd_mcore.train.gates import SamplerBounds
 from tropd_mcore.train.prefix_losses import PrefixLosses
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.trainer import Parts, Trainer
+from tropd_mcore.train.trainer import Components, Trainer
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, TeacherScores
 
 Event = tuple[Any, ...]
@@ -83,9 +83,9 @@ class Launch:
 
     def student_logp(self, micro_batch: MicroBatch) -> Tensor:
         """float32 [T], as the weights are now."""
-        return micro_batch.behav_logp + self.gap + self.drift * self.updates
+        return micro_batch.rollout_logp_T + self.gap + self.drift * self.updates
 
-    def _parts(self) -> Parts:
+    def _parts(self) -> Components:
         rollouts = self.rollouts or SimpleNamespace(at_step=self._sample, left_out=0)
         scores = self.scores or SimpleNamespace(at_step=self._score)
         parts: dict[str, Any] = {
@@ -107,7 +107,7 @@ class Launch:
             "sampler_bounds": SamplerBounds.of(self.config, exact=True),
             "teacher_check": self.teacher_check,
         }
-        return Parts(**parts)
+        return Components(**parts)
 
     def _sample(self, step: int) -> list[Rollout]:
         self.events.append(("sample", step))
@@ -135,7 +135,7 @@ class Launch:
     def _loss(
         self,
         model: Any,
-        objective: Objective,
+        objective: LossFunction,
         scores: Sequence[TeacherScores | None],
         context: Sequence[RowContext | None],
         settings: Any,
@@ -145,7 +145,7 @@ class Launch:
         def loss(micro_batch: MicroBatch, index: int) -> LossResult:
             scored = scores[index]
             assert scored is not None
-            constants = RowConstants.of(micro_batch, scored, context[index] or RowContext(), VOCABULARY)
+            constants = TokenInputsBuilder.of(micro_batch, scored, context[index] or RowContext(), VOCABULARY)
             logp_TJ = torch.full(constants.ids_TJ.shape, -2.0)
             logp_TJ[:, 0] = self.student_logp(micro_batch)
             entropy_T = torch.ones(len(logp_TJ))
@@ -160,7 +160,7 @@ class Launch:
         self, model: Any, micro_batches: list[MicroBatch], pack_length: int, *, loss: Any, forward_only: bool
     ) -> list[LossResult]:
         assert not forward_only
-        samples = sorted({int(sample) for micro_batch in micro_batches for sample in micro_batch.sample_index})
+        samples = sorted({int(sample) for micro_batch in micro_batches for sample in micro_batch.sample_index_T})
         self.events.append(("gradients", samples))
         return [loss(micro_batch, index) for index, micro_batch in enumerate(micro_batches)]
 

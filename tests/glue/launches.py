@@ -19,10 +19,10 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.mcore.checkpoint_info import INFO_FILE, step_folder
 from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.train.components import JobContext
 from tropd_mcore.train.inputs import read_inputs
-from tropd_mcore.train.parts import Site
 from tropd_mcore.train.replayed_run import check_replayed
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.start import Start, accept, compare_contents, make_start, open_launch
 
 SOURCES: dict[str, str] = defaultdict(lambda: "test")
@@ -46,7 +46,7 @@ def copy_inputs(models: Path, root: Path) -> None:
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def compared(site: Site) -> Start:
+def compared(site: JobContext) -> Start:
     """Where a launch starts, whose configuration and contents were compared with the records. Collective."""
     opened = open_launch(site)
     inputs = compare_contents(site, opened, read_inputs(site))

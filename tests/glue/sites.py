@@ -9,13 +9,13 @@ from typing import Any
 from tests.glue.stubs import make_config
 from tropd_mcore.config.derived import model_paths
 from tropd_mcore.config.schema import Config
-from tropd_mcore.train.material import Material
-from tropd_mcore.train.parts import Site
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.train.components import JobContext
+from tropd_mcore.train.loaded_inputs import LoadedInputs
 from tropd_mcore.train.start_checks import MATERIAL_CHECKS, State, run_checks
 from tropd_mcore.weights.architecture import Architecture, read_architecture
 
-SDPO = {"kind": "sdpo", "own_topk": 5, "topk": 3}
+SDPO = {"kind": "sdpo", "student_topk": 5, "topk": 3}
 
 
 def config_of(run_dir: Path, folder: Path, **sections: Any) -> Config:
@@ -25,15 +25,15 @@ def config_of(run_dir: Path, folder: Path, **sections: Any) -> Config:
     return make_config(run_dir, **sections)
 
 
-def site_of(config: Config, layout: Any, **changes: Architecture) -> Site:
+def site_of(config: Config, layout: Any, **changes: Architecture) -> JobContext:
     """`changes` replace what the folders say, by the first word of the key."""
     models = {
         key: changes.get(key.partition(".")[0], read_architecture(path)) for key, path in model_paths(config).items()
     }
-    return Site(config, SimpleNamespace(name="cpu", device="cpu"), layout, RunDir(config.run.dir), models)
+    return JobContext(config, SimpleNamespace(name="cpu", device="cpu"), layout, RunDir(config.run.dir), models)
 
 
-def read_material(site: Site) -> Material:
+def read_material(site: JobContext) -> LoadedInputs:
     """What the checks of a start read, without those of the launch and of the run directory. Collective."""
     state = State.of(site)
     left_out = ("launch", "run.dir", "weights", "tokenizer", "vocabulary")

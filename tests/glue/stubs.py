@@ -68,7 +68,7 @@ def make_rollout(sample_id: str, prompt_id: str, count: int, *, version: str = "
         prompt_ids=random.integers(3, VOCABULARY, 3).astype(np.int32),
         prefix_ids=np.zeros(0, np.int32),
         response_ids=random.integers(3, VOCABULARY, count).astype(np.int32),
-        behav_logp=-(0.5 + random.random(count, dtype=np.float32)),
+        rollout_logp=-(0.5 + random.random(count, dtype=np.float32)),
         trust_u=random.random(count, dtype=np.float32),
         policy_version=version,
         finish_reason="stop",
@@ -88,7 +88,7 @@ def make_prompts(count: int) -> list[Prompt]:
 def rollout_key(rollouts: Sequence[Rollout]) -> list[tuple[Any, ...]]:
     """Rollouts as values that can be compared."""
     return [
-        (r.sample_id, r.policy_version, *(a.tobytes() for a in (r.token_ids, r.behav_logp, r.trust_u)))
+        (r.sample_id, r.policy_version, *(a.tobytes() for a in (r.token_ids, r.rollout_logp, r.trust_u)))
         for r in rollouts
     ]
 
@@ -166,7 +166,7 @@ def pack_for(rollouts: list[Rollout], layout: Layout, *, tokens_per_micro_batch:
 
 def row_values(micro_batch: MicroBatch, value: RowValue) -> Tensor:
     """float32 [T]: `value` of each row."""
-    rows = zip(micro_batch.sample_index.tolist(), micro_batch.token_index.tolist(), strict=True)
+    rows = zip(micro_batch.sample_index_T.tolist(), micro_batch.token_index_T.tolist(), strict=True)
     return torch.tensor([value(sample, token) for sample, token in rows], dtype=torch.float32)
 
 
@@ -174,7 +174,7 @@ def by_place(micro_batches: Sequence[MicroBatch], columns: Sequence[Tensor]) -> 
     """{(rollout, token): value} of columns that have one entry a row of each micro-batch."""
     found: dict[tuple[int, int], float] = {}
     for micro_batch, column in zip(micro_batches, columns, strict=True):
-        places = zip(micro_batch.sample_index.tolist(), micro_batch.token_index.tolist(), strict=True)
+        places = zip(micro_batch.sample_index_T.tolist(), micro_batch.token_index_T.tolist(), strict=True)
         for place, number in zip(places, column.tolist(), strict=True):
             assert place not in found
             found[place] = number
@@ -190,7 +190,7 @@ def make_scores(
     micro_batch: MicroBatch, teacher_logp_T: Tensor, *, unscored: Callable[[int, int], bool] = nowhere
 ) -> TeacherScores:
     """A teacher that gives these log-probs; its top-k is the same for every row."""
-    rows = len(micro_batch.rows)
+    rows = len(micro_batch.rows_T)
     return TeacherScores(
         logp_T=teacher_logp_T,
         topk_ids_TK=torch.arange(TOPK).expand(rows, TOPK).clone(),

@@ -83,15 +83,15 @@ class Expected:
         every = range(len(rollout.prompt_ids) + len(rollout.prefix_ids), len(rollout.token_ids))
         return [token for token in every if not UNSCORED[self.unscored](sample, token)]
 
-    def behav_logp(self, sample: int, token: int) -> float:
+    def rollout_logp(self, sample: int, token: int) -> float:
         rollout = self.rollouts[sample]
-        return float(rollout.behav_logp[token - len(rollout.prompt_ids) - len(rollout.prefix_ids)])
+        return float(rollout.rollout_logp[token - len(rollout.prompt_ids) - len(rollout.prefix_ids)])
 
     def history_weight(self) -> dict[Place, float]:
         """IW-OPD: 1 + gamma (1 - share of |log q - log p_sampler| of the sample that is before the token)."""
         found = {}
         for sample in range(len(self.rollouts)):
-            size = {t: abs(teacher_logp(sample, t) - self.behav_logp(sample, t)) for t in self.tokens(sample)}
+            size = {t: abs(teacher_logp(sample, t) - self.rollout_logp(sample, t)) for t in self.tokens(sample)}
             for token in size:
                 before = sum(value for other, value in size.items() if other < token)
                 found[sample, token] = 1.0 + 0.5 * (1.0 - before / sum(size.values()))
@@ -151,8 +151,8 @@ def student_pass(_model: Any, micro_batches: list[MicroBatch], *_: Any, **__: An
         StudentPass(
             logp_T=row_values(micro_batch, old_logp),
             entropy_T=row_values(micro_batch, entropy),
-            own_ids_TL=torch.zeros(len(micro_batch.rows), 0, dtype=torch.int64),
-            own_logp_TL=torch.zeros(len(micro_batch.rows), 0),
+            own_ids_TL=torch.zeros(len(micro_batch.rows_T), 0, dtype=torch.int64),
+            own_logp_TL=torch.zeros(len(micro_batch.rows_T), 0),
         )
         for micro_batch in micro_batches
     ]

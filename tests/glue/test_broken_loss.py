@@ -33,7 +33,7 @@ class BrokenLaunch(Launch):
 
         def loss(micro_batch: MicroBatch, index: int) -> LossResult:
             result = healthy(micro_batch, index)
-            rows_T = (micro_batch.sample_index == SAMPLE) & (micro_batch.token_index == TOKEN)
+            rows_T = (micro_batch.sample_index_T == SAMPLE) & (micro_batch.token_index_T == TOKEN)
             if self.updates < self.healthy_updates or not rows_T.any():
                 return result
             columns = {**result.columns, "loss": result.columns["loss"].masked_fill(rows_T, torch.nan)}

@@ -13,6 +13,7 @@ from tests.glue.stubs import make_config, one_rank
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
 from tropd_mcore.serving.wire import read_server_info
+from tropd_mcore.train.components import sampler_bounds
 from tropd_mcore.train.gates import (
     BFLOAT16_BOUNDS,
     BFLOAT16_MEAN,
@@ -29,7 +30,6 @@ from tropd_mcore.train.gates import (
     check_teacher_is_another,
     engines_are_exact,
 )
-from tropd_mcore.train.parts import sampler_bounds
 
 TOKENS = 1000
 Piece = tuple[int, int, float]
@@ -52,7 +52,7 @@ def columns(*differences: Piece, off: int = 0, tokens: int = TOKENS) -> Columns:
     return {
         "on": on,
         "old_logp": old.astype(np.float32),
-        "behav_logp": behav.astype(np.float32),
+        "rollout_logp": behav.astype(np.float32),
         "epoch": np.zeros(tokens, dtype=np.int64),
     }
 

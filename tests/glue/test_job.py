@@ -22,10 +22,10 @@ from tropd_mcore.errors import ConfigError, DataError
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.checkpoint_info import INFO_FILE, step_folder
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.train import job
-from tropd_mcore.train.parts import Servers, Site
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.train.components import JobContext, Servers
 from tropd_mcore.train.start import accept, open_launch
 from tropd_mcore.train.start_checks import MATERIAL_CHECKS, State
 from tropd_mcore.weights.publish import new_folder
@@ -90,12 +90,12 @@ class Run:
         self.did.append(what)
         return value
 
-    def _check(self, checks: Any, state: State, site: Site) -> None:
+    def _check(self, checks: Any, state: State, site: JobContext) -> None:
         if checks is MATERIAL_CHECKS:
             state.opened = open_launch(site)
         self.did.append("material" if checks is MATERIAL_CHECKS else "contents")
 
-    def _train(self, site: Site, material: Any, start: Any, cleanup: ExitStack) -> None:
+    def _train(self, site: JobContext, material: Any, start: Any, cleanup: ExitStack) -> None:
         assert material is MATERIAL
         self.did.append("train")
         self.trained_from = start.first_step
@@ -167,7 +167,7 @@ def test_what_does_not_fit_the_machine_is_refused_before_any_group_is_made(
     assert run.did == [] and not (tmp_path / "run").exists()
 
 
-class Parts:
+class Components:
     """`_make_parts` over stubs; keeps what the parts were made with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, teacher: Any = "scorer") -> None:
@@ -181,12 +181,12 @@ class Parts:
             "teacher_model": lambda site: "frozen teacher",
             "reference_model": lambda site: "reference",
             "check_model": lambda site, key, model, inputs: None,
-            "dry_run": lambda student, *_, **given: self.dry_runs.append(given),
+            "probe_memory": lambda student, *_, **given: self.dry_runs.append(given),
             "make_policy": lambda *_: "policy",
             "sampler_bounds": lambda *_: "bounds",
             "make_teacher": lambda *_: teacher,
             "make_self_teacher": lambda site, average, *_: f"self teacher of the {average}",
-            "shared_fate": lambda control: nullcontext(),
+            "raise_on_all_ranks": lambda control: nullcontext(),
             "Monitor": lambda *_, start_step: SimpleNamespace(close=self._close, start_step=start_step),
             "ScoreSource": self._score_source,
             "RolloutSource": lambda config, run_dir, prompts, policy, layout, vocab_size: SimpleNamespace(
@@ -211,7 +211,7 @@ class Parts:
         self.fallible = fallible
         return "prefixes"
 
-    def make(self, config: Config, *, average: Any = None, solution_prompts: Any = None) -> Parts:
+    def make(self, config: Config, *, average: Any = None, solution_prompts: Any = None) -> Components:
         state = TrainState("student", "optimizer", "scheduler", average)  # type: ignore[arg-type]
         material: Any = SimpleNamespace(
             renderer="renderer",
@@ -236,7 +236,7 @@ class Parts:
 
 
 def test_stored_scores_are_named_after_the_inputs_of_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Parts(monkeypatch).make(make_config()).scores["name"] == "inputs: teacher"
+    assert Components(monkeypatch).make(make_config()).scores["name"] == "inputs: teacher"
 
 
 @pytest.mark.parametrize(
@@ -252,24 +252,24 @@ def test_stored_scores_are_named_after_the_inputs_of_the_launch(monkeypatch: pyt
 def test_scores_with_hidden_states_or_of_a_teacher_that_moves_are_not_kept_on_disk(
     monkeypatch: pytest.MonkeyPatch, objective: dict[str, Any], on_disk: bool
 ) -> None:
-    assert Parts(monkeypatch).make(make_config(objective=objective)).scores["on_disk"] is on_disk
+    assert Components(monkeypatch).make(make_config(objective=objective)).scores["on_disk"] is on_disk
 
 
 def test_a_replay_has_no_sampler_and_reads_scores_of_the_replayed_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    replayed = Parts(monkeypatch).make(make_config(run={"replay": tmp_path}))
+    replayed = Components(monkeypatch).make(make_config(run={"replay": tmp_path}))
     assert replayed.made.rollouts.policy is None and replayed.scores["replay"] == tmp_path
-    sampled = Parts(monkeypatch).make(make_config())
+    sampled = Components(monkeypatch).make(make_config())
     assert sampled.made.rollouts.policy == "policy" and sampled.scores["replay"] is None
 
 
 def test_the_average_scores_only_where_it_has_prompts_with_solutions(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(objective=SDPO)
-    both = Parts(monkeypatch).make(config, average="average", solution_prompts="prompts with solutions")
+    both = Components(monkeypatch).make(config, average="average", solution_prompts="prompts with solutions")
     assert both.scorer == "self teacher of the average" and both.made.average == "average"
-    assert Parts(monkeypatch).make(config, average="average").scorer == "scorer"
-    assert Parts(monkeypatch).make(config, solution_prompts="prompts with solutions").scorer == "scorer"
+    assert Components(monkeypatch).make(config, average="average").scorer == "scorer"
+    assert Components(monkeypatch).make(config, solution_prompts="prompts with solutions").scorer == "scorer"
 
 
 @pytest.mark.parametrize("loss", ["topk_fkl", "none"])
@@ -281,22 +281,22 @@ def test_only_a_served_teacher_of_an_objective_with_a_prefix_loss_can_lose_a_car
     served = ServedTeacher(None, nowhere, topk=3, only_rank_zero=True, masked_share=1.0)
     teacher: Any = served if is_served else "scorer"
     config = make_config(objective=GUIDED | {"guidance": {"loss": loss}})
-    parts = Parts(monkeypatch, teacher).make(config)
+    parts = Components(monkeypatch, teacher).make(config)
     assert parts.scorer is teacher
     assert parts.fallible is (teacher if is_served and loss != "none" else None)
 
 
 def test_the_longest_pack_is_tried_first_where_the_gate_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Parts(monkeypatch).make(make_config(gates={"longest_sequence": False})).dry_runs == []
-    (tried,) = Parts(monkeypatch).make(make_config(objective=SDPO)).dry_runs
-    assert tried == {"tokens_per_micro_batch": 24, "k": 3, "own_topk": 5, "teacher": None}
+    assert Components(monkeypatch).make(make_config(gates={"longest_sequence": False})).dry_runs == []
+    (tried,) = Components(monkeypatch).make(make_config(objective=SDPO)).dry_runs
+    assert tried == {"tokens_per_micro_batch": 24, "k": 3, "student_topk": 5, "teacher": None}
     whole = make_config(objective={"kind": "gkd", "topk": 3, "full_vocabulary": True})
-    (tried,) = Parts(monkeypatch).make(whole).dry_runs
+    (tried,) = Components(monkeypatch).make(whole).dry_runs
     assert tried["teacher"] == "frozen teacher"
 
 
 def test_the_metrics_of_repeated_steps_are_dropped_and_the_reference_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Parts(monkeypatch).make(make_config()).made
+    made = Components(monkeypatch).make(make_config()).made
     assert made.monitor.start_step == 2 and made.context.reference == "reference"
 
 

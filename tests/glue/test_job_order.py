@@ -15,9 +15,9 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.checkpoint_info import step_folder
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train import job
-from tropd_mcore.train.parts import Servers
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train.components import Servers
 
 STEPS = 4
 

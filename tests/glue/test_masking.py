@@ -15,10 +15,10 @@ from tests.glue.test_wire import guided, launch, request, sampler_of
 from tests.liars import Liar, liar, sampling_lies
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError, ServerError
+from tropd_mcore.records.replay import save_rollouts
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.serving import transport as transport_module
-from tropd_mcore.train.replay import save_rollouts
-from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.run_dir import RunDir
 
 LIE = sampling_lies(vocab_size=VOCABULARY, end=2)["an id outside the vocabulary"]
 
@@ -124,7 +124,7 @@ def test_what_is_left_of_a_step_is_what_the_server_sampled(tmp_path: Path) -> No
     assert len(whole) == 4 and len(part) == 3
     for rollout in part:
         assert ((rollout.response_ids >= 0) & (rollout.response_ids < VOCABULARY)).all()
-        assert np.isfinite(rollout.behav_logp).all()
+        assert np.isfinite(rollout.rollout_logp).all()
 
 
 def test_a_repetition_of_a_step_knows_how_many_samples_were_left_out(tmp_path: Path) -> None:

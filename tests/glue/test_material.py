@@ -19,12 +19,12 @@ from tests.ranks import run_on_ranks
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.schema import Config
-from tropd_mcore.data.feedback import SolutionPrompts
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import ConfigError, DataError, TropdError
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train import material
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.teacher.solutions import SolutionPrompts
+from tropd_mcore.train import loaded_inputs as material
 from tropd_mcore.types import Prompt
 from tropd_mcore.weights.architecture import read_architecture
 
@@ -52,14 +52,14 @@ def layout() -> Iterator[Layout]:
             400,
             ["objective.outlier.topk = 308 but the vocabulary of the teacher has 307"],
         ),
-        (SDPO | {"own_topk": 307}, 307, 307, []),
+        (SDPO | {"student_topk": 307}, 307, 307, []),
         (
-            SDPO | {"topk": 11, "own_topk": 13},
+            SDPO | {"topk": 11, "student_topk": 13},
             10,
             12,
             [
                 "objective.topk = 11 but the vocabulary of the teacher has 10",
-                "objective.own_topk = 13 but the vocabulary of the student has 12",
+                "objective.student_topk = 13 but the vocabulary of the student has 12",
             ],
         ),
     ],

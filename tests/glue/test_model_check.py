@@ -16,10 +16,10 @@ import torch
 from tests.glue.stubs import make_config, one_rank
 from tropd_mcore.errors import GateError, ModelError
 from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train import model_check
 from tropd_mcore.train.inputs import Inputs, ModelInput
 from tropd_mcore.train.model_check import EXACT, ROUNDED, ReadingDifference, bounds_of, check_model
-from tropd_mcore.train.run_dir import RunDir
 
 IDS = np.array([5, 6, 7, 8], np.int32)
 EXPECTED = np.array([-1.0, -2.0, -3.0], np.float32)

@@ -25,8 +25,8 @@ from tests.glue import (
     test_wire,
 )
 from tests.glue.faults import PLANTED, Fault, planted
-from tropd_mcore.data.uniforms import trust_uniforms
 from tropd_mcore.errors import TropdError
+from tropd_mcore.rollout.uniforms import trust_uniforms
 
 Row = tuple[str, Fault, Callable[..., None], dict[str, Any]]
 NOTICED = (AssertionError, pytest.fail.Exception, TropdError)
@@ -39,12 +39,12 @@ def row(what: str, fault: Fault, claim: Callable[..., None], **arguments: Any) -
 
 
 GATE = "if found.off(first) or found.largest > first.largest:"
-FIRST = "if not parts.config.gates.sampler_logprob or not (whole or first):"
+FIRST = "if not components.config.gates.sampler_logprob or not (whole or first):"
 ROW = "self._off = [*self._off, step] if off else []"
-PROGRESS = "progress=batch.step / parts.config.run.steps"
-BEHAV = '"behav_logp_T": micro_batch.behav_logp.double(),'
+PROGRESS = "progress=batch.step / components.config.run.steps"
+ROLLOUT_LOGP = '"rollout_logp_T": micro_batch.rollout_logp_T.double(),'
 OLD = '"old_logp_T": found.logp_T.double(),'
-SCORED = '"on_T": micro_batch.on_mask & scored.scored_T,'
+SCORED = '"on_T": micro_batch.student_mask_T & scored.scored_T,'
 NEW_STATISTIC = "statistic_of(self._config.objective, step / self._config.run.steps)"
 LIMIT = "0 if count is None else min(step + 1 - count, needed_from)"
 
@@ -140,7 +140,7 @@ GATES = (
     ),
     row(
         "a served teacher is not looked at before a checkpoint",
-        Fault("train.trainer", "parts.teacher_check.before_checkpoint(done)", "pass"),
+        Fault("train.trainer", "components.teacher_check.before_checkpoint(done)", "pass"),
         test_trainer.test_a_served_teacher_is_looked_at_before_the_scores_of_a_step_and_before_a_checkpoint_is_written,
     ),
 )
@@ -158,7 +158,7 @@ SCHEDULES = (
     ),
     row(
         "progress counts from the launch",
-        Fault("train.trainer", PROGRESS, "progress=(batch.step - self.first_step) / parts.config.run.steps"),
+        Fault("train.trainer", PROGRESS, "progress=(batch.step - self.first_step) / components.config.run.steps"),
         test_trainer.test_the_objective_of_kdrl_gets_the_progress_of_every_step,
     ),
     row(
@@ -170,7 +170,7 @@ SCHEDULES = (
     ),
     row(
         "checkpoints one step late",
-        Fault("train.trainer", "if done % self.parts.config.run", "if step % self.parts.config.run"),
+        Fault("train.trainer", "if done % self.components.config.run", "if step % self.components.config.run"),
         test_trainer.test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch,
         first_step=0,
         last_step=7,
@@ -188,12 +188,12 @@ SCHEDULES = (
     ),
     row(
         "one epoch however many are asked for",
-        Fault("train.trainer", "* policy_gradient(self.parts.config.objective).epochs", "* 1"),
+        Fault("train.trainer", "* self.components.config.objective.policy.epochs", "* 1"),
         test_trainer.test_parts_of_the_batch_are_trained_in_turn_as_often_as_there_are_epochs,
     ),
     row(
         "the average never follows",
-        Fault("train.trainer", "parts.average.update()", "pass"),
+        Fault("train.trainer", "components.average.update()", "pass"),
         test_trainer.test_the_average_follows_once_after_every_optimizer_step,
     ),
 )
@@ -201,19 +201,19 @@ SCHEDULES = (
 STATISTICS = (
     row(
         "the statistic of IW-OPD from the trainer's log-prob instead of the sampler's",
-        Fault("train.batch_context", BEHAV, BEHAV.replace("micro_batch.behav_logp", "found.logp_T")),
+        Fault("train.batch_context", ROLLOUT_LOGP, ROLLOUT_LOGP.replace("micro_batch.rollout_logp_T", "found.logp_T")),
         test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
         unscored="none",
     ),
     row(
         "the same, inside the statistic",
-        Fault("losses.batch_statistics", "_gap(rows, rows.behav_logp_T)", "_gap(rows, rows.old_logp_T)"),
+        Fault("objectives.parts.batch_statistics", "_gap(rows, rows.rollout_logp_T)", "_gap(rows, rows.old_logp_T)"),
         test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
         unscored="none",
     ),
     row(
         "the statistic of TOP-D from the sampler's log-prob instead of the trainer's",
-        Fault("train.batch_context", OLD, OLD.replace("found.logp_T", "micro_batch.behav_logp")),
+        Fault("train.batch_context", OLD, OLD.replace("found.logp_T", "micro_batch.rollout_logp_T")),
         test_batch_context.test_the_mixed_return_is_of_the_trainers_log_prob_before_the_update,
         unscored="none",
     ),
@@ -259,17 +259,17 @@ STORED = (
     ),
     row(
         "all ranks read and write the scores of rank 0",
-        Fault("train.score_source", "run_dir.scores(step, self._layout.dp_rank,", "run_dir.scores(step, 0,"),
+        Fault("teacher.score_source", "run_dir.scores(step, self._layout.dp_rank,", "run_dir.scores(step, 0,"),
         test_score_source.test_scores_of_a_repeated_step_come_from_the_disk_on_every_rank,
     ),
     row(
         "scores that must not be kept are kept",
-        Fault("train.score_source", "if not self._on_disk:", "if False:"),
+        Fault("teacher.score_source", "if not self._on_disk:", "if False:"),
         test_score_source.test_scores_that_are_not_kept_on_disk_are_neither_written_nor_read,
     ),
     row(
         "the teacher's name is no part of what scores belong to",
-        Fault("train.replay", '{"teacher": self.teacher,', '{"teacher": "",'),
+        Fault("records.replay", '{"teacher": self.teacher,', '{"teacher": "",'),
         test_score_source.test_scores_are_used_for_the_same_teacher_rows_and_candidates_alone,
         change={"name": "another teacher"},
     ),
@@ -287,7 +287,7 @@ STORED = (
     ),
     row(
         "keep_rollouts keeps one step too few",
-        Fault("train.run_dir", LIMIT, LIMIT.replace("+ 1", "+ 2")),
+        Fault("records.run_dir", LIMIT, LIMIT.replace("+ 1", "+ 2")),
         test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
         keep_rollouts=2,
         last_step=3,
@@ -305,7 +305,7 @@ STORED = (
     ),
     row(
         "without keep_rollouts none stay",
-        Fault("train.run_dir", LIMIT, LIMIT.replace("0 if", "needed_from if")),
+        Fault("records.run_dir", LIMIT, LIMIT.replace("0 if", "needed_from if")),
         test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
         keep_rollouts=None,
         last_step=7,
@@ -323,26 +323,26 @@ STORED = (
     ),
     row(
         "`forget` removes the step at its bound as well",
-        Fault("train.run_dir", "if _step_of(path) < limit:", "if _step_of(path) <= limit:"),
+        Fault("records.run_dir", "if _step_of(path) < limit:", "if _step_of(path) <= limit:"),
         test_run_dir.test_the_newest_steps_stay_and_those_that_a_resume_needs,
         kept=test_run_dir.KEPT[2][0],
         first=test_run_dir.KEPT[2][1],
     ),
     row(
         "`forget` takes the bound of the scores for the rollouts",
-        Fault("train.run_dir", '"rollouts": _limit(step, kept.rollouts,', '"rollouts": _limit(step, kept.scores,'),
+        Fault("records.run_dir", '"rollouts": _limit(step, kept.rollouts,', '"rollouts": _limit(step, kept.scores,'),
         test_run_dir.test_the_newest_steps_stay_and_those_that_a_resume_needs,
         kept=test_run_dir.KEPT[2][0],
         first=test_run_dir.KEPT[2][1],
     ),
     row(
         "a step that is on disk is sampled again",
-        Fault("train.rollout_source", "if own.exists():", "if False:"),
+        Fault("rollout.rollout_source", "if own.exists():", "if False:"),
         test_rollout_source.test_a_step_is_sampled_once_and_later_launches_get_the_same_rollouts,
     ),
     row(
         "replayed responses are not cut",
-        Fault("train.rollout_source", "if self._config.rollout.truncate is not None:", "if False:"),
+        Fault("rollout.rollout_source", "if self._config.rollout.truncate is not None:", "if False:"),
         test_rollout_source.test_a_replayed_response_is_cut_at_the_budget_of_its_step,
     ),
 )
@@ -355,22 +355,22 @@ SERVED = (
     ),
     row(
         "the same, where they are drawn",
-        Fault("data.uniforms", r'f"{seed}\n{step}\n{sample_id}"', r'f"{seed}\n{0}\n{sample_id}"'),
+        Fault("rollout.uniforms", r'f"{seed}\n{step}\n{sample_id}"', r'f"{seed}\n{0}\n{sample_id}"'),
         test_wire.test_the_uniforms_of_a_rollout_are_those_of_its_step,
     ),
     row(
         "the same, from the step to the sampler",
-        Fault("train.policy_server", "collect(requests, step=step,", "collect(requests, step=0,"),
+        Fault("rollout.policy_server", "collect(requests, step=step,", "collect(requests, step=0,"),
         test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
     ),
     row(
         "uniforms of another seed than the run's",
-        Fault("train.parts", "seed=config.run.seed,", "seed=0,"),
+        Fault("train.components", "seed=config.run.seed,", "seed=0,"),
         test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
     ),
     row(
         "no publication is proven",
-        Fault("train.parts", "prove_sync=config.gates.weight_sync", "prove_sync=False"),
+        Fault("train.components", "prove_sync=config.gates.weight_sync", "prove_sync=False"),
         test_wire.test_the_first_publication_of_a_launch_is_proven_where_the_gate_is_on,
         weight_sync=True,
     ),
@@ -421,39 +421,39 @@ SERVED = (
     ),
     row(
         "weights published once a launch",
-        Fault("train.policy_server", "if self._published == version:", "if self._published:"),
+        Fault("rollout.policy_server", "if self._published == version:", "if self._published:"),
         test_policy_server.test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled,
     ),
     row(
         "weights published for every request of a step",
-        Fault("train.policy_server", "if self._published == version:", "if False:"),
+        Fault("rollout.policy_server", "if self._published == version:", "if False:"),
         test_policy_server.test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled,
     ),
     row(
         "every publication is proven",
-        Fault("train.policy_server", "= version, False", "= version, self._prove_sync"),
+        Fault("rollout.policy_server", "= version, False", "= version, self._prove_sync"),
         test_policy_server.test_publication_is_proven_at_the_first_one_of_a_launch_alone,
     ),
     row(
         "after a restart the weights of the folder are sampled from",
-        Fault("train.policy_server", "on_rank_zero(recover, self._control)\n        self._published = None",
+        Fault("rollout.policy_server", "on_rank_zero(recover, self._control)\n        self._published = None",
               "on_rank_zero(recover, self._control)"),
         test_policy_server.test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for,
     ),
     row(
         "after a restart everything is sampled again",
-        Fault("train.policy_server", "expected_version=version, found=found)",
+        Fault("rollout.policy_server", "expected_version=version, found=found)",
               "expected_version=version, found=Collected())"),
         test_policy_server.test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for,
     ),
     row(
         "a launch uses the labels of an earlier one",
-        Fault("train.policy_server", "uuid.uuid4().hex[:8]", '"launch"'),
+        Fault("rollout.policy_server", "uuid.uuid4().hex[:8]", '"launch"'),
         test_policy_server.test_a_version_label_tells_the_step_and_is_never_used_by_two_launches,
     ),
     row(
         "rank 0 leaves a weight stream that failed before its end",
-        Fault("train.policy_server", "streams.exhaust()", "self._layout.rank and streams.exhaust()"),
+        Fault("rollout.policy_server", "streams.exhaust()", "self._layout.rank and streams.exhaust()"),
         test_policy_server.test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero,
         prove=True,
         taken=2,
@@ -492,7 +492,7 @@ def test_a_fault_reaches_those_who_imported_the_function_by_name_and_leaves_with
         return trust_uniforms(1, 2, "s", 3).tolist()
 
     def fail(*_: object) -> None:
-        with planted(Fault("data.uniforms", "return generator.random(", "return 0 * generator.random(")):
+        with planted(Fault("rollout.uniforms", "return generator.random(", "return 0 * generator.random(")):
             assert draw() == [0.0] * 3
             raise KeyError
 

@@ -16,11 +16,11 @@ from tests.glue.faults import on_ranks
 from tests.glue.stubs import make_layout, make_rollout, make_student, one_rank
 from tropd_mcore.errors import GateError, ServerDied, ServerError, TropdError
 from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.monitor import clock as clock_module
+from tropd_mcore.monitor.clock import StepClock
+from tropd_mcore.rollout import policy_server as policy_server_module
+from tropd_mcore.rollout.policy_server import PolicyServer
 from tropd_mcore.rollout.sampler import Collected
-from tropd_mcore.train import clock as clock_module
-from tropd_mcore.train import policy_server as policy_server_module
-from tropd_mcore.train.clock import StepClock
-from tropd_mcore.train.policy_server import PolicyServer
 from tropd_mcore.types import SampleRequest
 
 SAMPLES, TENSORS = 4, 3
@@ -29,7 +29,7 @@ Stream = Iterator[tuple[str, Tensor]]
 
 
 @dataclass
-class Site:
+class JobContext:
     """A server, a publisher and a sampler that only take notes, and the weight streams of this rank.
 
     `faults` are met one after the other: what `publish`, `prove` or `collect` raises at its next call (None: nothing).
@@ -128,7 +128,7 @@ def requests() -> list[SampleRequest]:
     return [SampleRequest(f"s{i}", "p", ids, ids[:0], 3, False, None) for i in range(SAMPLES)]
 
 
-def run(site: Site, steps: list[int]) -> list[str]:
+def run(site: JobContext, steps: list[int]) -> list[str]:
     """The versions that the steps were sampled at, in one launch; every rollout of a step in the order asked for."""
     with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
         policy = site.policy()
@@ -138,10 +138,10 @@ def run(site: Site, steps: list[int]) -> list[str]:
     return [event[2] for event in site.did("sample")]
 
 
-def site_of(steps: list[int], **given: Any) -> Site:
+def site_of(steps: list[int], **given: Any) -> JobContext:
     """One launch of a single rank."""
     with one_rank() as layout:
-        site = Site(layout, **given)
+        site = JobContext(layout, **given)
         run(site, steps)
         return site
 
@@ -158,7 +158,7 @@ def test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled() -> 
 
 def test_the_server_is_waited_for_and_connected_once_and_only_when_it_is_needed() -> None:
     with one_rank() as layout:
-        site = Site(layout)
+        site = JobContext(layout)
         with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
             site.policy()
         assert site.events == [] and site.connections == 0
@@ -183,7 +183,7 @@ def test_a_proof_that_a_death_broke_off_is_made_again() -> None:
 
 def test_a_failed_proof_stops_the_launch() -> None:
     with one_rank() as layout:
-        site = Site(layout, prove_sync=True, publish_faults=[GateError("the server kept its weights")])
+        site = JobContext(layout, prove_sync=True, publish_faults=[GateError("the server kept its weights")])
         with pytest.raises(GateError, match="kept its weights"):
             run(site, [0])
     assert site.did("sample", "recover") == [] and site.streams == [TENSORS] * 2
@@ -229,7 +229,7 @@ def test_a_server_that_dies_when_it_is_asked_what_it_holds_gets_its_weights_and_
 
 def test_what_a_server_answered_before_it_died_is_kept() -> None:
     with one_rank() as layout:
-        site = Site(layout, sample_faults=[ServerDied("gone")])
+        site = JobContext(layout, sample_faults=[ServerDied("gone")])
         with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
             rollouts = site.policy().sample(requests(), step=0)
     assert [rollout.policy_version for rollout in rollouts] == ["answer 3"] * 2 + ["answer 6"] * 2
@@ -243,7 +243,7 @@ def test_a_server_that_died_between_two_steps_is_not_taken_for_one_with_weights(
 @pytest.mark.parametrize("where", ["publish_faults", "sample_faults"])
 def test_an_error_that_is_no_death_is_not_retried(where: str) -> None:
     with one_rank() as layout:
-        site = Site(layout, **{where: [ServerError("refused")]})
+        site = JobContext(layout, **{where: [ServerError("refused")]})
         with pytest.raises(ServerError, match="refused"):
             run(site, [0])
     assert site.did("recover") == [] and len(site.did("publish")) == 1
@@ -251,7 +251,7 @@ def test_an_error_that_is_no_death_is_not_retried(where: str) -> None:
 
 def test_a_version_label_tells_the_step_and_is_never_used_by_two_launches() -> None:
     with one_rank() as layout:
-        launches = [run(Site(layout), [0, 1, 12]) for _ in range(3)]
+        launches = [run(JobContext(layout), [0, 1, 12]) for _ in range(3)]
     labels = [label for launch in launches for label in launch]
     assert len(set(labels)) == 9
     assert all([label.rpartition("/")[2] for label in launch] == ["step-000000", "step-000001", "step-000012"]
@@ -260,7 +260,7 @@ def test_a_version_label_tells_the_step_and_is_never_used_by_two_launches() -> N
 
 def on_this_rank(steps: list[int], given: dict[str, Any]) -> tuple[str, list[int], list[Event], int]:
     """(error, tensors of each stream, events, connections) of this rank."""
-    site = Site(make_layout("data"), **given)
+    site = JobContext(make_layout("data"), **given)
     error = ""
     try:
         run_everywhere(site, steps)
@@ -269,7 +269,7 @@ def on_this_rank(steps: list[int], given: dict[str, Any]) -> tuple[str, list[int
     return error, site.streams, site.events, site.connections
 
 
-def run_everywhere(site: Site, steps: list[int]) -> None:
+def run_everywhere(site: JobContext, steps: list[int]) -> None:
     with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
         policy = site.policy()
         for step in steps:
@@ -312,7 +312,7 @@ def test_waiting_for_the_server_publication_and_sampling_are_phases_of_their_own
             super().append(event)
 
     with one_rank() as layout, mock.patch.object(clock_module.time, "monotonic", lambda: now[0]):
-        site = Site(layout, sample_faults=[ServerDied("gone"), None], events=Costly(), clock=StepClock())
+        site = JobContext(layout, sample_faults=[ServerDied("gone"), None], events=Costly(), clock=StepClock())
         with site.clock.phase("rollout"):
             run(site, [0])
         assert site.clock.take() == {"server": 1100.0, "publish": 20.0, "rollout": 2.0, "step": 1122.0}

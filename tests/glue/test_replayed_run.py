@@ -15,7 +15,7 @@ import pytest
 from tests.glue.launches import Runs, append, copy_inputs, edit, swap_two_tokens, write_models
 from tests.glue.stubs import one_rank
 from tropd_mcore.errors import ConfigError, DataError
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.records.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")

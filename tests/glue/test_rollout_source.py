@@ -15,10 +15,10 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train import rollout_source as rollout_source_module
-from tropd_mcore.train.replay import load_rollouts, save_rollouts
-from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.records.replay import load_rollouts, save_rollouts
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout import rollout_source as rollout_source_module
+from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.types import Rollout, SampleRequest
 
 STEP = 2
@@ -130,7 +130,7 @@ def test_a_replayed_response_is_cut_at_the_budget_of_its_step(tmp_path: Path) ->
             found = source(replaying(tmp_path, rollout=longest), None, layout).at_step(step)
         for cut, whole in zip(found, make_rollouts(step), strict=True):
             count = min(len(whole.response_ids), 1 + step)
-            assert len(cut.response_ids) == len(cut.behav_logp) == len(cut.trust_u) == count
+            assert len(cut.response_ids) == len(cut.rollout_logp) == len(cut.trust_u) == count
             np.testing.assert_array_equal(cut.response_ids, whole.response_ids[:count])
             assert cut.finish_reason == ("stop" if count == len(whole.response_ids) else "length")
         assert rollout_key(load_rollouts(RunDir(tmp_path / "mine").rollouts(step))) == rollout_key(found)

@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.test_packing import make_rollout, options
 from tropd_mcore.data.packing import pack
-from tropd_mcore.mcore.row_constants import RowConstants
+from tropd_mcore.mcore.token_inputs import TokenInputsBuilder
 from tropd_mcore.train.batch_context import _row_context
 from tropd_mcore.types import StudentPass, TeacherScores
 
@@ -17,7 +17,7 @@ K, VOCABULARY = 3, 300
 @pytest.mark.parametrize("candidates", [0, 2])
 def test_a_pass_without_candidates_asks_nothing_of_the_teacher_and_one_with_them_hands_all_on(candidates: int) -> None:
     (batch, *_) = pack([make_rollout(0, 3, 0, 5, False)], **options()).micro_batches
-    rows = len(batch.rows)
+    rows = len(batch.rows_T)
     ids_TL = torch.arange(candidates).expand(rows, candidates)
     found = StudentPass(torch.full((rows,), -2.0), torch.ones(rows), ids_TL, torch.full((rows, candidates), -3.0))
     scores = TeacherScores(
@@ -27,12 +27,12 @@ def test_a_pass_without_candidates_asks_nothing_of_the_teacher_and_one_with_them
         tail_mass_T=torch.zeros(rows),
         entropy_T=None,
         scored_T=torch.ones(rows, dtype=torch.bool),
-        own_logp_TL=torch.full((rows, candidates), -4.0) if candidates else None,
+        logp_of_student_topk_TL=torch.full((rows, candidates), -4.0) if candidates else None,
     )
     context = _row_context(found, scores, None, None)
     assert (context.own_ids_TL is None) == (context.old_own_logp_TL is None) == (candidates == 0)
-    constants = RowConstants.of(batch, scores, context, VOCABULARY)
+    constants = TokenInputsBuilder.of(batch, scores, context, VOCABULARY)
     assert torch.equal(constants.columns["old_logp_T"], found.logp_T)
     assert torch.equal(constants.own_ids_TL, ids_TL)
     assert constants.columns["teacher_own_logp_TL"].shape == (rows, candidates)
-    assert constants.distinct == ((1, K, candidates) if candidates else (1, K))
+    assert constants.unique_run_lengths == ((1, K, candidates) if candidates else (1, K))

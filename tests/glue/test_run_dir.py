@@ -10,7 +10,7 @@ import pytest
 
 from tropd_mcore.errors import ConfigError, DataError
 from tropd_mcore.files import partial_name
-from tropd_mcore.train.run_dir import Kept, RunDir
+from tropd_mcore.records.run_dir import Kept, RunDir
 
 STEPS = range(8)
 

@@ -19,9 +19,9 @@ from tests.tiny_models import write_tiny_model
 from tropd_mcore.errors import DataError
 from tropd_mcore.mcore.checkpoint_info import step_folder
 from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train import trainer
 from tropd_mcore.train.inputs import read_inputs
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.start import Start, accept, compare_contents, make_start, open_launch
 
 

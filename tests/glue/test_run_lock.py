@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 
 from tropd_mcore.errors import ConfigError, DataError
-from tropd_mcore.train import run_lock
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
+from tropd_mcore.records import run_lock
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.records.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
 
 IN_USE = r"^run\.dir: .* is in use by another job.*; stop it or set another run\.dir$"
 NO_FLOCK = [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL]
@@ -55,7 +55,7 @@ def killed_holder(root: Path) -> int:
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from tropd_mcore.train.run_dir import RunDir\n"
+        "from tropd_mcore.records.run_dir import RunDir\n"
         "run_dir = RunDir(Path(sys.argv[1]))\n"
         "run_dir.lock('file')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

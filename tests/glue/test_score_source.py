@@ -17,8 +17,8 @@ from tests.glue.stubs import Axis, by_place, make_layout, make_rollouts, make_sc
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.errors import DataError
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.score_source import ScoreSource
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.teacher.score_source import ScoreSource
 from tropd_mcore.types import MicroBatch, Rollout, StudentPass, TeacherScores
 
 STEP = 5
@@ -81,9 +81,9 @@ class Ask:
     def _student_pass(self, batch: MicroBatch) -> StudentPass | None:
         if self.candidates is None:
             return None
-        nothing_T = torch.zeros(len(batch.rows))
-        ids_TL = torch.full((len(batch.rows), 2), self.candidates)
-        return StudentPass(nothing_T, nothing_T, ids_TL, torch.zeros(len(batch.rows), 2))
+        nothing_T = torch.zeros(len(batch.rows_T))
+        ids_TL = torch.full((len(batch.rows_T), 2), self.candidates)
+        return StudentPass(nothing_T, nothing_T, ids_TL, torch.zeros(len(batch.rows_T), 2))
 
     def on_two(self) -> tuple[list[int], list[Values]]:
         """(times asked, values) by rank."""

@@ -17,8 +17,8 @@ from tropd_mcore.data.packing import pack
 from tropd_mcore.errors import ServerError, TeacherError
 from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, TokenScores
+from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
-from tropd_mcore.train.served_teacher import ServedTeacher
 from tropd_mcore.types import Prompt
 
 STUDENT_WIDTH = 300
@@ -81,7 +81,7 @@ def test_tokens_that_only_the_teacher_has_are_no_candidates_stay_in_the_tail_and
 
     (batch,) = pack([make_rollout(0, 3, 0, 4, False)], **options()).micro_batches
     rows = to_micro_batch(SampleScores([sample], topk=2), batch)
-    assert rows.excluded_T is not None and rows.excluded_T.tolist() == [2] * len(batch.rows)
+    assert rows.excluded_T is not None and rows.excluded_T.tolist() == [2] * len(batch.rows_T)
     assert to_micro_batch(SampleScores([none], topk=2), batch).excluded_T is None
 
 
@@ -94,7 +94,7 @@ def test_rows_of_a_sample_without_scores_have_no_entry_and_no_number_that_counts
     batches = pack([make_rollout(index, 3, 0, 5, False) for index in range(2)], **options()).micro_batches
     for batch in batches:
         found = to_micro_batch(SampleScores([None, None], topk=3), batch)
-        rows = len(batch.rows)
+        rows = len(batch.rows_T)
         assert not found.scored_T.any() and found.entropy_T is None
         assert torch.equal(found.topk_ids_TK, torch.full((rows, 3), -1))
         assert torch.equal(found.logp_T, torch.zeros(rows)) and torch.equal(found.tail_mass_T, torch.ones(rows))

@@ -24,9 +24,9 @@ from tropd_mcore.config.plan import resolved_yaml
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import TropdError
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.response_origin import ResponseOrigin, origin_file
 from tropd_mcore.train import job, preflight_machine
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.start_checks import START_CHECKS, State
 
 RECIPE = """\

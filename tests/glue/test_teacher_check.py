@@ -15,9 +15,9 @@ from tests.glue.served_model import URL, Served, config_of
 from tests.glue.stubs import make_layout, one_rank
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError, ServerDied, TropdError
-from tropd_mcore.train import teacher_identity as module
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.teacher_identity import TeacherCheck
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.teacher import identity_check as module
+from tropd_mcore.teacher.identity_check import TeacherCheck
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ import pytest
 from tests.glue.served_model import URL, Served, config_of
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, GateError, ServerError
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.teacher import identity_check as module
 from tropd_mcore.teacher.identity import (
     FLOAT32_BOUND,
     ROUNDED_BOUND,
@@ -23,9 +25,7 @@ from tropd_mcore.teacher.identity import (
     changes,
     other_weights,
 )
-from tropd_mcore.train import teacher_identity as module
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.teacher_identity import TeacherIdentity
+from tropd_mcore.teacher.identity_check import TeacherIdentity
 from tropd_mcore.weights.independent import independent_log_probs
 
 READ: dict[Path, np.ndarray] = {}

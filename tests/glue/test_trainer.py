@@ -19,9 +19,9 @@ from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError, GateError, ModelError
 from tropd_mcore.files import read_step_lines
 from tropd_mcore.monitor.monitor import Monitor
-from tropd_mcore.train.replay import load_rollouts, save_rollouts
-from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.records.replay import load_rollouts, save_rollouts
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.types import Rollout, SampleRequest
 
 STEPS = 4
@@ -365,7 +365,9 @@ def test_the_record_of_a_step_is_what_its_updates_did() -> None:
         assert update.token_count == len(places(step)) == len(record.table["on"])
         assert update.grad_norm == 2.5 and update.learning_rate == pytest.approx(0.5 / (2 + step))
         assert [rollout.sample_id for rollout in record.rollouts] == [r.sample_id for r in make_rollouts(step)]
-        expected = -0.25 * sum(float(value) for r in make_rollouts(step) for value in r.behav_logp) / len(places(step))
+        expected = (
+            -0.25 * sum(float(value) for r in make_rollouts(step) for value in r.rollout_logp) / len(places(step))
+        )
         assert update.loss == pytest.approx(expected, rel=1e-5)
         found = zip(record.table["sample_index"].tolist(), record.table["token_index"].tolist(), strict=True)
         assert list(found) == places(step)
@@ -430,7 +432,7 @@ def test_the_record_joins_the_rows_of_all_ranks_and_only_rank_zero_has_it(tmp_pa
         assert list(zip(samples.tolist(), tokens.tolist(), strict=True)) == places(step)
         np.testing.assert_allclose(log_ratio, [step_by_place(*place) for place in places(step)], atol=1e-5)
         assert [update.token_count for update in updates] == [len(places(step))]
-        behav = [float(v) for r in make_rollouts(step) for v in r.behav_logp]
+        behav = [float(v) for r in make_rollouts(step) for v in r.rollout_logp]
         expected = -sum(step_by_place(*place) * v for place, v in zip(places(step), behav, strict=True)) / len(behav)
         assert math.isclose(updates[0].loss, expected, rel_tol=1e-4)
 

@@ -18,17 +18,17 @@ from tests.glue.fake_server import VOCABULARY, FakeServer, fake_server, logp_of
 from tests.glue.stubs import make_config, make_prompts, make_student, one_rank
 from tropd_mcore.config.schema import Config, RolloutConfig, ServerConfig
 from tropd_mcore.data.prompts import PromptSet
-from tropd_mcore.data.uniforms import trust_uniforms
 from tropd_mcore.errors import ServerDied, ServerError
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout import policy_server as policy_server_module
 from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.rollout.sampler import SglangSampler
+from tropd_mcore.rollout.uniforms import trust_uniforms
 from tropd_mcore.serving import transport as transport_module
 from tropd_mcore.serving.client import SglangClient
-from tropd_mcore.train import parts as parts_module
-from tropd_mcore.train import policy_server as policy_server_module
-from tropd_mcore.train.parts import make_policy
-from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.train import components as parts_module
+from tropd_mcore.train.components import make_policy
 from tropd_mcore.types import Rollout, SampleRequest
 
 SEED, EOS = 11, (2, 5)
@@ -136,7 +136,7 @@ def test_after_an_update_no_token_comes_from_the_cache_of_the_old_weights() -> N
             found.append(sample(server, request(), step, f"v{step}"))
     assert len(set(held)) == 3
     for rollout, checksum in zip(found, held, strict=True):
-        np.testing.assert_allclose(rollout.behav_logp, logp_of(checksum), rtol=1e-6)
+        np.testing.assert_allclose(rollout.rollout_logp, logp_of(checksum), rtol=1e-6)
 
 
 def test_an_update_brings_every_tensor_and_gives_the_label_once_all_are_there() -> None:
@@ -233,7 +233,7 @@ def test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_it
             assert {len(r.prefix_ids) for r in rollouts} == {prefix} and len(rollouts) == 4
             assert {r.policy_version for r in rollouts} == {server.label}
             for rollout in rollouts:
-                np.testing.assert_allclose(rollout.behav_logp, logp_of(server.checksum()), rtol=1e-6)
+                np.testing.assert_allclose(rollout.rollout_logp, logp_of(server.checksum()), rtol=1e-6)
                 uniforms = trust_uniforms(config.run.seed, step, rollout.sample_id, len(rollout.response_ids))
                 assert np.array_equal(rollout.trust_u, uniforms)
 
@@ -259,4 +259,4 @@ def test_a_server_that_dies_while_it_samples_gets_the_weights_again_and_finishes
         assert len(learner.recovered) == 1 and len({r.sample_id for r in rollouts}) == 4
         assert server.weights == {name: tensor.numpy().tobytes() for name, tensor in weights(3.0).items()}
         for rollout in rollouts:
-            np.testing.assert_allclose(rollout.behav_logp, logp_of(server.checksum()), rtol=1e-6)
+            np.testing.assert_allclose(rollout.rollout_logp, logp_of(server.checksum()), rtol=1e-6)

@@ -13,7 +13,7 @@ from tests.mutants import real_losses
 from tests.oracles import forward_kl, forward_kl_gradient, log_softmax, top_ids
 from tests.ranks import run_on_ranks
 from tests.reward_claims import REWARD_CLAIMS
-from tropd_mcore.losses.trust import trust_gate
+from tropd_mcore.objectives.parts.trust import trust_gate
 
 
 def _check(claim: claims.Claim) -> None:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tropd_mcore.losses.kernel.backend import Backend, RowGradient
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.triton_backend import TritonBackend
+from tropd_mcore.kernel.backend import Backend, RowGradient
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.triton_backend import TritonBackend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

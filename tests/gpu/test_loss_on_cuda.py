@@ -18,24 +18,26 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from tests.objective_batch import OWN_TOPK, TOPK, Batch
-from tropd_mcore.config.schema import ObjectiveConfig
-from tropd_mcore.losses.kernel.backend import Backend, Kernel
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits, LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import TokenLoss, WeightGradientMode, support_loss
-from tropd_mcore.losses.kernel.triton_backend import TritonBackend
-from tropd_mcore.losses.method_table import OBJECTIVES, bind_objective
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs
+from tests.objective_batch import STUDENT_TOPK, TOPK, Batch
+from tropd_mcore.config.objectives import KINDS as SECTIONS
+from tropd_mcore.config.objectives import ObjectiveConfig
+from tropd_mcore.kernel.backend import Backend, Kernel
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_loss import TokenLoss, WeightGradientMode, support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.kernel.triton_backend import TritonBackend
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.registry import bind_objective
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 DEVICE, COLLECTIVES = "cuda", "nccl"
 TOKENS, WIDTH, VOCABULARY, HIDDEN = 300, 5_008, 5_000, 256
-DISTINCT = (1, TOPK, OWN_TOPK)
+DISTINCT = (1, TOPK, STUDENT_TOPK)
 MODES = ("deferred", "folded", "recompute")
-KINDS = sorted(OBJECTIVES.keys() - {"custom"})
+KINDS = sorted(SECTIONS.keys() - {"custom"})
 Gradients = dict[str, Tensor]
 
 
@@ -83,7 +85,7 @@ def objective_loss(kind: str, dtype: torch.dtype) -> tuple[Tensor, TokenLoss]:
     objective, given = bind_objective(config), constants(dtype)
     ids_TJ = torch.cat([given.target_ids_T[:, None], given.topk_ids_TK, given.own_ids_TL], dim=1)
 
-    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         cut = {
             field.name: value[rows]
             for field in fields(given)
@@ -132,7 +134,7 @@ def prepared(
             source = GivenLogits((hidden_TD @ weight_VD.T).requires_grad_(True))
         else:
             weight.main_grad = torch.zeros_like(weight, dtype=wide, requires_grad=False)  # type: ignore[attr-defined]
-        output = support_loss(source, ids_TJ, token_loss, kernel, distinct=DISTINCT, weight_gradient=mode)
+        output = support_loss(source, ids_TJ, token_loss, kernel, unique_run_lengths=DISTINCT, weight_gradient=mode)
         output.loss_sum.backward()
         found = {"loss": output.loss_sum.detach()}
         if isinstance(source, GivenLogits):

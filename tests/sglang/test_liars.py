@@ -73,7 +73,7 @@ def honest(found: list[Any]) -> bool:
     """Whether ids and log-probs are such as a server can sample."""
     return all(
         ((r.response_ids >= 0) & (r.response_ids < VOCABULARY)).all()
-        and (r.behav_logp <= 1e-3).all()
+        and (r.rollout_logp <= 1e-3).all()
         and (r.finish_reason == "stop") == (r.response_ids[-1] in END)
         and not np.isin(r.response_ids[:-1], END).any()
         for r in found

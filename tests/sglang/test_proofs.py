@@ -23,7 +23,7 @@ from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.identity import read_model
-from tropd_mcore.train.teacher_identity import TeacherCheck
+from tropd_mcore.teacher.identity_check import TeacherCheck
 
 
 @pytest.fixture

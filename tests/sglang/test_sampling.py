@@ -11,11 +11,11 @@ import pytest
 from tests.sglang.conftest import VOCABULARY, Oracle
 from tests.sglang.streams import plan, request, stream
 from tropd_mcore.config.schema import RolloutConfig
-from tropd_mcore.data.uniforms import trust_uniforms
 from tropd_mcore.errors import DataError, ServerError
 from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
+from tropd_mcore.rollout.uniforms import trust_uniforms
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.types import Prompt, Rollout
 
@@ -40,7 +40,7 @@ def assert_log_probs(rollout: Rollout, folder: Path, oracle: Oracle, temperature
     table = oracle(folder, rollout.token_ids.tolist(), temperature)  # type: ignore[call-arg]
     first = len(rollout.prompt_ids) + len(rollout.prefix_ids)
     for offset, token_id in enumerate(rollout.response_ids):
-        assert abs(table[first + offset - 1, token_id] - rollout.behav_logp[offset]) < 1e-4
+        assert abs(table[first + offset - 1, token_id] - rollout.rollout_logp[offset]) < 1e-4
 
 
 def assert_ended_by_itself_or_whole(rollout: Rollout, length: int) -> None:

@@ -32,7 +32,7 @@ def rollout(name: str, prompt: int, prefix: int, response: int, *, carries: bool
         prompt_ids=ids[:prompt],
         prefix_ids=ids[prompt : prompt + prefix],
         response_ids=ids[prompt + prefix :],
-        behav_logp=np.zeros(response, np.float32),
+        rollout_logp=np.zeros(response, np.float32),
         trust_u=np.zeros(response, np.float32),
         policy_version="x",
         finish_reason="length",
@@ -64,19 +64,19 @@ def rows_of(rollouts: list[Rollout]) -> MicroBatch:
     sample_index, token_index = torch.tensor([pairs[position] for position in order]).T
     empty = torch.zeros(len(pairs))
     return MicroBatch(
-        input_ids=torch.zeros(0, dtype=torch.int64),
-        position_ids=torch.zeros(0, dtype=torch.int64),
+        input_ids_P=torch.zeros(0, dtype=torch.int64),
+        position_ids_P=torch.zeros(0, dtype=torch.int64),
         cu_seqlens=torch.zeros(1, dtype=torch.int32),
         max_seqlen=0,
-        rows=torch.zeros(len(pairs), dtype=torch.int64),
-        target_ids=torch.zeros(len(pairs), dtype=torch.int64),
-        on_mask=empty.bool(),
-        off_mask=empty.bool(),
-        behav_logp=empty,
-        trust_u=empty,
-        weight=empty,
-        sample_index=sample_index,
-        token_index=token_index,
+        rows_T=torch.zeros(len(pairs), dtype=torch.int64),
+        target_ids_T=torch.zeros(len(pairs), dtype=torch.int64),
+        student_mask_T=empty.bool(),
+        prefix_mask_T=empty.bool(),
+        rollout_logp_T=empty,
+        trust_u_T=empty,
+        weight_T=empty,
+        sample_index_T=sample_index,
+        token_index_T=token_index,
     )
 
 
@@ -88,8 +88,8 @@ def test_scores_equal_the_whole_log_softmax_of_transformers(
     scores = to_micro_batch(make_teacher(server, topk=topk).fetch(ROLLOUTS), batch)
     assert scores.scored_T.all() and scores.entropy_T is None
     tables = [log_softmax(other_folder, item.token_ids.tolist()) for item in ROLLOUTS]
-    for row in range(len(batch.sample_index)):
-        sample, token = int(batch.sample_index[row]), int(batch.token_index[row])
+    for row in range(len(batch.sample_index_T)):
+        sample, token = int(batch.sample_index_T[row]), int(batch.token_index_T[row])
         table = tables[sample][token - 1]
         assert abs(table[ROLLOUTS[sample].token_ids[token]] - float(scores.logp_T[row])) < 1e-4
         ids = scores.topk_ids_TK[row].numpy()
@@ -107,9 +107,9 @@ def test_padding_ids_of_a_wider_teacher_make_room_for_the_next_best(
     batch = rows_of(rollouts)
     scores = to_micro_batch(make_teacher(server, student_width=narrow).fetch(rollouts), batch)
     assert scores.scored_T.all()
-    for row in range(len(batch.sample_index)):
-        ids = rollouts[int(batch.sample_index[row])].token_ids
-        table = log_softmax(other_folder, ids.tolist())[int(batch.token_index[row]) - 1]
+    for row in range(len(batch.sample_index_T)):
+        ids = rollouts[int(batch.sample_index_T[row])].token_ids
+        table = log_softmax(other_folder, ids.tolist())[int(batch.token_index_T[row]) - 1]
         expected = np.sort(table[:narrow])[::-1][:TOPK]
         np.testing.assert_allclose(scores.topk_logp_TK[row].numpy(), expected, atol=1e-4)
         assert abs(1.0 - np.exp(expected).sum() - float(scores.tail_mass_T[row])) < 1e-4
@@ -128,7 +128,7 @@ def test_a_rollout_that_cannot_be_scored_is_masked_and_counted_or_stops_the_run(
     rollouts = [ROLLOUTS[1], bad]
     teacher = make_teacher(server)
     scores = to_micro_batch(teacher.fetch(rollouts), batch := rows_of(rollouts))
-    assert torch.equal(scores.scored_T, batch.sample_index == 0)
+    assert torch.equal(scores.scored_T, batch.sample_index_T == 0)
     assert teacher.failed == 1
     with pytest.raises(TeacherError, match=r"1 of 2 rollouts could not be scored; first: bad: token id 307 is outside"):
         make_teacher(server, on_failure="stop").fetch(rollouts)

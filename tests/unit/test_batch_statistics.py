@@ -11,21 +11,19 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from tropd_mcore.config.advantage_objectives import (
+from tropd_mcore.config.objectives.candidates import RethinkingObjective
+from tropd_mcore.config.objectives.rewards import (
     EntropyOpdObjective,
     ExopdObjective,
     IwOpdObjective,
-    KdrlObjective,
     PowerOpdObjective,
     ReopoldObjective,
-    RethinkingObjective,
-    RladObjective,
     TopdObjective,
     VopdObjective,
 )
-from tropd_mcore.config.derived import needs_batch_statistic
-from tropd_mcore.config.tropd_objectives import OpdObjective, TropdObjective
-from tropd_mcore.losses.batch_statistics import (
+from tropd_mcore.config.objectives.trust_region import OpdObjective, TropdObjective
+from tropd_mcore.config.objectives.verified import KdrlObjective, RladObjective
+from tropd_mcore.objectives.parts.batch_statistics import (
     BatchRows,
     group_advantage,
     history_weight,
@@ -58,7 +56,7 @@ def batch(seed: int = 0) -> BatchRows:
         on_T=on,
         student_entropy_T=random.random(count),
         old_logp_T=-3.0 * random.random(count),
-        behav_logp_T=-3.0 * random.random(count),
+        rollout_logp_T=-3.0 * random.random(count),
         teacher_logp_T=-3.0 * random.random(count),
         prompt_index_S=np.array(PROMPTS),
         reward_S=np.array(REWARDS),
@@ -91,7 +89,7 @@ def test_rows_outside_the_mask_get_zero_and_take_no_part(name: str, fill: float)
     expected = STATISTICS[name](rows)
     dirty = {
         column: np.where(rows.on_T, getattr(rows, column), fill)
-        for column in ("student_entropy_T", "old_logp_T", "behav_logp_T", "teacher_logp_T")
+        for column in ("student_entropy_T", "old_logp_T", "rollout_logp_T", "teacher_logp_T")
     }
     found = STATISTICS[name](replace(rows, **dirty))
     np.testing.assert_array_equal(found, expected)
@@ -159,7 +157,7 @@ def test_the_history_weight_falls_from_one_plus_gamma_by_what_lies_before() -> N
     found = history_weight(rows, gamma=gamma)
     for sample in range(len(LENGTHS)):
         own = tokens_of(rows, sample)
-        magnitude = [abs(rows.teacher_logp_T[t] - rows.behav_logp_T[t]) for t in own]
+        magnitude = [abs(rows.teacher_logp_T[t] - rows.rollout_logp_T[t]) for t in own]
         for place, row in enumerate(own):
             expected = 1 + gamma * (1 - sum(magnitude[:place]) / sum(magnitude))
             assert found[row] == pytest.approx(expected, abs=1e-13)
@@ -169,7 +167,7 @@ def test_the_history_weight_falls_from_one_plus_gamma_by_what_lies_before() -> N
 
 def test_a_sample_without_any_advantage_has_a_finite_history_weight() -> None:
     rows = batch()
-    rows = replace(rows, behav_logp_T=rows.teacher_logp_T)
+    rows = replace(rows, rollout_logp_T=rows.teacher_logp_T)
     np.testing.assert_array_equal(history_weight(rows, gamma=0.5)[rows.on_T], 1.5)
 
 
@@ -246,6 +244,6 @@ def test_an_objective_gets_its_statistic_with_its_own_constants(
     if name is None:
         assert statistic is None
         return
-    assert needs_batch_statistic(objective)  # type: ignore[arg-type]
+    assert objective.needs_statistic  # type: ignore[arg-type]
     assert statistic is not None
     np.testing.assert_array_equal(statistic(batch()), STATISTICS[name](batch()))

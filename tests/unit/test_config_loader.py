@@ -14,9 +14,9 @@ import tropd_mcore.config
 from tropd_mcore.config import loader
 from tropd_mcore.config.explain import schema_keys
 from tropd_mcore.config.loader import leaves, load
+from tropd_mcore.config.objectives import ObjectiveConfig
+from tropd_mcore.config.objectives.trust_region import OpdObjective
 from tropd_mcore.config.plan import plan, resolved_yaml
-from tropd_mcore.config.schema import ObjectiveConfig
-from tropd_mcore.config.tropd_objectives import OpdObjective
 from tropd_mcore.errors import ConfigError
 
 GOOD = """\
@@ -140,7 +140,7 @@ def test_renamed_keys_lead_to_keys_that_exist_and_do_not_exist_themselves():
 
 def test_an_objective_that_does_not_exist_lists_those_that_do(tmp_path):
     (problem,) = problems(tmp_path, overrides=["objective.kind=opt"])
-    assert problem.startswith("command line: objective.kind: expected one of 'tropd', 'opd', 'reopold', ")
+    assert problem.startswith("command line: objective.kind: expected one of 'tropd', 'opd', 'aopd', 'tropd_aopd', ")
     assert problem.endswith(", 'custom', found 'opt'")
 
 
@@ -248,7 +248,7 @@ def test_the_plan_of_plain_opd_with_a_running_teacher_server(tmp_path):
         ),
         (
             "{kind: rethinking, support: union}",
-            "rethinking: support union, topk 16, own_topk 16; ratio ppo_clip; the student's own top-16",
+            "rethinking: support union, topk 16, student_topk 16; ratio ppo_clip; the student's own top-16",
         ),
         ("{kind: entropy_opd}", "entropy_opd: topk 64, fraction 0.2, denominator selected; a statistic over the batch"),
         (
@@ -257,7 +257,7 @@ def test_the_plan_of_plain_opd_with_a_running_teacher_server(tmp_path):
         ),
         (
             "{kind: tropd_aopd, aopd_weight: 0.5}",
-            "tropd_aopd: trust bernoulli, outliers fkl_direct x 1 (truncated top-64), token_mean, "
+            "tropd_aopd: trust bernoulli, outliers fkl_direct x 1 (truncated top-64), "
             "plus forward KL x 0.5 where q - p <= 0",
         ),
     ],
@@ -277,7 +277,7 @@ def test_the_plan_tells_the_form_of_the_loss_and_the_truncation(tmp_path):
     ]
     config, _ = load(write(tmp_path), overrides)
     text = plan(config)
-    assert "logits given, auto backend, 2,048 rows a chunk, logits capped at 30, 2 tokens" in text
+    assert "logits given, auto backend, 2,048 rows a chunk, token_mean, logits capped at 30, 2 tokens" in text
     assert "responses cut at 256 tokens, 256 more every 5 steps" in text
 
 

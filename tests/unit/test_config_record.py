@@ -145,3 +145,11 @@ def test_values_are_shown_on_one_line(value: Any, shown: str) -> None:
     assert show(value) == shown
     assert len(show("x" * 1000)) < 200
     assert str(Change("a.b", new=value)) == f"a.b: none -> {shown}"
+
+
+def test_a_key_that_was_renamed_since_is_no_change(tmp_path: Path) -> None:
+    text = FIRST.replace("{kind: opd}", "{kind: vopd, student_topk: 7}")
+    before = resolved(tmp_path, text=text)
+    assert "  student_topk: 7" in before
+    assert changes(tmp_path, before=before.replace("student_topk: 7", "own_topk: 7"), text=text) == []
+    assert read_record(before.replace("student_topk: 7", "own_topk: 7"), "record").unknown == ()

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.conformance.cases import make_batch
-from tropd_mcore.conformance.catalogue import BY_NAME
 from tropd_mcore.conformance.cells import Cell
+from tropd_mcore.conformance.entries import BY_NAME
 from tropd_mcore.conformance.judge import Error, judge
 from tropd_mcore.conformance.matrix import Result
 from tropd_mcore.conformance.oracle.truth import evaluate
+from tropd_mcore.conformance.our_loss import Answer
 from tropd_mcore.conformance.report import as_json, tables
-from tropd_mcore.conformance.subject import Answer
 
 OURS = Cell("tropd", "tp2-padded", "float64", form="fused")
 GIVEN = replace(OURS, form="logits")

@@ -15,11 +15,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 import tropd_mcore.conformance.oracle as oracle_package
-from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.conformance.batch import Batch, Student, Tokens
 from tropd_mcore.conformance.cases import Conditions, make_batch
-from tropd_mcore.conformance.catalogue import BY_NAME, ENTRIES
 from tropd_mcore.conformance.cells import plan_ours, plan_peer
+from tropd_mcore.conformance.entries import BY_NAME, ENTRIES
 from tropd_mcore.conformance.matrix import LEAST_MARGIN
 from tropd_mcore.conformance.oracle.truth import Truth, evaluate
 
@@ -48,10 +48,10 @@ def golden_batch(x_T: Tensor, weight_T: Tensor, **changes: Tensor) -> Batch:
         old_logp_T=LOG_P[x_T],
         old_own_logp_TL=LOG_P.expand(tokens, V),
         old_entropy_T=nothing_T,
-        behav_logp_T=LOG_P[x_T],
+        rollout_logp_T=LOG_P[x_T],
         trust_u_T=nothing_T + 0.5,
-        on_mask_T=torch.ones(tokens, dtype=torch.bool),
-        off_mask_T=torch.zeros(tokens, dtype=torch.bool),
+        student_mask_T=torch.ones(tokens, dtype=torch.bool),
+        prefix_mask_T=torch.zeros(tokens, dtype=torch.bool),
         weight_T=weight_T,
         sample_T=torch.zeros(tokens, dtype=torch.int64),
     )
@@ -157,13 +157,13 @@ def test_bernoulli_trusts_as_often_as_soft_weighs() -> None:
 def test_guidance_is_golden(loss: str) -> None:
     keys = {"kind": "tropd", "guidance": {"loss": loss, "beta": 1.0}, "outlier": {"topk": K}}
     off = torch.ones(V, dtype=torch.bool)
-    batch = golden_batch(torch.arange(V), LOG_Q.exp(), on_mask_T=~off, off_mask_T=off)
+    batch = golden_batch(torch.arange(V), LOG_Q.exp(), student_mask_T=~off, prefix_mask_T=off)
     assert_golden(truth_of(keys, batch).logits_TV.sum(dim=0), GOLDEN["guidance_gradient"][loss])
 
 
 REWARDS = {
     "exopd": ({"kind": "exopd", "scale": 1.25}, GOLDEN["exopd_advantage"]),
-    "vopd": ({"kind": "vopd", "own_topk": V}, GOLDEN["vopd_advantage"]),
+    "vopd": ({"kind": "vopd", "student_topk": V}, GOLDEN["vopd_advantage"]),
     "topd": (
         {"kind": "topd", "mixing": 0.2, "future_mean": False, "normalise": False},
         GOLDEN["mixed_log_ratio"]["0.2"],

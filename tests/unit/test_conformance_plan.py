@@ -13,8 +13,8 @@ from tropd_mcore.cli import main as cli
 from tropd_mcore.config.schema import LossConfig
 from tropd_mcore.conformance import machine
 from tropd_mcore.conformance.cases import SHAPES, Conditions, make_batch
-from tropd_mcore.conformance.catalogue import ENTRIES, TOPK, select
 from tropd_mcore.conformance.cells import BACKENDS, DTYPES, FORMS, MODES, PROBES, SCALINGS, Cell, plan_ours, plan_peer
+from tropd_mcore.conformance.entries import ENTRIES, TOPK, select
 from tropd_mcore.conformance.layouts import LAYOUTS, MEGATRON_LAYOUTS
 from tropd_mcore.conformance.peers import Feature, covers, load_peer
 from tropd_mcore.errors import TropdError
@@ -75,8 +75,12 @@ def test_a_shard_of_some_layout_is_narrower_than_the_support_and_one_has_no_real
 
 def test_a_case_has_what_a_wrong_loss_may_stumble_over() -> None:
     tokens = make_batch(Conditions()).tokens
-    counted = tokens.on_mask_T | tokens.off_mask_T
-    assert tokens.on_mask_T.any() and tokens.off_mask_T.any() and not (tokens.on_mask_T & tokens.off_mask_T).any()
+    counted = tokens.student_mask_T | tokens.prefix_mask_T
+    assert (
+        tokens.student_mask_T.any()
+        and tokens.prefix_mask_T.any()
+        and not (tokens.student_mask_T & tokens.prefix_mask_T).any()
+    )
     assert tokens.teacher_logp_T[~counted].isnan().all() and not tokens.teacher_logp_T[counted].isnan().any()
     inside = (tokens.topk_ids_TK == tokens.target_ids_T[:, None]).any(dim=1)
     assert inside.any() and not inside.all()

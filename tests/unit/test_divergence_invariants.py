@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tests.divergence_cases import MOVED, PLAIN, every_objective, student_rows
 from tests.objective_batch import Batch
-from tropd_mcore.losses.objectives.inputs import TokenInputs
-from tropd_mcore.losses.objectives.matching import gkd
-from tropd_mcore.losses.objectives.mixed import eopd
-from tropd_mcore.losses.policy_gradient import PolicyGradient
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.matching import eopd, gkd
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 
 CONSTANTS = {
     "teacher_logp_T",
@@ -27,7 +26,7 @@ CONSTANTS = {
     "reference_logp_T",
     "old_logp_T",
     "old_own_logp_TL",
-    "behav_logp_T",
+    "rollout_logp_T",
     "statistic_T",
     "trust_u_T",
 }
@@ -133,7 +132,7 @@ def test_a_teacher_that_cannot_give_its_entropy_makes_the_loss_of_eopd_nan() -> 
 def test_a_tabular_student_approaches_its_teacher(name: str) -> None:
     """Eleven tokens, plain gradient descent on sampled tokens: the total variation on the candidates falls."""
     random = torch.Generator().manual_seed(23)
-    batch = student_rows(Batch(seed=3, tokens=100, vocabulary=11, topk=6, own_topk=6))
+    batch = student_rows(Batch(seed=3, tokens=100, vocabulary=11, topk=6, student_topk=6))
     z_V, log_q_V = batch.old_z_TV[0].clone(), batch.log_q_TV[0].clone()
     batch.log_q_TV = log_q_V.repeat(100, 1)
     batch.weight_T = torch.full((100,), 1 / 100, dtype=torch.float64)
@@ -149,6 +148,6 @@ def test_a_tabular_student_approaches_its_teacher(name: str) -> None:
         batch.z_TV = z_V.repeat(100, 1).requires_grad_(True)
         batch.old_z_TV = batch.z_TV.detach()
         batch.x_T = torch.multinomial(z_V.softmax(0), 100, replacement=True, generator=random)
-        batch.behav_logp_T = z_V.log_softmax(0)[batch.x_T]
+        batch.rollout_logp_T = z_V.log_softmax(0)[batch.x_T]
         z_V = z_V - 2.0 * batch.gradient(objective(batch.inputs()).loss_sum).sum(dim=0)
     assert before > 0.5 and distance() < 0.5 * before

@@ -27,21 +27,21 @@ import torch.distributed as dist
 from tests import divergence_oracles, oracles
 from tests.objective_batch import Batch
 from tests.ranks import run_on_ranks
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.source import GivenLogits
-from tropd_mcore.losses.kernel.support_loss import support_loss
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
-from tropd_mcore.losses.policy_gradient import PolicyGradient
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.source import GivenLogits
+from tropd_mcore.kernel.support_loss import support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 
-PACKAGE = "tropd_mcore.losses"
+PACKAGE = "tropd_mcore"
 MODULES = (
-    "divergences",
-    "objectives.mixed",
-    "objectives.matching",
-    "objectives.self_teacher",
     "kernel.full_vocabulary",
+    "objectives.parts.divergences",
+    "objectives.trust_region",
+    "objectives.matching",
+    "objectives.self_distillation",
 )
 """In an order in which each is after those that it imports."""
 UNCHANGED = "from __future__ import annotations"
@@ -78,7 +78,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 def golden_batch(topk: int = 3) -> Batch:
     """Every outcome x once, weighted by p(x)."""
-    batch = Batch(tokens=8, vocabulary=8, topk=topk, own_topk=3)
+    batch = Batch(tokens=8, vocabulary=8, topk=topk, student_topk=3)
     batch.origin = ["student"] * 8
     batch.z_TV = torch.tensor(GOLDEN["student_logits"], dtype=torch.float64).repeat(8, 1).requires_grad_(True)
     batch.old_z_TV = batch.z_TV.detach().clone()
@@ -87,7 +87,7 @@ def golden_batch(topk: int = 3) -> Batch:
     return batch
 
 
-def gradient(output: ObjectiveOutput, batch: Batch) -> oracles.Array:
+def gradient(output: TokenLosses, batch: Batch) -> oracles.Array:
     return batch.gradient(output.loss_sum).sum(dim=0).numpy()
 
 
@@ -120,14 +120,16 @@ def an_absent_candidate_does_not_count(modules: Modules) -> None:
 def a_certain_student_stays_finite_in_float32(modules: Modules) -> None:
     log_p = torch.tensor([[0.0, -120.0]], requires_grad=True)
     for name in ("topk_forward_kl", "topk_reverse_kl"):
-        value_T = getattr(modules["divergences"], name)(log_p, torch.tensor([[-0.5, -90.0]]), norm="tail")
+        value_T = getattr(modules["objectives.parts.divergences"], name)(
+            log_p, torch.tensor([[-0.5, -90.0]]), norm="tail"
+        )
         (grad,) = torch.autograd.grad(value_T.sum(), log_p)
         assert value_T.isfinite().all() and grad.isfinite().all(), "value or gradient is not finite"
 
 
 def the_mixture_is_exact_where_both_agree(modules: Modules) -> None:
     logp = torch.tensor([-7.3, -0.1], requires_grad=True)
-    mixture = modules["divergences"].log_mixture(logp, logp.detach(), BETA)
+    mixture = modules["kernel.full_vocabulary"].log_mixture(logp, logp.detach(), BETA)
     (grad,) = torch.autograd.grad(mixture.sum(), logp)
     assert_close(mixture.detach(), logp.detach(), 0.0)
     assert_close(grad, [1 - BETA, 1 - BETA], 1e-6)
@@ -155,7 +157,7 @@ def eopd_adds_the_forward_kl_where_the_teacher_is_uncertain(modules: Modules) ->
     forward = np.array(GOLDEN["forward_kl_topk_gradient"]["truncated"])
     for threshold, adds in ((0.8, 1.0), (1.3, 0.0)):
         batch = golden_batch()
-        output = modules["objectives.mixed"].eopd(
+        output = modules["objectives.matching"].eopd(
             batch.inputs(), entropy_threshold=threshold, norm="truncated", policy=PLAIN
         )
         assert_close(gradient(output, batch), np.array(GOLDEN["reverse_kl_gradient"]) + adds * forward, 3e-6)
@@ -164,13 +166,13 @@ def eopd_adds_the_forward_kl_where_the_teacher_is_uncertain(modules: Modules) ->
 def an_unknown_entropy_is_not_taken_for_certainty(modules: Modules) -> None:
     inputs = golden_batch().inputs()
     inputs = replace(inputs, teacher_entropy_T=torch.full_like(inputs.teacher_entropy_T, math.nan))
-    output = modules["objectives.mixed"].eopd(inputs, entropy_threshold=0.8, norm="truncated", policy=PLAIN)
+    output = modules["objectives.matching"].eopd(inputs, entropy_threshold=0.8, norm="truncated", policy=PLAIN)
     assert output.loss_sum.isnan(), "the loss is a number"
 
 
 def the_aopd_gate_is_golden_and_replaces_the_reward(modules: Modules) -> None:
     batch = golden_batch()
-    output = modules["objectives.mixed"].aopd(batch.inputs(), threshold=0.0, norm="truncated", policy=PLAIN)
+    output = modules["objectives.trust_region"].aopd(batch.inputs(), threshold=0.0, norm="truncated", policy=PLAIN)
     p, closed = np.exp(LOG_P), np.array([1, 0, 1, 0, 0, 1, 1, 0])
     assert_close(output.columns["trusted"], 1 - closed)
     expected = (p * closed).sum() * divergence_oracles.divergence_gradient("fkl", LOG_Q, LOG_P, TOP, "truncated")
@@ -181,7 +183,7 @@ def the_aopd_gate_is_golden_and_replaces_the_reward(modules: Modules) -> None:
 
 def the_expected_gradient_of_the_jsd_is_exact(modules: Modules) -> None:
     batch = golden_batch(topk=8)
-    output = modules["objectives.mixed"].jsd(batch.inputs(), beta=BETA, policy=PLAIN)
+    output = modules["objectives.matching"].jsd(batch.inputs(), beta=BETA, policy=PLAIN)
     assert_close(gradient(output, batch), divergence_oracles.exact_gradient("jsd", LOG_Q, LOG_P, BETA))
 
 
@@ -190,7 +192,9 @@ def sdpo_has_the_capped_ratio_and_its_ends(modules: Modules) -> None:
         batch = golden_batch()
         inputs = batch.inputs()
         inputs = replace(inputs, old_logp_T=inputs.old_logp_T + torch.linspace(-1.5, 1.0, 8, dtype=torch.float64))
-        output = modules["objectives.self_teacher"].sdpo(inputs, alpha=alpha, norm="tail", ratio_cap=2.0, policy=PLAIN)
+        output = modules["objectives.self_distillation"].sdpo(
+            inputs, alpha=alpha, norm="tail", ratio_cap=2.0, policy=PLAIN
+        )
         factor = np.minimum(np.exp(-np.linspace(-1.5, 1.0, 8)), 2.0)
         own = divergence_oracles.divergence_gradient(kind, LOG_Q, LOG_P, [0, 1, 2], "tail", BETA)
         assert_close(gradient(output, batch), (np.exp(LOG_P) * factor).sum() * own)
@@ -204,8 +208,8 @@ def the_divergence_over_the_whole_vocabulary_is_exact_on_shards(modules: Modules
     z_TV = torch.tensor([GOLDEN["student_logits"]] * 2, dtype=torch.float64)
     log_p = oracles.log_softmax(np.array(GOLDEN["student_logits"]), 0.5)
 
-    def loss(logp_CJ: Any, entropy_C: Any, divergence_C: Any, rows: slice) -> ObjectiveOutput:
-        return ObjectiveOutput(divergence_C.sum(), torch.tensor(1), {"divergence": divergence_C.detach()})
+    def loss(logp_CJ: Any, entropy_C: Any, divergence_C: Any, rows: slice) -> TokenLosses:
+        return TokenLosses(divergence_C.sum(), torch.tensor(1), {"divergence": divergence_C.detach()})
 
     for kind in ("fkl", "rkl", "jsd"):
         teacher = GivenLogits(torch.from_numpy(LOG_Q).repeat(2, 1)[:, start:stop] + 3.0)
@@ -214,7 +218,9 @@ def the_divergence_over_the_whole_vocabulary_is_exact_on_shards(modules: Modules
         )
         z_TW = z_TV[:, start:stop].clone().requires_grad_(True)
         ids = torch.zeros(2, 1, dtype=torch.int64)
-        output = support_loss(GivenLogits(z_TW * 1.0), ids, loss, kernel, distinct=(1,), dense=dense)
+        output = support_loss(
+            GivenLogits(z_TW * 1.0), ids, loss, kernel, unique_run_lengths=(1,), full_vocab_term=dense
+        )
         output.loss_sum.backward()
         assert_close(output.columns["divergence"], divergence_oracles.exact(kind, LOG_Q, log_p, BETA))
         expected = 2.0 * divergence_oracles.exact_gradient(kind, LOG_Q, log_p, BETA)[start:stop]
@@ -239,55 +245,61 @@ DIVERGENCE = every_divergence_and_norm_equals_the_oracle
 DENSE = the_divergence_over_the_whole_vocabulary_is_exact_on_shards
 MUTATIONS = {
     "forward KL with its arguments swapped": Mutation(
-        "divergences", "logq_TE.exp() * (logq_TE - logp_TE)", "logp_TE.exp() * (logp_TE - logq_TE)", DIVERGENCE
+        "objectives.parts.divergences",
+        "logq_TE.exp() * (logq_TE - logp_TE)",
+        "logp_TE.exp() * (logp_TE - logq_TE)",
+        DIVERGENCE,
     ),
     "reverse KL without a gradient in its weights": Mutation(
-        "divergences", "logp_TE.exp() * (logp_TE - logq_TE)", "logp_TE.exp().detach() * (logp_TE - logq_TE)", DIVERGENCE
+        "objectives.parts.divergences",
+        "logp_TE.exp() * (logp_TE - logq_TE)",
+        "logp_TE.exp().detach() * (logp_TE - logq_TE)",
+        DIVERGENCE,
     ),
     "weights of the mixture swapped": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         "mixture_TE = log_mixture(logp_TE, logq_TE, beta)",
         "mixture_TE = log_mixture(logp_TE, logq_TE, 1.0 - beta)",
         DIVERGENCE,
     ),
     "halves of the JSD swapped": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         "beta * teacher_TE + (1.0 - beta) * student_TE",
         "(1.0 - beta) * teacher_TE + beta * student_TE",
         DIVERGENCE,
     ),
     "only the student renormalised": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         "return logp_TK.log_softmax(dim=1), logq_TK.log_softmax(dim=1), absent_TK",
         "return logp_TK.log_softmax(dim=1), logq_TK, absent_TK",
         DIVERGENCE,
     ),
     "absent candidates added up": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         "value_TE.masked_fill(absent_TE, 0.0)",
         "value_TE.masked_fill(absent_TE, 1.0)",
         an_absent_candidate_does_not_count,
     ),
     "absent candidates in the student's mass": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         "student_TK.masked_fill(absent_TK, LOGP_FLOOR)",
         "student_TK",
         an_absent_candidate_does_not_count,
     ),
     "no floor of the tail": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         ".clamp_max(-torch.finfo(logp_TK.dtype).eps)",
         "",
         a_certain_student_stays_finite_in_float32,
     ),
     "mixture by the sum of probabilities": Mutation(
-        "divergences",
+        "kernel.full_vocabulary",
         "torch.where(logq <= logp, below, above)",
         "(beta * logq.exp() + (1.0 - beta) * logp.exp()).log()",
         the_mixture_is_exact_where_both_agree,
     ),
     "clamp differentiated": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         "(logp_TE - logq_TE).detach().clamp(",
         "(logp_TE - logq_TE).clamp(",
         the_clamped_log_ratio_has_no_gradient,
@@ -299,52 +311,52 @@ MUTATIONS = {
         the_sampled_token_joins_the_support_once,
     ),
     "eopd's gate turned around": Mutation(
-        "objectives.mixed",
+        "objectives.matching",
         "entropy_T > entropy_threshold",
         "entropy_T < entropy_threshold",
         eopd_adds_the_forward_kl_where_the_teacher_is_uncertain,
     ),
     "unknown entropy taken for certainty": Mutation(
-        "objectives.mixed",
+        "objectives.matching",
         "torch.where(entropy_T.isnan(), torch.nan, (entropy_T > entropy_threshold).to(fkl_T.dtype))",
         "(entropy_T > entropy_threshold).to(fkl_T.dtype)",
         an_unknown_entropy_is_not_taken_for_certainty,
     ),
     "aopd's gate of log-probs": Mutation(
-        "objectives.mixed",
+        "objectives.trust_region",
         "inputs.teacher_logp_T.exp() - inputs.old_logp_T.exp() <= threshold",
         "inputs.teacher_logp_T - inputs.old_logp_T >= threshold",
         the_aopd_gate_is_golden_and_replaces_the_reward,
     ),
     "aopd adds instead of replacing": Mutation(
-        "objectives.mixed",
+        "objectives.trust_region",
         "torch.where(closed_T, 0.0, clipped_reward(log_ratio(inputs), policy.advantage_clip))",
         "clipped_reward(log_ratio(inputs), policy.advantage_clip)",
         the_aopd_gate_is_golden_and_replaces_the_reward,
     ),
     "the mixture's part of the sampled half forgotten": Mutation(
-        "objectives.mixed",
+        "objectives.matching",
         "-student_half_T - from_mixture_T",
         "-student_half_T",
         the_expected_gradient_of_the_jsd_is_exact,
     ),
     "the direct half of the JSD without its weight": Mutation(
-        "objectives.mixed",
+        "objectives.matching",
         "teacher_half_T = beta * _forward_kl_to_mixture",
         "teacher_half_T = _forward_kl_to_mixture",
         the_expected_gradient_of_the_jsd_is_exact,
     ),
     "sdpo without its cap": Mutation(
-        "objectives.self_teacher", ".clamp_max(ratio_cap)", "", sdpo_has_the_capped_ratio_and_its_ends
+        "objectives.self_distillation", ".clamp_max(ratio_cap)", "", sdpo_has_the_capped_ratio_and_its_ends
     ),
     "sdpo's ratio with a gradient": Mutation(
-        "objectives.self_teacher",
+        "objectives.self_distillation",
         "(inputs.student_logp_T - inputs.old_logp_T).detach()",
         "(inputs.student_logp_T - inputs.old_logp_T)",
         sdpo_has_the_capped_ratio_and_its_ends,
     ),
     "sdpo's ends swapped": Mutation(
-        "objectives.self_teacher", "if alpha == 0.0:", "if alpha == 1.0:", sdpo_has_the_capped_ratio_and_its_ends
+        "objectives.self_distillation", "if alpha == 0.0:", "if alpha == 1.0:", sdpo_has_the_capped_ratio_and_its_ends
     ),
     "cross sums not moved to the global log-probs": Mutation(
         "kernel.full_vocabulary", "cross_CN + student_sum_CN * gap_CN", "cross_CN", DENSE

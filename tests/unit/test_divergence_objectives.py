@@ -21,13 +21,13 @@ from torch import Tensor
 from tests import divergence_oracles, oracles
 from tests.divergence_cases import MOVED, PLAIN, TROPD, Objective, every_objective, student_rows
 from tests.objective_batch import Batch
-from tropd_mcore.losses.divergences import topk_forward_kl
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs
-from tropd_mcore.losses.objectives.matching import gkd, lsm
-from tropd_mcore.losses.objectives.mixed import aopd, eopd, jsd, tropd_aopd
-from tropd_mcore.losses.objectives.self_teacher import sdpo
-from tropd_mcore.losses.objectives.tropd import opd, tropd
-from tropd_mcore.losses.policy_gradient import PolicyGradient
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.matching import eopd, gkd, jsd, lsm
+from tropd_mcore.objectives.parts.divergences import topk_forward_kl
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
+from tropd_mcore.objectives.self_distillation import sdpo
+from tropd_mcore.objectives.trust_region import aopd, opd, tropd, tropd_aopd
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tropd_vector.json").read_text(encoding="utf-8"))
 TEACHER_HALF = 0.1115673832
@@ -41,7 +41,7 @@ GOLDEN_TOLERANCE = 1.5e-6
 
 def golden_batch(topk: int = 3) -> Batch:
     """Every outcome x once, weighted by p(x): sums over the rows are exact expectations over x ~ p."""
-    batch = student_rows(Batch(tokens=8, vocabulary=8, topk=topk, own_topk=4))
+    batch = student_rows(Batch(tokens=8, vocabulary=8, topk=topk, student_topk=4))
     z_V = torch.tensor(GOLDEN["student_logits"], dtype=torch.float64)
     batch.z_TV = z_V.repeat(8, 1).requires_grad_(True)
     batch.old_z_TV = batch.z_TV.detach().clone()
@@ -152,7 +152,7 @@ def test_the_expected_gradient_of_the_sampled_half_of_the_jsd_is_that_of_its_kl(
     z = np.array(GOLDEN["student_logits"])
     exact = [(value(z + step * unit) - value(z - step * unit)) / (2 * step) for unit in np.eye(8)]
 
-    def sampled_half(inputs: TokenInputs) -> ObjectiveOutput:
+    def sampled_half(inputs: TokenInputs) -> TokenLosses:
         nobody_TK = torch.full_like(inputs.teacher_topk_logp_TK, -math.inf)
         return jsd(replace(inputs, teacher_topk_logp_TK=nobody_TK), beta=beta, policy=PLAIN)
 
@@ -181,8 +181,8 @@ def test_eopd_is_opd_plus_the_forward_kl_of_uncertain_states(policy: PolicyGradi
     inputs = batch.inputs()
     threshold = float(inputs.teacher_entropy_T.median())
     both = eopd(inputs, entropy_threshold=threshold, norm="tail", policy=policy)
-    uncertain_T = (inputs.teacher_entropy_T > threshold) & inputs.on_mask_T
-    assert 3 < int(uncertain_T.sum()) < int(inputs.on_mask_T.sum()) - 3
+    uncertain_T = (inputs.teacher_entropy_T > threshold) & inputs.student_mask_T
+    assert 3 < int(uncertain_T.sum()) < int(inputs.student_mask_T.sum()) - 3
     forward_T = topk_forward_kl(inputs.student_topk_logp_TK, inputs.teacher_topk_logp_TK, norm="tail")
     expected = opd(inputs, policy=policy).loss_sum + (batch.weight_T * uncertain_T * forward_T).sum()
     torch.testing.assert_close(both.loss_sum, expected, rtol=0, atol=1e-12)
@@ -216,13 +216,10 @@ def test_tropd_aopd_adds_the_forward_kl_on_gated_student_tokens_only(policy: Pol
     inputs = batch.inputs()
     plain = tropd(inputs, **TROPD, policy=policy)
     both, none = (
-        tropd_aopd(
-            inputs, tropd=partial(tropd, **TROPD, policy=policy), aopd_threshold=0.0, aopd_weight=weight, norm="tail"
-        )
-        for weight in (0.4, 0.0)
+        tropd_aopd(inputs, aopd_threshold=0.0, aopd_weight=weight, **TROPD, policy=policy) for weight in (0.4, 0.0)
     )
     assert torch.equal(none.loss_sum, plain.loss_sum) and torch.equal(none.columns["loss"], plain.columns["loss"])
-    gated_T = inputs.on_mask_T & (inputs.teacher_logp_T <= inputs.old_logp_T)
+    gated_T = inputs.student_mask_T & (inputs.teacher_logp_T <= inputs.old_logp_T)
     forward_T = topk_forward_kl(inputs.student_topk_logp_TK, inputs.teacher_topk_logp_TK, norm="tail")
     expected = plain.loss_sum + 0.4 * (batch.weight_T * gated_T * forward_T).sum()
     torch.testing.assert_close(both.loss_sum, expected, rtol=0, atol=1e-12)
@@ -282,7 +279,7 @@ def test_sdpo_equals_the_oracle_after_the_policy_has_moved(alpha: float, norm: s
         x = int(batch.x_T[token])
         old = float(oracles.log_softmax(batch.old_z_TV[token].numpy())[x])
         now = float(oracles.log_softmax(batch.z_TV[token].detach().numpy())[x])
-        engine = min(math.exp(old - float(batch.behav_logp_T[token])), 1.1) if mismatch == "tis" else 1.0
+        engine = min(math.exp(old - float(batch.rollout_logp_T[token])), 1.1) if mismatch == "tis" else 1.0
         return min(math.exp(now - old), 1.2) * engine
 
     policy = PolicyGradient(mismatch=mismatch, tis_cap=1.1)
@@ -313,7 +310,7 @@ def ids(batch: Batch, token: int) -> list[int]:
 
 def _assert_is_a_divergence_on_student_tokens(
     batch: Batch,
-    output: ObjectiveOutput,
+    output: TokenLosses,
     expected: Callable[[oracles.Array, oracles.Array, int], tuple[float, oracles.Array]],
     factor: Callable[[int], float] = lambda token: 1.0,
 ) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import divergence_oracles
-from tropd_mcore.losses.divergences import (
+from tropd_mcore.objectives.parts.divergences import (
     clipped_reverse_kl,
     log_mixture,
     topk_forward_kl,

@@ -17,8 +17,8 @@ from tropd_mcore.cli import checks_of_config, checks_of_machine
 from tropd_mcore.cli import main as cli
 from tropd_mcore.cli.checks_of_start import start_checks
 from tropd_mcore.config.loader import load
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.preflight import CHEAP_CHECKS
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.start_checks import START_CHECKS, State
 
 RECIPE = """\
@@ -38,7 +38,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name in ("student", "teacher"):
-        write_tiny_model(root / name, num_hidden_layers=1)
+        write_tiny_model(root / name, num_hidden_layers=2)
     return root
 
 

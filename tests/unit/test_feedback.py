@@ -18,8 +18,8 @@ from tropd_mcore.config.plan import plan
 from tropd_mcore.config.schema import Config, VerifierConfig
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.chat_template import Chat
-from tropd_mcore.data.feedback import SolutionPrompts, other_solutions, with_solution
 from tropd_mcore.errors import DataError
+from tropd_mcore.teacher.solutions import SolutionPrompts, other_solutions, with_solution
 from tropd_mcore.types import Rollout
 
 TOKENIZER = tiny_tokenizer()

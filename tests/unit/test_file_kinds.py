@@ -19,7 +19,7 @@ from tropd_mcore.data.responses import read_responses
 from tropd_mcore.data.tokenizer import read_tokenizer
 from tropd_mcore.errors import DataError, ModelError
 from tropd_mcore.file_kinds import HEAD_BYTES, folder_in_the_way, in_the_way, kind_of
-from tropd_mcore.train.replay import load_rollouts
+from tropd_mcore.records.replay import load_rollouts
 from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.digest import data_digest
 from tropd_mcore.weights.json_file import read_json_object

@@ -26,10 +26,10 @@ from tests.unit.test_stored_scores import candidates, micro_batches, scores_of
 from tropd_mcore.errors import DataError, ModelError
 from tropd_mcore.files import PARTIAL, append_text, partial_name, publish_text, remove_left_partials, sync
 from tropd_mcore.monitor.jsonl import JsonLines
+from tropd_mcore.records.replay import ScoreKey, save_rollouts, save_scores
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.records.token_file import save_token_sample
 from tropd_mcore.rollout.prefixes import _append
-from tropd_mcore.train.replay import ScoreKey, save_rollouts, save_scores
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.tokens import save_token_sample
 from tropd_mcore.types import TokenTable
 from tropd_mcore.weights.digest import DigestMemory
 from tropd_mcore.weights.hf_folder import HfReader, write_hf_folder

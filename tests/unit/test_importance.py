@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tropd_mcore.losses.importance import mismatch_weight
+from tropd_mcore.objectives.parts.mismatch import mismatch_weight
 
 LIMITS = {"tis_cap": 2.0, "icepop_low": 0.5, "icepop_high": 5.0, "mask_below": -0.2}
 MODES = ("off", "tis", "icepop", "mask")

@@ -71,8 +71,8 @@ MUTATIONS = {
     ),
     "only the first run is added": Mutation(
         "eager",
-        "local_BJ.split(distinct, 1), owned_BJ.split(distinct, 1), strict=True",
-        "local_BJ.split(distinct, 1)[:1], owned_BJ.split(distinct, 1)[:1], strict=True",
+        "local_BJ.split(unique_run_lengths, 1), owned_BJ.split(unique_run_lengths, 1), strict=True",
+        "local_BJ.split(unique_run_lengths, 1)[:1], owned_BJ.split(unique_run_lengths, 1)[:1], strict=True",
         RECOMPUTE,
     ),
     "entries of other shards go to column 0": Mutation(

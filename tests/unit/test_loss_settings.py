@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tropd_mcore.config.schema import Config
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.shard import Scaling, VocabShard
 from tropd_mcore.mcore.loss_settings import LossSettings
 
 BASE: dict[str, Any] = {

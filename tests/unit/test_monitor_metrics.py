@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
+from tropd_mcore.config.objectives.base import PolicyGradientConfig
 from tropd_mcore.evaluation.chart_catalogue import CHARTS
 from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
 from tropd_mcore.monitor.console import COLUMNS as COLUMNS_OF_CONSOLE
@@ -16,7 +16,7 @@ from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 
 NAN = float("nan")
 COLUMNS = [
-    *("student_logp", "behav_logp", "teacher_logp", "log_ratio", "loss", "divergence", "advantage"),
+    *("student_logp", "rollout_logp", "teacher_logp", "log_ratio", "loss", "divergence", "advantage"),
     *("student_entropy", "teacher_entropy", "teacher_mass", "student_mass", "topk_overlap", "old_logp", "ratio"),
 ]
 
@@ -29,7 +29,7 @@ def make_rollout(index: int, prompt: int, prefix: int, response: int, reason: st
         prompt_ids=ids[:prompt],
         prefix_ids=ids[prompt : prompt + prefix],
         response_ids=ids[prompt + prefix :],
-        behav_logp=np.zeros(response, dtype=np.float32),
+        rollout_logp=np.zeros(response, dtype=np.float32),
         trust_u=np.zeros(response, dtype=np.float32),
         policy_version="1",
         finish_reason=reason,
@@ -103,7 +103,7 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
     trusted = [(row, float(row["trusted"])) for row in on]
     outlier = [(row, 1 - float(row["trusted"])) for row in on if row["trusted"] < 1]
     kl = [float(row["divergence"]) for row, _ in outlier]
-    engine = [float(row["old_logp"]) - float(row["behav_logp"]) for row in on]
+    engine = [float(row["old_logp"]) - float(row["rollout_logp"]) for row in on]
     lengths = [23, 31, 7]
     special = [row for row in on if ROLLOUTS[row["sample_index"]].token_ids[row["token_index"]] in (10, 110, 111)]
     assert special
@@ -258,7 +258,7 @@ def test_a_region_without_tokens_is_nan_and_the_others_are_not():
 def test_the_corrected_fraction_counts_the_tokens_whose_weight_was_changed(settings, changed):
     record = make_record(policy_gradient=PolicyGradientConfig(**settings))
     on = [row for row in rows_of(record) if row["on"]]
-    probabilities = [(math.exp(row["old_logp"]), math.exp(row["behav_logp"])) for row in on]
+    probabilities = [(math.exp(row["old_logp"]), math.exp(row["rollout_logp"])) for row in on]
     expected = sum(changed(student, sampler) for student, sampler in probabilities) / len(on)
     assert 0 < expected < 1
     assert compute_metrics(record)["engine/corrected"] == pytest.approx(expected)

@@ -29,7 +29,7 @@ class Mutation:
 
 MUTATIONS = {
     "sign of the advantage flipped": Mutation(
-        "policy_gradient",
+        "objectives.parts.policy_gradient",
         "PolicyLoss(-advantage_T * student_logp_T",
         "PolicyLoss(advantage_T * student_logp_T",
         claims.expected_k1_gradient_is_the_reverse_kl_gradient,
@@ -47,19 +47,19 @@ MUTATIONS = {
         claims.scalar_guidance_points_away_from_the_teacher,
     ),
     "detach of the advantage dropped": Mutation(
-        "policy_gradient",
+        "objectives.parts.policy_gradient",
         "engine_T * advantage_T.detach()",
         "engine_T * advantage_T",
         claims.fkl_scalar_has_the_golden_expected_gradient,
     ),
     "detach of the advantage dropped, seen by ExOPD": Mutation(
-        "policy_gradient",
+        "objectives.parts.policy_gradient",
         "engine_T * advantage_T.detach()",
         "engine_T * advantage_T",
         reward_claims.an_advantage_has_the_expected_gradient_of_its_closed_form,
     ),
     "detach of log p before the update dropped": Mutation(
-        "policy_gradient",
+        "objectives.parts.policy_gradient",
         "(old_logp_T if anchor_logp_T is None else anchor_logp_T).detach()",
         "(old_logp_T if anchor_logp_T is None else anchor_logp_T)",
         reward_claims.an_advantage_has_the_expected_gradient_of_its_closed_form,
@@ -89,7 +89,7 @@ MUTATIONS = {
         claims.topk_forward_kl_and_its_gradient_are_golden,
     ),
     "gate turned around": Mutation(
-        "trust",
+        "objectives.parts.trust",
         "trust_u_T.log() < log_ratio_T",
         "trust_u_T.log() > log_ratio_T",
         claims.outlier_fraction_is_the_total_variation,
@@ -119,13 +119,13 @@ MUTATIONS = {
         claims.entropy_gradient_is_minus_p_times_log_p_plus_entropy,
     ),
     "tail bucket without its weight": Mutation(
-        "divergences",
+        "objectives.parts.divergences",
         "return _sum_over(logq_TE.exp() * (logq_TE - logp_TE), absent_TE)",
         "return _sum_over(logq_TE[:, :3].exp() * (logq_TE - logp_TE)[:, :3], absent_TE[:, :3])",
         claims.topk_forward_kl_and_its_gradient_are_golden,
     ),
     "guidance pushes the teacher's token down": Mutation(
-        "objectives.tropd",
+        "objectives.trust_region",
         "_Terms(beta_T, zero_T, beta_T * log_ratio_T)",
         "_Terms(-beta_T, zero_T, beta_T * log_ratio_T)",
         claims.nll_guidance_follows_the_forward_kl_gradient,
@@ -173,13 +173,13 @@ MUTATIONS = {
         reward_claims.rlad_clips_at_the_ratio_to_its_anchor,
     ),
     "PPO takes the better of the two surrogates": Mutation(
-        "policy_gradient",
+        "objectives.parts.policy_gradient",
         "torch.maximum(free_T, held_T)",
         "torch.minimum(free_T, held_T)",
         reward_claims.rlad_clips_at_the_ratio_to_its_anchor,
     ),
     "dual clip on the wrong sign": Mutation(
-        "policy_gradient",
+        "objectives.parts.policy_gradient",
         "(advantage_T < 0) & (loss_T.detach() > bound_T)",
         "(advantage_T > 0) & (loss_T.detach() > bound_T)",
         reward_claims.rlad_clips_at_the_ratio_to_its_anchor,
@@ -204,42 +204,42 @@ MUTATIONS = {
     ),
     "selection forgotten": Mutation(
         "objectives.sampled",
-        "on_T if reward.trained_T is None else on_T & reward.trained_T",
+        "on_T if terms.trained_T is None else on_T & terms.trained_T",
         "on_T",
         reward_claims.selection_counts_and_trains_the_selected_only,
     ),
     "denominator of all tokens instead of the selected": Mutation(
         "objectives.sampled",
-        "counted_T = trained_T if count_trained_only else on_T | inputs.off_mask_T",
-        "counted_T = on_T | inputs.off_mask_T",
+        "counted_T = trained_T if count_trained_only else on_T | inputs.prefix_mask_T",
+        "counted_T = on_T | inputs.prefix_mask_T",
         reward_claims.selection_counts_and_trains_the_selected_only,
     ),
     "the certain tokens selected": Mutation(
-        "batch_statistics",
+        "objectives.parts.batch_statistics",
         "np.argsort(-rows.student_entropy_T[on]",
         "np.argsort(rows.student_entropy_T[on]",
         reward_claims.statistics_of_a_batch_are_those_of_a_hand_count,
     ),
     "the token itself in the mean of what follows": Mutation(
-        "batch_statistics",
+        "objectives.parts.batch_statistics",
         "np.cumsum(values[::-1])[::-1] - values",
         "np.cumsum(values[::-1])[::-1]",
         reward_claims.statistics_of_a_batch_are_those_of_a_hand_count,
     ),
     "the token itself in its own history": Mutation(
-        "batch_statistics",
+        "objectives.parts.batch_statistics",
         "np.cumsum(magnitude) - magnitude",
         "np.cumsum(magnitude)",
         reward_claims.statistics_of_a_batch_are_those_of_a_hand_count,
     ),
     "returns normalised over the sample instead of the group": Mutation(
-        "batch_statistics",
+        "objectives.parts.batch_statistics",
         "_groups(on, rows.prompt_index_S[rows.sample_index_T])",
         "_groups(on, rows.sample_index_T)",
         reward_claims.statistics_of_a_batch_are_those_of_a_hand_count,
     ),
     "tokens taken in the order of the rows": Mutation(
-        "batch_statistics",
+        "objectives.parts.batch_statistics",
         "on[np.lexsort((rows.token_index_T[on], rows.sample_index_T[on]))]",
         "on",
         reward_claims.statistics_of_a_batch_are_those_of_a_hand_count,
@@ -269,7 +269,7 @@ def test_a_planted_fault_breaks_its_claim(name: str) -> None:
 
 
 def _check_unchanged_copy() -> None:
-    losses = mutant_losses("trust", UNCHANGED, UNCHANGED)
+    losses = mutant_losses("objectives.parts.trust", UNCHANGED, UNCHANGED)
     assert all(losses[name] is not module for name, module in real_losses().modules.items())
     for claim in claims.CLAIMS + reward_claims.REWARD_CLAIMS:
         claim(losses)
@@ -281,11 +281,11 @@ def test_an_unchanged_copy_keeps_every_claim() -> None:
 
 def test_a_mutant_is_known_to_nobody_else() -> None:
     before = real_losses().modules
-    mutant_losses("trust", "trust_u_T.log() < log_ratio_T", "trust_u_T.log() > log_ratio_T")
+    mutant_losses("objectives.parts.trust", "trust_u_T.log() < log_ratio_T", "trust_u_T.log() > log_ratio_T")
     after = real_losses().modules
     assert all(after[name] is before[name] for name in MODULES)
 
 
 def test_a_mutation_whose_text_is_gone_is_reported() -> None:
     with pytest.raises(AssertionError, match="has 0 times"):
-        mutant_losses("trust", "a text that is not in the source", "")
+        mutant_losses("objectives.parts.trust", "a text that is not in the source", "")

@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,24 +19,17 @@ from pydantic import TypeAdapter
 
 from tests import oracles
 from tests.objective_batch import TOKENS, Batch, at
-from tropd_mcore.config.advantage_objectives import AdvantageObjective, RladObjective
-from tropd_mcore.config.divergence_objectives import CustomObjective, DivergenceObjective
 from tropd_mcore.config.fields import Section
-from tropd_mcore.config.schema import LossConfig, ObjectiveConfig, RolloutConfig
-from tropd_mcore.config.tropd_objectives import (
-    OpdObjective,
-    PolicyGradientConfig,
-    PolicyGradientObjective,
-    TropdObjective,
-)
-from tropd_mcore.losses.method_table import bind_objective
+from tropd_mcore.config.objectives import KINDS as CLASSES
+from tropd_mcore.config.objectives import ObjectiveConfig
+from tropd_mcore.config.objectives.base import PolicyGradientConfig, PolicyGradientObjective
+from tropd_mcore.config.objectives.custom import CustomObjective
+from tropd_mcore.config.objectives.verified import RladObjective
+from tropd_mcore.config.schema import LossConfig, RolloutConfig
+from tropd_mcore.objectives.registry import bind_objective
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
-CLASSES: dict[str, type[Any]] = {
-    kind.model_fields["kind"].default: kind
-    for kind in (*get_args(AdvantageObjective), *get_args(DivergenceObjective), TropdObjective, OpdObjective)
-}
 KINDS = sorted(CLASSES)
 WITH_POLICY_GRADIENT = [kind for kind in KINDS if issubclass(CLASSES[kind], PolicyGradientObjective)]
 PARSE = TypeAdapter[ObjectiveConfig](ObjectiveConfig).validate_python
@@ -85,7 +78,7 @@ def test_rlad_has_the_gradient_of_the_grpo_surrogate_also_where_a_is_negative_an
 def test_with_a_dual_clip_of_three_rlad_would_drop_these_tokens() -> None:
     """Why it has none: w = sqrt(p / q) > 3 where q < p / 9."""
     batch = with_teacher_ratios(Batch())
-    inputs = replace(batch.inputs(), on_mask_T=torch.ones(TOKENS, dtype=torch.bool))
+    inputs = replace(batch.inputs(), student_mask_T=torch.ones(TOKENS, dtype=torch.bool))
     policy = PolicyGradientConfig(ratio="ppo_clip", dual_clip=3.0)
     gradient_TV = batch.gradient(bind_objective(RladObjective(policy_gradient=policy))(inputs).loss_sum)
     old_logp_T = at(batch.old_z_TV.log_softmax(dim=1), batch.x_T)
@@ -201,8 +194,8 @@ def test_the_own_settings_of_a_kind_are_what_the_table_states(kind: str) -> None
 
 def test_the_sizes_of_a_custom_objective_are_what_the_text_states() -> None:
     custom = CustomObjective(function="package.module:function")
-    assert "`topk` is 64 and its `own_topk` 0" in TEXT
-    assert (custom.topk, custom.own_topk) == (64, 0)
+    assert "`topk` is 64 and its `student_topk` 0" in TEXT
+    assert (custom.topk, custom.student_topk) == (64, 0)
 
 
 @pytest.mark.parametrize("row", rows("Settings of other sections"), ids=lambda row: f"{row[0]} {row[1]}")

@@ -18,10 +18,11 @@ from tests import oracles
 from tests.golden_rows import GOLDEN, POLICY
 from tests.golden_rows import SETTINGS as TROPD_SETTINGS
 from tests.objective_batch import TOKENS, VOCABULARY, Batch, filled, token_inputs
-from tropd_mcore.losses.divergences import topk_forward_kl
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs
-from tropd_mcore.losses.objectives.tropd import opd, tropd
-from tropd_mcore.losses.policy_gradient import PolicyGradient
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.parts.divergences import topk_forward_kl
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
+from tropd_mcore.objectives.trust_region import opd, tropd
 
 SETTINGS: dict[str, Any] = TROPD_SETTINGS | POLICY
 TRUST_MODES = ("bernoulli", "soft", "threshold", "none")
@@ -41,7 +42,7 @@ def batch_oracle(batch: Batch, settings: dict[str, Any]) -> list[oracles.TokenRe
                 log_q=batch.log_q_TV[token].numpy(),
                 x=int(batch.x_T[token]),
                 u=float(batch.u_T[token]),
-                behav_logp=float(batch.behav_logp_T[token]),
+                rollout_logp=float(batch.rollout_logp_T[token]),
                 origin=batch.origin[token],
                 weight=float(batch.weight_T[token]),
             ),
@@ -52,7 +53,7 @@ def batch_oracle(batch: Batch, settings: dict[str, Any]) -> list[oracles.TokenRe
     ]
 
 
-def run_tropd(inputs: TokenInputs, settings: dict[str, Any]) -> ObjectiveOutput:
+def run_tropd(inputs: TokenInputs, settings: dict[str, Any]) -> TokenLosses:
     """`tropd` with a flat set of keywords: its own and those of the policy gradient."""
     own = {name: value for name, value in settings.items() if name not in POLICY}
     return tropd(inputs, **own, policy=policy_of(settings))
@@ -123,7 +124,7 @@ def test_every_engine_weight_and_advantage_clip_equals_the_oracle(
 def test_log_ratio_and_masses_are_reported() -> None:
     batch = Batch()
     inputs = batch.inputs()
-    counted_T = inputs.on_mask_T | inputs.off_mask_T
+    counted_T = inputs.student_mask_T | inputs.prefix_mask_T
     columns = run_tropd(inputs, SETTINGS).columns
     log_ratio_T = (inputs.teacher_logp_T - inputs.student_logp_T).detach()
     torch.testing.assert_close(columns["log_ratio"][counted_T], log_ratio_T[counted_T], rtol=0, atol=0)
@@ -204,7 +205,7 @@ def test_a_prefix_token_carries_neither_ratio_nor_engine_weight(ratio: str) -> N
         plain = run_tropd(batch.inputs(), {**SETTINGS, "prefix_loss": prefix_loss})
         settings = {**SETTINGS, "prefix_loss": prefix_loss, "ratio": ratio, "mismatch": "icepop"}
         inputs = batch.inputs()
-        corrected = run_tropd(replace(inputs, behav_logp_T=torch.zeros_like(inputs.behav_logp_T)), settings)
+        corrected = run_tropd(replace(inputs, rollout_logp_T=torch.zeros_like(inputs.rollout_logp_T)), settings)
         assert torch.equal(corrected.loss_sum, plain.loss_sum)
         assert torch.equal(batch.gradient(corrected.loss_sum), batch.gradient(plain.loss_sum))
         assert torch.equal(corrected.columns["ratio"], torch.ones_like(corrected.columns["ratio"]))
@@ -229,7 +230,7 @@ def test_no_tokens_give_zero_and_a_gradient() -> None:
     assert all(column.shape == (0,) for column in output.columns.values())
 
 
-CONSTANTS = ("teacher_logp_T", "teacher_topk_logp_TK", "old_logp_T", "behav_logp_T", "trust_u_T", "statistic_T")
+CONSTANTS = ("teacher_logp_T", "teacher_topk_logp_TK", "old_logp_T", "rollout_logp_T", "trust_u_T", "statistic_T")
 
 
 def _detach_check(settings: dict[str, Any]) -> None:
@@ -280,7 +281,7 @@ def test_opd_has_a_live_path_through_log_p() -> None:
 
 def test_loss_and_gradient_are_proportional_to_the_row_weight() -> None:
     batch = Batch()
-    one: ObjectiveOutput = run_tropd(batch.inputs(), SETTINGS)
+    one: TokenLosses = run_tropd(batch.inputs(), SETTINGS)
     two = run_tropd(replace(batch.inputs(), weight_T=2.0 * batch.weight_T), SETTINGS)
     torch.testing.assert_close(two.loss_sum, 2.0 * one.loss_sum, rtol=1e-15, atol=0)
     torch.testing.assert_close(batch.gradient(two.loss_sum), 2.0 * batch.gradient(one.loss_sum), rtol=1e-15, atol=0)

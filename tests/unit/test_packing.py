@@ -35,7 +35,7 @@ def make_rollout(index: int, prompt: int, prefix: int, response: int, carries: b
         prompt_ids=ids(prompt),
         prefix_ids=ids(prefix),
         response_ids=ids(response),
-        behav_logp=-generator.random(response, dtype=np.float32),
+        rollout_logp=-generator.random(response, dtype=np.float32),
         trust_u=generator.random(response, dtype=np.float32),
         policy_version="3",
         finish_reason="stop",
@@ -67,7 +67,7 @@ def steps_to_pack(draw):
             always=draw(st.frozensets(st.integers(1, VOCABULARY - 1), max_size=3)),
             first=draw(st.frozensets(st.integers(1, VOCABULARY - 1), max_size=3)),
         ),
-        "parts": draw(st.sampled_from([(), parts_of(len(sizes))])),
+        "mini_batches": draw(st.sampled_from([(), parts_of(len(sizes))])),
         "device": "cpu",
     }
 
@@ -112,7 +112,7 @@ def test_every_supervised_token_is_a_row_exactly_once_over_all_ranks(case):
     found: Counter = Counter()
     for packed in pack_all(case).values():
         for micro in packed.micro_batches:
-            columns = (micro.sample_index, micro.token_index, micro.on_mask, micro.off_mask)
+            columns = (micro.sample_index_T, micro.token_index_T, micro.student_mask_T, micro.prefix_mask_T)
             found.update(zip(*(column.tolist() for column in columns), strict=True))
     expected = expected_rows(case)
     assert found == expected
@@ -124,16 +124,16 @@ def test_every_supervised_token_is_a_row_exactly_once_over_all_ranks(case):
 def test_each_row_predicts_its_token_and_carries_its_sampler_values(case):
     for packed in pack_all(case).values():
         for micro in packed.micro_batches:
-            for row in range(len(micro.rows)):
-                rollout = case["rollouts"][micro.sample_index[row]]
-                token = int(micro.token_index[row])
+            for row in range(len(micro.rows_T)):
+                rollout = case["rollouts"][micro.sample_index_T[row]]
+                token = int(micro.token_index_T[row])
                 start = len(rollout.prompt_ids) + len(rollout.prefix_ids)
-                assert micro.target_ids[row] == rollout.token_ids[token]
-                assert micro.input_ids[micro.rows[row]] == rollout.token_ids[token - 1]
-                assert micro.position_ids[micro.rows[row]] == token - 1
+                assert micro.target_ids_T[row] == rollout.token_ids[token]
+                assert micro.input_ids_P[micro.rows_T[row]] == rollout.token_ids[token - 1]
+                assert micro.position_ids_P[micro.rows_T[row]] == token - 1
                 on = token >= start
-                assert micro.behav_logp[row] == (rollout.behav_logp[token - start] if on else 0)
-                assert micro.trust_u[row] == (rollout.trust_u[token - start] if on else 0)
+                assert micro.rollout_logp_T[row] == (rollout.rollout_logp[token - start] if on else 0)
+                assert micro.trust_u_T[row] == (rollout.trust_u[token - start] if on else 0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -161,8 +161,8 @@ def test_packs_have_one_length_and_context_slices_tile_them(case):
                     for start, stop in pairwise(boundaries)
                     for position in zigzag(stop - start, case["cp_size"], cp_rank)
                 ]
-                assert part.position_ids.tolist() == [position for _, position in expected]
-                assert part.rows.tolist() == sorted(set(part.rows.tolist()))
+                assert part.position_ids_P.tolist() == [position for _, position in expected]
+                assert part.rows_T.tolist() == sorted(set(part.rows_T.tolist()))
                 seen[[start + position for start, position in expected]] += 1
             assert (seen == 1).all()
 
@@ -172,13 +172,13 @@ def means_of_ones_and_twos(case: dict) -> list[float]:
     sample + 1."""
     ranks = list(pack_all(case).values())
     means = []
-    for part in range(len(ranks[0].parts)):
+    for part in range(len(ranks[0].mini_batches)):
         total, count = 0.0, 0
         for packed in ranks:
-            for micro in packed.micro_batches[packed.parts[part]]:
-                value = (micro.on_mask.double() + 2 * micro.off_mask.double()) * (micro.sample_index + 1)
-                total += float((micro.weight.double() * value).sum())
-                count += len(micro.rows)
+            for micro in packed.micro_batches[packed.mini_batches[part]]:
+                value = (micro.student_mask_T.double() + 2 * micro.prefix_mask_T.double()) * (micro.sample_index_T + 1)
+                total += float((micro.weight_T.double() * value).sum())
+                count += len(micro.rows_T)
         means.append(total / max(count, 1))
     return means
 
@@ -188,7 +188,7 @@ def means_of_ones_and_twos(case: dict) -> list[float]:
 def test_weights_turn_the_sum_of_each_part_into_the_mean_asked_for(case):
     rows = expected_rows(case)
     found = means_of_ones_and_twos(case)
-    parts = case["parts"] or [range(len(case["rollouts"]))]
+    parts = case["mini_batches"] or [range(len(case["rollouts"]))]
     assert len(found) == len(parts)
     for part, mean in zip(parts, found, strict=True):
         on = [[1.0 * (s + 1) for row in rows if row[0] == s and row[2]] for s in part]
@@ -207,14 +207,14 @@ def test_weights_turn_the_sum_of_each_part_into_the_mean_asked_for(case):
 @settings(max_examples=60, deadline=None)
 @given(steps_to_pack())
 def test_no_pack_has_samples_of_two_parts(case):
-    parts = case["parts"] or [range(len(case["rollouts"]))]
+    parts = case["mini_batches"] or [range(len(case["rollouts"]))]
     for packed in pack_all(case).values():
-        assert [index for part in packed.parts for index in range(len(packed.micro_batches))[part]] == list(
+        assert [index for part in packed.mini_batches for index in range(len(packed.micro_batches))[part]] == list(
             range(len(packed.micro_batches))
         )
-        for part, samples in zip(packed.parts, parts, strict=True):
+        for part, samples in zip(packed.mini_batches, parts, strict=True):
             for micro in packed.micro_batches[part]:
-                assert set(micro.sample_index.tolist()) <= set(samples)
+                assert set(micro.sample_index_T.tolist()) <= set(samples)
 
 
 def of_prompts(*names: str) -> list[Rollout]:
@@ -266,7 +266,7 @@ def options(**changes) -> dict:
 def test_the_token_mean_weighs_every_row_exactly_one():
     packed = pack([make_rollout(i, 3, 4, 11, i == 0) for i in range(3)], **options())
     for micro in packed.micro_batches:
-        assert torch.equal(micro.weight, torch.ones_like(micro.weight))
+        assert torch.equal(micro.weight_T, torch.ones_like(micro.weight_T))
 
 
 def test_a_sample_over_the_budget_names_the_key_and_the_size_it_needs():
@@ -281,7 +281,7 @@ def test_a_rank_without_samples_gets_packs_of_padding_without_rows():
     packed = pack([make_rollout(0, 3, 0, 5, False)], **options(dp_size=2, dp_rank=1))
     (micro,) = packed.micro_batches
     assert packed.pack_length == 8 and micro.cu_seqlens.tolist() == [0, 8]
-    assert micro.rows.numel() == 0 and micro.target_ids.dtype == torch.int64
+    assert micro.rows_T.numel() == 0 and micro.target_ids_T.dtype == torch.int64
 
 
 def test_samples_are_spread_evenly_over_the_data_ranks():

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import run_on_ranks
-from tropd_mcore.config.divergence_objectives import GkdObjective
+from tropd_mcore.config.objectives.matching import GkdObjective
 from tropd_mcore.conformance.adapters.checkout import Checkout, StandIn, in_sys_modules
 from tropd_mcore.conformance.adapters.inputs import CompositeInputs
 from tropd_mcore.conformance.adapters.naive import composite
@@ -69,10 +69,10 @@ def make_case(group: Any, name: str = "log_prob", *, rank: int = 0) -> PeerCase:
         own_ids_TL=topk_ids_TK[:, :0],
         teacher_own_logp_TL=torch.zeros(5, 0),
         old_logp_T=nothing_T,
-        behav_logp_T=nothing_T,
+        rollout_logp_T=nothing_T,
         trust_u_T=nothing_T,
-        on_mask_T=mask.index_fill(0, torch.tensor(STUDENT_ROWS), True),
-        off_mask_T=mask.index_fill(0, torch.tensor(TEACHER_ROWS), True),
+        student_mask_T=mask.index_fill(0, torch.tensor(STUDENT_ROWS), True),
+        prefix_mask_T=mask.index_fill(0, torch.tensor(TEACHER_ROWS), True),
         weight_T=torch.tensor([0.5, 1.0, 2.0, 1.5, 1.0]),
     )
 

@@ -14,20 +14,20 @@ from torch import Tensor
 
 from tests import oracles
 from tests.golden_rows import POLICY
-from tropd_mcore.losses.policy_gradient import PolicyGradient, PolicyLoss, clipped_reward, policy_loss
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient, PolicyLoss, clipped_reward, policy_loss
 
 RATIOS = ("none", "importance", "ppo_clip")
 MISMATCHES = ("off", "tis", "icepop", "mask")
 
 
 def loss_of(
-    logp: Tensor, advantage: Tensor, old_logp: Tensor, *, behav_logp: Tensor | None = None, **changed: object
+    logp: Tensor, advantage: Tensor, old_logp: Tensor, *, rollout_logp: Tensor | None = None, **changed: object
 ) -> PolicyLoss:
     return policy_loss(
         logp,
         advantage,
         old_logp_T=old_logp,
-        behav_logp_T=old_logp if behav_logp is None else behav_logp,
+        rollout_logp_T=old_logp if rollout_logp is None else rollout_logp,
         policy=PolicyGradient(**{**POLICY, **changed}),  # type: ignore[arg-type]
     )
 
@@ -79,7 +79,7 @@ def test_loss_slope_ratio_and_clip_equal_the_oracle(ratio: str, mismatch: str, d
     advantage_T = torch.randn(211, generator=random, dtype=torch.float64)
     logp_T.requires_grad_(True)
     settings = {**POLICY, "ratio": ratio, "mismatch": mismatch, "dual_clip": dual_clip}
-    result = loss_of(logp_T, advantage_T, old_T, behav_logp=behav_T, **settings)
+    result = loss_of(logp_T, advantage_T, old_T, rollout_logp=behav_T, **settings)
     (slope_T,) = torch.autograd.grad(result.loss_T.sum(), logp_T)
     for token in range(len(logp_T)):
         engine = oracles.engine_weight(float(old_T[token]), float(behav_T[token]), settings)
@@ -99,7 +99,7 @@ def test_where_the_policy_has_not_moved_all_ratios_have_the_same_gradient(mismat
     advantage_T, behav_T = torch.randn(101, generator=random), -3.0 * torch.rand(101, generator=random)
     slopes = []
     for ratio in RATIOS:
-        result = loss_of(logp_T, advantage_T, logp_T.detach(), behav_logp=behav_T, ratio=ratio, mismatch=mismatch)
+        result = loss_of(logp_T, advantage_T, logp_T.detach(), rollout_logp=behav_T, ratio=ratio, mismatch=mismatch)
         slopes.append(torch.autograd.grad(result.loss_T.sum(), logp_T)[0])
     assert torch.equal(slopes[0], slopes[1]) and torch.equal(slopes[0], slopes[2])
 
@@ -141,7 +141,7 @@ def test_gradients_flow_through_log_p_alone(ratio: str) -> None:
     random = torch.Generator().manual_seed(7)
     live = [torch.randn(9, generator=random).requires_grad_(True) for _ in range(4)]
     logp_T, advantage_T, old_T, behav_T = live
-    result = loss_of(logp_T, advantage_T, old_T, behav_logp=behav_T, ratio=ratio, mismatch="tis")
+    result = loss_of(logp_T, advantage_T, old_T, rollout_logp=behav_T, ratio=ratio, mismatch="tis")
     slope_T, *others = torch.autograd.grad(result.loss_T.sum(), live, allow_unused=True)
     assert slope_T.any() and all(other is None for other in others)
     assert not any(t.requires_grad for t in (result.ratio_T, result.clipped_T, result.advantage_T))
@@ -152,9 +152,9 @@ def test_the_anchor_takes_the_place_of_the_old_policy_in_the_ratio_alone() -> No
     logp_T, advantage_T, old_T, behav_T, anchor_T = (torch.randn(9, generator=random) for _ in range(5))
     policy = PolicyGradient(ratio="ppo_clip", mismatch="tis")
     anchored = policy_loss(
-        logp_T, advantage_T, old_logp_T=old_T, behav_logp_T=behav_T, policy=policy, anchor_logp_T=anchor_T
+        logp_T, advantage_T, old_logp_T=old_T, rollout_logp_T=behav_T, policy=policy, anchor_logp_T=anchor_T
     )
-    plain = policy_loss(logp_T, advantage_T, old_logp_T=old_T, behav_logp_T=behav_T, policy=policy)
+    plain = policy_loss(logp_T, advantage_T, old_logp_T=old_T, rollout_logp_T=behav_T, policy=policy)
     torch.testing.assert_close(anchored.ratio_T, (logp_T - anchor_T).exp())
     assert torch.equal(anchored.advantage_T, plain.advantage_T)
 
@@ -164,7 +164,7 @@ def test_an_advantage_of_minus_infinity_is_dropped_where_the_engine_weight_is_ze
     infinite_T = torch.tensor([-math.inf])
     for ratio in RATIOS:
         result = loss_of(
-            logp_T, infinite_T, torch.tensor([-1.0]), behav_logp=torch.tensor([-9.0]), ratio=ratio, mismatch="icepop"
+            logp_T, infinite_T, torch.tensor([-1.0]), rollout_logp=torch.tensor([-9.0]), ratio=ratio, mismatch="icepop"
         )
         assert torch.autograd.grad(result.loss_T.sum(), logp_T)[0].item() == 0.0
 

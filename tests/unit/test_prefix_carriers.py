@@ -13,16 +13,14 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from tests.unit.test_packing import make_rollout, options
-from tropd_mcore.config.derived import has_prefix_loss
-from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.config.objectives import KINDS, ObjectiveConfig
 from tropd_mcore.data.packing import pack
-from tropd_mcore.data.requests import cut_response
 from tropd_mcore.data.supervision import hand_over, with_carriers
-from tropd_mcore.losses.method_table import OBJECTIVES
+from tropd_mcore.data.verdicts import Verdicts
+from tropd_mcore.monitor.clock import StepClock
+from tropd_mcore.rollout.requests import cut_response
 from tropd_mcore.teacher.sglang import SampleScore, SampleScores, to_micro_batch
-from tropd_mcore.train.clock import StepClock
 from tropd_mcore.train.trainer import Trainer
-from tropd_mcore.train.verdicts import Verdicts
 from tropd_mcore.types import Rollout
 
 WITH_PREFIX_LOSS = [
@@ -32,7 +30,7 @@ WITH_PREFIX_LOSS = [
     {"kind": "custom", "function": "a:b", "arguments": {"prefix_loss": "nll"}},
 ]
 WITHOUT = [
-    *({"kind": kind} for kind in sorted(OBJECTIVES.keys() - {"tropd", "tropd_aopd", "custom"})),
+    *({"kind": kind} for kind in sorted(KINDS.keys() - {"tropd", "tropd_aopd", "custom"})),
     {"kind": "tropd", "guidance": {"loss": "none"}},
     {"kind": "tropd", "guidance": {"enabled": False}},
     {"kind": "tropd_aopd", "guidance": {"loss": "none"}},
@@ -63,14 +61,14 @@ def carriers_of(rollouts: list[Rollout]) -> set[int]:
 
 @pytest.mark.parametrize("settings", WITH_PREFIX_LOSS, ids=str)
 def test_an_objective_with_a_prefix_term_says_so(settings: dict[str, Any]) -> None:
-    assert has_prefix_loss(objective(settings))
+    assert objective(settings).has_prefix_loss
 
 
 @pytest.mark.parametrize("settings", WITHOUT, ids=str)
 def test_every_other_objective_has_no_prefix_rows(settings: dict[str, Any]) -> None:
-    assert not has_prefix_loss(objective(settings))
+    assert not objective(settings).has_prefix_loss
     stored = step_of([("a", 4, 3), ("b", 2, 3)], {0, 3})
-    used = with_carriers(stored, prefix_loss=has_prefix_loss(objective(settings)))
+    used = with_carriers(stored, prefix_loss=objective(settings).has_prefix_loss)
     plain = [replace(rollout, carries_prefix_loss=False) for rollout in stored]
     for aggregation in ("token_mean", "sequence_mean"):
         for denominator in ("joint", "separate"):
@@ -79,7 +77,9 @@ def test_every_other_objective_has_no_prefix_rows(settings: dict[str, Any]) -> N
             assert found.global_token_count == expected.global_token_count == sum(len(r.response_ids) for r in stored)
             for one, two in zip(found.micro_batches, expected.micro_batches, strict=True):
                 assert (
-                    not one.off_mask.any() and one.weight.equal(two.weight) and one.token_index.equal(two.token_index)
+                    not one.prefix_mask_T.any()
+                    and one.weight_T.equal(two.weight_T)
+                    and one.token_index_T.equal(two.token_index_T)
                 )
 
 
@@ -152,7 +152,7 @@ def test_a_prefix_that_was_scored_in_no_sample_is_no_scored_row() -> None:
         zeros(count, np.float32), np.ones(count, np.bool_),
     )  # fmt: skip
     scores = to_micro_batch(SampleScores([score], 2), batch)
-    assert scores.scored_T.equal(batch.on_mask) and batch.off_mask.sum() == 4
+    assert scores.scored_T.equal(batch.student_mask_T) and batch.prefix_mask_T.sum() == 4
 
 
 def test_all_that_a_step_computes_is_of_the_packs_with_the_final_carriers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_all_that_a_step_computes_is_of_the_packs_with_the_final_carriers(monkey
     )
     monkeypatch.setattr(Trainer, "may_stop", lambda trainer: None)
     trainer = Trainer.__new__(Trainer)
-    trainer.parts = parts  # type: ignore[assignment]
+    trainer.components = parts  # type: ignore[assignment]
     trainer.pack = lambda rollouts: f"packs of {rollouts}"  # type: ignore[assignment,method-assign]
     trainer.judge = lambda rollouts: Verdicts()  # type: ignore[method-assign]
     batch = trainer.prepare(0, StepClock())

@@ -80,7 +80,7 @@ def test_every_metric_of_a_chart_is_in_the_catalogue():
 
 
 def test_the_named_phases_are_those_of_the_trainer():
-    sources = (Path(__file__).parents[2] / "tropd_mcore" / "train").glob("*.py")
+    sources = (Path(__file__).parents[2] / "tropd_mcore").rglob("*.py")
     phases = {name for path in sources for name in re.findall(r'clock\.phase\("(\w+)"\)', path.read_text())}
     assert set(PHASES) <= phases
 

@@ -73,7 +73,7 @@ def test_a_run_without_guidance_is_compared_from_its_first_step_on(run_dir):
 def test_windows_never_overlap(run_dir):
     for count in (1, 2, 3, 19, 20, 21):
         write_metrics(run_dir, np.zeros(count), trust__fraction=np.zeros(count))
-        windows = comparable_windows(read_run(run_dir, lambda path: [], token_steps=0))
+        windows = comparable_windows(read_run(run_dir, token_steps=0))
         assert windows.last.stop == count
         assert (windows.first is None) == (count == 1)
         assert windows.first is None or windows.first.stop <= windows.last.start
@@ -97,13 +97,13 @@ def test_held_out_accuracy_leads_and_the_sentence_says_no_more_than_its_interval
 
     def words(after: int) -> str:
         result_of(str(run_dir / "export"), after).save(run_dir / "evaluation_after.json")
-        return " ".join(sentences(read_run(run_dir, lambda path: [], token_steps=0)))
+        return " ".join(sentences(read_run(run_dir, token_steps=0)))
 
     assert "The student is better than before" in words(30)
     assert "neither better nor worse beyond chance" in words(11)
     assert "The student is worse than before" in words(0)
     (run_dir / "evaluation_after.json").unlink()
-    assert "is not known" in " ".join(sentences(read_run(run_dir, lambda path: [], token_steps=0)))
+    assert "is not known" in " ".join(sentences(read_run(run_dir, token_steps=0)))
 
 
 def test_the_sentences_state_progress_and_troubles_that_were_measured(run_dir):
@@ -116,7 +116,7 @@ def test_the_sentences_state_progress_and_troubles_that_were_measured(run_dir):
     )
     text = (run_dir / "config.resolved.yaml").read_text()
     (run_dir / "config.resolved.yaml").write_text(text.replace("steps: 3", "steps: 100"))
-    words = " ".join(sentences(read_run(run_dir, lambda path: [], token_steps=0)))
+    words = " ".join(sentences(read_run(run_dir, token_steps=0)))
     for sentence in (
         "20 of 100 steps are done: the run goes on, or it was stopped.",
         "25.0% of the responses in steps 18 to 19 were cut by the token budget.",

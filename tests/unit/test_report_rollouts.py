@@ -19,8 +19,8 @@ from tropd_mcore.evaluation.rollout_texts import Answer
 from tropd_mcore.evaluation.rollout_view import verdict_of
 from tropd_mcore.evaluation.run_records import StepTokens
 from tropd_mcore.files import file_digest
-from tropd_mcore.train.replay import save_rollouts
-from tropd_mcore.train.tokens import save_token_sample
+from tropd_mcore.records.replay import save_rollouts
+from tropd_mcore.records.token_file import save_token_sample
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_an_older_run_is_judged_by_its_own_verifier_and_the_page_says_so(run_dir
         replace(
             rollout_of(tokenizer, index),
             response_ids=response,
-            behav_logp=np.zeros(size, np.float32),
+            rollout_logp=np.zeros(size, np.float32),
             trust_u=np.zeros(size, np.float32),
         )
         for index in range(3)
@@ -250,15 +250,17 @@ def test_token_values_of_other_rollouts_are_an_error_with_the_file(run_dir):
 
 
 def test_rollouts_that_a_running_job_has_just_removed_are_left_out(run_dir, monkeypatch):
+    from tropd_mcore.evaluation import run_records
     from tropd_mcore.evaluation.report import ReportOptions, write_report
+
+    load_rollouts = run_records.load_rollouts
 
     def load(path: Path):
         if path.name == "step_000001.npz":
             path.unlink()
             raise DataError(f"cannot read {path}")
-        from tropd_mcore.train.replay import load_rollouts
-
         return load_rollouts(path)
 
-    page = write_report(run_dir, ReportOptions(), load_rollouts=load).path.read_text()
+    monkeypatch.setattr(run_records, "load_rollouts", load)
+    page = write_report(run_dir, ReportOptions()).path.read_text()
     assert section(page, "Rollouts").count('<details class="step"') == 2

@@ -7,8 +7,8 @@ import pytest
 
 from tropd_mcore.config.derived import alpha, longest_response_at, prefix_length
 from tropd_mcore.config.schema import Config
-from tropd_mcore.data.requests import build_requests, cut_response
 from tropd_mcore.errors import DataError
+from tropd_mcore.rollout.requests import build_requests, cut_response
 from tropd_mcore.types import Prompt, Rollout
 
 
@@ -161,7 +161,7 @@ def test_a_replayed_response_is_cut_to_what_the_step_allows():
         prompt_ids=np.array([5], dtype=np.int32),
         prefix_ids=np.array([6], dtype=np.int32),
         response_ids=np.arange(7, dtype=np.int32),
-        behav_logp=-np.arange(7, dtype=np.float32),
+        rollout_logp=-np.arange(7, dtype=np.float32),
         trust_u=np.linspace(0, 0.9, 7, dtype=np.float32),
         policy_version="v",
         finish_reason="stop",
@@ -169,6 +169,6 @@ def test_a_replayed_response_is_cut_to_what_the_step_allows():
         answer=None,
     )
     cut = cut_response(rollout, 4)
-    assert cut.response_ids.tolist() == [0, 1, 2, 3] and cut.behav_logp.tolist() == [0, -1, -2, -3]
+    assert cut.response_ids.tolist() == [0, 1, 2, 3] and cut.rollout_logp.tolist() == [0, -1, -2, -3]
     assert len(cut.trust_u) == 4 and cut.finish_reason == "length" and cut.prefix_ids.tolist() == [6]
     assert cut_response(rollout, 7) is rollout

@@ -20,9 +20,11 @@ from tests import oracles
 from tests.golden_rows import POLICY
 from tests.golden_rows import SETTINGS as TROPD_SETTINGS
 from tests.objective_batch import TOKENS, Batch, filled
-from tropd_mcore.losses.objectives.candidates import rethinking
-from tropd_mcore.losses.objectives.inputs import ABSENT, ObjectiveOutput, TokenInputs
-from tropd_mcore.losses.objectives.rewards import (
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.candidates import rethinking
+from tropd_mcore.objectives.inputs import ABSENT, TokenInputs
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
+from tropd_mcore.objectives.rewards import (
     entropy_opd,
     exopd,
     iw_opd,
@@ -31,15 +33,14 @@ from tropd_mcore.losses.objectives.rewards import (
     topd,
     vopd,
 )
-from tropd_mcore.losses.objectives.tropd import opd, tropd
-from tropd_mcore.losses.objectives.verified import k3, kdrl, rlad
-from tropd_mcore.losses.policy_gradient import PolicyGradient
+from tropd_mcore.objectives.trust_region import opd, tropd
+from tropd_mcore.objectives.verified import k3, kdrl, rlad
 
 FLOOR = -0.4
 MODES = ({"ratio": "none", "mismatch": "tis"}, {"ratio": "importance"}, {"ratio": "ppo_clip", "mismatch": "icepop"})
 SUPPORTS = ("student", "teacher", "intersection", "union", "xor")
 
-Objective = Callable[..., ObjectiveOutput]
+Objective = Callable[..., TokenLosses]
 OBJECTIVES: dict[str, Objective] = {
     "reopold": partial(reopold, floor=FLOOR, train="all"),
     "reopold_phase_one": partial(reopold, floor=FLOOR, train="above_floor"),
@@ -73,14 +74,14 @@ def expected_reward(name: str, batch: Batch, token: int) -> tuple[float, bool]:
         trained = {"reopold": True, "reopold_phase_one": r >= FLOOR, "reopold_phase_two": statistic != 0}[name]
         return max(r, FLOOR), trained
     if name == "vopd":
-        own = oracles.top_ids(batch.old_z_TV[token].numpy(), batch.own_topk)
+        own = oracles.top_ids(batch.old_z_TV[token].numpy(), batch.student_topk)
         p, q = (np.exp(log[own]) / np.exp(log[own]).sum() for log in (old, log_q))
         return r + float((p * np.log(p / q)).sum()), True
     return {
         "entropy_opd": r,
         "exopd": 1.25 * (log_q[x] - log_ref[x]) - (old[x] - log_ref[x]),
         "topd": statistic,
-        "iw_opd": statistic * (log_q[x] - float(batch.behav_logp_T[token])),
+        "iw_opd": statistic * (log_q[x] - float(batch.rollout_logp_T[token])),
         "power_opd": math.sqrt(math.exp(log_q[x])) - math.sqrt(math.exp(old[x])),
         "kdrl": statistic,
         "rlad": statistic,
@@ -113,7 +114,7 @@ def test_loss_gradient_and_columns_equal_a_loop_over_tokens(name: str, mode: dic
         log_p = oracles.log_softmax(batch.z_TV[token].detach().numpy())
         old = oracles.log_softmax(batch.old_z_TV[token].numpy())
         advantage, trained = expected_reward(name, batch, token)
-        engine = oracles.engine_weight(float(old[x]), float(batch.behav_logp_T[token]), settings)
+        engine = oracles.engine_weight(float(old[x]), float(batch.rollout_logp_T[token]), settings)
         direct, direct_slope, anchor = expected_direct(name, batch, token)
         sampled = oracles.policy(engine * advantage, float(log_p[x]), anchor, settings)
         slope = 0.0
@@ -146,7 +147,7 @@ def test_candidates_equal_a_loop_over_the_support(support: str, mode: dict[str, 
         log_p = oracles.log_softmax(batch.z_TV[token].detach().numpy())
         old = oracles.log_softmax(batch.old_z_TV[token].numpy())
         log_q = batch.log_q_TV[token].numpy()
-        own, teacher = oracles.top_ids(old, batch.own_topk), oracles.top_ids(log_q, batch.topk)
+        own, teacher = oracles.top_ids(old, batch.student_topk), oracles.top_ids(log_q, batch.topk)
         before = {v: float(old[v]) if v in own else float(log_p[v]) for v in {*own, *teacher}}
         support_ids = {
             "student": set(own),
@@ -189,7 +190,7 @@ CONSTANTS = (
     "reference_logp_T",
     "old_logp_T",
     "old_own_logp_TL",
-    "behav_logp_T",
+    "rollout_logp_T",
     "statistic_T",
 )
 
@@ -229,11 +230,11 @@ def test_chunks_add_up_to_the_whole(name: str) -> None:
         torch.testing.assert_close(joined, values, rtol=0, atol=1e-14, equal_nan=True)
 
 
-def _opd(batch: Batch, **policy: Any) -> ObjectiveOutput:
+def _opd(batch: Batch, **policy: Any) -> TokenLosses:
     return opd(batch.inputs(), policy=PolicyGradient(**policy))
 
 
-def _same_loss_and_gradient(batch: Batch, one: ObjectiveOutput, other: ObjectiveOutput, atol: float) -> None:
+def _same_loss_and_gradient(batch: Batch, one: TokenLosses, other: TokenLosses, atol: float) -> None:
     torch.testing.assert_close(one.loss_sum, other.loss_sum, rtol=0, atol=40 * atol)
     torch.testing.assert_close(batch.gradient(one.loss_sum), batch.gradient(other.loss_sum), rtol=0, atol=atol)
 
@@ -245,7 +246,7 @@ def _ones(batch: Batch) -> TokenInputs:
 @pytest.mark.parametrize("ratio", ["none", "importance", "ppo_clip"])
 def test_the_relatives_of_opd_meet_it_at_the_end_of_their_ranges(ratio: str) -> None:
     batch = Batch(moved=0.4)
-    batch.behav_logp_T = batch.inputs().old_logp_T
+    batch.rollout_logp_T = batch.inputs().old_logp_T
     policy, plain = PolicyGradient(ratio=ratio), partial(_opd, batch, ratio=ratio)
     _same_loss_and_gradient(batch, reopold(batch.inputs(), floor=-1e9, train="all", policy=policy), plain(), 0.0)
     _same_loss_and_gradient(batch, entropy_opd(_ones(batch), denominator="all", policy=policy), plain(), 0.0)
@@ -328,7 +329,7 @@ def test_a_state_without_candidates_has_no_loss_and_counts(support: str) -> None
 
 
 def test_the_teacher_s_support_needs_no_candidates_of_the_student() -> None:
-    batch = Batch(own_topk=0)
+    batch = Batch(student_topk=0)
     with_own = Batch()
     policy = PolicyGradient()
     alone = rethinking(batch.inputs(), support="teacher", policy=policy)
@@ -338,7 +339,7 @@ def test_the_teacher_s_support_needs_no_candidates_of_the_student() -> None:
 
 def test_one_candidate_pulls_its_probability_to_the_teacher_s() -> None:
     """Renormalised on one candidate its weight is 1, but its log-ratio is over the whole vocabulary: not degenerate."""
-    batch = Batch(own_topk=1)
+    batch = Batch(student_topk=1)
     output = rethinking(batch.inputs(), support="student", policy=PolicyGradient())
     gradient_TV = batch.gradient(output.loss_sum)
     best_T = batch.z_TV.detach().argmax(dim=1)

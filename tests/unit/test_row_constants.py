@@ -14,12 +14,12 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from tests.objective_batch import Batch
-from tropd_mcore.config.schema import ObjectiveConfig
-from tropd_mcore.losses.batch_statistics import BatchRows, statistic_of
-from tropd_mcore.losses.divergences import LOGP_FLOOR
-from tropd_mcore.losses.method_table import OBJECTIVES, bind_objective
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
-from tropd_mcore.mcore.row_constants import RowConstants, without_neginf
+from tropd_mcore.config.objectives import KINDS, ObjectiveConfig
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.mcore.token_inputs import TokenInputsBuilder, without_neginf
+from tropd_mcore.objectives.parts.batch_statistics import BatchRows, statistic_of
+from tropd_mcore.objectives.parts.divergences import LOGP_FLOOR
+from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.train.batch_context import _columns
 from tropd_mcore.types import MicroBatch, RowContext, StudentPass, TeacherScores
 
@@ -40,12 +40,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "lsm": [{}, {"sampled_tail": True}, {"sampled_tail": True, "clip_log_ratio": 2.0}],
     "reopold": [{}, {"stages": 2, "switch_at": 0.9}, {"stages": 2, "switch_at": 0.1}],
     "gkd": [{"divergence": "fkl"}, {"divergence": "rkl"}, {"divergence": "jsd"}],
-    "rethinking": [{"own_topk": 8, "support": support} for support in ("student", "union")],
-    "vopd": [{"own_topk": 8}],
-    "sdpo": [{"own_topk": 8}],
-    "custom": [{"function": "tropd_mcore.losses.objectives.tropd:opd"}],
+    "rethinking": [{"student_topk": 8, "support": support} for support in ("student", "union")],
+    "vopd": [{"student_topk": 8}],
+    "sdpo": [{"student_topk": 8}],
+    "custom": [{"function": "tropd_mcore.objectives.trust_region:opd"}],
 }
-CASES = [(kind, settings) for kind in sorted(OBJECTIVES) for settings in SETTINGS.get(kind, [{}])]
+CASES = [(kind, settings) for kind in sorted(KINDS) for settings in SETTINGS.get(kind, [{}])]
 
 
 def at_every_origin(batch: Batch) -> Tensor:
@@ -59,23 +59,23 @@ def at_every_origin(batch: Batch) -> Tensor:
 
 def constants_of(
     batch: Batch, config: ObjectiveConfig | None, logp_T: Tensor, u_T: Tensor | None = None
-) -> RowConstants:
+) -> TokenInputsBuilder:
     """The constants of the batch's rows where the teacher says `logp_T` of the sampled tokens."""
     inputs, rows = batch.inputs(), torch.arange(len(batch.origin))
     micro_batch = MicroBatch(
-        input_ids=rows,
-        position_ids=rows,
+        input_ids_P=rows,
+        position_ids_P=rows,
         cu_seqlens=torch.tensor([0, len(rows)]),
         max_seqlen=len(rows),
-        rows=rows,
-        target_ids=inputs.target_ids_T,
-        on_mask=inputs.on_mask_T,
-        off_mask=inputs.off_mask_T,
-        behav_logp=inputs.behav_logp_T,
-        trust_u=batch.u_T if u_T is None else u_T,
-        weight=inputs.weight_T,
-        sample_index=rows // 10,
-        token_index=rows % 10 + 1,
+        rows_T=rows,
+        target_ids_T=inputs.target_ids_T,
+        student_mask_T=inputs.student_mask_T,
+        prefix_mask_T=inputs.prefix_mask_T,
+        rollout_logp_T=inputs.rollout_logp_T,
+        trust_u_T=batch.u_T if u_T is None else u_T,
+        weight_T=inputs.weight_T,
+        sample_index_T=rows // 10,
+        token_index_T=rows % 10 + 1,
     )
     scores = TeacherScores(
         logp_T=logp_T,
@@ -83,14 +83,14 @@ def constants_of(
         topk_logp_TK=inputs.teacher_topk_logp_TK,
         tail_mass_T=torch.zeros_like(logp_T),
         entropy_T=inputs.teacher_entropy_T,
-        scored_T=torch.ones_like(inputs.on_mask_T),
-        own_logp_TL=inputs.teacher_own_logp_TL,
+        scored_T=torch.ones_like(inputs.student_mask_T),
+        logp_of_student_topk_TL=inputs.teacher_own_logp_TL,
     )
     found = StudentPass(inputs.old_logp_T, inputs.student_entropy_T.detach(), inputs.own_ids_TL, inputs.old_own_logp_TL)
     statistic = statistic_of(config, 0.5) if config is not None else None
     statistic_T = None
     if statistic is not None:
-        samples = int(micro_batch.sample_index.max()) + 1
+        samples = int(micro_batch.sample_index_T.max()) + 1
         columns: dict[str, Any] = _columns([micro_batch], [found], [scores])
         reward_S, prompt_index_S = np.arange(samples) % 2 * 1.0, np.zeros(samples, dtype=np.int64)
         statistic_T = torch.from_numpy(
@@ -104,10 +104,10 @@ def constants_of(
         old_own_logp_TL=inputs.old_own_logp_TL,
         teacher_own_logp_TL=inputs.teacher_own_logp_TL,
     )
-    return RowConstants.of(micro_batch, scores, context, batch.z_TV.shape[1])
+    return TokenInputsBuilder.of(micro_batch, scores, context, batch.z_TV.shape[1])
 
 
-def run(batch: Batch, config: ObjectiveConfig, constants: RowConstants) -> ObjectiveOutput:
+def run(batch: Batch, config: ObjectiveConfig, constants: TokenInputsBuilder) -> TokenLosses:
     log_p_TV = batch.z_TV.log_softmax(dim=1)
     entropy_T = -(log_p_TV.exp() * log_p_TV).sum(dim=1)
     logp_TJ = log_p_TV.gather(1, constants.ids_TJ)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tropd_mcore.monitor import clock as module
 from tropd_mcore.monitor.catalogue import PHASES
+from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.monitor.console import SHARES
-from tropd_mcore.train import clock as module
-from tropd_mcore.train.clock import StepClock
 
 PACKAGE = Path(__file__).parents[2] / "tropd_mcore"
 
@@ -66,7 +66,7 @@ def test_an_error_ends_its_phase(seconds):
 
 
 def test_every_phase_that_is_measured_is_in_the_catalogue_and_the_other_way_round():
-    sources = [path.read_text() for path in (PACKAGE / "train").glob("*.py")]
+    sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
     measured = {name for source in sources for name in re.findall(r'clock\.phase\("(\w+)"\)', source)}
     assert measured == PHASES.keys() - {"step"}
     assert {phase for _, phases in SHARES for phase in phases} <= {f"time/{name}" for name in PHASES}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.glue.stubs import make_rollouts
 from tropd_mcore.errors import DataError
-from tropd_mcore.train.replay import load_rollouts, save_rollouts
+from tropd_mcore.records.replay import load_rollouts, save_rollouts
 from tropd_mcore.types import Rollout
 
 
@@ -46,3 +46,20 @@ def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match="remove the file"):
         load_rollouts(path)
+
+
+def renamed(path: Path, old: str, new: str) -> None:
+    """The file as an earlier version wrote it, which called an array `old`."""
+    with np.load(path) as archive:
+        arrays = {name.replace(new, old): archive[name] for name in archive.files}
+    arrays["contents"] = np.array(sorted(arrays.keys() - {"contents"}))
+    np.savez(path, **arrays)
+
+
+def test_rollouts_of_a_version_with_other_names_are_read_as_they_were(tmp_path: Path) -> None:
+    path, rollouts = tmp_path / "step_000000.npz", make_rollouts(0)
+    save_rollouts(path, rollouts)
+    renamed(path, "behav_logp", "rollout_logp")
+    with np.load(path) as archive:
+        assert {"behav_logp", "behav_logp_lengths"} <= set(archive.files)
+    assert same(load_rollouts(path), rollouts)

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.unit.test_packing import make_rollout, options
+from tests.unit.test_stored_files_damage import renamed
 from tropd_mcore.data.packing import pack
-from tropd_mcore.train.replay import ScoreKey, load_scores, mismatch, save_scores
-from tropd_mcore.train.tokens import local_columns, merge_columns, save_token_sample
+from tropd_mcore.records.replay import ScoreKey, load_scores, mismatch, save_scores
+from tropd_mcore.records.token_file import save_token_sample
+from tropd_mcore.records.token_table import local_columns, merge_columns
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 K, L = 5, 3
@@ -21,7 +23,7 @@ def micro_batches(samples: int = 4) -> list[MicroBatch]:
 
 
 def scores_of(batch: MicroBatch, *, own: bool, entropy: bool) -> TeacherScores:
-    rows = len(batch.rows)
+    rows = len(batch.rows_T)
     generator = torch.Generator().manual_seed(rows)
     return TeacherScores(
         logp_T=-torch.rand(rows, generator=generator),
@@ -30,12 +32,12 @@ def scores_of(batch: MicroBatch, *, own: bool, entropy: bool) -> TeacherScores:
         tail_mass_T=torch.rand(rows, generator=generator),
         entropy_T=torch.rand(rows, generator=generator) if entropy else None,
         scored_T=torch.rand(rows, generator=generator) > 0.2,
-        own_logp_TL=torch.full((rows, L), float("-inf")) if own else None,
+        logp_of_student_topk_TL=torch.full((rows, L), float("-inf")) if own else None,
     )
 
 
 def candidates(batches: list[MicroBatch], first: int = 0) -> list[torch.Tensor]:
-    return [torch.arange(first, first + L).expand(len(batch.rows), L) for batch in batches]
+    return [torch.arange(first, first + L).expand(len(batch.rows_T), L) for batch in batches]
 
 
 @pytest.mark.parametrize(("own", "entropy"), [(True, True), (False, False)])
@@ -80,6 +82,18 @@ def test_scores_of_a_release_that_did_not_say_whose_they_are_belong_to_nobody(tm
     assert mismatch(path, key) == "of an earlier version, which did not say what they belong to"
 
 
+def test_scores_of_a_version_with_other_names_are_read_as_they_were(tmp_path: Path) -> None:
+    batches = micro_batches()
+    scores = [scores_of(batch, own=True, entropy=True) for batch in batches]
+    key, path = ScoreKey("teacher", batches, candidates(batches)), tmp_path / "scores.npz"
+    save_scores(path, key, scores)
+    renamed(path, "own_logp_TL", "logp_of_student_topk_TL")
+    assert mismatch(path, key) is None
+    for one, two in zip(load_scores(path, key), scores, strict=True):
+        assert one.logp_of_student_topk_TL is not None and two.logp_of_student_topk_TL is not None
+        assert torch.equal(one.logp_of_student_topk_TL, two.logp_of_student_topk_TL)
+
+
 def test_rows_cut_otherwise_are_other_rows(tmp_path: Path) -> None:
     """The same tokens in two micro-batches instead of one have other pack boundaries."""
     batches = micro_batches()
@@ -91,9 +105,9 @@ def test_rows_cut_otherwise_are_other_rows(tmp_path: Path) -> None:
 def test_the_table_has_a_row_for_each_epoch_and_the_stored_sample_the_first_alone(tmp_path: Path) -> None:
     batches = micro_batches()
     outputs = [
-        [{"student_logp": torch.full((len(batch.rows),), -1.0 - epoch)} for batch in batches] for epoch in range(2)
+        [{"student_logp": torch.full((len(batch.rows_T),), -1.0 - epoch)} for batch in batches] for epoch in range(2)
     ]
-    before = [RowContext(old_logp_T=torch.full((len(batch.rows),), -9.0)) for batch in batches]
+    before = [RowContext(old_logp_T=torch.full((len(batch.rows_T),), -9.0)) for batch in batches]
     table = merge_columns([local_columns(batches, before, outputs[epoch], epoch=epoch) for epoch in (1, 0)] + [{}])
     assert table["epoch"].tolist() == [0, 1] * (len(table["epoch"]) // 2)
     assert table["student_logp"][:2].tolist() == [-1.0, -2.0] and (table["old_logp"] == -9.0).all()
@@ -107,6 +121,6 @@ def test_the_table_has_a_row_for_each_epoch_and_the_stored_sample_the_first_alon
 
 def test_without_a_pass_before_the_update_the_old_log_prob_is_the_one_of_the_update() -> None:
     batches = micro_batches()
-    outputs = [{"student_logp": torch.rand(len(batch.rows))} for batch in batches]
+    outputs = [{"student_logp": torch.rand(len(batch.rows_T))} for batch in batches]
     columns = local_columns(batches, [None] * len(batches), outputs, epoch=0)
     np.testing.assert_array_equal(columns["old_logp"], columns["student_logp"])

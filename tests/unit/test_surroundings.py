@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tropd_mcore.errors import LossInputError, TropdError
-from tropd_mcore.losses.kernel import surroundings
+from tropd_mcore.kernel import surroundings
 
 
 class Probe(torch.autograd.Function):
@@ -94,7 +94,6 @@ def test_an_error_of_the_loss_is_a_value_error_and_ends_a_job_by_its_message() -
 
 def test_the_loss_does_not_import_the_compiler() -> None:
     code = (
-        "import sys, tropd_mcore.losses.kernel.support_loss, tropd_mcore.losses.kernel.topk;"
-        "assert 'torch._dynamo' not in sys.modules"
+        "import sys, tropd_mcore.kernel.support_loss, tropd_mcore.kernel.topk;assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ.copy())

@@ -17,10 +17,10 @@ from torch import Tensor
 from tests.ranks import run_on_ranks
 from tests.triton_cases import LAYOUTS, Case, Passes, assert_close, make_case, oracle, passes
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.losses.kernel.backend import RowGradient
-from tropd_mcore.losses.kernel.eager import EagerBackend
-from tropd_mcore.losses.kernel.shard import Scaling, VocabShard
-from tropd_mcore.losses.kernel.triton_backend import TritonBackend
+from tropd_mcore.kernel.backend import RowGradient
+from tropd_mcore.kernel.eager import EagerBackend
+from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.kernel.triton_backend import TritonBackend
 
 
 def interpreted(case: Case, backend_name: str = "triton", mutation: tuple[str, str] | None = None) -> Passes:

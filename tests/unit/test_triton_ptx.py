@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tropd_mcore.losses.kernel import triton_kernels
-from tropd_mcore.losses.kernel.exchange import EMPTY_SHARD_MAX
-from tropd_mcore.losses.kernel.triton_backend import BLOCK_COLUMNS, MERGE_PAIRS, WARPS
+from tropd_mcore.kernel import triton_kernels
+from tropd_mcore.kernel.exchange import EMPTY_SHARD_MAX
+from tropd_mcore.kernel.triton_backend import BLOCK_COLUMNS, MERGE_PAIRS, WARPS
 
 SM_90 = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import oracles
 from tests.claims import GOLDEN
-from tropd_mcore.losses.trust import trust_gate
+from tropd_mcore.objectives.parts.trust import trust_gate
 
 MODES = ("bernoulli", "soft", "threshold", "none")
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tropd_mcore.data.uniforms import trust_uniforms
+from tropd_mcore.rollout.uniforms import trust_uniforms
 
 
 def test_uniforms_repeat_and_depend_on_seed_step_and_sample():

@@ -9,8 +9,8 @@ import pytest
 from tests.unit.test_config_checks import make_config
 from tests.unit.test_packing import make_rollout
 from tropd_mcore.config.schema import Config
+from tropd_mcore.data.verdicts import Verdicts, accuracy, judge_rollouts, rewards
 from tropd_mcore.errors import DataError
-from tropd_mcore.train.verdicts import Verdicts, accuracy, judge_rollouts, rewards
 
 
 class Speller:

@@ -12,7 +12,7 @@ from math import prod
 import psutil
 
 from tropd_mcore.cli.findings import Finding
-from tropd_mcore.config.derived import ranks_per_node, teaches_itself
+from tropd_mcore.config.derived import ranks_per_node
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import ConfigError, TropdError
 from tropd_mcore.train.preflight_machine import used_servers
@@ -76,7 +76,7 @@ def checkpoint_bytes(config: Config, count: int) -> int:
     """Return the size of a checkpoint of a student of `count` parameters: weights, main weights, moments, average."""
     own = DTYPE_BYTES[config.student.dtype]
     main = MAIN_BYTES if config.student.dtype != "float32" else 0
-    average = DTYPE_BYTES[config.teacher.dtype] if teaches_itself(config.objective) else 0
+    average = DTYPE_BYTES[config.teacher.dtype] if config.objective.self_teaching is not None else 0
     return count * (own + main + MOMENT_BYTES + average)
 
 
@@ -107,7 +107,7 @@ def rank_bytes(state: State, ranks: int) -> int:
     state_bytes = MOMENT_BYTES + (MAIN_BYTES if config.student.dtype != "float32" else 0)
     state_bytes //= replicas if config.optimizer.distributed else 1
     total = student * (own + MAIN_BYTES + state_bytes)
-    if teaches_itself(config.objective):
+    if config.objective.self_teaching is not None:
         total += student * DTYPE_BYTES[config.teacher.dtype]
     elif config.teacher.kind == "megatron":
         total += parameters(state.teacher) * DTYPE_BYTES[config.teacher.dtype]

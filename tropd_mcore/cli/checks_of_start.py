@@ -16,10 +16,10 @@ from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.derived import model_paths, ranks_per_node, reads_responses
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, TropdError
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.response_origin import load_origin
 from tropd_mcore.train.inputs import read_inputs_alone
 from tropd_mcore.train.preflight import CHEAP_CHECKS, Launch
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.start_checks import BACKEND, CONTENT_CHECKS, MATERIAL_CHECKS, MODELS, StartCheck, State, take
 
 QUIET_S = 2.0

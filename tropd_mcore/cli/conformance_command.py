@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the matrix and report it; returns 1 where a cell misses. Raises TropdError."""
     from tropd_mcore.conformance import matrix, report
-    from tropd_mcore.conformance.catalogue import ENTRIES
+    from tropd_mcore.conformance.entries import ENTRIES
 
     if options.list:
         print("\n".join(entry.name for entry in ENTRIES))
@@ -81,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _planned(options: argparse.Namespace) -> list[Cell]:
     """The cells that the arguments ask for. Raises TropdError where these name nothing, or leave nothing."""
-    from tropd_mcore.conformance.catalogue import select
     from tropd_mcore.conformance.cells import plan_ours, plan_peer
+    from tropd_mcore.conformance.entries import select
     from tropd_mcore.conformance.peers import load_peer
 
     try:

@@ -64,7 +64,7 @@ def _machine() -> Iterator[Check]:
 def _configuration(config: Config, nodes: int) -> Iterator[Check]:
     from tropd_mcore.cli import checks_of_config
     from tropd_mcore.cli.checks_of_start import start_checks
-    from tropd_mcore.train.run_dir import RunDir
+    from tropd_mcore.records.run_dir import RunDir
     from tropd_mcore.train.start_checks import State
 
     state = State(config, RunDir(config.run.dir))

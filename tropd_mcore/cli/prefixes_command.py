@@ -139,7 +139,7 @@ def _sample(config: Config, out: Path, work: _Work) -> ResponseReport:
     from tropd_mcore.rollout.prefixes import generate_responses
     from tropd_mcore.rollout.response_origin import save_origin
     from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
-    from tropd_mcore.train.teacher_identity import TeacherIdentity
+    from tropd_mcore.teacher.identity_check import TeacherIdentity
 
     served = config.teacher.kind == "sglang"
     server = open_server(
@@ -187,7 +187,7 @@ def _origin(
 
 def _teacher_files(config: Config) -> FolderDigest:
     """The digests of the teacher's folder; those of large files are remembered in the run directory, as in training."""
-    from tropd_mcore.train.run_dir import RunDir
+    from tropd_mcore.records.run_dir import RunDir
     from tropd_mcore.weights.digest import folder_digest, load_memory
 
     place = RunDir(config.run.dir).digests

@@ -50,7 +50,6 @@ def run(options: argparse.Namespace) -> int:
     from tropd_mcore.evaluation.metrics_view import MetricNote
     from tropd_mcore.evaluation.report import ReportOptions, write_report
     from tropd_mcore.monitor.catalogue import METRICS
-    from tropd_mcore.train.replay import load_rollouts
 
     report = write_report(
         options.run_dir,
@@ -61,7 +60,6 @@ def run(options: argparse.Namespace) -> int:
             notes={metric.name: MetricNote(metric.unit, metric.over, metric.description) for metric in METRICS},
             rollout_steps=options.rollout_steps,
         ),
-        load_rollouts=load_rollouts,
     )
     for warning in report.warnings:
         print(f"note: {warning}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The day that chat templates print in a command beside training: that of the run, where it has one.
 
-Not for training (`train.material`). Invariant: a command changes nothing of what the run has recorded.
+Not for training (`train.loaded_inputs`). Invariant: a command changes nothing of what the run has recorded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 from datetime import date
 
 from tropd_mcore.config.schema import Config
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.records.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 

@@ -9,15 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from tropd_mcore.config.derived import (
-    active_guidance,
-    full_vocabulary,
-    longest_response_at,
-    longest_sample,
-    policy_gradient,
-    reference_path,
-    updates_per_step,
-)
+from tropd_mcore.config.derived import longest_response_at, longest_sample, reference_path
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig
 
@@ -131,7 +123,7 @@ def _parallel(config: Config) -> Iterator[str]:
 
 
 def _guidance(config: Config) -> Iterator[str]:
-    guidance = active_guidance(config)
+    guidance = config.objective.active_guidance
     if guidance is not None and config.data.teacher_responses is None:
         yield (
             "objective.guidance.enabled needs data.teacher_responses, which is not set; "
@@ -147,7 +139,7 @@ def _guidance(config: Config) -> Iterator[str]:
 
 
 def _policy_gradient(config: Config) -> Iterator[str]:
-    correction = policy_gradient(config.objective)
+    correction = config.objective.policy
     if correction.icepop_low >= correction.icepop_high:
         yield (
             f"objective.policy_gradient: icepop_low = {correction.icepop_low} must be below "
@@ -218,7 +210,7 @@ def _backend(config: Config) -> Iterator[str]:
 
 
 def _weight_gradient(config: Config) -> Iterator[str]:
-    if full_vocabulary(config.objective) and config.loss.weight_gradient == "recompute":
+    if config.objective.full_vocabulary_divergence is not None and config.loss.weight_gradient == "recompute":
         yield (
             "loss.weight_gradient=recompute cannot be combined with objective.full_vocabulary, whose gradient is made "
             "in the forward pass; set deferred or folded"
@@ -267,7 +259,7 @@ def _server(key: str, server: ServerConfig) -> Iterator[str]:
 
 
 def _warmup(config: Config) -> Iterator[str]:
-    optimizer, updates = config.optimizer, updates_per_step(config.objective)
+    optimizer, updates = config.optimizer, config.objective.updates_per_step
     if optimizer.warmup_steps > config.run.steps * updates:
         each = f" of {updates} optimizer steps each" if updates > 1 else ""
         yield (

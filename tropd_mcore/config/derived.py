@@ -8,26 +8,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from tropd_mcore.config.advantage_objectives import (
-    EntropyOpdObjective,
-    ExopdObjective,
-    IwOpdObjective,
-    KdrlObjective,
-    ReopoldObjective,
-    RladObjective,
-    TopdObjective,
-)
-from tropd_mcore.config.divergence_objectives import CustomObjective, GkdObjective, SdpoObjective
 from tropd_mcore.config.fields import Dtype
-from tropd_mcore.config.schema import Config, ObjectiveConfig, ParallelConfig
-from tropd_mcore.config.tropd_objectives import GuidanceConfig, PolicyGradientConfig, TropdObjective
+from tropd_mcore.config.schema import Config, ParallelConfig
 from tropd_mcore.errors import ConfigError
-
-
-def active_guidance(config: Config) -> GuidanceConfig | None:
-    """Return the guidance section where the objective has one that is enabled, else None."""
-    objective = config.objective
-    return objective.guidance if isinstance(objective, TropdObjective) and objective.guidance.enabled else None
 
 
 def teacher_dtype(config: Config) -> Dtype:
@@ -36,24 +19,12 @@ def teacher_dtype(config: Config) -> Dtype:
     return served or config.teacher.dtype
 
 
-def has_prefix_loss(objective: ObjectiveConfig) -> bool:
-    """Return whether the objective has a term for the tokens of a teacher prefix: only then are they rows.
-
-    TrOPD and its extensions have one where guidance is enabled and guidance.loss is not `none` (beta = 0 is a term of
-    weight 0, whose rows count). A custom objective has one where it says so: its arguments have a `prefix_loss` that is
-    not `none`, the keyword that `tropd` itself has.
-    """
-    if isinstance(objective, CustomObjective):
-        return objective.arguments.get("prefix_loss", "none") != "none"
-    return isinstance(objective, TropdObjective) and objective.guidance.enabled and objective.guidance.loss != "none"
-
-
 def alpha(step: int, config: Config) -> float:
     """Return the guided fraction of the teacher response at `step` (from 0), in [0, 1]; 0 without guidance.
 
     Source: TrOPD section 3.3 (annealed to zero with a cosine); docs/method.md, 6.
     """
-    guidance = active_guidance(config)
+    guidance = config.objective.active_guidance
     if guidance is None:
         return 0.0
     if guidance.schedule == "constant":
@@ -72,7 +43,7 @@ def prefix_length(response_length: int, step: int, config: Config, *, longest_re
     the response to the student, and under a shared budget at least as many new tokens of what the step allows.
     Source: docs/method.md, 5 and 6.
     """
-    guidance = active_guidance(config)
+    guidance = config.objective.active_guidance
     if guidance is None:
         return 0
     share = alpha(step, config)
@@ -86,32 +57,6 @@ def prefix_length(response_length: int, step: int, config: Config, *, longest_re
     return max(0, min(wanted, allowed))
 
 
-def support_size(objective: ObjectiveConfig) -> int:
-    """Return k, the number of teacher candidates a token that are scored (objective.outlier.topk or .topk)."""
-    return objective.outlier.topk if isinstance(objective, TropdObjective) else objective.topk
-
-
-def support_key(objective: ObjectiveConfig) -> str:
-    """Return the key under `objective` that says how many teacher candidates a token are scored."""
-    return "outlier.topk" if isinstance(objective, TropdObjective) else "topk"
-
-
-def own_support_size(objective: ObjectiveConfig) -> int:
-    """Return l, the number of the student's own candidates a token (objective.own_topk); 0 where none are needed."""
-    return getattr(objective, "own_topk", 0)
-
-
-def policy_gradient(objective: ObjectiveConfig) -> PolicyGradientConfig:
-    """Return objective.policy_gradient; of an objective without one, the defaults, which change nothing."""
-    return getattr(objective, "policy_gradient", PolicyGradientConfig())
-
-
-def updates_per_step(objective: ObjectiveConfig) -> int:
-    """Return how many optimizer steps a rollout batch makes."""
-    correction = policy_gradient(objective)
-    return correction.mini_batches * correction.epochs
-
-
 def needs_student_pass(config: Config) -> bool:
     """Return whether the trainer looks at the rollouts once without gradients before it trains on them.
 
@@ -120,38 +65,16 @@ def needs_student_pass(config: Config) -> bool:
     """
     objective = config.objective
     return (
-        policy_gradient(objective).ratio != "none"
-        or own_support_size(objective) > 0
-        or needs_batch_statistic(objective)
-        or isinstance(objective, RladObjective)
+        objective.policy.ratio != "none"
+        or objective.student_candidates > 0
+        or objective.needs_statistic
+        or objective.needs_old_logp
     )
-
-
-def needs_batch_statistic(objective: ObjectiveConfig) -> bool:
-    """Return whether the loss of a token depends on other tokens: of its sample, its group or the whole batch."""
-    return isinstance(
-        objective, EntropyOpdObjective | TopdObjective | IwOpdObjective | KdrlObjective | RladObjective
-    ) or (isinstance(objective, ReopoldObjective) and objective.stages == 2)
-
-
-def learns_from_verifier(objective: ObjectiveConfig) -> bool:
-    """Return whether the objective needs the verifier's verdict on every sample."""
-    return isinstance(objective, KdrlObjective | RladObjective | SdpoObjective)
-
-
-def teaches_itself(objective: ObjectiveConfig) -> bool:
-    """Return whether the teacher is an average of the student, which reads a correct solution."""
-    return isinstance(objective, SdpoObjective)
 
 
 def reference_path(config: Config) -> Path | None:
     """Return the folder of the frozen reference model, None where the objective has none."""
-    objective = config.objective
-    if isinstance(objective, RladObjective) and objective.reference_weight == 0:
-        return None
-    if isinstance(objective, ExopdObjective | RladObjective):
-        return objective.reference or config.student.path
-    return None
+    return config.objective.reference_folder(config.student.path)
 
 
 def model_paths(config: Config) -> dict[str, Path]:
@@ -163,12 +86,7 @@ def model_paths(config: Config) -> dict[str, Path]:
 
 def reads_responses(config: Config) -> bool:
     """Return whether the run reads data.teacher_responses: where guidance continues them, sampled here or replayed."""
-    return active_guidance(config) is not None and config.data.teacher_responses is not None
-
-
-def full_vocabulary(objective: ObjectiveConfig) -> bool:
-    """Return whether the loss is a divergence over the whole vocabulary, which needs the teacher's hidden states."""
-    return isinstance(objective, GkdObjective) and objective.full_vocabulary
+    return config.objective.active_guidance is not None and config.data.teacher_responses is not None
 
 
 def longest_response_at(step: int, config: Config) -> int:
@@ -181,7 +99,7 @@ def longest_response_at(step: int, config: Config) -> int:
 
 def new_token_budget(step: int, prefix_tokens: int, config: Config) -> int:
     """Return how many new tokens a sample of `step` may have after a teacher prefix of `prefix_tokens`."""
-    guidance = active_guidance(config)
+    guidance = config.objective.active_guidance
     shared = guidance is not None and guidance.continuation_budget == "shared"
     return longest_response_at(step, config) - (prefix_tokens if shared else 0)
 
@@ -191,7 +109,7 @@ def longest_sample(config: Config, *, longest_prompt: int, longest_response: int
 
     `longest_prompt` and `longest_response` are of the data, in tokens.
     """
-    guidance = active_guidance(config)
+    guidance = config.objective.active_guidance
     prefix = prefix_length(longest_response, 0, config, longest_response=longest_response)
     shared = guidance is not None and guidance.continuation_budget == "shared"
     return longest_prompt + config.rollout.max_new_tokens + (0 if shared else prefix)

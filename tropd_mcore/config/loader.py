@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS: dict[str, str] = {"objective.own_topk": "objective.student_topk"}
 """Old dotted key -> the key to use now. An old key stays an error; this table lets the error name the new one."""
 
 

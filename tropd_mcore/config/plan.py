@@ -10,21 +10,10 @@ from collections.abc import Iterator, Mapping
 
 import yaml
 
-from tropd_mcore.config.derived import (
-    active_guidance,
-    alpha,
-    needs_batch_statistic,
-    own_support_size,
-    policy_gradient,
-    reference_path,
-    support_size,
-    updates_per_step,
-)
-from tropd_mcore.config.divergence_objectives import SdpoObjective, TropdAopdObjective
+from tropd_mcore.config.derived import alpha, reference_path
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.schema import Config, ServerConfig
-from tropd_mcore.config.tropd_objectives import OpdObjective, TropdObjective
 
 
 def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
@@ -97,10 +86,10 @@ def _server(server: ServerConfig, dtype: Dtype, started: str) -> str:
 
 
 def _teacher(config: Config) -> str:
-    teacher, objective = config.teacher, config.objective
-    if isinstance(objective, SdpoObjective):
+    teacher, own = config.teacher, config.objective.self_teaching
+    if own is not None:
         return (
-            f"the student itself, {teacher.dtype}, weights averaged at rate {objective.average_rate:g}, with a correct "
+            f"the student itself, {teacher.dtype}, weights averaged at rate {own.average_rate:g}, with a correct "
             "solution of another sample before the response"
         )
     if teacher.kind == "sglang":
@@ -110,46 +99,22 @@ def _teacher(config: Config) -> str:
 
 def _objective(config: Config) -> str:
     """Kind, constants, then what it needs beyond the teacher's scores."""
-    return "; ".join([f"{config.objective.kind}: {_constants(config)}", *_needs(config)])
-
-
-def _constants(config: Config) -> str:
-    objective, k = config.objective, support_size(config.objective)
-    if isinstance(objective, OpdObjective):
-        return f"every token trusted, top-{k} of the teacher for the metrics"
-    if isinstance(objective, TropdObjective):
-        outlier = objective.outlier
-        text = (
-            f"trust {objective.trust.mode}, outliers {outlier.mode} x {outlier.weight:g} ({outlier.norm} top-{k}), "
-            f"{config.loss.aggregation}"
-        )
-        if isinstance(objective, TropdAopdObjective):
-            text += f", plus forward KL x {objective.aopd_weight:g} where q - p <= {objective.aopd_threshold:g}"
-        return text
-    left_out = {"kind", "policy_gradient", "reference", "template"}
-    values = objective.model_dump(exclude=left_out, exclude_none=True)
-    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+    return "; ".join([f"{config.objective.kind}: {config.objective.description()}", *_needs(config)])
 
 
 def _needs(config: Config) -> Iterator[str]:
     objective = config.objective
-    correction, updates = policy_gradient(objective), updates_per_step(objective)
+    correction, updates = objective.policy, objective.updates_per_step
     if correction.ratio != "none":
         yield f"ratio {correction.ratio}"
     if updates > 1:
         yield f"{updates} updates a step ({correction.mini_batches} mini-batches x {correction.epochs} epochs)"
-    if own_support_size(objective):
-        yield f"the student's own top-{own_support_size(objective)}"
+    if objective.student_candidates:
+        yield f"the student's own top-{objective.student_candidates}"
     if (reference := reference_path(config)) is not None:
         yield f"reference {reference}"
-    if needs_batch_statistic(objective):
+    if objective.needs_statistic:
         yield "a statistic over the batch"
-
-
-def _short(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _loss(config: Config) -> str:
@@ -160,7 +125,7 @@ def _loss(config: Config) -> str:
     softcap = f", logits capped at {loss.logit_softcap:g}" if loss.logit_softcap is not None else ""
     ignored = len(loss.ignore_tokens) + len(loss.ignore_first_of)
     return (
-        f"{form}, {loss.backend} backend, {loss.chunk_tokens:,} rows a chunk"
+        f"{form}, {loss.backend} backend, {loss.chunk_tokens:,} rows a chunk, {loss.aggregation}"
         f"{overlap}{softcap}{f', {ignored} tokens ignored' if ignored else ''}"
     )
 
@@ -169,7 +134,7 @@ def _step(config: Config) -> str:
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     tokens = samples * (config.data.max_prompt_tokens + rollout.max_new_tokens)
-    guidance = active_guidance(config)
+    guidance = config.objective.active_guidance
     prefix = " + teacher prefixes" if guidance is not None and guidance.continuation_budget == "full" else ""
     return (
         f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {samples} samples, at most {tokens:,} "
@@ -185,7 +150,7 @@ def _truncation(config: Config) -> str:
 
 
 def _guidance(config: Config) -> str:
-    guidance = active_guidance(config)
+    guidance = config.objective.active_guidance
     if guidance is None:
         return "off: every token is sampled by the student"
     steps = [config.run.steps * quarter // 4 for quarter in range(5)]

@@ -74,9 +74,11 @@ def read_record(text: str, name: str) -> Recorded:
             problems = explain_validation_error(error, {}, name, RENAMED_KEYS)
     if unknown and len(unknown) == len(problems):
         for key in unknown:
-            _remove(tree, key)
+            value = _remove(tree, key)
+            if key in RENAMED_KEYS:
+                _put(tree, RENAMED_KEYS[key], value)
         found = read_record(json.dumps(tree), name)
-        return Recorded(found.values, (*unknown, *found.unknown))
+        return Recorded(found.values, (*(key for key in unknown if key not in RENAMED_KEYS), *found.unknown))
     raise ConfigError(
         [
             f"{problems[0]} (the record of the launch before is damaged or was edited: restore it, or remove it, and "
@@ -117,8 +119,16 @@ def _is_told_elsewhere(key: str, old: Any, new: Any, before: Mapping[str, Any], 
     return None in (old, new) and absent is NOTHING and any(other.startswith(f"{key}.") for other in others)
 
 
-def _remove(tree: dict[str, Any], dotted: str) -> None:
+def _remove(tree: dict[str, Any], dotted: str) -> Any:
+    """Take a key out; returns its value."""
     *sections, leaf = dotted.split(".")
     for section in sections:
         tree = tree[section]
-    del tree[leaf]
+    return tree.pop(leaf)
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        tree = tree[section]
+    tree[leaf] = value

@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tropd_mcore.config.advantage_objectives import AdvantageObjective
-from tropd_mcore.config.divergence_objectives import DivergenceObjective
 from tropd_mcore.config.fields import Dtype, Fraction, NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from tropd_mcore.config.tropd_objectives import OpdObjective, TropdObjective
+from tropd_mcore.config.objectives import ObjectiveConfig
+from tropd_mcore.config.objectives.trust_region import TropdObjective
 
 
 class RunConfig(Section):
@@ -191,11 +190,6 @@ class RolloutConfig(Section):
     """Sample and train the beginning of responses only, longer with time; None = whole responses. Rollouts taken from
     run.replay are cut likewise."""
     server: ServerConfig = ServerConfig()
-
-
-ObjectiveConfig = Annotated[
-    TropdObjective | OpdObjective | AdvantageObjective | DivergenceObjective, Field(discriminator="kind")
-]
 
 
 class LossConfig(Section):

@@ -54,13 +54,13 @@ class Tokens:
     """log p of the student's top-k before the update"""
     old_entropy_T: Tensor
     """entropy of p before the update"""
-    behav_logp_T: Tensor
+    rollout_logp_T: Tensor
     """log p(x) as the sampler saw it"""
     trust_u_T: Tensor
     """uniform in [0, 1)"""
-    on_mask_T: Tensor
+    student_mask_T: Tensor
     """sampled by the student"""
-    off_mask_T: Tensor
+    prefix_mask_T: Tensor
     """sampled by the teacher"""
     weight_T: Tensor
     """factor of the token's loss"""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.conformance.batch import Batch, Student, Tokens
-from tropd_mcore.conformance.catalogue import OWN_TOPK, TOPK
+from tropd_mcore.conformance.entries import STUDENT_TOPK, TOPK
 
 SEED = 20_260_602
 """One with which the decisions of the objectives come out both ways and none is close (see `oracle.decisions`)"""
@@ -103,7 +103,7 @@ def make_batch(conditions: Conditions) -> Batch:
     teacher_TV = log_probs(exact_logits(teacher)[:, : shape.vocabulary], 1.0)
     reference_TV = log_probs(logits_TV + 0.5 * normal(tokens_count, shape.vocabulary), conditions.temperature)
     topk_ids_TK = _with_borders(teacher_TV, shape, draw)
-    own_ids_TL = old_TV.topk(OWN_TOPK, dim=1).indices
+    own_ids_TL = old_TV.topk(STUDENT_TOPK, dim=1).indices
     target_ids_T = _sampled(old_TV, teacher_TV, topk_ids_TK, shape)
 
     def rounded(number: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def make_batch(conditions: Conditions) -> Batch:
         return rounded(log_probs_TV.gather(1, ids_TX))
 
     x_T1 = target_ids_T[:, None]
-    on_mask_T, off_mask_T = _masks(tokens_count)
+    student_mask_T, prefix_mask_T = _masks(tokens_count)
     weight_T = 0.25 + 1.5 * torch.rand(tokens_count, generator=draw, dtype=torch.float64)
     tokens = Tokens(
         target_ids_T=target_ids_T,
@@ -127,10 +127,10 @@ def make_batch(conditions: Conditions) -> Batch:
         old_logp_T=of(old_TV, x_T1)[:, 0],
         old_own_logp_TL=of(old_TV, own_ids_TL),
         old_entropy_T=rounded(-(old_TV.exp() * old_TV).sum(dim=1)),
-        behav_logp_T=of(behav_TV, x_T1)[:, 0],
+        rollout_logp_T=of(behav_TV, x_T1)[:, 0],
         trust_u_T=rounded(torch.rand(tokens_count, generator=draw, dtype=torch.float64)),
-        on_mask_T=on_mask_T,
-        off_mask_T=off_mask_T,
+        student_mask_T=student_mask_T,
+        prefix_mask_T=prefix_mask_T,
         weight_T=rounded(weight_T if conditions.weighted else torch.ones_like(weight_T)),
         sample_T=torch.arange(len(SAMPLE_LENGTHS)).repeat_interleave(torch.tensor(SAMPLE_LENGTHS)),
     )
@@ -193,11 +193,11 @@ def _sampled(old_TV: Tensor, teacher_TV: Tensor, topk_ids_TK: Tensor, shape: Sha
 
 
 def _masks(tokens: int) -> tuple[Tensor, Tensor]:
-    off_mask_T = torch.zeros(tokens, dtype=torch.bool)
-    off_mask_T[list(TEACHER_ROWS)] = True
-    on_mask_T = ~off_mask_T
-    on_mask_T[list(OUTSIDE_ROWS)] = False
-    return on_mask_T, off_mask_T
+    prefix_mask_T = torch.zeros(tokens, dtype=torch.bool)
+    prefix_mask_T[list(TEACHER_ROWS)] = True
+    student_mask_T = ~prefix_mask_T
+    student_mask_T[list(OUTSIDE_ROWS)] = False
+    return student_mask_T, prefix_mask_T
 
 
 def _hostile(tokens: Tokens) -> Tokens:

@@ -1,7 +1,7 @@
 """One experiment of the matrix, and which of them a run makes.
 
 Not for running them (see `matrix`). Invariant: the plan depends on its arguments alone, not on what the machine can do;
-what cannot be run is reported, not left out.
+what cannot be run is make_columns, not left out.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from tropd_mcore.config.derived import full_vocabulary
 from tropd_mcore.conformance.cases import Conditions
-from tropd_mcore.conformance.catalogue import Entry
+from tropd_mcore.conformance.entries import Entry
 from tropd_mcore.conformance.layouts import ALL_LAYOUTS, LAYOUTS, MEGATRON_LAYOUTS, Layout
 
 Form = Literal["fused", "logits"]
@@ -165,5 +164,5 @@ def _exists(cell: Cell, entry: Entry) -> bool:
     """A divergence over the whole vocabulary is made in the forward pass, and needs a teacher in the model's place;
     Megatron builds no model in float64."""
     if cell.divided.megatron:
-        return cell.dtype != "float64" and not full_vocabulary(entry.objective)
-    return not (cell.mode == "recompute" and full_vocabulary(entry.objective))
+        return cell.dtype != "float64" and entry.objective.full_vocabulary_divergence is None
+    return not (cell.mode == "recompute" and (entry.objective.full_vocabulary_divergence is not None))

@@ -9,24 +9,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput, TokenInputs, reported
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs, make_columns
 
 
-def negative_log_prob(inputs: TokenInputs) -> ObjectiveOutput:
+def negative_log_prob(inputs: TokenInputs) -> TokenLosses:
     """-log p(x) of the tokens in either mask."""
     return _summed(inputs, -inputs.student_logp_T)
 
 
-def negative_entropy(inputs: TokenInputs) -> ObjectiveOutput:
+def negative_entropy(inputs: TokenInputs) -> TokenLosses:
     """sum_v p log p of the tokens in either mask."""
     return _summed(inputs, -inputs.student_entropy_T)
 
 
-def _summed(inputs: TokenInputs, loss_T: Tensor) -> ObjectiveOutput:
-    counted_T = inputs.on_mask_T | inputs.off_mask_T
+def _summed(inputs: TokenInputs, loss_T: Tensor) -> TokenLosses:
+    counted_T = inputs.student_mask_T | inputs.prefix_mask_T
     loss_T = torch.where(counted_T, loss_T, 0.0)
     none_T = torch.zeros_like(loss_T)
-    columns = reported(
+    columns = make_columns(
         inputs,
         trusted_T=none_T,
         log_ratio_T=none_T,
@@ -36,4 +37,4 @@ def _summed(inputs: TokenInputs, loss_T: Tensor) -> ObjectiveOutput:
         clipped_T=none_T,
         loss_T=loss_T,
     )
-    return ObjectiveOutput((inputs.weight_T * loss_T).sum(), counted_T.sum(), columns)
+    return TokenLosses((inputs.weight_T * loss_T).sum(), counted_T.sum(), columns)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tropd_mcore.conformance.batch import Batch
 from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.oracle.truth import Truth
-from tropd_mcore.conformance.subject import Answer
+from tropd_mcore.conformance.our_loss import Answer
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-5}
 """of the arithmetic, beyond the rounding of what is stored"""

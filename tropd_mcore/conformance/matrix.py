@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 
 from tropd_mcore.conformance.cases import Conditions, make_batch
-from tropd_mcore.conformance.catalogue import BY_NAME
 from tropd_mcore.conformance.cells import Cell
+from tropd_mcore.conformance.entries import BY_NAME
 from tropd_mcore.conformance.judge import Error, judge
 from tropd_mcore.conformance.machine import environment_of, not_runnable, truncates
 from tropd_mcore.conformance.oracle.truth import Truth, evaluate
+from tropd_mcore.conformance.our_loss import Answer, run_ours
 from tropd_mcore.conformance.peer_run import run_peer
 from tropd_mcore.conformance.peers import PeerMissing, load_peer
 from tropd_mcore.conformance.ranks import Failure, Ranks, RanksLost
-from tropd_mcore.conformance.subject import Answer, run_ours
 from tropd_mcore.errors import TropdError
 
 CELL_LIMIT_S = 180.0

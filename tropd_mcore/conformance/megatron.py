@@ -18,25 +18,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.config.derived import own_support_size
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.conformance.batch import Batch
 from tropd_mcore.conformance.cases import SAMPLE_LENGTHS, SHAPES, TEACHER_ROWS, make_batch
-from tropd_mcore.conformance.catalogue import Entry
 from tropd_mcore.conformance.cells import Cell
+from tropd_mcore.conformance.entries import Entry
 from tropd_mcore.conformance.layouts import ALL_LAYOUTS
 from tropd_mcore.conformance.layouts import Layout as ConformanceLayout
-from tropd_mcore.conformance.subject import Answer, batch_statistic
+from tropd_mcore.conformance.our_loss import Answer, batch_statistic
 from tropd_mcore.data.packing import pack
-from tropd_mcore.losses.kernel.support_loss import WeightGradientMode
-from tropd_mcore.losses.method_table import bind_objective
+from tropd_mcore.kernel.support_loss import WeightGradientMode
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment, initialize
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.mcore.platform import choose
+from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, TeacherScores
 from tropd_mcore.weights.architecture import Architecture
 
@@ -108,7 +107,7 @@ class _Entrance:
             assert leaf.grad is not None, "the loss depends on every micro-batch"
             found_PD = torch.zeros(self._positions(micro_batch), leaf.shape[-1], dtype=torch.float64)
             found_PD[self._own_positions(micro_batch)] = leaf.grad[:, 0].double()
-            gradient_TD[_rows_of(micro_batch)] = found_PD[micro_batch.rows]
+            gradient_TD[_rows_of(micro_batch)] = found_PD[micro_batch.rows_T]
         if self._layout.sequence_parallel:
             dist.all_reduce(gradient_TD, group=self._layout.groups.tp)
         dist.all_reduce(gradient_TD, group=self._layout.groups.cp)
@@ -118,14 +117,14 @@ class _Entrance:
         micro_batch = self._micro_batches[len(self._leaves)]
         hidden_TD = self._batch.student.hidden_TD
         hidden_P1D = hidden_TD.new_ones(self._positions(micro_batch), 1, hidden_TD.shape[1])
-        hidden_P1D[micro_batch.rows, 0] = hidden_TD[_rows_of(micro_batch)]
+        hidden_P1D[micro_batch.rows_T, 0] = hidden_TD[_rows_of(micro_batch)]
         leaf = hidden_P1D[self._own_positions(micro_batch)].clone().requires_grad_()
         assert leaf.shape == args[0].shape, f"{leaf.shape} hidden states for {args[0].shape}"
         self._leaves.append(leaf)
         return (leaf, *args[1:])
 
     def _positions(self, micro_batch: MicroBatch) -> int:
-        return len(micro_batch.input_ids)
+        return len(micro_batch.input_ids_P)
 
     def _own_positions(self, micro_batch: MicroBatch) -> slice:
         """With sequence parallelism a tensor rank has a part of the positions of its context rank."""
@@ -207,7 +206,7 @@ def _rollouts(batch: Batch) -> list[Rollout]:
                 prompt_ids=np.ones(PROMPT_TOKENS, dtype=np.int32),
                 prefix_ids=ids[:prefix],
                 response_ids=response,
-                behav_logp=np.zeros(len(response), dtype=np.float32),
+                rollout_logp=np.zeros(len(response), dtype=np.float32),
                 trust_u=np.zeros(len(response), dtype=np.float32),
                 policy_version="0",
                 finish_reason="stop",
@@ -222,7 +221,7 @@ def _rollouts(batch: Batch) -> list[Rollout]:
 def _rows_of(micro_batch: MicroBatch) -> Tensor:
     """The row of the case that each row of the micro-batch is."""
     starts_S = torch.tensor([0, *SAMPLE_LENGTHS[:-1]]).cumsum(0)
-    return starts_S[micro_batch.sample_index] + micro_batch.token_index - PROMPT_TOKENS
+    return starts_S[micro_batch.sample_index_T] + micro_batch.token_index_T - PROMPT_TOKENS
 
 
 def _with_numbers(micro_batch: MicroBatch, batch: Batch) -> MicroBatch:
@@ -230,9 +229,9 @@ def _with_numbers(micro_batch: MicroBatch, batch: Batch) -> MicroBatch:
     tokens = batch.tokens.rows(_rows_of(micro_batch))
     return replace(
         micro_batch,
-        behav_logp=tokens.behav_logp_T.float(),
-        trust_u=tokens.trust_u_T.float(),
-        weight=tokens.weight_T.float(),
+        rollout_logp_T=tokens.rollout_logp_T.float(),
+        trust_u_T=tokens.trust_u_T.float(),
+        weight_T=tokens.weight_T.float(),
     )
 
 
@@ -245,7 +244,7 @@ def _scores(micro_batch: MicroBatch, batch: Batch) -> TeacherScores:
         topk_logp_TK=tokens.teacher_topk_logp_TK.float(),
         tail_mass_T=1.0 - tokens.teacher_topk_logp_TK.float().exp().sum(dim=1),
         entropy_T=tokens.teacher_entropy_T.float(),
-        scored_T=tokens.on_mask_T | tokens.off_mask_T,
+        scored_T=tokens.student_mask_T | tokens.prefix_mask_T,
     )
 
 
@@ -258,7 +257,7 @@ def _context(micro_batch: MicroBatch, batch: Batch, entry: Entry) -> RowContext:
         reference_logp_T=tokens.reference_logp_T.float(),
         statistic_T=batch_statistic(entry, batch)[rows].float(),
     )
-    if not own_support_size(entry.objective):
+    if not entry.objective.student_candidates:
         return context
     return replace(
         context,

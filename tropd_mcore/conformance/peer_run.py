@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 
 from tropd_mcore.conformance.cases import make_batch
-from tropd_mcore.conformance.catalogue import Entry
 from tropd_mcore.conformance.cells import Cell
+from tropd_mcore.conformance.entries import Entry
+from tropd_mcore.conformance.our_loss import Answer
 from tropd_mcore.conformance.peers import PeerCase, load_peer
-from tropd_mcore.conformance.subject import Answer
 
 
 def run_peer(cell: Cell, entry: Entry, device: torch.device) -> Answer:

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.errors import TropdError
 
 Feature = Literal["padding", "temperature", "softcap", "weights", "uneven"]
@@ -82,13 +82,13 @@ class PeerCase:
     """log q of them"""
     old_logp_T: Tensor
     """log p(x) before the update: the constant of the log-ratio and of importance ratios"""
-    behav_logp_T: Tensor
+    rollout_logp_T: Tensor
     """log p(x) as the sampler saw it"""
     trust_u_T: Tensor
     """uniform in [0, 1) of the Bernoulli gate"""
-    on_mask_T: Tensor
+    student_mask_T: Tensor
     """bool, x was sampled by the student"""
-    off_mask_T: Tensor
+    prefix_mask_T: Tensor
     """bool, x was sampled by the teacher (guidance)"""
     weight_T: Tensor
     """factor of each token's loss"""

@@ -38,7 +38,7 @@ class PackedStep:
     """Positions of each pack over all context ranks; the same on all ranks of the step."""
     global_token_count: int
     """Rows of the step over all ranks: N, the denominator of a single update where the teacher scored every sample."""
-    parts: list[slice]
+    mini_batches: list[slice]
     """The micro-batches of each part of the rollouts, in their order."""
 
 
@@ -68,7 +68,7 @@ def pack(
     prefix_denominator: str,
     device: torch.device | str,
     micro_batch_multiple: int = 1,
-    parts: Sequence[range] = (),
+    mini_batches: Sequence[range] = (),
     ignored: IgnoredTokens = NOTHING_IGNORED,
 ) -> PackedStep:
     """Pack the rollouts of a step and return the micro-batches of one (data, context) rank.
@@ -76,30 +76,32 @@ def pack(
     `tokens_per_micro_batch` bounds the length of a pack over all context ranks. Each sample is padded to a multiple of
     2 * cp_size where cp_size > 1 (zigzag chunks), each pack by one padding sample to `pack_length`, a multiple of
     2 * cp_size * tp_size. Every data rank gets the same number of packs, a multiple of `micro_batch_multiple` (the
-    pipeline size for interleaved schedules); packs may be empty (padding only, T = 0). `parts` are consecutive ranges
-    of all rollouts, each packed and weighted on its own (none: all are one part); `ignored` tokens are no rows.
+    pipeline size for interleaved schedules); packs may be empty (padding only, T = 0). `mini_batches` are consecutive
+    ranges of all rollouts, each packed and weighted on its own (none: all are one part); `ignored` tokens are no rows.
     Raises ConfigError where the longest sample does not fit. Source: docs/method.md, 7.
     """
     assert all(len(rollout.prompt_ids) > 0 for rollout in rollouts), "a response token needs a token before it"
     sample_multiple = 2 * cp_size if cp_size > 1 else 1
-    pack_multiple = 2 * cp_size * tp_size
+    multiple = pack_multiple(cp_size, tp_size)
     lengths = [_round_up(len(rollout.token_ids), sample_multiple) for rollout in rollouts]
-    budget = tokens_per_micro_batch // pack_multiple * pack_multiple
-    _check_longest(rollouts, lengths, budget, pack_multiple, tokens_per_micro_batch)
+    budget = tokens_per_micro_batch // multiple * multiple
+    _check_longest(rollouts, lengths, budget, multiple, tokens_per_micro_batch)
 
-    parts = parts or [range(len(rollouts))]
-    assert [sample for part in parts for sample in part] == list(range(len(rollouts))), (
-        "parts do not cover the rollouts"
+    mini_batches = mini_batches or [range(len(rollouts))]
+    assert [sample for part in mini_batches for sample in part] == list(range(len(rollouts))), (
+        "mini-batches do not cover the rollouts"
     )
     tokens = [supervised(rollout, ignored) for rollout in rollouts]
-    packs = [_place_part(part, lengths, budget=budget, ranks=dp_size, multiple=micro_batch_multiple) for part in parts]
+    packs = [
+        _place_part(part, lengths, budget=budget, ranks=dp_size, multiple=micro_batch_multiple) for part in mini_batches
+    ]
     longest_pack = max(
         sum(lengths[sample] for sample in samples) for part in packs for rank in part for samples in rank
     )
-    pack_length = _round_up(max(longest_pack, 1), pack_multiple)
+    pack_length = _round_up(max(longest_pack, 1), multiple)
     weights = [
         row_weights([tokens[sample] for sample in part], aggregation=aggregation, prefix_denominator=prefix_denominator)
-        for part in parts
+        for part in mini_batches
     ]
     step = _Step(rollouts, tokens, RowWeights.joined(weights), lengths, pack_length)
     mine = [part[dp_rank] for part in packs]
@@ -136,6 +138,11 @@ def row_weights(tokens: Sequence[Supervised], *, aggregation: str, prefix_denomi
     return RowWeights(on=factors[0], off=factors[-1])
 
 
+def pack_multiple(cp_size: int, tp_size: int) -> int:
+    """Return what every pack length is a multiple of: two zigzag slices per context rank, cut over tensor ranks."""
+    return 2 * cp_size * tp_size
+
+
 def context_positions(cu_seqlens: npt.NDArray[np.int32], cp_size: int, cp_rank: int) -> npt.NDArray[np.int64]:
     """Return the positions of a pack that one context rank holds, int64 [P].
 
@@ -162,7 +169,7 @@ class _PackArrays:
     target_ids: npt.NDArray[np.int64]
     on: npt.NDArray[np.bool_]
     off: npt.NDArray[np.bool_]
-    behav_logp: npt.NDArray[np.float32]
+    rollout_logp: npt.NDArray[np.float32]
     trust_u: npt.NDArray[np.float32]
     weight: npt.NDArray[np.float32]
     sample_index: npt.NDArray[np.int64]
@@ -177,7 +184,7 @@ class _PackArrays:
             target_ids=np.zeros(length, dtype=np.int64),
             on=np.zeros(length, dtype=np.bool_),
             off=np.zeros(length, dtype=np.bool_),
-            behav_logp=np.zeros(length, dtype=np.float32),
+            rollout_logp=np.zeros(length, dtype=np.float32),
             trust_u=np.zeros(length, dtype=np.float32),
             weight=np.zeros(length, dtype=np.float32),
             sample_index=np.zeros(length, dtype=np.int64),
@@ -197,7 +204,7 @@ class _PackArrays:
         self.sample_index[predicting] = index
         on = slice(start + response_start - 1, start + length - 1)
         self.on[on] = tokens.response
-        self.behav_logp[on] = rollout.behav_logp
+        self.rollout_logp[on] = rollout.rollout_logp
         self.trust_u[on] = rollout.trust_u
         self.weight[on] = weights.on[index]
         off = slice(start + prefix_start - 1, start + response_start - 1)
@@ -221,19 +228,19 @@ class _HostMicroBatch:
             return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
         return MicroBatch(
-            input_ids=tensor(arrays.input_ids[self.positions]),
-            position_ids=tensor(arrays.position_ids[self.positions]),
+            input_ids_P=tensor(arrays.input_ids[self.positions]),
+            position_ids_P=tensor(arrays.position_ids[self.positions]),
             cu_seqlens=tensor(self.cu_seqlens),
             max_seqlen=int(np.diff(self.cu_seqlens).max()),
-            rows=tensor(np.flatnonzero(supervised).astype(np.int64)),
-            target_ids=tensor(arrays.target_ids[at]),
-            on_mask=tensor(arrays.on[at]),
-            off_mask=tensor(arrays.off[at]),
-            behav_logp=tensor(arrays.behav_logp[at]),
-            trust_u=tensor(arrays.trust_u[at]),
-            weight=tensor(arrays.weight[at]),
-            sample_index=tensor(arrays.sample_index[at]),
-            token_index=tensor(arrays.token_index[at]),
+            rows_T=tensor(np.flatnonzero(supervised).astype(np.int64)),
+            target_ids_T=tensor(arrays.target_ids[at]),
+            student_mask_T=tensor(arrays.on[at]),
+            prefix_mask_T=tensor(arrays.off[at]),
+            rollout_logp_T=tensor(arrays.rollout_logp[at]),
+            trust_u_T=tensor(arrays.trust_u[at]),
+            weight_T=tensor(arrays.weight[at]),
+            sample_index_T=tensor(arrays.sample_index[at]),
+            token_index_T=tensor(arrays.token_index[at]),
         )
 
 

@@ -20,7 +20,7 @@ def place(lengths: list[int], *, budget: int, ranks: int, multiple: int = 1) -> 
     group = ranks * multiple
     count = max(1, -(-len(packs) // group)) * group
     packs = _spread(lengths, order, budget, count) or packs + [[] for _ in range(count - len(packs))]
-    return _deal(lengths, [sorted(samples) for samples in packs], ranks)
+    return _distribute(lengths, [sorted(samples) for samples in packs], ranks)
 
 
 def _first_fit(lengths: list[int], order: list[int], budget: int) -> list[list[int]]:
@@ -50,7 +50,7 @@ def _spread(lengths: list[int], order: list[int], budget: int, count: int) -> li
     return packs
 
 
-def _deal(lengths: list[int], packs: list[list[int]], ranks: int) -> list[list[list[int]]]:
+def _distribute(lengths: list[int], packs: list[list[int]], ranks: int) -> list[list[list[int]]]:
     """Deal the packs out, heaviest first, to the rank with the least tokens among those that still need packs."""
     each = len(packs) // ranks
     dealt: list[list[list[int]]] = [[] for _ in range(ranks)]

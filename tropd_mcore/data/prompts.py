@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tropd_mcore.config.derived import active_guidance, learns_from_verifier
 from tropd_mcore.config.schema import Config, DataConfig, VerifierConfig
 from tropd_mcore.data.chat import Asked, Renderer
 from tropd_mcore.data.chat_template import Chat, unread
@@ -99,9 +98,9 @@ def needs_of(config: Config, *, vocab_size: int, end_ids: Collection[int]) -> Pr
     """Return what training with `config` asks of its prompts; `vocab_size` is the student's."""
     kind = config.objective.kind
     return PromptNeeds(
-        responses=active_guidance(config) is not None and config.run.replay is None,
+        responses=config.objective.active_guidance is not None and config.run.replay is None,
         answers=f"objective.kind={kind} learns from a verifier; add it, or choose another objective"
-        if learns_from_verifier(config.objective)
+        if config.objective.learns_from_verifier
         else None,
         verifier=config.verifier,
         vocab_size=vocab_size,

@@ -22,7 +22,7 @@ from tropd_mcore.evaluation.headline import Tile, sentences, tiles
 from tropd_mcore.evaluation.metrics_view import Notes, metrics_section
 from tropd_mcore.evaluation.rollout_texts import find_texts
 from tropd_mcore.evaluation.rollouts_section import rollouts_section
-from tropd_mcore.evaluation.run_records import LoadRollouts, RunRecords, read_run
+from tropd_mcore.evaluation.run_records import RunRecords, read_run
 from tropd_mcore.evaluation.settings_view import settings_section
 from tropd_mcore.files import publish_text
 
@@ -54,8 +54,8 @@ class Report:
     """What the page lacks although the run has it, or may show wrongly, and how to mend it"""
 
 
-def write_report(run_dir: Path, options: ReportOptions, *, load_rollouts: LoadRollouts) -> Report:
-    """Write the page of `run_dir`. `load_rollouts` reads a file of <run_dir>/rollouts.
+def write_report(run_dir: Path, options: ReportOptions) -> Report:
+    """Write the page of `run_dir`.
 
     Raises DataError where a folder is no run, a file in it is damaged, or the page cannot be written.
     """
@@ -64,7 +64,7 @@ def write_report(run_dir: Path, options: ReportOptions, *, load_rollouts: LoadRo
         raise DataError(f"--compare: expected at most {len(RUN_HUES) - 1} runs, found {len(folders) - 1}")
     steps = [options.rollout_steps, *[0] * len(options.compare)]
     runs = [
-        read_run(folder, load_rollouts, token_steps=count, name=name)
+        read_run(folder, token_steps=count, name=name)
         for folder, name, count in zip(folders, _names(folders), steps, strict=True)
     ]
     texts = find_texts(runs[0], options.tokenizer)

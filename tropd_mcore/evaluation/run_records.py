@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,10 @@ import yaml
 from tropd_mcore.errors import DataError, first_line
 from tropd_mcore.evaluation.evaluate import EvaluationResult, load_result
 from tropd_mcore.files import read_step_lines
+from tropd_mcore.records.replay import load_rollouts
+from tropd_mcore.records.token_file import VERDICTS
 from tropd_mcore.types import Rollout, TokenTable
 
-LoadRollouts = Callable[[Path], list[Rollout]]
-
-VERDICTS = "verdict"
-"""Array of a file of token values with what the verifier said of every sample of the step: 1, 0, -1 = not judged."""
 _COLUMNS = ("sample_index", "token_index", "on", "off", "trusted", "log_ratio", "old_logp", "teacher_logp")
 _VERDICTS: dict[int, bool | None] = {1: True, 0: False, -1: None}
 
@@ -99,7 +97,7 @@ class RunRecords:
         return list(dict.fromkeys(folder / named for folder in folders if folder is not None))
 
 
-def read_run(run_dir: Path, load_rollouts: LoadRollouts, *, token_steps: int, name: str | None = None) -> RunRecords:
+def read_run(run_dir: Path, *, token_steps: int, name: str | None = None) -> RunRecords:
     """Read `run_dir`; token values of at most `token_steps` steps, evenly spread from the first to the last.
 
     `name`: what the page calls the run; None = the folder's name. Raises DataError where there is no run, or a file of
@@ -123,7 +121,7 @@ def read_run(run_dir: Path, load_rollouts: LoadRollouts, *, token_steps: int, na
         settings=_flat(_read_yaml(config_text, config)),
         config_text=config_text,
         evaluations=[load_result(path) for path in evaluations],
-        tokens=list(_read_tokens(both, load_rollouts, token_steps)),
+        tokens=list(_read_tokens(both, token_steps)),
         steps_with_tokens=len(both),
     )
 
@@ -142,7 +140,7 @@ def _steps_with_tokens(run_dir: Path) -> list[tuple[int, Path, Path]]:
     )
 
 
-def _read_tokens(both: list[tuple[int, Path, Path]], load_rollouts: LoadRollouts, count: int) -> Iterator[StepTokens]:
+def _read_tokens(both: list[tuple[int, Path, Path]], count: int) -> Iterator[StepTokens]:
     chosen = sorted({round(index) for index in np.linspace(0, len(both) - 1, min(count, len(both)))}) if both else []
     for step, tokens, rollouts in (both[index] for index in chosen):
         try:

@@ -27,7 +27,7 @@ from tropd_mcore.mcore.checkpoint_info import (
     read_info,
     step_of,
 )
-from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
+from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
 from tropd_mcore.progress import progress, tick
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def make_digests(folder: Path, control: dist.ProcessGroup) -> dict[str, FileReco
     Each rank lists the folder itself, because on NFS another node may not see yet what this one has just written.
     Raises ModelError where a file cannot be read.
     """
-    with shared_fate(control):
+    with raise_on_all_ranks(control):
         names = _names(folder)
     with progress(log, f"{folder}: reading {len(names)} files for their digests"):
         return _read_all(folder, names, control)
@@ -124,7 +124,7 @@ def _read_all(folder: Path, names: list[str], control: dist.ProcessGroup) -> dic
     """The records of these files, each made on one rank; `names` need to hold those that this rank owns."""
     rank, size = dist.get_rank(control), dist.get_world_size(control)
     mine: dict[str, FileRecord] = {}
-    with shared_fate(control):
+    with raise_on_all_ranks(control):
         for name in names:
             if _owner(name) % size == rank:
                 mine[name] = _record(folder / name)

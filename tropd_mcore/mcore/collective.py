@@ -43,7 +43,7 @@ meetings = Meetings()
 
 
 @contextmanager
-def shared_fate(control: dist.ProcessGroup) -> Iterator[None]:
+def raise_on_all_ranks(control: dist.ProcessGroup) -> Iterator[None]:
     """Run a block without collectives on each rank; an error that any rank met is raised on every rank.
 
     Cost: one object all-gather of a few bytes a rank.
@@ -53,10 +53,10 @@ def shared_fate(control: dist.ProcessGroup) -> Iterator[None]:
         yield
     except TropdError as met:
         error = met
-    raise_together(error, control)
+    raise_the_first(error, control)
 
 
-def raise_together(error: TropdError | None, control: dist.ProcessGroup) -> None:
+def raise_the_first(error: TropdError | None, control: dist.ProcessGroup) -> None:
     """Raise on every rank the error that the lowest rank met, if any did; a rank that met one raises its own.
 
     A request to stop is raised where no rank met anything else, so that all ranks do the same about it.
@@ -71,7 +71,7 @@ def raise_together(error: TropdError | None, control: dist.ProcessGroup) -> None
 
 def stop_together(control: dist.ProcessGroup) -> None:
     """Raise StopRequested on every rank where any of them was asked to stop. Collective."""
-    with shared_fate(control):
+    with raise_on_all_ranks(control):
         stopping.check()
 
 
@@ -84,7 +84,7 @@ def asked_to_stop(control: dist.ProcessGroup) -> str | None:
 def on_rank_zero(function: Callable[[], Value], control: dist.ProcessGroup) -> Value:
     """The value of `function` run on rank 0 alone, on every rank; its error likewise."""
     box: list[Value | None] = [None]
-    with shared_fate(control):
+    with raise_on_all_ranks(control):
         if dist.get_rank(control) == 0:
             box[0] = function()
     with meetings.attend():

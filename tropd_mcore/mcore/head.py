@@ -15,10 +15,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequ
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tropd_mcore.losses.kernel.source import GivenLogits, OutputLayer
+from tropd_mcore.kernel.source import GivenLogits, OutputLayer
 
 
-class Head:
+class OutputLayerTap:
     """Takes the place of the output layer's forward: hidden [P, 1, D] becomes [T, 1, D] of the rows set before.
 
     The layer stays where it is, with its weight and with the hooks of the data-parallel wrapper, which gather that

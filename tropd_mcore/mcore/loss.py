@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.errors import TrainingError
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.full_vocabulary import FullVocabulary
-from tropd_mcore.losses.kernel.shard import chunks
-from tropd_mcore.losses.kernel.source import LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import support_loss
-from tropd_mcore.losses.kernel.topk import distributed_topk
-from tropd_mcore.losses.method_table import Objective
-from tropd_mcore.losses.objectives.inputs import ObjectiveOutput
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.full_vocabulary import FullVocabulary
+from tropd_mcore.kernel.shard import chunks
+from tropd_mcore.kernel.source import LogitSource, OutputLayer
+from tropd_mcore.kernel.support_loss import support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.kernel.topk import distributed_topk
 from tropd_mcore.mcore.loss_settings import LossSettings, check_loss_settings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import Loss
-from tropd_mcore.mcore.row_constants import RowConstants
+from tropd_mcore.mcore.token_inputs import TokenInputsBuilder
+from tropd_mcore.objectives.registry import LossFunction
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 
@@ -42,12 +42,12 @@ class LossResult:
     broken: Tensor
     """scalar bool: the sum is not finite, or a row that counts has a NaN log-prob, which a gate takes for distrust"""
     columns: dict[str, Tensor]
-    """[T] each, the columns of `TokenTable` except sample_index, token_index and behav_logp, which the pack has"""
+    """[T] each, the columns of `TokenTable` except sample_index, token_index and rollout_logp, which the pack has"""
 
 
 def make_distillation_loss(
     model: Model,
-    objective: Objective,
+    objective: LossFunction,
     scores: Sequence[TeacherScores | None],
     context: Sequence[RowContext | None],
     settings: LossSettings,
@@ -70,12 +70,12 @@ def make_distillation_loss(
         scored = scores[index]
         assert scored is not None, f"micro-batch {index} has no teacher scores on the last stage"
         rows_in_context = context[index] or RowContext()
-        constants = RowConstants.of(micro_batch, scored, rows_in_context, model.shard.vocab_size)
+        constants = TokenInputsBuilder.of(micro_batch, scored, rows_in_context, model.shard.vocab_size)
         source = settings.source(model, layer)
         # Before the loss, which writes its gradient over given logits.
         topk_overlap_T = _topk_overlap(source, constants, kernel) if settings.topk_overlap else constants.unknown_T
 
-        def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> ObjectiveOutput:
+        def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
             inputs = constants.inputs(logp_CJ, entropy_C, divergence_C, rows)
             output = objective(inputs)
             student = {"student_logp": inputs.student_logp_T.detach(), "student_entropy": entropy_C.detach()}
@@ -86,10 +86,10 @@ def make_distillation_loss(
             constants.ids_TJ,
             token_loss,
             kernel,
-            distinct=constants.distinct,
+            unique_run_lengths=constants.unique_run_lengths,
             weight_gradient=settings.weight_gradient,
             reduce_hidden_gradient=model.head.reduces_hidden_gradient,
-            dense=_full_vocabulary(settings, kernel, scored, teacher),
+            full_vocab_term=_full_vocabulary(settings, kernel, scored, teacher),
         )
         columns = {**output.columns, **constants.observed(), "topk_overlap": topk_overlap_T}
         loss_sum = output.loss_sum.detach()
@@ -116,7 +116,7 @@ def check_finite(
     if rows.any():
         row = int(rows.nonzero()[0])
         numbers = ", ".join(f"{name} {float(column[row]):g}" for name, column in columns.items())
-        sample, token = int(micro_batches[index].sample_index[row]), int(micro_batches[index].token_index[row])
+        sample, token = int(micro_batches[index].sample_index_T[row]), int(micro_batches[index].token_index_T[row])
         where = f"first at sample {sample_ids[sample]}, token {token} ({numbers}); {int(rows.sum())} such rows"
     raise TrainingError(
         f"step {step}: the loss of micro-batch {index} is {float(result.loss_sum):g}, expected a finite number from "
@@ -150,7 +150,7 @@ def _full_vocabulary(
     )
 
 
-def _topk_overlap(source: LogitSource, constants: RowConstants, kernel: Kernel) -> Tensor:
+def _topk_overlap(source: LogitSource, constants: TokenInputsBuilder, kernel: Kernel) -> Tensor:
     """[T]: share of the teacher's top-k that is in the student's top-k.
 
     The student's own candidates (before the update) tell it where they are as many as the teacher's. Else one more pass

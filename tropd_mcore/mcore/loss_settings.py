@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tropd_mcore.config.derived import full_vocabulary
-from tropd_mcore.config.divergence_objectives import GkdObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.losses.kernel.backend import Kernel
-from tropd_mcore.losses.kernel.choose import backend
-from tropd_mcore.losses.kernel.shard import Scaling
-from tropd_mcore.losses.kernel.source import LogitSource, OutputLayer
-from tropd_mcore.losses.kernel.support_loss import WeightGradientMode
+from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.choose import backend
+from tropd_mcore.kernel.shard import Scaling
+from tropd_mcore.kernel.source import LogitSource, OutputLayer
+from tropd_mcore.kernel.support_loss import WeightGradientMode
 from tropd_mcore.mcore.model import Model
 
 
@@ -45,7 +43,7 @@ class LossSettings:
     def from_config(cls, config: Config) -> LossSettings:
         """Return what the configuration says."""
         loss, objective = config.loss, config.objective
-        whole = objective if isinstance(objective, GkdObjective) and full_vocabulary(objective) else None
+        whole = objective.full_vocabulary_divergence
         return cls(
             temperature=config.rollout.temperature,
             form=loss.form,
@@ -55,7 +53,7 @@ class LossSettings:
             overlap_chunks=loss.overlap_chunks,
             logit_softcap=loss.logit_softcap,
             topk_overlap=config.monitor.topk_overlap,
-            divergence=whole.divergence if whole is not None else None,
+            divergence=whole.name if whole is not None else None,
             divergence_beta=whole.beta if whole is not None else 0.5,
         )
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.errors import ModelError
-from tropd_mcore.losses.kernel.shard import VocabShard
+from tropd_mcore.kernel.shard import VocabShard
 from tropd_mcore.mcore.checks import check_transformer_config
-from tropd_mcore.mcore.head import Head
+from tropd_mcore.mcore.head import OutputLayerTap
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
 from tropd_mcore.weights.architecture import Architecture, cut_problems
@@ -54,7 +54,7 @@ class Model:
     layout: Layout
     platform: Platform
     trainable: bool
-    head: Head | None
+    head: OutputLayerTap | None
     """Selects the positions that are supervised; None where this rank has no output layer."""
 
     @property
@@ -97,7 +97,7 @@ def build_model(
     modules = [_chunk(arch, config, layout, platform, padded, vp_stage) for vp_stage in stages]
     head = None
     if modules[-1].post_process:
-        head = Head(modules[-1], layout.groups.tp, layout.sequence_parallel)
+        head = OutputLayerTap(modules[-1], layout.groups.tp, layout.sequence_parallel)
     if trainable:
         assert optimizer is not None, "a trainable model needs the optimizer section"
         chunks = _wrap(modules, config, optimizer)

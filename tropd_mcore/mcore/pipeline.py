@@ -20,7 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.mcore.head import nothing_of
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.progress import progress
@@ -114,10 +114,10 @@ def _run(
 def _forward(model: Model, chunk: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Hidden states: of all positions [P, 1, D], or on the last stage of the rows [1, T, D]."""
     if model.head is not None:
-        model.head.rows = micro_batch.rows
+        model.head.rows = micro_batch.rows_T
     output: Tensor = chunk(
-        input_ids=micro_batch.input_ids[None],
-        position_ids=micro_batch.position_ids[None],
+        input_ids=micro_batch.input_ids_P[None],
+        position_ids=micro_batch.position_ids_P[None],
         attention_mask=None,
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
@@ -140,7 +140,5 @@ def _fill_interleaved(model: Model, micro_batches: list[MicroBatch]) -> list[Mic
 
 def without_rows(micro_batch: MicroBatch) -> MicroBatch:
     """Return the same pack with nothing supervised (T = 0)."""
-    per_row = [
-        "rows", "target_ids", "on_mask", "off_mask", "behav_logp", "trust_u", "weight", "sample_index", "token_index",
-    ]  # fmt: skip
+    per_row = [field.name for field in dataclasses.fields(micro_batch) if field.name.endswith("_T")]
     return dataclasses.replace(micro_batch, **{name: getattr(micro_batch, name)[:0] for name in per_row})

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from tropd_mcore.mcore.dry_run import one_sample, pack_multiple
+from tropd_mcore.data.packing import pack_multiple
 from tropd_mcore.mcore.loss_settings import LossSettings
+from tropd_mcore.mcore.memory_probe import one_sample
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.scoring import score_micro_batches
@@ -25,13 +26,13 @@ def probe_log_probs(model: Model, token_ids: IntArray, settings: LossSettings) -
     Every data rank scores the text with its own replica of the model.
     """
     layout = model.layout
-    multiple = pack_multiple(layout)
+    multiple = pack_multiple(layout.cp_size, layout.tp_size)
     pack_length = -(-len(token_ids) // multiple) * multiple
     micro_batch = probe_batch(token_ids, pack_length, layout, model.platform.device)
     (scores,) = score_micro_batches(model, [micro_batch], pack_length, k=1, settings=settings)
     mine: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None = None
     if scores is not None and layout.tp_rank == 0:
-        mine = (micro_batch.token_index.cpu().numpy() - 1, scores.logp_T.double().cpu().numpy())
+        mine = (micro_batch.token_index_T.cpu().numpy() - 1, scores.logp_T.double().cpu().numpy())
     everyone: list[tuple[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None]]
     everyone = [(0, None)] * layout.world_size
     dist.all_gather_object(everyone, (layout.dp_rank, mine), group=layout.groups.control)

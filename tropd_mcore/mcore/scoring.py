@@ -15,14 +15,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tropd_mcore.losses.kernel.shard import NO_ENTRY
-from tropd_mcore.losses.kernel.source import OutputLayer
-from tropd_mcore.losses.kernel.support_log_probs import support_log_probs
-from tropd_mcore.losses.kernel.topk import TopK, distributed_topk
-from tropd_mcore.losses.objectives.inputs import ABSENT
+from tropd_mcore.kernel.shard import NO_ENTRY
+from tropd_mcore.kernel.source import OutputLayer
+from tropd_mcore.kernel.support_log_probs import support_log_probs
+from tropd_mcore.kernel.topk import TopK, distributed_topk
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
+from tropd_mcore.objectives.inputs import ABSENT
 from tropd_mcore.types import MicroBatch, StudentPass, TeacherScores
 
 
@@ -39,17 +39,17 @@ def score_micro_batches(
 ) -> list[TeacherScores | None]:
     """Score every row at temperature 1: log q of the predicted token, top-k, tail mass and entropy, in nats.
 
-    `extra_ids[i]`, int64 [T, L], are further ids of micro-batch i whose log q is wanted (`own_logp_TL`). A predicted
-    id that this model's vocabulary does not have is not scored, a further one is ABSENT. `keep_hidden` also keeps the
-    input of the output layer, [T, D]. `excluded` ids are no candidates (a further id among them is ABSENT): the next
-    best take their places, and their probability is in the tail. None on all but the last stage.
+    `extra_ids[i]`, int64 [T, L], are further ids of micro-batch i whose log q is wanted (`logp_of_student_topk_TL`). A
+    predicted id that this model's vocabulary does not have is not scored, a further one is ABSENT. `keep_hidden` also
+    keeps the input of the output layer, [T, D]. `excluded` ids are no candidates (a further id among them is ABSENT):
+    the next best take their places, and their probability is in the tail. None on all but the last stage.
     """
     kernel = settings.kernel(model, temperature=1.0)
     excluded_E = torch.tensor(excluded, dtype=torch.int64, device=model.platform.device) if excluded else None
 
     def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> TeacherScores:
         extra_TL = extra_ids[index] if extra_ids is not None else None
-        ids_TJ = micro_batch.target_ids[:, None]
+        ids_TJ = micro_batch.target_ids_T[:, None]
         if extra_TL is not None:
             ids_TJ = torch.cat([ids_TJ, extra_TL], dim=1)
         known_TJ = ids_TJ < model.shard.vocab_size
@@ -68,7 +68,9 @@ def score_micro_batches(
             tail_mass_T=top.tail_mass_T,
             entropy_T=top.entropy_T,
             scored_T=known_TJ[:, 0],
-            own_logp_TL=top.logp_TJ[:, 1:].masked_fill(~known_TJ[:, 1:], ABSENT) if extra_TL is not None else None,
+            logp_of_student_topk_TL=top.logp_TJ[:, 1:].masked_fill(~known_TJ[:, 1:], ABSENT)
+            if extra_TL is not None
+            else None,
             hidden_TD=layer.hidden_TD if keep_hidden else None,
             excluded_T=excluded_T,
         )
@@ -91,21 +93,21 @@ def _without(top: TopK, excluded_E: Tensor) -> tuple[TopK, Tensor]:
 
 
 def student_pass(
-    model: Model, micro_batches: list[MicroBatch], pack_length: int, *, own_topk: int, settings: LossSettings
+    model: Model, micro_batches: list[MicroBatch], pack_length: int, *, student_topk: int, settings: LossSettings
 ) -> list[StudentPass | None]:
-    """What the student says of every row at the rollout temperature, with its own `own_topk` best candidates.
+    """What the student says of every row at the rollout temperature, with its own `student_topk` best candidates.
 
     None on all but the last stage.
     """
     kernel = settings.kernel(model, temperature=settings.temperature)
 
     def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> StudentPass:
-        source, ids_TJ = settings.source(model, layer), micro_batch.target_ids[:, None]
-        if own_topk == 0:
-            logp_TJ, entropy_T = support_log_probs(source, ids_TJ, kernel, distinct=(1,))
+        source, ids_TJ = settings.source(model, layer), micro_batch.target_ids_T[:, None]
+        if student_topk == 0:
+            logp_TJ, entropy_T = support_log_probs(source, ids_TJ, kernel, unique_run_lengths=(1,))
             nothing_TL = logp_TJ[:, :0]
             return StudentPass(logp_TJ[:, 0], entropy_T, nothing_TL.to(torch.int64), nothing_TL)
-        top = distributed_topk(source, k=own_topk, kernel=kernel, ids_TJ=ids_TJ)
+        top = distributed_topk(source, k=student_topk, kernel=kernel, ids_TJ=ids_TJ)
         assert top.logp_TJ is not None, "log-probs of ids were asked for"
         return StudentPass(top.logp_TJ[:, 0], top.entropy_T, top.ids_TK, top.logp_TK)
 
@@ -119,5 +121,5 @@ def sampled_log_probs(
 
     None on all but the last stage.
     """
-    passes = student_pass(model, micro_batches, pack_length, own_topk=0, settings=settings)
+    passes = student_pass(model, micro_batches, pack_length, student_topk=0, settings=settings)
     return [found.logp_T if found is not None else None for found in passes]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tropd_mcore.data.tokenizer import load_tokenizer
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.losses.kernel.source import OutputLayer
+from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.mcore.conversion import Job, load_checkpoint
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
@@ -163,19 +163,19 @@ def whole_sequence(tokens: Tensor) -> MicroBatch:
     zeros = torch.zeros(size, device=device)
     counts = torch.zeros(size, dtype=torch.int64, device=device)
     return MicroBatch(
-        input_ids=tokens,
-        position_ids=torch.arange(size, device=device),
+        input_ids_P=tokens,
+        position_ids_P=torch.arange(size, device=device),
         cu_seqlens=torch.tensor([0, size], dtype=torch.int32, device=device),
         max_seqlen=size,
-        rows=torch.arange(size, device=device),
-        target_ids=counts,
-        on_mask=torch.ones(size, dtype=torch.bool, device=device),
-        off_mask=torch.zeros(size, dtype=torch.bool, device=device),
-        behav_logp=zeros,
-        trust_u=zeros,
-        weight=zeros,
-        sample_index=counts,
-        token_index=counts,
+        rows_T=torch.arange(size, device=device),
+        target_ids_T=counts,
+        student_mask_T=torch.ones(size, dtype=torch.bool, device=device),
+        prefix_mask_T=torch.zeros(size, dtype=torch.bool, device=device),
+        rollout_logp_T=zeros,
+        trust_u_T=zeros,
+        weight_T=zeros,
+        sample_index_T=counts,
+        token_index_T=counts,
     )
 
 

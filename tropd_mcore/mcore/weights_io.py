@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from tropd_mcore.errors import ModelError
-from tropd_mcore.mcore.collective import shared_fate
+from tropd_mcore.mcore.collective import raise_on_all_ranks
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.progress import counted, progress
@@ -94,7 +94,7 @@ def export_hf(
     count = sum(len(rule.hf_names) for rule in rules(model.arch) if rule.exported)
     with (
         progress(log, f"writing {out}", total=count, unit="tensors") as state,
-        shared_fate(layout.groups.control),
+        raise_on_all_ranks(layout.groups.control),
     ):
         weights = counted(iterate_hf(model, layout), state)
         try:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tropd_mcore.losses.importance import mismatch_weight
 from tropd_mcore.monitor.record import Region, StepRecord, Values
+from tropd_mcore.objectives.parts.mismatch import mismatch_weight
 
 Compute = Callable[[StepRecord], float]
 
@@ -183,7 +183,7 @@ def _excluded_candidates(record: StepRecord) -> float:
 
 
 def _engine_log_ratio(record: StepRecord) -> Values:
-    return record.student["old_logp"] - record.student["behav_logp"]
+    return record.student["old_logp"] - record.student["rollout_logp"]
 
 
 def _engine_kl(record: StepRecord) -> float:
@@ -223,7 +223,7 @@ def _corrected(record: StepRecord) -> float:
     if settings.mismatch == "off":
         return float("nan")
     bounds = settings.model_dump(include={"tis_cap", "icepop_low", "icepop_high", "mask_below"})
-    columns = [torch.from_numpy(record.student[name]) for name in ("old_logp", "behav_logp")]
+    columns = [torch.from_numpy(record.student[name]) for name in ("old_logp", "rollout_logp")]
     weight = mismatch_weight(*columns, mode=settings.mismatch, **bounds)
     plain = torch.ones_like(weight)
     if settings.mismatch != "mask":

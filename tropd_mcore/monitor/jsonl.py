@@ -1,7 +1,7 @@
 """metrics.jsonl: one line a step, the record of a run that everything else is made from.
 
-Not for per-token values (see `train.tokens`). Invariants: steps ascend without repetition; a line is on disk before the
-next step starts, or no part of it is; a value that does not exist is null.
+Not for per-token values (see `records.token_table`). Invariants: steps ascend without repetition; a line is on disk
+before the next step starts, or no part of it is; a value that does not exist is null.
 """
 
 from __future__ import annotations

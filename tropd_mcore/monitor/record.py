@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
+from tropd_mcore.config.objectives.base import PolicyGradientConfig
 from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 
 Values = npt.NDArray[np.float64]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tropd_mcore.config.schema import RolloutConfig
-from tropd_mcore.data.uniforms import trust_uniforms
 from tropd_mcore.errors import AnswerError, DataError, ServerDied, ServerError
+from tropd_mcore.rollout.uniforms import trust_uniforms
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
 from tropd_mcore.types import IntArray, Rollout, SampleRequest
@@ -157,7 +157,7 @@ class SglangSampler:
             prompt_ids=request.prompt_ids,
             prefix_ids=request.prefix_ids,
             response_ids=answer.output_ids,
-            behav_logp=answer.logp,
+            rollout_logp=answer.logp,
             trust_u=trust_uniforms(self._seed, step, request.sample_id, len(answer.output_ids)),
             policy_version=version,
             finish_reason=answer.finish_reason,

@@ -3,7 +3,7 @@
 SGLang and torch name their files at random and remove them when they end by themselves; a process that is killed
 removes nothing. So each process of ours that shares memory or starts a server keeps a ledger beside those files, in
 /dev/shm: which processes are its own, which files they have mapped, which folder is theirs. Not for files of a run
-directory (`train.run_dir`) or for stopping processes (`process`).
+directory (`records.run_dir`) or for stopping processes (`process`).
 
 Invariant: a file is removed only where a ledger names it, or names the process whose number it carries, every process
 of that ledger is gone (number and start time), the file is ours by its owner, and no process maps it or has it open.

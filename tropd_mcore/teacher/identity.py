@@ -1,6 +1,6 @@
 """Which model does a server serve? What it says of itself, a checksum of its weights, and its scores of a short text.
 
-Not for who asks and when (`train.teacher_identity`). The scores are the fingerprint: they follow from the weights, so a
+Not for who asks and when (`teacher.identity_check`). The scores are the fingerprint: they follow from the weights, so a
 server with other weights gives others, whatever it says of itself. Invariant: nothing here changes a server.
 
 Shapes: N scored tokens of the text.

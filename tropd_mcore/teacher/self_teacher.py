@@ -1,6 +1,6 @@
 """The student as its own teacher: the average of its weights, reading a correct solution before the response.
 
-Not for what it reads (`data.feedback`) or for the average (`mcore.average`). Invariants: a replica scores its own
+Not for what it reads (`teacher.solutions`) or for the average (`mcore.average`). Invariants: a replica scores its own
 samples, so that no row leaves it; the tokens that are scored are the student's rows, in another context and therefore
 in other packs; no number leaves the device; a sample without a solution has `scored_T` False on all of its rows.
 
@@ -20,17 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.data.feedback import SolutionPrompts
-from tropd_mcore.data.packing import PackedStep, pack
+from tropd_mcore.data.packing import PackedStep, pack, pack_multiple
 from tropd_mcore.data.supervision import IgnoredTokens
-from tropd_mcore.losses.kernel.shard import NO_ENTRY
-from tropd_mcore.losses.objectives.inputs import ABSENT
+from tropd_mcore.kernel.shard import NO_ENTRY
 from tropd_mcore.mcore.collective import on_rank_zero
-from tropd_mcore.mcore.dry_run import pack_multiple
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
-from tropd_mcore.mcore.row_route import RowRoute, row_places, row_samples
+from tropd_mcore.mcore.row_exchange import RowExchange, row_keys, row_samples
 from tropd_mcore.mcore.scoring import score_micro_batches
+from tropd_mcore.objectives.inputs import ABSENT
+from tropd_mcore.teacher.solutions import SolutionPrompts
 from tropd_mcore.types import IntArray, Rollout, TeacherScores
 
 _BLANKS = {
@@ -40,7 +39,7 @@ _BLANKS = {
     "tail_mass_T": 1.0,
     "entropy_T": 0.0,
     "scored_T": False,
-    "own_logp_TL": ABSENT,
+    "logp_of_student_topk_TL": ABSENT,
 }
 """The scores of a row without a teacher."""
 
@@ -69,7 +68,8 @@ class SelfTeacher:
         self._settings = settings
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._ignored = ignored
-        whole_pack = tokens_per_micro_batch // pack_multiple(model.layout) * pack_multiple(model.layout)
+        multiple = pack_multiple(model.layout.cp_size, model.layout.tp_size)
+        whole_pack = tokens_per_micro_batch // multiple * multiple
         self._longest = min(whole_pack, model.arch.max_position_embeddings)
 
     def score(
@@ -88,7 +88,7 @@ class SelfTeacher:
         contexts: list[IntArray | None] = on_rank_zero(
             lambda: self._prompts.contexts(rollouts, verdicts, longest=self._longest), layout.groups.control
         )
-        lesson = self._lesson(rollouts, contexts, packed)
+        lesson = self._teacher_packs(rollouts, contexts, packed)
         extra_ids = lesson.own_candidates(own_ids) if layout.is_last_stage else None
         scores = score_micro_batches(
             self._model,
@@ -102,39 +102,41 @@ class SelfTeacher:
             return [None] * len(packed.micro_batches)
         return lesson.scores(scores)
 
-    def _lesson(self, rollouts: list[Rollout], contexts: list[IntArray | None], packed: PackedStep) -> _Lesson:
+    def _teacher_packs(
+        self, rollouts: list[Rollout], contexts: list[IntArray | None], packed: PackedStep
+    ) -> _TeacherPacks:
         """The packs of this replica's samples that have a teacher; an empty one where none has."""
-        informed: dict[int, Rollout] = {}
+        rollouts_with_solution: dict[int, Rollout] = {}
         for sample in self._samples_of_replica(packed):
             context = contexts[sample]
             if context is not None:
-                informed[sample] = dataclasses.replace(rollouts[sample], prompt_ids=context)
-        theirs = self._pack(list(informed.values()))
+                rollouts_with_solution[sample] = dataclasses.replace(rollouts[sample], prompt_ids=context)
+        theirs = self._pack(list(rollouts_with_solution.values()))
 
-        # The place of a token: prefixes and responses of the informed samples laid end to end.
-        lengths = [len(rollout.prefix_ids) + len(rollout.response_ids) for rollout in informed.values()]
+        # The place of a token: prefixes and responses of the rollouts_with_solution samples laid end to end.
+        lengths = [len(rollout.prefix_ids) + len(rollout.response_ids) for rollout in rollouts_with_solution.values()]
         starts = np.cumsum([0, *lengths])
         first_S = np.zeros(len(rollouts), dtype=np.int64)
-        first_informed = np.zeros(len(informed), dtype=np.int64)
-        for index, (sample, rollout) in enumerate(informed.items()):
+        first_informed = np.zeros(len(rollouts_with_solution), dtype=np.int64)
+        for index, (sample, rollout) in enumerate(rollouts_with_solution.items()):
             first_S[sample] = starts[index] - len(rollouts[sample].prompt_ids)
             first_informed[index] = starts[index] - len(rollout.prompt_ids)
-        is_taught_S = np.isin(np.arange(len(rollouts)), list(informed))
+        has_teacher_S = np.isin(np.arange(len(rollouts)), list(rollouts_with_solution))
 
-        taught_R = self._tensor(is_taught_S)[row_samples(packed.micro_batches)]
-        route = RowRoute(
-            row_places(packed.micro_batches, self._tensor(first_S))[taught_R],
-            row_places(theirs.micro_batches, self._tensor(first_informed)),
+        has_teacher_R = self._tensor(has_teacher_S)[row_samples(packed.micro_batches)]
+        exchange = RowExchange(
+            row_keys(packed.micro_batches, self._tensor(first_S))[has_teacher_R],
+            row_keys(theirs.micro_batches, self._tensor(first_informed)),
             int(starts[-1]),
             self._model.layout.groups.cp,
         )
-        return _Lesson(theirs, taught_R, route, [len(batch.rows) for batch in packed.micro_batches])
+        return _TeacherPacks(theirs, has_teacher_R, exchange, [len(batch.rows_T) for batch in packed.micro_batches])
 
-    def _pack(self, informed: list[Rollout]) -> PackedStep:
+    def _pack(self, rollouts_with_solution: list[Rollout]) -> PackedStep:
         """Packs of this replica alone: nothing in a forward pass of a frozen model waits for another replica."""
         layout = self._model.layout
         return pack(
-            informed,
+            rollouts_with_solution,
             tokens_per_micro_batch=self._tokens_per_micro_batch,
             dp_size=1,
             dp_rank=0,
@@ -153,7 +155,7 @@ class SelfTeacher:
     def _samples_of_replica(self, packed: PackedStep) -> list[int]:
         """Rollouts that have rows in this replica's packs, on any of its context ranks; ascending."""
         layout = self._model.layout
-        mine = {int(index) for micro_batch in packed.micro_batches for index in micro_batch.sample_index.unique()}
+        mine = {int(index) for micro_batch in packed.micro_batches for index in micro_batch.sample_index_T.unique()}
         parts: list[set[int]] = [mine] * layout.cp_size
         if layout.cp_size > 1:
             dist.all_gather_object(parts, mine, group=layout.groups.cp)
@@ -161,13 +163,13 @@ class SelfTeacher:
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class _TeacherPacks:
     """The teacher's packs, and the way between the student's rows and theirs."""
 
     packed: PackedStep
-    taught_R: Tensor
+    has_teacher_R: Tensor
     """bool [R], whether a row of the student's packs is one of the N that have a teacher"""
-    route: RowRoute
+    exchange: RowExchange
     """from those N to the Q rows of the teacher's packs"""
     rows: list[int]
     """T of each of the student's micro-batches"""
@@ -178,21 +180,21 @@ class _Lesson:
         if not present:
             return None
         assert len(present) == len(own_ids), "the candidates of some micro-batches are missing"
-        sizes = [len(micro_batch.rows) for micro_batch in self.packed.micro_batches]
-        return list(self.route.carry(torch.cat(present)[self.taught_R]).split(sizes))
+        sizes = [len(micro_batch.rows_T) for micro_batch in self.packed.micro_batches]
+        return list(self.exchange.send(torch.cat(present)[self.has_teacher_R]).split(sizes))
 
     def scores(self, theirs: Sequence[TeacherScores | None]) -> list[TeacherScores | None]:
         """The scores of each of the student's micro-batches."""
         pieces = [vars(score) for score in theirs if score is not None]
-        back = self.route.back()
+        back = self.exchange.reversed()
         columns: dict[str, Sequence[Tensor]] = {}
         for name, blank in _BLANKS.items():
             column = [piece[name] for piece in pieces]
             if column[0] is None:
                 continue
-            values_NX = back.carry(torch.cat(column))
-            all_RX = values_NX.new_full((len(self.taught_R), *values_NX.shape[1:]), blank)
-            all_RX[self.taught_R] = values_NX
+            values_NX = back.send(torch.cat(column))
+            all_RX = values_NX.new_full((len(self.has_teacher_R), *values_NX.shape[1:]), blank)
+            all_RX[self.has_teacher_R] = values_NX
             columns[name] = all_RX.split(self.rows)
         rows = range(len(self.rows))
         return [TeacherScores(**{name: column[index] for name, column in columns.items()}) for index in rows]

@@ -204,8 +204,8 @@ def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
     Rows without scores have `scored_T` False, log-prob 0 and ids -1: those of a failed sample, and of a prefix that was
     scored in no sample.
     """
-    sample_T = batch.sample_index.cpu().numpy()
-    token_T = batch.token_index.cpu().numpy()
+    sample_T = batch.sample_index_T.cpu().numpy()
+    token_T = batch.token_index_T.cpu().numpy()
     rows, topk = len(sample_T), scores.topk
     logp_T = np.zeros(rows, np.float32)
     topk_ids_TK = np.full((rows, topk), -1, np.int64)
@@ -230,7 +230,7 @@ def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
         scored_T[mine] = True
         if sample.excluded_N is not None:
             excluded_T[mine] = sample.excluded_N[entry]
-    device = batch.sample_index.device
+    device = batch.sample_index_T.device
     return TeacherScores(
         logp_T=torch.from_numpy(logp_T).to(device),
         topk_ids_TK=torch.from_numpy(topk_ids_TK).to(device),

@@ -16,17 +16,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tropd_mcore.config.derived import needs_student_pass, own_support_size
+from tropd_mcore.config.derived import needs_student_pass
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.groups import prompt_indices
 from tropd_mcore.data.packing import PackedStep
-from tropd_mcore.losses.batch_statistics import BatchRows, statistic_of
+from tropd_mcore.data.verdicts import Verdict, rewards
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
-from tropd_mcore.mcore.row_constants import without_neginf
 from tropd_mcore.mcore.scoring import sampled_log_probs, student_pass
-from tropd_mcore.train.verdicts import Verdict, rewards
+from tropd_mcore.mcore.token_inputs import without_neginf
+from tropd_mcore.objectives.parts.batch_statistics import BatchRows, statistic_of
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, StudentPass, TeacherScores
 
 Columns = dict[str, npt.NDArray[np.generic]]
@@ -46,9 +46,9 @@ class BatchContextSource:
         """What the student says of its rollouts before it learns from them; None where nobody asks. Collective."""
         if not needs_student_pass(self._config):
             return [None] * len(packed.micro_batches)
-        own_topk = own_support_size(self._config.objective)
+        student_topk = self._config.objective.student_candidates
         return student_pass(
-            self._student, packed.micro_batches, packed.pack_length, own_topk=own_topk, settings=self._settings
+            self._student, packed.micro_batches, packed.pack_length, student_topk=student_topk, settings=self._settings
         )
 
     def complete(
@@ -121,7 +121,7 @@ def _row_context(
         statistic_T=statistic_T,
         own_ids_TL=found.own_ids_TL if has_candidates else None,
         old_own_logp_TL=found.own_logp_TL if has_candidates else None,
-        teacher_own_logp_TL=scores.own_logp_TL,
+        teacher_own_logp_TL=scores.logp_of_student_topk_TL,
     )
 
 
@@ -135,12 +135,12 @@ def _columns(
     for micro_batch, found, scored in zip(micro_batches, passes, scores, strict=True):
         assert found is not None and scored is not None, "a statistic needs the student's pass and the teacher's scores"
         columns = {
-            "sample_index_T": micro_batch.sample_index,
-            "token_index_T": micro_batch.token_index,
-            "on_T": micro_batch.on_mask & scored.scored_T,
+            "sample_index_T": micro_batch.sample_index_T,
+            "token_index_T": micro_batch.token_index_T,
+            "on_T": micro_batch.student_mask_T & scored.scored_T,
             "student_entropy_T": found.entropy_T.double(),
             "old_logp_T": found.logp_T.double(),
-            "behav_logp_T": micro_batch.behav_logp.double(),
+            "rollout_logp_T": micro_batch.rollout_logp_T.double(),
             "teacher_logp_T": without_neginf(scored.logp_T).double(),
         }
         for name, column in columns.items():
@@ -155,5 +155,5 @@ def _batch_rows(parts: Sequence[Columns], rollouts: list[Rollout], verdicts: Seq
 
 
 def _rows_of(values: npt.NDArray[np.float32], starts: npt.NDArray[np.int64], micro_batch: MicroBatch) -> Tensor:
-    sample, token = micro_batch.sample_index.cpu().numpy(), micro_batch.token_index.cpu().numpy()
-    return torch.from_numpy(values[starts[sample] + token]).to(micro_batch.sample_index.device)
+    sample, token = micro_batch.sample_index_T.cpu().numpy(), micro_batch.token_index_T.cpu().numpy()
+    return torch.from_numpy(values[starts[sample] + token]).to(micro_batch.sample_index_T.device)

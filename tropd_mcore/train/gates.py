@@ -1,7 +1,7 @@
 """Checks that need rollouts: each refuses to train on numbers that cannot be right, and says why.
 
 The arithmetic of layout, batch and sequence is checked with the configuration (`config.checks`), vocabularies in
-`teacher.vocabulary`, memory by `mcore.dry_run`, a served teacher in `train.teacher_identity`. Invariants: what is
+`teacher.vocabulary`, memory by `mcore.memory_probe`, a served teacher in `teacher.identity_check`. Invariants: what is
 compared are log-probs of before the step's first update; noise of single tokens stops no run where an engine rounds,
 and none after its first step.
 """
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
 from tropd_mcore.monitor.record import GateState
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.serving.wire import ServerInfo, is_exact
-from tropd_mcore.train.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def compare(parts: Sequence[Columns], bounds: SamplerBounds) -> Difference | Non
     for part in parts:
         if part:
             rows = part["on"].astype(bool) & (part["epoch"] == 0)
-            pieces.append(part["old_logp"][rows].astype(np.float64) - part["behav_logp"][rows].astype(np.float64))
+            pieces.append(part["old_logp"][rows].astype(np.float64) - part["rollout_logp"][rows].astype(np.float64))
     found = np.abs(np.concatenate(pieces)) if pieces else np.zeros(0)
     if not len(found):
         return None
@@ -272,7 +272,7 @@ def check_teacher_is_another(parts: Sequence[Columns], config: Config, bounds: S
     if step or config.rollout.temperature != 1.0 or config.run.replay is not None:
         return
     sampler = compare(parts, bounds)
-    teacher = compare([{**part, "behav_logp": part["teacher_logp"]} if part else part for part in parts], bounds)
+    teacher = compare([{**part, "rollout_logp": part["teacher_logp"]} if part else part for part in parts], bounds)
     if sampler is None or teacher is None:
         return
     if teacher.mean <= min(max(SAME_MODEL * sampler.mean, SAME_MODEL_LEAST), bounds.mean):

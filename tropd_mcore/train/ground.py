@@ -1,7 +1,7 @@
 """What the checks of a start stand on: the configuration, the run directory, and what config.json says of each model.
 
-Not for ranks, processes or servers (`parts.Site`, which is one more ground). Invariant: a ground can be made on any
-machine, without a process group.
+Not for ranks, processes or servers (`components.JobContext`, which is one more ground). Invariant: a ground can be
+made on any machine, without a process group.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tropd_mcore.config.schema import Config
-from tropd_mcore.train.run_dir import RunDir
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.weights.architecture import Architecture
 
 

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tropd_mcore
-from tropd_mcore.config.derived import model_paths, reads_responses, support_size, teacher_dtype
-from tropd_mcore.config.divergence_objectives import CustomObjective
+from tropd_mcore.config.derived import model_paths, reads_responses, teacher_dtype
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, ModelError
 from tropd_mcore.files import file_digest, publish_text
-from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, shared_fate
+from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, raise_on_all_ranks
 from tropd_mcore.progress import progress
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.ground import Ground
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.weights.digest import (
     DigestMemory,
     Fingerprint,
@@ -36,7 +35,7 @@ from tropd_mcore.weights.digest import (
 )
 
 if TYPE_CHECKING:
-    from tropd_mcore.train.parts import Site
+    from tropd_mcore.train.components import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Inputs(_Record):
     """None where the run began with the weights of student.path."""
 
 
-def read_inputs(site: Site) -> Inputs:
+def read_inputs(site: JobContext) -> Inputs:
     """Read every input of this launch for its digest. Collective; raises DataError and ModelError.
 
     Cost: a full read of what was not read before, spread over the ranks: about 1 GiB per second and rank, or what the
@@ -108,7 +107,7 @@ def read_inputs(site: Site) -> Inputs:
     wanted = on_rank_zero(partial(_unread, site), control)
     with progress(log, f"reading {len(wanted)} files of model folders for their digests"):
         mine: list[Read] = []
-        with shared_fate(control):
+        with raise_on_all_ranks(control):
             mine = read_files(wanted[layout.rank :: layout.world_size])
         read = gather_on_rank_zero(mine, control)
         launch = {"ranks": str(layout.world_size), "platform": site.platform.name}
@@ -161,7 +160,7 @@ def teacher_name(config: Config, inputs: Inputs, identity: str = "") -> str:
         "kind": teacher.kind,
         "folder": inputs.models["teacher.path"].digest.whole(),
         "dtype": teacher_dtype(config),
-        "candidates": support_size(config.objective),
+        "candidates": config.objective.teacher_topk,
         "softcap": config.loss.logit_softcap,
         "extra_tokens": teacher.extra_tokens,
         "server": identity or None,
@@ -232,9 +231,9 @@ def _data_input(key: str, path: Path) -> DataInput:
 
 def _code(config: Config) -> dict[str, str]:
     """The file of a custom objective, where Python can tell it."""
-    if not isinstance(config.objective, CustomObjective):
+    if config.objective.function_path is None:
         return {}
-    spec = importlib.util.find_spec(config.objective.function.partition(":")[0])
+    spec = importlib.util.find_spec(config.objective.function_path.partition(":")[0])
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return {}
     return {"objective.function": file_digest(Path(spec.origin))}

@@ -12,40 +12,32 @@ from contextlib import ExitStack
 
 from tropd_mcore import stopping
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.derived import (
-    full_vocabulary,
-    has_prefix_loss,
-    own_support_size,
-    support_size,
-    teaches_itself,
-    updates_per_step,
-)
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
-from tropd_mcore.losses.method_table import bind_objective
 from tropd_mcore.mcore.checkpoint import TrainState, load
 from tropd_mcore.mcore.checkpoint_info import latest
-from tropd_mcore.mcore.collective import shared_fate
-from tropd_mcore.mcore.dry_run import dry_run
+from tropd_mcore.mcore.collective import raise_on_all_ranks
 from tropd_mcore.mcore.loss_settings import LossSettings
+from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer
 from tropd_mcore.mcore.parallel import RankEnvironment, collective_timeout, destroy, initialize
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.weights_io import export_hf, load_hf
+from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.monitor.monitor import Monitor
+from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.progress import progress
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.serving.left_behind import remove_left_over
+from tropd_mcore.teacher.score_source import ScoreSource
+from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.train.batch_context import BatchContextSource
-from tropd_mcore.train.clock import StepClock
-from tropd_mcore.train.init_from import begin_optimizer, begin_weights
-from tropd_mcore.train.inputs import read_inputs, teacher_name
-from tropd_mcore.train.material import Material
-from tropd_mcore.train.model_check import check_model
-from tropd_mcore.train.parts import (
+from tropd_mcore.train.components import (
+    JobContext,
     Servers,
-    Site,
     make_policy,
     make_self_teacher,
     make_teacher,
@@ -55,11 +47,11 @@ from tropd_mcore.train.parts import (
     student_average,
     teacher_model,
 )
+from tropd_mcore.train.init_from import begin_optimizer, begin_weights
+from tropd_mcore.train.inputs import read_inputs, teacher_name
+from tropd_mcore.train.loaded_inputs import LoadedInputs
+from tropd_mcore.train.model_check import check_model
 from tropd_mcore.train.prefix_losses import PrefixLosses
-from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.run_dir import RunDir
-from tropd_mcore.train.score_source import ScoreSource
-from tropd_mcore.train.served_teacher import ServedTeacher
 from tropd_mcore.train.start import Start, accept, make_start
 from tropd_mcore.train.start_checks import (
     BACKEND,
@@ -70,7 +62,7 @@ from tropd_mcore.train.start_checks import (
     run_before_groups,
     run_checks,
 )
-from tropd_mcore.train.trainer import Parts, Trainer
+from tropd_mcore.train.trainer import Components, Trainer
 from tropd_mcore.weights.publish import replace_folder
 
 log = logging.getLogger(__name__)
@@ -92,7 +84,7 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
     timeout = collective_timeout(config.run.stall_timeout_s)
     with progress(log, f"waiting for all {environment.world_size} ranks to join"):
         layout = initialize(config.parallel, platform, config.run.seed, environment, timeout=timeout)
-    site = Site(config, platform, layout, before.run_dir, before.models)
+    site = JobContext(config, platform, layout, before.run_dir, before.models)
     with ExitStack() as cleanup:
         cleanup.callback(destroy, layout)
         with progress(log, "checking files and settings"):
@@ -111,7 +103,7 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
         _train(site, state.material(), start, cleanup)
 
 
-def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> None:
+def _train(site: JobContext, material: LoadedInputs, start: Start, cleanup: ExitStack) -> None:
     config, layout, first_step = site.config, site.layout, start.first_step
     last_step = config.run.steps
     if config.run.stop_after is not None:
@@ -129,7 +121,7 @@ def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> 
         if start.source is not None and not config.run.init_optimizer:
             begin_weights(start.source, student)
         optimizer, scheduler = build_optimizer(
-            student, config.optimizer, steps=config.run.steps * updates_per_step(config.objective)
+            student, config.optimizer, steps=config.run.steps * config.objective.updates_per_step
         )
         if start.source is not None and config.run.init_optimizer:
             begin_optimizer(start.source, TrainState(student, optimizer, scheduler))
@@ -156,8 +148,8 @@ def _train(site: Site, material: Material, start: Start, cleanup: ExitStack) -> 
 
 
 def _make_parts(
-    site: Site, material: Material, state: TrainState, servers: Servers, start: Start, cleanup: ExitStack
-) -> Parts:
+    site: JobContext, material: LoadedInputs, state: TrainState, servers: Servers, start: Start, cleanup: ExitStack
+) -> Components:
     config, layout, student = site.config, site.layout, state.model
     settings = LossSettings.from_config(config)
     teacher, reference = teacher_model(site), reference_model(site)
@@ -165,18 +157,18 @@ def _make_parts(
         if model is not None:
             check_model(site, key, model, start.inputs)
     if config.gates.longest_sequence:
-        dry_run(
+        probe_memory(
             student,
             bind_objective(config.objective),
             settings,
             tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
-            k=support_size(config.objective),
-            own_topk=own_support_size(config.objective),
-            teacher=teacher if full_vocabulary(config.objective) else None,
+            k=config.objective.teacher_topk,
+            student_topk=config.objective.student_candidates,
+            teacher=teacher if config.objective.full_vocabulary_divergence is not None else None,
         )
     clock = StepClock()
     policy = make_policy(site, student, material.ends, servers.policy, clock) if config.run.replay is None else None
-    with shared_fate(layout.groups.control):
+    with raise_on_all_ranks(layout.groups.control):
         monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=start.first_step)
         cleanup.callback(monitor.close)
     if state.average is not None and material.solution_prompts is not None:
@@ -192,10 +184,12 @@ def _make_parts(
         layout,
         replay=config.run.replay,
         name=teacher_name(config, start.inputs, teacher_check.name if teacher_check is not None else ""),
-        on_disk=not (full_vocabulary(config.objective) or teaches_itself(config.objective)),
+        on_disk=not (
+            (config.objective.full_vocabulary_divergence is not None) or (config.objective.self_teaching is not None)
+        ),
     )
-    fallible = scorer if isinstance(scorer, ServedTeacher) and has_prefix_loss(config.objective) else None
-    return Parts(
+    fallible = scorer if isinstance(scorer, ServedTeacher) and config.objective.has_prefix_loss else None
+    return Components(
         config=config,
         layout=layout,
         run_dir=site.run_dir,
@@ -217,25 +211,25 @@ def _make_parts(
     )
 
 
-def export(site: Site, student: Model, step: int) -> None:
+def export(site: JobContext, student: Model, step: int) -> None:
     """Write the student as a Hugging Face folder to <run.dir>/export, which goes once that is complete. Collective."""
     run_dir, control = site.run_dir, site.layout.groups.control
     fresh = run_dir.export.with_name("export.fresh")
     if site.layout.rank == 0:
         shutil.rmtree(fresh, ignore_errors=True)
     export_hf(student, site.layout, fresh, source_folder=site.config.student.path)
-    with shared_fate(control):
+    with raise_on_all_ranks(control):
         if site.layout.rank == 0:
             replace_folder(fresh, run_dir.export)
             publish_text(run_dir.export_step, f"{step}\n")
     log.info("exported the student to %s", run_dir.export)
 
 
-def _hold_run_dir(site: Site, cleanup: ExitStack) -> None:
+def _hold_run_dir(site: JobContext, cleanup: ExitStack) -> None:
     """Rank 0 holds the directory; the others, who see it then, notice like it where it goes. Collective."""
     run_dir, rank = site.run_dir, site.layout.rank
     for mine, hold in ((rank == 0, lambda: run_dir.lock(site.config.run.lock)), (rank != 0, run_dir.watch)):
-        with shared_fate(site.layout.groups.control):
+        with raise_on_all_ranks(site.layout.groups.control):
             if mine:
                 cleanup.callback(hold().release)
     if rank == 0:

@@ -27,8 +27,8 @@ from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.probe import probe_log_probs
 from tropd_mcore.serving.wire import is_exact
+from tropd_mcore.train.components import JobContext
 from tropd_mcore.train.inputs import Inputs
-from tropd_mcore.train.parts import Site
 from tropd_mcore.types import FloatArray, IntArray
 from tropd_mcore.weights.independent import fits, independent_log_probs, probe_ids
 
@@ -80,7 +80,7 @@ class ReadingDifference:
         return f"{self.mean:.1e} nats (mean), {self.p99:.1e} (99th percentile), {self.largest:.1e} (maximum)"
 
 
-def check_model(site: Site, key: str, model: Model, inputs: Inputs) -> None:
+def check_model(site: JobContext, key: str, model: Model, inputs: Inputs) -> None:
     """Compare `model`, just loaded from the folder of `key`, with transformers' reading of that folder. Collective.
 
     Logs the difference, that it was compared at an earlier launch, or why it is not compared. Costs the reading of the
@@ -109,7 +109,7 @@ def bounds_of(model: Model) -> ReadingBounds:
     return EXACT if is_exact(dtype, None, model.platform.name) else ROUNDED
 
 
-def _reading(site: Site, key: str, folder: Path, compared: dict[str, Any]) -> tuple[IntArray, FloatArray] | None:
+def _reading(site: JobContext, key: str, folder: Path, compared: dict[str, Any]) -> tuple[IntArray, FloatArray] | None:
     """(token ids, their log-probs by transformers) on rank 0; None, with a line in the log, where nothing is to do."""
     known = _remembered(site).get(key)
     if known is not None and known["of"] == compared:
@@ -139,7 +139,7 @@ def _others(key: str, config: Config) -> str:
     return ""
 
 
-def _fingerprint(site: Site, key: str, model: Model, inputs: Inputs) -> dict[str, Any]:
+def _fingerprint(site: JobContext, key: str, model: Model, inputs: Inputs) -> dict[str, Any]:
     """Everything that the comparison depends on, as JSON values."""
     layout, settings = site.layout, LossSettings.from_config(site.config)
     return {
@@ -151,7 +151,7 @@ def _fingerprint(site: Site, key: str, model: Model, inputs: Inputs) -> dict[str
     }
 
 
-def _remembered(site: Site) -> dict[str, Any]:
+def _remembered(site: JobContext) -> dict[str, Any]:
     """{configuration key: what was compared}; without what cannot be used, which costs another comparison."""
     try:
         values = json.loads(site.run_dir.model_checks.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def _remembered(site: Site) -> dict[str, Any]:
         return {}
 
 
-def _remember(site: Site, key: str, compared: dict[str, Any], difference: ReadingDifference) -> None:
+def _remember(site: JobContext, key: str, compared: dict[str, Any], difference: ReadingDifference) -> None:
     values = _remembered(site) | {key: {"of": compared, **asdict(difference)}}
     publish_text(site.run_dir.model_checks, json.dumps(values, indent=1) + "\n")
 

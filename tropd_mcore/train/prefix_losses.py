@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.supervision import hand_over
-from tropd_mcore.train.rollout_source import RolloutSource
-from tropd_mcore.train.score_source import ScoreSource
-from tropd_mcore.train.served_teacher import ServedTeacher
+from tropd_mcore.rollout.rollout_source import RolloutSource
+from tropd_mcore.teacher.score_source import ScoreSource
+from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.types import Rollout
 
 log = logging.getLogger(__name__)

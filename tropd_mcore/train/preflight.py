@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.derived import model_paths, reads_responses, teaches_itself
+from tropd_mcore.config.derived import model_paths, reads_responses
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ModelError
 from tropd_mcore.train.preflight_files import data_files, model_folders, run_directory, starting_points
@@ -85,7 +85,11 @@ def _cuts(launch: Launch) -> Iterator[Fault]:
             arch = read_architecture(folder)
         except ModelError:  # told by the checks that read models
             continue
-        stages = config.parallel.virtual_pipeline if key == "student.path" or teaches_itself(config.objective) else None
+        stages = (
+            config.parallel.virtual_pipeline
+            if key == "student.path" or config.objective.self_teaching is not None
+            else None
+        )
         for problem in cut_problems(arch, config.parallel, stages):
             yield Fault(key, f"{key}={folder}: {problem}; change parallel.tensor or parallel.pipeline")
 

@@ -15,9 +15,9 @@ from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.record import Change, compare, read_record
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, DataError
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.teacher.vocabulary import check_same_vocabulary
 from tropd_mcore.train.inputs import DataInput, Inputs, ModelInput, load_inputs
-from tropd_mcore.train.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from tropd_mcore.config.derived import active_guidance, learns_from_verifier
 from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.record import NOTHING, Change, compare, read_record, show
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.inputs import DataInput, Inputs, ModelInput
 from tropd_mcore.train.resume_rules import Rule, free, refused, rule_of
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.weights.digest import short
 
 log = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def _decided(change: Change, before: Before, config: Config) -> Rule:
             return refused(f"another rounding of the teacher, {old} -> {new}, is another teacher")
         return rule if rule.kind == "free" else free(f"the teacher computes in {new} as before")
     if rule.kind == "verdicts":
-        return refused(rule.reason) if learns_from_verifier(config.objective) else free()
+        return refused(rule.reason) if config.objective.learns_from_verifier else free()
     if rule.kind == "beginning":
         return free() if before.checkpoint is not None and _is_taken_back(change) else refused(rule.reason)
     return rule
@@ -159,7 +158,7 @@ def _path(key: str, now: Inputs) -> str:
 
 def _is_unused(key: str, now: Inputs, config: Config) -> bool:
     if key == "data.teacher_responses":
-        return active_guidance(config) is None
+        return config.objective.active_guidance is None
     return key not in now.models and key not in now.data
 
 

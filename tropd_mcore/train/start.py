@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 from tropd_mcore.config.plan import resolved_yaml
 from tropd_mcore.config.record import Change
 from tropd_mcore.mcore.checkpoint_info import INFO_FILE, latest, without_info
-from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
+from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
 from tropd_mcore.train.beginning import Source, find_source
 from tropd_mcore.train.ground import Ground
 from tropd_mcore.train.inputs import Inputs, load_inputs, save_inputs
 from tropd_mcore.train.resume import Before, check_config, check_inputs, read_before
 
 if TYPE_CHECKING:
-    from tropd_mcore.train.parts import Site
+    from tropd_mcore.train.components import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +90,18 @@ def compare_contents(ground: Ground, opened: Opened, inputs: Inputs) -> Inputs:
     return now
 
 
-def make_start(site: Site, opened: Opened, inputs: Inputs, sources: Mapping[str, str]) -> Start:
+def make_start(site: JobContext, opened: Opened, inputs: Inputs, sources: Mapping[str, str]) -> Start:
     """Return what the parts of a launch need to know of it; `inputs` were compared. Collective."""
     run = on_rank_zero(lambda: site.run_dir.recorded_id() or uuid.uuid4().hex[:12], site.layout.groups.control)
     return Start(opened.first_step, opened.checkpoint, opened.source, inputs, resolved_yaml(site.config, sources), run)
 
 
-def accept(site: Site, start: Start, day: date) -> None:
+def accept(site: JobContext, start: Start, day: date) -> None:
     """Record the launch as the one that the next is compared with. Collective; raises DataError on a full disk.
 
     `day` is the one that the prompts were rendered with; later launches keep it where the configuration sets none.
     """
-    with shared_fate(site.layout.groups.control):
+    with raise_on_all_ranks(site.layout.groups.control):
         if site.layout.rank == 0:
             save_inputs(site.run_dir, start.inputs)
             site.run_dir.record_id(start.run)

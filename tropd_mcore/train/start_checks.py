@@ -18,23 +18,23 @@ from tropd_mcore.config.checks import backend_problems
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.end_tokens import EndTokens, end_tokens
-from tropd_mcore.data.feedback import SolutionPrompts
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.losses.method_table import bind_objective
-from tropd_mcore.mcore.collective import on_rank_zero, shared_fate
-from tropd_mcore.train import material, replayed_run, start, stored_responses
+from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
+from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.teacher.solutions import SolutionPrompts
+from tropd_mcore.train import loaded_inputs, replayed_run, start, stored_responses
 from tropd_mcore.train.ground import NamedModels
 from tropd_mcore.train.inputs import Inputs
-from tropd_mcore.train.material import Material
+from tropd_mcore.train.loaded_inputs import LoadedInputs
 from tropd_mcore.train.preflight import cheap
-from tropd_mcore.train.run_dir import RunDir
 from tropd_mcore.train.start import Opened
 from tropd_mcore.weights.architecture import Architecture
 
 if TYPE_CHECKING:
-    from tropd_mcore.train.parts import Site
+    from tropd_mcore.train.components import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class State(NamedModels):
     """Names of the checks that were run, for tests and messages."""
 
     @classmethod
-    def of(cls, site: Site) -> State:
+    def of(cls, site: JobContext) -> State:
         """The state of a job whose checks have not begun."""
         layout = site.layout
         return cls(site.config, site.run_dir, site.models, site.platform.name, layout.world_size, layout.rank)
@@ -76,12 +76,12 @@ class State(NamedModels):
         """Whether an earlier check has found the field `name`."""
         return bool(self.models) if name == "models" else getattr(self, name) is not None
 
-    def material(self) -> Material:
+    def material(self) -> LoadedInputs:
         """All that was read, after the last check of MATERIAL_CHECKS."""
         assert self.renderer is not None and self.prompts is not None and self.ignored is not None
         assert self.longest is not None and self.ends is not None and self.excluded is not None
         assert self.day is not None
-        return Material(
+        return LoadedInputs(
             self.renderer, self.prompts, self.ignored, self.longest, self.solutions, self.ends, self.excluded, self.day
         )
 
@@ -108,7 +108,7 @@ def take(check: StartCheck, state: State, value: object) -> None:
         setattr(state, check.keeps, value)
 
 
-def run_checks(checks: Iterable[StartCheck], state: State, site: Site) -> None:
+def run_checks(checks: Iterable[StartCheck], state: State, site: JobContext) -> None:
     """Run `checks` in a job. Collective: all ranks get what was found, or an error. Raises TropdError."""
     control = site.layout.groups.control
     for check in checks:
@@ -117,7 +117,7 @@ def run_checks(checks: Iterable[StartCheck], state: State, site: Site) -> None:
         else:
             # Every rank reads, perhaps from a disk of its own: what one alone cannot read is met by all.
             value = None
-            with shared_fate(control):
+            with raise_on_all_ranks(control):
                 value = check.look(state)
         take(check, state, value)
 
@@ -151,7 +151,7 @@ def _ends(state: State) -> EndTokens:
 
 def _prompts(state: State) -> PromptSet:
     assert state.renderer is not None and state.ends is not None and state.day is not None
-    return material.read_prompts(
+    return loaded_inputs.read_prompts(
         state,
         state.renderer,
         state.ends,
@@ -163,12 +163,12 @@ def _prompts(state: State) -> PromptSet:
 
 def _lengths(state: State) -> int:
     assert state.prompts is not None
-    return material.check_lengths(state, state.prompts)
+    return loaded_inputs.check_lengths(state, state.prompts)
 
 
 def _solutions(state: State) -> SolutionPrompts | None:
     assert state.renderer is not None and state.prompts is not None
-    return material.solution_prompts(state, state.renderer, state.prompts)
+    return loaded_inputs.solution_prompts(state, state.renderer, state.prompts)
 
 
 def _contents(state: State) -> Inputs:
@@ -187,7 +187,9 @@ def _responses(state: State) -> None:
     stored_responses.check_responses(state, teacher, state.prompts)
 
 
-MODELS = StartCheck("config.json", lambda state: material.read_models(state.config), "models", needs=(), alone=False)
+MODELS = StartCheck(
+    "config.json", lambda state: loaded_inputs.read_models(state.config), "models", needs=(), alone=False
+)
 BACKEND = StartCheck("loss.backend", _backend, needs=(), alone=False)
 BEFORE_GROUPS = (MODELS, BACKEND)
 """What every rank looks at before it knows the others."""
@@ -195,18 +197,18 @@ BEFORE_GROUPS = (MODELS, BACKEND)
 MATERIAL_CHECKS = (
     StartCheck("launch", _launch, needs=()),
     StartCheck("run.dir", lambda state: start.open_launch(state), "opened"),
-    StartCheck("weights", lambda state: material.check_weights(state)),
-    StartCheck("tokenizer", lambda state: material.check_tokenizers(state)),
-    StartCheck("vocabulary", lambda state: material.check_vocabularies(state)),
+    StartCheck("weights", lambda state: loaded_inputs.check_weights(state)),
+    StartCheck("tokenizer", lambda state: loaded_inputs.check_tokenizers(state)),
+    StartCheck("vocabulary", lambda state: loaded_inputs.check_vocabularies(state)),
     StartCheck("objective", lambda state: bind_objective(state.config.objective), needs=(), alone=False),
     StartCheck("student.path", lambda state: Renderer(state.config.student.path), "renderer", alone=False),
     StartCheck("loss.ignore_tokens", _ignored, "ignored", needs=("renderer",), alone=False),
     StartCheck("rollout.end_tokens", _ends, "ends", needs=("renderer",), alone=False),
-    StartCheck("data.template_date", lambda state: material.template_day(state), "day", needs=()),
+    StartCheck("data.template_date", lambda state: loaded_inputs.template_day(state), "day", needs=()),
     StartCheck("data.prompts", _prompts, "prompts", needs=("models", "renderer", "ends", "day"), alone=False),
     StartCheck("lengths", _lengths, "longest", needs=("models", "prompts"), alone=False),
     StartCheck("objective.template", _solutions, "solutions", needs=("models", "prompts"), alone=False),
-    StartCheck("teacher.extra_tokens", lambda state: material.excluded_tokens(state), "excluded"),
+    StartCheck("teacher.extra_tokens", lambda state: loaded_inputs.excluded_tokens(state), "excluded"),
 )
 """What is read and looked at before anything is built."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 
-from tropd_mcore.config.derived import active_guidance
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError
 from tropd_mcore.rollout.response_origin import load_origin, origin_file, prompt_digests, say_unknown
@@ -25,7 +24,7 @@ def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -
     """
     config = ground.config
     path = config.data.teacher_responses
-    if path is None or active_guidance(config) is None or config.run.replay is not None:
+    if path is None or config.objective.active_guidance is None or config.run.replay is not None:
         return
     origin = load_origin(path)
     answered = [prompt.prompt_id for prompt in prompts.prompts if prompt.teacher_response_ids is not None]

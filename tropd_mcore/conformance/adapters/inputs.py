@@ -65,7 +65,7 @@ def teacher_logits(case: PeerCase) -> Tensor:
 
 def counted(case: PeerCase) -> Tensor:
     """The tokens that have a loss, bool [T]: the student's, and for the elementary objectives the teacher's too."""
-    return case.on_mask_T if case.name.startswith("gkd") else case.on_mask_T | case.off_mask_T
+    return case.student_mask_T if case.name.startswith("gkd") else case.student_mask_T | case.prefix_mask_T
 
 
 def summed(case: PeerCase, loss_T: Tensor) -> Tensor:

@@ -7,16 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from tropd_mcore.config.divergence_objectives import (
-    EopdObjective,
-    GkdObjective,
-    JsdObjective,
-    LsmObjective,
-    SdpoObjective,
-)
+from tropd_mcore.config.objectives.matching import EopdObjective, GkdObjective, JsdObjective, LsmObjective
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.divergences import (
-    Part,
     forward_kl,
     kl_of_student_to_mixture,
     kl_of_teacher_to_mixture,
@@ -24,7 +17,7 @@ from tropd_mcore.conformance.oracle.divergences import (
     reverse_kl,
     whole_vocabulary,
 )
-from tropd_mcore.conformance.oracle.policy import clipped_reward, mismatch_weight, policy_loss
+from tropd_mcore.conformance.oracle.policy import clipped_reward, policy_loss
 from tropd_mcore.conformance.oracle.token import Candidate, Token
 
 
@@ -51,7 +44,7 @@ def jsd(objective: JsdObjective, token: Token, decide: Decisions) -> Tensor:
     return beta * teacher_half + policy_loss(token, reward, objective.policy_gradient, decide)
 
 
-def gkd(objective: GkdObjective, token: Token) -> Tensor:
+def gkd(objective: GkdObjective, token: Token, decide: Decisions) -> Tensor:
     """KL(q || p), KL(p || q), or beta KL(q || m) + (1 - beta) KL(p || m). Source: GKD."""
     if objective.full_vocabulary:
         parts = whole_vocabulary(token)
@@ -81,24 +74,6 @@ def lsm(objective: LsmObjective, token: Token, decide: Decisions) -> Tensor:
         return reverse_kl(parts)
     held = [_held(float(log_p.detach()) - log_q, bound, decide) for log_p, log_q in parts]
     return torch.stack([log_p.exp() * log_ratio for (log_p, _), log_ratio in zip(parts, held, strict=True)]).sum()
-
-
-def sdpo(objective: SdpoObjective, token: Token, decide: Decisions) -> Tensor:
-    """The generalised JSD on the student's candidates, times the bounded ratio of new to old policy, a constant."""
-    parts = parts_of(token, token.own_candidates, objective.norm)
-    ratio = math.exp(float(token.log_p.detach()) - token.old_log_p)
-    factor = objective.ratio_cap if decide.above("ratio cap", ratio, objective.ratio_cap) else ratio
-    factor *= mismatch_weight(token, objective.policy_gradient, decide)
-    return factor * _generalised_jsd(parts, objective.alpha)
-
-
-def _generalised_jsd(parts: list[Part], alpha: float) -> Tensor:
-    """(1 - alpha) KL(p || m) + alpha KL(q || m), m = (1 - alpha) p + alpha q; its ends are the KL divergences."""
-    if alpha == 0.0:
-        return forward_kl(parts)
-    if alpha == 1.0:
-        return reverse_kl(parts)
-    return (1.0 - alpha) * kl_of_student_to_mixture(parts, alpha) + alpha * kl_of_teacher_to_mixture(parts, alpha)
 
 
 def _held(log_ratio: float, bound: float, decide: Decisions) -> float:

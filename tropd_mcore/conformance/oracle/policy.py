@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from tropd_mcore.config.tropd_objectives import PolicyGradientConfig
+from tropd_mcore.config.objectives.base import PolicyGradientConfig
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.token import Token
 
@@ -47,7 +47,7 @@ def mismatch_weight(token: Token, keys: PolicyGradientConfig, decide: Decisions)
     """The weight of trainer over sampler, from the probabilities before the update."""
     if keys.mismatch == "off":
         return 1.0
-    trainer, sampler = math.exp(token.old_log_p), math.exp(token.behav_log_p)
+    trainer, sampler = math.exp(token.old_log_p), math.exp(token.rollout_log_p)
     if keys.mismatch == "mask":
         return 0.0 if decide.above("mismatch mask", keys.mask_below, trainer - sampler) else 1.0
     weight = trainer / sampler

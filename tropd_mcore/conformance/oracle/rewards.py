@@ -1,28 +1,32 @@
-"""The objectives that teach by a reward: of the sampled token, or of several candidates."""
+"""The objectives that teach by a reward of the sampled token."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from tropd_mcore.config.advantage_objectives import (
+from tropd_mcore.config.objectives.rewards import (
     EntropyOpdObjective,
     ExopdObjective,
     IwOpdObjective,
-    KdrlObjective,
     PowerOpdObjective,
     ReopoldObjective,
-    RethinkingObjective,
-    RladObjective,
     TopdObjective,
     VopdObjective,
 )
+from tropd_mcore.conformance.batch import Batch
 from tropd_mcore.conformance.oracle.decisions import Decisions
-from tropd_mcore.conformance.oracle.policy import clipped_surrogate, mismatch_weight, policy_loss, surrogate
-from tropd_mcore.conformance.oracle.token import Candidate, Token
+from tropd_mcore.conformance.oracle.policy import policy_loss
+from tropd_mcore.conformance.oracle.statistics import (
+    log_ratio,
+    same_prompt,
+    same_sample,
+    sampled_rows,
+    standard_score,
+    zeros,
+)
+from tropd_mcore.conformance.oracle.token import Token
 
 
 def reopold(objective: ReopoldObjective, token: Token, decide: Decisions) -> Tensor:
@@ -61,7 +65,7 @@ def vopd(objective: VopdObjective, token: Token, decide: Decisions) -> Tensor:
 
 def iw_opd(objective: IwOpdObjective, token: Token, decide: Decisions) -> Tensor:
     """log q - log p of the sampler, times a weight that falls along the sample (the statistic). Source: IW-OPD."""
-    reward = token.log_q - token.behav_log_p
+    reward = token.log_q - token.rollout_log_p
     return policy_loss(token, token.statistic * reward, objective.policy_gradient, decide)
 
 
@@ -71,66 +75,80 @@ def power_opd(objective: PowerOpdObjective, token: Token, decide: Decisions) -> 
     return policy_loss(token, reward, objective.policy_gradient, decide)
 
 
-def kdrl(objective: KdrlObjective, token: Token, decide: Decisions, progress: float) -> Tensor:
-    """The verifier's advantage (the statistic), and beta (log q - log p)^2 / 2."""
-    beta = objective.beta_start + (objective.beta_end - objective.beta_start) * progress
-    penalty = 0.5 * (token.log_q - token.log_p) ** 2
-    return policy_loss(token, token.statistic, objective.policy_gradient, decide) + beta * penalty
-
-
-def rlad(objective: RladObjective, token: Token, decide: Decisions) -> Tensor:
-    """The verifier's advantage with the ratio p / (p_old^a q^(1 - a)), clipped; a KL to the reference by one sample."""
-    keys = objective.policy_gradient
-    anchor = objective.anchor * token.old_log_p + (1.0 - objective.anchor) * token.log_q
-    advantage = token.statistic * mismatch_weight(token, keys, decide)
-    loss = clipped_surrogate((token.log_p - anchor).exp(), advantage, keys, decide)
-    if objective.reference_weight > 0:
-        difference = token.reference_log_p - token.log_p
-        loss = loss + objective.reference_weight * (difference.exp() - 1.0 - difference)
-    return loss
-
-
-def rethinking(objective: RethinkingObjective, token: Token, decide: Decisions) -> Tensor:
-    """The reward log q - log p of each candidate, weighted by p renormalised on them, as a policy gradient on each."""
-    chosen = _support(objective.support, token)
-    if not chosen:
-        return 0.0 * token.log_p
-    old = {
-        candidate.vocabulary_id: candidate.old_log_p
-        if candidate.old_log_p is not None
-        else float(token.log_p_V[candidate.vocabulary_id].detach())
-        for candidate in chosen
-    }
-    mass = sum(math.exp(log_p) for log_p in old.values())
-    terms = []
-    for candidate in chosen:
-        old_log_p = old[candidate.vocabulary_id]
-        weight = math.exp(old_log_p) / mass
-        advantage = weight * (candidate.log_q - old_log_p)
-        log_p = token.log_p_V[candidate.vocabulary_id]
-        terms.append(surrogate(log_p, old_log_p, advantage, objective.policy_gradient, decide))
-    return torch.stack(terms).sum() * mismatch_weight(token, objective.policy_gradient, decide)
-
-
 def _known(old_log_p: float | None) -> float:
     assert old_log_p is not None, "the student's own candidates come with their log-probs"
     return old_log_p
 
 
-def _support(which: str, token: Token) -> list[Candidate]:
-    """The candidates, each once; what the student knew of an entry is kept where the teacher proposes it as well."""
-    own = {candidate.vocabulary_id: candidate for candidate in token.own_candidates}
-    teacher = {
-        candidate.vocabulary_id: replace(candidate, old_log_p=own[candidate.vocabulary_id].old_log_p)
-        if candidate.vocabulary_id in own
-        else candidate
-        for candidate in token.teacher_candidates
-    }
-    ids = {
-        "student": set(own),
-        "teacher": set(teacher),
-        "intersection": set(own) & set(teacher),
-        "union": set(own) | set(teacher),
-        "xor": set(own) ^ set(teacher),
-    }[which]
-    return [teacher.get(vocabulary_id) or own[vocabulary_id] for vocabulary_id in sorted(ids)]
+def reopold_counts(objective: ReopoldObjective, token: Token) -> bool:
+    """In two stages, the tokens that the phase trains."""
+    return objective.stages == 1 or (token.sampled_by_student and token.statistic > 0)
+
+
+def entropy_opd_counts(objective: EntropyOpdObjective, token: Token) -> bool:
+    """The selected tokens, or all."""
+    return objective.denominator == "all" or (token.sampled_by_student and token.statistic > 0)
+
+
+def entropy_opd_statistic(
+    objective: EntropyOpdObjective, batch: Batch, progress: float, decide: Decisions
+) -> list[float]:
+    """1 where the student is most uncertain."""
+    return _most_uncertain(objective.fraction, batch, decide)
+
+
+def reopold_statistic(objective: ReopoldObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+    """1 for the tokens that the phase trains."""
+    if objective.stages == 1:
+        return [1.0] * len(batch.tokens.target_ids_T)
+    if progress < objective.switch_at:
+        return _above_floor(objective.floor, batch, decide)
+    return _most_uncertain(objective.entropy_fraction, batch, decide)
+
+
+def topd_statistic(objective: TopdObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+    """log(a rho + 1 - a), plus its mean over the later tokens of the sample, z-normalised over the prompt's tokens."""
+    alpha = objective.mixing
+    mixed = {row: math.log(alpha * math.exp(log_ratio(batch, row)) + 1.0 - alpha) for row in sampled_rows(batch)}
+    returns = dict(mixed)
+    if objective.future_mean:
+        for row, own in mixed.items():
+            later = [value for other, value in mixed.items() if same_sample(batch, row, other) and other > row]
+            returns[row] = own + (sum(later) / len(later) if later else 0.0)
+    found = zeros(batch)
+    for row, value in returns.items():
+        peers = [other_value for other, other_value in returns.items() if same_prompt(batch, row, other)]
+        found[row] = standard_score(value, peers) if objective.normalise else value
+    return found
+
+
+def iw_opd_statistic(objective: IwOpdObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+    """1 + gamma (1 - sum of |A| before / sum of |A|), over a sample, A = log q - log p of the sampler (IW-OPD)."""
+    tokens = batch.tokens
+    size = {row: abs(float(tokens.teacher_logp_T[row] - tokens.rollout_logp_T[row])) for row in sampled_rows(batch)}
+    found = zeros(batch)
+    for row in size:
+        before = sum(value for other, value in size.items() if same_sample(batch, row, other) and other < row)
+        total = sum(value for other, value in size.items() if same_sample(batch, row, other))
+        found[row] = 1.0 + objective.gamma * (1.0 - before / total)
+    return found
+
+
+def _above_floor(floor: float, batch: Batch, decide: Decisions) -> list[float]:
+    """1 for the tokens whose log-ratio is above the floor. Source: REOPOLD, phase I."""
+    found = zeros(batch)
+    for row in sampled_rows(batch):
+        found[row] = float(decide.above("phase I", log_ratio(batch, row), floor))
+    return found
+
+
+def _most_uncertain(fraction: float, batch: Batch, decide: Decisions) -> list[float]:
+    """1 for that share of the tokens which has the highest student entropy. Source: Entropy OPD; REOPOLD eq. 8."""
+    entropy = batch.tokens.old_entropy_T.tolist()
+    ranked = sorted(sampled_rows(batch), key=lambda row: -entropy[row])
+    count = round(fraction * len(ranked))
+    middle = (entropy[ranked[count - 1]] + entropy[ranked[count]]) / 2.0
+    found = zeros(batch)
+    for row in ranked:
+        found[row] = float(decide.above("entropy quantile", entropy[row], middle))
+    return found

@@ -31,7 +31,7 @@ class Token:
     log_q: float
     """of x, as is everything below"""
     old_log_p: float
-    behav_log_p: float
+    rollout_log_p: float
     reference_log_p: float
     teacher_entropy: float
     trust_u: float
@@ -39,7 +39,9 @@ class Token:
     teacher_candidates: tuple[Candidate, ...]
     own_candidates: tuple[Candidate, ...]
     statistic: float
-    """of the batch, as the objective has it (`statistics`); 1 where it has none"""
+    """of the batch, as the objective has it; 1 where it has none"""
+    progress: float
+    """step / run.steps"""
 
     @property
     def log_p(self) -> Tensor:
@@ -52,7 +54,7 @@ class Token:
         return self.log_q - self.old_log_p
 
 
-def make_token(tokens: Tokens, row: int, log_p_V: Tensor, log_q_V: Tensor, statistic: float) -> Token:
+def make_token(tokens: Tokens, row: int, log_p_V: Tensor, log_q_V: Tensor, statistic: float, progress: float) -> Token:
     """Return row `row` of a case; absent candidates are left out."""
     topk = zip(tokens.topk_ids_TK[row].tolist(), tokens.teacher_topk_logp_TK[row].tolist(), strict=True)
     own = zip(
@@ -67,12 +69,13 @@ def make_token(tokens: Tokens, row: int, log_p_V: Tensor, log_q_V: Tensor, stati
         x=int(tokens.target_ids_T[row]),
         log_q=float(tokens.teacher_logp_T[row]),
         old_log_p=float(tokens.old_logp_T[row]),
-        behav_log_p=float(tokens.behav_logp_T[row]),
+        rollout_log_p=float(tokens.rollout_logp_T[row]),
         reference_log_p=float(tokens.reference_logp_T[row]),
         teacher_entropy=float(tokens.teacher_entropy_T[row]),
         trust_u=float(tokens.trust_u_T[row]),
-        sampled_by_student=bool(tokens.on_mask_T[row]),
+        sampled_by_student=bool(tokens.student_mask_T[row]),
         teacher_candidates=tuple(Candidate(v, log_q, None) for v, log_q in topk if log_q > -math.inf),
         own_candidates=tuple(Candidate(v, log_q, old) for v, log_q, old in own if log_q > -math.inf),
         statistic=statistic,
+        progress=progress,
     )

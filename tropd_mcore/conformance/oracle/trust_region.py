@@ -9,12 +9,18 @@ import math
 
 from torch import Tensor
 
-from tropd_mcore.config.divergence_objectives import AopdObjective, TropdAopdObjective
-from tropd_mcore.config.tropd_objectives import OpdObjective, TropdObjective
+from tropd_mcore.config.objectives.trust_region import (
+    AopdObjective,
+    OpdObjective,
+    TropdAopdObjective,
+    TropdSections,
+)
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.divergences import forward_kl, parts_of
 from tropd_mcore.conformance.oracle.policy import clipped_reward, policy_loss
 from tropd_mcore.conformance.oracle.token import Token
+
+LEARNS_FROM_PREFIXES = ("tropd", "tropd_aopd")
 
 
 def opd(objective: OpdObjective, token: Token, decide: Decisions) -> Tensor:
@@ -23,7 +29,7 @@ def opd(objective: OpdObjective, token: Token, decide: Decisions) -> Tensor:
     return policy_loss(token, reward, objective.policy_gradient, decide)
 
 
-def tropd(objective: TropdObjective, token: Token, decide: Decisions) -> Tensor:
+def tropd(objective: TropdSections, token: Token, decide: Decisions) -> Tensor:
     """Reward where trusted, forward KL (or what stands for it) where not; guidance on the teacher's tokens."""
     keys, outlier = objective.policy_gradient, objective.outlier
     divergence = forward_kl(parts_of(token, token.teacher_candidates, outlier.norm))
@@ -61,7 +67,7 @@ def tropd_aopd(objective: TropdAopdObjective, token: Token, decide: Decisions) -
     return loss
 
 
-def _trust(objective: TropdObjective, token: Token, decide: Decisions) -> float:
+def _trust(objective: TropdSections, token: Token, decide: Decisions) -> float:
     mode = objective.trust.mode
     if mode == "bernoulli":
         return float(decide.above("trust", math.exp(token.log_ratio), token.trust_u))
@@ -73,7 +79,7 @@ def _trust(objective: TropdObjective, token: Token, decide: Decisions) -> float:
     return 1.0
 
 
-def _guidance(objective: TropdObjective, token: Token, divergence: Tensor) -> Tensor:
+def _guidance(objective: TropdSections, token: Token, divergence: Tensor) -> Tensor:
     """The gradient of the forward KL by one sample of the teacher's is that of -log p."""
     guidance = objective.guidance
     if guidance.loss == "nll":

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tropd_mcore.config.advantage_objectives import EntropyOpdObjective, KdrlObjective, ReopoldObjective
-from tropd_mcore.config.divergence_objectives import CustomObjective, GkdObjective
-from tropd_mcore.config.schema import ObjectiveConfig
-from tropd_mcore.config.tropd_objectives import TropdObjective
+from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.conformance.batch import Batch, Student
-from tropd_mcore.conformance.oracle import matching, rewards, trust_region
 from tropd_mcore.conformance.oracle.decisions import Decisions
-from tropd_mcore.conformance.oracle.statistics import statistics
 from tropd_mcore.conformance.oracle.token import Token, make_token
 
 Form = Literal["fused", "logits"]
@@ -42,36 +38,16 @@ class Truth:
     decisions: Decisions
 
 
-_RULES: dict[str, Callable[[Any, Token, Decisions], Tensor]] = {
-    "opd": trust_region.opd,
-    "tropd": trust_region.tropd,
-    "aopd": trust_region.aopd,
-    "tropd_aopd": trust_region.tropd_aopd,
-    "reopold": rewards.reopold,
-    "entropy_opd": rewards.entropy_opd,
-    "exopd": rewards.exopd,
-    "topd": rewards.topd,
-    "vopd": rewards.vopd,
-    "iw_opd": rewards.iw_opd,
-    "power_opd": rewards.power_opd,
-    "rlad": rewards.rlad,
-    "rethinking": rewards.rethinking,
-    "eopd": matching.eopd,
-    "jsd": matching.jsd,
-    "lsm": matching.lsm,
-    "sdpo": matching.sdpo,
-}
-
-
 def evaluate(objective: ObjectiveConfig, batch: Batch, progress: float, form: Form) -> Truth:
     """Return the truth of a case. `progress` is step / run.steps."""
     decide = Decisions()
     student_TV = _logits(batch.student, form)[:, : batch.vocab_size].clone().requires_grad_()
     teacher_TV = _logits(batch.teacher, form)[:, : batch.vocab_size]
-    of_batch = statistics(objective, batch, progress, decide)
+    family = importlib.import_module(f"{__package__}.{objective.family}")
+    of_batch = _statistic(family, objective, batch, progress, decide)
     losses, count = [], 0
     for row in range(len(student_TV)):
-        if not (batch.tokens.on_mask_T[row] or batch.tokens.off_mask_T[row]):
+        if not (batch.tokens.student_mask_T[row] or batch.tokens.prefix_mask_T[row]):
             continue
         token = make_token(
             batch.tokens,
@@ -79,9 +55,10 @@ def evaluate(objective: ObjectiveConfig, batch: Batch, progress: float, form: Fo
             _log_softmax(student_TV[row], batch.temperature, batch.softcap),
             _log_softmax(teacher_TV[row], 1.0, batch.softcap),
             of_batch[row],
+            progress,
         )
-        losses.append(float(batch.tokens.weight_T[row]) * _loss(objective, token, progress, decide))
-        count += _counts(objective, token)
+        losses.append(float(batch.tokens.weight_T[row]) * _loss(family, objective, token, decide))
+        count += _counts(family, objective, token)
     total = torch.stack(losses)
     (gradient_TV,) = torch.autograd.grad(total.sum(), student_TV)
     return Truth(
@@ -106,31 +83,26 @@ def _log_softmax(logits_V: Tensor, temperature: float, softcap: float | None) ->
     return torch.log_softmax(capped_V / temperature, dim=0)
 
 
-def _loss(objective: ObjectiveConfig, token: Token, progress: float, decide: Decisions) -> Tensor:
-    """The loss of one token. Only the objectives with guidance learn from tokens that the teacher sampled."""
-    if isinstance(objective, CustomObjective):
-        return _elementary(objective.function, token)
-    if not token.sampled_by_student and not isinstance(objective, TropdObjective):
+def _loss(family: ModuleType, objective: ObjectiveConfig, token: Token, decide: Decisions) -> Tensor:
+    """The loss of one token: `<kind>` of its family. Only kinds that say so learn from the teacher's tokens."""
+    if not token.sampled_by_student and objective.kind not in getattr(family, "LEARNS_FROM_PREFIXES", ()):
         return 0.0 * token.log_p
-    if isinstance(objective, KdrlObjective):
-        return rewards.kdrl(objective, token, decide, progress)
-    if isinstance(objective, GkdObjective):
-        return matching.gkd(objective, token)
-    return _RULES[objective.kind](objective, token, decide)
+    loss: Tensor = getattr(family, objective.kind)(objective, token, decide)
+    return loss
 
 
-def _elementary(function: str, token: Token) -> Tensor:
-    """The two building blocks of the catalogue: -log p(x), and minus the entropy."""
-    if function.endswith(":negative_log_prob"):
-        return -token.log_p
-    assert function.endswith(":negative_entropy"), function
-    return (token.log_p_V.exp() * token.log_p_V).sum()
+def _statistic(
+    family: ModuleType, objective: ObjectiveConfig, batch: Batch, progress: float, decide: Decisions
+) -> list[float]:
+    """What each token takes from others: `<kind>_statistic` of its family; 1 where there is none."""
+    statistic = getattr(family, f"{objective.kind}_statistic", None)
+    if statistic is None:
+        return [1.0] * len(batch.tokens.target_ids_T)
+    found: list[float] = statistic(objective, batch, progress, decide)
+    return found
 
 
-def _counts(objective: ObjectiveConfig, token: Token) -> bool:
-    """Whether the token is in the denominator."""
-    if isinstance(objective, EntropyOpdObjective) and objective.denominator == "selected":
-        return token.sampled_by_student and token.statistic > 0
-    if isinstance(objective, ReopoldObjective) and objective.stages == 2:
-        return token.sampled_by_student and token.statistic > 0
-    return True
+def _counts(family: ModuleType, objective: ObjectiveConfig, token: Token) -> bool:
+    """Whether the token is in the denominator: `<kind>_counts` of its family; all where there is none."""
+    counts = getattr(family, f"{objective.kind}_counts", None)
+    return True if counts is None else bool(counts(objective, token))

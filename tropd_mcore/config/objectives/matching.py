@@ -1,0 +1,115 @@
+"""The keys of the objectives with a differentiable divergence from the teacher (docs/objectives.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tropd_mcore.config.fields import PositiveFloat, PositiveInt
+from tropd_mcore.config.objectives.base import (
+    FullVocabularyDivergence,
+    Norm,
+    Objective,
+    PolicyGradientConfig,
+    PolicyGradientObjective,
+    Unused,
+    renormalised_on_one,
+)
+from tropd_mcore.objectives import catalogue
+from tropd_mcore.objectives.catalogue import default
+
+
+class EopdObjective(PolicyGradientObjective):
+    """Entropy-aware OPD: the log-ratio reward on every token plus a forward KL where the teacher is uncertain."""
+
+    kind: Literal["eopd"] = "eopd"
+    entropy_threshold: float = Field(default=default(catalogue.eopd, "entropy_threshold"), ge=0)
+    """Teacher entropy over the full vocabulary, nats, above which the forward KL is added. Source: EOPD (0.8)."""
+    topk: PositiveInt = 16
+    """Teacher support size. Source: EOPD (16); TrOPD's tables use 64."""
+    norm: Norm = default(catalogue.eopd, "norm")
+    """Support normalisation of the forward KL."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.eopd)
+    needs_teacher_entropy: ClassVar[bool] = True
+
+    def problems(self) -> Iterator[str]:
+        if self.topk == 1 and self.norm == "renorm":
+            yield renormalised_on_one("objective.topk")
+
+
+class JsdObjective(PolicyGradientObjective):
+    """TrOPD's JSD baseline: a top-k half from the teacher's side, a one-sample half from the student's."""
+
+    kind: Literal["jsd"] = "jsd"
+    beta: float = Field(default=default(catalogue.jsd, "beta"), gt=0, lt=1)
+    """Weight of the teacher in the mixture. Source: TrOPD section 4 (0.5)."""
+    topk: PositiveInt = 64
+    """Teacher support size."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.jsd)
+
+
+class GkdObjective(Objective):
+    """Generalised knowledge distillation on the student's rollouts."""
+
+    kind: Literal["gkd"] = "gkd"
+    divergence: Literal["fkl", "rkl", "jsd", "k1"] = default(catalogue.gkd, "divergence")
+    """KL(q || p), KL(p || q), the JSD of `beta`; `k1` (the one-sample estimate itself) is refused."""
+    beta: float = Field(default=default(catalogue.gkd, "beta"), gt=0, lt=1)
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; `jsd` only."""
+    full_vocabulary: bool = default(catalogue.gkd, "full_vocabulary")
+    """Over the whole vocabulary instead of the teacher's top-k; needs teacher.kind=megatron."""
+    topk: PositiveInt = 64
+    """Teacher support size."""
+    norm: Literal["truncated", "tail", "renorm"] = default(catalogue.gkd, "norm")
+    """Support normalisation on the top-k; a truncated reverse KL is refused."""
+    gradient: Literal["direct", "advantage"] = "direct"
+    """`advantage` (minus the divergence as reward of the sampled token) is refused: it depends on the state only."""
+
+    @property
+    def full_vocabulary_divergence(self) -> FullVocabularyDivergence | None:
+        return FullVocabularyDivergence(self.divergence, self.beta) if self.full_vocabulary else None
+
+    def problems(self) -> Iterator[str]:
+        if self.divergence == "k1":
+            yield (
+                "objective.divergence=k1: the expected gradient of the one-sample estimate itself is zero, because "
+                "that of log p over the student's own samples is; set objective.kind=opd, which rewards the sampled "
+                "token with it"
+            )
+        if self.gradient == "advantage":
+            yield (
+                "objective.gradient=advantage: a divergence is the same for whatever token was sampled, and the "
+                "expected gradient of such an advantage is zero; set objective.gradient=direct"
+            )
+        if self.divergence == "rkl" and self.norm == "truncated" and not self.full_vocabulary:
+            yield (
+                "objective.norm=truncated with objective.divergence=rkl: the sum over the top-k falls as the student "
+                "leaves the top-k, so its gradient pushes probability out even where the student equals the teacher; "
+                "set objective.norm=tail or renorm"
+            )
+        if self.topk == 1 and self.norm == "renorm" and not self.full_vocabulary:
+            yield renormalised_on_one("objective.topk")
+
+    def unused(self) -> Iterator[Unused]:
+        if self.divergence != "jsd":
+            yield Unused(self, "objective", ("beta",), f"objective.divergence={self.divergence}")
+        if self.full_vocabulary:
+            yield Unused(self, "objective", ("norm",), "objective.full_vocabulary=true")
+
+
+class LsmObjective(Objective):
+    """Local support matching: reverse KL renormalised on the teacher's top-k."""
+
+    kind: Literal["lsm"] = "lsm"
+    topk: PositiveInt = 32
+    """Teacher support size. Source: Revisiting OPD (32)."""
+    sampled_tail: bool = default(catalogue.lsm, "sampled_tail")
+    """Append the sampled token to the support where it is outside."""
+    clip_log_ratio: PositiveFloat | None = default(catalogue.lsm, "clip_log_ratio")
+    """Bound of |log p~ - log q~|, nats, as a constant factor of the gradient; None = off, the authors' default."""
+
+    def problems(self) -> Iterator[str]:
+        if self.topk == 1 and not self.sampled_tail:
+            yield renormalised_on_one("objective.topk")

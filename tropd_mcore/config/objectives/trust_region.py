@@ -1,0 +1,191 @@
+"""The keys of TrOPD, of plain on-policy distillation, which trusts every token, and of AOPD's gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tropd_mcore.config.fields import PositiveInt, Section
+from tropd_mcore.config.objectives.base import (
+    Norm,
+    PolicyGradientConfig,
+    PolicyGradientObjective,
+    Unused,
+    renormalised_on_one,
+)
+from tropd_mcore.objectives import catalogue
+from tropd_mcore.objectives.catalogue import default
+
+
+class TrustConfig(Section):
+    """Which sampled tokens learn from the log-ratio."""
+
+    mode: Literal["bernoulli", "soft", "threshold", "none"] = default(catalogue.tropd, "trust_mode")
+    """How a token is trusted: u < rho (TrOPD eq. of P_trust), weight min(rho, 1), rho > exp(threshold), or always."""
+    threshold: float = default(catalogue.tropd, "trust_threshold")
+    """Log-ratio above which a token is trusted, `threshold` mode only. Source: REOPOLD, lambda = 0.3."""
+
+
+class OutlierConfig(Section):
+    """What the others learn from."""
+
+    mode: Literal["fkl_direct", "fkl_scalar", "mask", "clip"] = default(catalogue.tropd, "outlier_mode")
+    """Loss of a distrusted token: differentiable top-k FKL (paper), the same as a scalar advantage, none, or a
+    reward floored at clip_tau. `mask` and `clip` use the static region r > clip_tau (TrOPD table 1)."""
+    weight: float = Field(default=default(catalogue.tropd, "outlier_weight"), ge=0)
+    """Factor of the outlier term. Source: TrOPD eq. of J_on (1:1)."""
+    topk: PositiveInt = 64
+    """Teacher support size k. Source: TrOPD section 4."""
+    norm: Norm = default(catalogue.tropd, "outlier_norm")
+    """Support normalisation of the FKL (docs/method.md, 4)."""
+    clip_tau: float = default(catalogue.tropd, "clip_tau")
+    """Log-ratio floor of `clip` and `mask`. Source: REOPOLD, lambda = 0.3."""
+
+
+class GuidanceConfig(Section):
+    """Prefixes of teacher responses that the student continues."""
+
+    enabled: bool = True
+    """Continue teacher prefixes; needs data.teacher_responses."""
+    beta: float = Field(default=default(catalogue.tropd, "beta"), ge=0)
+    """Weight of the prefix loss. Source: TrOPD section 3.3."""
+    loss: Literal["nll", "none", "topk_fkl", "scalar_adv"] = default(catalogue.tropd, "prefix_loss")
+    """Prefix loss: NLL (gradient of the K1 forward KL), none, top-k FKL, or the detached advantage of the authors."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """alpha(t): (1 + cos(pi t / T)) / 2, 1 - t / T, or 1; 0 after T (constant: 1)."""
+    total_steps: PositiveInt | None = None
+    """T of the schedule; None = run.steps."""
+    length_mode: Literal["proportional", "cap"] = "proportional"
+    """Prefix length: floor(alpha * len(response)), or min(floor(alpha * longest response), len(response))."""
+    min_continuation: PositiveInt = 64
+    """Tokens of the teacher response that are always left to the student."""
+    continuation_budget: Literal["full", "shared"] = "full"
+    """New tokens after the prefix: rollout.max_new_tokens, or that minus the prefix."""
+
+
+class TropdSections(PolicyGradientObjective):
+    """TrOPD's sections, for TrOPD itself and for what extends it."""
+
+    trust: TrustConfig = TrustConfig()
+    outlier: OutlierConfig = OutlierConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.tropd)
+    teacher_topk_key: ClassVar[str] = "outlier.topk"
+
+    @property
+    def teacher_topk(self) -> int:
+        return self.outlier.topk
+
+    @property
+    def active_guidance(self) -> GuidanceConfig | None:
+        return self.guidance if self.guidance.enabled else None
+
+    @property
+    def has_prefix_loss(self) -> bool:
+        """Where guidance.loss is not `none`: beta = 0 is a term of weight 0, whose rows count."""
+        return self.guidance.enabled and self.guidance.loss != "none"
+
+    def constants(self, progress: float) -> dict[str, Any]:
+        return {
+            "trust_mode": self.trust.mode,
+            "trust_threshold": self.trust.threshold,
+            "outlier_mode": self.outlier.mode,
+            "outlier_weight": self.outlier.weight,
+            "outlier_norm": self.outlier.norm,
+            "clip_tau": self.outlier.clip_tau,
+            "beta": self.guidance.beta,
+            "prefix_loss": self.guidance.loss if self.guidance.enabled else "none",
+            "policy": self.policy_gradient.constants,
+        }
+
+    def description(self) -> str:
+        outlier = self.outlier
+        support = f"{outlier.norm} top-{outlier.topk}"
+        return f"trust {self.trust.mode}, outliers {outlier.mode} x {outlier.weight:g} ({support})"
+
+    def unused(self) -> Iterator[Unused]:
+        yield from super().unused()
+        trust, outlier, guidance = self.trust, self.outlier, self.guidance
+        mode = f"objective.outlier.mode={outlier.mode}"
+        if outlier.mode in ("mask", "clip"):  # they trust where the log-ratio is above outlier.clip_tau
+            yield Unused(trust, "objective.trust", ("mode", "threshold"), mode)
+        else:
+            yield Unused(outlier, "objective.outlier", ("clip_tau",), mode)
+            if trust.mode != "threshold":
+                yield Unused(trust, "objective.trust", ("threshold",), f"objective.trust.mode={trust.mode}")
+        if outlier.mode == "mask":
+            yield Unused(outlier, "objective.outlier", ("weight",), mode)
+        if guidance.loss == "none":
+            yield Unused(guidance, "objective.guidance", ("beta",), "objective.guidance.loss=none")
+        if guidance.schedule == "constant":
+            because = "objective.guidance.schedule=constant"
+            yield Unused(guidance, "objective.guidance", ("total_steps",), because)
+
+
+class TropdObjective(TropdSections):
+    """TrOPD, docs/method.md."""
+
+    kind: Literal["tropd"] = "tropd"
+
+    def problems(self) -> Iterator[str]:
+        outlier, guidance = self.outlier, self.guidance
+        trusts_all = self.trust.mode == "none"
+        as_outlier = outlier.mode in ("fkl_direct", "fkl_scalar") and outlier.weight > 0 and not trusts_all
+        as_prefix = guidance.enabled and guidance.loss == "topk_fkl"
+        if outlier.topk == 1 and outlier.norm == "renorm" and (as_outlier or as_prefix):
+            yield (
+                "objective.outlier.topk = 1 with norm=renorm: renormalised on one token, student and teacher are equal "
+                "and the forward KL is always 0; set topk to 2 or more, or another norm"
+            )
+
+
+class OpdObjective(PolicyGradientObjective):
+    """Plain on-policy distillation: the same code with the gate open and no guidance."""
+
+    kind: Literal["opd"] = "opd"
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.opd)
+    topk: PositiveInt = 64
+    """Teacher support size, for the metrics only."""
+
+    def description(self) -> str:
+        return f"every token trusted, top-{self.topk} of the teacher for the metrics"
+
+
+class AopdObjective(PolicyGradientObjective):
+    """Asymmetric OPD: forward KL where the teacher gives the token no more than the student, else the reward."""
+
+    kind: Literal["aopd"] = "aopd"
+    threshold: float = Field(default=default(catalogue.aopd, "threshold"), ge=-1, le=1)
+    """Gate q(x) - p(x) <= threshold; -1 is OPD, 1 is a forward KL everywhere. Source: AOPD (0)."""
+    topk: PositiveInt = 64
+    """Teacher support size."""
+    norm: Norm = default(catalogue.aopd, "norm")
+    """Support normalisation of the forward KL."""
+    policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.aopd)
+
+    def problems(self) -> Iterator[str]:
+        if self.topk == 1 and self.norm == "renorm":
+            yield renormalised_on_one("objective.topk")
+
+
+class TropdAopdObjective(TropdSections):
+    """TrOPD plus AOPD's forward KL on the tokens that the teacher gives no more than the student."""
+
+    kind: Literal["tropd_aopd"] = "tropd_aopd"
+    aopd_threshold: float = Field(default=default(catalogue.tropd_aopd, "aopd_threshold"), ge=-1, le=1)
+    """Gate q(x) - p(x) <= aopd_threshold of the added forward KL."""
+    aopd_weight: float = Field(default=default(catalogue.tropd_aopd, "aopd_weight"), ge=0)
+    """Weight of the added forward KL."""
+
+    def constants(self, progress: float) -> dict[str, Any]:
+        return super().constants(progress) | {"aopd_threshold": self.aopd_threshold, "aopd_weight": self.aopd_weight}
+
+    def problems(self) -> Iterator[str]:
+        if self.outlier.topk == 1 and self.outlier.norm == "renorm":
+            yield renormalised_on_one("objective.outlier.topk")
+
+    def description(self) -> str:
+        added = f"forward KL x {self.aopd_weight:g} where q - p <= {self.aopd_threshold:g}"
+        return f"{super().description()}, plus {added}"

@@ -1,0 +1,38 @@
+"""The objectives whose teacher is the student itself."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from tropd_mcore.config.objectives.self_distillation import SdpoObjective
+from tropd_mcore.conformance.oracle.decisions import Decisions
+from tropd_mcore.conformance.oracle.divergences import (
+    Part,
+    forward_kl,
+    kl_of_student_to_mixture,
+    kl_of_teacher_to_mixture,
+    parts_of,
+    reverse_kl,
+)
+from tropd_mcore.conformance.oracle.policy import mismatch_weight
+from tropd_mcore.conformance.oracle.token import Token
+
+
+def sdpo(objective: SdpoObjective, token: Token, decide: Decisions) -> Tensor:
+    """The generalised JSD on the student's candidates, times the bounded ratio of new to old policy, a constant."""
+    parts = parts_of(token, token.own_candidates, objective.norm)
+    ratio = math.exp(float(token.log_p.detach()) - token.old_log_p)
+    factor = objective.ratio_cap if decide.above("ratio cap", ratio, objective.ratio_cap) else ratio
+    factor *= mismatch_weight(token, objective.policy_gradient, decide)
+    return factor * _generalised_jsd(parts, objective.alpha)
+
+
+def _generalised_jsd(parts: list[Part], alpha: float) -> Tensor:
+    """(1 - alpha) KL(p || m) + alpha KL(q || m), m = (1 - alpha) p + alpha q; its ends are the KL divergences."""
+    if alpha == 0.0:
+        return forward_kl(parts)
+    if alpha == 1.0:
+        return reverse_kl(parts)
+    return (1.0 - alpha) * kl_of_student_to_mixture(parts, alpha) + alpha * kl_of_teacher_to_mixture(parts, alpha)

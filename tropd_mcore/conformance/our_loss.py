@@ -1,0 +1,231 @@
+"""Our loss on one rank: the product's own path from the tensors of a case to a loss sum and its gradients.
+
+`objectives.registry` binds the objective, `objectives.parts.batch_statistics` computes what it needs of the batch,
+`kernel.support_loss` does the rest. Not for the Megatron model around it (see `megatron`).
+
+Shapes: T tokens, W vocabulary shard, K teacher top-k, L student top-k, J = 1 + K + L, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tropd_mcore.conformance.batch import Batch, Student, Tokens
+from tropd_mcore.conformance.cases import make_batch
+from tropd_mcore.conformance.cells import Cell
+from tropd_mcore.conformance.entries import Entry
+from tropd_mcore.kernel.backend import Backend, Kernel
+from tropd_mcore.kernel.choose import backend
+from tropd_mcore.kernel.full_vocabulary import FullVocabulary
+from tropd_mcore.kernel.shard import Scaling, VocabShard, math_dtype
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_loss import support_loss
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.parts.batch_statistics import BatchRows, statistic_of
+from tropd_mcore.objectives.registry import bind_objective
+
+MICRO_BATCHES = (11, 0, 9, 7)
+CHUNK_TOKENS = 4
+BACKWARD_FACTOR = 0.5
+"""What the loss is multiplied by before its backward pass; a power of two, so that it rounds nothing"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank found; gradients in float64, of this rank's shard."""
+
+    loss: float
+    token_count: int | None
+    """None of a peer, which returns none"""
+    logits_TW: Tensor | None = None
+    hidden_TD: Tensor | None = None
+    """summed over the ranks"""
+    weight_WD: Tensor | None = None
+
+
+def run_ours(cell: Cell, entry: Entry, device: torch.device) -> Answer:
+    """Return what our loss makes of a cell; on every rank of the default group."""
+    batch = make_batch(cell.conditions())
+    statistic_T = batch_statistic(entry, batch)
+    leaves = _Leaves(cell, batch.student, device)
+    loss, count, start = 0.0, 0, 0
+    for size in MICRO_BATCHES if cell.schedule != "whole" else (sum(MICRO_BATCHES),):
+        rows = torch.arange(start, start + size)
+        output = _loss_of(cell, entry, batch, leaves, rows, statistic_T[rows], device)
+        factor = 1.0 if cell.mode == "folded" else BACKWARD_FACTOR
+        (output.loss_sum * factor).backward()
+        leaves.collect(rows, factor)
+        loss += float(output.loss_sum.detach())
+        count += int(output.token_count)
+        start += size
+    return leaves.answer(loss, count)
+
+
+class _Leaves:
+    """The tensors that gradients are wanted of, and these gradients, over all micro-batches."""
+
+    def __init__(self, cell: Cell, student: Student, device: torch.device) -> None:
+        self._fused = cell.form == "fused"
+        self._factor = 1.0
+        self.shard = shard_of(cell)
+        columns = slice(self.shard.start, self.shard.stop)
+        self._hidden_TD = student.hidden_TD.to(device)
+        self._logits_TW = student.logits_TW[:, columns].to(device)
+        self.weight_WD = student.weight_WD[columns].to(device).clone().requires_grad_()
+        # As Megatron's data-parallel wrapper gives it to a parameter.
+        self.weight_WD.main_grad = torch.zeros_like(  # type: ignore[attr-defined]
+            self.weight_WD, dtype=math_dtype(self.weight_WD), requires_grad=False
+        )
+        self._leaf: Tensor | None = None
+        self._gradient = torch.zeros_like(self._hidden_TD if self._fused else self._logits_TW, dtype=torch.float64)
+
+    def source(self, rows: Tensor) -> LogitSource:
+        """The output layer, or logits, of some rows."""
+        values = (self._hidden_TD if self._fused else self._logits_TW)[rows.to(self._hidden_TD.device)]
+        self._leaf = values.clone().requires_grad_()
+        return OutputLayer(self._leaf, self.weight_WD) if self._fused else GivenLogits(self._leaf)
+
+    def collect(self, rows: Tensor, factor: float) -> None:
+        """Keep the gradient of the rows that `source` gave last."""
+        assert self._leaf is not None
+        self._factor = factor
+        self.weight_WD.grad = None  # a placeholder: the gradient is in main_grad
+        if self._leaf.grad is not None:
+            self._gradient[rows.to(self._gradient.device)] = self._leaf.grad.double() / factor
+
+    def answer(self, loss: float, count: int) -> Answer:
+        """All of it."""
+        if not self._fused:
+            return Answer(loss, count, logits_TW=self._gradient.cpu())
+        weight_WD: Tensor = self.weight_WD.main_grad.double() / self._factor  # type: ignore[attr-defined]
+        return Answer(loss, count, hidden_TD=self._gradient.cpu(), weight_WD=weight_WD.cpu())
+
+
+def shard_of(cell: Cell) -> VocabShard:
+    """The columns of this rank."""
+    rank, cuts = dist.get_rank(), cell.divided.cuts
+    return VocabShard(cuts[rank], cuts[rank + 1], make_batch(cell.conditions()).vocab_size)
+
+
+def _loss_of(
+    cell: Cell, entry: Entry, batch: Batch, leaves: _Leaves, rows: Tensor, statistic_T: Tensor, device: torch.device
+) -> TokenLosses:
+    """The loss of one micro-batch."""
+    tokens = batch.tokens.rows(rows)
+    objective = bind_objective(entry.objective, entry.progress)
+    group = dist.group.WORLD
+    assert group is not None
+    kernel = Kernel(
+        shard=leaves.shard,
+        group=group,
+        backend=_backend(cell.backend, device),
+        scaling=Scaling(batch.temperature, batch.softcap),
+        chunk_tokens=CHUNK_TOKENS if cell.schedule != "whole" else 64,
+        overlap=cell.schedule == "overlap",
+    )
+    topk, own = tokens.topk_ids_TK.shape[1], tokens.own_ids_TL.shape[1]
+    ids_TJ = torch.cat([tokens.target_ids_T[:, None], tokens.topk_ids_TK, tokens.own_ids_TL], dim=1).to(device)
+
+    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
+        part = tokens.rows(torch.arange(len(statistic_T))[rows])
+        constants = _constants(part, statistic_T[rows], math_dtype(batch.student.weight_WD), device)
+        return objective(
+            TokenInputs(
+                student_logp_T=logp_CJ[:, 0],
+                student_topk_logp_TK=logp_CJ[:, 1 : 1 + topk],
+                student_own_logp_TL=logp_CJ[:, 1 + topk :],
+                student_entropy_T=entropy_C,
+                divergence_T=divergence_C,
+                **constants,
+            )
+        )
+
+    return support_loss(
+        leaves.source(rows),
+        ids_TJ,
+        token_loss,
+        kernel,
+        unique_run_lengths=(1, topk, own),
+        weight_gradient=cell.mode,  # type: ignore[arg-type]
+        full_vocab_term=_whole_vocabulary(cell, entry, batch, kernel, rows, device),
+    )
+
+
+def _backend(name: str, device: torch.device) -> Backend:
+    """The backend; on a CPU also that of Triton, whose kernels are then interpreted (see `machine`)."""
+    if name == "triton" and device.type == "cpu":
+        from tropd_mcore.kernel.triton_backend import TritonBackend
+
+        return TritonBackend()
+    return backend(name, device)
+
+
+def _constants(part: Tokens, statistic_C: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The fields of `TokenInputs` that no gradient flows through."""
+    numbers = {
+        "teacher_logp_T": part.teacher_logp_T,
+        "teacher_topk_logp_TK": part.teacher_topk_logp_TK,
+        "teacher_own_logp_TL": part.teacher_own_logp_TL,
+        "teacher_entropy_T": part.teacher_entropy_T,
+        "reference_logp_T": part.reference_logp_T,
+        "old_logp_T": part.old_logp_T,
+        "old_own_logp_TL": part.old_own_logp_TL,
+        "rollout_logp_T": part.rollout_logp_T,
+        "statistic_T": statistic_C,
+        "trust_u_T": part.trust_u_T,
+        "weight_T": part.weight_T,
+    }
+    others = {
+        "topk_ids_TK": part.topk_ids_TK,
+        "own_ids_TL": part.own_ids_TL,
+        "target_ids_T": part.target_ids_T,
+        "student_mask_T": part.student_mask_T,
+        "prefix_mask_T": part.prefix_mask_T,
+    }
+    return {
+        **{name: number.to(device=device, dtype=dtype) for name, number in numbers.items()},
+        **{name: other.to(device) for name, other in others.items()},
+    }
+
+
+def _whole_vocabulary(
+    cell: Cell, entry: Entry, batch: Batch, kernel: Kernel, rows: Tensor, device: torch.device
+) -> FullVocabulary | None:
+    """The divergence over the whole vocabulary, of an objective that has one."""
+    whole = entry.objective.full_vocabulary_divergence
+    if whole is None:
+        return None
+    columns = slice(kernel.shard.start, kernel.shard.stop)
+    teacher: LogitSource
+    if cell.form == "fused":
+        weight_WD = batch.teacher.weight_WD[columns]
+        teacher = OutputLayer(batch.teacher.hidden_TD[rows].to(device), weight_WD.to(device))
+    else:
+        teacher = GivenLogits(batch.teacher.logits_TW[rows][:, columns].to(device))
+    return FullVocabulary(teacher, kernel, teacher_shard=kernel.shard, divergence=whole.name, beta=whole.beta)
+
+
+def batch_statistic(entry: Entry, batch: Batch) -> Tensor:
+    """What the objective needs of the whole batch, before it is cut into micro-batches; 1 where it needs nothing."""
+    tokens = batch.tokens
+    statistic = statistic_of(entry.objective, entry.progress)
+    if statistic is None:
+        return torch.ones(len(tokens.target_ids_T), dtype=torch.float64)
+    order_T = torch.arange(len(tokens.target_ids_T))
+    rows = BatchRows(
+        sample_index_T=tokens.sample_T.numpy(),
+        token_index_T=order_T.numpy(),
+        on_T=tokens.student_mask_T.numpy(),
+        student_entropy_T=tokens.old_entropy_T.numpy(),
+        old_logp_T=tokens.old_logp_T.numpy(),
+        rollout_logp_T=tokens.rollout_logp_T.numpy(),
+        teacher_logp_T=tokens.teacher_logp_T.numpy(),
+        prompt_index_S=batch.group_S.numpy(),
+        reward_S=batch.reward_S.numpy(),
+    )
+    return torch.from_numpy(statistic(rows))

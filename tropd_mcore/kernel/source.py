@@ -1,0 +1,127 @@
+"""Where the logits of a chunk come from: a matrix that exists, or the output layer, a chunk at a time.
+
+Not for what is done with them. Invariant: logits of an `OutputLayer` are float32 (float64 from float64), never rounded
+to the dtype of the weights: a log-ratio taken from bfloat16 logits is off by several percent (docs/numerics.md).
+
+Shapes: T tokens, C tokens of a chunk, W vocabulary shard, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.kernel.shard import chunks
+from tropd_mcore.kernel.surroundings import saved_tensor_hooks_are_active
+
+CPU_BLOCK = 4096
+"""Vocabulary columns that are converted at once where the machine has no mixed-precision matrix product."""
+
+
+@dataclass(frozen=True)
+class GivenLogits:
+    """Logits that an output layer outside our control has made."""
+
+    logits_TW: Tensor
+    preserve: bool = False
+    """Keep the logits as they are. Their gradient then takes a buffer of their size, [T, W] in their dtype. Set it if
+    something else needs them after this loss's backward pass: another loss, an operation that saved its own result
+    (tanh), a further call on a slice of the same logits, a metric."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, None]:
+        """What autograd is to differentiate."""
+        return self.logits_TW, None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.logits_TW.shape[0]
+
+    def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """A view of the rows; `out` is not used."""
+        return self.logits_TW[rows]
+
+    def buffer(self, chunk_tokens: int) -> Tensor | None:
+        """None: the logits are their own buffer."""
+        return None
+
+    def may_be_overwritten(self) -> bool:
+        """Whether the gradient may be written over the logits, as seen from the forward pass.
+
+        Not if the caller needs them: they are a leaf or a view of one, or `preserve` says so. Not if autograd could not
+        notice that somebody else needs them: saved tensors pass through hooks. Not if several rows share memory.
+        """
+        logits_TW = self.logits_TW
+        rows_are_apart = logits_TW.stride(0) >= logits_TW.shape[1] * logits_TW.stride(1)
+        base = logits_TW._base
+        of_a_leaf = logits_TW.is_leaf or (base is not None and base.is_leaf and base.requires_grad)
+        return rows_are_apart and not (self.preserve or of_a_leaf or saved_tensor_hooks_are_active())
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """Hidden states and this rank's rows of the output embedding."""
+
+    hidden_TD: Tensor
+    weight_WD: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What autograd is to differentiate."""
+        return self.hidden_TD, self.weight_WD
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.hidden_TD.shape[0]
+
+    def buffer(self, chunk_tokens: int) -> Tensor:
+        """Room for the logits of one chunk."""
+        rows, columns = min(chunk_tokens, self.tokens), self.weight_WD.shape[0]
+        return torch.empty(rows, columns, dtype=accumulation_dtype(self.hidden_TD), device=self.hidden_TD.device)
+
+    def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """hidden @ weight.T of the rows, [C, W], written to the first rows of `out` where one is given."""
+        hidden_CD = self.hidden_TD[rows].detach()
+        out = self.buffer(hidden_CD.shape[0]) if out is None else out[: hidden_CD.shape[0]]
+        return matmul_into(out, hidden_CD, self.weight_WD.detach().t(), accumulate=False)
+
+
+LogitSource = GivenLogits | OutputLayer
+
+
+def accumulation_dtype(operand: Tensor) -> torch.dtype:
+    """Dtype that a matrix product is kept in: float64 for float64 operands, else float32."""
+    return torch.float64 if operand.dtype == torch.float64 else torch.float32
+
+
+def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool) -> Tensor:
+    """out = left @ right (+ out where `accumulate`), in the dtype of `out`, which may be wider than the operands'.
+
+    bfloat16 operands are multiplied exactly and summed in float32: by the GPU's mixed-precision product, or on a CPU by
+    converting them, those of the vocabulary in blocks.
+    """
+    if out.dtype == left.dtype == right.dtype:
+        return torch.addmm(out, left, right, out=out) if accumulate else torch.mm(left, right, out=out)
+    if out.is_cuda:
+        if accumulate:
+            return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    for block, left_part, right_part in _blocks(out, left, right):
+        torch.addmm(block, left_part.to(out.dtype), right_part.to(out.dtype), beta=float(accumulate), out=block)
+    return out
+
+
+def _blocks(out: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Parts of `out` with the operands that make them, cut along its longer side."""
+    rows, columns = out.shape
+    if rows > columns:
+        for part in chunks(rows, CPU_BLOCK):
+            yield out[part], left[part], right
+    else:
+        for part in chunks(columns, CPU_BLOCK):
+            yield out[:, part], left, right[:, part]

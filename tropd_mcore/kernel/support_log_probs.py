@@ -1,0 +1,169 @@
+"""Differentiable log-probs of a few vocabulary entries a token, and the entropy, on vocabulary shards.
+
+For losses that are not sums over tokens, for logits that an output layer outside our control has made, and for scoring
+without gradients. Where the loss is a sum over tokens, `support_loss` needs no second look at the output layer.
+Invariant: what is returned is bit-identical on all ranks of the group, so that a decision taken on it (trust this
+token?) cannot differ between ranks.
+
+Shapes: T tokens, C tokens of a chunk, W width of this rank's vocabulary shard, J support ids a token, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tropd_mcore.errors import LossInputError
+from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
+from tropd_mcore.kernel.exchange import merge_stats, start_exchange, support_log_probs_of
+from tropd_mcore.kernel.gradient_buffer import GradientBuffer
+from tropd_mcore.kernel.shard import NO_ENTRY, chunks, math_dtype
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.surroundings import (
+    begin_backward,
+    refuse_forward_mode,
+    refuse_functional_transforms,
+    without_autocast,
+)
+from tropd_mcore.kernel.weight_gradient import WeightGradient
+
+
+def support_log_probs(
+    source: LogitSource,
+    ids_TJ: Tensor,
+    kernel: Kernel,
+    *,
+    unique_run_lengths: tuple[int, ...],
+    reduce_hidden_gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (nats) of `ids_TJ` and the entropy, over the whole vocabulary.
+
+    Equals, with all shards side by side, the padding cut off and `scale` the function of `Scaling`,
+
+        logp_TV = log_softmax(scale(logits_TV))
+        logp_TJ = logp_TV.gather(1, ids_TJ)
+        entropy_T = -(logp_TV.exp() * logp_TV).sum(1)
+
+    but keeps two numbers per token for the backward pass. Forward: one SUM all-reduce of [C, 3N + J] per chunk.
+    Backward, given logits: the gradient is written over them, see `GivenLogits.may_be_overwritten` for when it is not.
+    Backward, output layer: the logits are computed again, and dH is summed over the ranks by one all-reduce unless
+    `reduce_hidden_gradient` is False.
+
+    Args: as of `support_loss`; logits float32 or bfloat16 (math and results in float32) or float64 (all in float64).
+    A logit of -inf has probability 0. A row whose results get no gradient has gradient 0, whatever its logits are. An
+    id outside the vocabulary gives NaN, which no later check can miss, rather than a host sync here.
+
+    Raises LossInputError where the gradient would be wrong: a second backward pass, create_graph=True, functional
+    transforms, two dtypes (docs/autograd.md).
+
+    Source: d logp_j / d z_v = [v = j] - p_v and d H / d z_v = -p_v (log p_v + H).
+    """
+    check_arguments(source, ids_TJ, kernel, unique_run_lengths)
+    call = _Call(source, ids_TJ, kernel, unique_run_lengths, reduce_hidden_gradient)
+    with without_autocast(ids_TJ.device):
+        result: tuple[Tensor, Tensor] = _SupportLogProbs.apply(*source.tensors, call)
+    return result
+
+
+def check_arguments(source: LogitSource, ids_TJ: Tensor, kernel: Kernel, unique_run_lengths: tuple[int, ...]) -> None:
+    """Refuse what makes no gradient here; assert that logits, ids and shard fit together."""
+    refuse_functional_transforms()
+    first, weight_WD = source.tensors
+    if weight_WD is not None and weight_WD.dtype != first.dtype:
+        raise LossInputError(
+            f"the output layer has two dtypes: hidden states {first.dtype}, weight {weight_WD.dtype}; expected one. "
+            "Under autocast, cast the weight to the dtype of the hidden states"
+        )
+    width = first.shape[1] if weight_WD is None else weight_WD.shape[0]
+    assert width == kernel.shard.width, f"logits have {width} columns, the shard {kernel.shard.width}"
+    assert ids_TJ.shape[0] == source.tokens, f"{ids_TJ.shape[0]} rows of ids, {source.tokens} of logits"
+    assert sum(unique_run_lengths) == ids_TJ.shape[1], (
+        f"unique_run_lengths runs {unique_run_lengths} do not add up to {ids_TJ.shape[1]} slots"
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    source: LogitSource
+    ids_TJ: Tensor
+    kernel: Kernel
+    unique_run_lengths: tuple[int, ...]
+    reduce_hidden_gradient: bool
+
+
+class _SupportLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, weight_WD: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+        """`first` is the hidden states, or the logits where there is no weight."""
+        source, ids_TJ, kernel = call.source, call.ids_TJ, call.kernel
+        lse_T = first.new_empty(first.shape[0], dtype=math_dtype(first))
+        entropy_T = torch.empty_like(lse_T)
+        logp_TJ = lse_T.new_empty(ids_TJ.shape)
+        buffer = source.buffer(kernel.chunk_tokens)
+        for rows in chunks(source.tokens, kernel.chunk_tokens):
+            stats_C3, owned_CJ = kernel.backend.stats_and_support(
+                source.logits(rows, out=buffer), ids_TJ[rows], kernel.shard, kernel.scaling
+            )
+            stats_CN3, value_CJ = start_exchange(stats_C3, owned_CJ, kernel.group).wait()
+            lse_T[rows], entropy_T[rows] = merge_stats(stats_CN3)
+            logp_TJ[rows] = support_log_probs_of(value_CJ, lse_T[rows], ids_TJ[rows], kernel.shard)
+        # Everything that the backward pass reads goes through autograd, which notices a change in place and gives hooks
+        # (offload, checkpointing) their chance. The call itself keeps neither hidden states nor logits alive.
+        ctx.save_for_backward(first, weight_WD, ids_TJ, lse_T, entropy_T)
+        ctx.set_materialize_grads(False)
+        ctx.overwrite = isinstance(source, GivenLogits) and source.may_be_overwritten()
+        ctx.parameter = source.weight_WD if isinstance(source, OutputLayer) else None
+        ctx.kernel, ctx.unique_run_lengths, ctx.reduce = kernel, call.unique_run_lengths, call.reduce_hidden_gradient
+        return logp_TJ, entropy_T
+
+    jvp = staticmethod(refuse_forward_mode)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logp_TJ: Tensor | None, grad_entropy_T: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        begin_backward(ctx, grad_logp_TJ, grad_entropy_T)
+        # A hook may hand back other memory than the forward pass read, so only what is unpacked here may be used.
+        first, weight_WD, ids_TJ, lse_T, entropy_T = ctx.saved_tensors
+        kernel: Kernel = ctx.kernel
+        source = GivenLogits(first) if weight_WD is None else OutputLayer(first, weight_WD)
+        if grad_logp_TJ is None:
+            grad_logp_TJ = lse_T.new_zeros(ids_TJ.shape)
+        grad_logp_TJ = grad_logp_TJ.masked_fill(ids_TJ == NO_ENTRY, 0.0)
+        live_T = rows_with_gradient(grad_logp_TJ, grad_entropy_T)
+        needs_first = weight_WD is None or ctx.needs_input_grad[0]
+        first_gradient = None
+        if needs_first:
+            first_gradient = first.detach() if ctx.overwrite else torch.empty_like(first)
+        weight_gradient = WeightGradient(ctx.parameter, folded=True) if ctx.needs_input_grad[1] else None
+
+        room = GradientBuffer(source, kernel.backend, first_gradient)
+        buffer = source.buffer(kernel.chunk_tokens)
+        with without_autocast(first.device):
+            for rows in chunks(source.tokens, kernel.chunk_tokens):
+                logits_CW = source.logits(rows, out=buffer)
+                dz_CW = room.of(logits_CW, rows)
+                row = RowGradient(
+                    ids_CJ=ids_TJ[rows],
+                    grad_logp_CJ=grad_logp_TJ[rows],
+                    grad_entropy_C=grad_entropy_T[rows] if grad_entropy_T is not None else None,
+                    lse_C=lse_T[rows],
+                    entropy_C=entropy_T[rows],
+                    unique_run_lengths=ctx.unique_run_lengths,
+                    live_C=live_T[rows],
+                )
+                kernel.backend.write_gradient(logits_CW, row, kernel.shard, kernel.scaling, dz_CW)
+                if weight_WD is not None and first_gradient is not None:
+                    torch.mm(dz_CW, weight_WD, out=first_gradient[rows])
+                if weight_gradient is not None:
+                    weight_gradient.add(dz_CW, finite_where_live(first[rows], live_T[rows]))
+        if ctx.overwrite:
+            torch.autograd.graph.increment_version(first)  # a Triton kernel does not
+        if weight_WD is not None and first_gradient is not None and ctx.reduce:
+            dist.all_reduce(first_gradient, group=kernel.group)
+        weight = weight_gradient.finish(lse_T.new_ones(())) if weight_gradient is not None else None
+        return first_gradient, weight, None

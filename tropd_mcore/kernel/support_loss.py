@@ -1,0 +1,285 @@
+"""A loss and its gradients in one pass over chunks of tokens: the fused output layer, or logits given.
+
+For losses that are sums over tokens of functions of a few log-probs, the entropy and perhaps one divergence over the
+whole vocabulary (`TokenLoss`). The gradient is made in the forward pass, while a chunk's logits are at hand, so that
+nothing is computed twice (6 T D W operations: logits, dH, dW) and no logits outlive their chunk. Invariant: the loss
+sum and what decided it are bit-identical on all ranks of the group; no host sync.
+
+Shapes: T tokens, C tokens of a chunk, W width of this rank's vocabulary shard, R <= W its real columns, J support ids a
+token, D hidden, N ranks, M numbers of a dense term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
+from tropd_mcore.kernel.exchange import Exchange, merge_stats, start_exchange, support_log_probs_of
+from tropd_mcore.kernel.gradient_buffer import GradientBuffer
+from tropd_mcore.kernel.shard import NO_ENTRY, chunks, math_dtype
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
+from tropd_mcore.kernel.support_log_probs import check_arguments, support_log_probs
+from tropd_mcore.kernel.surroundings import (
+    begin_backward,
+    refuse_a_repeated_forward,
+    refuse_forward_mode,
+    shield,
+    without_autocast,
+)
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.kernel.weight_gradient import WeightGradient, assert_is_one
+
+WeightGradientMode = Literal["deferred", "folded", "recompute"]
+
+
+class TokenLoss(Protocol):
+    """The loss of some rows, from numbers that are replicated over the ranks; differentiable in the first three."""
+
+    def __call__(self, logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
+        """Sum over the rows; sums and counts of disjoint rows add up."""
+        ...
+
+
+class FullVocabTerm(Protocol):
+    """A divergence over the whole vocabulary, beside the log-probs of the support."""
+
+    def partials(self, logits_CW: Tensor, rows: slice) -> Tensor:
+        """This shard's statistics, [C, M] in the math dtype; they travel in the chunk's all-reduce, a slot a rank."""
+        ...
+
+    def value(self, stats_CN3: Tensor, partials_CNM: Tensor, lse_C: Tensor, logits_CW: Tensor, rows: slice) -> Tensor:
+        """The divergence of each row, [C], nats, the same bits on every rank."""
+        ...
+
+    def gradient(self, logits_CW: Tensor, grad_C: Tensor, rows: slice) -> Tensor:
+        """grad_C times its derivative in the scaled logits of the real columns, [C, R] in the math dtype."""
+        ...
+
+
+def support_loss(
+    source: LogitSource,
+    ids_TJ: Tensor,
+    token_loss: TokenLoss,
+    kernel: Kernel,
+    *,
+    unique_run_lengths: tuple[int, ...],
+    weight_gradient: WeightGradientMode = "deferred",
+    reduce_hidden_gradient: bool = True,
+    full_vocab_term: FullVocabTerm | None = None,
+) -> TokenLosses:
+    """The loss of all rows, differentiable in the source's tensors.
+
+    Equals, with all shards side by side, the padding cut off and `scale` the function of `Scaling`,
+
+        logp_TV = log_softmax(scale(hidden_TD @ weight_VD.T))          # or of the given logits
+        entropy_T = -(logp_TV.exp() * logp_TV).sum(1)
+        token_loss(logp_TV.gather(1, ids_TJ), entropy_T, divergence_T, all rows)
+
+    but holds one chunk of logits at a time, and its result is what autograd makes of it. One SUM all-reduce of
+    [C, (3 + M) N + J] a chunk in the forward pass; in the backward pass none but the SUM all-reduce of dH.
+
+    Args: ids_TJ int64, global, the same on every rank; NO_ENTRY (-1) marks an unused slot. unique_run_lengths: lengths
+    of the runs of slots in which no id appears twice; ids that are equal across runs add up. weight_gradient: when dW,
+    in float32, meets the factor that arrives in the backward pass (`OutputLayer`; see `WeightGradient`): `deferred`
+    scales a buffer of its own, `folded` accumulates into main_grad at once and checks the factor to be 1, `recompute`
+    makes all gradients in the backward pass from recomputed logits (8 T D W operations). Given logits: in every mode
+    the gradient is made in the backward pass, which spares a pass to apply the factor, and is written over them if
+    nobody else needs them (`GivenLogits.may_be_overwritten`). With a dense term it is made in the forward pass, in a
+    buffer of their size. reduce_hidden_gradient: sum dH over the ranks; False where the caller's gather does it
+    (sequence parallelism).
+
+    Raises LossInputError as `support_log_probs` does, and where `folded` is run again inside a backward pass.
+
+    Source: docs/method.md, the gradient of every term; docs/kernel.md.
+    """
+    check_arguments(source, ids_TJ, kernel, unique_run_lengths)
+    assert full_vocab_term is None or weight_gradient != "recompute", "a dense term is made in the forward pass only"
+    if weight_gradient == "recompute" or (full_vocab_term is None and isinstance(source, GivenLogits)):
+        logp_TJ, entropy_T = support_log_probs(
+            source, ids_TJ, kernel, unique_run_lengths=unique_run_lengths, reduce_hidden_gradient=reduce_hidden_gradient
+        )
+        with without_autocast(ids_TJ.device):
+            return token_loss(logp_TJ, entropy_T, None, slice(0, source.tokens))
+    pieces: list[TokenLosses] = []
+    call = _Call(
+        source=source,
+        ids_TJ=ids_TJ,
+        token_loss=token_loss,
+        kernel=kernel,
+        unique_run_lengths=unique_run_lengths,
+        folded=weight_gradient == "folded",
+        reduce_hidden_gradient=reduce_hidden_gradient,
+        full_vocab_term=full_vocab_term,
+        with_gradients=torch.is_grad_enabled(),
+        pieces=pieces,
+    )
+    with without_autocast(ids_TJ.device):
+        loss_sum = _SupportLoss.apply(*source.tensors, call)
+    if not pieces:
+        pieces.append(_loss_of_nothing(call))
+    counts = [piece.token_count for piece in pieces]
+    names = pieces[0].columns
+    return TokenLosses(
+        loss_sum=loss_sum,
+        token_count=torch.stack(counts).sum(),
+        columns={name: torch.cat([piece.columns[name] for piece in pieces]) for name in names},
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of `support_loss`, and where the pieces of its result are collected."""
+
+    source: LogitSource
+    ids_TJ: Tensor
+    token_loss: TokenLoss
+    kernel: Kernel
+    unique_run_lengths: tuple[int, ...]
+    folded: bool
+    reduce_hidden_gradient: bool
+    full_vocab_term: FullVocabTerm | None
+    with_gradients: bool
+    """False where autograd is off; a `Function` cannot see that from inside"""
+    pieces: list[TokenLosses]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk whose all-reduce is under way."""
+
+    rows: slice
+    logits_CW: Tensor
+    exchange: Exchange
+
+
+class _SupportLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, weight_WD: Tensor | None, call: _Call) -> Tensor:
+        """`first` is the hidden states, or the logits where there is no weight."""
+        source, kernel = call.source, call.kernel
+        needs_first = call.with_gradients and ctx.needs_input_grad[0]
+        needs_weight = call.with_gradients and ctx.needs_input_grad[1]
+        first_gradient = weight_gradient = None
+        if needs_first:
+            # Never over given logits: the caller may still read them in what is left of the forward pass.
+            first_gradient = torch.empty_like(first)
+        if needs_weight:
+            assert isinstance(source, OutputLayer)
+            weight_gradient = WeightGradient(source.weight_WD, folded=call.folded)
+            if weight_gradient.adds_in_forward:
+                refuse_a_repeated_forward("loss.weight_gradient=folded")
+
+        loss_sum = torch.zeros((), dtype=math_dtype(first), device=first.device)
+        room = GradientBuffer(source, kernel.backend, first_gradient) if needs_first or needs_weight else None
+        for chunk in _chunks_under_way(call):
+            row, piece = _loss_of_chunk(call, chunk, with_gradient=room is not None)
+            call.pieces.append(piece)
+            loss_sum += piece.loss_sum.detach()
+            if room is None:
+                continue
+            assert row is not None and row.live_C is not None
+            dz_CW = room.of(chunk.logits_CW, chunk.rows)
+            kernel.backend.write_gradient(chunk.logits_CW, row, kernel.shard, kernel.scaling, dz_CW)
+            if first_gradient is not None and weight_WD is not None:
+                torch.mm(dz_CW, weight_WD, out=first_gradient[chunk.rows])
+            if weight_gradient is not None:
+                weight_gradient.add(dz_CW, finite_where_live(first[chunk.rows], row.live_C))
+        # The gradients are ours until they are handed out. They are no saved tensors: nobody else reads or moves them.
+        ctx.first_gradient, ctx.weight_gradient = first_gradient, weight_gradient
+        ctx.folded, ctx.group = call.folded, kernel.group
+        ctx.reduce = call.reduce_hidden_gradient and weight_WD is not None
+        return loss_sum
+
+    jvp = staticmethod(refuse_forward_mode)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        begin_backward(ctx, factor)
+        first_gradient, weight_gradient = ctx.first_gradient, ctx.weight_gradient
+        ctx.first_gradient = ctx.weight_gradient = None
+        with without_autocast(factor.device):
+            if first_gradient is not None:
+                if ctx.folded:
+                    assert_is_one(factor)
+                else:
+                    first_gradient.mul_(factor)
+                if ctx.reduce:
+                    dist.all_reduce(first_gradient, group=ctx.group)
+            return first_gradient, weight_gradient.finish(factor) if weight_gradient is not None else None, None
+
+
+def _chunks_under_way(call: _Call) -> Iterator[_Chunk]:
+    """The chunks in order; with overlap, the next one has been started before a chunk is given out."""
+    source, kernel = call.source, call.kernel
+    buffers = [source.buffer(kernel.chunk_tokens) for _ in range(2 if kernel.overlap else 1)]
+    started: _Chunk | None = None
+    for index, rows in enumerate(chunks(source.tokens, kernel.chunk_tokens)):
+        logits_CW = source.logits(rows, out=buffers[index % len(buffers)])
+        stats_CM, owned_CJ = kernel.backend.stats_and_support(
+            logits_CW, call.ids_TJ[rows], kernel.shard, kernel.scaling
+        )
+        if call.full_vocab_term is not None:
+            stats_CM = torch.cat([stats_CM, call.full_vocab_term.partials(logits_CW, rows)], dim=1)
+        exchange = start_exchange(stats_CM, owned_CJ, kernel.group, overlap=kernel.overlap)
+        previous, started = started, _Chunk(rows, logits_CW, exchange)
+        if not kernel.overlap:
+            yield started
+        elif previous is not None:
+            yield previous
+    if kernel.overlap and started is not None:
+        yield started
+
+
+def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[RowGradient | None, TokenLosses]:
+    """The loss of a chunk, and what the gradient of its logits is made from (None where none is asked for)."""
+    rows, kernel = chunk.rows, call.kernel
+    ids_CJ = call.ids_TJ[rows]
+    slots_CNM, value_CJ = chunk.exchange.wait()
+    stats_CN3 = slots_CNM[:, :, :3]
+    lse_C, entropy_C = merge_stats(stats_CN3)
+    logp_CJ = support_log_probs_of(value_CJ, lse_C, ids_CJ, kernel.shard)
+    divergence_C = None
+    if call.full_vocab_term is not None:
+        divergence_C = call.full_vocab_term.value(stats_CN3, slots_CNM[:, :, 3:], lse_C, chunk.logits_CW, rows)
+
+    inputs = [logp_CJ, entropy_C] + ([divergence_C] if divergence_C is not None else [])
+    found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+    with torch.set_grad_enabled(with_gradient), shield():
+        for number in inputs:
+            number.requires_grad_(with_gradient)
+        piece = call.token_loss(logp_CJ, entropy_C, divergence_C, rows)
+        if with_gradient and piece.loss_sum.requires_grad:
+            found = torch.autograd.grad(piece.loss_sum, inputs, allow_unused=True)
+    if not with_gradient:
+        return None, piece
+    grad_logp_CJ, grad_entropy_C, grad_divergence_C = (*found, None)[:3]
+    if grad_logp_CJ is None:
+        grad_logp_CJ = torch.zeros_like(logp_CJ)
+    dense_CR = None
+    if call.full_vocab_term is not None and grad_divergence_C is not None:
+        dense_CR = call.full_vocab_term.gradient(chunk.logits_CW, grad_divergence_C, rows)
+    grad_logp_CJ = grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)
+    row = RowGradient(
+        ids_CJ=ids_CJ,
+        grad_logp_CJ=grad_logp_CJ,
+        grad_entropy_C=grad_entropy_C,
+        lse_C=lse_C.detach(),
+        entropy_C=entropy_C.detach(),
+        unique_run_lengths=call.unique_run_lengths,
+        dense_CR=dense_CR,
+        live_C=rows_with_gradient(grad_logp_CJ, grad_entropy_C, grad_divergence_C),
+    )
+    return row, piece
+
+
+def _loss_of_nothing(call: _Call) -> TokenLosses:
+    """The loss of no rows, for its columns; no collective, because no rank has rows."""
+    nothing = call.ids_TJ.new_zeros(0, dtype=torch.float32)
+    divergence = nothing if call.full_vocab_term is not None else None
+    return call.token_loss(nothing.new_zeros(call.ids_TJ.shape), nothing, divergence, slice(0, 0))

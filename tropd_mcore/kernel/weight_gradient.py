@@ -1,0 +1,66 @@
+"""The gradient of an output embedding shard: summed over chunks in float32, handed to whoever collects it.
+
+Speaks the protocol of Megatron's data-parallel wrapper without importing it: a parameter with `main_grad` gets its
+gradient there, in float32, and the autograd engine only a placeholder. Invariant: rounded to the parameter's dtype only
+where there is no `main_grad`.
+
+Shapes: C tokens of a chunk, W vocabulary shard, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.kernel.source import accumulation_dtype, matmul_into
+
+
+class WeightGradient:
+    """Sum over chunks of dz.T @ hidden, [W, D].
+
+    Where the factor of the backward pass is not known yet, the sum is kept in a buffer of its own. `folded` takes it to
+    be 1, adds to main_grad at once, needs no buffer, and has the device check the factor when it is known.
+    """
+
+    def __init__(self, weight_WD: Tensor, *, folded: bool) -> None:
+        self._weight = weight_WD
+        self._main_grad: Tensor | None = getattr(weight_WD, "main_grad", None)
+        self._folded = folded and self._main_grad is not None
+        self._sum = self._main_grad if self._folded else None
+
+    @property
+    def adds_in_forward(self) -> bool:
+        """Whether `add` changes main_grad at once."""
+        return self._folded
+
+    def add(self, dz_CW: Tensor, hidden_CD: Tensor) -> None:
+        """Add one chunk."""
+        first = self._sum is None
+        if self._sum is None:
+            dtype = accumulation_dtype(self._weight)
+            self._sum = torch.empty_like(self._weight, dtype=dtype, requires_grad=False)
+        matmul_into(self._sum, dz_CW.t(), hidden_CD, accumulate=not first)
+
+    def finish(self, factor: Tensor) -> Tensor:
+        """Scale by the scalar `factor` and deliver; returns what the autograd engine is to get. No host sync."""
+        if self._folded:
+            assert_is_one(factor)
+        elif self._main_grad is not None and self._sum is not None:
+            self._main_grad.addcmul_(self._sum, factor.to(self._sum.dtype))
+        if self._main_grad is not None:
+            return self._placeholder()
+        if self._sum is None:
+            return torch.zeros_like(self._weight, requires_grad=False)
+        return self._sum.mul_(factor).to(self._weight.dtype)
+
+    def _placeholder(self) -> Tensor:
+        """What Megatron's hooks expect: they drop it, but add it where an embedding shares the parameter."""
+        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        if getattr(self._weight, "zero_out_wgrad", False):
+            return torch.zeros_like(self._weight, requires_grad=False)
+        return torch.empty_like(self._weight, requires_grad=False)
+
+
+def assert_is_one(factor: Tensor) -> None:
+    """Stop, on the device, if a gradient that was not to be scaled is."""
+    torch._assert_async(factor == 1, "loss.weight_gradient=folded: the loss was scaled after it was made; use deferred")

@@ -1,0 +1,116 @@
+"""Forward and backward of the longest pack there can be, before any rollout, so that memory runs out early.
+
+Not a measurement. Invariant: parameters and optimizer are untouched and gradients are zero afterwards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tropd_mcore.data.packing import context_positions, pack_multiple
+from tropd_mcore.errors import GateError
+from tropd_mcore.mcore.loss import make_distillation_loss
+from tropd_mcore.mcore.loss_settings import LossSettings
+from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.mcore.pipeline import run_pipeline, zero_gradients
+from tropd_mcore.objectives.registry import LossFunction
+from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
+
+
+def probe_memory(
+    model: Model,
+    objective: LossFunction,
+    settings: LossSettings,
+    *,
+    tokens_per_micro_batch: int,
+    k: int,
+    student_topk: int = 0,
+    teacher: Model | None = None,
+) -> None:
+    """Run as many full packs as the pipeline holds at once, one sample each, every token supervised.
+
+    `tokens_per_micro_batch` counts positions over all context ranks; `k` and `student_topk` are the teacher's and the
+    student's candidates; `teacher` is needed for a divergence over the whole vocabulary. Raises GateError where the
+    GPU's memory is short, ConfigError where the settings would make a wrong gradient.
+    """
+    layout = model.layout
+    multiple = pack_multiple(layout.cp_size, layout.tp_size)
+    pack_length = max(1, tokens_per_micro_batch // multiple) * multiple
+    micro_batch = longest_micro_batch(pack_length, layout, model.platform.device)
+    count = layout.pp_size * min(layout.vpp_size, 2)
+    scores = [_any_scores(micro_batch, k, student_topk, teacher)] * count
+    context = [_any_context(scores[0])] * count
+    loss = make_distillation_loss(model, objective, scores, context, settings, teacher=teacher)
+    try:
+        run_pipeline(model, [micro_batch] * count, pack_length, loss=loss, forward_only=False)
+    except torch.OutOfMemoryError as error:
+        raise GateError(
+            f"gates.longest_sequence: out of memory on rank {layout.rank} with a pack of {pack_length} tokens; lower "
+            "batch.tokens_per_micro_batch, or raise parallel.tensor or parallel.context, or set student.recompute=full"
+        ) from error
+    zero_gradients(model)
+
+
+def longest_micro_batch(pack_length: int, layout: Layout, device: torch.device) -> MicroBatch:
+    """Return one sample of `pack_length` positions, of which each is a row; this context rank's part of it."""
+    return one_sample(np.zeros(pack_length + 1, dtype=np.int64), pack_length, layout, device)
+
+
+def one_sample(tokens: npt.NDArray[np.int64], rows: int, layout: Layout, device: torch.device) -> MicroBatch:
+    """Return a pack of one sample, of which the first `rows` positions are rows; this context rank's part of it.
+
+    `tokens`, int64 [pack length + 1]: the tokens of the pack, and what its last position would predict.
+    """
+    pack_length = len(tokens) - 1
+    boundaries = np.array([0, pack_length], dtype=np.int32)
+    positions = context_positions(boundaries, layout.cp_size, layout.cp_rank)
+    rows_T = np.flatnonzero(positions < rows)
+    predicted_T = positions[rows_T] + 1
+    zeros = torch.zeros(len(rows_T), dtype=torch.int64, device=device)
+    return MicroBatch(
+        input_ids_P=torch.from_numpy(tokens[positions]).to(device),
+        position_ids_P=torch.from_numpy(positions).to(device),
+        cu_seqlens=torch.from_numpy(boundaries).to(device),
+        max_seqlen=pack_length,
+        rows_T=torch.from_numpy(rows_T).to(device),
+        target_ids_T=torch.from_numpy(tokens[predicted_T]).to(device),
+        student_mask_T=torch.ones_like(zeros, dtype=torch.bool),
+        prefix_mask_T=torch.zeros_like(zeros, dtype=torch.bool),
+        rollout_logp_T=zeros.float(),
+        trust_u_T=zeros.float(),
+        weight_T=torch.ones_like(zeros, dtype=torch.float32),
+        sample_index_T=zeros,
+        token_index_T=torch.from_numpy(predicted_T).to(device),
+    )
+
+
+def _any_scores(micro_batch: MicroBatch, k: int, student_topk: int, teacher: Model | None) -> TeacherScores:
+    """Scores of a teacher for whom the k first tokens of the vocabulary are equally likely."""
+    rows, device = len(micro_batch.rows_T), micro_batch.rows_T.device
+    logp_T = torch.full((rows,), -float(np.log(k)), device=device)
+    hidden_TD = None
+    if teacher is not None:
+        hidden_TD = torch.zeros(rows, teacher.arch.hidden_size, dtype=teacher.config.params_dtype, device=device)
+    return TeacherScores(
+        logp_T=logp_T,
+        topk_ids_TK=torch.arange(k, device=device).expand(rows, k),
+        topk_logp_TK=logp_T[:, None].expand(rows, k),
+        tail_mass_T=torch.zeros_like(logp_T),
+        entropy_T=-logp_T,
+        scored_T=torch.ones_like(logp_T, dtype=torch.bool),
+        logp_of_student_topk_TL=logp_T[:, None].expand(rows, student_topk),
+        hidden_TD=hidden_TD,
+    )
+
+
+def _any_context(scores: TeacherScores) -> RowContext:
+    """Of a student whose own candidates are the first tokens of the vocabulary and as likely as to the teacher."""
+    assert scores.logp_of_student_topk_TL is not None
+    rows, student_topk = scores.logp_of_student_topk_TL.shape
+    return RowContext(
+        own_ids_TL=torch.arange(student_topk, device=scores.logp_of_student_topk_TL.device).expand(rows, student_topk),
+        teacher_own_logp_TL=scores.logp_of_student_topk_TL,
+    )

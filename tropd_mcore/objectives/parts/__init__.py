@@ -1,0 +1,1 @@
+"""What objectives are made of: gate, divergences, policy gradient, correction of the engines' mismatch, statistics."""

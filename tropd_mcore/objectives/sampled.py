@@ -1,0 +1,73 @@
+"""The form that all objectives share that reward the sampled token: an advantage, and perhaps a differentiable term.
+
+    loss of a token = - w A log p(x) + D        on the tokens that are trained, else 0
+
+Not for the choice of A and D (`rewards`, `verified`). Invariant: what is not trained has no influence.
+
+Shapes: T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs, log_ratio, make_columns
+from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient, policy_loss
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """What an objective makes of the tokens that the student sampled, [T] each."""
+
+    advantage_T: Tensor
+    """A, without the mismatch weight"""
+    value_T: Tensor
+    """the objective's value, nats: what is logged"""
+    trained_T: Tensor | None = None
+    """bool, the tokens that are trained; None = all that the student sampled"""
+    trusted_T: Tensor | None = None
+    """weight with which the token's own log-ratio counts; None = 1 where trained"""
+    divergence_term_T: Tensor | None = None
+    """D, nats, the only one that has a gradient; None = 0"""
+    divergence_T: Tensor | None = None
+    """the divergence to log, nats; None where there is none"""
+    anchor_logp_T: Tensor | None = None
+    """log of the denominator of w; None = log p_old(x)"""
+
+
+def sampled_token_loss(
+    inputs: TokenInputs, terms: TokenTerms, *, policy: PolicyGradient, count_trained_only: bool = False
+) -> TokenLosses:
+    """Sum of the loss over the tokens; `inputs` have passed `blank_unsupervised`.
+
+    The denominator counts all tokens of both masks, or with `count_trained_only` those that are trained.
+    """
+    on_T = inputs.student_mask_T
+    trained_T = on_T if terms.trained_T is None else on_T & terms.trained_T
+    sampled = policy_loss(
+        inputs.student_logp_T,
+        torch.where(trained_T, terms.advantage_T, 0.0),
+        old_logp_T=inputs.old_logp_T,
+        rollout_logp_T=inputs.rollout_logp_T,
+        policy=policy,
+        anchor_logp_T=terms.anchor_logp_T,
+    )
+    surrogate_T = sampled.loss_T if terms.divergence_term_T is None else sampled.loss_T + terms.divergence_term_T
+    surrogate_T = torch.where(trained_T, surrogate_T, 0.0)
+    gate_T = trained_T.to(surrogate_T.dtype)
+    columns = make_columns(
+        inputs,
+        trusted_T=gate_T if terms.trusted_T is None else gate_T * terms.trusted_T,
+        log_ratio_T=log_ratio(inputs),
+        divergence_T=gate_T * torch.nan if terms.divergence_T is None else terms.divergence_T,
+        advantage_T=sampled.advantage_T,
+        ratio_T=sampled.ratio_T,
+        clipped_T=sampled.clipped_T,
+        loss_T=torch.where(trained_T, terms.value_T, 0.0),
+    )
+    counted_T = trained_T if count_trained_only else on_T | inputs.prefix_mask_T
+    return TokenLosses((inputs.weight_T * surrogate_T).sum(), counted_T.sum(), columns)

@@ -1,0 +1,184 @@
+"""Rollouts and teacher scores of a step on disk, so that a killed step is repeated with the same numbers.
+
+Plain `.npz` arrays, read without pickle. Variable-length arrays are stored flat beside their lengths. Files are
+published whole, and a flipped bit is an error when the file is read; scores of other rollouts, another layout, another
+teacher or other candidates are not used, and why is told.
+"""
+
+import hashlib
+import io
+import lzma
+import struct
+import zipfile
+import zlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tropd_mcore.errors import DataError
+from tropd_mcore.file_kinds import in_the_way
+from tropd_mcore.files import publish_file, shown
+from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
+
+_RAGGED = ("prompt_ids", "prefix_ids", "response_ids", "rollout_logp", "trust_u")
+_EARLIER_NAMES = {"behav_logp": "rollout_logp", "own_logp_TL": "logp_of_student_topk_TL"}
+"""Names of arrays in files of earlier versions, and what they are called now."""
+_TEXT = ("sample_id", "prompt_id", "policy_version", "finish_reason")
+_SCORE_FIELDS = ("logp_T", "topk_ids_TK", "topk_logp_TK", "tail_mass_T", "scored_T")
+_KEY_PARTS = ("teacher", "rows", "candidates")
+_OTHER = {"rows": "of other rows (rollouts, layout or packs)", "candidates": "of other candidates of the student"}
+_OPTIONAL_SCORE_FIELDS = ("entropy_T", "logp_of_student_topk_TL", "excluded_T")
+_READ_ERRORS = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+)  # fmt: skip
+"""What numpy and zipfile raise for a damaged archive, in which every array has a checksum."""
+_CONTENTS = "contents"
+"""Array of the names of all others, because damage can hide one."""
+
+
+def save_rollouts(path: Path, rollouts: Sequence[Rollout], *, left_out: int = 0) -> None:
+    """Publish the rollouts of one step at `path`; `left_out` samples had no usable answer and are not among them."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in _RAGGED:
+        values = [getattr(rollout, name) for rollout in rollouts]
+        arrays[name] = np.concatenate(values) if values else np.zeros(0)
+        arrays[f"{name}_lengths"] = np.array([len(value) for value in values], dtype=np.int64)
+    for name in _TEXT:
+        arrays[name] = np.array([getattr(rollout, name) for rollout in rollouts], dtype=np.str_)
+    arrays["carries_prefix_loss"] = np.array([rollout.carries_prefix_loss for rollout in rollouts], dtype=bool)
+    arrays["answer"] = np.array([rollout.answer or "" for rollout in rollouts], dtype=np.str_)
+    arrays["has_answer"] = np.array([rollout.answer is not None for rollout in rollouts], dtype=bool)
+    arrays["left_out"] = np.array(left_out, dtype=np.int64)
+    _publish_arrays(path, arrays)
+
+
+def load_left_out(path: Path) -> int:
+    """Samples that were left out of the rollouts in `path`; 0 in a file that does not say. Raises `DataError`."""
+    return int(_read_arrays(path, ["left_out"], missing_ok=True).get("left_out", np.array(0)))
+
+
+def load_rollouts(path: Path) -> list[Rollout]:
+    """The rollouts of one step as they were saved. Raises `DataError` where the file is not one of ours."""
+    arrays = _read_arrays(path)
+    ragged = {name: _split(arrays, name) for name in _RAGGED}
+    return [_rollout(arrays, ragged, index) for index in range(len(arrays["sample_id"]))]
+
+
+def _split(arrays: dict[str, np.ndarray], name: str) -> list[Any]:
+    """The flat array `name` cut by its lengths."""
+    lengths = arrays[f"{name}_lengths"]
+    return np.split(arrays[name], np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def _rollout(arrays: dict[str, np.ndarray], ragged: dict[str, list[Any]], index: int) -> Rollout:
+    values: dict[str, Any] = {name: ragged[name][index] for name in _RAGGED}
+    values |= {name: str(arrays[name][index]) for name in _TEXT}
+    values["carries_prefix_loss"] = bool(arrays["carries_prefix_loss"][index])
+    values["answer"] = str(arrays["answer"][index]) if arrays["has_answer"][index] else None
+    return Rollout(**values)
+
+
+@dataclass(frozen=True)
+class ScoreKey:
+    """What a score file belongs to."""
+
+    teacher: str
+    """Anything that tells one scorer, with the number of candidates it was asked for, from another."""
+    micro_batches: Sequence[MicroBatch]
+    own_ids: Sequence[Tensor | None]
+    """int64 [T, L] a micro-batch, the student's own candidates; None where none were asked for."""
+
+    def parts(self) -> dict[str, str]:
+        """The teacher, the hash of the predicted tokens of all rows in order, and that of the candidates."""
+        rows, candidates = hashlib.sha256(), hashlib.sha256()
+        for micro_batch, own_ids in zip(self.micro_batches, self.own_ids, strict=True):
+            for tensor in (micro_batch.target_ids_T, micro_batch.sample_index_T, micro_batch.token_index_T):
+                rows.update(tensor.cpu().numpy().tobytes())
+            rows.update(b"|")
+            candidates.update(b"|" if own_ids is None else own_ids.cpu().numpy().tobytes() + b"|")
+        return {"teacher": self.teacher, "rows": rows.hexdigest(), "candidates": candidates.hexdigest()}
+
+
+def save_scores(path: Path, key: ScoreKey, scores: Sequence[TeacherScores]) -> None:
+    """Publish the teacher's scores of this rank's micro-batches at `path`; hidden states are left out."""
+    arrays = {name: torch.cat([getattr(score, name) for score in scores]).cpu().numpy() for name in _SCORE_FIELDS}
+    for name in _OPTIONAL_SCORE_FIELDS:
+        pieces = [piece for score in scores if (piece := getattr(score, name)) is not None]
+        if pieces and len(pieces) == len(scores):
+            arrays[name] = torch.cat(pieces).cpu().numpy()
+    arrays["topk_ids_TK"] = arrays["topk_ids_TK"].astype(np.int32)  # a third of the file; no vocabulary needs more
+    arrays |= {f"key_{name}": np.array(part) for name, part in key.parts().items()}
+    _publish_arrays(path, arrays)
+
+
+def mismatch(path: Path, key: ScoreKey) -> str | None:
+    """Why the scores at `path`, which exists, are not those of `key`; None where they are. Reads no scores.
+
+    Raises `DataError` where the file is damaged.
+    """
+    stored = _read_arrays(path, [f"key_{name}" for name in _KEY_PARTS], missing_ok=True)
+    if not stored:
+        return "of an earlier version, which did not say what they belong to"
+    for name, part in key.parts().items():
+        found = str(stored[f"key_{name}"])
+        if found != part:
+            return _OTHER.get(name) or f"of another teacher ({found}, here {part})"
+    return None
+
+
+def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores]:
+    """The scores at `path`, which are those of `key` (see `mismatch`), cut to its micro-batches."""
+    arrays = _read_arrays(path)
+    arrays["topk_ids_TK"] = arrays["topk_ids_TK"].astype(np.int64)
+    sizes = [len(micro_batch.rows_T) for micro_batch in key.micro_batches]
+    device = key.micro_batches[0].rows_T.device if key.micro_batches else torch.device("cpu")
+    pieces = {
+        name: torch.from_numpy(arrays[name]).to(device).split(sizes)
+        for name in (*_SCORE_FIELDS, *_OPTIONAL_SCORE_FIELDS)
+        if name in arrays
+    }
+    return [
+        TeacherScores(**{"entropy_T": None, **{name: values[index] for name, values in pieces.items()}})
+        for index in range(len(sizes))
+    ]
+
+
+def _publish_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    def write(stream: BinaryIO) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **{_CONTENTS: np.array(sorted(arrays)), **arrays})
+        stream.write(buffer.getbuffer())
+
+    publish_file(path, write)
+
+
+def _read_arrays(
+    path: Path, names: Collection[str] | None = None, *, missing_ok: bool = False
+) -> dict[str, np.ndarray]:
+    """The arrays of these names, or all; none of them where one is not there and that may be."""
+    if (other := in_the_way(path, zip_wanted=True)) is not None:
+        raise DataError(
+            f"cannot read {shown(path)}: expected arrays (.npz); {other}; without the file, the step is made again"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if missing_ok and names is not None and not set(names) <= set(archive.files):
+                return {}
+            found = {name: archive[name] for name in (archive.files if names is None else names)}
+    except _READ_ERRORS as error:
+        raise DataError(f"cannot read {path}: {error}; remove the file to have the step sampled again") from error
+    contents = found.pop(_CONTENTS, None)
+    if contents is not None and set(contents.tolist()) != set(found):
+        raise DataError(f"cannot read {path}: arrays are missing; remove the file to have the step sampled again")
+    return {_now(name): array for name, array in found.items()}
+
+
+def _now(name: str) -> str:
+    """The name of an array today; a flat array has its lengths beside it."""
+    flat = name.removesuffix("_lengths")
+    return name.replace(flat, _EARLIER_NAMES.get(flat, flat))

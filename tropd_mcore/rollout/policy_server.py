@@ -1,0 +1,167 @@
+"""The rollout server as all ranks of the job see it: it always samples from the student's current weights.
+
+HTTP and the server process live on rank 0; gathering the weights takes every rank. Invariants: a rollout comes from the
+version of its own step or it is refused; the server's checksums tell whether the weights arrived and stayed while it
+sampled (`rollout.publication`); a server that dies is restarted, gets the same weights again and is asked only for what
+is missing; a launch never reuses the version label of an earlier one.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from torch import Tensor
+
+from tropd_mcore.errors import ServerDied, TropdError
+from tropd_mcore.mcore.collective import on_rank_zero, raise_the_first
+from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.mcore.weights_io import iterate_hf
+from tropd_mcore.monitor.clock import StepClock
+from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.rollout.sampler import Collected, SglangSampler
+from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.types import Rollout, SampleRequest
+
+log = logging.getLogger(__name__)
+
+MakeStream = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+class PolicyServer:
+    """Collective face of the rollout server. `connect` is called on rank 0 alone, once the server is needed.
+
+    `clock` is the step's, for the phases that are not sampling: waiting for the server, and publication.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layout: Layout,
+        server: SupervisedServer | None,
+        connect: Callable[[SupervisedServer], tuple[SglangSampler, WeightPublisher]],
+        *,
+        prove_sync: bool,
+        clock: StepClock | None = None,
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._control = layout.groups.control
+        self._server = server
+        self._connect = connect
+        self._prove_sync = prove_sync
+        self._clock = clock or StepClock()
+        self._sampler: SglangSampler | None = None
+        self._publisher: WeightPublisher | None = None
+        self._launch = on_rank_zero(lambda: uuid.uuid4().hex[:8], self._control)
+        self._published: str | None = None
+        self._started = False
+
+    def sample(self, requests: list[SampleRequest], *, step: int) -> list[Rollout]:
+        """The rollouts of the requests in order, on every rank, from the student's present weights. Collective.
+
+        Samples without a usable answer are left out (see `SglangSampler`).
+
+        Raises ServerError (ServerDied once the restarts are used up) and GateError (weights that do not arrive).
+        """
+        version = f"{self._launch}/step-{step:06d}"
+        found = Collected()
+        while True:
+            with self._clock.phase("server"):
+                self._start()
+            with self._clock.phase("publish"):
+                died = self._publish(version)
+            if died is None:
+                collect = partial(self._collect, requests, step, version, found)
+                found = on_rank_zero(collect, self._control)
+                died = found.died
+            if died is None:
+                return [rollout for request in requests if (rollout := found.rollouts.get(request.sample_id))]
+            with self._clock.phase("server"):
+                self._recover(died)
+
+    def _collect(self, requests: list[SampleRequest], step: int, version: str, found: Collected) -> Collected:
+        assert self._sampler is not None and self._publisher is not None
+        collected = self._sampler.collect(requests, step=step, expected_version=version, found=found)
+        if collected.died is None:
+            try:
+                self._publisher.check_unchanged()
+            except ServerDied as died:
+                collected.died = died
+        return collected
+
+    def _publish(self, version: str) -> ServerDied | None:
+        """Bring the server to `version`; returns why it is gone where it died meanwhile, on every rank."""
+        if self._published == version:
+            return None
+        prove = self._prove_sync
+        error: TropdError | None = None
+        streams = _Streams(lambda: iterate_hf(self._model, self._layout), expected=2 if prove else 1)
+        if self._layout.rank == 0:
+            assert self._publisher is not None
+            try:
+                if prove:
+                    self._publisher.prove(streams.next, version)
+                else:
+                    self._publisher.publish(streams.next(), version)
+            except TropdError as met:
+                error = met
+        streams.exhaust()
+        try:
+            raise_the_first(error, self._control)
+        except ServerDied as died:
+            return died
+        self._published, self._prove_sync = version, False
+        return None
+
+    def _start(self) -> None:
+        if self._started:
+            return
+
+        def start() -> None:
+            assert self._server is not None
+            self._server.wait_ready()
+            self._sampler, self._publisher = self._connect(self._server)
+
+        on_rank_zero(start, self._control)
+        self._started = True
+
+    def _recover(self, died: ServerDied) -> None:
+        def recover() -> None:
+            assert self._server is not None
+            self._server.recover(died)
+            self._sampler, self._publisher = self._connect(self._server)
+
+        on_rank_zero(recover, self._control)
+        self._published = None
+
+
+class _Streams:
+    """A known number of weight streams in which every rank takes part to the end, whatever becomes of the reader."""
+
+    def __init__(self, make: MakeStream, expected: int) -> None:
+        self._make = make
+        self._left = expected
+        self._current: Iterator[tuple[str, Tensor]] = iter(())
+
+    def next(self) -> Iterator[tuple[str, Tensor]]:
+        """The next stream, after the rest of the one before."""
+        self._drain()
+        assert self._left > 0, "more streams were asked for than the other ranks take part in"
+        self._left -= 1
+        self._current = self._make()
+        return self._current
+
+    def exhaust(self) -> None:
+        """Go through everything that nobody has read."""
+        self._drain()
+        while self._left:
+            self.next()
+            self._drain()
+
+    def _drain(self) -> None:
+        for _ in self._current:
+            pass

@@ -1,0 +1,76 @@
+"""From the prompts of a step to the continuations to sample: teacher prefix, token budget, ids.
+
+Not for the guidance schedule (see `config.derived`) or for sampling (see `rollout`). Invariant: requests are a pure
+function of (prompts, step, config), and the prefix is the beginning of the stored teacher response as token ids:
+nothing is ever tokenised again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tropd_mcore.config.derived import new_token_budget, prefix_length
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import DataError
+from tropd_mcore.types import IntArray, Prompt, Rollout, SampleRequest
+
+
+def build_requests(
+    prompts: Sequence[Prompt], *, step: int, config: Config, longest_response: int
+) -> list[SampleRequest]:
+    """Return `rollout.samples_per_prompt` requests a prompt, in the order of the prompts.
+
+    All samples of a prompt share one prefix; the first alone carries its loss, and none does where
+    `objective.guidance.loss` is `none`. Sample ids are `<step>/<prompt id>/<index>`; a prompt that appears twice in a
+    step goes on counting, so ids never repeat. `longest_response`: tokens of the longest stored response (`cap` mode).
+    Raises DataError where guidance needs a stored response and the prompt has none. Source: docs/method.md, 6.
+    """
+    prefix_loss = config.objective.has_prefix_loss
+    seen: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        prefix_ids = _prefix(prompt, step, config, longest_response)
+        for position in range(config.rollout.samples_per_prompt):
+            requests.append(
+                SampleRequest(
+                    sample_id=f"{step:06d}/{prompt.prompt_id}/{seen[prompt.prompt_id]}",
+                    prompt_id=prompt.prompt_id,
+                    prompt_ids=prompt.token_ids,
+                    prefix_ids=prefix_ids,
+                    max_new_tokens=new_token_budget(step, len(prefix_ids), config),
+                    carries_prefix_loss=position == 0 and prefix_loss,
+                    answer=prompt.answer,
+                )
+            )
+            seen[prompt.prompt_id] += 1
+    return requests
+
+
+def cut_response(rollout: Rollout, longest: int) -> Rollout:
+    """Return `rollout` with at most `longest` response tokens, as if it had been sampled with that budget."""
+    longest = max(longest, 0)
+    if len(rollout.response_ids) <= longest:
+        return rollout
+    return dataclasses.replace(
+        rollout,
+        response_ids=rollout.response_ids[:longest],
+        rollout_logp=rollout.rollout_logp[:longest],
+        trust_u=rollout.trust_u[:longest],
+        finish_reason="length",
+    )
+
+
+def _prefix(prompt: Prompt, step: int, config: Config, longest_response: int) -> IntArray:
+    if config.objective.active_guidance is None:
+        return np.zeros(0, dtype=np.int32)
+    if prompt.teacher_response_ids is None:
+        raise DataError(
+            f"objective.guidance is enabled but prompt {prompt.prompt_id!r} has no response in data.teacher_responses: "
+            "add it (`tropd prefixes`) or set objective.guidance.enabled=false"
+        )
+    length = prefix_length(len(prompt.teacher_response_ids), step, config, longest_response=longest_response)
+    return prompt.teacher_response_ids[:length].astype(np.int32)

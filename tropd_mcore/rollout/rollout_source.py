@@ -1,0 +1,103 @@
+"""Where the rollouts of a step come from: the run directory if the step was sampled before, else the server.
+
+Invariants: a step's rollouts are on disk before anything is computed from them; every rank gets the same list; the
+same step of the same run never has two sets of rollouts. Which samples carry their prefix's loss follows from the
+objective of this run, not from that of the run that sampled.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tropd_mcore.config.derived import new_token_budget
+from tropd_mcore.config.schema import Config
+from tropd_mcore.data.prompts import PromptSet
+from tropd_mcore.data.supervision import with_carriers
+from tropd_mcore.errors import DataError
+from tropd_mcore.mcore.collective import on_rank_zero
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.records.replay import load_left_out, load_rollouts, save_rollouts
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout.policy_server import PolicyServer
+from tropd_mcore.rollout.requests import build_requests, cut_response
+from tropd_mcore.rollout.sampler import check_ids
+from tropd_mcore.types import Rollout
+
+log = logging.getLogger(__name__)
+
+
+class RolloutSource:
+    """Rollouts by step; `policy` is asked only for steps that are not on disk, and is None in a replay.
+
+    `vocab_size` is the student's: stored rollouts of another vocabulary are refused.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        prompts: PromptSet,
+        policy: PolicyServer | None,
+        layout: Layout,
+        *,
+        vocab_size: int,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._prompts = prompts
+        self._policy = policy
+        self._vocab_size = vocab_size
+        self._control = layout.groups.control
+        self.left_out = 0
+        """Samples of the present step without a usable answer, which are not among its rollouts; on rank 0."""
+
+    def at_step(self, step: int) -> list[Rollout]:
+        """The rollouts of `step` on every rank; collective. Raises DataError and what the server raises."""
+        stored = on_rank_zero(lambda: self._stored(step), self._control)
+        if stored is not None:
+            return with_carriers(stored, prefix_loss=self._config.objective.has_prefix_loss)
+        assert self._policy is not None
+        prompts = self._prompts.at_step(step, self._config.rollout.prompts_per_step)
+        requests = build_requests(
+            prompts, step=step, config=self._config, longest_response=self._prompts.longest_response
+        )
+        sampled = self._policy.sample(requests, step=step)
+        self.left_out = len(requests) - len(sampled)
+        # a sample that was left out may have been the one to carry its prefix's loss
+        rollouts = with_carriers(sampled, prefix_loss=self._config.objective.has_prefix_loss)
+        self.save(step, rollouts)
+        return rollouts
+
+    def save(self, step: int, rollouts: list[Rollout]) -> None:
+        """Store what a repetition of `step` starts from, from rank 0; collective."""
+        on_rank_zero(lambda: self._save(step, rollouts), self._control)
+
+    def _save(self, step: int, rollouts: list[Rollout]) -> None:
+        self._run_dir.check_held()
+        save_rollouts(self._run_dir.rollouts(step), rollouts, left_out=self.left_out)
+
+    def _stored(self, step: int) -> list[Rollout] | None:
+        own = self._run_dir.rollouts(step)
+        if own.exists():
+            log.info("step %d: rollouts from %s", step, own)
+            return self._load(own)
+        if self._config.run.replay is None:
+            return None
+        other: Path = RunDir(self._config.run.replay).rollouts(step)
+        if not other.exists():
+            raise DataError(f"run.replay: {other} does not exist; expected the rollouts of step {step} there")
+        rollouts = self._load(other)
+        if self._config.rollout.truncate is not None:
+            budgets = [new_token_budget(step, len(rollout.prefix_ids), self._config) for rollout in rollouts]
+            rollouts = [cut_response(rollout, budget) for rollout, budget in zip(rollouts, budgets, strict=True)]
+        self._save(step, rollouts)
+        return rollouts
+
+    def _load(self, path: Path) -> list[Rollout]:
+        """The rollouts in `path`. Raises DataError where they are damaged or hold ids that the student lacks."""
+        rollouts = load_rollouts(path)
+        self.left_out = load_left_out(path)
+        for rollout in rollouts:
+            check_ids(rollout.token_ids, self._vocab_size, what=f"{path}: sample {rollout.sample_id}")
+        return rollouts

@@ -1,0 +1,391 @@
+"""Is the served teacher the model of teacher.path, is it not the student, and does it stay the same?
+
+Rank 0 asks at the start of a launch, every `teacher.check_every` steps, before every checkpoint and after a restart. At
+every step it asks for label and model path. Not for what a server says (`teacher.identity`). Invariants: a checkpoint
+is written only once the scores of all its steps come from the teacher of the start; the record in the run directory is
+of a launch that began to train; every rank meets the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+
+from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ConfigError, GateError, ModelError, ServerDied
+from tropd_mcore.files import publish_text
+from tropd_mcore.mcore.collective import on_rank_zero
+from tropd_mcore.progress import progress
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.teacher.identity import (
+    FLOAT32_BOUND,
+    ROUNDED_BOUND,
+    Fingerprint,
+    Identity,
+    ServedModel,
+    changes,
+    fingerprint_of,
+    other_weights,
+    read_identity,
+    read_model,
+    text_ids,
+)
+from tropd_mcore.types import IntArray
+from tropd_mcore.weights.architecture import read_architecture
+from tropd_mcore.weights.digest import fingerprint, model_files
+from tropd_mcore.weights.independent import fits, independent_log_probs
+
+log = logging.getLogger(__name__)
+
+CLEARLY_NEARER = 0.5
+"""A server is one of two models where its distance to that one is at most this times the distance to the other."""
+NO_STEP = sys.maxsize
+"""Later than every step."""
+STUDENT_BOUND = 0.04
+"""Mean |difference|, nats, up to which a server that rounds is the student where teacher.path cannot be read."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model folder says of the text, read on the CPU."""
+
+    stamp: str
+    """Of names, sizes and times of its files: the same one spares reading the folder again."""
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Record:
+    """Content of <run.dir>/teacher.json."""
+
+    identity: Identity
+    """Of the server at the first launch"""
+    readings: dict[str, Reading] = field(default_factory=dict)
+    """By configuration key"""
+    verified: int = 0
+    """Scores of the steps before this one come from that teacher"""
+
+
+class TeacherIdentity:
+    """The identity of the teacher behind `server`; on one rank, without collectives.
+
+    `config` names the folders; the record is that of `config.run.dir`. Every method that asks the server may raise
+    ServerError; making one raises ConfigError where the record is damaged.
+    """
+
+    def __init__(self, server: SupervisedServer, config: Config) -> None:
+        self._server = server
+        self._config = config
+        self._path = RunDir(config.run.dir).teacher
+        self._recorded = load_record(self._path)
+        self._readings = dict(self._recorded.readings) if self._recorded is not None else {}
+        self._reasons: dict[str, str] = {}
+        self._ids: IntArray | None = None
+        self._found: Identity | None = None
+
+    def digest(self) -> str:
+        """Short text that tells this teacher's scores from another's, the same at every launch of a run."""
+        assert self._found is not None
+        return (self._recorded.identity if self._recorded is not None else self._found).digest()
+
+    def check_start(self) -> None:
+        """Compare the server with teacher.path, student.path and the record, as far as they can be read, and log it.
+
+        Raises GateError where it serves another model. Cost: one forward pass of each folder on the CPU, once a run.
+        """
+        config, client = self._config, self._server.client
+        said = read_model(client, with_checksum=False)
+        self._ids = text_ids(config.student.path, config.teacher.path)[: said.longest_input]
+        if said.vocab_size is not None and said.vocab_size <= self._ids.max():
+            self._check_config(said)  # raises; SGLang would die of the text
+        found = read_identity(client, self._ids)
+        teacher, student = self._read("teacher.path", config.teacher.path), None
+        if config.student.path.resolve() != config.teacher.path.resolve():
+            student = self._read("student.path", config.student.path)
+        self._check_folders(found, teacher, student)
+        self._check_config(found.model)
+        self._check_record(found)
+        self._found = found
+        self._server.after_restart = self.check_now
+
+    @property
+    def verified(self) -> int | None:
+        """Scores of the steps before this one were verified by earlier launches; None where there was none."""
+        return self._recorded.verified if self._recorded is not None else None
+
+    def record(self, verified: int = 0) -> None:
+        """Write what was found at the start, unless an earlier launch did, and what is verified. Raises DataError."""
+        assert self._found is not None
+        identity = self._recorded.identity if self._recorded is not None else self._found
+        now = Record(identity, self._readings, verified)
+        if now != self._recorded:
+            publish_text(self._path, _RECORD.dump_json(now, indent=1).decode() + "\n")
+        self._recorded = now
+
+    def check_label(self) -> None:
+        """See that the server still says what it said of itself; one request. Raises GateError."""
+        assert self._found is not None
+        self._refuse(changes(self._found.model, read_model(self._server.client, with_checksum=False)))
+
+    def check_now(self) -> None:
+        """See that label, checksum and scores are those of the start. Raises GateError."""
+        assert self._found is not None and self._ids is not None
+        with progress(log, f"{self._where()}: asking what it serves"):
+            now = read_identity(self._server.client, self._ids)
+        before = self._found
+        lines = changes(before.model, now.model)
+        if before.model.checksum is not None and now.model.checksum is None:
+            lines.append(f"checksum {before.model.checksum[:12]} -> none")
+        distance, bound = before.fingerprint.distance(now.fingerprint), self._bound(now)
+        if distance > bound:
+            lines.append(f"scores of a text by {distance:.1e} nats (mean), allowed {bound:.0e}")
+        self._refuse(lines)
+
+    def _refuse(self, lines: list[str]) -> None:
+        if lines:
+            raise GateError(
+                f"gates.teacher_identity: {self._where()} serves another model than at the start of this launch: "
+                f"{'; '.join(lines)}; let nothing update or replace the teacher while a run asks it"
+            )
+
+    def _check_config(self, model: ServedModel) -> None:
+        """What the server says of its model against the config.json of teacher.path."""
+        arch = read_architecture(self._config.teacher.path)
+        pairs = {
+            "model_type": (arch.family, model.model_type if model.model_type != "?" else None),
+            "vocab_size": (arch.vocab_size, model.vocab_size),
+        }
+        for name, (expected, said) in pairs.items():
+            if said is not None and said != expected:
+                raise GateError(
+                    f"gates.teacher_identity: {self._where()} serves {model.describe()} with {name} {said}; expected "
+                    f"{expected}, that of teacher.path={self._config.teacher.path}: correct teacher.server.url or "
+                    "teacher.path"
+                )
+
+    def _check_folders(self, found: Identity, teacher: Fingerprint | None, student: Fingerprint | None) -> None:
+        bound = self._bound(found)
+        to_teacher = teacher.distance(found.fingerprint) if teacher is not None else None
+        to_student = student.distance(found.fingerprint) if student is not None else None
+        apart = teacher.distance(student) if teacher is not None and student is not None else None
+        if apart != 0.0 and to_student is not None and self._is_student(found, to_teacher, to_student):
+            instead = f", by {to_teacher:.1e} from teacher.path" if to_teacher is not None else ""
+            raise GateError(
+                f"gates.teacher_identity: {self._where()} serves the student: its scores of a text differ by "
+                f"{to_student:.1e} nats (mean) from student.path={self._config.student.path}{instead}; it says "
+                f"{found.model.describe()}. Expected teacher.path={self._config.teacher.path}: correct "
+                "teacher.server.url"
+            )
+        if to_teacher is not None and to_teacher > bound:
+            raise GateError(
+                f"gates.teacher_identity: {self._where()} serves other weights than teacher.path="
+                f"{self._config.teacher.path}: its scores of a text differ by {to_teacher:.1e} nats (mean), allowed "
+                f"{bound:.0e}; it says {found.model.describe()}. Correct teacher.server.url or teacher.path; for a "
+                "server that rounds more, raise gates.teacher_logprob_mean"
+            )
+        self._say(found, to_teacher, to_student, apart)
+
+    def _is_student(self, found: Identity, to_teacher: float | None, to_student: float) -> bool:
+        if to_teacher is not None:
+            return to_student <= CLEARLY_NEARER * to_teacher and to_student <= self._bound(found)
+        return to_student <= (FLOAT32_BOUND if found.model.exact else STUDENT_BOUND)
+
+    def _check_record(self, found: Identity) -> None:
+        """The server against what the first launch found; what changed without being another model is printed."""
+        if self._recorded is None:
+            return
+        before = self._recorded.identity
+        distance, bound = before.fingerprint.distance(found.fingerprint), self._bound(found)
+        checksums = other_weights(before.model, found.model)
+        if checksums is not None or distance > bound:
+            by_scores = f"scores of a text by {distance:.1e} nats (mean), allowed {bound:.0e}"
+            raise GateError(
+                f"gates.teacher_identity: {self._where()} serves other weights than at the first launch of this run "
+                f"({self._path}): {'; '.join(line for line in (checksums, by_scores) if line)}; it said "
+                f"{before.model.describe()} and says {found.model.describe()}. Serve the recorded teacher, or begin "
+                "another run.dir"
+            )
+        for line in changes(before.model, found.model):
+            log.info("teacher.server: %s since the first launch; its weights are the same as far as can be told", line)
+
+    def _say(self, found: Identity, to_teacher: float | None, to_student: float | None, apart: float | None) -> None:
+        tokens, said = len(found.fingerprint.logp_N), found.model.describe()
+        if to_teacher is not None:
+            source = f"fingerprint from teacher.path: {to_teacher:.1e} nats (mean) over {tokens} tokens"
+        elif self._recorded is not None:
+            source = f"fingerprint recorded at the first launch (teacher.path: {self._reasons['teacher.path']})"
+        else:
+            source = (
+                "no fingerprint to compare with, this first launch records one (teacher.path: "
+                f"{self._reasons['teacher.path']}): that it is the model of teacher.path is taken on trust"
+            )
+        other = f"; student.path: {to_student:.1e}" if to_student is not None else ""
+        log.info("gates.teacher_identity: %s serves %s; %s%s", self._where(), said, source, other)
+        if "student.path" in self._reasons:
+            log.info("gates.teacher_identity: not compared with student.path: %s", self._reasons["student.path"])
+        if to_teacher is not None and apart and to_teacher > CLEARLY_NEARER * apart:
+            log.warning(
+                "gates.teacher_identity: teacher.path and student.path differ by %.1e nats on the text, the server "
+                "from teacher.path by %.1e: which of the two it serves cannot be told",
+                apart,
+                to_teacher,
+            )
+
+    def _read(self, key: str, folder: Path) -> Fingerprint | None:
+        """The folder's fingerprint on the CPU, or None where it cannot be computed; that of an earlier launch where the
+        files are the same."""
+        assert self._ids is not None
+        stamp = _stamp(folder)
+        known = self._readings.get(key)
+        if known is not None and known.stamp == stamp and known.fingerprint.ids_N == tuple(self._ids.tolist()):
+            return known.fingerprint
+        reason = fits(folder, tokens=len(self._ids))
+        if reason is None:
+            try:
+                found = fingerprint_of(self._ids, independent_log_probs(folder, self._ids))
+            except ModelError as error:
+                reason = str(error)
+            else:
+                self._readings[key] = Reading(stamp, found)
+                return found
+        self._reasons[key] = reason
+        return None
+
+    def _bound(self, found: Identity) -> float:
+        return self._config.gates.teacher_logprob_mean or (FLOAT32_BOUND if found.model.exact else ROUNDED_BOUND)
+
+    def _where(self) -> str:
+        return f"{self._server.spec.key} ({self._server.client.url})"
+
+
+class TeacherCheck:
+    """The identity of the teacher behind `server` as all ranks of the job see it; rank 0 alone asks. Collective.
+
+    `server` is needed on rank 0. Making one checks the start of the launch and raises GateError as that does.
+    """
+
+    def __init__(self, server: SupervisedServer | None, config: Config, control: dist.ProcessGroup) -> None:
+        self._server = server
+        self._config = config
+        self._control = control
+        self._identity: TeacherIdentity | None = None
+        self._verified: int | None = None
+        """Scores of the steps before this one come from the teacher of the start; None before the first step."""
+        self._step = 0
+        """The present step, or the one before the checkpoint."""
+        self.name: str = on_rank_zero(self._start, control)
+        """What tells its scores from another teacher's; the same at every launch of a run and on every rank."""
+
+    def at_step(self, step: int) -> None:
+        """Before the scores of `step`: the label, every `check_every` steps also checksum and scores; or GateError."""
+
+        def check() -> None:
+            assert self._identity is not None
+            if self._verified is None:
+                self._verified = step
+                self._identity.record(step)
+            self._check(step, full=step - self._verified >= self._config.teacher.check_every, verifies=step)
+
+        on_rank_zero(check, self._control)
+
+    def before_checkpoint(self, done: int) -> None:
+        """Before a checkpoint of `done` steps is written: checksum and scores. Raises GateError."""
+        on_rank_zero(lambda: self._check(done - 1, full=True, verifies=done), self._control)
+
+    def _start(self) -> str:
+        assert self._server is not None
+        self._identity = TeacherIdentity(self._server, self._config)
+        try:
+            self._identity.check_start()
+        except GateError as error:
+            raise GateError(f"{error}{self._drop_unverified(self._identity.verified)}") from error
+        self._server.after_restart = lambda: self._look(full=True)
+        return self._identity.digest()
+
+    def _check(self, step: int, *, full: bool, verifies: int) -> None:
+        assert self._identity is not None and self._server is not None
+        self._step = step
+        try:
+            self._look(full=full)
+        except ServerDied as died:
+            self._server.recover(died)  # which looks at the new process
+        if full:
+            self._verified = verifies
+            self._identity.record(verifies)
+
+    def _look(self, *, full: bool) -> None:
+        """Compare the server with the start; where it is another, drop what may come from it, and say so."""
+        assert self._identity is not None
+        try:
+            if full:
+                self._identity.check_now()
+            else:
+                self._identity.check_label()
+        except GateError as error:
+            if self._verified is None:
+                raise
+            raise GateError(f"{error}. {self._undo(self._verified, self._step)}") from error
+
+    def _undo(self, first: int, last: int) -> str:
+        """Drop what may come from the other teacher, so that the same command goes on from before; says so."""
+        RunDir(self._config.run.dir).drop(scores_from=first, rollouts_from=first + 1)
+        return (
+            f"It was last as it should be before step {first}: the scores of steps {first} to {last} "
+            "and the rollouts after the first of them are removed, no checkpoint holds them, and the same command "
+            "repeats these steps once the server is right"
+        )
+
+    def _drop_unverified(self, first: int | None) -> str:
+        """Drop the scores that an earlier launch left from step `first` on, which this other teacher may have made.
+
+        Returns what to add to the message. Rollouts stay; the sampler gate sees whether they fit. Where the teacher is
+        as it should be, the scores are kept, so that a step that was interrupted is repeated with them.
+        """
+        run_dir = RunDir(self._config.run.dir)
+        last = _last_scored(run_dir)
+        if first is None or last is None or last < first:
+            return ""
+        run_dir.drop(scores_from=first, rollouts_from=NO_STEP)
+        return (
+            f". The scores of steps {first} to {last}, which it may have made since it was last looked at, are removed "
+            "and will be made again"
+        )
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def load_record(path: Path) -> Record | None:
+    """The record of the first launch, None where there is none. Raises ConfigError where it is damaged."""
+    try:
+        return _RECORD.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        problem = (
+            f"{path}: the record of the served teacher is damaged ({reason}); remove it to record what is served now"
+        )
+        raise ConfigError([problem]) from error
+
+
+def _last_scored(run_dir: RunDir) -> int | None:
+    """The last step that has stored scores."""
+    names = [path.name for path in (run_dir.root / "scores").glob("step_*.npz")]
+    return max((int(name.removeprefix("step_").partition(".")[0]) for name in names), default=None)
+
+
+def _stamp(folder: Path) -> str:
+    """Names, sizes and times of the files of a model folder; "" where one is missing, which has another error later."""
+    try:
+        found = [(name, fingerprint(folder / name)) for name in model_files(folder)]
+    except OSError:
+        return ""
+    return hashlib.sha256(repr(found).encode()).hexdigest()

@@ -1,0 +1,136 @@
+"""Where a step's teacher scores come from: the run directory if the step was scored before, else the teacher.
+
+Invariants: scores on disk are used only where every rank finds its own, for exactly the rows, the teacher and the
+candidates it has; otherwise all ranks score again, so that collectives stay in step; why is said once for each reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from tropd_mcore.data.packing import PackedStep
+from tropd_mcore.data.verdicts import Verdict
+from tropd_mcore.mcore.collective import all_agree, gather_on_rank_zero, raise_on_all_ranks
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.records.replay import ScoreKey, load_scores, mismatch, save_scores
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.types import Rollout, StudentPass, TeacherScores
+
+log = logging.getLogger(__name__)
+
+
+class Teacher(Protocol):
+    """Scores packs; collective over all ranks."""
+
+    def score(
+        self,
+        rollouts: list[Rollout],
+        packed: PackedStep,
+        own_ids: Sequence[Tensor | None],
+        verdicts: Sequence[Verdict],
+    ) -> list[TeacherScores | None]:
+        """The scores of each micro-batch in order; None on all but the last stage.
+
+        `own_ids[i]`, int64 [T, L]: the student's own candidates of micro-batch i; None where none are needed.
+        `verdicts` are those of the rollouts on rank 0, and not looked at elsewhere.
+        """
+        ...
+
+
+class ScoreSource:
+    """Teacher scores by step, kept on disk until no resume can need them.
+
+    `name` tells the teacher from others (`inputs.teacher_name`). Where `on_disk` is False, scores are made again
+    instead: of a deterministic teacher whose scores hold hidden states, or whose weights move, so that those of another
+    run are not its own.
+    """
+
+    def __init__(
+        self, teacher: Teacher, run_dir: RunDir, layout: Layout, *, replay: Path | None, name: str, on_disk: bool
+    ) -> None:
+        self._teacher = teacher
+        self._run_dir = run_dir
+        self._layout = layout
+        self._replay = RunDir(replay) if replay is not None else None
+        self._name = name
+        self._on_disk = on_disk
+        self._told: set[str] = set()
+        """Reasons why stored scores were not used, said before."""
+
+    def at_step(
+        self,
+        step: int,
+        rollouts: list[Rollout],
+        packed: PackedStep,
+        passes: Sequence[StudentPass | None],
+        verdicts: Sequence[Verdict],
+    ) -> list[TeacherScores | None]:
+        """The scores of this rank's micro-batches; None on all but the last stage. Collective.
+
+        `passes` hold the student's own candidates, whose log q is part of the scores; `verdicts` as of `Teacher.score`.
+        """
+        own_ids = [found.own_ids_TL if found is not None and found.own_ids_TL.shape[1] else None for found in passes]
+        if not self._on_disk:
+            return self._teacher.score(rollouts, packed, own_ids, verdicts)
+        key = ScoreKey(self._name, packed.micro_batches, own_ids)
+        stored = self._stored(step, key)
+        if stored is not None:
+            return stored
+        scores = self._teacher.score(rollouts, packed, own_ids, verdicts)
+        with raise_on_all_ranks(self._layout.groups.control):
+            present = [score for score in scores if score is not None]
+            if self._layout.is_last_stage and self._layout.tp_rank == 0:
+                self._run_dir.check_held()
+                save_scores(self._paths(step)[0], key, present)
+        return scores
+
+    def are_stored(self, step: int, packed: PackedStep) -> bool:
+        """Whether `at_step` will find the scores of these packs, without the student's own candidates. Collective."""
+        key = ScoreKey(self._name, packed.micro_batches, [None] * len(packed.micro_batches))
+        layout, found = self._layout, True
+        with raise_on_all_ranks(layout.groups.control):
+            if layout.is_last_stage:
+                found = any(path.exists() and mismatch(path, key) is None for path in self._paths(step))
+        return all_agree(found, layout.groups.control)
+
+    def _stored(self, step: int, key: ScoreKey) -> list[TeacherScores | None] | None:
+        """What `at_step` returns, where every rank of the last stage has it on disk."""
+        layout = self._layout
+        found: list[TeacherScores] | None = None
+        reasons: list[str] = []
+        with raise_on_all_ranks(layout.groups.control):
+            if layout.is_last_stage:
+                found, reasons = self._read(step, key)
+        if not all_agree(found is not None or not layout.is_last_stage, layout.groups.control):
+            self._tell(step, reasons if found is None else ["there for some ranks only"])
+            return None
+        return list(found) if found is not None else [None] * len(key.micro_batches)
+
+    def _read(self, step: int, key: ScoreKey) -> tuple[list[TeacherScores] | None, list[str]]:
+        """This rank's scores, or why those on disk are not its own."""
+        reasons = []
+        for path in self._paths(step):
+            if not path.exists():
+                continue
+            reason = mismatch(path, key)
+            if reason is None:
+                return load_scores(path, key), []
+            reasons.append(f"{reason} in {path.parent}")
+        return None, reasons
+
+    def _tell(self, step: int, reasons: list[str]) -> None:
+        """Say on rank 0 why the stored scores of a step are not used, if there are any. Collective."""
+        everywhere = gather_on_rank_zero(reasons, self._layout.groups.control)
+        for reason in sorted(set().union(*everywhere) - self._told):
+            self._told.add(reason)
+            log.warning("step %d: the teacher scores again: stored scores are %s (said once)", step, reason)
+
+    def _paths(self, step: int) -> list[Path]:
+        """Where the scores of this rank's packs may be, those of this run first."""
+        run_dirs = [self._run_dir, *([self._replay] if self._replay is not None else [])]
+        return [run_dir.scores(step, self._layout.dp_rank, self._layout.cp_rank) for run_dir in run_dirs]

@@ -1,0 +1,231 @@
+"""The parts of a job that have weights or a server: models in this process, processes that serve them.
+
+Not for their order (`job`) or their use. Invariant: what was started here is stopped by the caller's `cleanup`.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tropd_mcore.config.derived import reference_path
+from tropd_mcore.config.fields import Dtype
+from tropd_mcore.config.schema import Config
+from tropd_mcore.data.end_tokens import EndTokens
+from tropd_mcore.data.supervision import IgnoredTokens
+from tropd_mcore.mcore.average import WeightAverage
+from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
+from tropd_mcore.mcore.loss_settings import LossSettings
+from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.mcore.platform import Platform
+from tropd_mcore.mcore.weights_io import load_hf
+from tropd_mcore.monitor.clock import StepClock
+from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout.policy_server import PolicyServer
+from tropd_mcore.rollout.publication import PublicationLedger
+from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.rollout.sampler import SglangSampler
+from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, tokenizer_for_server
+from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.teacher.identity_check import TeacherCheck
+from tropd_mcore.teacher.megatron import MegatronTeacher
+from tropd_mcore.teacher.score_source import Teacher
+from tropd_mcore.teacher.self_teacher import SelfTeacher
+from tropd_mcore.teacher.served import ServedTeacher
+from tropd_mcore.teacher.sglang import SglangTeacher
+from tropd_mcore.teacher.solutions import SolutionPrompts
+from tropd_mcore.train.gates import SamplerBounds, engines_are_exact
+from tropd_mcore.train.ground import NamedModels
+from tropd_mcore.weights.architecture import Architecture
+from tropd_mcore.weights.families import hf_weight_plan
+
+
+@dataclass(frozen=True)
+class JobContext(NamedModels):
+    """Where the run takes place."""
+
+    config: Config
+    platform: Platform
+    layout: Layout
+    run_dir: RunDir
+    models: dict[str, Architecture]
+    """By the key of their folder: student.path, teacher.path, and objective.reference where there is one."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Started servers on rank 0, and on every rank those that run elsewhere; None where there is none."""
+
+    policy: SupervisedServer | None = None
+    teacher: SupervisedServer | None = None
+
+
+def start_servers(site: JobContext, cleanup: ExitStack) -> Servers:
+    """Start the servers of the run without waiting for them. Collective."""
+    return Servers(
+        policy=_start_server(site, "rollout", cleanup) if site.config.run.replay is None else None,
+        teacher=_start_server(site, "teacher", cleanup) if site.config.teacher.kind == "sglang" else None,
+    )
+
+
+def teacher_model(site: JobContext) -> Model | None:
+    """The teacher in this process; None where a server is the teacher, or the student itself. Collective."""
+    config = site.config.teacher
+    if config.kind != "megatron" or site.config.objective.self_teaching is not None:
+        return None
+    return _frozen(site, site.teacher, config.path, config.dtype)
+
+
+def student_average(site: JobContext, student: Model) -> WeightAverage | None:
+    """The average of `student`, from now on, where that is the teacher; None elsewhere."""
+    config, own = site.config, site.config.objective.self_teaching
+    if own is None:
+        return None
+    return WeightAverage(student, config.parallel, dtype=config.teacher.dtype, rate=own.average_rate)
+
+
+def reference_model(site: JobContext) -> Model | None:
+    """The objective's reference, in the student's dtype; None where it has none. Collective."""
+    path = reference_path(site.config)
+    return _frozen(site, site.models["objective.reference"], path, site.config.student.dtype) if path else None
+
+
+def make_policy(
+    site: JobContext, student: Model, ends: EndTokens, server: SupervisedServer | None, clock: StepClock | None = None
+) -> PolicyServer:
+    """The rollout server as all ranks see it; responses stop at `ends`, and `clock` is the step's."""
+    config = site.config
+    dtype = student.config.params_dtype
+    plan = [(name, shape, dtype) for name, shape in hf_weight_plan(site.student)]
+    ledger = PublicationLedger("rollout.server") if config.gates.weight_sync else None
+
+    def connect(server: SupervisedServer) -> tuple[SglangSampler, WeightPublisher]:
+        if config.gates.tokenizer:
+            check_served_tokenizer(server, config.student.path)
+        sampler = SglangSampler(
+            server.client,
+            config.rollout,
+            eos_ids=ends.ids,
+            vocab_size=site.student.vocab_size,
+            seed=config.run.seed,
+            masked_share=config.gates.masked_share,
+        )
+        return sampler, WeightPublisher(server.client, plan, ledger=ledger)
+
+    return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync, clock=clock)
+
+
+def sampler_bounds(site: JobContext, server: SupervisedServer | None) -> SamplerBounds:
+    """What sampler and trainer may differ by; a `server` at a url is asked how it computes. Collective."""
+    config = site.config
+
+    def bounds() -> SamplerBounds:
+        served = None
+        if server is not None and config.rollout.server.url is not None and config.gates.sampler_logprob:
+            served = server.client.info()
+        return SamplerBounds.of(config, exact=engines_are_exact(config, site.platform.name, served))
+
+    return on_rank_zero(bounds, site.layout.groups.control)
+
+
+def make_teacher(
+    site: JobContext,
+    model: Model | None,
+    settings: LossSettings,
+    server: SupervisedServer | None,
+    longest: int,
+    excluded: tuple[int, ...],
+) -> Teacher:
+    """Who scores: `model` in this process, or `server` where that is None. Collective.
+
+    `longest` is the length of the longest sample; `excluded` ids are no candidates.
+    """
+    objective = site.config.objective
+    if model is None:
+        return _served_teacher(site, server, longest, excluded)
+    return MegatronTeacher(
+        model,
+        k=objective.teacher_topk,
+        settings=settings,
+        keep_hidden=objective.full_vocabulary_divergence is not None,
+        excluded=excluded,
+    )
+
+
+def make_self_teacher(
+    site: JobContext, average: WeightAverage, settings: LossSettings, prompts: SolutionPrompts, ignored: IgnoredTokens
+) -> Teacher:
+    """The student itself as the teacher; `ignored` tokens are no rows."""
+    return SelfTeacher(
+        average.model,
+        prompts,
+        k=site.config.objective.teacher_topk,
+        settings=settings,
+        tokens_per_micro_batch=site.config.batch.tokens_per_micro_batch,
+        ignored=ignored,
+    )
+
+
+def _served_teacher(
+    site: JobContext, server: SupervisedServer | None, longest: int, excluded: tuple[int, ...]
+) -> ServedTeacher:
+    config, k = site.config.teacher, site.config.objective.teacher_topk
+    teacher: SglangTeacher | None = None
+    with raise_on_all_ranks(site.layout.groups.control):
+        if server is not None:
+            server.wait_ready()
+            if site.config.gates.tokenizer and site.layout.rank == 0:
+                check_served_tokenizer(server, config.path)
+            teacher = SglangTeacher(
+                server,
+                topk=k,
+                teacher_width=site.teacher.vocab_size,
+                student_width=site.student.vocab_size,
+                on_failure=config.on_failure,
+                excluded=excluded,
+            )
+            teacher.check_length(longest)
+    gate = site.config.gates.teacher_identity
+    check = TeacherCheck(server, site.config, site.layout.groups.control) if gate else None
+    return ServedTeacher(
+        teacher,
+        site.layout,
+        topk=k,
+        only_rank_zero=config.server.url is None,
+        masked_share=site.config.gates.masked_share,
+        check=check,
+    )
+
+
+def _frozen(site: JobContext, arch: Architecture, path: Path, dtype: Dtype) -> Model:
+    model = build_model(arch, site.config.parallel, site.layout, site.platform, dtype=dtype, trainable=False)
+    load_hf(model, path, site.layout)
+    return model
+
+
+def _start_server(site: JobContext, name: Literal["rollout", "teacher"], cleanup: ExitStack) -> SupervisedServer | None:
+    """Start the server of a section on rank 0, without waiting for it; on other ranks, None if it is a started one."""
+    served = site.config.student if name == "rollout" else site.config.teacher
+    config = site.config.rollout.server if name == "rollout" else site.config.teacher.server
+    starts, server = config.url is None and site.layout.rank == 0, None
+    with raise_on_all_ranks(site.layout.groups.control):
+        if starts or config.url is not None:
+            spec = ServerSpec(
+                key=f"{name}.server",
+                model_key="student.path" if name == "rollout" else "teacher.path",
+                model_path=served.path,
+                config=config,
+                device=site.platform.name,
+                run_dir=site.run_dir.logs,
+                name=name,
+                dtype=served.dtype,
+                tokenizer_path=tokenizer_for_server(served.path, site.run_dir.logs, name) if starts else None,
+            )
+            server = SupervisedServer(spec)
+            cleanup.callback(server.stop)
+            server.start()
+    return server

@@ -1,0 +1,229 @@
+"""What a run reads before it builds anything: tokenizers, prompts, stored responses, and whether they fit together.
+
+Not for weights or servers (`parts`), nor for who looks (`start_checks`: the ranks of a job, or `tropd doctor`).
+Invariants: everything that is wrong with the data is found here, before a model is built or a server is asked, and all
+of it is said at once; nothing here is collective, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+from tropd_mcore.config.checks import data_problems, self_teacher_problems
+from tropd_mcore.config.derived import longest_sample, model_paths, reads_responses, reference_path
+from tropd_mcore.config.schema import Config
+from tropd_mcore.data.chat import Renderer
+from tropd_mcore.data.end_tokens import EndTokens
+from tropd_mcore.data.prompts import PromptSet, load_prompts, needs_of
+from tropd_mcore.data.supervision import IgnoredTokens
+from tropd_mcore.data.tokenizer_gate import check_tokenizer
+from tropd_mcore.errors import ConfigError, DataError, ModelError, TropdError
+from tropd_mcore.teacher.solutions import SolutionPrompts
+from tropd_mcore.teacher.vocabulary import check_same_vocabulary
+from tropd_mcore.train.ground import Ground
+from tropd_mcore.weights.architecture import Architecture, read_architecture
+from tropd_mcore.weights.hf_folder import HfReader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedInputs:
+    """What the run reads before it builds anything."""
+
+    renderer: Renderer
+    prompts: PromptSet
+    ignored: IgnoredTokens
+    longest: int
+    """Most tokens that a sample can have."""
+    solution_prompts: SolutionPrompts | None
+    """What the teacher reads where that is the student itself; None elsewhere."""
+    ends: EndTokens
+    """What ends a response."""
+    excluded: tuple[int, ...]
+    """Ids of tokens that only the teacher has, which are no candidates (teacher.extra_tokens)."""
+    day: date
+    """The day that chat templates print."""
+
+
+def together(looks: Iterable[Callable[[], object]]) -> None:
+    """Look at everything, then raise what was met: an error alone as it is, several as one DataError of their lines."""
+    met: list[TropdError] = []
+    for look in looks:
+        try:
+            look()
+        except TropdError as error:
+            met.append(error)
+    if len(met) == 1:
+        raise met[0]
+    if met:
+        raise DataError("\n".join(map(str, met)))
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the configuration key of a model folder before what is wrong with it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error
+
+
+def _each_once(paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """(key, folder) of each folder, by its first key."""
+    first: dict[Path, tuple[str, Path]] = {}
+    for key, path in paths.items():
+        first.setdefault(path.resolve(), (key, path))
+    yield from first.values()
+
+
+def read_models(config: Config) -> dict[str, Architecture]:
+    """Return what config.json says of every model, by key. Raises TropdError with all that cannot be used."""
+    found: dict[str, Architecture] = {}
+
+    def read(key: str, path: Path) -> None:
+        with _named(key):
+            found[key] = read_architecture(path)
+
+    together(partial(read, key, path) for key, path in model_paths(config).items())
+    return found
+
+
+def check_weights(ground: Ground) -> None:
+    """Raise where the tensors that this run loads are not those that config.json says; only headers are read."""
+    config = ground.config
+
+    def look(key: str, path: Path) -> None:
+        with _named(key), HfReader(path) as reader:
+            reader.check()
+
+    elsewhere = config.teacher.kind == "sglang" and config.teacher.server.url is not None
+    loaded = {key: path for key, path in model_paths(config).items() if key != "teacher.path" or not elsewhere}
+    together(partial(look, key, path) for key, path in _each_once(loaded))
+
+
+def check_tokenizers(ground: Ground) -> None:
+    """Raise where a tokenizer of the run is not the one of its files (gates.tokenizer)."""
+    if ground.config.gates.tokenizer:
+        paths = _each_once(model_paths(ground.config))
+        together(partial(check_tokenizer, path, key=key) for key, path in paths)
+
+
+def check_vocabularies(ground: Ground) -> None:
+    """Raise where a model does not have the student's tokens: the teacher unless told not to look, the reference.
+
+    Also where a model has fewer tokens than the candidates that are asked of it.
+    """
+    config = ground.config
+    problems = [
+        f"objective.{key} = {candidates} but the vocabulary of the {name} has {vocab_size} tokens; lower it"
+        for key, candidates, name, vocab_size in (
+            (config.objective.teacher_topk_key, config.objective.teacher_topk, "teacher", ground.teacher.vocab_size),
+            ("student_topk", config.objective.student_candidates, "student", ground.student.vocab_size),
+        )
+        if candidates > vocab_size
+    ]
+    if problems:
+        raise ConfigError(problems)
+    if config.gates.vocabulary:
+        others = {key: path for key, path in model_paths(config).items() if key != "student.path"}
+        allowed = "teacher.path" if config.teacher.extra_tokens == "exclude" else ""
+        together(
+            partial(check_same_vocabulary, config.student.path, path, key=key, allow_extra=key == allowed)
+            for key, path in others.items()
+        )
+    reference = ground.models.get("objective.reference")
+    if reference is not None and reference.vocab_size < ground.student.vocab_size:
+        raise ConfigError(
+            [
+                f"objective.reference={reference_path(config)}: its vocabulary has {reference.vocab_size} entries, the "
+                f"student's {ground.student.vocab_size}; choose a reference that knows every token of the student"
+            ]
+        )
+
+
+def template_day(ground: Ground) -> date:
+    """Return the configured day, else the recorded one, else today, which `start.accept` records. Raises DataError."""
+    return ground.config.data.template_date or ground.run_dir.recorded_template_date() or date.today()
+
+
+def read_prompts(
+    ground: Ground,
+    renderer: Renderer,
+    ends: EndTokens,
+    day: date,
+    *,
+    answers: bool = True,
+    responses: bool = True,
+) -> PromptSet:
+    """Return the prompts, with all that the run needs of them. Raises DataError with every problem of the files.
+
+    `answers`: whether they are looked at, which takes milliseconds each. `responses`: whether data.teacher_responses is
+    there; one that nobody continues is not read.
+    """
+    config = ground.config
+    needs = needs_of(config, vocab_size=ground.student.vocab_size, end_ids=ends.ids)
+    if not answers:
+        needs = replace(needs, verifier=None)
+    data = config.data
+    if not responses:
+        needs = replace(needs, responses=False)
+    if not responses or not reads_responses(config):
+        data = data.model_copy(update={"teacher_responses": None})
+    return load_prompts(data, renderer, seed=config.run.seed, needs=needs, today=day)
+
+
+def excluded_tokens(ground: Ground) -> tuple[int, ...]:
+    """Return the ids of tokens that only the teacher has and that are no candidates. Raises DataError."""
+    config = ground.config
+    if config.teacher.extra_tokens == "refuse":
+        return ()
+    found = check_same_vocabulary(config.student.path, config.teacher.path, allow_extra=True)
+    if found:
+        log.info("%d tokens that only the teacher has are no candidates, the first is id %d", len(found), found[0])
+    return found
+
+
+def solution_prompts(ground: Ground, renderer: Renderer, prompts: PromptSet) -> SolutionPrompts | None:
+    """Return what a self-teacher reads; None for another teacher.
+
+    Raises DataError where a prompt cannot take a solution, ConfigError where a response would not fit after one.
+    """
+    config, own = ground.config, ground.config.objective.self_teaching
+    if own is None:
+        return None
+    found = SolutionPrompts(prompts.asked, renderer, own.template, config.verifier)
+    longest, context = found.longest_without_solution(), ground.student.max_position_embeddings
+    problems = self_teacher_problems(config, longest_prompt=longest, context=context)
+    if problems:
+        raise ConfigError(problems)
+    room = min(config.batch.tokens_per_micro_batch, context) - longest - config.rollout.max_new_tokens
+    log.info("solutions of up to %d tokens fit before the longest response to the longest prompt", room)
+    return found
+
+
+def check_lengths(ground: Ground, prompts: PromptSet) -> int:
+    """Return the most tokens a sample of this run can have.
+
+    Raises ConfigError where packs or contexts are too short.
+    """
+    config = ground.config
+    lengths = {"longest_prompt": prompts.longest_prompt, "longest_response": prompts.longest_response}
+    problems = data_problems(config, **lengths)
+    longest = longest_sample(config, **lengths)
+    for key, path in model_paths(config).items():
+        context = ground.models[key].max_position_embeddings
+        if longest > context:
+            problems.append(
+                f"{key}={path}: its context is {context} tokens but the longest sample can have "
+                f"{longest}; lower rollout.max_new_tokens or choose another model"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return longest
