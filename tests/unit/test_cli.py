@@ -75,7 +75,7 @@ def test_an_error_of_the_user_is_told_without_traceback_and_with_exit_code_2(cap
     assert len(err.splitlines()) == 2 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nope"], ["config"], ["config", "a.yaml", "--nope"]])
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["convert"], ["config", "a.yaml", "--nope"]])
 def test_a_wrong_command_line_is_refused_with_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -24,7 +24,8 @@ from tropd_mcore.progress import progress
 
 COMMANDS = {
     "train": "train one configuration on this node, or as one node of several",
-    "config": "check a configuration; print it resolved, or the plan of the run",
+    "config": "check a configuration; print it resolved, the plan of the run, or what the keys mean",
+    "metrics": "print what each metric of metrics.jsonl means",
     "doctor": "check this machine and environment, and the files a configuration names",
     "prefixes": "sample the teacher responses that guidance continues",
     "eval": "measure the accuracy of a model on held-out prompts, and compare results",
@@ -34,7 +35,7 @@ COMMANDS = {
 }
 """Subcommand -> help; `tropd_mcore.cli.<subcommand>_command` implements it."""
 
-SHORT_COMMANDS = ("config", "train")
+SHORT_COMMANDS = ("config", "metrics", "train")
 """Commands that print at once and are over, or whose processes speak for themselves."""
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "tropd_mcore.cli.main")

@@ -1,0 +1,69 @@
+"""`tropd config --explain` and `tropd metrics` say of every key and metric what the code does with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tropd_mcore.cli.main import main
+from tropd_mcore.config.explain import schema_keys
+from tropd_mcore.config.objectives import KINDS
+from tropd_mcore.config.reference import explain, reference
+from tropd_mcore.errors import ConfigError
+from tropd_mcore.monitor.catalogue import METRICS
+
+
+def test_every_key_of_the_schema_stands_in_the_reference_with_its_meaning() -> None:
+    keys = reference()
+    leaves = {dotted for dotted in schema_keys() if not dotted.endswith(".kind") or dotted == "platform.kind"}
+    assert leaves <= {key.dotted for key in keys}
+    assert [key.dotted for key in keys if not key.meaning or not key.accepts] == []
+
+
+def test_a_key_that_kinds_have_otherwise_stands_once_for_each_of_them() -> None:
+    rows = [key for key in reference() if key.dotted == "objective.topk"]
+    by_default = {key.default: key.kinds for key in rows if "metrics only" not in key.meaning}
+    assert by_default["default 32"] == ("lsm",)
+    assert sum(len(key.kinds) for key in rows) == sum("topk" in section.model_fields for section in KINDS.values())
+
+
+@pytest.mark.parametrize(("kind", "clip"), [("opd", "3.0"), ("reopold", "null"), ("rlad", "null")])
+def test_a_default_is_that_of_the_objective_and_not_of_the_section_alone(kind: str, clip: str) -> None:
+    rows = [key for key in reference() if key.dotted == "objective.policy_gradient.dual_clip" and kind in key.kinds]
+    assert [key.default for key in rows] == [f"default {clip}"]
+
+
+def test_the_text_has_type_range_default_meaning_and_source() -> None:
+    text = explain("objective.policy_gradient.clip_low")
+    assert "number > 0, < 1; default 0.2" in text and "Source: PPO (0.2)" in text
+
+
+def test_a_section_is_explained_whole_and_no_other() -> None:
+    text = explain("loss")
+    assert "loss.chunk_tokens" in text and "batch." not in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("chunk_tokens", "loss.chunk_tokens"),
+        ("loss.chunk_token", "loss.chunk_tokens"),
+    ],
+)
+def test_a_key_that_does_not_exist_is_one_line_with_what_it_may_mean(asked: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"no such key; did you mean {hint}"):
+        explain(asked)
+
+
+def test_the_commands_print_and_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--explain", "run.dir"]) == 0
+    assert "path; required" in capsys.readouterr().out
+    assert main(["config"]) == 2
+    assert "expected CONFIG" in capsys.readouterr().err
+    assert main(["metrics"]) == 0
+    told = capsys.readouterr().out
+    assert [line.split("  [")[0] for line in told.splitlines() if not line.startswith(" ")] == [
+        metric.name for metric in METRICS
+    ]
+    assert main(["metrics", "gradd"]) == 2
+    assert "no such metric" in capsys.readouterr().err
