@@ -129,7 +129,7 @@ class TeacherConfig(Section):
     kind: Literal["megatron", "sglang"] = "megatron"
     """Who scores: a frozen Megatron model in the training job, sharded like the student, or an SGLang server."""
     path: Path
-    """Hugging Face folder of the teacher; of objective.kind=sdpo the student's own."""
+    """Hugging Face folder of the teacher; where the student teaches itself, its own."""
     dtype: Dtype = "bfloat16"
     """Parameters of the teacher; log-probs are float32."""
     server: ServerConfig = ServerConfig()

@@ -123,16 +123,6 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def open_ranks(world_size: int, environment: Mapping[str, str] | None = None) -> Iterator[Ranks]:
-    """Start a set and end it, whatever happens."""
-    ranks = Ranks(world_size, environment)
-    try:
-        yield ranks
-    finally:
-        ranks.close()
-
-
-@contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Have these variables in our environment, from where a spawned process takes them before it imports anything."""
     saved = {name: os.environ.get(name) for name in values}

@@ -233,7 +233,7 @@ def _check_fits(path: Path, info: CheckpointInfo, state: TrainState, run: str | 
     _check_optimizer(path, info, state)
     if state.average is not None and not info.average:
         raise ModelError(
-            f"checkpoint {path}: holds no average of the weights, which objective.kind=sdpo resumes from; "
+            f"checkpoint {path}: holds no average of the weights, which a student that teaches itself resumes from; "
             "restore the objective that wrote it, or start a new run.dir"
         )
 
