@@ -67,6 +67,7 @@ def play_chain(stage: Stage, name: str, faults: list[Fault], say: Say) -> list[P
     """Play the faults of one chain in one run, then look at what came out of it."""
     seen: dict[str, Seen] = {}
     with scene(stage, name) as made:
+        made.shared["faults"] = len(faults)
         for fault in faults:
             begun = time.monotonic()
             seen[fault.id] = _play(fault, made)

@@ -26,8 +26,8 @@ from tests.http_server import serving
 
 Play = Callable[[Scene], Seen]
 CHAIN = "own-server"
-STEPS = 48
-"""More than the faults take: the run goes on between them."""
+STEPS_PER_FAULT = 4
+"""More than a fault takes: the run goes on between them."""
 HANG_S = 10.0
 """rollout.server.hang_timeout_s of this run; 60 by default."""
 CHECKER = """
@@ -62,7 +62,7 @@ def running(scene: Scene) -> Launch:
         scene.shared |= {"ready": True, "compare": True}
         scene.config = scene.stage.live_config
         scene.overrides = [
-            f"run.steps={STEPS}",
+            f"run.steps={STEPS_PER_FAULT * scene.shared['faults']}",
             "rollout.max_new_tokens=64",
             f"rollout.server.hang_timeout_s={HANG_S:g}",
             "rollout.server.max_restarts=8",
