@@ -34,6 +34,7 @@ def test_a_default_is_that_of_the_objective_and_not_of_the_section_alone(kind: s
 
 def test_the_text_has_type_range_default_meaning_and_source() -> None:
     text = explain("objective.policy_gradient.clip_low")
+    assert text == explain("objective.policy_gradient.clip_low=0.3")
     assert "number > 0, < 1; default 0.2" in text and "Source: PPO (0.2)" in text
 
 
@@ -46,6 +47,7 @@ def test_a_section_is_explained_whole_and_no_other() -> None:
     ("asked", "hint"),
     [
         ("lr", "optimizer.learning_rate"),
+        ("optimizer.lr", "optimizer.learning_rate"),
         ("chunk_tokens", "loss.chunk_tokens"),
         ("loss.chunk_token", "loss.chunk_tokens"),
     ],

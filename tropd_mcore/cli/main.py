@@ -35,7 +35,7 @@ COMMANDS = {
 }
 """Subcommand -> help; `tropd_mcore.cli.<subcommand>_command` implements it."""
 
-SHORT_COMMANDS = ("config", "metrics", "train")
+SHORT_COMMANDS = ("config", "train")
 """Commands that print at once and are over, or whose processes speak for themselves."""
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "tropd_mcore.cli.main")

@@ -61,12 +61,13 @@ def explain(asked: str) -> str:
 
     Raises ConfigError where there is no such key.
     """
-    keys = reference()
+    keys, asked = reference(), asked.partition("=")[0]
     found = [key for key in keys if not asked or key.dotted == asked or key.dotted.startswith(f"{asked}.")]
     if not found:
         names = [key.dotted for key in keys]
-        ends = [name for name in names if name.rpartition(".")[2] == asked]
-        near = list(ALIASES.get(asked, ())) or ends or difflib.get_close_matches(asked, names, n=3)
+        last = asked.rpartition(".")[2]
+        ends = [name for name in names if name.rpartition(".")[2] == last]
+        near = list(ALIASES.get(last, ())) or ends or difflib.get_close_matches(asked, names, n=3)
         hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
         raise ConfigError([f"--explain {asked}: no such key{hint}"])
     return "\n".join(key.text() for key in found)

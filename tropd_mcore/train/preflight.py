@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import model_paths, reads_responses
@@ -74,24 +75,32 @@ def _layout(launch: Launch) -> Iterator[Fault]:
             yield Fault("parallel", problem)
 
 
+def _models_in_the_job(launch: Launch) -> dict[str, Path]:
+    """{configuration key: folder} of the models that are cut over the ranks and have a config.json."""
+    served = {"teacher.path"} if launch.config.teacher.kind == "sglang" else set()
+    paths = model_paths(launch.config)
+    return {key: paths[key] for key in paths if key not in served and (paths[key] / "config.json").is_file()}
+
+
 def _cuts(launch: Launch) -> Iterator[Fault]:
     """Every model in the job can be cut over tensor ranks and pipeline stages."""
     config = launch.config
-    for key, folder in model_paths(config).items():
-        served = key == "teacher.path" and config.teacher.kind == "sglang"
-        if served or not (folder / "config.json").is_file():
-            continue
+    for key, folder in _models_in_the_job(launch).items():
         try:
             arch = read_architecture(folder)
         except ModelError:  # told by the checks that read models
             continue
-        stages = (
-            config.parallel.virtual_pipeline
-            if key == "student.path" or config.objective.self_teaching is not None
-            else None
-        )
+        interleaved = key == "student.path" or config.objective.self_teaching is not None
+        stages = config.parallel.virtual_pipeline if interleaved else None
         for problem in cut_problems(arch, config.parallel, stages):
             yield Fault(key, f"{key}={folder}: {problem}; change parallel.tensor or parallel.pipeline")
+
+
+def _cuts_seen(launch: Launch) -> str:
+    seen = ", ".join(_models_in_the_job(launch))
+    if not seen:
+        return "not looked at: no model in the job has a config.json"
+    return f"layers and heads of {seen} divide over stages and tensor ranks"
 
 
 def _models(launch: Launch) -> str:
@@ -119,7 +128,7 @@ def _devices(launch: Launch) -> str:
 CHEAP_CHECKS: tuple[CheapCheck, ...] = (
     CheapCheck("parallel", _layout, lambda launch: f"{launch.world_size or 'any fitting number of'} ranks"),
     CheapCheck("model folders", lambda launch: model_folders(launch.config), _models),
-    CheapCheck("cuts of the models", _cuts, lambda launch: "layers and heads divide over stages and tensor ranks"),
+    CheapCheck("cuts of the models", _cuts, _cuts_seen),
     CheapCheck("data files", lambda launch: data_files(launch.config), _data),
     CheapCheck("run.dir", lambda launch: run_directory(launch.config), lambda launch: "can be written"),
     CheapCheck(
