@@ -18,41 +18,29 @@ LIMIT_S = 180.0
 
 def told_once(group: str, who: str, names: Iterable[str], play: PlayOf, wanted: str) -> list[Fault]:
     """Rows of failures that pass; `group` is also the beginning of their ids."""
+    again = r"attempt \d+ follows|asked for once more"
     return [
-        Fault(
-            id=f"{group}-once-{_slug(name)}",
-            group=group,
-            done=f"{who} answers once: {name}",
-            wanted=wanted,
-            play=play(name),
-            code=(0,),
-            line="" if name == "slow" else r"attempt \d+ follows|asked for once more",
-            limit_s=LIMIT_S,
-            chain=f"{group}-once",
-            shared=True,
-        )
+        _row(group, "once", name, f"{who} answers once", wanted, play, "" if name == "slow" else again)
         for name in names
     ]
 
 
 def lied_about(group: str, who: str, names: Iterable[str], play: PlayOf, wanted: str, *, line: str = "") -> list[Fault]:
     """Rows of answers about single samples that cannot be used; `group` is also the beginning of their ids."""
-    return [
-        Fault(
-            id=f"{group}-lie-{_slug(name)}",
-            group=group,
-            done=f"{who} lies about a sample: {name}",
-            wanted=wanted,
-            play=play(name),
-            code=(0,),
-            line=line,
-            limit_s=LIMIT_S,
-            chain=f"{group}-lies",
-            shared=True,
-        )
-        for name in names
-    ]
+    return [_row(group, "lie", name, f"{who} lies about a sample", wanted, play, line) for name in names]
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"\W+", "-", text.lower()).strip("-")
+def _row(group: str, way: str, name: str, done: str, wanted: str, play: PlayOf, line: str) -> Fault:
+    slug = re.sub(r"\W+", "-", name.lower()).strip("-")
+    return Fault(
+        id=f"{group}-{way}-{slug}",
+        group=group,
+        done=f"{done}: {name}",
+        wanted=wanted,
+        play=play(name),
+        code=(0,),
+        line=line,
+        limit_s=LIMIT_S,
+        chain=f"{group}-{way}",
+        shared=True,
+    )

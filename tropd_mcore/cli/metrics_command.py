@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     """Print. Raises ConfigError where no metric has that name."""
     from tropd_mcore.monitor.catalogue import METRICS
 
-    found = [metric for metric in METRICS if metric.name == options.name or metric.name.startswith(options.name)]
+    found = [metric for metric in METRICS if metric.name.startswith(options.name)]
     if not found:
         near = difflib.get_close_matches(options.name, [metric.name for metric in METRICS], n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -43,7 +43,7 @@ def wrong_keys(error: ValidationError) -> set[tuple[str, ...]]:
         keys = _without_tags(detail["loc"])
         found.add(tuple(keys[:1]) if detail["type"].startswith("union_tag") else tuple(keys[:2]))
         if detail["type"] == "extra_forbidden":
-            found |= {tuple(key.split(".")[:2]) for key in _meant(".".join(keys), keys, {})}
+            found |= {tuple(key.split(".")[:2]) for key in meant(".".join(keys), keys, {})}
     return found
 
 
@@ -80,18 +80,18 @@ def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str
     if dotted in everything:
         return f": not a key of the chosen {keys[0]}.kind"
     parent = ".".join(keys[:-1])
-    meant = _meant(dotted, keys, renamed)
+    found = meant(dotted, keys, renamed)
     siblings = [key for key in everything if key.rpartition(".")[0] == parent]
-    return f"; did you mean {' or '.join(meant)}?" if meant else f"; {parent or 'the file'} has {_listing(siblings)}"
+    return f"; did you mean {' or '.join(found)}?" if found else f"; {parent or 'the file'} has {_listing(siblings)}"
 
 
-def _meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]:
-    """Keys that an unknown key may mean: by an alias, by a close name in its section, or by its name in another."""
+def meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]:
+    """Return what an unknown key may mean: by an alias, by a close name in its section, or by its name in another."""
     if dotted in renamed:
         return [renamed[dotted]]
     everything, parent, name = _everything(), ".".join(keys[:-1]), keys[-1]
-    if meant := meant_by(dotted):
-        return meant[:SHOWN_KEYS]
+    if by_alias := meant_by(dotted):
+        return by_alias[:SHOWN_KEYS]
     siblings = {key.rpartition(".")[2]: key for key in everything if key.rpartition(".")[0] == parent}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.72)
     if close:

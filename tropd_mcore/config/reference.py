@@ -6,14 +6,14 @@ differ from what the loader accepts.
 
 from __future__ import annotations
 
-import difflib
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tropd_mcore.config.aliases import ALIASES
+from tropd_mcore.config.explain import meant
+from tropd_mcore.config.loader import RENAMED_KEYS
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 
@@ -64,11 +64,8 @@ def explain(asked: str) -> str:
     keys, asked = reference(), asked.partition("=")[0]
     found = [key for key in keys if not asked or key.dotted == asked or key.dotted.startswith(f"{asked}.")]
     if not found:
-        names = [key.dotted for key in keys]
-        last = asked.rpartition(".")[2]
-        ends = [name for name in names if name.rpartition(".")[2] == last]
-        near = list(ALIASES.get(last, ())) or ends or difflib.get_close_matches(asked, names, n=3)
-        hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+        near = meant(asked, asked.split("."), RENAMED_KEYS)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError([f"--explain {asked}: no such key{hint}"])
     return "\n".join(key.text() for key in found)
 

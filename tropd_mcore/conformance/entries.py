@@ -1,7 +1,7 @@
 """The objectives of the matrix: every kind of the configuration, in every form that takes another path to a gradient.
 
-Not for inputs or layouts. Invariant: every kind of `ObjectiveConfig` is here (tests/unit/test_conformance.py). The
-support sizes are small, because the vocabulary of the cases is.
+Not for inputs or layouts. Invariant: every kind of `ObjectiveConfig` is here
+(tests/unit/test_conformance_oracle.py). The support sizes are small, because the vocabulary of the cases is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from tropd_mcore.config.objectives import ObjectiveConfig
+from tropd_mcore.config.objectives import KINDS, ObjectiveConfig
 
 TOPK = 5
 """Teacher candidates of a token, more than the narrowest shard is wide"""
@@ -59,10 +59,9 @@ def _entries() -> tuple[Entry, ...]:
 
 
 def _sizes(kind: str) -> dict[str, Any]:
-    if kind in ("tropd", "tropd_aopd"):
-        return {}
-    own = {"student_topk": STUDENT_TOPK} if kind in ("vopd", "sdpo", "rethinking") else {}
-    return {"topk": TOPK, **own}
+    """Small numbers of candidates, for the kinds that have such a key and by default use it."""
+    fields, sizes = KINDS[kind].model_fields, {"topk": TOPK, "student_topk": STUDENT_TOPK}
+    return {name: size for name, size in sizes.items() if name in fields and fields[name].default}
 
 
 def _tropd(trust: str, outlier: str, norm: str, prefix: str, **more: Any) -> dict[str, Any]:

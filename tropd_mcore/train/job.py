@@ -184,9 +184,7 @@ def _make_parts(
         layout,
         replay=config.run.replay,
         name=teacher_name(config, start.inputs, teacher_check.name if teacher_check is not None else ""),
-        on_disk=not (
-            (config.objective.full_vocabulary_divergence is not None) or (config.objective.self_teaching is not None)
-        ),
+        on_disk=config.objective.full_vocabulary_divergence is None and config.objective.self_teaching is None,
     )
     fallible = scorer if isinstance(scorer, ServedTeacher) and config.objective.has_prefix_loss else None
     return Components(
