@@ -183,7 +183,7 @@ def test_vocabulary_is_padded_to_128_columns_a_tensor_rank() -> None:
 
 def test_a_world_of_the_wrong_size_is_refused_before_any_group_is_made() -> None:
     environment = RankEnvironment(rank=0, world_size=16, local_rank=0)
-    with pytest.raises(ConfigError, match=r"2\*2\*1\*3 = 12 but WORLD_SIZE is 16; .*launch 12 ranks"):
+    with pytest.raises(ConfigError, match=r"2\*2\*1\*3 = 12, but this launch has 16 ranks; .*launch 12 ranks"):
         initialize(ParallelConfig(tensor=2, pipeline=2, data=3), choose("cpu"), seed=1, environment=environment)
 
 

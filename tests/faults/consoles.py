@@ -122,6 +122,8 @@ def full(made: Scene) -> tuple[Launch, float]:
 CONSOLES = (
     Console("tropd --help", plain("--help")),
     Console("tropd train --help", plain("train", "--help")),
+    Console("tropd metrics trust", plain("metrics", "trust")),
+    Console("tropd config --explain objective.trust", plain("config", "--explain", "objective.trust")),
     Console("A wrong path", plain("train", "REPLAY", "student.path=/nope", "RUN")),
     Console("The quickstart (QUICKSTART_SIZE=tiny)", quickstart),
     Console("Teacher responses", prefixes),

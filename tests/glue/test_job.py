@@ -154,7 +154,7 @@ def test_the_lock_and_the_groups_go_where_training_fails(run: Run, folder: Path,
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"parallel": {"tensor": 2}}, "does not divide WORLD_SIZE 1"),
+        ({"parallel": {"tensor": 2}}, "does not divide the 1 ranks of this launch"),
         ({"loss": {"backend": "triton"}}, "loss.backend=triton needs CUDA"),
     ],
     ids=["ranks", "backend"],

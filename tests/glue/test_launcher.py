@@ -73,7 +73,7 @@ def test_inside_a_slurm_step_the_step_says_it(config: Config, monkeypatch: pytes
         ({"NNODES": "two"}, "NNODES is 'two', expected a whole number"),
         ({"NNODES": "0"}, "NNODES is 0, expected at least 1"),
         ({"NNODES": "4", "NODE_RANK": "4", "MASTER_ADDR": "first"}, "NODE_RANK is 4, expected 0 to 3"),
-        ({"NNODES": "4"}, "MASTER_ADDR is not set: NNODES=4 needs the name"),
+        ({"NNODES": "4"}, r"MASTER_ADDR is not set: 4 nodes \(NNODES\) need the name"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, expected at most 65535"),
         ({"NPROC_PER_NODE": "3"}, r"3 ranks|world size of 3|WORLD_SIZE"),
     ],
@@ -84,6 +84,24 @@ def test_a_wrong_environment_is_one_line_before_any_rank_starts(
     with pytest.raises(ConfigError, match=line) as met:
         nodes(config, environ)
     assert len(met.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("--nnodes", "4", "--node-rank", "5", "--master-addr", "a"),
+            "--node-rank is 5, expected 0 to 3 (--nnodes is 4)",
+        ),
+        (("--node-rank", "1"), "--node-rank is 1, expected 0 to 0 (NNODES is 1)"),
+        (("--master-port", "70000"), "--master-port is 70000, expected at most 65535"),
+        (("--nnodes", "2"), "MASTER_ADDR is not set: 2 nodes (--nnodes) need the name or address of the first one"),
+    ],
+)
+def test_a_wrong_argument_is_named_as_it_was_given(config: Config, arguments: tuple[str, ...], line: str) -> None:
+    with pytest.raises(ConfigError) as met:
+        nodes(config, {}, *arguments)
+    assert met.value.problems == [line]
 
 
 def test_the_plan_ends_with_the_line_that_starts_each_node(config: Config) -> None:

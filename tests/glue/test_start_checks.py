@@ -163,11 +163,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list[str], str, str]] =
     "prompt too long": (None, ["data.max_prompt_tokens=1"], "data.prompts", "but data.max_prompt_tokens is 1"),
     "unknown family": (
         lambda root: edit_json(root / "teacher" / "config.json", model_type="gpt9"), [],
-        "config.json", "teacher.path: ",
+        "teacher.path", "teacher.path: ",
     ),
     "config.json contradicts itself": (
         lambda root: edit_json(root / "student" / "config.json", hidden_act="gelu"), [],
-        "config.json", "hidden_act is 'gelu'",
+        "student.path", "hidden_act is 'gelu'",
     ),
     "weights of another shape": (
         lambda root: edit_json(root / "teacher" / "config.json", intermediate_size=24), [],

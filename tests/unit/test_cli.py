@@ -83,6 +83,13 @@ def test_a_wrong_command_line_is_refused_with_the_usage(capsys, arguments):
     assert "usage: tropd" in capsys.readouterr().err
 
 
+def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["trian", "a.yaml"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("tropd: error: trian: no such command; did you mean train?\n")
+
+
 def test_config_prints_every_key_with_its_source_and_the_output_is_a_configuration(capsys, recipe, tmp_path):
     code, out, _ = run(capsys, "config", recipe, "run.steps=3")
     assert code == 0 and "  steps: 3  # command line\n" in out
@@ -100,7 +107,7 @@ def test_config_can_check_plan_and_count_ranks(capsys, recipe):
     code, _, err = run(capsys, "config", recipe, "--ranks-per-node", "5", "parallel.data=3")
     assert code == 2 and "12 ranks do not divide over 5 machines" in err
     code, _, err = run(capsys, "config", recipe, "--world-size", "6")
-    assert code == 2 and "tp*pp*cp = 2*2*1 = 4 does not divide WORLD_SIZE 6" in err
+    assert code == 2 and "tp*pp*cp = 2*2*1 = 4 does not divide the 6 ranks of this launch" in err
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(capfd, recipe, monkeypatch):

@@ -32,15 +32,18 @@ def test_the_defaults_have_no_problem():
         (
             (2, 2, 1, 3),
             16,
-            ["parallel: tp*pp*cp*dp = 2*2*1*3 = 12 but WORLD_SIZE is 16; set parallel.data=4 or launch 12 ranks"],
+            [
+                "parallel: tp*pp*cp*dp = 2*2*1*3 = 12, but this launch has 16 ranks; set parallel.data=4 or "
+                "launch 12 ranks"
+            ],
         ),
-        ((2, 2, 1, 3), 18, ["parallel: tp*pp*cp*dp = 2*2*1*3 = 12 but WORLD_SIZE is 18; launch 12 ranks"]),
+        ((2, 2, 1, 3), 18, ["parallel: tp*pp*cp*dp = 2*2*1*3 = 12, but this launch has 18 ranks; launch 12 ranks"]),
         (
             (2, 2, 2, None),
             12,
             [
-                "parallel: tp*pp*cp = 2*2*2 = 8 does not divide WORLD_SIZE 12; launch a multiple of 8 ranks or change "
-                "parallel.tensor, parallel.pipeline or parallel.context"
+                "parallel: tp*pp*cp = 2*2*2 = 8 does not divide the 12 ranks of this launch; launch a multiple of 8 "
+                "ranks or change parallel.tensor, parallel.pipeline or parallel.context"
             ],
         ),
     ],

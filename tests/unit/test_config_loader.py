@@ -110,7 +110,7 @@ def test_every_problem_is_reported_at_once_with_its_place(tmp_path):
         "command line: teacher.kind: expected 'megatron' or 'sglang', found 'vllm'",
         "command line: rollout.min_continuation: unknown key; did you mean objective.guidance.min_continuation?",
         "DIR/recipe.yaml:13: optimizer.beta1: expected less than or equal to 1, found 7",
-        "DIR/recipe.yaml:14: optimizer.eps: expected a valid number, unable to parse string as a number, found 'tiny'",
+        "DIR/recipe.yaml:14: optimizer.eps: expected a valid number, found 'tiny'",
         "DIR/recipe.yaml:12: optimizer.lerning_rate: unknown key; did you mean optimizer.learning_rate?",
         "DIR/recipe.yaml:15: objctive: unknown key; did you mean objective?",
     ]

@@ -79,8 +79,8 @@ def test_doctor_is_content_with_this_machine_and_with_files_that_exist(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     code, lines = doctor(capsys, recipe)
-    assert code == 0 and lines[0].startswith("doctor: this machine and ") and "FAIL" not in "".join(lines)
-    assert lines[-1].startswith("doctor: nothing is in the way")
+    assert code == 0 and lines[0].startswith("doctor: this machine and ") and not at("FAIL", lines)
+    assert lines[-1].startswith("doctor: no FAIL")
     fine = at("ok", lines)
     assert "will be created" in fine["run.dir"] and fine["data.prompts"].startswith("1 of up to ")
     assert {"python", "platform", "compiler", "loopback", "proxies", "memory", "disk", "devices"} <= fine.keys()
@@ -151,7 +151,7 @@ def test_a_wrong_end_token_is_told_by_its_key_and_the_prompts_are_skipped(
 
 def test_doctor_names_each_file_that_is_missing(capsys: pytest.CaptureFixture[str], recipe: str) -> None:
     code, lines = doctor(capsys, recipe)
-    assert code == 2 and lines[-1] == "doctor: 3 in the way, 1 to look at"
+    assert code == 2 and lines[-1] == "doctor: 3 FAIL, 1 warn: a run would not start"
     assert list(at("FAIL", lines)) == ["student.path", "teacher.path", "data.prompts"]
 
 
@@ -161,7 +161,10 @@ def test_responses_that_prefixes_has_still_to_make_are_in_nobodys_way(
     (files / "responses.jsonl").unlink()
     code, lines = doctor(capsys, recipe)
     assert code == 0
-    assert "not yet made; run `tropd prefixes CONFIG`" in at("warn", lines)["data.teacher_responses"]
+    assert (
+        "not yet made; run `tropd prefixes` with the same arguments first"
+        in at("warn", lines)["data.teacher_responses"]
+    )
     assert "without the teacher responses" in at("ok", lines)["data.prompts"]
 
 

@@ -22,15 +22,32 @@ teacher: {path: DIR/teacher}
 data: {prompts: DIR/prompts.jsonl, teacher_responses: DIR/responses.jsonl}
 """
 
+MODEL = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 8,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+"""A config.json that tensor or pipeline ranks up to 8 can cut."""
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Everything that the recipe names, by name alone."""
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    for name in ("prompts", "responses"):
-        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+        (tmp_path / name / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "2 + 3 ="}\n')
+    (tmp_path / "responses.jsonl").write_text("{}\n")
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("DIR", str(tmp_path)))
     return tmp_path
 
@@ -106,8 +123,8 @@ def test_a_replay_needs_no_key_of_the_server_that_it_does_not_ask(root: Path) ->
         (
             "rm responses.jsonl",
             "",
-            "data.teacher_responses={root}/responses.jsonl: not yet made; run `tropd prefixes CONFIG` with this "
-            "configuration, or set objective.guidance.enabled=false",
+            "data.teacher_responses={root}/responses.jsonl: not yet made; run `tropd prefixes` with the same "
+            "arguments first, or set objective.guidance.enabled=false",
         ),
         (
             "rm student",
@@ -134,6 +151,17 @@ def test_a_replay_needs_no_key_of_the_server_that_it_does_not_ask(root: Path) ->
             "run.init_from={root}/nope: no such folder; expected a checkpoint folder <run.dir>/checkpoints/step_<n>",
         ),
         (
+            "broken student/config.json",
+            "",
+            "student.path: {root}/student/config.json: not valid JSON (Expecting ',' delimiter: line 1 column 24 "
+            "(char 23)); mend it or fetch the file again",
+        ),
+        (
+            "",
+            "run.dir=/proc/tropd",
+            "run.dir=/proc/tropd: /proc belongs to the kernel, which keeps no files there; choose another run.dir",
+        ),
+        (
             "",
             "run.replay={root}/student",
             "run.replay={root}/student: no rollouts/ in it; expected the run directory of another run",
@@ -141,7 +169,7 @@ def test_a_replay_needs_no_key_of_the_server_that_it_does_not_ask(root: Path) ->
         (
             "",
             "parallel.data=2",
-            "parallel: tp*pp*cp*dp = 1*1*1*2 = 2 but WORLD_SIZE is 1; set parallel.data=1 or launch 2 ranks",
+            "parallel: tp*pp*cp*dp = 1*1*1*2 = 2, but this launch has 1 ranks; set parallel.data=1 or launch 2 ranks",
         ),
     ],
 )
@@ -170,8 +198,19 @@ def make(root: Path, change: str) -> None:
     if what == "deeper":
         (path / "deeper").mkdir()
         (path / "deeper" / "config.json").touch()
+    if what == "broken":
+        path.write_text('{"model_type": "qwen3" "num_hidden_layers": 8}')
     if what == "checkpoint":
         (path / "tropd.json").touch()
+
+
+def test_the_lines_of_the_prompts_are_told_beside_a_model_that_is_missing(root: Path) -> None:
+    """Without a tokenizer the start cannot read them; the next launch would be the first to say it."""
+    (root / "prompts.jsonl").write_text('{"id": "a", "prompt": "2 + 3 ="}\n{"id": "b", "question": "4 + 5 ="}\n')
+    assert found_in(root) == [], "with models, the checks of the start read the prompts"
+    missing, line = found_in(root, "student.path=/nope")
+    assert missing.startswith("student.path=/nope: not found")
+    assert line.startswith(f"{root}/prompts.jsonl:2: unknown key 'question'"), line
 
 
 def test_a_folder_without_rights_is_refused_by_its_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tropd_mcore.cli.main import main
@@ -41,6 +43,17 @@ def test_the_text_has_type_range_default_meaning_and_source() -> None:
 def test_a_section_is_explained_whole_and_no_other() -> None:
     text = explain("loss")
     assert "loss.chunk_tokens" in text and "batch." not in text
+
+
+def test_all_keys_stand_under_the_heading_of_their_section() -> None:
+    lines = explain("").splitlines()
+    assert re.fullmatch(r"\d+ keys; --explain SECTION .*: run, platform, .*", lines[0])
+    section = ""
+    for line in lines[1:]:
+        if heading := re.fullmatch(r"== (\w+) ==", line):
+            section = heading[1]
+        elif line and not line.startswith(" "):
+            assert line.startswith(f"{section}."), line
 
 
 @pytest.mark.parametrize(

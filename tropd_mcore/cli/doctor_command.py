@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)[0] if options.config is not None else None
     print(f"doctor: this machine{f' and {options.config}' if config is not None else ''}", flush=True)
     levels: Counter[str] = Counter()
+    failed: set[str] = set()
     skipped: list[str] = []
     for check in (*_machine(), *(_configuration(config, options.nodes) if config is not None else ())):
         for finding in check():
@@ -38,12 +39,13 @@ def run(options: argparse.Namespace) -> int:
             if finding.level == "skip":
                 skipped.append(finding.name)
             else:
+                failed |= {finding.name} if finding.level == "FAIL" else set()
                 print(f"{finding.level:<4}  {finding.name:<{NAME_WIDTH}}  {finding.detail}", flush=True)
-    if skipped:
+    if skipped := [name for name in skipped if name not in failed]:
         print(f"skip  not looked at until what is marked FAIL is mended: {', '.join(skipped)}")
-    verdict = f"{levels['FAIL']} in the way" if levels["FAIL"] else "nothing is in the way"
-    warned = f", {levels['warn']} to look at" if levels["warn"] else ""
-    print(f"doctor: {verdict}{warned}")
+    warned = f", {levels['warn']} warn" if levels["warn"] else ""
+    outcome = ": a run would not start" if levels["FAIL"] else ""
+    print(f"doctor: {levels['FAIL'] or 'no'} FAIL{warned}{outcome}")
     return 2 if levels["FAIL"] else 0
 
 

@@ -7,6 +7,7 @@ with one line and take its servers along, also where it does not come back from 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == called:
             command = cast(Command, importlib.import_module(f"tropd_mcore.cli.{name}_command"))
             command.add_arguments(subparser)
+    if called is not None and command is None and (close := difflib.get_close_matches(called, COMMANDS, n=1)):
+        parser.error(f"{called}: no such command; did you mean {close[0]}?")
     options = _parse(parser, arguments)
     assert command is not None, "argparse refuses a command line without a known subcommand"
     logs.configure(int(os.environ.get("RANK", "0")))  # not 0 in a conversion by several ranks

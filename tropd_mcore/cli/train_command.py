@@ -51,7 +51,11 @@ class Nodes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and the launch lines; start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and the launch lines; start nothing, look at no file (`tropd doctor CONFIG` does)",
+    )
     nodes = parser.add_argument_group("nodes", "Start the same line on each node; one node needs none of these.")
     nodes.add_argument("--nnodes", type=positive, metavar="N", help="machines in the job ($NNODES; 1)")
     nodes.add_argument("--node-rank", type=natural, metavar="R", help="number of this machine ($NODE_RANK; 0)")
@@ -127,6 +131,10 @@ def read_nodes(options: argparse.Namespace, config: Config, environ: Mapping[str
     problems: list[str] = []
     environ = {**_slurm(environ, problems), **{name: value for name, value in environ.items() if value}}
 
+    def named(argument: str) -> str:
+        """The argument where it was given, else the variable that it stands for."""
+        return argument.upper() if getattr(options, argument) is None else f"--{argument.replace('_', '-')}"
+
     def number(argument: int | None, name: str, default: int) -> int:
         text = environ.get(name, "")
         if argument is not None:
@@ -145,11 +153,15 @@ def read_nodes(options: argparse.Namespace, config: Config, environ: Mapping[str
     if nodes < 1:
         problems.append("NNODES is 0, expected at least 1")
     elif node_rank >= nodes:
-        problems.append(f"NODE_RANK is {node_rank}, expected 0 to {nodes - 1} (NNODES={nodes})")
+        problems.append(
+            f"{named('node_rank')} is {node_rank}, expected 0 to {nodes - 1} ({named('nnodes')} is {nodes})"
+        )
     if port > 65535:
-        problems.append(f"MASTER_PORT is {port}, expected at most 65535")
+        problems.append(f"{named('master_port')} is {port}, expected at most 65535")
     if not address and not options.dry_run:
-        problems.append(f"MASTER_ADDR is not set: NNODES={nodes} needs the name or address of the first node")
+        problems.append(
+            f"MASTER_ADDR is not set: {nodes} nodes ({named('nnodes')}) need the name or address of the first one"
+        )
     ranks = options.nproc_per_node or number(None, "NPROC_PER_NODE", 0)
     if problems:
         raise ConfigError(problems)

@@ -47,16 +47,17 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
         if world_size % model == 0:
             return []
         return [
-            f"parallel: tp*pp*cp = {tensor}*{pipeline}*{context} = {model} does not divide WORLD_SIZE {world_size}; "
-            f"launch a multiple of {model} ranks or change parallel.tensor, parallel.pipeline or parallel.context"
+            f"parallel: tp*pp*cp = {tensor}*{pipeline}*{context} = {model} does not divide the {world_size} ranks of "
+            f"this launch; launch a multiple of {model} ranks or change parallel.tensor, parallel.pipeline or "
+            "parallel.context"
         ]
     total = model * data
     if total == world_size:
         return []
     remedy = f"set parallel.data={world_size // model} or " if world_size % model == 0 else ""
     return [
-        f"parallel: tp*pp*cp*dp = {tensor}*{pipeline}*{context}*{data} = {total} but WORLD_SIZE is {world_size}; "
-        f"{remedy}launch {total} ranks"
+        f"parallel: tp*pp*cp*dp = {tensor}*{pipeline}*{context}*{data} = {total}, but this launch has "
+        f"{world_size} ranks; {remedy}launch {total} ranks"
     ]
 
 

@@ -69,6 +69,8 @@ def _message(dotted: str, keys: list[str], detail: Mapping[str, Any], renamed: M
     if kind == "union_tag_invalid":
         return f"{dotted}: expected one of {detail['ctx']['expected_tags']}, found {detail['ctx']['tag']!r}"
     expected = detail["msg"].replace("Input should be ", "expected ").replace("Value error, ", "")
+    # pydantic names the type twice: "a valid integer, unable to parse string as an integer"
+    expected = expected.partition(", unable to parse")[0]
     return f"{dotted}: {expected}, found {found!r}"
 
 

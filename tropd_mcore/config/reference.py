@@ -67,7 +67,13 @@ def explain(asked: str) -> str:
         near = meant(asked, asked.split("."), RENAMED_KEYS)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError([f"--explain {asked}: no such key{hint}"])
-    return "\n".join(key.text() for key in found)
+    if asked:
+        return "\n".join(key.text() for key in found)
+    sections = {key.dotted.partition(".")[0]: None for key in found}
+    pages = [f"{len(found)} keys; --explain SECTION or --explain SECTION.KEY prints fewer: {', '.join(sections)}\n"]
+    for section in sections:
+        pages += [f"== {section} ==\n", *(key.text() for key in found if key.dotted.partition(".")[0] == section)]
+    return "\n".join(pages)
 
 
 def _keys(schema: Schema, models: Schema, prefix: str, kinds: tuple[str, ...], defaults: Schema) -> Iterator[Key]:

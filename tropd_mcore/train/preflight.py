@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import model_paths, reads_responses
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ModelError
-from tropd_mcore.train.preflight_files import data_files, model_folders, run_directory, starting_points
+from tropd_mcore.train.preflight_files import data_files, model_folders, prompt_lines, run_directory, starting_points
 from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, started_servers, visible_gpus
 from tropd_mcore.train.preflight_types import Fault
 from tropd_mcore.weights.architecture import cut_problems, read_architecture
@@ -129,7 +130,7 @@ CHEAP_CHECKS: tuple[CheapCheck, ...] = (
     CheapCheck("parallel", _layout, lambda launch: f"{launch.world_size or 'any fitting number of'} ranks"),
     CheapCheck("model folders", lambda launch: model_folders(launch.config), _models),
     CheapCheck("cuts of the models", _cuts, _cuts_seen),
-    CheapCheck("data files", lambda launch: data_files(launch.config), _data),
+    CheapCheck("data files", lambda launch: chain(data_files(launch.config), prompt_lines(launch.config)), _data),
     CheapCheck("run.dir", lambda launch: run_directory(launch.config), lambda launch: "can be written"),
     CheapCheck(
         "beginning",

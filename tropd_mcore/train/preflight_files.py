@@ -1,6 +1,7 @@
-"""Are the files and folders that a configuration names there, and of the right kind? Nothing but names is read.
+"""Are the files and folders that a configuration names there, and of the right kind?
 
-Not for what is in them (`train.start_checks`). Invariant: a file that the run does not read is not asked for.
+Read are names, config.json, and the prompts where no model can be read. Not for tokenizers, weights and what depends on
+them (`train.start_checks`). Invariant: a file that the run does not read is not asked for.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from pathlib import Path
 
 from tropd_mcore.config.derived import model_paths, reads_responses
 from tropd_mcore.config.schema import Config
+from tropd_mcore.data.prompt_file import read_prompt_file
+from tropd_mcore.errors import DataError, ModelError
 from tropd_mcore.train.preflight_types import Fault
+from tropd_mcore.weights.architecture import read_architecture
 
 INFO_FILE = "tropd.json"
 """What makes a folder a checkpoint. Source: `mcore.checkpoint_info`, which is not imported here for its cost."""
 
 
 def model_folders(config: Config) -> Iterator[Fault]:
-    """Student, teacher and reference are folders with a config.json."""
+    """Student, teacher and reference are folders with a config.json that can be used."""
     for key, folder in model_paths(config).items():
         if not folder.exists():
             yield Fault(key, f"{key}={folder}: not found; expected a Hugging Face model folder")
@@ -27,6 +31,11 @@ def model_folders(config: Config) -> Iterator[Fault]:
         elif not (folder / "config.json").is_file():
             hint = f"; {_inside(folder)}" if _inside(folder) else ""
             yield Fault(key, f"{key}={folder}: config.json not found there; expected a Hugging Face model folder{hint}")
+        else:
+            try:
+                read_architecture(folder)
+            except ModelError as error:
+                yield Fault(key, f"{key}: {error}")
 
 
 def _inside(folder: Path) -> str:
@@ -52,10 +61,20 @@ def data_files(config: Config) -> Iterator[Fault]:
         return
     yield Fault(
         "data.teacher_responses",
-        f"data.teacher_responses={responses}: not yet made; run `tropd prefixes CONFIG` with this configuration, or "
-        "set objective.guidance.enabled=false",
+        f"data.teacher_responses={responses}: not yet made; run `tropd prefixes` with the same arguments first, "
+        "or set objective.guidance.enabled=false",
         level="not yet made",
     )
+
+
+def prompt_lines(config: Config) -> Iterator[Fault]:
+    """What is wrong with the prompts as they stand in their file, where no tokenizer is there to read them with."""
+    if next(model_folders(config), None) is None or file_problem(config.data.prompts) is not None:
+        return
+    try:
+        read_prompt_file(config.data.prompts)
+    except DataError as error:
+        yield from (Fault("data.prompts", line) for line in str(error).splitlines())
 
 
 def file_problem(path: Path) -> str | None:
@@ -78,6 +97,8 @@ def folder_problem(path: Path) -> str | None:
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not existing.is_dir():
         return f"{existing} is a file" if existing != path else "is a file"
+    if existing.resolve().parts[:2] in (("/", "proc"), ("/", "sys")):
+        return f"{existing} belongs to the kernel, which keeps no files there"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"{existing} cannot be written"
     return None

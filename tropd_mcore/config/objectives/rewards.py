@@ -103,7 +103,8 @@ class TopdObjective(RewardObjective):
 
     kind: Literal["topd"] = "topd"
     mixing: float = Field(default=default(catalogue.topd, "mixing"), gt=0, lt=1)
-    """alpha of log(alpha rho + 1 - alpha), bounded below by log(1 - alpha). Source: TOP-D (0.9)."""
+    """alpha of log(alpha rho + 1 - alpha), rho = teacher's / student's probability; bounded below by log(1 - alpha).
+    Source: TOP-D (0.9)."""
     future_mean: bool = True
     """Add the mean reward of the tokens that follow."""
     normalise: bool = True

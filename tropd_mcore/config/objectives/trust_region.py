@@ -23,9 +23,11 @@ class TrustConfig(Section):
     """Which sampled tokens learn from the log-ratio."""
 
     mode: Literal["bernoulli", "soft", "threshold", "none"] = default(catalogue.tropd, "trust_mode")
-    """How a token is trusted: u < rho (TrOPD eq. of P_trust), weight min(rho, 1), rho > exp(threshold), or always."""
+    """How a student token is trusted, by rho = min(teacher's / student's probability, 1): `bernoulli` u < rho with a
+    stored uniform u (TrOPD eq. of P_trust), `soft` with weight rho, `threshold` log-ratio above `threshold`,
+    `none` always."""
     threshold: float = default(catalogue.tropd, "trust_threshold")
-    """Log-ratio above which a token is trusted, `threshold` mode only. Source: REOPOLD, lambda = 0.3."""
+    """Log-ratio, in nats, above which a token is trusted, `threshold` mode only. Source: REOPOLD, lambda = 0.3."""
 
 
 class OutlierConfig(Section):
@@ -41,7 +43,7 @@ class OutlierConfig(Section):
     norm: Norm = default(catalogue.tropd, "outlier_norm")
     """Support normalisation of the FKL (docs/method.md, 4)."""
     clip_tau: float = default(catalogue.tropd, "clip_tau")
-    """Log-ratio floor of `clip` and `mask`. Source: REOPOLD, lambda = 0.3."""
+    """Floor of the log-ratio, in nats, of `clip` and `mask`. Source: REOPOLD, lambda = 0.3."""
 
 
 class GuidanceConfig(Section):
