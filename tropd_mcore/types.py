@@ -12,7 +12,7 @@ top-k, D hidden size of the teacher.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,6 +105,11 @@ class MicroBatch:
     """int64 [T], index into the step's list of rollouts"""
     token_index_T: Tensor
     """int64 [T], index of the predicted token in `Rollout.token_ids` (>= 1)"""
+
+    def without_rows(self) -> MicroBatch:
+        """Return the same pack with nothing supervised (T = 0)."""
+        per_row = [field.name for field in fields(self) if field.name.endswith("_T")]
+        return replace(self, **{name: getattr(self, name)[:0] for name in per_row})
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import load_plain_tensors
 from torch import Tensor
 
 from tests.dist.conversion_ranks import open_layout
+from tropd_mcore.data.packing import one_sample
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.errors import ModelError
@@ -30,7 +32,6 @@ from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer, optimizer_step
 from tropd_mcore.mcore.parallel import destroy
 from tropd_mcore.mcore.pipeline import run_pipeline
-from tropd_mcore.mcore.verification import whole_sequence
 from tropd_mcore.mcore.weights_io import iterate_hf, load_hf
 from tropd_mcore.types import MicroBatch
 from tropd_mcore.weights.architecture import read_architecture
@@ -68,6 +69,11 @@ def train_state(folder: Path, job: Job, setup: Setup) -> TrainState:
     model = build_student(folder, job, setup)
     optimizer, scheduler = build_optimizer(model, setup.optimizer, setup.steps)
     return TrainState(model, optimizer, scheduler)
+
+
+def whole_sequence(tokens: Tensor) -> MicroBatch:
+    """A pack of one sample [P] in which every position is a row; what the last one would predict is token 0."""
+    return one_sample(np.append(tokens.numpy(), 0), len(tokens), tokens.device)
 
 
 def train(state: TrainState, first: int, last: int) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.dist.checkpoint_ranks import whole_sequence
 from tropd_mcore.config.schema import ParallelConfig
 from tropd_mcore.errors import ModelError
 from tropd_mcore.kernel.source import OutputLayer
@@ -17,7 +18,6 @@ from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import RankEnvironment, destroy, initialize
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
 from tropd_mcore.mcore.platform import choose
-from tropd_mcore.mcore.verification import whole_sequence
 from tropd_mcore.mcore.weights_io import export_hf, iterate_hf, load_hf
 from tropd_mcore.types import MicroBatch
 from tropd_mcore.weights.architecture import read_architecture

@@ -16,6 +16,7 @@ from tests.dist import average_ranks, checkpoint_ranks
 from tests.dist.average_ranks import averaged
 from tests.dist.checkpoint_ranks import Setup
 from tests.dist.conversion_ranks import open_layout
+from tests.dist.checkpoint_ranks import whole_sequence
 from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.mcore import checkpoint
 from tropd_mcore.mcore.checkpoint import TrainState
@@ -23,7 +24,6 @@ from tropd_mcore.mcore.loss import LossResult
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import destroy
 from tropd_mcore.mcore.pipeline import run_pipeline
-from tropd_mcore.mcore.verification import whole_sequence
 from tropd_mcore.mcore.weights_io import synchronize_parameters
 from tropd_mcore.train.trainer import Trainer
 from tropd_mcore.types import MicroBatch, OptimizerReport

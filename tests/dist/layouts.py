@@ -27,7 +27,7 @@ from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, Recompute, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer, learning_rate, optimizer_step
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment, destroy, initialize
-from tropd_mcore.mcore.pipeline import only_measure, run_pipeline, without_rows
+from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
 from tropd_mcore.mcore.weights_io import iterate_hf, load_hf, named_parameters
@@ -217,7 +217,7 @@ def logits_of_samples(folder: Path, rollouts: list[Rollout], case: Case) -> list
         whole = replace(case, tokens_per_micro_batch=1024)
         packed = pack_for(rollouts, whole, layout)
         everywhere = torch.arange(packed.pack_length)
-        micro_batch = replace(without_rows(packed.micro_batches[0]), rows_T=everywhere)
+        micro_batch = replace(packed.micro_batches[0].without_rows(), rows_T=everywhere)
 
         def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> Tensor:
             logits_TW = layer.logits(slice(0, layer.tokens))

@@ -56,9 +56,9 @@ def _said(folder: Path, root: Path, case: Case, fault: Fault) -> str:
         _load(model, folder, layout)
         if fault.parameter and fault.replica in (None, layout.dp_rank):
             _scale(model, fault.parameter)
-        site = _site(folder, root, layout, platform, case)
+        context = _site(folder, root, layout, platform, case)
         try:
-            check_model(site, "teacher.path", model, _inputs(folder))
+            check_model(context, "teacher.path", model, _inputs(folder))
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "passed"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.glue.sites import config_of, site_of
+from tests.glue.contexts import config_of, context_of
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
@@ -46,12 +46,12 @@ def copy_inputs(models: Path, root: Path) -> None:
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def compared(site: JobContext) -> Start:
+def compared(context: JobContext) -> Start:
     """Where a launch starts, whose configuration and contents were compared with the records. Collective."""
-    opened = open_launch(site)
-    inputs = compare_contents(site, opened, read_inputs(site))
-    check_replayed(site.config, inputs)
-    return make_start(site, opened, inputs, SOURCES)
+    opened = open_launch(context)
+    inputs = compare_contents(context, opened, read_inputs(context))
+    check_replayed(context.config, inputs)
+    return make_start(context, opened, inputs, SOURCES)
 
 
 @dataclass
@@ -79,16 +79,16 @@ class Runs:
 
     def compare(self, **sections: Any) -> tuple[Any, Start]:
         """A launch up to its first step, which may be refused."""
-        site = site_of(self.config(**sections), self.layout)
-        return site, compared(site)
+        context = context_of(self.config(**sections), self.layout)
+        return context, compared(context)
 
     def launch(self, **sections: Any) -> list[str]:
         """A launch that is accepted; returns what it printed about the run directory."""
         self.caplog.clear()
         with self.caplog.at_level(logging.WARNING):
-            site, start = self.compare(**sections)
-            accept(site, start, DAY)
-        return [message.removeprefix(f"{site.run_dir.root}: ") for message in self.caplog.messages]
+            context, start = self.compare(**sections)
+            accept(context, start, DAY)
+        return [message.removeprefix(f"{context.run_dir.root}: ") for message in self.caplog.messages]
 
     def refuse(self, **sections: Any) -> list[str]:
         """The lines of a launch that is refused, which leaves both records as they are."""

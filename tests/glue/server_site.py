@@ -53,7 +53,7 @@ It ends by itself after a minute, so that nothing stays behind where the product
 """
 
 
-class JobContext:
+class ServerSite:
     """A model folder, a run folder and the stand-in, and the processes that were started there."""
 
     def __init__(self, folder: Path, *, make: bool = True) -> None:

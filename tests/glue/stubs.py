@@ -145,7 +145,9 @@ def make_layout(axis: Axis = "data") -> Layout:
 
 def make_student(layout: Layout) -> Any:
     """What the glue asks of a model: where it is, and on which device."""
-    return SimpleNamespace(layout=layout, platform=SimpleNamespace(device="cpu"), trainable=True, chunks=[], modules=[])
+    return SimpleNamespace(
+        layout=layout, platform=SimpleNamespace(device="cpu"), trainable=True, model_chunks=[], modules=[]
+    )
 
 
 def pack_for(rollouts: list[Rollout], layout: Layout, *, tokens_per_micro_batch: int = 24) -> PackedStep:

@@ -29,7 +29,7 @@ def modules(dtype: torch.dtype, seed: int) -> list[nn.Module]:
 
 def student(seed: int = 0) -> Any:
     chunks = modules(torch.float32, seed)
-    return SimpleNamespace(modules=chunks, chunks=chunks, arch=None, layout=None, platform=None)
+    return SimpleNamespace(modules=chunks, model_chunks=chunks, arch=None, layout=None, platform=None)
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def stub_models() -> Iterator[None]:
 
     def build(*_: Any, dtype: Dtype, **__: Any) -> Any:
         chunks = [module.requires_grad_(False) for module in modules(DTYPES[dtype], seed=99)]
-        return SimpleNamespace(modules=chunks, chunks=chunks)
+        return SimpleNamespace(modules=chunks, model_chunks=chunks)
 
     with mock.patch.object(average_module, "build_model", build):
         yield

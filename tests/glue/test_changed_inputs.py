@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
+from tests.glue.contexts import SDPO, context_of
 from tests.glue.faults import on_ranks
 from tests.glue.launches import Runs, append, copy_inputs, edit, write_models
-from tests.glue.sites import SDPO, site_of
 from tests.glue.stubs import make_layout, one_rank
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ModelError
@@ -173,8 +173,8 @@ def test_large_files_are_read_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) 
 
 
 def inputs_of(runs: Runs, **sections: Any) -> tuple[Config, Inputs]:
-    site, start = runs.compare(**sections)
-    return site.config, start.inputs
+    context, start = runs.compare(**sections)
+    return context.config, start.inputs
 
 
 def name_of(runs: Runs, **sections: Any) -> str:
@@ -222,7 +222,7 @@ def read_on_a_rank(root: Path) -> tuple[list[str], str]:
         return real(paths)
 
     with mock.patch.object(inputs_module, "read_files", noted):
-        inputs = read_inputs(site_of(Runs(root, None, None).config(), make_layout()))  # type: ignore[arg-type]
+        inputs = read_inputs(context_of(Runs(root, None, None).config(), make_layout()))  # type: ignore[arg-type]
     return read, inputs.model_dump_json()
 
 
@@ -250,7 +250,7 @@ def read_fails_on_a_rank(root: Path) -> str:
 
     with mock.patch.object(inputs_module, "read_files", broken):
         try:
-            read_inputs(site_of(Runs(root, None, None).config(), layout))  # type: ignore[arg-type]
+            read_inputs(context_of(Runs(root, None, None).config(), layout))  # type: ignore[arg-type]
         except ModelError as error:
             return str(error)
     return "read"

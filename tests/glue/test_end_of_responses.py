@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.glue.answering import Client, answered_by
-from tests.glue.sites import read_material, site_of
+from tests.glue.contexts import context_of, read_loaded_inputs
 from tests.glue.stubs import one_rank
 from tests.tiny_models import tiny_tokenizer, write_tiny_model
 from tropd_mcore.cli.main import main
@@ -54,7 +54,7 @@ def test_rollouts_prefixes_and_evaluation_end_at_the_tokens_of_both_models(
 ) -> None:
     config, _ = load(str(recipe), [])
     with one_rank() as layout:
-        trained = read_material(site_of(config, layout))
+        trained = read_loaded_inputs(context_of(config, layout))
     assert trained.renderer.eos_ids == (END_OF_TEXT,), "the student alone would never stop at the teacher's end of turn"
     assert trained.ends.ids == (END_OF_TEXT, TURN_END) and trained.excluded == ()
 
@@ -77,7 +77,7 @@ def test_the_key_takes_the_place_of_what_the_folders_say_in_all_of_them(
     key = 'rollout.end_tokens=["<|endoftext|>","<|im_start|>"]'
     config, _ = load(str(recipe), [key])
     with one_rank() as layout:
-        assert read_material(site_of(config, layout)).ends.ids == (END_OF_TEXT, 1)
+        assert read_loaded_inputs(context_of(config, layout)).ends.ids == (END_OF_TEXT, 1)
     arguments = ["--prompts", str(tmp_path / "prompts.jsonl"), "--model", str(tmp_path / "student"), "--samples", "0"]
     assert main(["eval", str(recipe), key, *arguments]) == 0
     assert {request.stop_token_ids for request in client.requests} == {(END_OF_TEXT, 1)}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.glue.contexts import config_of, context_of
 from tests.glue.launches import swap_two_tokens
-from tests.glue.sites import config_of, site_of
 from tests.glue.stubs import one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.checks import problems_across_sections
@@ -62,7 +62,7 @@ def other_run(root: Path, student: Path, steps: tuple[int, ...] = (2,), **change
 
 def found(tmp_path: Path, student: Path, layout: Layout, path: Path | None, **sections: Any) -> Source | None:
     sections["run"] = {"init_from": path} | sections.get("run", {})
-    return find_source(site_of(config_of(tmp_path / "run", student, **sections), layout))
+    return find_source(context_of(config_of(tmp_path / "run", student, **sections), layout))
 
 
 def refused(tmp_path: Path, student: Path, layout: Layout, path: Path, **sections: Any) -> TropdError:
@@ -153,7 +153,9 @@ def test_a_checkpoint_whose_tokens_cannot_be_compared_is_said(
     checkpoint = other_run(tmp_path / "other", student)
     file = checkpoint / HF_FOLDER / "tokenizer.json"
     file.unlink()
-    assert find_source(site_of(config_of(tmp_path / "run", student, run={"init_from": checkpoint}), layout)) is not None
+    assert (
+        find_source(context_of(config_of(tmp_path / "run", student, run={"init_from": checkpoint}), layout)) is not None
+    )
     assert caplog.messages == [
         f"run.init_from={checkpoint}: no {file}, so whether its tokens are the student's is not known"
     ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.glue.sites import SDPO, config_of, site_of
+from tests.glue.contexts import SDPO, config_of, context_of
 from tests.glue.stubs import make_config, one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import Config
@@ -27,7 +27,7 @@ from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.train import job
 from tropd_mcore.train.components import JobContext, Servers
 from tropd_mcore.train.start import accept, open_launch
-from tropd_mcore.train.start_checks import MATERIAL_CHECKS, State
+from tropd_mcore.train.start_checks import INPUT_CHECKS, State
 from tropd_mcore.weights.publish import new_folder
 
 STEPS = 4
@@ -81,22 +81,22 @@ class Run:
         monkeypatch.setattr(job, "initialize", lambda *_, **__: self._did("initialize", layout))
         monkeypatch.setattr(job, "destroy", lambda _: self._did("destroy", None))
         monkeypatch.setattr(job, "run_checks", self._check)
-        monkeypatch.setattr(State, "material", lambda _: MATERIAL)
+        monkeypatch.setattr(State, "loaded_inputs", lambda _: MATERIAL)
         monkeypatch.setattr(job, "read_inputs", lambda _: self._did("inputs", "inputs"))
-        monkeypatch.setattr(job, "make_start", lambda site, opened, inputs, sources: start_at(opened.first_step))
+        monkeypatch.setattr(job, "make_start", lambda context, opened, inputs, sources: start_at(opened.first_step))
         monkeypatch.setattr(job, "_train", self._train)
 
     def _did(self, what: str, value: Any) -> Any:
         self.did.append(what)
         return value
 
-    def _check(self, checks: Any, state: State, site: JobContext) -> None:
-        if checks is MATERIAL_CHECKS:
-            state.opened = open_launch(site)
-        self.did.append("material" if checks is MATERIAL_CHECKS else "contents")
+    def _check(self, checks: Any, state: State, context: JobContext) -> None:
+        if checks is INPUT_CHECKS:
+            state.opened = open_launch(context)
+        self.did.append("loaded" if checks is INPUT_CHECKS else "contents")
 
-    def _train(self, site: JobContext, material: Any, start: Any, cleanup: ExitStack) -> None:
-        assert material is MATERIAL
+    def _train(self, context: JobContext, loaded: Any, start: Any, cleanup: ExitStack) -> None:
+        assert loaded is MATERIAL
         self.did.append("train")
         self.trained_from = start.first_step
         if self.fail is not None:
@@ -139,7 +139,7 @@ def test_a_run_has_nothing_left_to_do_where_all_steps_and_the_export_that_was_as
     job.run_job(config, SOURCES, ALONE)
     assert run.trained_from == trained_from
     trained = ["inputs", "contents", "train"] * (trained_from is not None)
-    assert run.did == ["initialize", "material", *trained, "destroy"]
+    assert run.did == ["initialize", "loaded", *trained, "destroy"]
 
 
 def test_the_lock_and_the_groups_go_where_training_fails(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_what_does_not_fit_the_machine_is_refused_before_any_group_is_made(
 
 
 class Components:
-    """`_make_parts` over stubs; keeps what the parts were made with."""
+    """`_make_components` over stubs; keeps what the parts were made with."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, teacher: Any = "scorer") -> None:
         self.dry_runs: list[Any] = []
@@ -178,14 +178,14 @@ class Components:
         self.fallible: Any = None
         self.made: Any = None
         stubs: dict[str, Any] = {
-            "teacher_model": lambda site: "frozen teacher",
-            "reference_model": lambda site: "reference",
-            "check_model": lambda site, key, model, inputs: None,
+            "teacher_model": lambda context: "frozen teacher",
+            "reference_model": lambda context: "reference",
+            "check_model": lambda context, key, model, inputs: None,
             "probe_memory": lambda student, *_, **given: self.dry_runs.append(given),
             "make_policy": lambda *_: "policy",
             "sampler_bounds": lambda *_: "bounds",
             "make_teacher": lambda *_: teacher,
-            "make_self_teacher": lambda site, average, *_: f"self teacher of the {average}",
+            "make_self_teacher": lambda context, average, *_: f"self teacher of the {average}",
             "raise_on_all_ranks": lambda control: nullcontext(),
             "Monitor": lambda *_, start_step: SimpleNamespace(close=self._close, start_step=start_step),
             "ScoreSource": self._score_source,
@@ -213,7 +213,7 @@ class Components:
 
     def make(self, config: Config, *, average: Any = None, solution_prompts: Any = None) -> Components:
         state = TrainState("student", "optimizer", "scheduler", average)  # type: ignore[arg-type]
-        material: Any = SimpleNamespace(
+        loaded: Any = SimpleNamespace(
             renderer="renderer",
             prompts="prompts",
             ignored="ignored",
@@ -222,14 +222,14 @@ class Components:
             ends="ends",
             excluded=(),
         )
-        site: Any = SimpleNamespace(
+        context: Any = SimpleNamespace(
             config=config,
             layout=SimpleNamespace(rank=0, groups=SimpleNamespace(control="control")),
             run_dir=RunDir(config.run.dir),
             student=SimpleNamespace(vocab_size=307),
         )
         with ExitStack() as cleanup:
-            self.made = job._make_parts(site, material, state, Servers(), start_at(2), cleanup)
+            self.made = job._make_components(context, loaded, state, Servers(), start_at(2), cleanup)
             assert self.closed == 0
         assert self.closed == 1
         return self
@@ -313,12 +313,12 @@ def test_an_export_replaces_the_former_one_and_what_an_interrupted_one_left(
     for name in ("export", "export.fresh"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.safetensors").write_text("old")
-    site = site_of(config_of(tmp_path, folder), layout)
-    job.export(site, "student", 7)  # type: ignore[arg-type]
+    context = context_of(config_of(tmp_path, folder), layout)
+    job.export(context, "student", 7)  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "export.step"]
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["config.json"]
     assert json.loads((tmp_path / "export" / "config.json").read_text()) == {"source": str(folder)}
-    assert site.run_dir.exported_at() == 7
+    assert context.run_dir.exported_at() == 7
 
 
 def test_ranks_other_than_0_touch_no_export(
@@ -326,41 +326,41 @@ def test_ranks_other_than_0_touch_no_export(
 ) -> None:
     monkeypatch.setattr(job, "export_hf", lambda *_, **__: None)
     (tmp_path / "export.fresh").mkdir()
-    job.export(site_of(config_of(tmp_path, folder), replace(layout, rank=1)), "student", 7)  # type: ignore[arg-type]
+    job.export(context_of(config_of(tmp_path, folder), replace(layout, rank=1)), "student", 7)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["export.fresh"]
 
 
 def test_a_run_directory_is_held_until_the_end(layout: Layout, folder: Path, tmp_path: Path) -> None:
-    site = site_of(config_of(tmp_path, folder), layout)
+    context = context_of(config_of(tmp_path, folder), layout)
     with ExitStack() as cleanup:
-        job._hold_run_dir(site, cleanup)
+        job._hold_run_dir(context, cleanup)
         with pytest.raises(ConfigError, match="in use by another job"):
-            job._hold_run_dir(site, cleanup)
+            job._hold_run_dir(context, cleanup)
     with ExitStack() as cleanup:
-        job._hold_run_dir(site, cleanup)
+        job._hold_run_dir(context, cleanup)
 
 
 def test_ranks_other_than_0_write_nothing_in_the_run_directory(layout: Layout, folder: Path, tmp_path: Path) -> None:
-    site = site_of(config_of(tmp_path / "run", folder), replace(layout, rank=1))
+    context = context_of(config_of(tmp_path / "run", folder), replace(layout, rank=1))
     held = RunDir(tmp_path / "run").lock()
     with ExitStack() as cleanup:
-        job._hold_run_dir(site, cleanup)
-        accept(site, start_at(0), date(2024, 2, 29))
+        job._hold_run_dir(context, cleanup)
+        accept(context, start_at(0), date(2024, 2, 29))
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-        site.run_dir.check_held()
+        context.run_dir.check_held()
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         with pytest.raises(DataError, match=r"run\.dir: .* was removed or replaced"):
-            site.run_dir.check_held()
+            context.run_dir.check_held()
     held.release()
 
 
 def test_the_first_step_is_the_number_of_steps_of_the_newest_complete_checkpoint(
     layout: Layout, folder: Path, tmp_path: Path
 ) -> None:
-    site = site_of(config_of(tmp_path, folder), layout)
-    assert (open_launch(site).first_step, open_launch(site).checkpoint) == (0, None)
+    context = context_of(config_of(tmp_path, folder), layout)
+    assert (open_launch(context).first_step, open_launch(context).checkpoint) == (0, None)
     for step in (2, 10, 9):
         checkpoint_at(tmp_path, step)
-    step_folder(site.run_dir.checkpoints, 11).mkdir()
-    opened = open_launch(site)
-    assert (opened.first_step, opened.checkpoint) == (10, step_folder(site.run_dir.checkpoints, 10))
+    step_folder(context.run_dir.checkpoints, 11).mkdir()
+    opened = open_launch(context)
+    assert (opened.first_step, opened.checkpoint) == (10, step_folder(context.run_dir.checkpoints, 10))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.glue.sites import config_of, site_of
+from tests.glue.contexts import config_of, context_of
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
@@ -40,14 +40,14 @@ class Training:
             "load_hf": None,
             "build_optimizer": ("optimizer", "scheduler"),
             "student_average": "average",
-            "_make_parts": "parts",
+            "_make_components": "parts",
         }.items():
             monkeypatch.setattr(job, name, self._maker(name, value))
         monkeypatch.setattr(job, "load", self._load)
         monkeypatch.setattr(job, "begin_weights", lambda source, model: self.did.append(("begin", source, model.name)))
         monkeypatch.setattr(job, "begin_optimizer", self._begin_optimizer)
-        monkeypatch.setattr(job, "accept", lambda site, start, day: self.did.append(("accept", start.first_step)))
-        monkeypatch.setattr(job, "export", lambda site, model, step: self.did.append(("export", model.name, step)))
+        monkeypatch.setattr(job, "accept", lambda context, start, day: self.did.append(("accept", start.first_step)))
+        monkeypatch.setattr(job, "export", lambda context, model, step: self.did.append(("export", model.name, step)))
         monkeypatch.setattr(job, "Trainer", self._trainer)
 
     def _maker(self, name: str, value: Any) -> Any:
@@ -74,9 +74,9 @@ class Training:
         start: Any = SimpleNamespace(
             first_step=first_step, checkpoint=checkpoint, source=source, inputs="inputs", run="a-run"
         )
-        material: Any = SimpleNamespace(day=None)
+        loaded: Any = SimpleNamespace(day=None)
         with ExitStack() as cleanup:
-            job._train(site_of(config, layout), material, start, cleanup)
+            job._train(context_of(config, layout), loaded, start, cleanup)
         return [event for event in self.did if event[0] in ("start_servers", "load", "fit", "export")]
 
 
@@ -129,7 +129,7 @@ def test_a_launch_is_recorded_after_all_that_can_refuse_it_and_before_its_first_
     assert did[did.index("accept") + 1 :] == after
 
 
-@pytest.mark.parametrize("moment", ["start_servers", "build_model", "load_hf", "load", "_make_parts"])
+@pytest.mark.parametrize("moment", ["start_servers", "build_model", "load_hf", "load", "_make_components"])
 def test_a_launch_that_is_refused_on_the_way_to_its_first_step_is_not_recorded(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, moment: str
 ) -> None:

@@ -66,8 +66,8 @@ class Job:
             launch=self.launch,
         )
         config = make_config(self.root, **self.sections)
-        site: Any = SimpleNamespace(config=config, layout=self.layout, run_dir=RunDir(self.root))
-        check_model(site, key, model, inputs)
+        context: Any = SimpleNamespace(config=config, layout=self.layout, run_dir=RunDir(self.root))
+        check_model(context, key, model, inputs)
         return self.readings[before:]
 
 

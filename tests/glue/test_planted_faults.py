@@ -370,7 +370,7 @@ SERVED = (
     ),
     row(
         "no publication is proven",
-        Fault("train.components", "prove_sync=config.gates.weight_sync", "prove_sync=False"),
+        Fault("train.components", "verify_sync=config.gates.weight_sync", "verify_sync=False"),
         test_wire.test_the_first_publication_of_a_launch_is_proven_where_the_gate_is_on,
         weight_sync=True,
     ),
@@ -431,7 +431,7 @@ SERVED = (
     ),
     row(
         "every publication is proven",
-        Fault("rollout.policy_server", "= version, False", "= version, self._prove_sync"),
+        Fault("rollout.policy_server", "= version, False", "= version, self._verify_sync"),
         test_policy_server.test_publication_is_proven_at_the_first_one_of_a_launch_alone,
     ),
     row(
@@ -455,7 +455,7 @@ SERVED = (
         "rank 0 leaves a weight stream that failed before its end",
         Fault("rollout.policy_server", "streams.exhaust()", "self._layout.rank and streams.exhaust()"),
         test_policy_server.test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero,
-        prove=True,
+        verify_sync=True,
         taken=2,
     ),
 )  # fmt: skip

@@ -29,14 +29,15 @@ Stream = Iterator[tuple[str, Tensor]]
 
 
 @dataclass
-class JobContext:
+class PolicySite:
     """A server, a publisher and a sampler that only take notes, and the weight streams of this rank.
 
-    `faults` are met one after the other: what `publish`, `prove` or `collect` raises at its next call (None: nothing).
+    `faults` are met one after the other: what `publish`, `verify_sync` or `collect` raises at its next call
+    (None: nothing).
     """
 
     layout: Layout
-    prove_sync: bool = False
+    verify_sync: bool = False
     publish_faults: list[Exception | None] = field(default_factory=list)
     sample_faults: list[Exception | None] = field(default_factory=list)
     unchanged_faults: list[Exception | None] = field(default_factory=list)
@@ -57,7 +58,7 @@ class JobContext:
             self.layout,
             server if self.layout.rank == 0 else None,
             self._connect,  # type: ignore[arg-type]
-            prove_sync=self.prove_sync,
+            verify_sync=self.verify_sync,
             clock=self.clock,
         )
 
@@ -82,7 +83,9 @@ class JobContext:
         self.connections += 1
         number = self.connections
         sampler = SimpleNamespace(collect=lambda requests, **given: self._collect(number, requests, **given))
-        return sampler, SimpleNamespace(publish=self._publish, prove=self._prove, check_unchanged=self._check_unchanged)
+        return sampler, SimpleNamespace(
+            publish=self._publish, verify_sync=self._verify, check_unchanged=self._check_unchanged
+        )
 
     def _check_unchanged(self) -> None:
         fault = self.unchanged_faults.pop(0) if self.unchanged_faults else None
@@ -94,8 +97,8 @@ class JobContext:
         self.events.append(("publish", version))
         self._take(tensors)
 
-    def _prove(self, make_stream: Callable[[], Stream], version: str) -> None:
-        self.events.append(("prove", version))
+    def _verify(self, make_stream: Callable[[], Stream], version: str) -> None:
+        self.events.append(("verify_sync", version))
         self._take(make_stream())
         self._take(make_stream())
 
@@ -128,7 +131,7 @@ def requests() -> list[SampleRequest]:
     return [SampleRequest(f"s{i}", "p", ids, ids[:0], 3, False, None) for i in range(SAMPLES)]
 
 
-def run(site: JobContext, steps: list[int]) -> list[str]:
+def run(site: PolicySite, steps: list[int]) -> list[str]:
     """The versions that the steps were sampled at, in one launch; every rollout of a step in the order asked for."""
     with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
         policy = site.policy()
@@ -138,10 +141,10 @@ def run(site: JobContext, steps: list[int]) -> list[str]:
     return [event[2] for event in site.did("sample")]
 
 
-def site_of(steps: list[int], **given: Any) -> JobContext:
+def site_of(steps: list[int], **given: Any) -> PolicySite:
     """One launch of a single rank."""
     with one_rank() as layout:
-        site = JobContext(layout, **given)
+        site = PolicySite(layout, **given)
         run(site, steps)
         return site
 
@@ -158,7 +161,7 @@ def test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled() -> 
 
 def test_the_server_is_waited_for_and_connected_once_and_only_when_it_is_needed() -> None:
     with one_rank() as layout:
-        site = JobContext(layout)
+        site = PolicySite(layout)
         with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
             site.policy()
         assert site.events == [] and site.connections == 0
@@ -167,23 +170,23 @@ def test_the_server_is_waited_for_and_connected_once_and_only_when_it_is_needed(
 
 
 def test_publication_is_proven_at_the_first_one_of_a_launch_alone() -> None:
-    site = site_of([3, 4, 5], prove_sync=True)
-    assert [event[0] for event in site.did("prove", "publish")] == ["prove", "publish", "publish"]
+    site = site_of([3, 4, 5], verify_sync=True)
+    assert [event[0] for event in site.did("verify_sync", "publish")] == ["verify_sync", "publish", "publish"]
     assert site.streams == [TENSORS] * 4
-    assert site_of([0, 1], prove_sync=False).did("prove") == []
+    assert site_of([0, 1], verify_sync=False).did("verify_sync") == []
 
 
 def test_a_proof_that_a_death_broke_off_is_made_again() -> None:
-    site = site_of([0, 1], prove_sync=True, publish_faults=[None, ServerDied("gone")])
+    site = site_of([0, 1], verify_sync=True, publish_faults=[None, ServerDied("gone")])
     assert [event[0] for event in site.events] == [
-        "ready", "prove", "recover", "prove", "sample", "publish", "sample",
+        "ready", "verify_sync", "recover", "verify_sync", "sample", "publish", "sample",
     ]  # fmt: skip
     assert site.streams == [TENSORS] * 5
 
 
 def test_a_failed_proof_stops_the_launch() -> None:
     with one_rank() as layout:
-        site = JobContext(layout, prove_sync=True, publish_faults=[GateError("the server kept its weights")])
+        site = PolicySite(layout, verify_sync=True, publish_faults=[GateError("the server kept its weights")])
         with pytest.raises(GateError, match="kept its weights"):
             run(site, [0])
     assert site.did("sample", "recover") == [] and site.streams == [TENSORS] * 2
@@ -229,7 +232,7 @@ def test_a_server_that_dies_when_it_is_asked_what_it_holds_gets_its_weights_and_
 
 def test_what_a_server_answered_before_it_died_is_kept() -> None:
     with one_rank() as layout:
-        site = JobContext(layout, sample_faults=[ServerDied("gone")])
+        site = PolicySite(layout, sample_faults=[ServerDied("gone")])
         with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
             rollouts = site.policy().sample(requests(), step=0)
     assert [rollout.policy_version for rollout in rollouts] == ["answer 3"] * 2 + ["answer 6"] * 2
@@ -243,7 +246,7 @@ def test_a_server_that_died_between_two_steps_is_not_taken_for_one_with_weights(
 @pytest.mark.parametrize("where", ["publish_faults", "sample_faults"])
 def test_an_error_that_is_no_death_is_not_retried(where: str) -> None:
     with one_rank() as layout:
-        site = JobContext(layout, **{where: [ServerError("refused")]})
+        site = PolicySite(layout, **{where: [ServerError("refused")]})
         with pytest.raises(ServerError, match="refused"):
             run(site, [0])
     assert site.did("recover") == [] and len(site.did("publish")) == 1
@@ -251,7 +254,7 @@ def test_an_error_that_is_no_death_is_not_retried(where: str) -> None:
 
 def test_a_version_label_tells_the_step_and_is_never_used_by_two_launches() -> None:
     with one_rank() as layout:
-        launches = [run(JobContext(layout), [0, 1, 12]) for _ in range(3)]
+        launches = [run(PolicySite(layout), [0, 1, 12]) for _ in range(3)]
     labels = [label for launch in launches for label in launch]
     assert len(set(labels)) == 9
     assert all([label.rpartition("/")[2] for label in launch] == ["step-000000", "step-000001", "step-000012"]
@@ -260,7 +263,7 @@ def test_a_version_label_tells_the_step_and_is_never_used_by_two_launches() -> N
 
 def on_this_rank(steps: list[int], given: dict[str, Any]) -> tuple[str, list[int], list[Event], int]:
     """(error, tensors of each stream, events, connections) of this rank."""
-    site = JobContext(make_layout("data"), **given)
+    site = PolicySite(make_layout("data"), **given)
     error = ""
     try:
         run_everywhere(site, steps)
@@ -269,7 +272,7 @@ def on_this_rank(steps: list[int], given: dict[str, Any]) -> tuple[str, list[int
     return error, site.streams, site.events, site.connections
 
 
-def run_everywhere(site: JobContext, steps: list[int]) -> None:
+def run_everywhere(site: PolicySite, steps: list[int]) -> None:
     with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
         policy = site.policy()
         for step in steps:
@@ -278,22 +281,24 @@ def run_everywhere(site: JobContext, steps: list[int]) -> None:
 
 
 def test_http_is_on_rank_zero_and_every_rank_takes_part_in_every_stream() -> None:
-    given = {"prove_sync": True, "sample_faults": [None, ServerDied("gone")]}
+    given = {"verify_sync": True, "sample_faults": [None, ServerDied("gone")]}
     (error, streams, events, connections), *others = on_ranks(on_this_rank, 2, [0, 1], given)
     assert error == "" and streams == [TENSORS] * 4 and connections == 2
     assert [event[0] for event in events] == [
-        "ready", "prove", "sample", "publish", "sample", "recover", "publish", "sample",
+        "ready", "verify_sync", "sample", "publish", "sample", "recover", "publish", "sample",
     ]  # fmt: skip
     assert others == [("", streams, [], 0)]
 
 
-@pytest.mark.parametrize("prove", [False, True])
+@pytest.mark.parametrize("verify_sync", [False, True])
 @pytest.mark.parametrize("taken", [0, 2])
-def test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero(prove: bool, taken: int) -> None:
-    given = {"prove_sync": prove, "publish_faults": [ServerError("refused")], "read_before_fault": taken}
+def test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero(
+    verify_sync: bool, taken: int
+) -> None:
+    given = {"verify_sync": verify_sync, "publish_faults": [ServerError("refused")], "read_before_fault": taken}
     one, two = on_ranks(on_this_rank, 2, [0], given)
     assert one[0] == two[0] == "ServerError: refused"
-    assert one[1] == two[1] == [TENSORS] * (2 if prove else 1)
+    assert one[1] == two[1] == [TENSORS] * (2 if verify_sync else 1)
 
 
 def test_every_rank_goes_through_all_streams_again_after_a_death_on_rank_zero() -> None:
@@ -312,7 +317,7 @@ def test_waiting_for_the_server_publication_and_sampling_are_phases_of_their_own
             super().append(event)
 
     with one_rank() as layout, mock.patch.object(clock_module.time, "monotonic", lambda: now[0]):
-        site = JobContext(layout, sample_faults=[ServerDied("gone"), None], events=Costly(), clock=StepClock())
+        site = PolicySite(layout, sample_faults=[ServerDied("gone"), None], events=Costly(), clock=StepClock())
         with site.clock.phase("rollout"):
             run(site, [0])
         assert site.clock.take() == {"server": 1100.0, "publish": 20.0, "rollout": 2.0, "step": 1122.0}

@@ -400,7 +400,7 @@ def test_the_probe_asks_for_the_scores_of_every_token_but_the_first() -> None:
 
 def test_a_proof_destroys_the_weights_between_two_updates_and_ends_with_the_version() -> None:
     server = NotedServer()
-    publisher_of(server).prove(lambda: stream(4.0), "v1")
+    publisher_of(server).verify_sync(lambda: stream(4.0), "v1")
     assert server.calls == [*WHOLE_UPDATE, "randomize", *WHOLE_UPDATE]
     assert server.labels == ["v1:first:incomplete", "v1:incomplete"]
     assert server.label == "v1" and server.weights == held(4.0)
@@ -410,27 +410,27 @@ def test_a_proof_fails_where_the_server_has_a_weight_that_the_plan_does_not_name
     server = NotedServer()
     server.weights["not in the plan"] = b"from the folder"
     with pytest.raises(GateError, match="two updates with the same 4 tensors left different weights"):
-        publisher_of(server).prove(stream, "v1")
+        publisher_of(server).verify_sync(stream, "v1")
 
 
 def test_a_proof_fails_where_the_server_does_not_destroy_its_weights() -> None:
     server = NotedServer(keeps_weights=True)
     with pytest.raises(GateError, match="rollout.server: the server kept its weights when asked to destroy them"):
-        publisher_of(server).prove(stream, "v1")
+        publisher_of(server).verify_sync(stream, "v1")
     assert server.label == "v1:first"
 
 
 def test_a_proof_fails_at_once_where_updates_load_nothing() -> None:
     server = NotedServer(loads=())
     with pytest.raises(GateError, match="two updates .* or an update did not arrive"):
-        publisher_of(server).prove(stream, "v1")
+        publisher_of(server).verify_sync(stream, "v1")
     assert server.label == "v1:incomplete" and server.calls[-1] == "resume"
 
 
 def proven(server: NotedServer, first: float = 4.0) -> WeightPublisher:
     """A publisher whose first update is proven."""
     publisher = publisher_of(server, ledger=PublicationLedger("rollout.server"))
-    publisher.prove(lambda: stream(first), "v1")
+    publisher.verify_sync(lambda: stream(first), "v1")
     return publisher
 
 
@@ -477,7 +477,7 @@ def test_updates_that_arrive_pass_whatever_part_of_them_is_new() -> None:
 
 def test_the_same_weights_have_to_be_the_same_again_after_a_restart() -> None:
     ledger, server = PublicationLedger("rollout.server"), NotedServer()
-    publisher_of(server, ledger=ledger).prove(lambda: stream(4.0), "v1")
+    publisher_of(server, ledger=ledger).verify_sync(lambda: stream(4.0), "v1")
     restarted = NotedServer()
     publisher_of(restarted, ledger=ledger).publish(stream(4.0), "v1")
     assert restarted.label == "v1"
@@ -504,7 +504,7 @@ def test_a_change_that_the_server_cannot_hold_is_no_change() -> None:
 
     publisher = publisher_of(server, ledger=PublicationLedger("rollout.server"))
     exact = {name: rounded(name, tensor) for name, tensor in weights(4.0).items()}
-    publisher.prove(lambda: iter(exact.items()), "v1")
+    publisher.verify_sync(lambda: iter(exact.items()), "v1")
     server.loads = ()  # what it would load is what it has
     publisher.publish(((name, tensor * (1 + 1e-6)) for name, tensor in exact.items()), "v2")
     assert server.label == "v2"
@@ -539,7 +539,7 @@ def test_a_server_whose_dtype_is_not_known_may_round_a_float32_update_away_and_n
     def narrow(first: float) -> Stream:
         return ((name, tensor.bfloat16()) for name, tensor in stream(first))
 
-    publisher.prove(lambda: narrow(4.0), "v1")
+    publisher.verify_sync(lambda: narrow(4.0), "v1")
     server.loads = ()
     with pytest.raises(GateError, match="loaded nothing"):
         publisher.publish(narrow(6.0), "v2")

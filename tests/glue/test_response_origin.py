@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.glue.answering import Client, answered_by
+from tests.glue.contexts import config_of, context_of, read_loaded_inputs
 from tests.glue.launches import edit
-from tests.glue.sites import config_of, read_material, site_of
 from tests.glue.stubs import one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli import template_date as date_module
@@ -196,9 +196,9 @@ def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
     data = {"prompts": recipe.root / "prompts.jsonl", "teacher_responses": recipe.out} | sections.pop("data", {})
     given = {"objective": GUIDED, "batch": {"tokens_per_micro_batch": 9000}, "rollout": {"max_new_tokens": 9}}
     merged = given | {"teacher": {"path": recipe.root / "teacher"}} | sections
-    site = site_of(config_of(recipe.root / "run", recipe.root / "student", data=data, **merged), layout)
-    prompts: PromptSet = read_material(site).prompts
-    check_responses(site, read_inputs(site).models["teacher.path"].digest, prompts)
+    context = context_of(config_of(recipe.root / "run", recipe.root / "student", data=data, **merged), layout)
+    prompts: PromptSet = read_loaded_inputs(context).prompts
+    check_responses(context, read_inputs(context).models["teacher.path"].digest, prompts)
 
 
 def test_training_takes_the_responses_of_its_teacher_without_a_word(

@@ -285,8 +285,8 @@ def test_a_beginning_that_nothing_came_of_leaves_the_record(runs: Runs, monkeypa
     assert kept is not None and kept.init_from is None
 
 
-def source_of(site: Any) -> Any:
+def source_of(context: Any) -> Any:
     """A checkpoint where the configuration names one."""
-    path = site.config.run.init_from
-    record = Beginning(path=str(path), step=7, sha256="a" * 64, with_optimizer=site.config.run.init_optimizer)
+    path = context.config.run.init_from
+    record = Beginning(path=str(path), step=7, sha256="a" * 64, with_optimizer=context.config.run.init_optimizer)
     return SimpleNamespace(path=path, record=record) if path is not None else None

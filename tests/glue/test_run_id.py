@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.glue.sites import config_of, site_of
+from tests.glue.contexts import config_of, context_of
 from tests.glue.stubs import one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.errors import DataError
@@ -31,23 +31,23 @@ def layout() -> Iterator[Layout]:
         yield layout
 
 
-def started(site: Any) -> Start:
-    opened = open_launch(site)
-    inputs = compare_contents(site, opened, read_inputs(site))
-    return make_start(site, opened, inputs, defaultdict(lambda: "test"))
+def started(context: Any) -> Start:
+    opened = open_launch(context)
+    inputs = compare_contents(context, opened, read_inputs(context))
+    return make_start(context, opened, inputs, defaultdict(lambda: "test"))
 
 
 def test_the_name_is_drawn_once_and_kept_only_by_an_accepted_launch(layout: Layout, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", num_hidden_layers=1)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"id": "a", "prompt": "add"}) + "\n")
-    site = site_of(config_of(tmp_path / "run", folder, data={"prompts": prompts}), layout)
-    site.run_dir.root.mkdir()
-    first = started(site)
-    assert site.run_dir.recorded_id() is None
-    assert started(site).run != first.run
-    accept(site, first, date(2024, 2, 29))
-    assert site.run_dir.recorded_id() == first.run == started(site).run
+    context = context_of(config_of(tmp_path / "run", folder, data={"prompts": prompts}), layout)
+    context.run_dir.root.mkdir()
+    first = started(context)
+    assert context.run_dir.recorded_id() is None
+    assert started(context).run != first.run
+    accept(context, first, date(2024, 2, 29))
+    assert context.run_dir.recorded_id() == first.run == started(context).run
     assert len(first.run) == 12
 
 
@@ -70,11 +70,11 @@ def test_a_checkpoint_that_lost_its_json_is_left_out_with_a_warning(
     layout: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_tiny_model(tmp_path / "m", num_hidden_layers=1)
-    site = site_of(config_of(tmp_path / "run", folder), layout)
-    step_folder(site.run_dir.checkpoints, 3).mkdir(parents=True)
-    (site.run_dir.checkpoints / "step_000002.damaged").mkdir()
+    context = context_of(config_of(tmp_path / "run", folder), layout)
+    step_folder(context.run_dir.checkpoints, 3).mkdir(parents=True)
+    (context.run_dir.checkpoints / "step_000002.damaged").mkdir()
     caplog.set_level(logging.WARNING)
-    assert open_launch(site).checkpoint is None
+    assert open_launch(context).checkpoint is None
     (line,) = [line for line in caplog.messages if "tropd.json" in line]
     assert "step_000003" in line
 

@@ -73,12 +73,12 @@ def started(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Callable[[Config
     trained: list[State] = []
     state_of = State.of.__func__  # type: ignore[attr-defined]
 
-    def of(cls: type[State], site: Any) -> State:
-        trained.append(state_of(cls, site))
+    def of(cls: type[State], context: Any) -> State:
+        trained.append(state_of(cls, context))
         return trained[-1]
 
-    def train(site: Any, material: Any, start: Any, cleanup: ExitStack) -> None:
-        assert material.prompts is not None and start.first_step == 0
+    def train(context: Any, loaded: Any, start: Any, cleanup: ExitStack) -> None:
+        assert loaded.prompts is not None and start.first_step == 0
 
     monkeypatch.setattr(State, "of", classmethod(of))
     monkeypatch.setattr(job, "choose", lambda kind, local_rank: SimpleNamespace(name="cpu", device="cpu"))

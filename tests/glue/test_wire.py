@@ -165,7 +165,7 @@ def test_an_update_that_lacks_a_tensor_never_gets_its_label() -> None:
 
 def test_a_proven_update_ends_with_the_weights_and_the_label_of_the_version() -> None:
     with fake_server() as server:
-        WeightPublisher(client_of(server), PLAN).prove(lambda: iter(weights(4.0).items()), "v1")
+        WeightPublisher(client_of(server), PLAN).verify_sync(lambda: iter(weights(4.0).items()), "v1")
         assert server.label == "v1"
         assert server.weights == {name: tensor.numpy().tobytes() for name, tensor in weights(4.0).items()}
     actions = [body["action"] for body in server.bodies("/weights_checker")]

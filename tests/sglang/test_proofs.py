@@ -42,7 +42,7 @@ def publisher_of(proxy: Liar, folder: Path, **given: Any) -> WeightPublisher:
     """A publisher whose first update is proven."""
     client = SglangClient(proxy.url, ServerConfig(url=proxy.url, max_retries=0), key="rollout.server")
     publisher = WeightPublisher(client, plan(folder), ledger=PublicationLedger("rollout.server"), **given)
-    publisher.prove(lambda: stream(folder), "first")
+    publisher.verify_sync(lambda: stream(folder), "first")
     return publisher
 
 

@@ -98,9 +98,9 @@ def test_proof_passes_for_a_whole_plan_and_fails_for_one_with_a_wrong_name(
 
     wrong_plan = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in misnamed()]
     with pytest.raises(GateError, match="left different weights"):
-        WeightPublisher(server.client, wrong_plan).prove(misnamed, "wrong")
+        WeightPublisher(server.client, wrong_plan).verify_sync(misnamed, "wrong")
     publisher = WeightPublisher(server.client, plan(qwen3_folder))
-    publisher.prove(lambda: stream(qwen3_folder), "proven")
+    publisher.verify_sync(lambda: stream(qwen3_folder), "proven")
     assert_serves(server, publisher, qwen3_folder, log_softmax)
     sample(server, "proven")
 

@@ -6,7 +6,7 @@ import pytest
 
 from tropd_mcore.config.schema import VerifierConfig
 from tropd_mcore.data.answer_pattern import can_be_captured
-from tropd_mcore.data.verify import answer_problem, judge
+from tropd_mcore.data.verify import answer_problem, is_correct
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from tropd_mcore.data.verify import answer_problem, judge
 def test_what_a_response_can_have_is_never_refused(pattern, response, answer):
     """The oracle is a response: it is judged right."""
     verifier = VerifierConfig(kind="exact_match", pattern=pattern)
-    assert judge(verifier, response.format(answer), answer)
+    assert is_correct(verifier, response.format(answer), answer)
     assert can_be_captured(pattern, answer) and answer_problem(verifier, f" {answer} ") is None
 
 
@@ -69,5 +69,5 @@ def test_an_empty_answer_is_refused_whatever_the_pattern():
 
 def test_of_several_groups_the_first_is_the_answer_and_one_that_did_not_match_is_none():
     verifier = VerifierConfig(kind="exact_match", pattern=r"#### (?:(\d+)|(\w+))")
-    assert judge(verifier, "#### 12", "12")
-    assert not judge(verifier, "#### 12 #### none", "12")
+    assert is_correct(verifier, "#### 12", "12")
+    assert not is_correct(verifier, "#### 12 #### none", "12")

@@ -256,7 +256,7 @@ def test_variables_of_a_line_go_before_those_of_the_configuration(tmp_path):
     assert "".join(renderer.token_texts(off.token_ids)).endswith("</think>\n\n")
     text = "".join(renderer.token_texts(found.prompts[0].token_ids))
     assert text.endswith("<assistant>") and text.startswith("<tools>")
-    assert found.asked["p0"].variables == {"enable_thinking": True} and found.asked["p0"].tools == TOOLS
+    assert found.raw_prompts["p0"].variables == {"enable_thinking": True} and found.raw_prompts["p0"].tools == TOOLS
 
 
 def test_variables_that_no_prompt_can_take_are_refused_by_key_or_by_line(tmp_path):

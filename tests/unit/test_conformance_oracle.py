@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tropd_mcore.conformance.oracle as oracle_package
 from tropd_mcore.config.objectives import ObjectiveConfig
-from tropd_mcore.conformance.batch import Batch, Student, Tokens
+from tropd_mcore.conformance.batch import CaseBatch, Student, Tokens
 from tropd_mcore.conformance.cases import Conditions, make_batch
 from tropd_mcore.conformance.cells import plan_ours, plan_peer
 from tropd_mcore.conformance.entries import BY_NAME, ENTRIES
@@ -32,7 +32,7 @@ K = GOLDEN["topk"]
 IDS = torch.tensor(GOLDEN["teacher_topk_ids"])
 
 
-def golden_batch(x_T: Tensor, weight_T: Tensor, **changes: Tensor) -> Batch:
+def golden_batch(x_T: Tensor, weight_T: Tensor, **changes: Tensor) -> CaseBatch:
     """The golden state once for each x; the teacher samples none of them."""
     tokens = len(x_T)
     nothing_T = torch.zeros(tokens, dtype=torch.float64)
@@ -59,7 +59,7 @@ def golden_batch(x_T: Tensor, weight_T: Tensor, **changes: Tensor) -> Batch:
     def layer(log_probs_V: Tensor) -> Student:
         return Student(nothing_T[:, None], torch.zeros(V, 1, dtype=torch.float64), log_probs_V.expand(tokens, V))
 
-    return Batch(
+    return CaseBatch(
         student=layer(LOG_P),
         teacher=layer(LOG_Q),
         vocab_size=V,
@@ -71,7 +71,7 @@ def golden_batch(x_T: Tensor, weight_T: Tensor, **changes: Tensor) -> Batch:
     )
 
 
-def truth_of(keys: dict[str, Any], batch: Batch) -> Truth:
+def truth_of(keys: dict[str, Any], batch: CaseBatch) -> Truth:
     objective = TypeAdapter[ObjectiveConfig](ObjectiveConfig).validate_python(keys)
     return evaluate(objective, batch, 0.0, "logits")
 

@@ -49,7 +49,7 @@ NO_SUPPORT = torch.zeros(TOKENS, sum(DISTINCT), dtype=torch.float64)
 ENTROPY_ALONE = {**LOGITS, "a_TJ": NO_SUPPORT, "b_TJ": NO_SUPPORT}
 UNCHANGED = "from __future__ import annotations"
 """A text that every module has once: replaced by itself it gives a copy."""
-MODULES = ("backend", "eager", "exchange", "shard", "support_log_probs", "support_loss", "weight_gradient")
+MODULES = ("backend", "eager", "exchange", "shard", "support_log_probs", "support_loss", "gradients")
 MUTATIONS = {
     "dense coefficient 1 instead of the sum over the support": Mutation(
         "eager", "row_sum_C = row.grad_logp_CJ.sum(dim=1)", "row_sum_C = row.grad_logp_CJ.sum(dim=1) * 0 + 1", DEFERRED
@@ -121,19 +121,19 @@ MUTATIONS = {
         "support_loss", "range(2 if kernel.overlap else 1)", "range(1)", {**DEFERRED, "overlap": True}
     ),
     "weight gradient of the last chunk only": Mutation(
-        "weight_gradient", "accumulate=not first)", "accumulate=False)", DEFERRED
+        "gradients", "accumulate=not first)", "accumulate=False)", DEFERRED
     ),
     "weight gradient not scaled": Mutation(
-        "weight_gradient", "return self._sum.mul_(factor).to", "return self._sum.to", DEFERRED
+        "gradients", "return self._sum.mul_(factor).to", "return self._sum.to", DEFERRED
     ),
     "weight gradient not scaled into main_grad": Mutation(
-        "weight_gradient",
+        "gradients",
         "self._main_grad.addcmul_(self._sum, factor.to(self._sum.dtype))",
         "self._main_grad.add_(self._sum)",
         {**DEFERRED, "with_main_grad": True},
     ),
     "main_grad overwritten": Mutation(
-        "weight_gradient",
+        "gradients",
         "self._main_grad.addcmul_(self._sum, factor.to(self._sum.dtype))",
         "self._main_grad.copy_(self._sum * factor)",
         {**DEFERRED, "with_main_grad": True},

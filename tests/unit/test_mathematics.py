@@ -9,7 +9,7 @@ from math_verify.errors import TimeoutException
 from tropd_mcore.config.schema import VerifierConfig
 from tropd_mcore.data import verify
 from tropd_mcore.data.mathematics import _readable, equal
-from tropd_mcore.data.verify import answer_problem, judge
+from tropd_mcore.data.verify import answer_problem, is_correct
 
 MATH = VerifierConfig(kind="math_verify")
 
@@ -102,7 +102,7 @@ VERDICTS = (
 @pytest.mark.parametrize(("response", "answer", "right"), VERDICTS)
 def test_an_answer_is_judged_as_people_mean_it(response, answer, right, monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 300)  # a comparison takes milliseconds, but the machine may be busy
-    assert judge(MATH, response, answer) is right
+    assert is_correct(MATH, response, answer) is right
     assert answer_problem(MATH, answer) is None, "an answer that can be judged is not refused"
 
 
@@ -160,7 +160,7 @@ def test_what_took_too_long_to_read_is_read_again_another_time_and_not_logged_in
 )
 def test_of_a_long_response_the_last_box_or_the_end_is_read(response, right, monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 300)
-    assert judge(MATH, response, "7") is right
+    assert is_correct(MATH, response, "7") is right
 
 
 def test_an_answer_that_is_a_whole_solution_is_refused():
@@ -172,7 +172,7 @@ def test_an_answer_that_is_a_whole_solution_is_refused():
 def test_a_response_that_repeats_a_digit_is_wrong_in_linear_time_and_no_error(response):
     """Python prints no integer of more than 4300 digits; a rollout that goes round in circles has more."""
     digits = "1" * 5000
-    assert not judge(MATH, response % digits, "7")
+    assert not is_correct(MATH, response % digits, "7")
     begin = time.monotonic()
     _readable(response % (digits * 20))
     assert time.monotonic() - begin < 5  # a quadratic search takes minutes

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tropd_mcore.config.schema import LossConfig
 from tropd_mcore.data.groups import mini_batches, prompt_indices
 from tropd_mcore.data.packing import pack
-from tropd_mcore.data.placement import place
+from tropd_mcore.data.placement import bin_pack
 from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.types import Rollout
@@ -286,15 +286,15 @@ def test_a_rank_without_samples_gets_packs_of_padding_without_rows():
 
 def test_samples_are_spread_evenly_over_the_data_ranks():
     lengths = [10] * 12
-    placed = place(lengths, budget=90, ranks=4)
+    placed = bin_pack(lengths, budget=90, ranks=4)
     assert [sum(map(len, rank)) for rank in placed] == [3, 3, 3, 3]
 
 
 def test_placement_falls_back_to_first_fit_where_spreading_exceeds_the_budget():
     lengths = [6, 6, 4, 4, 4]  # two packs of 12 hold them only as 6+6 and 4+4+4
-    assert place(lengths, budget=12, ranks=1) == [[[0, 1], [2, 3, 4]]]
+    assert bin_pack(lengths, budget=12, ranks=1) == [[[0, 1], [2, 3, 4]]]
 
 
 def test_placement_does_not_depend_on_anything_but_the_lengths():
     lengths = [7, 3, 9, 9, 1, 4, 4, 2]
-    assert place(lengths, budget=12, ranks=2) == place(list(lengths), budget=12, ranks=2)
+    assert bin_pack(lengths, budget=12, ranks=2) == bin_pack(list(lengths), budget=12, ranks=2)

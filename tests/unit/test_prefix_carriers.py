@@ -174,7 +174,7 @@ def test_all_that_a_step_computes_is_of_the_packs_with_the_final_carriers(monkey
     trainer = Trainer.__new__(Trainer)
     trainer.components = parts  # type: ignore[assignment]
     trainer.pack = lambda rollouts: f"packs of {rollouts}"  # type: ignore[assignment,method-assign]
-    trainer.judge = lambda rollouts: Verdicts()  # type: ignore[method-assign]
+    trainer.verify = lambda rollouts: Verdicts()  # type: ignore[method-assign]
     batch = trainer.prepare(0, StepClock())
     assert (batch.rollouts, batch.packed) == ("moved", "packs of moved")
     assert seen == [

@@ -22,7 +22,7 @@ from tests.golden_rows import SETTINGS as TROPD_SETTINGS
 from tests.objective_batch import TOKENS, Batch, filled
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.candidates import rethinking
-from tropd_mcore.objectives.inputs import ABSENT, TokenInputs
+from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 from tropd_mcore.objectives.rewards import (
     entropy_opd,
@@ -35,6 +35,7 @@ from tropd_mcore.objectives.rewards import (
 )
 from tropd_mcore.objectives.trust_region import opd, tropd
 from tropd_mcore.objectives.verified import k3, kdrl, rlad
+from tropd_mcore.sentinels import ABSENT
 
 FLOOR = -0.4
 MODES = ({"ratio": "none", "mismatch": "tis"}, {"ratio": "importance"}, {"ratio": "ppo_clip", "mismatch": "icepop"})

@@ -18,8 +18,8 @@ from tropd_mcore.config.objectives import KINDS, ObjectiveConfig
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.mcore.token_inputs import TokenInputsBuilder, without_neginf
 from tropd_mcore.objectives.parts.batch_statistics import BatchRows, statistic_of
-from tropd_mcore.objectives.parts.divergences import LOGP_FLOOR
 from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.sentinels import LOGP_FLOOR
 from tropd_mcore.train.batch_context import _columns
 from tropd_mcore.types import MicroBatch, RowContext, StudentPass, TeacherScores
 

@@ -13,7 +13,7 @@ from tests.unit.test_packing import make_rollout
 from tropd_mcore.config.schema import VerifierConfig
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.thinking import answer_part, outside_of_blocks, read_answer
-from tropd_mcore.data.verify import judge
+from tropd_mcore.data.verify import is_correct
 
 STRICT = VerifierConfig(kind="exact_match")
 LENIENT = VerifierConfig(kind="exact_match", unfinished="judge")
@@ -71,8 +71,8 @@ def test_blocks_equal_a_walk_over_the_pieces(pieces, opened):
     ],
 )
 def test_a_response_that_is_no_whole_has_no_answer_unless_the_rule_says_so(response, finished, opened, strict, lenient):
-    assert judge(STRICT, response, "5", finished=finished, opened=opened) is strict
-    assert judge(LENIENT, response, "5", finished=finished, opened=opened) is lenient
+    assert is_correct(STRICT, response, "5", finished=finished, opened=opened) is strict
+    assert is_correct(LENIENT, response, "5", finished=finished, opened=opened) is lenient
 
 
 def test_without_blocks_only_the_end_of_a_response_counts():

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tropd_mcore.kernel import triton_kernels
-from tropd_mcore.kernel.exchange import EMPTY_SHARD_MAX
 from tropd_mcore.kernel.triton_backend import BLOCK_COLUMNS, MERGE_PAIRS, WARPS
+from tropd_mcore.sentinels import LEAST_LOGIT
 
 SM_90 = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -97,7 +97,7 @@ def stats_code(variant: Variant) -> Code:
     constants = {
         "TEMPERATURE": 0.7,
         "SOFTCAP": variant.softcap,
-        "EMPTY_MAX": EMPTY_SHARD_MAX,
+        "EMPTY_MAX": LEAST_LOGIT,
         "BLOCK": BLOCK_COLUMNS,
         "SLOT_BLOCK": variant.slot_block,
     }

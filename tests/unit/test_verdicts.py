@@ -9,7 +9,7 @@ import pytest
 from tests.unit.test_config_checks import make_config
 from tests.unit.test_packing import make_rollout
 from tropd_mcore.config.schema import Config
-from tropd_mcore.data.verdicts import Verdicts, accuracy, judge_rollouts, rewards
+from tropd_mcore.data.verdicts import Verdicts, accuracy, rewards, verify_rollouts
 from tropd_mcore.errors import DataError
 
 
@@ -36,7 +36,7 @@ def rollouts_of(*answers: str | None) -> list:
 def test_prefix_and_response_together_are_judged() -> None:
     first = rollouts_of("x")[0]
     right = "".join(str(index) for index in [*first.prefix_ids, *first.response_ids])
-    verdicts = judge_rollouts(rollouts_of(right, "x", None), Speller(), config_of("opd"))
+    verdicts = verify_rollouts(rollouts_of(right, "x", None), Speller(), config_of("opd"))
     assert verdicts == Verdicts([True, False, None], unfinished=0.0)
     assert accuracy(verdicts.right) == 0.5
     np.testing.assert_array_equal(rewards(verdicts.right), [1.0, 0.0, np.nan])
@@ -60,20 +60,20 @@ def test_a_sample_that_was_cut_or_still_thinks_is_wrong_and_counted(changes: dic
     ids = {name: np.array(value, np.int32) for name, value in (base | changes).items() if name != "finish_reason"}
     rollout = replace(rollouts_of("12")[0], **ids, finish_reason=changes.get("finish_reason", "stop"))
     other = replace(rollouts_of("12")[0], **ids, answer=None)
-    verdicts = judge_rollouts([rollout, other], Speller(), config_of("opd"))
+    verdicts = verify_rollouts([rollout, other], Speller(), config_of("opd"))
     assert verdicts == Verdicts([right, None], unfinished=0.0 if right else 1.0)
     lenient = make_config(verifier={"kind": "exact_match", "pattern": "(.+)", "unfinished": "judge"})
     cut = replace(rollout, finish_reason="length")
-    assert judge_rollouts([cut], Speller(), lenient) == judge_rollouts([rollout], Speller(), lenient)
-    assert judge_rollouts([cut], Speller(), lenient).unfinished == 0.0
+    assert verify_rollouts([cut], Speller(), lenient) == verify_rollouts([rollout], Speller(), lenient)
+    assert verify_rollouts([cut], Speller(), lenient).unfinished == 0.0
 
 
 def test_without_a_verifier_nothing_is_judged() -> None:
-    verdicts = judge_rollouts(rollouts_of("x", None), Speller(), config_of("opd", verifier="none"))
+    verdicts = verify_rollouts(rollouts_of("x", None), Speller(), config_of("opd", verifier="none"))
     assert verdicts == Verdicts([None, None], unfinished=None) and accuracy(verdicts.right) is None
 
 
 @pytest.mark.parametrize("kind", ["kdrl", "rlad"])
 def test_an_objective_that_learns_from_verdicts_names_the_prompt_without_an_answer(kind: str) -> None:
     with pytest.raises(DataError, match=rf"kind={kind} learns from a verifier, but prompt 'p1' \(and 1 more\) has no"):
-        judge_rollouts(rollouts_of("x", None, None), Speller(), config_of(kind))
+        verify_rollouts(rollouts_of("x", None, None), Speller(), config_of(kind))

@@ -6,7 +6,7 @@ import pytest
 
 from tropd_mcore.config.schema import VerifierConfig
 from tropd_mcore.data import verify
-from tropd_mcore.data.verify import judge
+from tropd_mcore.data.verify import is_correct
 
 EXACT = VerifierConfig(kind="exact_match")
 MATH = VerifierConfig(kind="math_verify")
@@ -27,13 +27,13 @@ MATH = VerifierConfig(kind="math_verify")
     ],
 )
 def test_exact_match_compares_the_last_match(response, right):
-    assert judge(EXACT, response, " 12 ") is right
+    assert is_correct(EXACT, response, " 12 ") is right
 
 
 def test_the_pattern_is_the_user_s():
     verifier = VerifierConfig(kind="exact_match", pattern=r"<answer>(.*?)</answer>")
-    assert judge(verifier, "<answer>1</answer> <answer>blue</answer>", "blue")
-    assert not judge(verifier, "#### blue", "blue")
+    assert is_correct(verifier, "<answer>1</answer> <answer>blue</answer>", "blue")
+    assert not is_correct(verifier, "#### blue", "blue")
 
 
 @pytest.mark.parametrize(
@@ -53,17 +53,17 @@ def test_the_pattern_is_the_user_s():
 )
 def test_mathematics_is_compared_as_such(response, answer, right, monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 300)  # a comparison takes milliseconds, but the machine may be busy
-    assert judge(MATH, response, answer) is right
+    assert is_correct(MATH, response, answer) is right
 
 
 def test_an_answer_that_takes_too_long_is_wrong(monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 1)
-    assert judge(MATH, r"$\boxed{9^{9^{9^{9}}}}$", "2") is False  # without the bound, this would not end
+    assert is_correct(MATH, r"$\boxed{9^{9^{9^{9}}}}$", "2") is False  # without the bound, this would not end
 
 
 def test_mathematics_can_be_judged_outside_the_main_thread():
     verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(judge(MATH, r"$\boxed{\frac{1}{2}}$", "0.5")))
+    thread = threading.Thread(target=lambda: verdicts.append(is_correct(MATH, r"$\boxed{\frac{1}{2}}$", "0.5")))
     thread.start()
     thread.join()
     assert verdicts == [True]

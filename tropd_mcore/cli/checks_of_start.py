@@ -20,7 +20,7 @@ from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.response_origin import load_origin
 from tropd_mcore.train.inputs import read_inputs_alone
 from tropd_mcore.train.preflight import CHEAP_CHECKS, Launch
-from tropd_mcore.train.start_checks import BACKEND, CONTENT_CHECKS, MATERIAL_CHECKS, MODELS, StartCheck, State, take
+from tropd_mcore.train.start_checks import BACKEND, CONTENT_CHECKS, INPUT_CHECKS, MODELS, StartCheck, State, take
 
 QUIET_S = 2.0
 """A check that takes longer shows its log lines, so that nobody takes it for stuck."""
@@ -43,9 +43,11 @@ def start_checks(config: Config, *, nodes: int = 1, state: State | None = None) 
     except ConfigError as error:
         yield from (Finding("FAIL", "parallel", line) for line in error.problems)
     yield from _cheap(state, Launch(config, ranks, nodes), wrong)
-    state.platform = _platform(config)
-    launch = next(check for check in MATERIAL_CHECKS if check.name == "launch")
-    for check in (MODELS, BACKEND, *(check for check in MATERIAL_CHECKS if check is not launch)):
+    from tropd_mcore.mcore import platform
+
+    state.platform = platform.meant(config.platform.kind)
+    launch = next(check for check in INPUT_CHECKS if check.name == "launch")
+    for check in (MODELS, BACKEND, *(check for check in INPUT_CHECKS if check is not launch)):
         yield from _look(check, state, wrong)
     # without parallel.data a launch may have more ranks than the fewest
     yield from _contents(state, ranks if config.parallel.data is not None else None, wrong)
@@ -68,14 +70,6 @@ def _cheap(state: State, launch: Launch, wrong: set[str]) -> Iterator[Finding]:
         if not faults:
             yield Finding("ok", check.name, check.tell(launch))
     state.done.append("launch")
-
-
-def _platform(config: Config) -> str:
-    if config.platform.kind != "auto":
-        return config.platform.kind
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _blocked(check: StartCheck, config: Config, wrong: set[str]) -> str | None:

@@ -73,7 +73,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CaseBatch:
     """Everything that a loss may look at."""
 
     student: Student

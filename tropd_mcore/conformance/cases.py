@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tropd_mcore.conformance.batch import Batch, Student, Tokens
+from tropd_mcore.conformance.batch import CaseBatch, Student, Tokens
 from tropd_mcore.conformance.entries import STUDENT_TOPK, TOPK
 
 SEED = 20_260_602
@@ -72,7 +72,7 @@ class Conditions:
 
 
 @lru_cache(maxsize=16)
-def make_batch(conditions: Conditions) -> Batch:
+def make_batch(conditions: Conditions) -> CaseBatch:
     """Return the case."""
     draw = torch.Generator().manual_seed(SEED)
     dtype = DTYPES[conditions.dtype]
@@ -134,7 +134,7 @@ def make_batch(conditions: Conditions) -> Batch:
         weight_T=rounded(weight_T if conditions.weighted else torch.ones_like(weight_T)),
         sample_T=torch.arange(len(SAMPLE_LENGTHS)).repeat_interleave(torch.tensor(SAMPLE_LENGTHS)),
     )
-    return Batch(
+    return CaseBatch(
         student=student,
         teacher=teacher,
         vocab_size=shape.vocabulary,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from tropd_mcore.conformance.cases import Conditions
 from tropd_mcore.conformance.entries import Entry
-from tropd_mcore.conformance.layouts import ALL_LAYOUTS, LAYOUTS, MEGATRON_LAYOUTS, Layout
+from tropd_mcore.conformance.layouts import ALL_LAYOUTS, LAYOUTS, MEGATRON_LAYOUTS, CaseLayout
 
 Form = Literal["fused", "logits"]
 Schedule = Literal["whole", "chunks", "overlap"]
@@ -59,7 +59,7 @@ class Cell:
         return f"{self.backend} {self.form}/{self.mode} {self.layout} {self.scaling} {self.schedule}"
 
     @property
-    def divided(self) -> Layout:
+    def divided(self) -> CaseLayout:
         """The layout."""
         return ALL_LAYOUTS[self.layout]
 

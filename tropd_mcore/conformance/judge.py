@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tropd_mcore.conformance.batch import Batch
+from tropd_mcore.conformance.batch import CaseBatch
 from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.oracle.truth import Truth
 from tropd_mcore.conformance.our_loss import Answer
@@ -51,7 +51,7 @@ class Error:
         return (self.value if self.beyond_rounding is None else self.beyond_rounding) <= self.allowed
 
 
-def judge(answers: list[Answer], truth: Truth, batch: Batch, cell: Cell, *, truncates: bool) -> dict[str, Error]:
+def judge(answers: list[Answer], truth: Truth, batch: CaseBatch, cell: Cell, *, truncates: bool) -> dict[str, Error]:
     """Return the errors by name: loss, count (ours), and logits or hidden and weight.
 
     truncates: what is stored is rounded towards zero, which costs twice as much.

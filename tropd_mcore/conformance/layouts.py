@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Layout:
+class CaseLayout:
     """The vocabulary over the tensor ranks, the tokens over micro-batches."""
 
     name: str
@@ -39,12 +39,12 @@ class Layout:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("tp1", (0, 29), padded=False, uneven=False),
-        Layout("tp1-padded", (0, 32), padded=True, uneven=False),
-        Layout("tp2-padded", (0, 16, 32), padded=True, uneven=False),
-        Layout("tp2-uneven", (0, 19, 29), padded=False, uneven=True),
-        Layout("tp3-padding-only", (0, 16, 32, 48), padded=True, uneven=False),
-        Layout("tp3-uneven", (0, 11, 14, 29), padded=False, uneven=True),
+        CaseLayout("tp1", (0, 29), padded=False, uneven=False),
+        CaseLayout("tp1-padded", (0, 32), padded=True, uneven=False),
+        CaseLayout("tp2-padded", (0, 16, 32), padded=True, uneven=False),
+        CaseLayout("tp2-uneven", (0, 19, 29), padded=False, uneven=True),
+        CaseLayout("tp3-padding-only", (0, 16, 32, 48), padded=True, uneven=False),
+        CaseLayout("tp3-uneven", (0, 11, 14, 29), padded=False, uneven=True),
     )
 }
 """The loss by itself."""
@@ -52,11 +52,11 @@ LAYOUTS = {
 MEGATRON_LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("megatron-tp1", (0, 256), padded=True, uneven=False, megatron=True),
-        Layout("megatron-tp2", (0, 128, 256), padded=True, uneven=False, megatron=True),
-        Layout("megatron-tp2-sp", (0, 128, 256), padded=True, uneven=False, megatron=True, sequence_parallel=True),
-        Layout("megatron-cp2", (0, 256), padded=True, uneven=False, megatron=True, context=2),
-        Layout(
+        CaseLayout("megatron-tp1", (0, 256), padded=True, uneven=False, megatron=True),
+        CaseLayout("megatron-tp2", (0, 128, 256), padded=True, uneven=False, megatron=True),
+        CaseLayout("megatron-tp2-sp", (0, 128, 256), padded=True, uneven=False, megatron=True, sequence_parallel=True),
+        CaseLayout("megatron-cp2", (0, 256), padded=True, uneven=False, megatron=True, context=2),
+        CaseLayout(
             "megatron-tp2-sp-cp2",
             (0, 128, 256),
             padded=True,

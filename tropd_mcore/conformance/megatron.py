@@ -20,12 +20,11 @@ from torch import Tensor
 
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
-from tropd_mcore.conformance.batch import Batch
+from tropd_mcore.conformance.batch import CaseBatch
 from tropd_mcore.conformance.cases import SAMPLE_LENGTHS, SHAPES, TEACHER_ROWS, make_batch
 from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.entries import Entry
-from tropd_mcore.conformance.layouts import ALL_LAYOUTS
-from tropd_mcore.conformance.layouts import Layout as ConformanceLayout
+from tropd_mcore.conformance.layouts import ALL_LAYOUTS, CaseLayout
 from tropd_mcore.conformance.our_loss import Answer, batch_statistic
 from tropd_mcore.data.packing import pack
 from tropd_mcore.kernel.support_loss import WeightGradientMode
@@ -91,7 +90,7 @@ def run_megatron(cell: Cell, entry: Entry) -> Answer:
 class _Entrance:
     """Puts the hidden states of the case at the entry of the output layer, and takes their gradients there."""
 
-    def __init__(self, model: Model, batch: Batch, micro_batches: list[MicroBatch]) -> None:
+    def __init__(self, model: Model, batch: CaseBatch, micro_batches: list[MicroBatch]) -> None:
         self._layout, self._batch, self._micro_batches = model.layout, batch, micro_batches
         self._leaves: list[Tensor] = []
         self._hook = model.modules[-1].output_layer.register_forward_pre_hook(self._enter)
@@ -175,11 +174,11 @@ def _model(name: str, dtype: Dtype) -> Model:
     )
 
 
-def _parallel(wanted: ConformanceLayout) -> ParallelConfig:
+def _parallel(wanted: CaseLayout) -> ParallelConfig:
     return ParallelConfig(tensor=wanted.tensor, context=wanted.context, sequence_parallel=wanted.sequence_parallel)
 
 
-def _settings(cell: Cell, batch: Batch) -> LossSettings:
+def _settings(cell: Cell, batch: CaseBatch) -> LossSettings:
     return LossSettings(
         temperature=batch.temperature,
         form=cell.form,
@@ -192,7 +191,7 @@ def _settings(cell: Cell, batch: Batch) -> LossSettings:
     )
 
 
-def _rollouts(batch: Batch) -> list[Rollout]:
+def _rollouts(batch: CaseBatch) -> list[Rollout]:
     """The samples of the case, after a prompt; the tokens that the teacher sampled are their prefixes."""
     target_ids, start, rollouts = batch.tokens.target_ids_T.numpy().astype(np.int32), 0, []
     for sample, length in enumerate(SAMPLE_LENGTHS):
@@ -224,7 +223,7 @@ def _rows_of(micro_batch: MicroBatch) -> Tensor:
     return starts_S[micro_batch.sample_index_T] + micro_batch.token_index_T - PROMPT_TOKENS
 
 
-def _with_numbers(micro_batch: MicroBatch, batch: Batch) -> MicroBatch:
+def _with_numbers(micro_batch: MicroBatch, batch: CaseBatch) -> MicroBatch:
     """The micro-batch with what the sampler says in the case."""
     tokens = batch.tokens.rows(_rows_of(micro_batch))
     return replace(
@@ -235,7 +234,7 @@ def _with_numbers(micro_batch: MicroBatch, batch: Batch) -> MicroBatch:
     )
 
 
-def _scores(micro_batch: MicroBatch, batch: Batch) -> TeacherScores:
+def _scores(micro_batch: MicroBatch, batch: CaseBatch) -> TeacherScores:
     """What the teacher says in the case; it has not scored the tokens in neither mask."""
     tokens = batch.tokens.rows(_rows_of(micro_batch))
     return TeacherScores(
@@ -248,7 +247,7 @@ def _scores(micro_batch: MicroBatch, batch: Batch) -> TeacherScores:
     )
 
 
-def _context(micro_batch: MicroBatch, batch: Batch, entry: Entry) -> RowContext:
+def _context(micro_batch: MicroBatch, batch: CaseBatch, entry: Entry) -> RowContext:
     """What is known from before the update."""
     rows = _rows_of(micro_batch)
     tokens = batch.tokens.rows(rows)

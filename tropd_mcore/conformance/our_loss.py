@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.conformance.batch import Batch, Student, Tokens
+from tropd_mcore.conformance.batch import CaseBatch, Student, Tokens
 from tropd_mcore.conformance.cases import make_batch
 from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.entries import Entry
@@ -113,7 +113,7 @@ def shard_of(cell: Cell) -> VocabShard:
 
 
 def _loss_of(
-    cell: Cell, entry: Entry, batch: Batch, leaves: _Leaves, rows: Tensor, statistic_T: Tensor, device: torch.device
+    cell: Cell, entry: Entry, batch: CaseBatch, leaves: _Leaves, rows: Tensor, statistic_T: Tensor, device: torch.device
 ) -> TokenLosses:
     """The loss of one micro-batch."""
     tokens = batch.tokens.rows(rows)
@@ -194,7 +194,7 @@ def _constants(part: Tokens, statistic_C: Tensor, dtype: torch.dtype, device: to
 
 
 def _whole_vocabulary(
-    cell: Cell, entry: Entry, batch: Batch, kernel: Kernel, rows: Tensor, device: torch.device
+    cell: Cell, entry: Entry, batch: CaseBatch, kernel: Kernel, rows: Tensor, device: torch.device
 ) -> FullVocabulary | None:
     """The divergence over the whole vocabulary, of an objective that has one."""
     whole = entry.objective.full_vocabulary_divergence
@@ -210,7 +210,7 @@ def _whole_vocabulary(
     return FullVocabulary(teacher, kernel, teacher_shard=kernel.shard, divergence=whole.name, beta=whole.beta)
 
 
-def batch_statistic(entry: Entry, batch: Batch) -> Tensor:
+def batch_statistic(entry: Entry, batch: CaseBatch) -> Tensor:
     """What the objective needs of the whole batch, before it is cut into micro-batches; 1 where it needs nothing."""
     tokens = batch.tokens
     statistic = statistic_of(entry.objective, entry.progress)

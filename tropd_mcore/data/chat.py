@@ -17,7 +17,7 @@ from tropd_mcore.data.tokenizer import decode, load_tokenizer, own_end_ids
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import IntArray
 
-Asked = str | Sequence[Message] | Chat
+RawPrompt = str | Sequence[Message] | Chat
 """What is to be answered: a text, or a chat with or without what its template gets beside the messages."""
 
 TAIL_TOKENS = 32
@@ -42,7 +42,7 @@ class Renderer:
         )
         self._before_text = self._ids_before_text()
 
-    def prompt_ids(self, prompt: Asked) -> IntArray:
+    def prompt_ids(self, prompt: RawPrompt) -> IntArray:
         """Return the ids of a text, or of a chat rendered up to the start of the answer; int32 [length].
 
         A text begins with what the tokenizer puts before a text (BOS), once, and never ends with what it puts after

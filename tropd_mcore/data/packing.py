@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tropd_mcore.data.placement import place
+from tropd_mcore.data.placement import bin_pack
 from tropd_mcore.data.supervision import IgnoredTokens, Supervised, supervised
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.types import MicroBatch, Rollout
@@ -40,6 +40,11 @@ class PackedStep:
     """Rows of the step over all ranks: N, the denominator of a single update where the teacher scored every sample."""
     mini_batches: list[slice]
     """The micro-batches of each part of the rollouts, in their order."""
+
+    @property
+    def samples(self) -> set[int]:
+        """Indices of the rollouts that have rows in these packs."""
+        return {int(index) for micro_batch in self.micro_batches for index in micro_batch.sample_index_T.unique()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def pack(
     """Pack the rollouts of a step and return the micro-batches of one (data, context) rank.
 
     `tokens_per_micro_batch` bounds the length of a pack over all context ranks. Each sample is padded to a multiple of
-    2 * cp_size where cp_size > 1 (zigzag chunks), each pack by one padding sample to `pack_length`, a multiple of
+    2 * cp_size where cp_size > 1 (zigzag slices), each pack by one padding sample to `pack_length`, a multiple of
     2 * cp_size * tp_size. Every data rank gets the same number of packs, a multiple of `micro_batch_multiple` (the
     pipeline size for interleaved schedules); packs may be empty (padding only, T = 0). `mini_batches` are consecutive
     ranges of all rollouts, each packed and weighted on its own (none: all are one part); `ignored` tokens are no rows.
@@ -113,7 +118,7 @@ def pack(
 
 def _place_part(part: range, lengths: list[int], *, budget: int, ranks: int, multiple: int) -> list[list[list[int]]]:
     """`place` of the samples of one part, by their numbers in the step."""
-    placed = place([lengths[sample] for sample in part], budget=budget, ranks=ranks, multiple=multiple)
+    placed = bin_pack([lengths[sample] for sample in part], budget=budget, ranks=ranks, multiple=multiple)
     return [[[part[sample] for sample in samples] for samples in rank] for rank in placed]
 
 
@@ -146,18 +151,48 @@ def pack_multiple(cp_size: int, tp_size: int) -> int:
 def context_positions(cu_seqlens: npt.NDArray[np.int32], cp_size: int, cp_rank: int) -> npt.NDArray[np.int64]:
     """Return the positions of a pack that one context rank holds, int64 [P].
 
-    Each sample is cut into 2 * cp_size equal chunks, of which rank r holds chunks r and 2 * cp_size - 1 - r: the order
-    that Megatron's rotary embedding and packed attention expect.
+    Each sample is cut into 2 * cp_size equal slices, of which rank r holds slices r and 2 * cp_size - 1 - r (zigzag):
+    the order that Megatron's rotary embedding and packed attention expect.
     """
     if cp_size == 1:
         return np.arange(cu_seqlens[-1], dtype=np.int64)
-    pieces = []
+    slices = []
     for start, stop in pairwise(cu_seqlens.tolist()):
-        chunk, remainder = divmod(stop - start, 2 * cp_size)
+        length, remainder = divmod(stop - start, 2 * cp_size)
         assert remainder == 0, f"sample of {stop - start} positions is no multiple of 2 * cp = {2 * cp_size}"
         for index in (cp_rank, 2 * cp_size - 1 - cp_rank):
-            pieces.append(np.arange(start + index * chunk, start + (index + 1) * chunk, dtype=np.int64))
-    return np.concatenate(pieces)
+            slices.append(np.arange(start + index * length, start + (index + 1) * length, dtype=np.int64))
+    return np.concatenate(slices)
+
+
+def one_sample(
+    tokens: npt.NDArray[np.int64], rows: int, device: torch.device, *, cp_size: int = 1, cp_rank: int = 0
+) -> MicroBatch:
+    """Return a pack of one sample, of which the first `rows` positions are rows; this context rank's part of it.
+
+    `tokens`, int64 [pack length + 1]: the tokens of the pack, and what its last position would predict.
+    """
+    pack_length = len(tokens) - 1
+    boundaries = np.array([0, pack_length], dtype=np.int32)
+    positions = context_positions(boundaries, cp_size, cp_rank)
+    rows_T = np.flatnonzero(positions < rows)
+    predicted_T = positions[rows_T] + 1
+    zeros = torch.zeros(len(rows_T), dtype=torch.int64, device=device)
+    return MicroBatch(
+        input_ids_P=torch.from_numpy(tokens[positions]).to(device),
+        position_ids_P=torch.from_numpy(positions).to(device),
+        cu_seqlens=torch.from_numpy(boundaries).to(device),
+        max_seqlen=pack_length,
+        rows_T=torch.from_numpy(rows_T).to(device),
+        target_ids_T=torch.from_numpy(tokens[predicted_T]).to(device),
+        student_mask_T=torch.ones_like(zeros, dtype=torch.bool),
+        prefix_mask_T=torch.zeros_like(zeros, dtype=torch.bool),
+        rollout_logp_T=zeros.float(),
+        trust_u_T=zeros.float(),
+        weight_T=torch.ones_like(zeros, dtype=torch.float32),
+        sample_index_T=zeros,
+        token_index_T=torch.from_numpy(predicted_T).to(device),
+    )
 
 
 @dataclass

@@ -7,7 +7,7 @@ budget; every rank gets the same number of packs.
 from __future__ import annotations
 
 
-def place(lengths: list[int], *, budget: int, ranks: int, multiple: int = 1) -> list[list[list[int]]]:
+def bin_pack(lengths: list[int], *, budget: int, ranks: int, multiple: int = 1) -> list[list[list[int]]]:
     """Return, for each rank, its packs, each the ascending list of the samples (indices into `lengths`) in it.
 
     First-fit decreasing finds how many packs of `budget` tokens are needed; the count is rounded up so that every rank

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd_mcore.config.schema import Config, DataConfig, VerifierConfig
-from tropd_mcore.data.chat import Asked, Renderer
+from tropd_mcore.data.chat import RawPrompt, Renderer
 from tropd_mcore.data.chat_template import Chat, unread
 from tropd_mcore.data.jsonl import Problem, raise_problems
 from tropd_mcore.data.prompt_file import PromptRecord, scan_prompt_file
@@ -62,12 +62,12 @@ class PromptSet:
         *,
         shuffle: bool,
         seed: int,
-        asked: Mapping[str, Asked] | None = None,
+        raw_prompts: Mapping[str, RawPrompt] | None = None,
         printed_date: date | None = None,
     ) -> None:
         assert prompts, "a prompt set without prompts"
         self.prompts = prompts
-        self.asked = asked or {}
+        self.raw_prompts = raw_prompts or {}
         """What each prompt id stands for, before it was rendered."""
         self.printed_date = printed_date
         """The day that a prompt prints; None where none does."""
@@ -121,7 +121,7 @@ def load_prompts(
     records = records[: needs.limit]
     variables = _variables(config, renderer, any(not isinstance(record.prompt, str) for record in records))
     day = config.template_date or today or date.today()
-    asked = {record.prompt_id: _asked(record, variables, day) for record in records}
+    raw_prompts = {record.prompt_id: _raw_prompt(record, variables, day) for record in records}
     responses = _responses(config, renderer, needs)
     known = responses.by_prompt.keys() | responses.bad_ids
     prompts: list[Prompt] = []
@@ -129,7 +129,7 @@ def load_prompts(
         for record in counted(records, state):
             where = f"{config.prompts}:{record.line}: prompt {record.prompt_id!r}"
             try:
-                token_ids = renderer.prompt_ids(asked[record.prompt_id])
+                token_ids = renderer.prompt_ids(raw_prompts[record.prompt_id])
             except DataError as error:
                 problems.append(Problem(record.line, f"{where}: {error}"))
                 continue
@@ -143,11 +143,11 @@ def load_prompts(
     problems += _answer_problems(records, config.prompts, needs.verifier)
     foreign = _foreign(prompts, responses, config) if needs.responses else ()
     raise_problems(problems, [*responses.problems, *foreign])
-    printed = _check_date(config, renderer, asked.values(), day)
-    return PromptSet(prompts, shuffle=config.shuffle, seed=seed, asked=asked, printed_date=printed)
+    printed = _check_date(config, renderer, raw_prompts.values(), day)
+    return PromptSet(prompts, shuffle=config.shuffle, seed=seed, raw_prompts=raw_prompts, printed_date=printed)
 
 
-def _asked(record: PromptRecord, variables: Mapping[str, Any], day: date) -> Asked:
+def _raw_prompt(record: PromptRecord, variables: Mapping[str, Any], day: date) -> RawPrompt:
     """The variables of the line go before those of the configuration."""
     if isinstance(record.prompt, str):
         return record.prompt
@@ -217,9 +217,9 @@ def _answer_problems(records: list[PromptRecord], path: Path, verifier: Verifier
                 yield Problem(record.line, f"{path}:{record.line}: prompt {record.prompt_id!r}: {problem}")
 
 
-def _check_date(config: DataConfig, renderer: Renderer, asked: Collection[Asked], day: date) -> date | None:
+def _check_date(config: DataConfig, renderer: Renderer, raw_prompts: Collection[RawPrompt], day: date) -> date | None:
     """Return the day that the prompts print, None where they print none. Raises DataError where one is set in vain."""
-    chats = [chat for chat in asked if isinstance(chat, Chat)]
+    chats = [chat for chat in raw_prompts if isinstance(chat, Chat)]
     if any(renderer.template.prints_date(chat) for chat in chats):
         if config.template_date is None:
             log.warning(

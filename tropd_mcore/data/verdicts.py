@@ -36,7 +36,7 @@ class Verdicts:
     judged"""
 
 
-def judge_rollouts(rollouts: Sequence[Rollout], renderer: Renderer, config: Config) -> Verdicts:
+def verify_rollouts(rollouts: Sequence[Rollout], renderer: Renderer, config: Config) -> Verdicts:
     """Return one verdict for each rollout; host work only.
 
     Raises DataError where the objective learns from verdicts and a prompt has no answer.

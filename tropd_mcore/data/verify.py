@@ -20,7 +20,9 @@ LONGEST_MATH_ANSWER = 2000
 """Characters of an answer in mathematics. Its search by regular expressions is quadratic, and no time limit ends it."""
 
 
-def judge(verifier: VerifierConfig, response: str, answer: str, *, finished: bool = True, opened: bool = False) -> bool:
+def is_correct(
+    verifier: VerifierConfig, response: str, answer: str, *, finished: bool = True, opened: bool = False
+) -> bool:
     """Return whether `response` ends in `answer`, as a string or as mathematics, as `verifier.kind` says.
 
     `finished`: the response ended by itself, not at its token budget. `opened`: its prompt had opened a thinking block.

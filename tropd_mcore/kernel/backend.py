@@ -72,7 +72,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """((m, s, u) of the shard's real columns [C, 3], z' of the ids that are here and 0 elsewhere [C, J]).
 
-        Math dtype. m = max z', s = sum e^(z'-m), u = sum e^(z'-m) (z'-m); (EMPTY_SHARD_MAX, 0, 0) without real columns.
+        Math dtype. m = max z', s = sum e^(z'-m), u = sum e^(z'-m) (z'-m); (LEAST_LOGIT, 0, 0) without real columns.
         A logit of -inf counts as LEAST_LOGIT in m, s and u, and stays -inf among the ids.
         Reads the logits once and leaves them.
         """

@@ -20,14 +20,8 @@ from torch.utils._triton import has_triton
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.kernel.backend import RowGradient
 from tropd_mcore.kernel.eager import empty_shard_stats
-from tropd_mcore.kernel.shard import (
-    LEAST_LOGIT,
-    Scaling,
-    VocabShard,
-    local_ids,
-    math_dtype,
-    support_logits,
-)
+from tropd_mcore.kernel.shard import Scaling, VocabShard, local_ids, math_dtype, support_logits
+from tropd_mcore.sentinels import LEAST_LOGIT
 
 P = ParamSpec("P")
 R = TypeVar("R")

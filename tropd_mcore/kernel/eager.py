@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.kernel.backend import RowGradient
-from tropd_mcore.kernel.exchange import EMPTY_SHARD_MAX
 from tropd_mcore.kernel.shard import (
     Scaling,
     VocabShard,
@@ -23,6 +22,7 @@ from tropd_mcore.kernel.shard import (
     scaled_logits,
     support_logits,
 )
+from tropd_mcore.sentinels import LEAST_LOGIT
 
 BLOCK_ELEMENTS = 2**19
 """Elements of a block for each thread of a CPU; three such buffers are 6 MiB in float32. Measured: a quarter of the
@@ -90,7 +90,7 @@ def _clear_dead_rows_(out_CW: Tensor, live_C: Tensor) -> None:
 def empty_shard_stats(owned_CJ: Tensor) -> Tensor:
     """(m, s, u) of a shard without real columns, [C, 3]."""
     nothing_C = owned_CJ.new_zeros(owned_CJ.shape[0])
-    return torch.stack([nothing_C + EMPTY_SHARD_MAX, nothing_C, nothing_C], dim=1)
+    return torch.stack([nothing_C + LEAST_LOGIT, nothing_C, nothing_C], dim=1)
 
 
 def add_support_(grad_BR: Tensor, local_BJ: Tensor, owned_BJ: Tensor, unique_run_lengths: tuple[int, ...]) -> None:

@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.kernel.shard import LEAST_LOGIT, NO_ENTRY, VocabShard
-
-EMPTY_SHARD_MAX = LEAST_LOGIT
-"""Stands for the maximum of no logits."""
+from tropd_mcore.kernel.shard import VocabShard
+from tropd_mcore.sentinels import NO_ENTRY
 
 
 @dataclass(frozen=True)

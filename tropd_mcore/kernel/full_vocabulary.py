@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tropd_mcore.errors import ModelError
 from tropd_mcore.kernel.backend import Kernel
-from tropd_mcore.kernel.exchange import EMPTY_SHARD_MAX
-from tropd_mcore.kernel.shard import LEAST_LOGIT, Scaling, VocabShard, math_dtype, scaled_logits
+from tropd_mcore.kernel.shard import Scaling, VocabShard, math_dtype, scaled_logits
 from tropd_mcore.kernel.source import GivenLogits, LogitSource
+from tropd_mcore.sentinels import LEAST_LOGIT
 
 IMPOSSIBLE = -LEAST_LOGIT / 1e10
 """A divergence above this many nats compares a possible token with one whose logit is -inf: it is infinite."""
@@ -69,7 +69,7 @@ class FullVocabulary:
         student_CU = scaled_logits(logits_CW, self._kernel.shard, self._kernel.scaling)[:, : self._common]
         if self._common == 0:
             partials_C5 = student_CU.new_zeros(len(student_CU), 5)
-            partials_C5[:, :3:2] = EMPTY_SHARD_MAX  # both maxima
+            partials_C5[:, :3:2] = LEAST_LOGIT  # both maxima
             return partials_C5
         student_max_C, teacher_max_C = student_CU.amax(dim=1), teacher_CU.amax(dim=1)
         z_CU, t_CU = student_CU.sub_(student_max_C[:, None]), teacher_CU - teacher_max_C[:, None]

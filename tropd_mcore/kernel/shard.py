@@ -11,12 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NO_ENTRY = -1
-"""Support id of an unused slot: its log-prob is 0 and it has no gradient."""
-
-LEAST_LOGIT = -1e30
-"""Takes the place of a logit of -inf in sums over the vocabulary, and of the maximum of no logits. Its probability is 0
-in float32 and float64. It is finite, because -inf - (-inf) and 0 * inf are NaN."""
+from tropd_mcore.sentinels import LEAST_LOGIT
 
 
 @dataclass(frozen=True)

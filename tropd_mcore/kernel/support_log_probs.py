@@ -20,8 +20,8 @@ from torch import Tensor
 from tropd_mcore.errors import LossInputError
 from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
 from tropd_mcore.kernel.exchange import merge_stats, start_exchange, support_log_probs_of
-from tropd_mcore.kernel.gradient_buffer import GradientBuffer
-from tropd_mcore.kernel.shard import NO_ENTRY, chunks, math_dtype
+from tropd_mcore.kernel.gradients import GradientBuffer, WeightGradient
+from tropd_mcore.kernel.shard import chunks, math_dtype
 from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
 from tropd_mcore.kernel.surroundings import (
     begin_backward,
@@ -29,7 +29,7 @@ from tropd_mcore.kernel.surroundings import (
     refuse_functional_transforms,
     without_autocast,
 )
-from tropd_mcore.kernel.weight_gradient import WeightGradient
+from tropd_mcore.sentinels import NO_ENTRY
 
 
 def support_log_probs(

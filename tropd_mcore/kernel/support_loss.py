@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
 from tropd_mcore.kernel.exchange import Exchange, merge_stats, start_exchange, support_log_probs_of
-from tropd_mcore.kernel.gradient_buffer import GradientBuffer
-from tropd_mcore.kernel.shard import NO_ENTRY, chunks, math_dtype
+from tropd_mcore.kernel.gradients import GradientBuffer, WeightGradient, assert_is_one
+from tropd_mcore.kernel.shard import chunks, math_dtype
 from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
 from tropd_mcore.kernel.support_log_probs import check_arguments, support_log_probs
 from tropd_mcore.kernel.surroundings import (
@@ -33,7 +33,7 @@ from tropd_mcore.kernel.surroundings import (
     without_autocast,
 )
 from tropd_mcore.kernel.token_losses import TokenLosses
-from tropd_mcore.kernel.weight_gradient import WeightGradient, assert_is_one
+from tropd_mcore.sentinels import NO_ENTRY
 
 WeightGradientMode = Literal["deferred", "folded", "recompute"]
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from tropd_mcore.kernel.backend import Kernel
 from tropd_mcore.kernel.eager import block_rows
 from tropd_mcore.kernel.exchange import merge_stats, support_log_probs_of
-from tropd_mcore.kernel.shard import NO_ENTRY, VocabShard, chunks, math_dtype
+from tropd_mcore.kernel.shard import VocabShard, chunks, math_dtype
 from tropd_mcore.kernel.source import LogitSource
 from tropd_mcore.kernel.surroundings import without_autocast
+from tropd_mcore.sentinels import NO_ENTRY
 
 COLUMN_BITS = 32
 LAST_COLUMN = 2**COLUMN_BITS - 1

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.kernel.backend import RowGradient
-from tropd_mcore.kernel.exchange import EMPTY_SHARD_MAX
 from tropd_mcore.kernel.shard import Scaling, VocabShard, math_dtype
+from tropd_mcore.sentinels import LEAST_LOGIT
 
 BLOCK_COLUMNS = 4096
 """Columns that a program holds in registers at a time: the widest block that compiles for sm_90 to at most 100
@@ -67,7 +67,7 @@ class TritonBackend:
                 slots,
                 TEMPERATURE=scaling.temperature,
                 SOFTCAP=scaling.softcap,
-                EMPTY_MAX=EMPTY_SHARD_MAX,
+                EMPTY_MAX=LEAST_LOGIT,
                 BLOCK=self._block(shard.width),
                 SLOT_BLOCK=_power_of_two(slots),
                 num_warps=WARPS,

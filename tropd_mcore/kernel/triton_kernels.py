@@ -12,9 +12,9 @@ real, J support ids. The dtype of the statistics (float32, or float64) is that o
 import triton
 import triton.language as tl
 
-from tropd_mcore.kernel import shard
+from tropd_mcore import sentinels
 
-LEAST_LOGIT = tl.constexpr(shard.LEAST_LOGIT)
+LEAST_LOGIT = tl.constexpr(sentinels.LEAST_LOGIT)
 
 
 @triton.jit

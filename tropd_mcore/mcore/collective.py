@@ -92,6 +92,15 @@ def on_rank_zero(function: Callable[[], Value], control: dist.ProcessGroup) -> V
     return box[0]  # type: ignore[return-value]
 
 
+def union(values: set[Value], group: dist.ProcessGroup) -> set[Value]:
+    """Return what any rank of `group` has. Collective over the group."""
+    if dist.get_world_size(group) == 1:
+        return values
+    parts: list[set[Value]] = [set()] * dist.get_world_size(group)
+    dist.all_gather_object(parts, values, group=group)
+    return set().union(*parts)
+
+
 def gather_on_rank_zero(value: Value, control: dist.ProcessGroup) -> list[Value]:
     """Every rank's value in rank order on rank 0, an empty list elsewhere."""
     is_zero = dist.get_rank(control) == 0

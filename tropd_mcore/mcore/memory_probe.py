@@ -6,10 +6,9 @@ Not a measurement. Invariant: parameters and optimizer are untouched and gradien
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from tropd_mcore.data.packing import context_positions, pack_multiple
+from tropd_mcore.data.packing import one_sample, pack_multiple
 from tropd_mcore.errors import GateError
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
@@ -56,35 +55,8 @@ def probe_memory(
 
 def longest_micro_batch(pack_length: int, layout: Layout, device: torch.device) -> MicroBatch:
     """Return one sample of `pack_length` positions, of which each is a row; this context rank's part of it."""
-    return one_sample(np.zeros(pack_length + 1, dtype=np.int64), pack_length, layout, device)
-
-
-def one_sample(tokens: npt.NDArray[np.int64], rows: int, layout: Layout, device: torch.device) -> MicroBatch:
-    """Return a pack of one sample, of which the first `rows` positions are rows; this context rank's part of it.
-
-    `tokens`, int64 [pack length + 1]: the tokens of the pack, and what its last position would predict.
-    """
-    pack_length = len(tokens) - 1
-    boundaries = np.array([0, pack_length], dtype=np.int32)
-    positions = context_positions(boundaries, layout.cp_size, layout.cp_rank)
-    rows_T = np.flatnonzero(positions < rows)
-    predicted_T = positions[rows_T] + 1
-    zeros = torch.zeros(len(rows_T), dtype=torch.int64, device=device)
-    return MicroBatch(
-        input_ids_P=torch.from_numpy(tokens[positions]).to(device),
-        position_ids_P=torch.from_numpy(positions).to(device),
-        cu_seqlens=torch.from_numpy(boundaries).to(device),
-        max_seqlen=pack_length,
-        rows_T=torch.from_numpy(rows_T).to(device),
-        target_ids_T=torch.from_numpy(tokens[predicted_T]).to(device),
-        student_mask_T=torch.ones_like(zeros, dtype=torch.bool),
-        prefix_mask_T=torch.zeros_like(zeros, dtype=torch.bool),
-        rollout_logp_T=zeros.float(),
-        trust_u_T=zeros.float(),
-        weight_T=torch.ones_like(zeros, dtype=torch.float32),
-        sample_index_T=zeros,
-        token_index_T=torch.from_numpy(predicted_T).to(device),
-    )
+    tokens = np.zeros(pack_length + 1, dtype=np.int64)
+    return one_sample(tokens, pack_length, device, cp_size=layout.cp_size, cp_rank=layout.cp_rank)
 
 
 def _any_scores(micro_batch: MicroBatch, k: int, student_topk: int, teacher: Model | None) -> TeacherScores:

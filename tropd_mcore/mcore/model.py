@@ -44,7 +44,7 @@ _TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16":
 class Model:
     """One rank's part of a model."""
 
-    chunks: list[GPTModel | DistributedDataParallel]
+    model_chunks: list[GPTModel | DistributedDataParallel]
     """One a virtual stage; wrapped in DistributedDataParallel where trainable."""
     config: TransformerConfig
     arch: Architecture
@@ -60,7 +60,7 @@ class Model:
     @property
     def modules(self) -> list[GPTModel]:
         """The chunks without their data-parallel wrapper."""
-        return [chunk.module if self.trainable else chunk for chunk in self.chunks]
+        return [chunk.module if self.trainable else chunk for chunk in self.model_chunks]
 
 
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:

@@ -45,7 +45,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(megatron_config)
     check_optimizer_config(megatron_config, overrides)
-    optimizer = get_megatron_optimizer(megatron_config, model.chunks, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(megatron_config, model.model_chunks, config_overrides=overrides)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -9,7 +9,6 @@ Legend: P positions on this context rank, T rows, D hidden.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -68,7 +67,7 @@ def only_measure(measure: Measure[Result]) -> Loss[Result]:
 
 def zero_gradients(model: Model) -> None:
     """Set the gradients of a trainable model to zero."""
-    for chunk in model.chunks:
+    for chunk in model.model_chunks:
         chunk.zero_grad_buffer()
 
 
@@ -97,12 +96,12 @@ def _run(
     schedule = get_forward_backward_func(
         pp_size=model.layout.pp_size, vp_size=model.config.virtual_pipeline_model_parallel_size
     )
-    what, total = "forward pass" if forward_only else "forward and backward", len(padded) * len(model.chunks)
+    what, total = "forward pass" if forward_only else "forward and backward", len(padded) * len(model.model_chunks)
     with progress(log, what, total=total, unit="micro-batches") as state:
         schedule(
             forward_step_func=forward_step,
-            data_iterator=[iter(enumerate(padded)) for _ in model.chunks],
-            model=model.chunks,
+            data_iterator=[iter(enumerate(padded)) for _ in model.model_chunks],
+            model=model.model_chunks,
             num_microbatches=len(padded),
             seq_length=pack_length,
             micro_batch_size=1,
@@ -135,10 +134,4 @@ def _fill_interleaved(model: Model, micro_batches: list[MicroBatch]) -> list[Mic
     if model.config.virtual_pipeline_model_parallel_size is None:
         return micro_batches
     missing = -len(micro_batches) % model.layout.pp_size
-    return micro_batches + [without_rows(micro_batches[0])] * missing
-
-
-def without_rows(micro_batch: MicroBatch) -> MicroBatch:
-    """Return the same pack with nothing supervised (T = 0)."""
-    per_row = [field.name for field in dataclasses.fields(micro_batch) if field.name.endswith("_T")]
-    return dataclasses.replace(micro_batch, **{name: getattr(micro_batch, name)[:0] for name in per_row})
+    return micro_batches + [micro_batches[0].without_rows()] * missing

@@ -11,9 +11,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from tropd_mcore.data.packing import pack_multiple
+from tropd_mcore.data.packing import one_sample, pack_multiple
 from tropd_mcore.mcore.loss_settings import LossSettings
-from tropd_mcore.mcore.memory_probe import one_sample
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.scoring import score_micro_batches
@@ -50,4 +49,4 @@ def probe_batch(token_ids: IntArray, pack_length: int, layout: Layout, device: t
     """
     filling = np.full(pack_length + 1 - len(token_ids), token_ids[-1])
     tokens = np.concatenate([token_ids, filling]).astype(np.int64)
-    return one_sample(tokens, len(token_ids) - 1, layout, device)
+    return one_sample(tokens, len(token_ids) - 1, device, cp_size=layout.cp_size, cp_rank=layout.cp_rank)

@@ -15,14 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tropd_mcore.kernel.shard import NO_ENTRY
 from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.kernel.support_log_probs import support_log_probs
 from tropd_mcore.kernel.topk import TopK, distributed_topk
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
-from tropd_mcore.objectives.inputs import ABSENT
+from tropd_mcore.sentinels import ABSENT, NO_ENTRY
 from tropd_mcore.types import MicroBatch, StudentPass, TeacherScores
 
 

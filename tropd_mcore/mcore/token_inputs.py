@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tropd_mcore.kernel.shard import NO_ENTRY
-from tropd_mcore.objectives.inputs import ABSENT, TokenInputs
-from tropd_mcore.objectives.parts.divergences import LOGP_FLOOR
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.sentinels import ABSENT, LOGP_FLOOR, NO_ENTRY
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 

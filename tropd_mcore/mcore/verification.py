@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tropd_mcore.data.packing import one_sample
 from tropd_mcore.data.tokenizer import load_tokenizer
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.kernel.source import OutputLayer
@@ -152,31 +154,10 @@ def mcore_log_probs(model: Model, sequences: list[Tensor]) -> list[Tensor]:
 
     results = []
     for tokens in sequences:
-        batch = whole_sequence(tokens.to(model.platform.device))
+        # Every position is a row; what the last one would predict is not looked at.
+        batch = one_sample(np.append(tokens.numpy(), 0), len(tokens), model.platform.device)
         results += run_pipeline(model, [batch], len(tokens), loss=only_measure(measure), forward_only=True)
     return [result for result in results if result is not None]
-
-
-def whole_sequence(tokens: Tensor) -> MicroBatch:
-    """A pack of one sample [P] in which every position is a row."""
-    size, device = len(tokens), tokens.device
-    zeros = torch.zeros(size, device=device)
-    counts = torch.zeros(size, dtype=torch.int64, device=device)
-    return MicroBatch(
-        input_ids_P=tokens,
-        position_ids_P=torch.arange(size, device=device),
-        cu_seqlens=torch.tensor([0, size], dtype=torch.int32, device=device),
-        max_seqlen=size,
-        rows_T=torch.arange(size, device=device),
-        target_ids_T=counts,
-        student_mask_T=torch.ones(size, dtype=torch.bool, device=device),
-        prefix_mask_T=torch.zeros(size, dtype=torch.bool, device=device),
-        rollout_logp_T=zeros,
-        trust_u_T=zeros,
-        weight_T=zeros,
-        sample_index_T=counts,
-        token_index_T=counts,
-    )
 
 
 def table(checks: list[Check]) -> str:

@@ -109,7 +109,7 @@ def synchronize_parameters(model: Model) -> None:
 
     With that option the parameters are stale after an optimizer step until the next forward pass has used them.
     """
-    for chunk in model.chunks:
+    for chunk in model.model_chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 

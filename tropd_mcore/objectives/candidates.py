@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.kernel.token_losses import TokenLosses
-from tropd_mcore.objectives.inputs import ABSENT, TokenInputs, blank_unsupervised, log_ratio, make_columns
+from tropd_mcore.objectives.inputs import TokenInputs, blank_unsupervised, log_ratio, make_columns
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient, clipped_reward, policy_loss
+from tropd_mcore.sentinels import ABSENT
 
 
 def rethinking(inputs: TokenInputs, *, support: str, policy: PolicyGradient) -> TokenLosses:

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-ABSENT = float("-inf")
-"""Teacher log-prob of a candidate that does not count."""
+from tropd_mcore.sentinels import ABSENT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tropd_mcore.kernel.full_vocabulary import log_mixture
 from tropd_mcore.kernel.token_losses import TokenLosses
-from tropd_mcore.objectives.inputs import ABSENT, TokenInputs, blank_unsupervised, log_ratio
+from tropd_mcore.objectives.inputs import TokenInputs, blank_unsupervised, log_ratio
 from tropd_mcore.objectives.parts.divergences import (
     clipped_reverse_kl,
     topk_forward_kl,
@@ -25,6 +25,7 @@ from tropd_mcore.objectives.parts.divergences import (
 )
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient, clipped_reward
 from tropd_mcore.objectives.sampled import TokenTerms, sampled_token_loss
+from tropd_mcore.sentinels import ABSENT
 
 
 def gkd(inputs: TokenInputs, *, divergence: str, beta: float, norm: str, full_vocabulary: bool) -> TokenLosses:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.inputs import TokenInputs, blank_unsupervised
-from tropd_mcore.objectives.parts.divergences import LOGP_FLOOR
 from tropd_mcore.objectives.parts.mismatch import LOG_RATIO_LIMIT
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 from tropd_mcore.objectives.sampled import TokenTerms, sampled_token_loss
+from tropd_mcore.sentinels import LOGP_FLOOR
 
 
 def kdrl(inputs: TokenInputs, *, beta: float, policy: PolicyGradient) -> TokenLosses:

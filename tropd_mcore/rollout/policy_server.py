@@ -44,7 +44,7 @@ class PolicyServer:
         server: SupervisedServer | None,
         connect: Callable[[SupervisedServer], tuple[SglangSampler, WeightPublisher]],
         *,
-        prove_sync: bool,
+        verify_sync: bool,
         clock: StepClock | None = None,
     ) -> None:
         self._model = model
@@ -52,7 +52,7 @@ class PolicyServer:
         self._control = layout.groups.control
         self._server = server
         self._connect = connect
-        self._prove_sync = prove_sync
+        self._verify_sync = verify_sync
         self._clock = clock or StepClock()
         self._sampler: SglangSampler | None = None
         self._publisher: WeightPublisher | None = None
@@ -97,14 +97,14 @@ class PolicyServer:
         """Bring the server to `version`; returns why it is gone where it died meanwhile, on every rank."""
         if self._published == version:
             return None
-        prove = self._prove_sync
+        verify_sync = self._verify_sync
         error: TropdError | None = None
-        streams = _Streams(lambda: iterate_hf(self._model, self._layout), expected=2 if prove else 1)
+        streams = _Streams(lambda: iterate_hf(self._model, self._layout), expected=2 if verify_sync else 1)
         if self._layout.rank == 0:
             assert self._publisher is not None
             try:
-                if prove:
-                    self._publisher.prove(streams.next, version)
+                if verify_sync:
+                    self._publisher.verify_sync(streams.next, version)
                 else:
                     self._publisher.publish(streams.next(), version)
             except TropdError as met:
@@ -114,7 +114,7 @@ class PolicyServer:
             raise_the_first(error, self._control)
         except ServerDied as died:
             return died
-        self._published, self._prove_sync = version, False
+        self._published, self._verify_sync = version, False
         return None
 
     def _start(self) -> None:

@@ -178,7 +178,7 @@ class WeightPublisher:
             raise scores
         return scores.logp_N
 
-    def prove(self, make_stream: Callable[[], Iterator[tuple[str, Tensor]]], version: str) -> None:
+    def verify_sync(self, make_stream: Callable[[], Iterator[tuple[str, Tensor]]], version: str) -> None:
         """Prove that an update sets every weight of the server: publish, destroy the weights, publish again, compare.
 
         Unknown names pass SGLang without a word, so a plan with a wrong name leaves an old weight in place; the

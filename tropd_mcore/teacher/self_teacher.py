@@ -17,18 +17,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.data.packing import PackedStep, pack, pack_multiple
 from tropd_mcore.data.supervision import IgnoredTokens
-from tropd_mcore.kernel.shard import NO_ENTRY
-from tropd_mcore.mcore.collective import on_rank_zero
+from tropd_mcore.mcore.collective import on_rank_zero, union
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.row_exchange import RowExchange, row_keys, row_samples
 from tropd_mcore.mcore.scoring import score_micro_batches
-from tropd_mcore.objectives.inputs import ABSENT
+from tropd_mcore.sentinels import ABSENT, NO_ENTRY
 from tropd_mcore.teacher.solutions import SolutionPrompts
 from tropd_mcore.types import IntArray, Rollout, TeacherScores
 
@@ -107,7 +105,7 @@ class SelfTeacher:
     ) -> _TeacherPacks:
         """The packs of this replica's samples that have a teacher; an empty one where none has."""
         rollouts_with_solution: dict[int, Rollout] = {}
-        for sample in self._samples_of_replica(packed):
+        for sample in sorted(union(packed.samples, self._model.layout.groups.cp)):
             context = contexts[sample]
             if context is not None:
                 rollouts_with_solution[sample] = dataclasses.replace(rollouts[sample], prompt_ids=context)
@@ -151,15 +149,6 @@ class SelfTeacher:
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values).to(self._model.platform.device)
-
-    def _samples_of_replica(self, packed: PackedStep) -> list[int]:
-        """Rollouts that have rows in this replica's packs, on any of its context ranks; ascending."""
-        layout = self._model.layout
-        mine = {int(index) for micro_batch in packed.micro_batches for index in micro_batch.sample_index_T.unique()}
-        parts: list[set[int]] = [mine] * layout.cp_size
-        if layout.cp_size > 1:
-            dist.all_gather_object(parts, mine, group=layout.groups.cp)
-        return sorted(set().union(*parts))
 
 
 @dataclass(frozen=True)

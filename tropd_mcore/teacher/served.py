@@ -16,7 +16,7 @@ from torch import Tensor
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.verdicts import Verdict
 from tropd_mcore.errors import TeacherError
-from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
+from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks, union
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.sglang import SampleScore, SampleScores, SglangTeacher, first_scored, to_micro_batch
@@ -143,9 +143,4 @@ class ServedTeacher:
 
     def _samples_of_replica(self, packed: PackedStep) -> list[int]:
         """Rollouts that have rows in this replica's packs, on any of its context ranks; [] on the other stages."""
-        if not self._layout.is_last_stage:
-            return []
-        mine = {int(index) for micro_batch in packed.micro_batches for index in micro_batch.sample_index_T}
-        parts: list[set[int]] = [set()] * self._layout.cp_size
-        dist.all_gather_object(parts, mine, group=self._layout.groups.cp)
-        return sorted(set().union(*parts))
+        return sorted(union(packed.samples, self._layout.groups.cp)) if self._layout.is_last_stage else []

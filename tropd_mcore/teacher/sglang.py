@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tropd_mcore.errors import ServerDied, ServerError, TeacherError
+from tropd_mcore.sentinels import NO_ENTRY_LOGP
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import ScoringRequest, TokenScores, find_outside
 from tropd_mcore.types import FloatArray, IntArray, MicroBatch, Rollout, TeacherScores
@@ -29,9 +30,6 @@ PADDING_MARGIN = 16
 """Top-k entries asked for beyond k where the teacher's vocabulary is wider, to make up for padding ids among them."""
 EXCLUDED_MARGIN = 64
 """The same for ids that are no candidates, at most; rows with fewer than k candidates left are not complete."""
-
-NO_ENTRY_LOGP = -50.0
-"""Log-prob beside id -1 (no entry) in rows that are not scored: finite, and nothing once exponentiated."""
 
 
 @dataclass(frozen=True)

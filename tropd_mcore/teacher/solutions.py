@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tropd_mcore.config.schema import VerifierConfig
-from tropd_mcore.data.chat import Asked, Renderer
+from tropd_mcore.data.chat import RawPrompt, Renderer
 from tropd_mcore.data.chat_template import Chat, Message
 from tropd_mcore.data.thinking import read_answer
 from tropd_mcore.errors import DataError
@@ -28,13 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class SolutionPrompts:
-    """Renders prompts with a solution, as objective.template says; `asked` is what each prompt id stands for.
+    """Renders prompts with a solution, as objective.template says; `raw_prompts` is what each prompt id stands for.
 
     Chats keep their tools and variables. A solution is what `verifier` looked at: the response without its thinking.
     """
 
-    def __init__(self, asked: Mapping[str, Asked], renderer: Renderer, template: str, verifier: VerifierConfig) -> None:
-        self._asked = asked
+    def __init__(
+        self, raw_prompts: Mapping[str, RawPrompt], renderer: Renderer, template: str, verifier: VerifierConfig
+    ) -> None:
+        self._raw_prompts = raw_prompts
         self._renderer = renderer
         self._template = template
         self._verifier = verifier
@@ -44,19 +46,19 @@ class SolutionPrompts:
 
         Raises DataError naming a prompt that is unknown, has no user message, or that the chat template refuses.
         """
-        asked = self._asked.get(prompt_id)
-        if asked is None:
+        raw_prompt = self._raw_prompts.get(prompt_id)
+        if raw_prompt is None:
             raise DataError(
                 f"prompt {prompt_id!r} of the rollouts is not in data.prompts; give the file they came from"
             )
         try:
-            return self._renderer.prompt_ids(with_solution(asked, self._template, solution))
+            return self._renderer.prompt_ids(with_solution(raw_prompt, self._template, solution))
         except DataError as error:
             raise DataError(f"prompt {prompt_id!r} with a solution (objective.template): {error}") from error
 
     def longest_without_solution(self) -> int:
         """Return the tokens of the longest prompt with an empty solution. Raises DataError as `ids` does."""
-        return max(len(self.ids(prompt_id, "")) for prompt_id in self._asked)
+        return max(len(self.ids(prompt_id, "")) for prompt_id in self._raw_prompts)
 
     def contexts(
         self, rollouts: Sequence[Rollout], verdicts: Sequence[bool | None], *, longest: int
@@ -97,7 +99,7 @@ class SolutionPrompts:
         return said
 
 
-def with_solution(asked: Asked, template: str, solution: str) -> Asked:
+def with_solution(raw_prompt: RawPrompt, template: str, solution: str) -> RawPrompt:
     """Fill {prompt} and {solution} of `template`: of the text, or of the chat's last user message, which it replaces.
 
     Braces elsewhere, and in what is filled in, are text. Raises DataError where the chat has no user message.
@@ -107,19 +109,19 @@ def with_solution(asked: Asked, template: str, solution: str) -> Asked:
         values = {"prompt": prompt, "solution": solution}
         return _FIELDS.sub(lambda match: values[match[1]], template)
 
-    if isinstance(asked, str):
-        return filled(asked)
-    if isinstance(asked, Chat):
-        return dataclasses.replace(asked, messages=_with_solution(asked.messages, filled))
-    return _with_solution(asked, filled)
+    if isinstance(raw_prompt, str):
+        return filled(raw_prompt)
+    if isinstance(raw_prompt, Chat):
+        return dataclasses.replace(raw_prompt, messages=_with_solution(raw_prompt.messages, filled))
+    return _with_solution(raw_prompt, filled)
 
 
-def _with_solution(asked: Sequence[Message], filled: Callable[[str], str]) -> list[Message]:
-    last = max((place for place, message in enumerate(asked) if message["role"] == "user"), default=None)
+def _with_solution(messages: Sequence[Message], filled: Callable[[str], str]) -> list[Message]:
+    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
         raise DataError("expected a message of role `user`, found none; the template takes its place")
-    changed = {**asked[last], "content": filled(asked[last]["content"])}
-    return [*asked[:last], changed, *asked[last + 1 :]]
+    changed = {**messages[last], "content": filled(messages[last]["content"])}
+    return [*messages[:last], changed, *messages[last + 1 :]]
 
 
 def other_solutions(rollouts: Sequence[Rollout], verdicts: Sequence[bool | None]) -> Iterator[list[int]]:

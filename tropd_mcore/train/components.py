@@ -28,8 +28,7 @@ from tropd_mcore.rollout.policy_server import PolicyServer
 from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
-from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, tokenizer_for_server
-from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, server_spec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.megatron import MegatronTeacher
@@ -64,43 +63,47 @@ class Servers:
     teacher: SupervisedServer | None = None
 
 
-def start_servers(site: JobContext, cleanup: ExitStack) -> Servers:
+def start_servers(context: JobContext, cleanup: ExitStack) -> Servers:
     """Start the servers of the run without waiting for them. Collective."""
     return Servers(
-        policy=_start_server(site, "rollout", cleanup) if site.config.run.replay is None else None,
-        teacher=_start_server(site, "teacher", cleanup) if site.config.teacher.kind == "sglang" else None,
+        policy=_start_server(context, "rollout", cleanup) if context.config.run.replay is None else None,
+        teacher=_start_server(context, "teacher", cleanup) if context.config.teacher.kind == "sglang" else None,
     )
 
 
-def teacher_model(site: JobContext) -> Model | None:
+def teacher_model(context: JobContext) -> Model | None:
     """The teacher in this process; None where a server is the teacher, or the student itself. Collective."""
-    config = site.config.teacher
-    if config.kind != "megatron" or site.config.objective.self_teaching is not None:
+    config = context.config.teacher
+    if config.kind != "megatron" or context.config.objective.self_teaching is not None:
         return None
-    return _frozen(site, site.teacher, config.path, config.dtype)
+    return _frozen(context, context.teacher, config.path, config.dtype)
 
 
-def student_average(site: JobContext, student: Model) -> WeightAverage | None:
+def student_average(context: JobContext, student: Model) -> WeightAverage | None:
     """The average of `student`, from now on, where that is the teacher; None elsewhere."""
-    config, own = site.config, site.config.objective.self_teaching
+    config, own = context.config, context.config.objective.self_teaching
     if own is None:
         return None
     return WeightAverage(student, config.parallel, dtype=config.teacher.dtype, rate=own.average_rate)
 
 
-def reference_model(site: JobContext) -> Model | None:
+def reference_model(context: JobContext) -> Model | None:
     """The objective's reference, in the student's dtype; None where it has none. Collective."""
-    path = reference_path(site.config)
-    return _frozen(site, site.models["objective.reference"], path, site.config.student.dtype) if path else None
+    path = reference_path(context.config)
+    return _frozen(context, context.models["objective.reference"], path, context.config.student.dtype) if path else None
 
 
 def make_policy(
-    site: JobContext, student: Model, ends: EndTokens, server: SupervisedServer | None, clock: StepClock | None = None
+    context: JobContext,
+    student: Model,
+    ends: EndTokens,
+    server: SupervisedServer | None,
+    clock: StepClock | None = None,
 ) -> PolicyServer:
     """The rollout server as all ranks see it; responses stop at `ends`, and `clock` is the step's."""
-    config = site.config
+    config = context.config
     dtype = student.config.params_dtype
-    plan = [(name, shape, dtype) for name, shape in hf_weight_plan(site.student)]
+    plan = [(name, shape, dtype) for name, shape in hf_weight_plan(context.student)]
     ledger = PublicationLedger("rollout.server") if config.gates.weight_sync else None
 
     def connect(server: SupervisedServer) -> tuple[SglangSampler, WeightPublisher]:
@@ -110,30 +113,30 @@ def make_policy(
             server.client,
             config.rollout,
             eos_ids=ends.ids,
-            vocab_size=site.student.vocab_size,
+            vocab_size=context.student.vocab_size,
             seed=config.run.seed,
             masked_share=config.gates.masked_share,
         )
         return sampler, WeightPublisher(server.client, plan, ledger=ledger)
 
-    return PolicyServer(student, site.layout, server, connect, prove_sync=config.gates.weight_sync, clock=clock)
+    return PolicyServer(student, context.layout, server, connect, verify_sync=config.gates.weight_sync, clock=clock)
 
 
-def sampler_bounds(site: JobContext, server: SupervisedServer | None) -> SamplerBounds:
+def sampler_bounds(context: JobContext, server: SupervisedServer | None) -> SamplerBounds:
     """What sampler and trainer may differ by; a `server` at a url is asked how it computes. Collective."""
-    config = site.config
+    config = context.config
 
     def bounds() -> SamplerBounds:
         served = None
         if server is not None and config.rollout.server.url is not None and config.gates.sampler_logprob:
             served = server.client.info()
-        return SamplerBounds.of(config, exact=engines_are_exact(config, site.platform.name, served))
+        return SamplerBounds.of(config, exact=engines_are_exact(config, context.platform.name, served))
 
-    return on_rank_zero(bounds, site.layout.groups.control)
+    return on_rank_zero(bounds, context.layout.groups.control)
 
 
 def make_teacher(
-    site: JobContext,
+    context: JobContext,
     model: Model | None,
     settings: LossSettings,
     server: SupervisedServer | None,
@@ -144,9 +147,9 @@ def make_teacher(
 
     `longest` is the length of the longest sample; `excluded` ids are no candidates.
     """
-    objective = site.config.objective
+    objective = context.config.objective
     if model is None:
-        return _served_teacher(site, server, longest, excluded)
+        return _served_teacher(context, server, longest, excluded)
     return MegatronTeacher(
         model,
         k=objective.teacher_topk,
@@ -157,73 +160,79 @@ def make_teacher(
 
 
 def make_self_teacher(
-    site: JobContext, average: WeightAverage, settings: LossSettings, prompts: SolutionPrompts, ignored: IgnoredTokens
+    context: JobContext,
+    average: WeightAverage,
+    settings: LossSettings,
+    prompts: SolutionPrompts,
+    ignored: IgnoredTokens,
 ) -> Teacher:
     """The student itself as the teacher; `ignored` tokens are no rows."""
     return SelfTeacher(
         average.model,
         prompts,
-        k=site.config.objective.teacher_topk,
+        k=context.config.objective.teacher_topk,
         settings=settings,
-        tokens_per_micro_batch=site.config.batch.tokens_per_micro_batch,
+        tokens_per_micro_batch=context.config.batch.tokens_per_micro_batch,
         ignored=ignored,
     )
 
 
 def _served_teacher(
-    site: JobContext, server: SupervisedServer | None, longest: int, excluded: tuple[int, ...]
+    context: JobContext, server: SupervisedServer | None, longest: int, excluded: tuple[int, ...]
 ) -> ServedTeacher:
-    config, k = site.config.teacher, site.config.objective.teacher_topk
+    config, k = context.config.teacher, context.config.objective.teacher_topk
     teacher: SglangTeacher | None = None
-    with raise_on_all_ranks(site.layout.groups.control):
+    with raise_on_all_ranks(context.layout.groups.control):
         if server is not None:
             server.wait_ready()
-            if site.config.gates.tokenizer and site.layout.rank == 0:
+            if context.config.gates.tokenizer and context.layout.rank == 0:
                 check_served_tokenizer(server, config.path)
             teacher = SglangTeacher(
                 server,
                 topk=k,
-                teacher_width=site.teacher.vocab_size,
-                student_width=site.student.vocab_size,
+                teacher_width=context.teacher.vocab_size,
+                student_width=context.student.vocab_size,
                 on_failure=config.on_failure,
                 excluded=excluded,
             )
             teacher.check_length(longest)
-    gate = site.config.gates.teacher_identity
-    check = TeacherCheck(server, site.config, site.layout.groups.control) if gate else None
+    gate = context.config.gates.teacher_identity
+    check = TeacherCheck(server, context.config, context.layout.groups.control) if gate else None
     return ServedTeacher(
         teacher,
-        site.layout,
+        context.layout,
         topk=k,
         only_rank_zero=config.server.url is None,
-        masked_share=site.config.gates.masked_share,
+        masked_share=context.config.gates.masked_share,
         check=check,
     )
 
 
-def _frozen(site: JobContext, arch: Architecture, path: Path, dtype: Dtype) -> Model:
-    model = build_model(arch, site.config.parallel, site.layout, site.platform, dtype=dtype, trainable=False)
-    load_hf(model, path, site.layout)
+def _frozen(context: JobContext, arch: Architecture, path: Path, dtype: Dtype) -> Model:
+    model = build_model(arch, context.config.parallel, context.layout, context.platform, dtype=dtype, trainable=False)
+    load_hf(model, path, context.layout)
     return model
 
 
-def _start_server(site: JobContext, name: Literal["rollout", "teacher"], cleanup: ExitStack) -> SupervisedServer | None:
+def _start_server(
+    context: JobContext, name: Literal["rollout", "teacher"], cleanup: ExitStack
+) -> SupervisedServer | None:
     """Start the server of a section on rank 0, without waiting for it; on other ranks, None if it is a started one."""
-    served = site.config.student if name == "rollout" else site.config.teacher
-    config = site.config.rollout.server if name == "rollout" else site.config.teacher.server
-    starts, server = config.url is None and site.layout.rank == 0, None
-    with raise_on_all_ranks(site.layout.groups.control):
+    served = context.config.student if name == "rollout" else context.config.teacher
+    config = context.config.rollout.server if name == "rollout" else context.config.teacher.server
+    starts, server = config.url is None and context.layout.rank == 0, None
+    with raise_on_all_ranks(context.layout.groups.control):
         if starts or config.url is not None:
-            spec = ServerSpec(
+            spec = server_spec(
+                name,
                 key=f"{name}.server",
                 model_key="student.path" if name == "rollout" else "teacher.path",
-                model_path=served.path,
-                config=config,
-                device=site.platform.name,
-                run_dir=site.run_dir.logs,
-                name=name,
+                model=served.path,
                 dtype=served.dtype,
-                tokenizer_path=tokenizer_for_server(served.path, site.run_dir.logs, name) if starts else None,
+                config=config,
+                device=context.platform.name,
+                logs=context.run_dir.logs,
+                here=starts,
             )
             server = SupervisedServer(spec)
             cleanup.callback(server.stop)

@@ -96,22 +96,22 @@ class Inputs(_Record):
     """None where the run began with the weights of student.path."""
 
 
-def read_inputs(site: JobContext) -> Inputs:
+def read_inputs(context: JobContext) -> Inputs:
     """Read every input of this launch for its digest. Collective; raises DataError and ModelError.
 
     Cost: a full read of what was not read before, spread over the ranks: about 1 GiB per second and rank, or what the
     disk gives.
     """
-    layout = site.layout
+    layout = context.layout
     control = layout.groups.control
-    wanted = on_rank_zero(partial(_unread, site), control)
+    wanted = on_rank_zero(partial(_unread, context), control)
     with progress(log, f"reading {len(wanted)} files of model folders for their digests"):
         mine: list[Read] = []
         with raise_on_all_ranks(control):
             mine = read_files(wanted[layout.rank :: layout.world_size])
         read = gather_on_rank_zero(mine, control)
-        launch = {"ranks": str(layout.world_size), "platform": site.platform.name}
-        return on_rank_zero(lambda: _remembered(site, launch, [entry for part in read for entry in part]), control)
+        launch = {"ranks": str(layout.world_size), "platform": context.platform.name}
+        return on_rank_zero(lambda: _remembered(context, launch, [entry for part in read for entry in part]), control)
 
 
 def read_inputs_alone(ground: Ground, *, ranks: int | None, platform: str) -> Inputs:

@@ -56,7 +56,7 @@ from tropd_mcore.train.start import Start, accept, make_start
 from tropd_mcore.train.start_checks import (
     BACKEND,
     CONTENT_CHECKS,
-    MATERIAL_CHECKS,
+    INPUT_CHECKS,
     MODELS,
     State,
     run_before_groups,
@@ -84,40 +84,40 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
     timeout = collective_timeout(config.run.stall_timeout_s)
     with progress(log, f"waiting for all {environment.world_size} ranks to join"):
         layout = initialize(config.parallel, platform, config.run.seed, environment, timeout=timeout)
-    site = JobContext(config, platform, layout, before.run_dir, before.models)
+    context = JobContext(config, platform, layout, before.run_dir, before.models)
     with ExitStack() as cleanup:
         cleanup.callback(destroy, layout)
         with progress(log, "checking files and settings"):
-            _hold_run_dir(site, cleanup)
-            state = State.of(site)
-            run_checks(MATERIAL_CHECKS, state, site)
+            _hold_run_dir(context, cleanup)
+            state = State.of(context)
+            run_checks(INPUT_CHECKS, state, context)
             assert state.opened is not None
             first_step = state.opened.first_step
-            exported = not config.run.export_at_end or site.run_dir.exported_at() == first_step
+            exported = not config.run.export_at_end or context.run_dir.exported_at() == first_step
             if first_step >= config.run.steps and exported:
                 log.info("%s is complete: %d of %d steps", config.run.dir, first_step, config.run.steps)
                 return
-            state.inputs = read_inputs(site)
-            run_checks(CONTENT_CHECKS, state, site)
-            start = make_start(site, state.opened, state.inputs, sources)
-        _train(site, state.material(), start, cleanup)
+            state.inputs = read_inputs(context)
+            run_checks(CONTENT_CHECKS, state, context)
+            start = make_start(context, state.opened, state.inputs, sources)
+        _train(context, state.loaded_inputs(), start, cleanup)
 
 
-def _train(site: JobContext, material: LoadedInputs, start: Start, cleanup: ExitStack) -> None:
-    config, layout, first_step = site.config, site.layout, start.first_step
+def _train(context: JobContext, loaded: LoadedInputs, start: Start, cleanup: ExitStack) -> None:
+    config, layout, first_step = context.config, context.layout, start.first_step
     last_step = config.run.steps
     if config.run.stop_after is not None:
         last_step = min(last_step, first_step + config.run.stop_after)
-    servers = start_servers(site, cleanup) if first_step < last_step else Servers()
+    servers = start_servers(context, cleanup) if first_step < last_step else Servers()
 
     with progress(log, "making models, optimizer and servers ready"):
         student = build_model(
-            site.student, config.parallel, layout, site.platform,
+            context.student, config.parallel, layout, context.platform,
             dtype=config.student.dtype, trainable=True, recompute=config.student.recompute, optimizer=config.optimizer,
         )  # fmt: skip
         load_hf(student, config.student.path, layout)
         if first_step < last_step:
-            check_model(site, "student.path", student, start.inputs)
+            check_model(context, "student.path", student, start.inputs)
         if start.source is not None and not config.run.init_optimizer:
             begin_weights(start.source, student)
         optimizer, scheduler = build_optimizer(
@@ -125,37 +125,39 @@ def _train(site: JobContext, material: LoadedInputs, start: Start, cleanup: Exit
         )
         if start.source is not None and config.run.init_optimizer:
             begin_optimizer(start.source, TrainState(student, optimizer, scheduler))
-        average = student_average(site, student) if first_step < last_step else None
+        average = student_average(context, student) if first_step < last_step else None
         state = TrainState(student, optimizer, scheduler, average)
         if start.checkpoint is not None:
             load(start.checkpoint, state, run=start.run)
             log.info("resumed from %s", start.checkpoint)
-        parts = _make_parts(site, material, state, servers, start, cleanup) if first_step < last_step else None
-        accept(site, start, material.day)
-    if parts is not None:
-        Trainer(parts, first_step=first_step, last_step=last_step).fit()
+        components = (
+            _make_components(context, loaded, state, servers, start, cleanup) if first_step < last_step else None
+        )
+        accept(context, start, loaded.day)
+    if components is not None:
+        Trainer(components, first_step=first_step, last_step=last_step).fit()
     if last_step < config.run.steps:
         log.info(
             "stopped after step %d of %d (run.stop_after=%s); the same command goes on from %s",
             last_step,
             config.run.steps,
             config.run.stop_after,
-            latest(site.run_dir.checkpoints),
+            latest(context.run_dir.checkpoints),
         )
     if last_step == config.run.steps and config.run.export_at_end:
         with stopping.safe_points(), stopping.held():
-            export(site, student, max(first_step, last_step))
+            export(context, student, max(first_step, last_step))
 
 
-def _make_parts(
-    site: JobContext, material: LoadedInputs, state: TrainState, servers: Servers, start: Start, cleanup: ExitStack
+def _make_components(
+    context: JobContext, loaded: LoadedInputs, state: TrainState, servers: Servers, start: Start, cleanup: ExitStack
 ) -> Components:
-    config, layout, student = site.config, site.layout, state.model
+    config, layout, student = context.config, context.layout, state.model
     settings = LossSettings.from_config(config)
-    teacher, reference = teacher_model(site), reference_model(site)
+    teacher, reference = teacher_model(context), reference_model(context)
     for key, model in (("teacher.path", teacher), ("objective.reference", reference)):
         if model is not None:
-            check_model(site, key, model, start.inputs)
+            check_model(context, key, model, start.inputs)
     if config.gates.longest_sequence:
         probe_memory(
             student,
@@ -167,20 +169,22 @@ def _make_parts(
             teacher=teacher if config.objective.full_vocabulary_divergence is not None else None,
         )
     clock = StepClock()
-    policy = make_policy(site, student, material.ends, servers.policy, clock) if config.run.replay is None else None
+    policy = make_policy(context, student, loaded.ends, servers.policy, clock) if config.run.replay is None else None
     with raise_on_all_ranks(layout.groups.control):
-        monitor = Monitor(config, site.run_dir.root, layout.rank, start_step=start.first_step)
+        monitor = Monitor(config, context.run_dir.root, layout.rank, start_step=start.first_step)
         cleanup.callback(monitor.close)
-    if state.average is not None and material.solution_prompts is not None:
-        scorer = make_self_teacher(site, state.average, settings, material.solution_prompts, material.ignored)
+    if state.average is not None and loaded.solution_prompts is not None:
+        scorer = make_self_teacher(context, state.average, settings, loaded.solution_prompts, loaded.ignored)
     else:
-        scorer = make_teacher(site, teacher, settings, servers.teacher, material.longest, material.excluded)
+        scorer = make_teacher(context, teacher, settings, servers.teacher, loaded.longest, loaded.excluded)
     teacher_check = scorer.check if isinstance(scorer, ServedTeacher) else None
     assert state.optimizer is not None and state.scheduler is not None
-    rollouts = RolloutSource(config, site.run_dir, material.prompts, policy, layout, vocab_size=site.student.vocab_size)
+    rollouts = RolloutSource(
+        config, context.run_dir, loaded.prompts, policy, layout, vocab_size=context.student.vocab_size
+    )
     scores = ScoreSource(
         scorer,
-        site.run_dir,
+        context.run_dir,
         layout,
         replay=config.run.replay,
         name=teacher_name(config, start.inputs, teacher_check.name if teacher_check is not None else ""),
@@ -190,44 +194,44 @@ def _make_parts(
     return Components(
         config=config,
         layout=layout,
-        run_dir=site.run_dir,
+        run_dir=context.run_dir,
         student=student,
         optimizer=state.optimizer,
         scheduler=state.scheduler,
         teacher_model=teacher,
         average=state.average,
-        ignored=material.ignored,
+        ignored=loaded.ignored,
         rollouts=rollouts,
         prefixes=PrefixLosses(fallible, scores, rollouts),
         scores=scores,
         context=BatchContextSource(config, student, reference),
         monitor=monitor,
-        renderer=material.renderer,
-        sampler_bounds=sampler_bounds(site, servers.policy),
+        renderer=loaded.renderer,
+        sampler_bounds=sampler_bounds(context, servers.policy),
         teacher_check=teacher_check,
         clock=clock,
     )
 
 
-def export(site: JobContext, student: Model, step: int) -> None:
+def export(context: JobContext, student: Model, step: int) -> None:
     """Write the student as a Hugging Face folder to <run.dir>/export, which goes once that is complete. Collective."""
-    run_dir, control = site.run_dir, site.layout.groups.control
+    run_dir, control = context.run_dir, context.layout.groups.control
     fresh = run_dir.export.with_name("export.fresh")
-    if site.layout.rank == 0:
+    if context.layout.rank == 0:
         shutil.rmtree(fresh, ignore_errors=True)
-    export_hf(student, site.layout, fresh, source_folder=site.config.student.path)
+    export_hf(student, context.layout, fresh, source_folder=context.config.student.path)
     with raise_on_all_ranks(control):
-        if site.layout.rank == 0:
+        if context.layout.rank == 0:
             replace_folder(fresh, run_dir.export)
             publish_text(run_dir.export_step, f"{step}\n")
     log.info("exported the student to %s", run_dir.export)
 
 
-def _hold_run_dir(site: JobContext, cleanup: ExitStack) -> None:
+def _hold_run_dir(context: JobContext, cleanup: ExitStack) -> None:
     """Rank 0 holds the directory; the others, who see it then, notice like it where it goes. Collective."""
-    run_dir, rank = site.run_dir, site.layout.rank
-    for mine, hold in ((rank == 0, lambda: run_dir.lock(site.config.run.lock)), (rank != 0, run_dir.watch)):
-        with raise_on_all_ranks(site.layout.groups.control):
+    run_dir, rank = context.run_dir, context.layout.rank
+    for mine, hold in ((rank == 0, lambda: run_dir.lock(context.config.run.lock)), (rank != 0, run_dir.watch)):
+        with raise_on_all_ranks(context.layout.groups.control):
             if mine:
                 cleanup.callback(hold().release)
     if rank == 0:

@@ -198,7 +198,7 @@ def solution_prompts(ground: Ground, renderer: Renderer, prompts: PromptSet) -> 
     config, own = ground.config, ground.config.objective.self_teaching
     if own is None:
         return None
-    found = SolutionPrompts(prompts.asked, renderer, own.template, config.verifier)
+    found = SolutionPrompts(prompts.raw_prompts, renderer, own.template, config.verifier)
     longest, context = found.longest_without_solution(), ground.student.max_position_embeddings
     problems = self_teacher_problems(config, longest_prompt=longest, context=context)
     if problems:

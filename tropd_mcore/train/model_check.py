@@ -80,18 +80,18 @@ class ReadingDifference:
         return f"{self.mean:.1e} nats (mean), {self.p99:.1e} (99th percentile), {self.largest:.1e} (maximum)"
 
 
-def check_model(site: JobContext, key: str, model: Model, inputs: Inputs) -> None:
+def check_model(context: JobContext, key: str, model: Model, inputs: Inputs) -> None:
     """Compare `model`, just loaded from the folder of `key`, with transformers' reading of that folder. Collective.
 
     Logs the difference, that it was compared at an earlier launch, or why it is not compared. Costs the reading of the
     folder and one forward pass over some hundred tokens on the CPU of rank 0, while the other ranks wait. Raises
     GateError where the two differ by more than rounding.
     """
-    config, control = site.config, site.layout.groups.control
+    config, control = context.config, context.layout.groups.control
     if not config.gates.model_reading:
         return
-    folder, compared = model_paths(config)[key], _fingerprint(site, key, model, inputs)
-    reading = on_rank_zero(lambda: _reading(site, key, folder, compared), control)
+    folder, compared = model_paths(config)[key], _fingerprint(context, key, model, inputs)
+    reading = on_rank_zero(lambda: _reading(context, key, folder, compared), control)
     if reading is None:
         return
     token_ids, expected = reading
@@ -99,7 +99,7 @@ def check_model(site: JobContext, key: str, model: Model, inputs: Inputs) -> Non
     difference, bounds = ReadingDifference.of(found, expected), bounds_of(model)
     if not difference.within(bounds):
         raise GateError(_message(key, folder, difference, bounds, config))
-    on_rank_zero(lambda: _remember(site, key, compared, difference), control)
+    on_rank_zero(lambda: _remember(context, key, compared, difference), control)
     log.info("gates.model_reading: %s and transformers differ by %s over %d tokens", key, difference, difference.tokens)
 
 
@@ -109,15 +109,17 @@ def bounds_of(model: Model) -> ReadingBounds:
     return EXACT if is_exact(dtype, None, model.platform.name) else ROUNDED
 
 
-def _reading(site: JobContext, key: str, folder: Path, compared: dict[str, Any]) -> tuple[IntArray, FloatArray] | None:
+def _reading(
+    context: JobContext, key: str, folder: Path, compared: dict[str, Any]
+) -> tuple[IntArray, FloatArray] | None:
     """(token ids, their log-probs by transformers) on rank 0; None, with a line in the log, where nothing is to do."""
-    known = _remembered(site).get(key)
+    known = _remembered(context).get(key)
     if known is not None and known["of"] == compared:
         log.info("gates.model_reading: %s was compared at an earlier launch (%.1e nats at most)", key, known["largest"])
         return None
     missing = fits(folder)
     if missing is not None:
-        others = _others(key, site.config)
+        others = _others(key, context.config)
         level = logging.INFO if others else logging.WARNING
         log.log(level, "gates.model_reading: %s is not compared with transformers: %s; %s",
                 key, missing, others or "nothing else compares it")  # fmt: skip
@@ -139,9 +141,9 @@ def _others(key: str, config: Config) -> str:
     return ""
 
 
-def _fingerprint(site: JobContext, key: str, model: Model, inputs: Inputs) -> dict[str, Any]:
+def _fingerprint(context: JobContext, key: str, model: Model, inputs: Inputs) -> dict[str, Any]:
     """Everything that the comparison depends on, as JSON values."""
-    layout, settings = site.layout, LossSettings.from_config(site.config)
+    layout, settings = context.layout, LossSettings.from_config(context.config)
     return {
         "files": inputs.models[key].digest.whole(),
         "dtype": str(model.config.params_dtype).removeprefix("torch."),
@@ -151,10 +153,10 @@ def _fingerprint(site: JobContext, key: str, model: Model, inputs: Inputs) -> di
     }
 
 
-def _remembered(site: JobContext) -> dict[str, Any]:
+def _remembered(context: JobContext) -> dict[str, Any]:
     """{configuration key: what was compared}; without what cannot be used, which costs another comparison."""
     try:
-        values = json.loads(site.run_dir.model_checks.read_text(encoding="utf-8"))
+        values = json.loads(context.run_dir.model_checks.read_text(encoding="utf-8"))
         return {
             key: value for key, value in values.items() if isinstance(value.get("largest"), float) and "of" in value
         }
@@ -162,9 +164,9 @@ def _remembered(site: JobContext) -> dict[str, Any]:
         return {}
 
 
-def _remember(site: JobContext, key: str, compared: dict[str, Any], difference: ReadingDifference) -> None:
-    values = _remembered(site) | {key: {"of": compared, **asdict(difference)}}
-    publish_text(site.run_dir.model_checks, json.dumps(values, indent=1) + "\n")
+def _remember(context: JobContext, key: str, compared: dict[str, Any], difference: ReadingDifference) -> None:
+    values = _remembered(context) | {key: {"of": compared, **asdict(difference)}}
+    publish_text(context.run_dir.model_checks, json.dumps(values, indent=1) + "\n")
 
 
 def _message(key: str, folder: Path, difference: ReadingDifference, bounds: ReadingBounds, config: Config) -> str:

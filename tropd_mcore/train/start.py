@@ -90,21 +90,23 @@ def compare_contents(ground: Ground, opened: Opened, inputs: Inputs) -> Inputs:
     return now
 
 
-def make_start(site: JobContext, opened: Opened, inputs: Inputs, sources: Mapping[str, str]) -> Start:
+def make_start(context: JobContext, opened: Opened, inputs: Inputs, sources: Mapping[str, str]) -> Start:
     """Return what the parts of a launch need to know of it; `inputs` were compared. Collective."""
-    run = on_rank_zero(lambda: site.run_dir.recorded_id() or uuid.uuid4().hex[:12], site.layout.groups.control)
-    return Start(opened.first_step, opened.checkpoint, opened.source, inputs, resolved_yaml(site.config, sources), run)
+    run = on_rank_zero(lambda: context.run_dir.recorded_id() or uuid.uuid4().hex[:12], context.layout.groups.control)
+    return Start(
+        opened.first_step, opened.checkpoint, opened.source, inputs, resolved_yaml(context.config, sources), run
+    )
 
 
-def accept(site: JobContext, start: Start, day: date) -> None:
+def accept(context: JobContext, start: Start, day: date) -> None:
     """Record the launch as the one that the next is compared with. Collective; raises DataError on a full disk.
 
     `day` is the one that the prompts were rendered with; later launches keep it where the configuration sets none.
     """
-    with raise_on_all_ranks(site.layout.groups.control):
-        if site.layout.rank == 0:
-            save_inputs(site.run_dir, start.inputs)
-            site.run_dir.record_id(start.run)
-            if site.config.data.template_date is None:
-                site.run_dir.record_template_date(day)
-            site.run_dir.record_config(start.resolved)
+    with raise_on_all_ranks(context.layout.groups.control):
+        if context.layout.rank == 0:
+            save_inputs(context.run_dir, start.inputs)
+            context.run_dir.record_id(start.run)
+            if context.config.data.template_date is None:
+                context.run_dir.record_template_date(day)
+            context.run_dir.record_config(start.resolved)

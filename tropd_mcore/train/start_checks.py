@@ -1,8 +1,8 @@
 """Every check of a start that needs no server and no model in memory, in one list: the job and `tropd doctor` run it.
 
-Not for the checks themselves (`preflight`, `material`, `start`, `stored_responses`, `replayed_run`) or for gates, which
-need models. Invariants: a check is a function of the configuration, the files and what earlier checks found, so it says
-the same on any machine that has the files; it writes nothing; a check that is not in the list is run by nobody.
+Not for the checks themselves (`preflight`, `loaded_inputs`, `start`, `stored_responses`, `replayed_run`) or for gates,
+which need models. Invariants: a check is a function of the configuration, the files and what earlier checks found, so
+it says the same on any machine that has the files; it writes nothing; a check that is not in the list is run by nobody.
 """
 
 from __future__ import annotations
@@ -67,17 +67,19 @@ class State(NamedModels):
     """Names of the checks that were run, for tests and messages."""
 
     @classmethod
-    def of(cls, site: JobContext) -> State:
+    def of(cls, context: JobContext) -> State:
         """The state of a job whose checks have not begun."""
-        layout = site.layout
-        return cls(site.config, site.run_dir, site.models, site.platform.name, layout.world_size, layout.rank)
+        layout = context.layout
+        return cls(
+            context.config, context.run_dir, context.models, context.platform.name, layout.world_size, layout.rank
+        )
 
     def has(self, name: str) -> bool:
         """Whether an earlier check has found the field `name`."""
         return bool(self.models) if name == "models" else getattr(self, name) is not None
 
-    def material(self) -> LoadedInputs:
-        """All that was read, after the last check of MATERIAL_CHECKS."""
+    def loaded_inputs(self) -> LoadedInputs:
+        """All that was read, after the last check of INPUT_CHECKS."""
         assert self.renderer is not None and self.prompts is not None and self.ignored is not None
         assert self.longest is not None and self.ends is not None and self.excluded is not None
         assert self.day is not None
@@ -108,9 +110,9 @@ def take(check: StartCheck, state: State, value: object) -> None:
         setattr(state, check.keeps, value)
 
 
-def run_checks(checks: Iterable[StartCheck], state: State, site: JobContext) -> None:
+def run_checks(checks: Iterable[StartCheck], state: State, context: JobContext) -> None:
     """Run `checks` in a job. Collective: all ranks get what was found, or an error. Raises TropdError."""
-    control = site.layout.groups.control
+    control = context.layout.groups.control
     for check in checks:
         if check.alone:
             value = on_rank_zero(partial(check.look, state), control)
@@ -194,7 +196,7 @@ BACKEND = StartCheck("loss.backend", _backend, needs=(), alone=False)
 BEFORE_GROUPS = (MODELS, BACKEND)
 """What every rank looks at before it knows the others."""
 
-MATERIAL_CHECKS = (
+INPUT_CHECKS = (
     StartCheck("launch", _launch, needs=()),
     StartCheck("run.dir", lambda state: start.open_launch(state), "opened"),
     StartCheck("weights", lambda state: loaded_inputs.check_weights(state)),
@@ -219,5 +221,5 @@ CONTENT_CHECKS = (
 )
 """What compares contents with records; `state.inputs` is there."""
 
-START_CHECKS = (*BEFORE_GROUPS, *MATERIAL_CHECKS, *CONTENT_CHECKS)
+START_CHECKS = (*BEFORE_GROUPS, *INPUT_CHECKS, *CONTENT_CHECKS)
 """All checks of a start, in their order."""

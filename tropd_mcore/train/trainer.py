@@ -21,7 +21,7 @@ from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.groups import mini_batches
 from tropd_mcore.data.packing import PackedStep, pack
 from tropd_mcore.data.supervision import IgnoredTokens
-from tropd_mcore.data.verdicts import Verdicts, accuracy, judge_rollouts
+from tropd_mcore.data.verdicts import Verdicts, accuracy, verify_rollouts
 from tropd_mcore.errors import ServerError, StopRequested
 from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.checkpoint import TrainState, save
@@ -194,7 +194,7 @@ class Trainer:
         with clock.phase("pack"):
             packed = self.pack(rollouts)
         with clock.phase("verifier"):
-            verdicts = self.judge(rollouts)
+            verdicts = self.verify(rollouts)
         self.may_stop()
         with clock.phase("teacher"):
             if components.teacher_check is not None:
@@ -230,12 +230,12 @@ class Trainer:
             ignored=self.components.ignored,
         )
 
-    def judge(self, rollouts: list[Rollout]) -> Verdicts:
+    def verify(self, rollouts: list[Rollout]) -> Verdicts:
         """The verifier's verdicts on rank 0, nothing elsewhere."""
         layout = self.components.layout
         with raise_on_all_ranks(layout.groups.control):
             if layout.rank == 0:
-                return judge_rollouts(rollouts, self.components.renderer, self.components.config)
+                return verify_rollouts(rollouts, self.components.renderer, self.components.config)
         return Verdicts()
 
     def updates(self, batch: Batch) -> Iterator[Update]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.glue.server_site import JobContext
+from tests.glue.server_site import ServerSite
 from tropd_mcore.serving import process as process_module
 from tropd_mcore.serving import transport as transport_module
 
@@ -19,8 +19,8 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[JobContext]:
-    site = JobContext(tmp_path)
+def site(tmp_path: Path) -> Iterator[ServerSite]:
+    site = ServerSite(tmp_path)
     yield site
     for process in site.made:
         process.stop()

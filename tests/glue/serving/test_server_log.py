@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.glue.server_site import JobContext, wait_for
+from tests.glue.server_site import ServerSite, wait_for
 from tropd_mcore.serving import log_file as log_module
 from tropd_mcore.serving.log_file import ServerLog
 
 
-def test_the_end_is_described_by_signal_by_silence_and_without_a_process(site: JobContext) -> None:
+def test_the_end_is_described_by_signal_by_silence_and_without_a_process(site: ServerSite) -> None:
     process = site.started({"silent": True, "says": "started"})
     rest = f"; last line: 'started'; log: {site.log}"
     wait_for(lambda: "started" in site.log.read_text())
@@ -42,7 +42,7 @@ def test_the_end_is_described_by_signal_by_silence_and_without_a_process(site: J
     ],
 )  # fmt: skip
 def test_the_line_shown_of_a_log_is_the_last_that_names_an_exception_or_else_the_last_with_text(
-    site: JobContext, says: str, shown: str
+    site: ServerSite, says: str, shown: str
 ) -> None:
     process = site.process()
     site.run_dir.mkdir()
@@ -50,7 +50,7 @@ def test_the_line_shown_of_a_log_is_the_last_that_names_an_exception_or_else_the
     assert f"; last line: {shown!r}; log: " in process.describe_end()
 
 
-def test_a_log_keeps_earlier_launches_and_none_of_their_lines_is_shown(site: JobContext) -> None:
+def test_a_log_keeps_earlier_launches_and_none_of_their_lines_is_shown(site: ServerSite) -> None:
     site.run_dir.mkdir()
     site.log.write_text("ValueError: of an earlier launch\n")
     process = site.process({"exit": 1, "says": "of this one"})
@@ -143,7 +143,7 @@ def test_a_log_that_cannot_be_copied_leaves_nothing_half_is_told_once_and_is_cut
     ]
 
 
-def test_a_log_that_an_earlier_launch_left_large_is_moved_away_at_the_start(site: JobContext) -> None:
+def test_a_log_that_an_earlier_launch_left_large_is_moved_away_at_the_start(site: ServerSite) -> None:
     site.run_dir.mkdir()
     site.log.write_text("old\n" * 1000)
     site.started({"silent": True, "says": "new"}, config={"log_max_mib": 0.001})
@@ -151,7 +151,7 @@ def test_a_log_that_an_earlier_launch_left_large_is_moved_away_at_the_start(site
     assert site.log.with_name("rollout.log.1").read_text() == "old\n" * 1000
 
 
-def test_terminal_escapes_of_a_servers_log_are_shown_as_text(site: JobContext) -> None:
+def test_terminal_escapes_of_a_servers_log_are_shown_as_text(site: ServerSite) -> None:
     process = site.process()
     site.run_dir.mkdir()
     site.log.write_text("\x1b]0;owned\x07ok\x85error: fake\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.glue.server_site import JobContext, runs, wait_for
+from tests.glue.server_site import ServerSite, runs, wait_for
 from tropd_mcore import stopping
 from tropd_mcore.errors import ServerDied, ServerError, StopRequested
 from tropd_mcore.serving import record as record_module
@@ -31,7 +31,7 @@ def is_free(port: int) -> bool:
     return True
 
 
-def test_a_server_is_ready_once_its_health_is_200_and_not_before(site: JobContext) -> None:
+def test_a_server_is_ready_once_its_health_is_200_and_not_before(site: ServerSite) -> None:
     process = site.process({"unready": 3})
     process.start()
     process.wait_ready()
@@ -40,7 +40,7 @@ def test_a_server_is_ready_once_its_health_is_200_and_not_before(site: JobContex
     assert process.alive() and process.client().healthy() and process.client().same_host
 
 
-def test_the_server_gets_its_model_its_place_and_its_settings_on_the_command_line(site: JobContext) -> None:
+def test_the_server_gets_its_model_its_place_and_its_settings_on_the_command_line(site: ServerSite) -> None:
     config = {"tensor_parallel": 2, "max_total_tokens": 99, "mem_fraction": 0.5, "dtype": "float32"}
     process = site.started({"silent": True}, config=config)
     expected = ["--model-path", str(site.model), "--host", "127.0.0.1", "--port", str(process.port)]
@@ -49,7 +49,7 @@ def test_the_server_gets_its_model_its_place_and_its_settings_on_the_command_lin
     assert site.told()["argv"] == expected
 
 
-def test_a_cpu_server_sleeps_when_idle_and_extra_arguments_come_last(site: JobContext) -> None:
+def test_a_cpu_server_sleeps_when_idle_and_extra_arguments_come_last(site: ServerSite) -> None:
     site.started({"silent": True}, device="cpu", config={"extra_args": ("--more", "x")})
     argv = site.told()["argv"]
     assert argv[-2:] == ["--more", "x"]
@@ -57,7 +57,7 @@ def test_a_cpu_server_sleeps_when_idle_and_extra_arguments_come_last(site: JobCo
     assert argv[argv.index("--dtype") + 1] == "bfloat16" and "--max-total-tokens" not in argv
 
 
-def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: JobContext) -> None:
+def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: ServerSite) -> None:
     site.started({"silent": True}, device="cpu").stop()
     environment = site.told()["environment"]
     assert environment["OMP_NUM_THREADS"] == "1" and environment["SGLANG_USE_CPU_ENGINE"] == "1"
@@ -67,7 +67,7 @@ def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: J
 
 
 def test_the_server_inherits_our_environment_without_the_rank_that_torchrun_made_us(
-    site: JobContext, monkeypatch: pytest.MonkeyPatch
+    site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
@@ -79,7 +79,7 @@ def test_the_server_inherits_our_environment_without_the_rank_that_torchrun_made
     assert "RANK" not in environment and "TORCHELASTIC_RUN_ID" not in environment
 
 
-def test_the_server_leads_a_process_group_and_its_record_tells_pid_start_and_port(site: JobContext) -> None:
+def test_the_server_leads_a_process_group_and_its_record_tells_pid_start_and_port(site: ServerSite) -> None:
     process = site.started({"silent": True})
     assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
     record = json.loads(site.record.read_text())
@@ -97,7 +97,7 @@ def test_the_server_leads_a_process_group_and_its_record_tells_pid_start_and_por
     assert not site.record.exists()
 
 
-def test_the_server_requires_a_random_key_that_no_command_line_no_file_and_no_child_shows(site: JobContext) -> None:
+def test_the_server_requires_a_random_key_that_no_command_line_no_file_and_no_child_shows(site: ServerSite) -> None:
     process = site.started({"child": True})
     process.wait_ready()
     (key,) = site.told()["keys"]
@@ -110,7 +110,7 @@ def test_the_server_requires_a_random_key_that_no_command_line_no_file_and_no_ch
     assert key not in repr(process.spec) + process.describe_end()
 
 
-def test_a_restarted_server_has_the_same_key_and_another_launch_another(site: JobContext) -> None:
+def test_a_restarted_server_has_the_same_key_and_another_launch_another(site: ServerSite) -> None:
     process = site.started({"silent": True})
     keys = site.told()["keys"]
     process.stop()
@@ -123,7 +123,7 @@ def test_a_restarted_server_has_the_same_key_and_another_launch_another(site: Jo
     assert site.told()["keys"] != keys
 
 
-def test_what_a_server_makes_is_for_this_user_alone(site: JobContext) -> None:
+def test_what_a_server_makes_is_for_this_user_alone(site: ServerSite) -> None:
     site.started({"silent": True})
     assert site.notes.stat().st_mode & 0o077 == 0, "a file that the server itself has written"
     folder = Path(site.told()["environment"]["TMPDIR"])
@@ -134,7 +134,7 @@ def test_what_a_server_makes_is_for_this_user_alone(site: JobContext) -> None:
 
 
 def test_a_stopped_server_is_known_as_stopped_and_killed_without_a_grace(
-    site: JobContext, monkeypatch: pytest.MonkeyPatch
+    site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that is stopped does not see SIGTERM; the grace of this test would outlast it."""
     monkeypatch.setattr(record_module, "STOP_GRACE_S", 600.0)
@@ -150,7 +150,7 @@ def test_a_stopped_server_is_known_as_stopped_and_killed_without_a_grace(
 
 
 def test_a_request_to_stop_ends_the_wait_for_a_server_that_starts(
-    site: JobContext, monkeypatch: pytest.MonkeyPatch
+    site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = site.started({"silent": True})
     monkeypatch.setattr(stopping, "_asked", "SIGTERM")
@@ -158,7 +158,7 @@ def test_a_request_to_stop_ends_the_wait_for_a_server_that_starts(
         process.wait_ready()
 
 
-def test_nobody_else_is_given_the_port_while_the_server_starts(site: JobContext) -> None:
+def test_nobody_else_is_given_the_port_while_the_server_starts(site: ServerSite) -> None:
     process = site.started({"silent": True})
     assert process.port is not None and not is_free(process.port)
     process.stop()
@@ -167,7 +167,7 @@ def test_nobody_else_is_given_the_port_while_the_server_starts(site: JobContext)
 
 @pytest.mark.parametrize("end", ["wait_ready", "stop"])
 def test_the_socket_that_kept_the_port_is_closed_and_not_left_to_the_garbage_collector(
-    site: JobContext, end: str
+    site: ServerSite, end: str
 ) -> None:
     process = site.process()
     process.start()
@@ -178,7 +178,7 @@ def test_the_socket_that_kept_the_port_is_closed_and_not_left_to_the_garbage_col
                 and str(process.port) in str(warning.message)]  # fmt: skip
 
 
-def test_a_server_starts_on_the_port_of_the_configuration(site: JobContext) -> None:
+def test_a_server_starts_on_the_port_of_the_configuration(site: ServerSite) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -186,7 +186,7 @@ def test_a_server_starts_on_the_port_of_the_configuration(site: JobContext) -> N
     assert process.port == port and site.told()["argv"][5] == str(port)
 
 
-def test_a_taken_port_and_a_missing_model_folder_are_refused_before_anything_starts(site: JobContext) -> None:
+def test_a_taken_port_and_a_missing_model_folder_are_refused_before_anything_starts(site: ServerSite) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = site.process(config={"port": port})
@@ -198,7 +198,7 @@ def test_a_taken_port_and_a_missing_model_folder_are_refused_before_anything_sta
     assert not process.alive() and not nowhere.alive() and not site.log.exists() and not site.record.exists()
 
 
-def test_a_restarted_server_is_another_process_on_the_same_port_and_ready(site: JobContext) -> None:
+def test_a_restarted_server_is_another_process_on_the_same_port_and_ready(site: ServerSite) -> None:
     process = site.process()
     process.start()
     process.wait_ready()
@@ -209,7 +209,7 @@ def test_a_restarted_server_is_another_process_on_the_same_port_and_ready(site: 
     assert json.loads(site.record.read_text())["pid"] == process.pid
 
 
-def test_a_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause_and_log(site: JobContext) -> None:
+def test_a_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause_and_log(site: ServerSite) -> None:
     process = site.process({"exit": 3, "says": "first line\nValueError: no such model\nand a trailing line"})
     process.start()
     with pytest.raises(ServerError) as caught:
@@ -219,7 +219,7 @@ def test_a_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause
     )
 
 
-def test_a_server_that_is_not_ready_in_time_is_stopped_and_reported(site: JobContext) -> None:
+def test_a_server_that_is_not_ready_in_time_is_stopped_and_reported(site: ServerSite) -> None:
     process = site.started({"silent": True, "says": "loading"}, config={"start_timeout_s": 0.05})
     pid = process.pid
     with pytest.raises(ServerError) as caught:
@@ -231,7 +231,7 @@ def test_a_server_that_is_not_ready_in_time_is_stopped_and_reported(site: JobCon
 
 
 def test_stopping_ends_the_server_with_its_children_and_is_harmless_when_repeated(
-    site: JobContext, monkeypatch: pytest.MonkeyPatch
+    site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record_module, "STOP_GRACE_S", 0.1)
     monkeypatch.setattr(record_module, "STOP_TIMEOUT_S", 0.3)  # a dead child may be in the process table for longer
@@ -246,7 +246,7 @@ def test_stopping_ends_the_server_with_its_children_and_is_harmless_when_repeate
 
 
 def test_a_server_that_does_not_heed_the_first_signal_is_killed(
-    site: JobContext, monkeypatch: pytest.MonkeyPatch
+    site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(record_module, "STOP_GRACE_S", 0.05)
     process = site.started({"silent": True, "stubborn": True})
@@ -255,7 +255,7 @@ def test_a_server_that_does_not_heed_the_first_signal_is_killed(
     assert not runs(pid)
 
 
-def test_leaving_the_block_of_a_server_stops_it(site: JobContext) -> None:
+def test_leaving_the_block_of_a_server_stops_it(site: ServerSite) -> None:
     with pytest.raises(RuntimeError, match="of the block"), site.process({"silent": True}) as process:
         process.start()
         pid = process.pid
@@ -271,7 +271,7 @@ sys.stdin.read()
 """
 
 
-def parent_of_a_server(site: JobContext, parent_pid: str) -> subprocess.Popen[bytes]:
+def parent_of_a_server(site: ServerSite, parent_pid: str) -> subprocess.Popen[bytes]:
     """A process that starts a server which takes `parent_pid` for its parent; empty: what is so."""
     return subprocess.Popen(
         [sys.executable, "-S", "-c", PARENT, parent_pid],
@@ -282,7 +282,7 @@ def parent_of_a_server(site: JobContext, parent_pid: str) -> subprocess.Popen[by
     )
 
 
-def test_a_server_dies_with_the_process_that_started_it_however_that_ends(site: JobContext) -> None:
+def test_a_server_dies_with_the_process_that_started_it_however_that_ends(site: ServerSite) -> None:
     with parent_of_a_server(site, "") as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
@@ -294,7 +294,7 @@ def test_a_server_dies_with_the_process_that_started_it_however_that_ends(site: 
         wait_for(lambda: not runs(pid))
 
 
-def test_a_server_whose_parent_has_ended_before_it_looked_does_not_start(site: JobContext) -> None:
+def test_a_server_whose_parent_has_ended_before_it_looked_does_not_start(site: ServerSite) -> None:
     with parent_of_a_server(site, str(os.getpid())) as parent:
         assert parent.stdout is not None and parent.stderr is not None
         pid = int(parent.stdout.readline())
@@ -306,7 +306,7 @@ def test_a_server_whose_parent_has_ended_before_it_looked_does_not_start(site: J
 
 
 def test_a_server_that_died_is_restarted_as_often_as_allowed_and_then_reported(
-    site: JobContext, caplog: pytest.LogCaptureFixture
+    site: ServerSite, caplog: pytest.LogCaptureFixture
 ) -> None:
     supervised = SupervisedServer(site.spec(config={"max_restarts": 1}))
     site.made.append(supervised)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.glue.server_site import JobContext, runs, wait_for
+from tests.glue.server_site import ServerSite, runs, wait_for
 from tropd_mcore.cli.server import free_name
 from tropd_mcore.errors import ServerError
 from tropd_mcore.serving.record import is_in_use, read_record, stop_group, stop_left_over
@@ -55,7 +55,7 @@ def write_record(path: Path, pid: int, *, later_s: float = 0.0, owner: int | Non
 
 
 def test_a_server_that_an_earlier_launch_left_behind_is_stopped_first(
-    site: JobContext, sleeper: subprocess.Popen[bytes]
+    site: ServerSite, sleeper: subprocess.Popen[bytes]
 ) -> None:
     write_record(site.record, sleeper.pid)
     process = site.started({"silent": True})
@@ -114,7 +114,7 @@ def owner() -> Iterator[int]:
 
 
 def test_the_server_of_another_live_process_is_left_alone_and_the_line_names_that_process(
-    site: JobContext, sleeper: subprocess.Popen[bytes], owner: int
+    site: ServerSite, sleeper: subprocess.Popen[bytes], owner: int
 ) -> None:
     """The liar before it: the record matches in pid, start time and group, as that of a left-over server does."""
     write_record(site.record, sleeper.pid, owner=owner)
@@ -156,11 +156,11 @@ def test_a_command_takes_another_name_than_servers_of_live_processes_have(
 
 COMMAND = """
 import dataclasses, pathlib, sys
-from tests.glue.server_site import JobContext
+from tests.glue.server_site import ServerSite
 from tropd_mcore.cli.server import free_name
 from tropd_mcore.serving.process import ServerProcess
 
-site = JobContext(pathlib.Path(sys.argv[1]), make=False)
+site = ServerSite(pathlib.Path(sys.argv[1]), make=False)
 spec = site.spec({"silent": True})
 process = ServerProcess(dataclasses.replace(spec, name=free_name(site.run_dir, sys.argv[2])))
 process.start()
@@ -171,7 +171,7 @@ process.stop()
 
 
 def test_two_live_commands_on_one_run_directory_have_a_server_each_and_stop_their_own(
-    site: JobContext, tmp_path: Path
+    site: ServerSite, tmp_path: Path
 ) -> None:
     """Real processes of the product, the second while the first lives."""
     command = [sys.executable, "-c", COMMAND, str(tmp_path), "teacher"]
@@ -206,7 +206,7 @@ def test_what_a_leader_that_is_gone_has_left_in_its_group_is_killed() -> None:
         stop_group(leader.pid)
 
 
-def test_a_record_is_read_as_it_was_written(site: JobContext) -> None:
+def test_a_record_is_read_as_it_was_written(site: ServerSite) -> None:
     process = site.started({"silent": True})
     record = read_record(site.record)
     assert record is not None and (record.pid, record.owner_pid) == (process.pid, os.getpid())

@@ -15,7 +15,7 @@ from tropd_mcore.config.objectives.rewards import (
     TopdObjective,
     VopdObjective,
 )
-from tropd_mcore.conformance.batch import Batch
+from tropd_mcore.conformance.batch import CaseBatch
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.policy import policy_loss
 from tropd_mcore.conformance.oracle.statistics import (
@@ -91,13 +91,13 @@ def entropy_opd_counts(objective: EntropyOpdObjective, token: Token) -> bool:
 
 
 def entropy_opd_statistic(
-    objective: EntropyOpdObjective, batch: Batch, progress: float, decide: Decisions
+    objective: EntropyOpdObjective, batch: CaseBatch, progress: float, decide: Decisions
 ) -> list[float]:
     """1 where the student is most uncertain."""
     return _most_uncertain(objective.fraction, batch, decide)
 
 
-def reopold_statistic(objective: ReopoldObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+def reopold_statistic(objective: ReopoldObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
     """1 for the tokens that the phase trains."""
     if objective.stages == 1:
         return [1.0] * len(batch.tokens.target_ids_T)
@@ -106,7 +106,7 @@ def reopold_statistic(objective: ReopoldObjective, batch: Batch, progress: float
     return _most_uncertain(objective.entropy_fraction, batch, decide)
 
 
-def topd_statistic(objective: TopdObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+def topd_statistic(objective: TopdObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
     """log(a rho + 1 - a), plus its mean over the later tokens of the sample, z-normalised over the prompt's tokens."""
     alpha = objective.mixing
     mixed = {row: math.log(alpha * math.exp(log_ratio(batch, row)) + 1.0 - alpha) for row in sampled_rows(batch)}
@@ -122,7 +122,7 @@ def topd_statistic(objective: TopdObjective, batch: Batch, progress: float, deci
     return found
 
 
-def iw_opd_statistic(objective: IwOpdObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+def iw_opd_statistic(objective: IwOpdObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
     """1 + gamma (1 - sum of |A| before / sum of |A|), over a sample, A = log q - log p of the sampler (IW-OPD)."""
     tokens = batch.tokens
     size = {row: abs(float(tokens.teacher_logp_T[row] - tokens.rollout_logp_T[row])) for row in sampled_rows(batch)}
@@ -134,7 +134,7 @@ def iw_opd_statistic(objective: IwOpdObjective, batch: Batch, progress: float, d
     return found
 
 
-def _above_floor(floor: float, batch: Batch, decide: Decisions) -> list[float]:
+def _above_floor(floor: float, batch: CaseBatch, decide: Decisions) -> list[float]:
     """1 for the tokens whose log-ratio is above the floor. Source: REOPOLD, phase I."""
     found = zeros(batch)
     for row in sampled_rows(batch):
@@ -142,7 +142,7 @@ def _above_floor(floor: float, batch: Batch, decide: Decisions) -> list[float]:
     return found
 
 
-def _most_uncertain(fraction: float, batch: Batch, decide: Decisions) -> list[float]:
+def _most_uncertain(fraction: float, batch: CaseBatch, decide: Decisions) -> list[float]:
     """1 for that share of the tokens which has the highest student entropy. Source: Entropy OPD; REOPOLD eq. 8."""
     entropy = batch.tokens.old_entropy_T.tolist()
     ranked = sorted(sampled_rows(batch), key=lambda row: -entropy[row])

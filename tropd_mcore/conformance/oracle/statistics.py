@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from tropd_mcore.conformance.batch import Batch
+from tropd_mcore.conformance.batch import CaseBatch
 
 
 def standard_score(value: float, population: list[float]) -> float:
@@ -18,27 +18,27 @@ def standard_score(value: float, population: list[float]) -> float:
     return (value - mean) / math.sqrt(sum((other - mean) ** 2 for other in population) / len(population))
 
 
-def log_ratio(batch: Batch, row: int) -> float:
+def log_ratio(batch: CaseBatch, row: int) -> float:
     """log q - log p before the update."""
     return float(batch.tokens.teacher_logp_T[row] - batch.tokens.old_logp_T[row])
 
 
-def sampled_rows(batch: Batch) -> list[int]:
+def sampled_rows(batch: CaseBatch) -> list[int]:
     """The rows that the student sampled."""
     return [row for row, on in enumerate(batch.tokens.student_mask_T.tolist()) if on]
 
 
-def same_sample(batch: Batch, row: int, other: int) -> bool:
+def same_sample(batch: CaseBatch, row: int, other: int) -> bool:
     """Whether two rows are of one sample."""
     return int(batch.tokens.sample_T[row]) == int(batch.tokens.sample_T[other])
 
 
-def same_prompt(batch: Batch, row: int, other: int) -> bool:
+def same_prompt(batch: CaseBatch, row: int, other: int) -> bool:
     """Whether two rows are of samples of one prompt."""
     group_S, sample_T = batch.group_S, batch.tokens.sample_T
     return int(group_S[sample_T[row]]) == int(group_S[sample_T[other]])
 
 
-def zeros(batch: Batch) -> list[float]:
+def zeros(batch: CaseBatch) -> list[float]:
     """0 for every row."""
     return [0.0] * len(batch.tokens.target_ids_T)

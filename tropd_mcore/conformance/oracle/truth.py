@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.config.objectives import ObjectiveConfig
-from tropd_mcore.conformance.batch import Batch, Student
+from tropd_mcore.conformance.batch import CaseBatch, Student
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.token import Token, make_token
 
@@ -38,7 +38,7 @@ class Truth:
     decisions: Decisions
 
 
-def evaluate(objective: ObjectiveConfig, batch: Batch, progress: float, form: Form) -> Truth:
+def evaluate(objective: ObjectiveConfig, batch: CaseBatch, progress: float, form: Form) -> Truth:
     """Return the truth of a case. `progress` is step / run.steps."""
     decide = Decisions()
     student_TV = _logits(batch.student, form)[:, : batch.vocab_size].clone().requires_grad_()
@@ -92,7 +92,7 @@ def _loss(family: ModuleType, objective: ObjectiveConfig, token: Token, decide: 
 
 
 def _statistic(
-    family: ModuleType, objective: ObjectiveConfig, batch: Batch, progress: float, decide: Decisions
+    family: ModuleType, objective: ObjectiveConfig, batch: CaseBatch, progress: float, decide: Decisions
 ) -> list[float]:
     """What each token takes from others: `<kind>_statistic` of its family; 1 where there is none."""
     statistic = getattr(family, f"{objective.kind}_statistic", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tropd_mcore.config.objectives.verified import KdrlObjective, RladObjective
-from tropd_mcore.conformance.batch import Batch
+from tropd_mcore.conformance.batch import CaseBatch
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.policy import clipped_surrogate, mismatch_weight, policy_loss
 from tropd_mcore.conformance.oracle.statistics import sampled_rows, standard_score, zeros
@@ -31,17 +31,17 @@ def rlad(objective: RladObjective, token: Token, decide: Decisions) -> Tensor:
     return loss
 
 
-def kdrl_statistic(objective: KdrlObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+def kdrl_statistic(objective: KdrlObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
     """GRPO's advantage."""
     return _group_advantage(batch)
 
 
-def rlad_statistic(objective: RladObjective, batch: Batch, progress: float, decide: Decisions) -> list[float]:
+def rlad_statistic(objective: RladObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
     """GRPO's advantage."""
     return _group_advantage(batch)
 
 
-def _group_advantage(batch: Batch) -> list[float]:
+def _group_advantage(batch: CaseBatch) -> list[float]:
     """The reward of the token's sample, z-normalised over the samples of its prompt. Source: GRPO."""
     rewards, groups = batch.reward_S.tolist(), batch.group_S.tolist()
     found = zeros(batch)

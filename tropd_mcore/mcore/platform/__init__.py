@@ -43,17 +43,22 @@ class Platform(Protocol):
         """Return the TransformerConfig fields (kernel fusions) that depend on the machine."""
 
 
+def meant(kind: PlatformKind) -> Literal["cpu", "cuda"]:
+    """Return what `platform.kind` means on this machine: `auto` is cuda where torch sees a GPU, else cpu."""
+    if kind != "auto":
+        return kind
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def choose(kind: PlatformKind, local_rank: int = 0) -> Platform:
-    """Return the platform that `platform.kind` asks for; `auto` is cuda where torch sees a GPU, else cpu.
+    """Return the platform that `platform.kind` asks for.
 
     `local_rank` is this rank's index on its machine, which is its GPU. Raises ConfigError where the platform cannot
     work on this machine.
     """
-    available = torch.cuda.is_available()
-    name = kind if kind != "auto" else "cuda" if available else "cpu"
     platform: Platform
-    if name == "cuda":
-        if not available:
+    if meant(kind) == "cuda":
+        if not torch.cuda.is_available():
             raise ConfigError(["platform.kind = cuda: torch sees no GPU on this machine; set platform.kind=cpu"])
         from tropd_mcore.mcore.platform.cuda import CudaPlatform
 

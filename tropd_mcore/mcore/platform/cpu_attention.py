@@ -12,6 +12,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,6 +20,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from tropd_mcore.data.packing import context_positions
 
 
 class CpuAttention(MegatronModule):
@@ -74,8 +77,8 @@ class CpuAttention(MegatronModule):
         """[B, H, P, E]: gather K and V of all context ranks, mask by sample and position."""
         key, value = (_gather_positions(x, self.cp_group) for x in (key, value))
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        sample_of, place_of = _zigzag(boundaries, size, rank)
-        ranks = [_zigzag(boundaries, size, other) for other in range(size)]
+        sample_of, place_of = _places(boundaries, size, rank)
+        ranks = [_places(boundaries, size, other) for other in range(size)]
         key_sample = torch.cat([sample for sample, _ in ranks])
         key_place = torch.cat([place for _, place in ranks])
         allowed = (sample_of[:, None] == key_sample) & (key_place <= place_of[:, None])
@@ -107,16 +110,9 @@ def _gather_positions(x: Tensor, group: Any) -> Tensor:
     return gathered.permute(1, 2, 0, 3)
 
 
-def _zigzag(boundaries: list[int], size: int, rank: int) -> tuple[Tensor, Tensor]:
-    """(sample, position in it) of each position that a context rank holds, int64 [P] each.
-
-    Each sample is cut into 2 * size chunks, of which the rank holds number `rank` and number `2 * size - 1 - rank`.
-    """
-    samples, places = [], []
-    for sample, (start, stop) in enumerate(pairwise(boundaries)):
-        chunk, rest = divmod(stop - start, 2 * size)
-        assert rest == 0, f"a sample of {stop - start} positions is not divisible by 2 * cp = {2 * size}"
-        for index in (rank, 2 * size - 1 - rank):
-            places.append(torch.arange(index * chunk, (index + 1) * chunk))
-            samples.append(torch.full((chunk,), sample))
-    return torch.cat(samples), torch.cat(places)
+def _places(boundaries: list[int], size: int, rank: int) -> tuple[Tensor, Tensor]:
+    """(sample, position in it) of each position that a context rank holds, int64 [P] each."""
+    starts = np.asarray(boundaries, dtype=np.int32)
+    positions = context_positions(starts, size, rank)
+    samples = np.searchsorted(starts, positions, side="right") - 1
+    return torch.from_numpy(samples), torch.from_numpy(positions - starts[samples])

@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.kernel.full_vocabulary import log_mixture
-
-LOGP_FLOOR = -50.0
-"""Stands for the log-prob (nats) of a candidate that does not count, against -inf: e^-50 = 2e-22 is no mass."""
+from tropd_mcore.sentinels import LOGP_FLOOR
 
 
 def topk_forward_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, *, norm: str) -> Tensor:

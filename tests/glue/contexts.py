@@ -12,7 +12,7 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.components import JobContext
 from tropd_mcore.train.loaded_inputs import LoadedInputs
-from tropd_mcore.train.start_checks import MATERIAL_CHECKS, State, run_checks
+from tropd_mcore.train.start_checks import INPUT_CHECKS, State, run_checks
 from tropd_mcore.weights.architecture import Architecture, read_architecture
 
 SDPO = {"kind": "sdpo", "student_topk": 5, "topk": 3}
@@ -25,7 +25,7 @@ def config_of(run_dir: Path, folder: Path, **sections: Any) -> Config:
     return make_config(run_dir, **sections)
 
 
-def site_of(config: Config, layout: Any, **changes: Architecture) -> JobContext:
+def context_of(config: Config, layout: Any, **changes: Architecture) -> JobContext:
     """`changes` replace what the folders say, by the first word of the key."""
     models = {
         key: changes.get(key.partition(".")[0], read_architecture(path)) for key, path in model_paths(config).items()
@@ -33,9 +33,9 @@ def site_of(config: Config, layout: Any, **changes: Architecture) -> JobContext:
     return JobContext(config, SimpleNamespace(name="cpu", device="cpu"), layout, RunDir(config.run.dir), models)
 
 
-def read_material(site: JobContext) -> LoadedInputs:
+def read_loaded_inputs(context: JobContext) -> LoadedInputs:
     """What the checks of a start read, without those of the launch and of the run directory. Collective."""
-    state = State.of(site)
+    state = State.of(context)
     left_out = ("launch", "run.dir", "weights", "tokenizer", "vocabulary")
-    run_checks([check for check in MATERIAL_CHECKS if check.name not in left_out], state, site)
-    return state.material()
+    run_checks([check for check in INPUT_CHECKS if check.name not in left_out], state, context)
+    return state.loaded_inputs()

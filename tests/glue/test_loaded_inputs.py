@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.glue.sites import SDPO, config_of, read_material, site_of
+from tests.glue.contexts import SDPO, config_of, context_of, read_loaded_inputs
 from tests.glue.stubs import make_layout, one_rank
 from tests.ranks import run_on_ranks
 from tests.tiny_models import write_tiny_model
@@ -24,7 +24,7 @@ from tropd_mcore.errors import ConfigError, DataError, TropdError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.teacher.solutions import SolutionPrompts
-from tropd_mcore.train import loaded_inputs as material
+from tropd_mcore.train import loaded_inputs as loaded
 from tropd_mcore.types import Prompt
 from tropd_mcore.weights.architecture import read_architecture
 
@@ -76,12 +76,12 @@ def test_more_candidates_than_tokens_are_refused_by_key(
 ) -> None:
     arch = read_architecture(folder)
     sizes = {"teacher": replace(arch, vocab_size=teacher_tokens), "student": replace(arch, vocab_size=student_tokens)}
-    site = site_of(config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False}), layout, **sizes)
+    context = context_of(config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False}), layout, **sizes)
     if not problems:
-        material.check_vocabularies(site)
+        loaded.check_vocabularies(context)
         return
     with pytest.raises(ConfigError) as caught:
-        material.check_vocabularies(site)
+        loaded.check_vocabularies(context)
     assert len(caught.value.problems) == len(problems)
     for found, expected in zip(caught.value.problems, problems, strict=True):
         assert found.startswith(expected), found
@@ -92,18 +92,18 @@ def test_every_model_but_the_student_is_compared_with_it_where_the_gate_is_on(
 ) -> None:
     compared: list[tuple[Path, Path, str]] = []
     monkeypatch.setattr(
-        material,
+        loaded,
         "check_same_vocabulary",
         lambda one, other, *, key, allow_extra: compared.append((one, other, key)),
     )
     other = tmp_path / "other"
     other.symlink_to(folder, target_is_directory=True)
     objective = {"kind": "exopd", "topk": 3, "reference": other}
-    material.check_vocabularies(site_of(config_of(tmp_path / "run", folder, objective=objective), layout))
+    loaded.check_vocabularies(context_of(config_of(tmp_path / "run", folder, objective=objective), layout))
     assert compared == [(folder, folder, "teacher.path"), (folder, other, "objective.reference")]
     compared.clear()
     closed = config_of(tmp_path / "run", folder, objective=objective, gates={"vocabulary": False})
-    material.check_vocabularies(site_of(closed, layout))
+    loaded.check_vocabularies(context_of(closed, layout))
     assert compared == []
 
 
@@ -114,12 +114,12 @@ def test_a_reference_that_knows_fewer_tokens_than_the_student_is_refused(
     objective = {"kind": "exopd", "topk": 3, "reference": folder}
     config = config_of(tmp_path, folder, objective=objective, gates={"vocabulary": False})
     narrower = replace(read_architecture(folder), vocab_size=307 + difference)
-    site = site_of(config, layout, objective=narrower)
+    context = context_of(config, layout, objective=narrower)
     if difference >= 0:
-        material.check_vocabularies(site)
+        loaded.check_vocabularies(context)
         return
     with pytest.raises(ConfigError, match="its vocabulary has 306 entries, the student's 307"):
-        material.check_vocabularies(site)
+        loaded.check_vocabularies(context)
 
 
 def prompts_of(longest: int, **changes: Any) -> PromptSet:
@@ -141,12 +141,12 @@ def test_a_model_whose_context_is_shorter_than_the_longest_sample_is_refused_by_
     arch = read_architecture(folder)
     contexts = {name: LONGEST - (name in short_of) for name in ("student", "teacher")}
     models = {name: replace(arch, max_position_embeddings=tokens) for name, tokens in contexts.items()}
-    site = site_of(config_of(tmp_path, folder), layout, **models)
+    context = context_of(config_of(tmp_path, folder), layout, **models)
     if not short_of:
-        assert material.check_lengths(site, prompts_of(12)) == LONGEST
+        assert loaded.check_lengths(context, prompts_of(12)) == LONGEST
         return
     with pytest.raises(ConfigError) as caught:
-        material.check_lengths(site, prompts_of(12))
+        loaded.check_lengths(context, prompts_of(12))
     assert [found.partition("; ")[0] for found in caught.value.problems] == [
         f"{name}.path={folder}: its context is {LONGEST - 1} tokens but the longest sample can have {LONGEST}"
         for name in short_of
@@ -157,7 +157,7 @@ def test_short_packs_and_short_contexts_are_reported_together(layout: Layout, fo
     narrow = replace(read_architecture(folder), max_position_embeddings=LONGEST - 1)
     config = config_of(tmp_path, folder, batch={"tokens_per_micro_batch": LONGEST - 1})
     with pytest.raises(ConfigError) as caught:
-        material.check_lengths(site_of(config, layout, teacher=narrow), prompts_of(12))
+        loaded.check_lengths(context_of(config, layout, teacher=narrow), prompts_of(12))
     keys = [found.split()[0].partition("=")[0] for found in caught.value.problems]
     assert keys == ["batch.tokens_per_micro_batch", "teacher.path"]
 
@@ -171,12 +171,12 @@ def written_prompts(path: Path, *, answer: str | None = "7") -> Path:
 def test_the_material_is_what_the_files_say(layout: Layout, folder: Path, tmp_path: Path) -> None:
     data = {"prompts": written_prompts(tmp_path / "prompts.jsonl")}
     config = config_of(tmp_path, folder, data=data, batch={"tokens_per_micro_batch": 99})
-    found = read_material(site_of(config, layout))
+    found = read_loaded_inputs(context_of(config, layout))
     assert [prompt.prompt_id for prompt in found.prompts.prompts] == ["p0", "p1"]
     assert found.renderer.eos_ids == (2,) and found.solution_prompts is None
     assert found.longest == found.prompts.longest_prompt + 6
     ignoring = config.model_copy(update={"loss": config.loss.model_copy(update={"ignore_tokens": ("<|im_end|>",)})})
-    assert found.ignored != read_material(site_of(ignoring, layout)).ignored
+    assert found.ignored != read_loaded_inputs(context_of(ignoring, layout)).ignored
 
 
 def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
@@ -186,17 +186,17 @@ def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
         return config_of(tmp_path, folder, objective=SDPO, data=data, batch={"tokens_per_micro_batch": 300})
 
     config = config_for(prompts=written_prompts(tmp_path / "prompts.jsonl"))
-    found = read_material(site_of(config, layout))
+    found = read_loaded_inputs(context_of(config, layout))
     assert isinstance(found.solution_prompts, SolutionPrompts)
     longest = found.solution_prompts.longest_without_solution()
     assert longest > found.prompts.longest_prompt
     narrow = replace(read_architecture(folder), max_position_embeddings=longest + 6)
     with pytest.raises(ConfigError, match="student.path=.*its context is .* tokens but the teacher of"):
-        read_material(site_of(config, layout, student=narrow))
-    read_material(site_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
+        read_loaded_inputs(context_of(config, layout, student=narrow))
+    read_loaded_inputs(context_of(config, layout, student=replace(narrow, max_position_embeddings=longest + 7)))
     without = config_for(prompts=written_prompts(tmp_path / "without.jsonl", answer=None))
     with pytest.raises(DataError) as caught:
-        read_material(site_of(without, layout))
+        read_loaded_inputs(context_of(without, layout))
     first, second = str(caught.value).split("\n")
     assert "without.jsonl:1: prompt 'p0' has no `answer`, but objective.kind=sdpo learns from a verifier" in first
     assert "without.jsonl:2: prompt 'p1' has no `answer`" in second
@@ -213,7 +213,7 @@ def test_all_that_the_run_will_ask_of_its_data_is_asked_at_the_start(
     def problems(**sections: Any) -> list[str]:
         config = config_of(tmp_path / "run", folder, data=data, **sections)
         with pytest.raises(DataError) as caught:
-            read_material(site_of(config, layout))
+            read_loaded_inputs(context_of(config, layout))
         return [problem.partition(str(tmp_path))[2][1:] for problem in str(caught.value).split("\n")]
 
     guided = {"kind": "tropd", "guidance": {"enabled": True}}
@@ -226,10 +226,10 @@ def test_all_that_the_run_will_ask_of_its_data_is_asked_at_the_start(
     assert sum("has no response in data.teacher_responses" in problem for problem in found) == 1
     off = {"kind": "tropd", "guidance": {"enabled": False}}
     config = config_of(tmp_path / "run", folder, data=data, objective=off, batch={"tokens_per_micro_batch": 99})
-    found_prompts = read_material(site_of(config, layout)).prompts.prompts
+    found_prompts = read_loaded_inputs(context_of(config, layout)).prompts.prompts
     assert all(prompt.teacher_response_ids is None for prompt in found_prompts), "what nobody continues is not read"
     responses.unlink()
-    read_material(site_of(config, layout))
+    read_loaded_inputs(context_of(config, layout))
 
 
 def test_a_resumed_run_renders_the_day_of_its_first_launch(
@@ -241,15 +241,15 @@ def test_a_resumed_run_renders_the_day_of_its_first_launch(
     prompts.write_text('{"id": "a", "messages": [{"role": "user", "content": "two pears"}]}\n')
 
     def text_on(day: date, run: str, accepted: bool = True, **data: Any) -> str:
-        monkeypatch.setattr(material, "date", SimpleNamespace(today=lambda: day))
+        monkeypatch.setattr(loaded, "date", SimpleNamespace(today=lambda: day))
         config = config_of(
             tmp_path / run, dated, data={"prompts": prompts} | data, batch={"tokens_per_micro_batch": 99}
         )
-        site = site_of(config, layout)
-        found = read_material(site)
-        assert found.day == (config.data.template_date or site.run_dir.recorded_template_date() or day)
+        context = context_of(config, layout)
+        found = read_loaded_inputs(context)
+        assert found.day == (config.data.template_date or context.run_dir.recorded_template_date() or day)
         if accepted:
-            site.run_dir.record_template_date(found.day)
+            context.run_dir.record_template_date(found.day)
         return found.renderer.decode(found.prompts.prompts[0].token_ids)
 
     assert text_on(date(2024, 2, 28), "run", accepted=False) == "28 Feb 2024 two pears"
@@ -283,12 +283,12 @@ def read_with_a_fault_on_rank_one(folder: Path, tmp_path: Path, prompts: Path, c
     """What this rank meets, where the second alone has a disk, or a configuration, on which something is missing."""
     layout = make_layout()
     healthy = config_of(tmp_path / "run", folder, data={"prompts": prompts}, batch={"tokens_per_micro_batch": 99})
-    site = site_of(healthy, layout)
+    context = context_of(healthy, layout)
     if layout.rank == 1:
         given = {"data": {"prompts": prompts}, "batch": {"tokens_per_micro_batch": 99}} | change
-        site = replace(site, config=config_of(tmp_path / "run", folder, **given))
+        context = replace(context, config=config_of(tmp_path / "run", folder, **given))
     try:
-        read_material(site)
+        read_loaded_inputs(context)
     except TropdError as error:
         return str(error)
     return "nothing"
