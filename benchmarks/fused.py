@@ -31,8 +31,8 @@ from benchmarks.measure import (
     write_result,
 )
 from benchmarks.ours import ours
-from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
+from tropd_mcore.conformance.ranks import on_fresh_ranks
 from tropd_mcore.kernel.choose import backend as choose_backend
 from tropd_mcore.kernel.shard import chunks
 from tropd_mcore.kernel.source import GivenLogits, OutputLayer
@@ -189,7 +189,7 @@ def memory_of(sizes: Sizes, name: str) -> int:
 
 def measure(sizes: Sizes, names: list[str]) -> list[Row]:
     """All methods at one size."""
-    ranks = on_ranks(time_methods, sizes.world_size, sizes, names)
+    ranks = on_fresh_ranks(time_methods, sizes.world_size, sizes, names)
     slower = {name: slower_rank([rank["calls"][name] for rank in ranks]) for name in names}
     rows = []
     for name in names:
@@ -206,7 +206,7 @@ def measure(sizes: Sizes, names: list[str]) -> list[Row]:
                 chunk_tokens=sizes.chunk_tokens,
                 cpu_s=Spread.of(seconds),
                 over_floor=Spread.of([mine / bare.cpu_s for mine, bare in zip(seconds, slower["floor"], strict=True)]),
-                extra_bytes=max(on_ranks(memory_of, sizes.world_size, sizes, name)),
+                extra_bytes=max(on_fresh_ranks(memory_of, sizes.world_size, sizes, name)),
                 collectives=str(traffic),
                 loss=loss,
                 gradient_norm=norm,

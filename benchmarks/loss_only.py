@@ -34,8 +34,8 @@ from benchmarks.measure import (
 )
 from benchmarks.ours import ours
 from benchmarks.peers import PEERS, Composite, load_composite
-from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
+from tropd_mcore.conformance.ranks import on_fresh_ranks
 from tropd_mcore.kernel.choose import backend as choose_backend
 from tropd_mcore.kernel.source import GivenLogits
 from tropd_mcore.progress import progress
@@ -127,10 +127,10 @@ def _forward_backward(composite: Composite, logits_TW: Tensor, tokens: Tokens, n
 
 def measure(names: list[str], sizes: Sizes, roots: dict[str, str], *, memory: bool = True) -> list[Row]:
     """All methods at one size."""
-    ranks = on_ranks(time_methods, sizes.world_size, names, sizes, roots)
+    ranks = on_fresh_ranks(time_methods, sizes.world_size, names, sizes, roots)
     rows = []
     for name in names:
-        peak = max(on_ranks(memory_of, sizes.world_size, name, sizes, roots)) if memory else 0
+        peak = max(on_fresh_ranks(memory_of, sizes.world_size, name, sizes, roots)) if memory else 0
         loss, norm, traffic = ranks[0]["found"][name]
         slower = slower_rank([rank["calls"][name] for rank in ranks])
         rows.append(

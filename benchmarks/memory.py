@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from benchmarks.fused import Sizes, memory_of
 from benchmarks.measure import table, write_result
-from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
+from tropd_mcore.conformance.ranks import on_fresh_ranks
 from tropd_mcore.progress import progress
 
 log = logging.getLogger("benchmarks.memory")
@@ -46,7 +46,7 @@ def main() -> None:
     for method in args.methods:
         for tokens in args.tokens:
             sizes = replace(CENTRE, tokens=tokens)
-            peak = max(on_ranks(memory_of, sizes.world_size, sizes, method))
+            peak = max(on_fresh_ranks(memory_of, sizes.world_size, sizes, method))
             rows.append(Row(method, tokens, sizes.vocabulary, sizes.hidden, peak))
     cells = []
     for method in args.methods:

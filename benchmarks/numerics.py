@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.inputs import kernel_of, with_main_grad
 from benchmarks.measure import table, write_result
-from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
+from tropd_mcore.conformance.ranks import on_fresh_ranks
 from tropd_mcore.kernel.choose import backend as choose_backend
 from tropd_mcore.kernel.source import GivenLogits, OutputLayer
 from tropd_mcore.kernel.support_loss import TokenLoss, support_loss
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backends", nargs="+", default=["eager", "compile"])
     args = parser.parse_args()
-    rows: list[Row] = on_ranks(errors, 1, args.device, args.backends)[0]
+    rows: list[Row] = on_fresh_ranks(errors, 1, args.device, args.backends)[0]
     cells = [
         [
             f"{row.form} {row.backend}",

@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.inputs import Tokens, make_logits, make_tokens
 from benchmarks.measure import table
 from benchmarks.peers import PEERS, load_composite
-from benchmarks.ranks import on_ranks
 from tropd_mcore import logs
 from tropd_mcore.conformance.adapters import nemo_rl
+from tropd_mcore.conformance.ranks import on_fresh_ranks
 from tropd_mcore.progress import progress
 
 log = logging.getLogger("benchmarks.peer_gradients")
@@ -110,7 +110,7 @@ def main() -> None:
     cells = [
         [name, str(world_size), f"{loss:.1e}", f"{gradient:.1e}"]
         for world_size in args.tp
-        for name, loss, gradient in on_ranks(errors, world_size, ["naive", *roots], roots)[0]
+        for name, loss, gradient in on_fresh_ranks(errors, world_size, ["naive", *roots], roots)[0]
     ]
     print(table(["composite", "ranks", "loss error", "gradient error"], cells))
 

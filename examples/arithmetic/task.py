@@ -6,7 +6,6 @@ problem; a problem is in at most one split, whichever way round its operands are
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -14,8 +13,6 @@ from typing import Literal
 
 QUESTIONS = ("What is {a} + {b}?", "Compute {a} + {b}.", "Add {a} and {b}.")
 """The ways to ask; each names both operands once, in order."""
-
-_STEP = re.compile(r"(\d)\+(\d)\+([01])=(\d\d)")
 
 
 @dataclass(frozen=True)
@@ -129,21 +126,6 @@ def forgotten_carries(random: Random, from_sum: int, probability: float) -> Slip
         return 0 if forgets else digit
 
     return slip
-
-
-def parse_steps(text: str) -> list[tuple[int, int, int, int]]:
-    """The column lines of a worked answer as (x, y, carry, sum).
-
-    Raises ValueError where a line before the last is not a column line.
-    """
-    steps = []
-    for line in text.split("\n")[:-1]:
-        match = _STEP.fullmatch(line)
-        if match is None:
-            raise ValueError(f"expected a line like 7+5+1=13, found {line!r}")
-        x, y, carry, total = (int(group) for group in match.groups())
-        steps.append((x, y, carry, total))
-    return steps
 
 
 def draw_problem(random: Random, min_digits: int, max_digits: int) -> Problem:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.mutation.faults import Fault, Source
 from tests.mutation.operators import RULES
 
-PACKAGES = ("data", "mcore", "train", "rollout", "teacher", "serving", "monitor", "weights")
+PACKAGES = ("data", "records", "mcore", "train", "rollout", "teacher", "serving", "monitor", "weights")
 """Folders of `tropd_mcore` that faults are planted in."""
 LOGGERS = ("log", "logger", "logging", "warnings")
 

@@ -90,6 +90,12 @@ def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(capsys):
     assert capsys.readouterr().err.endswith("tropd: error: trian: no such command; did you mean train?\n")
 
 
+def test_a_reader_who_has_seen_enough_ends_the_command_without_a_word():
+    command = f"{sys.executable} -m tropd_mcore.cli.main config --explain | head -1"
+    found = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
+    assert found.stdout.count("\n") == 1 and found.stderr == "" and found.returncode in (0, 141)
+
+
 def test_config_prints_every_key_with_its_source_and_the_output_is_a_configuration(capsys, recipe, tmp_path):
     code, out, _ = run(capsys, "config", recipe, "run.steps=3")
     assert code == 0 and "  steps: 3  # command line\n" in out

@@ -286,7 +286,7 @@ def test_each_way_to_name_a_wrong_function_is_one_clear_line(
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        ("a_number", "expected an TokenLosses, found float"),
+        ("a_number", "expected a TokenLosses, found float"),
         ("no_columns", r"missing: \['advantage', .*\], of another shape: \['loss'\]"),
         ("by_token", r"expected loss_sum as a scalar, found shape \(37,\)"),
     ],

@@ -21,7 +21,6 @@ from examples.arithmetic.task import (
     draw_problem,
     forgotten_carries,
     make_splits,
-    parse_steps,
     problem_stream,
     random_slips,
     work,
@@ -35,6 +34,24 @@ MICRO = replace(
     TINY, train_prompts=5, heldout_prompts=3, tokenizer_texts=200, teacher_training=BRIEF, student_training=BRIEF
 )
 """The tiny example with models that have learnt nothing."""
+
+
+_STEP = re.compile(r"(\d)\+(\d)\+([01])=(\d\d)")
+
+
+def parse_steps(text: str) -> list[tuple[int, int, int, int]]:
+    """The column lines of a worked answer as (x, y, carry, sum).
+
+    Raises ValueError where a line before the last is not a column line.
+    """
+    steps = []
+    for line in text.split("\n")[:-1]:
+        match = _STEP.fullmatch(line)
+        if match is None:
+            raise ValueError(f"expected a line like 7+5+1=13, found {line!r}")
+        x, y, carry, total = (int(group) for group in match.groups())
+        steps.append((x, y, carry, total))
+    return steps
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,12 @@ def test_every_file_exists() -> None:
         assert (REPOSITORY / "tests" / file).is_file(), file
 
 
+def test_the_readme_lists_every_kind() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| `objective.kind` |") :].partition("\n\n")[0]
+    assert set(KINDS) - set(re.findall(r"`(\w+)`", table)) == set()
+
+
 def test_every_kind_has_a_row() -> None:
     rows = set(re.findall(r"^\| `(\w+)` \|", TEXT, flags=re.MULTILINE))
     assert set(KINDS) - {"tropd", "opd"} <= rows

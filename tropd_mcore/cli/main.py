@@ -94,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         signals.say("interrupted")
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of a pipe has seen enough: `tropd metrics | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
+        return 128 + signal.SIGPIPE
 
 
 class _Ended(BaseException):

@@ -70,7 +70,8 @@ def explain(asked: str) -> str:
     if asked:
         return "\n".join(key.text() for key in found)
     sections = {key.dotted.partition(".")[0]: None for key in found}
-    pages = [f"{len(found)} keys; --explain SECTION or --explain SECTION.KEY prints fewer: {', '.join(sections)}\n"]
+    head = f"{len(found)} keys; --explain SECTION or --explain SECTION.KEY prints fewer: {', '.join(sections)}"
+    pages = ["\n".join(textwrap.wrap(head, WIDTH)) + "\n"]
     for section in sections:
         pages += [f"== {section} ==\n", *(key.text() for key in found if key.dotted.partition(".")[0] == section)]
     return "\n".join(pages)

@@ -1,7 +1,7 @@
 """One experiment of the matrix, and which of them a run makes.
 
 Not for running them (see `matrix`). Invariant: the plan depends on its arguments alone, not on what the machine can do;
-what cannot be run is make_columns, not left out.
+what cannot be run is reported, not left out.
 """
 
 from __future__ import annotations

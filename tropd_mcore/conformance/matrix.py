@@ -50,7 +50,7 @@ class Result:
     reason: str = ""
     """of a miss without numbers, of a cell that was not run"""
     traceback: str = ""
-    """where the subject raised"""
+    """where the subject raised, and the stacks of ranks that hung"""
 
 
 def run(cells: list[Cell], device: str, say: Callable[[str], None]) -> list[Result]:
@@ -118,14 +118,14 @@ def _run_group(cells: list[Cell], world_size: int, environment: dict[str, str], 
                 continue
             try:
                 ranks = ranks or Ranks(world_size, environment)
-                limit_s = CELL_LIMIT_S if cell.peer is None else PEER_LIMIT_S
-                answers = ranks.call(run_on_rank, cell, device, limit_s=limit_s)
+                timeout_s = CELL_LIMIT_S if cell.peer is None else PEER_LIMIT_S
+                answers = ranks.call(run_on_rank, cell, device, timeout_s=timeout_s)
             except RanksLost as error:
                 lost[cell.peer] = lost.get(cell.peer, 0) + 1
                 if ranks is not None:
                     ranks.close()
                 ranks = None
-                yield Result(cell, "miss", reason=str(error))
+                yield Result(cell, "miss", reason=str(error), traceback="\n".join(error.__notes__))
                 continue
             yield judged(cell, device, answers)
     finally:

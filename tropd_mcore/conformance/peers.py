@@ -1,6 +1,6 @@
 """How somebody else's loss goes through the same matrix: the inputs it gets, what it returns, what it says it covers.
 
-Not for our own loss (see `subject`) or for the code of a peer (see `adapters`). A peer is one function
+Not for our own loss (see `our_loss`) or for the code of a peer (see `adapters`). A peer is one function
 
     @covers("opd", "gkd/fkl-*", without=("softcap",))
     def loss(case: PeerCase) -> Tensor: ...

@@ -1,8 +1,8 @@
 """The distillation loss at the end of the pipeline: the output layer's rows in, one sum and one count out.
 
-Not for the mathematics (`losses`) or for the schedule (`pipeline`). Invariants: what decides anything (trusted or not)
-is computed from numbers that are bit-identical on all tensor ranks; no mean and no host sync in the loss itself; a
-non-finite loss is found after the pipeline and before the optimizer.
+Not for the mathematics (`kernel`, `objectives`) or for the schedule (`pipeline`). Invariants: what decides anything
+(trusted or not) is computed from numbers that are bit-identical on all tensor ranks; no mean and no host sync in the
+loss itself; a non-finite loss is found after the pipeline and before the optimizer.
 
 Legend: T rows, C rows of a chunk, K teacher top-k, L student top-k, J = 1 + K + L support ids.
 """
@@ -129,7 +129,7 @@ def _counted(columns: dict[str, Tensor]) -> Tensor:
 
 
 def _rows_with_nan(columns: dict[str, Tensor]) -> Tensor:
-    """bool [T]. A log-prob of -inf is no NaN: the token is impossible for that model (`row_constants`)."""
+    """bool [T]. A log-prob of -inf is no NaN: the token is impossible for that model (`token_inputs`)."""
     return _counted(columns) & (columns["student_logp"].isnan() | columns["teacher_logp"].isnan())
 
 

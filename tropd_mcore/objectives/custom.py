@@ -86,7 +86,7 @@ def _checked(function: Callable[..., Any], path: str, keywords: dict[str, Any], 
     """Call the function; raise ConfigError where its result cannot be used. No host sync."""
     output = function(inputs, **keywords)
     if not isinstance(output, TokenLosses):
-        raise ConfigError([f"{KEY}={path}: expected an TokenLosses, found {type(output).__name__}"])
+        raise ConfigError([f"{KEY}={path}: expected a TokenLosses, found {type(output).__name__}"])
     tokens = inputs.student_mask_T.shape
     wrong = [name for name, column in output.columns.items() if column.shape != tokens]
     missing = sorted(COLUMNS - output.columns.keys())

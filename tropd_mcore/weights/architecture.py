@@ -28,8 +28,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class FamilyTraits:
     """What distinguishes the supported families; all share RMSNorm, rotary embeddings, grouped queries and SwiGLU."""
 
+    language_model: str
+    """Class with an output layer, as `architectures` of config.json names it. Source: transformers."""
     qk_norm: bool
     qkv_bias: bool
+    has_windows: bool = False
+    """Whether layers can attend to a window of the context, which `use_sliding_window` then decides."""
     head_dim: int | None = None
     """Of a config.json that does not state one; None = hidden_size / num_attention_heads. Source: transformers."""
     kv_heads_follow: bool = False
@@ -37,9 +41,9 @@ class FamilyTraits:
 
 
 FAMILIES: dict[str, FamilyTraits] = {
-    "qwen3": FamilyTraits(qk_norm=True, qkv_bias=False, head_dim=128),
-    "qwen2": FamilyTraits(qk_norm=False, qkv_bias=True),
-    "llama": FamilyTraits(qk_norm=False, qkv_bias=False, kv_heads_follow=True),
+    "qwen3": FamilyTraits("Qwen3ForCausalLM", has_windows=True, qk_norm=True, qkv_bias=False, head_dim=128),
+    "qwen2": FamilyTraits("Qwen2ForCausalLM", has_windows=True, qk_norm=False, qkv_bias=True),
+    "llama": FamilyTraits("LlamaForCausalLM", qk_norm=False, qkv_bias=False, kv_heads_follow=True),
 }
 
 
@@ -92,10 +96,10 @@ def architecture_from_config(config: dict[str, Any], *, source: str) -> Architec
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ModelError(f"{source}: model_type is {family!r}; supported are {', '.join(sorted(FAMILIES))} (dense)")
-    problems = contradictions(config)
+    traits = FAMILIES[family]
+    problems = contradictions(config, language_model=traits.language_model, has_windows=traits.has_windows)
     if problems:
         raise ModelError(f"{source}: {'; '.join(problems)}")
-    traits = FAMILIES[family]
     num_heads = _positive_int(config, "num_attention_heads", source)
     # transformers takes null for num_attention_heads everywhere, and an absent key for 32 in the Qwen families.
     stated = traits.kv_heads_follow or "num_key_value_heads" in config

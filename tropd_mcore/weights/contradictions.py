@@ -16,11 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-_LANGUAGE_MODELS = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -45,14 +40,17 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 """Options whose other values change the logits in some program; the first value is the default."""
 
 
-def contradictions(config: dict[str, Any]) -> list[str]:
-    """Every reason why programs would read this config.json differently, naming the keys and values of each."""
+def contradictions(config: dict[str, Any], *, language_model: str, has_windows: bool) -> list[str]:
+    """Every reason why programs would read this config.json differently, naming the keys and values of each.
+
+    `language_model` is the family's class with an output layer, `has_windows` whether its layers can have a window.
+    """
     family = config["model_type"]
     return [
         *_unsupported(config, family),
         *_layer_types(config),
-        *_sliding_window(config, family),
-        *_architectures(config, family),
+        *([] if has_windows else _sliding_window(config, family)),
+        *_architectures(config, family, language_model),
         *_dtypes(config),
         *_types(config),
     ]
@@ -86,22 +84,25 @@ def _layer_types(config: dict[str, Any]) -> list[str]:
 
 
 def _sliding_window(config: dict[str, Any], family: str) -> list[str]:
-    """A llama has no window in transformers, but a folder made from a Mistral still states its own."""
+    """A llama has no window in transformers, but a folder made from a Mistral still states its own.
+
+    Of a family whose layers can have one, `use_sliding_window` decides (`_ALLOWED`).
+    """
     window, context = config.get("sliding_window"), config.get("max_position_embeddings")
-    if family != "llama" or not isinstance(window, int) or not isinstance(context, int) or window >= context:
+    if not isinstance(window, int) or not isinstance(context, int) or window >= context:
         return []
     return [
-        f"model_type is llama, which attends to everything, but sliding_window is {window} with "
+        f"model_type is {family}, which attends to everything, but sliding_window is {window} with "
         f"max_position_embeddings {context}; remove sliding_window or correct model_type"
     ]
 
 
-def _architectures(config: dict[str, Any], family: str) -> list[str]:
+def _architectures(config: dict[str, Any], family: str, language_model: str) -> list[str]:
     """transformers goes by model_type, SGLang by architectures."""
     stated = config.get("architectures")
-    if not stated or stated == [_LANGUAGE_MODELS[family]]:
+    if not stated or stated == [language_model]:
         return []
-    return [f"model_type is {family!r} but architectures is {stated!r}; expected [{_LANGUAGE_MODELS[family]!r}]"]
+    return [f"model_type is {family!r} but architectures is {stated!r}; expected [{language_model!r}]"]
 
 
 def _dtypes(config: dict[str, Any]) -> list[str]:
