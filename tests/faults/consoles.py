@@ -24,6 +24,7 @@ from tests.faults.rows_disk import disk_of, no_room
 from tests.faults.rows_signals import to_terminal
 from tests.faults.scene import Scene, end_with_the_suite, scene
 from tests.faults.stage import Stage, set_stage
+from tests.faults.table import as_shell
 
 LONGEST = 100
 """Lines of one console; the middle of a longer one is left out."""
@@ -186,7 +187,7 @@ def section(stage: Stage, console: Console) -> str:
     with scene(stage, f"console-{console.title[:30]}") as made:
         launch, at = console.play(made)
         time.sleep(0.5)  # the reader may be a line behind
-        end, code = launch.seconds - 0.5, launch.process.poll()
+        end, code = launch.seconds - 0.5, as_shell(launch.process.poll())
         left = launch.left()
         lines = list(launch.lines)
         command = " ".join(launch.command).replace(f"{sys.executable} -m tropd_mcore.cli.main", "tropd")

@@ -104,15 +104,15 @@ def _loop_lines(result: dict[str, Any]) -> list[str]:
 def _row(name: str, done: str, wanted: str, row: dict[str, Any] | None) -> str:
     if row is None:
         return f"| {name} | {_cell(done)} | {_cell(wanted)} | not played | | |"
-    came = f"exit {_as_shell(row['exit_code'])}" if row["exit_code"] is not None else "the run goes on"
+    came = f"exit {as_shell(row['exit_code'])}" if row["exit_code"] is not None else "the run goes on"
     came += f": `{_cell(row['line'], 160)}`" if row["line"] else ""
     reasons = f": {_cell('; '.join(row['reasons']), 160)}" if row["reasons"] else ""
     return f"| {name} | {_cell(done)} | {_cell(wanted)} | {came} | {row['seconds']:g} | {row['verdict']}{reasons} |"
 
 
-def _as_shell(code: int) -> int:
+def as_shell(code: int | None) -> int | None:
     """What a shell shows: 128 + n for a process ended by signal n."""
-    return code if code >= 0 else 128 - code
+    return code if code is None or code >= 0 else 128 - code
 
 
 def _cell(text: str, longest: int = 400) -> str:
