@@ -93,8 +93,8 @@ def errors(device: str, backends: list[str]) -> list[Row]:
 def _forward_kl(teacher_TK: Tensor) -> TokenLoss:
     def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         value_C = topk_forward_kl(logp_CJ[:, 1:], teacher_TK[rows].to(logp_CJ.dtype), norm="truncated")
-        count = torch.full((), len(value_C), device=value_C.device)
-        return TokenLosses(value_C.sum(), count, {"logp": logp_CJ[:, 0].detach()})
+        counted_C = torch.ones_like(value_C, dtype=torch.bool)
+        return TokenLosses(value_C, counted_C, {"logp": logp_CJ[:, 0].detach()})
 
     return loss
 

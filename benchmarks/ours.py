@@ -23,8 +23,7 @@ def token_loss(tokens: Tokens) -> TokenLoss:
         loss_C = -tokens.advantage_T[rows] * logp_CJ[:, 0] - tokens.entropy_weight_T[rows] * entropy_C
         if logp_CJ.shape[1] > 1:
             loss_C = loss_C + topk_forward_kl(logp_CJ[:, 1:], tokens.topk_logp_TK[rows], norm="truncated")
-        count = torch.full((), loss_C.shape[0], device=loss_C.device)
-        return TokenLosses(loss_C.sum(), count, {})
+        return TokenLosses(loss_C, torch.ones_like(loss_C, dtype=torch.bool))
 
     return loss
 

@@ -150,11 +150,11 @@ class Program:
         dtype = logp_CJ.dtype
         a, b, c, d = (n[here].to(dtype) for n in (numbers.a_TJ, numbers.b_TJ, numbers.c_T, numbers.d_T))
         logp_CJ = torch.where(live_C[:, None], logp_CJ, 0.0)
-        loss = (a * logp_CJ).sum() + (b * logp_CJ.square()).sum()
-        loss = loss + (c * torch.where(live_C, entropy_C, 0.0)).sum()
+        loss_C = (a * logp_CJ).sum(dim=1) + (b * logp_CJ.square()).sum(dim=1)
+        loss_C = loss_C + c * torch.where(live_C, entropy_C, 0.0)
         if divergence_C is not None:
-            loss = loss + (d * torch.where(live_C, divergence_C, 0.0).square()).sum()
-        return TokenLosses(loss, live_C.sum(), {})
+            loss_C = loss_C + d * torch.where(live_C, divergence_C, 0.0).square()
+        return TokenLosses(loss_C, live_C)
 
     def _plain(self, z: Tensor, at: slice) -> Tensor:
         """The same by log_softmax over the whole vocabulary, on the live rows alone."""

@@ -62,7 +62,7 @@ def an_advantage_has_the_expected_gradient_of_its_closed_form(losses: Losses) ->
     for ratio in ("none", "importance", "ppo_clip"):
         for objective, constants, advantage in cases:
             rows = golden_rows(losses, student_draws())
-            inputs = replace(rows.inputs, statistic_T=history_T)
+            inputs = replace(rows.inputs, history_weight_T=history_T, advantage_T=history_T)
             output = objective(inputs, **constants, policy=policy(losses, ratio=ratio))
             expected = -p * (advantage - (p * advantage).sum())
             assert_close(rows.gradient(output.loss_sum).sum(dim=0), expected, 1e-12)
@@ -79,7 +79,7 @@ def vopd_has_no_mean_advantage_and_the_gradient_of_the_reverse_kl(losses: Losses
 
 def k2_has_the_gradient_of_the_reverse_kl(losses: Losses) -> None:
     rows = golden_rows(losses, student_draws())
-    inputs = replace(rows.inputs, statistic_T=torch.zeros(VOCABULARY, dtype=torch.float64))
+    inputs = replace(rows.inputs, advantage_T=torch.zeros(VOCABULARY, dtype=torch.float64))
     output = losses["objectives.verified"].kdrl(inputs, beta=0.25, policy=policy(losses))
     assert_close(output.columns["divergence"], np.array(GOLDEN["log_ratio"]) ** 2 / 2.0, 5e-6)
     assert_close(rows.gradient(output.loss_sum).sum(dim=0), 0.25 * np.array(GOLDEN["reverse_kl_gradient"]))
@@ -89,7 +89,7 @@ def k3_to_the_reference_is_golden(losses: Losses) -> None:
     """With the teacher as reference, d = r. Its gradient in log p is 1 - e^d on the sampled token."""
     rows = golden_rows(losses, student_draws())
     zero_T = torch.zeros(VOCABULARY, dtype=torch.float64)
-    inputs = replace(rows.inputs, reference_logp_T=rows.inputs.teacher_logp_T, statistic_T=zero_T)
+    inputs = replace(rows.inputs, reference_logp_T=rows.inputs.teacher_logp_T, advantage_T=zero_T)
     output = losses["objectives.verified"].rlad(
         inputs, anchor=1.0, reference_weight=0.5, policy=policy(losses, ratio="ppo_clip")
     )
@@ -104,7 +104,7 @@ def rlad_clips_at_the_ratio_to_its_anchor(losses: Losses) -> None:
     r, p = np.array(GOLDEN["log_ratio"]), np.exp(log_softmax(GOLDEN["student_logits"]))
     for sign in (1.0, -1.0):
         rows = golden_rows(losses, student_draws())
-        inputs = replace(rows.inputs, statistic_T=sign * rows.inputs.statistic_T)
+        inputs = replace(rows.inputs, advantage_T=sign * rows.inputs.advantage_T)
         output = losses["objectives.verified"].rlad(
             inputs, anchor=0.0, reference_weight=0.0, policy=policy(losses, ratio="ppo_clip")
         )
@@ -158,7 +158,7 @@ def selection_counts_and_trains_the_selected_only(losses: Losses) -> None:
         ("reopold", {"floor": -99.0, "train": "selected"}),
     ):
         rows = golden_rows(losses, student_draws())
-        inputs = replace(rows.inputs, statistic_T=chosen_T)
+        inputs = replace(rows.inputs, selected_T=chosen_T)
         output = getattr(losses["objectives.rewards"], name)(inputs, **constants, policy=policy(losses))
         assert_close(int(output.token_count), 3)
         assert_close(output.columns["trusted"], chosen_T)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import load_plain_tensors
 from torch import Tensor
 
+from tests.dist.packs import whole_sequence
 from tests.dist.conversion_ranks import open_layout
-from tropd_mcore.data.packing import one_sample
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.errors import ModelError
@@ -69,11 +68,6 @@ def train_state(folder: Path, job: Job, setup: Setup) -> TrainState:
     model = build_student(folder, job, setup)
     optimizer, scheduler = build_optimizer(model, setup.optimizer, setup.steps)
     return TrainState(model, optimizer, scheduler)
-
-
-def whole_sequence(tokens: Tensor) -> MicroBatch:
-    """A pack of one sample [P] in which every position is a row; what the last one would predict is token 0."""
-    return one_sample(np.append(tokens.numpy(), 0), len(tokens), tokens.device)
 
 
 def train(state: TrainState, first: int, last: int) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.dist.checkpoint_ranks import whole_sequence
+from tests.dist.packs import whole_sequence
 from tropd_mcore.config.schema import ParallelConfig
 from tropd_mcore.errors import ModelError
 from tropd_mcore.kernel.source import OutputLayer

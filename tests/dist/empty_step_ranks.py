@@ -16,7 +16,7 @@ from tests.dist import average_ranks, checkpoint_ranks
 from tests.dist.average_ranks import averaged
 from tests.dist.checkpoint_ranks import Setup
 from tests.dist.conversion_ranks import open_layout
-from tests.dist.checkpoint_ranks import whole_sequence
+from tests.dist.packs import whole_sequence
 from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.mcore import checkpoint
 from tropd_mcore.mcore.checkpoint import TrainState

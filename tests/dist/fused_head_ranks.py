@@ -18,6 +18,8 @@ from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.loss import make_distillation_loss
+from tropd_mcore.objectives.catalogue import Objective, WholeVocabulary, custom
+from tropd_mcore.objectives.registry import function_of
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, TeacherScores
@@ -104,7 +106,7 @@ def passes_and_a_step(
         results = []
         for index in range(len(batches)):
             loss = make_distillation_loss(
-                student, _recording(constants.objective(), seen[index]), [scores[index]], [context[index]], settings
+                student, _recording(constants, seen[index]), [scores[index]], [context[index]], settings
             )
             results += run_pipeline(student, [batches[index]], length, loss=loss, forward_only=False)
         return [
@@ -138,7 +140,7 @@ _SEEN = (
     "old_logp_T",
     "old_own_logp_TL",
     "reference_logp_T",
-    "statistic_T",
+    "advantage_T",
     "own_ids_TL",
     "teacher_own_logp_TL",
     "weight_T",
@@ -166,13 +168,15 @@ def _context(found: Any, scored: TeacherScores | None) -> RowContext | None:
     )
 
 
-def _recording(objective: Any, seen: list[TokenInputs]) -> Any:
+def _recording(constants: Constants, seen: list[TokenInputs]) -> Objective:
+    """The objective, which also takes note of what it sees."""
+    objective = constants.objective()
+
     def record(inputs: TokenInputs) -> TokenLosses:
         seen.append(inputs)
-        output: TokenLosses = objective(inputs)
-        return output
+        return function_of(objective)(inputs)
 
-    return record
+    return custom(record, needs=("advantage_T",))
 
 
 def full_vocabulary_step(
@@ -193,11 +197,16 @@ def full_vocabulary_step(
             batches, length = packed.micro_batches, packed.pack_length
             scores = score_micro_batches(teacher, batches, length, k=3, settings=settings, keep_hidden=True)
             context = [None] * len(scores)
-            loss = make_distillation_loss(student, divergence_alone, scores, context, settings, teacher=teacher)
+            loss = make_distillation_loss(student, whole(divergence, beta), scores, context, settings, teacher=teacher)
             results = run_pipeline(student, batches, length, loss=loss, forward_only=False)
             found[name] = gather_results(layout, packed, results)
             found[name]["gradients"] = whole_gradients(student, layout)
     return found
+
+
+def whole(divergence: str, beta: float) -> Objective:
+    """The divergence over the whole vocabulary, by a function of our own that also trains prefixes."""
+    return replace(custom(divergence_alone), whole=WholeVocabulary(divergence, beta))
 
 
 def divergence_alone(inputs: TokenInputs) -> TokenLosses:
@@ -205,7 +214,7 @@ def divergence_alone(inputs: TokenInputs) -> TokenLosses:
     assert inputs.divergence_T is not None
     counted_T = inputs.student_mask_T | inputs.prefix_mask_T
     value_T = torch.where(counted_T, inputs.divergence_T, 0.0)
-    return TokenLosses(value_T.sum(), counted_T.sum(), {"loss": value_T.detach()})
+    return TokenLosses(value_T, counted_T, {"loss": value_T.detach()})
 
 
 def steps_with_one_sample(

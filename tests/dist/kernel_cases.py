@@ -186,9 +186,10 @@ def token_loss(case: Case, losses: Losses) -> Any:
 
     def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> Any:
         a_CJ, b_CJ, c_C = (number[rows].to(logp_CJ.dtype) for number in (case.a_TJ, case.b_TJ, case.c_T))
-        loss_sum = (a_CJ * logp_CJ).sum() + (b_CJ * logp_CJ.exp()).sum() + (c_C * entropy_C).sum()
+        loss_C = (a_CJ * logp_CJ).sum(dim=1) + (b_CJ * logp_CJ.exp()).sum(dim=1) + c_C * entropy_C
+        counted_C = torch.ones(len(logp_CJ), dtype=torch.bool)
         row_CX = torch.cat([logp_CJ, entropy_C[:, None]], dim=1).detach()
-        return losses["kernel.token_losses"].TokenLosses(loss_sum, torch.tensor(len(logp_CJ)), {"row": row_CX})
+        return losses["kernel.token_losses"].TokenLosses(loss_C, counted_C, {"row": row_CX})
 
     return loss
 

@@ -21,7 +21,7 @@ from tropd_mcore.config.objectives.trust_region import GuidanceConfig, OutlierCo
 from tropd_mcore.data.packing import PackedStep, pack
 from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.kernel.support_loss import WeightGradientMode
-from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.mcore.loss import LossResult, make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, Recompute, build_model
@@ -91,7 +91,7 @@ class Constants:
     outlier_weight: float
 
     def objective(self) -> Any:
-        return bind_objective(
+        return objective_of(
             TropdObjective(
                 guidance=GuidanceConfig(beta=self.beta),
                 outlier=OutlierConfig(topk=self.k, weight=self.outlier_weight),

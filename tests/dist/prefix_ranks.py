@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.dist.layouts import Case, build, gather_results, layout_of, pack_for, whole_gradients
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ServerError
-from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
@@ -158,7 +158,7 @@ def _launch(
         passes = [None] * len(packed.micro_batches)
         scored = scores.at_step(0, rollouts, packed, passes, [])
         settings = case.settings(config.rollout.temperature)
-        loss = make_distillation_loss(student, bind_objective(config.objective), scored, passes, settings)
+        loss = make_distillation_loss(student, objective_of(config.objective), scored, passes, settings)
         outputs = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
         results, gradients = gather_results(layout, packed, outputs), whole_gradients(student, layout)
     asked = [[(_place(request, rollouts, places), request.first) for request in server.asked]] * layout.world_size

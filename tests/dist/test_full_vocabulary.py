@@ -112,8 +112,8 @@ def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None
 
     def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         assert divergence_C is not None
-        loss = (case.grad_T[rows].to(divergence_C.dtype) * divergence_C).sum() + case.grad_logp * logp_CJ.sum()
-        return TokenLosses(loss, torch.tensor(len(divergence_C)), {"divergence": divergence_C.detach()})
+        loss_C = case.grad_T[rows].to(divergence_C.dtype) * divergence_C + case.grad_logp * logp_CJ.sum(dim=1)
+        return TokenLosses(loss_C, torch.ones(len(logp_CJ), dtype=torch.bool), {"divergence": divergence_C.detach()})
 
     logits_TW = case.student_TV[:, start:stop].clone().requires_grad_(True)
     ids_TJ = torch.full((TOKENS, 1), 3)
@@ -307,7 +307,7 @@ def _values_without_gradient(case: Case) -> dict[str, Tensor]:
 
     def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         assert divergence_C is not None
-        return TokenLosses(divergence_C.sum(), torch.tensor(0), {"divergence": divergence_C})
+        return TokenLosses(divergence_C, divergence_C != divergence_C, {"divergence": divergence_C})
 
     values = {}
     for kind, beta in KINDS.items():

@@ -109,7 +109,7 @@ def test_what_was_known_before_the_update_reaches_the_objective_row_by_row(seen:
         assert torch.equal(batch["old_logp_T"], batch["pass_logp"] - 0.25)
         assert torch.equal(batch["old_own_logp_TL"], batch["own_logp"] - 0.5)
         assert torch.equal(batch["reference_logp_T"], batch["pass_logp"] - 7.0)
-        assert torch.equal(batch["statistic_T"], batch["statistic"])
+        assert torch.equal(batch["advantage_T"], batch["statistic"])
         assert torch.equal(batch["own_ids_TL"], batch["own_ids"])
         assert torch.equal(batch["teacher_own_logp_TL"], batch["teacher_own_logp"])
         assert torch.equal(batch["weight_T"], batch["weight"])

@@ -76,8 +76,8 @@ def relative_errors(losses: Losses, backend: str) -> tuple[float, float]:
     q_TK = torch.from_numpy(q).float()
 
     def forward_kl(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> Any:
-        loss_sum = (q_TK[rows] * (q_TK[rows].log() - logp_CJ)).sum()
-        return losses["kernel.token_losses"].TokenLosses(loss_sum, torch.tensor(len(logp_CJ)), {})
+        loss_C = (q_TK[rows] * (q_TK[rows].log() - logp_CJ)).sum(dim=1)
+        return losses["kernel.token_losses"].TokenLosses(loss_C, torch.ones(len(logp_CJ), dtype=torch.bool))
 
     source = losses["kernel.source"].OutputLayer(hidden, weight)
     output = losses["kernel.support_loss"].support_loss(

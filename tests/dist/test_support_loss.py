@@ -233,7 +233,7 @@ def _constant_loss(case: Case, form: str) -> tuple[Tensor, Tensor]:
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
 
     def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
-        return TokenLosses(torch.ones((), dtype=torch.float64), torch.tensor(len(logp_CJ)), {})
+        return TokenLosses(torch.ones(len(logp_CJ), dtype=torch.float64), torch.ones(len(logp_CJ), dtype=torch.bool))
 
     output = support_loss(source, case.ids_TJ, loss, kernel(case, real_losses()), unique_run_lengths=DISTINCT)
     (output.loss_sum * scale).backward()
@@ -276,7 +276,7 @@ def _peak_bytes(form: str, mode: str, chunk_tokens: int, dtype: torch.dtype) -> 
     ids_TJ = torch.randint(WIDE, (ROWS, SLOTS), generator=random)
 
     def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
-        return TokenLosses(logp_CJ.exp().sum() + entropy_C.sum(), torch.tensor(len(logp_CJ)), {})
+        return TokenLosses(logp_CJ.exp().sum(dim=1) + entropy_C, torch.ones(len(logp_CJ), dtype=torch.bool))
 
     assert dist.group.WORLD is not None
     chunked = Kernel(VocabShard(0, WIDE, WIDE), dist.group.WORLD, EagerBackend(), Scaling(0.9, 30.0), chunk_tokens)

@@ -75,8 +75,7 @@ def loss_on_this_rank(case: Case) -> Result:
     def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         terms_C = (case.grad_logp_TJ[rows].to(logp_CJ.dtype) * logp_CJ).sum(dim=1)
         terms_C = terms_C + case.grad_entropy_T[rows].to(logp_CJ.dtype) * entropy_C
-        count = torch.tensor(logp_CJ.shape[0])
-        return TokenLosses(terms_C.sum(), count, {"loss": terms_C.detach()})
+        return TokenLosses(terms_C, torch.ones(len(logp_CJ), dtype=torch.bool), {"loss": terms_C.detach()})
 
     start, stop = BORDERS[dist.get_rank()], BORDERS[dist.get_rank() + 1]
     group = dist.group.WORLD

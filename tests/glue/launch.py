@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from tests.glue.stubs import VOCABULARY, RowValue, make_rollouts, make_scores, make_student, nowhere, row_values
+from tests.row_constants import constants_of
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.supervision import IgnoredTokens
-from tropd_mcore.mcore.loss import LossResult
+from tropd_mcore.mcore.loss import LossResult, observed
 from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.mcore.token_inputs import TokenInputsBuilder
 from tropd_mcore.monitor.record import StepRecord
-from tropd_mcore.objectives.registry import LossFunction
+from tropd_mcore.objectives.catalogue import Objective
+from tropd_mcore.objectives.registry import function_of
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train import trainer as trainer_module
 from tropd_mcore.train.gates import SamplerBounds
@@ -135,7 +136,7 @@ class Launch:
     def _loss(
         self,
         model: Any,
-        objective: LossFunction,
+        objective: Objective,
         scores: Sequence[TeacherScores | None],
         context: Sequence[RowContext | None],
         settings: Any,
@@ -145,13 +146,13 @@ class Launch:
         def loss(micro_batch: MicroBatch, index: int) -> LossResult:
             scored = scores[index]
             assert scored is not None
-            constants = TokenInputsBuilder.of(micro_batch, scored, context[index] or RowContext(), VOCABULARY)
+            constants = constants_of(micro_batch, scored, context[index] or RowContext(), VOCABULARY)
             logp_TJ = torch.full(constants.ids_TJ.shape, -2.0)
             logp_TJ[:, 0] = self.student_logp(micro_batch)
             entropy_T = torch.ones(len(logp_TJ))
-            output = objective(constants.inputs(logp_TJ, entropy_T, None, slice(0, len(logp_TJ))))
+            output = function_of(objective)(constants.inputs(logp_TJ, entropy_T, None, slice(0, len(logp_TJ))))
             columns = {**output.columns, "student_logp": logp_TJ[:, 0], "student_entropy": entropy_T}
-            columns |= {**constants.observed(), "topk_overlap": constants.unknown_T}
+            columns |= {**observed(micro_batch, scored), "topk_overlap": torch.full_like(scored.logp_T, torch.nan)}
             return LossResult(output.loss_sum, output.token_count, torch.tensor(False), columns)
 
         return loss

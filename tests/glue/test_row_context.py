@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.row_constants import constants_of
 from tests.unit.test_packing import make_rollout, options
 from tropd_mcore.data.packing import pack
-from tropd_mcore.mcore.token_inputs import TokenInputsBuilder
 from tropd_mcore.train.batch_context import _row_context
 from tropd_mcore.types import StudentPass, TeacherScores
 
@@ -31,7 +31,7 @@ def test_a_pass_without_candidates_asks_nothing_of_the_teacher_and_one_with_them
     )
     context = _row_context(found, scores, None, None)
     assert (context.own_ids_TL is None) == (context.old_own_logp_TL is None) == (candidates == 0)
-    constants = TokenInputsBuilder.of(batch, scores, context, VOCABULARY)
+    constants = constants_of(batch, scores, context, VOCABULARY)
     assert torch.equal(constants.columns["old_logp_T"], found.logp_T)
     assert torch.equal(constants.own_ids_TL, ids_TL)
     assert constants.columns["teacher_own_logp_TL"].shape == (rows, candidates)

@@ -27,7 +27,9 @@ CONSTANTS = {
     "old_logp_T",
     "old_own_logp_TL",
     "rollout_logp_T",
-    "statistic_T",
+    "selected_T",
+    "advantage_T",
+    "history_weight_T",
     "trust_u_T",
 }
 

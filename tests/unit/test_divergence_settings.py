@@ -17,10 +17,10 @@ import torch
 from tests.objective_batch import Batch
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.objectives.base import PolicyGradientConfig
-from tropd_mcore.config.objectives.custom import CustomObjective
 from tropd_mcore.config.objectives.matching import EopdObjective, GkdObjective, JsdObjective, LsmObjective
 from tropd_mcore.config.objectives.self_distillation import SdpoObjective
 from tropd_mcore.config.objectives.trust_region import AopdObjective, TropdAopdObjective, TropdObjective
+from tropd_mcore.config.objectives.user_function import CustomObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.kernel.token_losses import TokenLosses
@@ -226,15 +226,15 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "NUMBER = 3\n"
         "def scaled(inputs, *, factor, policy):\n"
         "    output = opd(inputs, policy=policy)\n"
-        "    return replace(output, loss_sum=factor * output.loss_sum)\n"
+        "    return replace(output, loss_T=factor * output.loss_T)\n"
         "def plain(inputs):\n"
         "    return opd(inputs, policy=PolicyGradient())\n"
         "def a_number(inputs):\n"
         "    return 3.0\n"
         "def no_columns(inputs):\n"
         "    return replace(plain(inputs), columns={'loss': torch.zeros(2)})\n"
-        "def by_token(inputs):\n"
-        "    return replace(plain(inputs), loss_sum=inputs.student_logp_T)\n"
+        "def summed(inputs):\n"
+        "    return replace(plain(inputs), loss_T=inputs.student_logp_T.sum())\n"
     )
     (tmp_path / "own_broken.py").write_text("1 / 0\n")
     (tmp_path / "own_missing.py").write_text("import a_module_that_is_not_there\n")
@@ -253,7 +253,7 @@ def test_a_custom_function_is_called_with_its_arguments_and_the_policy_gradient(
     inputs = Batch(moved=0.2).inputs()
     output = custom(f"{module}:scaled", {"factor": 3.0}, ratio="importance")(inputs)
     expected = opd(inputs, policy=PolicyGradient(ratio="importance"))
-    assert torch.equal(output.loss_sum, 3.0 * expected.loss_sum)
+    assert torch.equal(output.loss_T, 3.0 * expected.loss_T)
     assert custom(f"{module}:plain")(inputs).loss_sum.isfinite()
 
 
@@ -288,7 +288,7 @@ def test_each_way_to_name_a_wrong_function_is_one_clear_line(
     [
         ("a_number", "expected a TokenLosses, found float"),
         ("no_columns", r"missing: \['advantage', .*\], of another shape: \['loss'\]"),
-        ("by_token", r"expected loss_sum as a scalar, found shape \(37,\)"),
+        ("summed", r"expected one number a token, \(37,\), found loss_T \(\)"),
     ],
 )
 def test_each_result_that_cannot_be_used_is_one_clear_line(module: str, function: str, expected: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tropd_mcore.config.schema import Config
+from tropd_mcore.kernel.group import OneRank
 from tropd_mcore.kernel.shard import Scaling, VocabShard
 from tropd_mcore.mcore.loss_settings import LossSettings
 
@@ -18,7 +19,7 @@ BASE: dict[str, Any] = {
     "teacher": {"path": "teacher"},
     "data": {"prompts": "prompts.jsonl"},
 }
-GROUP = object()
+GROUP = OneRank()
 MODEL: Any = SimpleNamespace(
     shard=VocabShard(3, 10, 9),
     layout=SimpleNamespace(groups=SimpleNamespace(tp=GROUP)),

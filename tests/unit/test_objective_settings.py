@@ -23,7 +23,7 @@ from tropd_mcore.config.fields import Section
 from tropd_mcore.config.objectives import KINDS as CLASSES
 from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.config.objectives.base import PolicyGradientConfig, PolicyGradientObjective
-from tropd_mcore.config.objectives.custom import CustomObjective
+from tropd_mcore.config.objectives.user_function import CustomObjective
 from tropd_mcore.config.objectives.verified import RladObjective
 from tropd_mcore.config.schema import LossConfig, RolloutConfig
 from tropd_mcore.objectives.registry import bind_objective

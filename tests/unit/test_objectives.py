@@ -230,7 +230,8 @@ def test_no_tokens_give_zero_and_a_gradient() -> None:
     assert all(column.shape == (0,) for column in output.columns.values())
 
 
-CONSTANTS = ("teacher_logp_T", "teacher_topk_logp_TK", "old_logp_T", "rollout_logp_T", "trust_u_T", "statistic_T")
+CONSTANTS = ("teacher_logp_T", "teacher_topk_logp_TK", "old_logp_T", "rollout_logp_T", "trust_u_T", "selected_T",
+             "advantage_T", "history_weight_T")  # fmt: skip
 
 
 def _detach_check(settings: dict[str, Any]) -> None:

@@ -192,7 +192,9 @@ CONSTANTS = (
     "old_logp_T",
     "old_own_logp_TL",
     "rollout_logp_T",
-    "statistic_T",
+    "selected_T",
+    "advantage_T",
+    "history_weight_T",
 )
 
 
@@ -241,7 +243,8 @@ def _same_loss_and_gradient(batch: Batch, one: TokenLosses, other: TokenLosses, 
 
 
 def _ones(batch: Batch) -> TokenInputs:
-    return replace(batch.inputs(), statistic_T=torch.ones(TOKENS, dtype=torch.float64))
+    ones_T = torch.ones(TOKENS, dtype=torch.float64)
+    return replace(batch.inputs(), selected_T=ones_T, history_weight_T=ones_T)
 
 
 @pytest.mark.parametrize("ratio", ["none", "importance", "ppo_clip"])

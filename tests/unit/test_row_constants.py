@@ -13,10 +13,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from tests import row_constants
 from tests.objective_batch import Batch
 from tropd_mcore.config.objectives import KINDS, ObjectiveConfig
 from tropd_mcore.kernel.token_losses import TokenLosses
-from tropd_mcore.mcore.token_inputs import TokenInputsBuilder, without_neginf
+from tropd_mcore.library.inputs import Constants, without_neginf
 from tropd_mcore.objectives.parts.batch_statistics import BatchRows, statistic_of
 from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.sentinels import LOGP_FLOOR
@@ -57,9 +58,7 @@ def at_every_origin(batch: Batch) -> Tensor:
     return impossible_T
 
 
-def constants_of(
-    batch: Batch, config: ObjectiveConfig | None, logp_T: Tensor, u_T: Tensor | None = None
-) -> TokenInputsBuilder:
+def constants_of(batch: Batch, config: ObjectiveConfig | None, logp_T: Tensor, u_T: Tensor | None = None) -> Constants:
     """The constants of the batch's rows where the teacher says `logp_T` of the sampled tokens."""
     inputs, rows = batch.inputs(), torch.arange(len(batch.origin))
     micro_batch = MicroBatch(
@@ -104,13 +103,13 @@ def constants_of(
         old_own_logp_TL=inputs.old_own_logp_TL,
         teacher_own_logp_TL=inputs.teacher_own_logp_TL,
     )
-    return TokenInputsBuilder.of(micro_batch, scores, context, batch.z_TV.shape[1])
+    return row_constants.constants_of(micro_batch, scores, context, batch.z_TV.shape[1])
 
 
-def run(batch: Batch, config: ObjectiveConfig, constants: TokenInputsBuilder) -> TokenLosses:
+def run(batch: Batch, config: ObjectiveConfig, constants: Constants) -> TokenLosses:
     log_p_TV = batch.z_TV.log_softmax(dim=1)
     entropy_T = -(log_p_TV.exp() * log_p_TV).sum(dim=1)
-    logp_TJ = log_p_TV.gather(1, constants.ids_TJ)
+    logp_TJ = log_p_TV.gather(1, constants.ids_TJ.clamp_min(0)).masked_fill(constants.ids_TJ < 0, 0.0)
     return bind_objective(config, progress=0.5)(constants.inputs(logp_TJ, entropy_T, None, slice(None)))
 
 
@@ -163,8 +162,8 @@ def test_only_minus_infinity_is_replaced_and_what_counts_is_reported() -> None:
     others_T = ~(impossible_T | found_T.isnan())
     assert torch.equal(found_T[others_T], logp_T[others_T])
     assert torch.equal(constants.columns["trust_u_T"][others_T], batch.u_T[others_T])
-    assert torch.equal(constants.observed()["impossible"], impossible_T & ~batch.uncounted_T)
-    assert int(constants.observed()["impossible"].sum()) == 3
+    assert torch.equal(constants.impossible_T, impossible_T & ~batch.uncounted_T)
+    assert int(constants.impossible_T.sum()) == 3
 
 
 def test_a_teacher_log_prob_that_is_no_number_stays_none() -> None:

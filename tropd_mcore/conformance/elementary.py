@@ -37,4 +37,4 @@ def _summed(inputs: TokenInputs, loss_T: Tensor) -> TokenLosses:
         clipped_T=none_T,
         loss_T=loss_T,
     )
-    return TokenLosses((inputs.weight_T * loss_T).sum(), counted_T.sum(), columns)
+    return TokenLosses(inputs.weight_T * loss_T, counted_T, columns)

@@ -34,7 +34,7 @@ from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment, initialize
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.mcore.platform import choose
-from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, TeacherScores
 from tropd_mcore.weights.architecture import Architecture
 
@@ -66,7 +66,7 @@ def run_megatron(cell: Cell, entry: Entry) -> Answer:
     micro_batches = [_with_numbers(micro_batch, batch) for micro_batch in packed.micro_batches]
     loss = make_distillation_loss(
         model,
-        bind_objective(entry.objective, entry.progress),
+        objective_of(entry.objective, entry.progress),
         [_scores(micro_batch, batch) for micro_batch in micro_batches],
         [_context(micro_batch, batch, entry) for micro_batch in micro_batches],
         _settings(cell, batch),

@@ -1,33 +1,39 @@
 """Our loss on one rank: the product's own path from the tensors of a case to a loss sum and its gradients.
 
-`objectives.registry` binds the objective, `objectives.parts.batch_statistics` computes what it needs of the batch,
-`kernel.support_loss` does the rest. Not for the Megatron model around it (see `megatron`).
+`objectives.registry` makes the objective, `objectives.parts.batch_statistics` computes what it needs of the batch,
+`distill_loss` does the rest. Not for the Megatron model around it (see `megatron`).
 
-Shapes: T tokens, W vocabulary shard, K teacher top-k, L student top-k, J = 1 + K + L, D hidden.
+Shapes: T tokens, W vocabulary shard, D hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tropd_mcore.conformance.batch import CaseBatch, Student, Tokens
+from tropd_mcore.conformance.batch import CaseBatch, Student
 from tropd_mcore.conformance.cases import make_batch
 from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.entries import Entry
-from tropd_mcore.kernel.backend import Backend, Kernel
+from tropd_mcore.kernel.backend import Backend
 from tropd_mcore.kernel.choose import backend
-from tropd_mcore.kernel.full_vocabulary import FullVocabulary
-from tropd_mcore.kernel.shard import Scaling, VocabShard, math_dtype
-from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
-from tropd_mcore.kernel.support_loss import support_loss
-from tropd_mcore.kernel.token_losses import TokenLosses
-from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.kernel.shard import VocabShard, math_dtype
+from tropd_mcore.library.arguments import (
+    DistillLoss,
+    OutputLayer,
+    StudentTopK,
+    TeacherLogits,
+    TeacherTopK,
+    VocabParallel,
+)
+from tropd_mcore.library.checks import STATISTICS, reads_prefixes
+from tropd_mcore.library.loss import distill_loss
 from tropd_mcore.objectives.parts.batch_statistics import BatchRows, statistic_of
-from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.registry import objective_of
 
 MICRO_BATCHES = (11, 0, 9, 7)
 CHUNK_TOKENS = 4
@@ -84,11 +90,12 @@ class _Leaves:
         self._leaf: Tensor | None = None
         self._gradient = torch.zeros_like(self._hidden_TD if self._fused else self._logits_TW, dtype=torch.float64)
 
-    def source(self, rows: Tensor) -> LogitSource:
+    def source(self, rows: Tensor, cell: Cell) -> Tensor | OutputLayer:
         """The output layer, or logits, of some rows."""
         values = (self._hidden_TD if self._fused else self._logits_TW)[rows.to(self._hidden_TD.device)]
         self._leaf = values.clone().requires_grad_()
-        return OutputLayer(self._leaf, self.weight_WD) if self._fused else GivenLogits(self._leaf)
+        mode: Any = cell.mode
+        return OutputLayer(self._leaf, self.weight_WD, weight_grad=mode) if self._fused else self._leaf
 
     def collect(self, rows: Tensor, factor: float) -> None:
         """Keep the gradient of the rows that `source` gave last."""
@@ -114,45 +121,45 @@ def shard_of(cell: Cell) -> VocabShard:
 
 def _loss_of(
     cell: Cell, entry: Entry, batch: CaseBatch, leaves: _Leaves, rows: Tensor, statistic_T: Tensor, device: torch.device
-) -> TokenLosses:
+) -> DistillLoss:
     """The loss of one micro-batch."""
-    tokens = batch.tokens.rows(rows)
-    objective = bind_objective(entry.objective, entry.progress)
+    objective = objective_of(entry.objective, entry.progress)
+    given = {name: tensor.to(device) for name, tensor in vars(batch.tokens.rows(rows)).items()}
     group = dist.group.WORLD
     assert group is not None
-    kernel = Kernel(
-        shard=leaves.shard,
-        group=group,
+    vp = VocabParallel(
+        group,
+        leaves.shard.vocab_size,
+        start=leaves.shard.start,
+        temperature=batch.temperature,
+        logit_softcap=batch.softcap,
         backend=_backend(cell.backend, device),
-        scaling=Scaling(batch.temperature, batch.softcap),
         chunk_tokens=CHUNK_TOKENS if cell.schedule != "whole" else 64,
         overlap=cell.schedule == "overlap",
     )
-    topk, own = tokens.topk_ids_TK.shape[1], tokens.own_ids_TL.shape[1]
-    ids_TJ = torch.cat([tokens.target_ids_T[:, None], tokens.topk_ids_TK, tokens.own_ids_TL], dim=1).to(device)
-
-    def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
-        part = tokens.rows(torch.arange(len(statistic_T))[rows])
-        constants = _constants(part, statistic_T[rows], math_dtype(batch.student.weight_WD), device)
-        return objective(
-            TokenInputs(
-                student_logp_T=logp_CJ[:, 0],
-                student_topk_logp_TK=logp_CJ[:, 1 : 1 + topk],
-                student_own_logp_TL=logp_CJ[:, 1 + topk :],
-                student_entropy_T=entropy_C,
-                divergence_T=divergence_C,
-                **constants,
-            )
-        )
-
-    return support_loss(
-        leaves.source(rows),
-        ids_TJ,
-        token_loss,
-        kernel,
-        unique_run_lengths=(1, topk, own),
-        weight_gradient=cell.mode,  # type: ignore[arg-type]
-        full_vocab_term=_whole_vocabulary(cell, entry, batch, kernel, rows, device),
+    top = TeacherTopK(
+        given["teacher_logp_T"],
+        given["topk_ids_TK"],
+        given["teacher_topk_logp_TK"],
+        given["teacher_entropy_T"],
+    )
+    own = StudentTopK(given["own_ids_TL"], given["teacher_own_logp_TL"], given["old_own_logp_TL"])
+    statistic: dict[str, Any] = {name: statistic_T.to(device) for name in STATISTICS if name in objective.needs}
+    return distill_loss(
+        leaves.source(rows, cell),
+        given["target_ids_T"],
+        top if entry.objective.full_vocabulary_divergence is None else _whole(cell, batch, top, vp, rows, device),
+        objective,
+        vp=vp,
+        student_mask_T=given["student_mask_T"],
+        prefix_mask_T=given["prefix_mask_T"] if reads_prefixes(objective) else None,
+        weight_T=given["weight_T"],
+        trust_u_T=given["trust_u_T"],
+        rollout_logp_T=given["rollout_logp_T"],
+        old_logp_T=given["old_logp_T"],
+        reference_logp_T=given["reference_logp_T"],
+        student_topk=own if own.ids_TL.shape[1] else None,
+        **statistic,
     )
 
 
@@ -165,49 +172,19 @@ def _backend(name: str, device: torch.device) -> Backend:
     return backend(name, device)
 
 
-def _constants(part: Tokens, statistic_C: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The fields of `TokenInputs` that no gradient flows through."""
-    numbers = {
-        "teacher_logp_T": part.teacher_logp_T,
-        "teacher_topk_logp_TK": part.teacher_topk_logp_TK,
-        "teacher_own_logp_TL": part.teacher_own_logp_TL,
-        "teacher_entropy_T": part.teacher_entropy_T,
-        "reference_logp_T": part.reference_logp_T,
-        "old_logp_T": part.old_logp_T,
-        "old_own_logp_TL": part.old_own_logp_TL,
-        "rollout_logp_T": part.rollout_logp_T,
-        "statistic_T": statistic_C,
-        "trust_u_T": part.trust_u_T,
-        "weight_T": part.weight_T,
-    }
-    others = {
-        "topk_ids_TK": part.topk_ids_TK,
-        "own_ids_TL": part.own_ids_TL,
-        "target_ids_T": part.target_ids_T,
-        "student_mask_T": part.student_mask_T,
-        "prefix_mask_T": part.prefix_mask_T,
-    }
-    return {
-        **{name: number.to(device=device, dtype=dtype) for name, number in numbers.items()},
-        **{name: other.to(device) for name, other in others.items()},
-    }
-
-
-def _whole_vocabulary(
-    cell: Cell, entry: Entry, batch: CaseBatch, kernel: Kernel, rows: Tensor, device: torch.device
-) -> FullVocabulary | None:
-    """The divergence over the whole vocabulary, of an objective that has one."""
-    whole = entry.objective.full_vocabulary_divergence
-    if whole is None:
-        return None
-    columns = slice(kernel.shard.start, kernel.shard.stop)
-    teacher: LogitSource
+def _whole(
+    cell: Cell, batch: CaseBatch, top: TeacherTopK, vp: VocabParallel, rows: Tensor, device: torch.device
+) -> TeacherLogits:
+    """The teacher over the whole vocabulary, this rank's columns."""
+    shard = shard_of(cell)
+    columns = slice(shard.start, shard.stop)
+    source: Tensor | OutputLayer
     if cell.form == "fused":
         weight_WD = batch.teacher.weight_WD[columns]
-        teacher = OutputLayer(batch.teacher.hidden_TD[rows].to(device), weight_WD.to(device))
+        source = OutputLayer(batch.teacher.hidden_TD[rows].to(device), weight_WD.to(device))
     else:
-        teacher = GivenLogits(batch.teacher.logits_TW[rows][:, columns].to(device))
-    return FullVocabulary(teacher, kernel, teacher_shard=kernel.shard, divergence=whole.name, beta=whole.beta)
+        source = batch.teacher.logits_TW[rows][:, columns].to(device)
+    return TeacherLogits(source, replace(vp, temperature=1.0), top=top)
 
 
 def batch_statistic(entry: Entry, batch: CaseBatch) -> Tensor:

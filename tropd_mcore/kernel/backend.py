@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
+from tropd_mcore.kernel.group import Group
 from tropd_mcore.kernel.shard import Scaling, VocabShard
 
 
@@ -94,7 +94,7 @@ class Kernel:
     """How the logits of a job are read: the arguments that every function of the kernel takes."""
 
     shard: VocabShard
-    group: dist.ProcessGroup
+    group: Group
     backend: Backend
     scaling: Scaling
     chunk_tokens: int

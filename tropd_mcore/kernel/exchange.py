@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tropd_mcore.kernel.group import Group, all_reduce
 from tropd_mcore.kernel.shard import VocabShard
 from tropd_mcore.sentinels import NO_ENTRY
 
@@ -35,15 +36,13 @@ class Exchange:
         return self.packed_CX[:, :width].unflatten(1, (self.ranks, self.slot)), self.packed_CX[:, width:]
 
 
-def start_exchange(stats_CM: Tensor, owned_CJ: Tensor, group: dist.ProcessGroup, *, overlap: bool = False) -> Exchange:
+def start_exchange(stats_CM: Tensor, owned_CJ: Tensor, group: Group, *, overlap: bool = False) -> Exchange:
     """Send this shard's statistics and the support logits it owns (0 for the others). One SUM all-reduce."""
     ranks, slot = group.size(), stats_CM.shape[1]
     packed_CX = stats_CM.new_zeros(stats_CM.shape[0], slot * ranks + owned_CJ.shape[1])
     packed_CX[:, slot * group.rank() : slot * (group.rank() + 1)] = stats_CM
     packed_CX[:, slot * ranks :] = owned_CJ
-    work = dist.all_reduce(packed_CX, op=dist.ReduceOp.SUM, group=group, async_op=overlap)
-    # without overlap it is done; PyTorch 2.11 under torch.compile then returns the tensor where others return None
-    return Exchange(packed_CX, ranks, slot, work if overlap else None)
+    return Exchange(packed_CX, ranks, slot, all_reduce(packed_CX, group, overlap=overlap))
 
 
 def merge_stats(stats_CN3: Tensor) -> tuple[Tensor, Tensor]:

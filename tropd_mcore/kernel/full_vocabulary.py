@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.errors import ModelError
 from tropd_mcore.kernel.backend import Kernel
+from tropd_mcore.kernel.group import all_reduce
 from tropd_mcore.kernel.shard import Scaling, VocabShard, math_dtype, scaled_logits
 from tropd_mcore.kernel.source import GivenLogits, LogitSource
 from tropd_mcore.sentinels import LEAST_LOGIT
@@ -37,7 +37,8 @@ class FullVocabulary:
     logits of one chunk (of two with overlap) in the math dtype, and a few temporaries of that size.
 
     teacher: the same T rows as the student's. teacher_shard: its columns on this rank; a wider padding may follow, but
-    each id must be on the same rank as the student's. Raises ModelError where it is not.
+    each id must be on the same rank as the student's. teacher_scaling: None = temperature 1 and the student's softcap.
+    Raises ModelError where an id is elsewhere.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class FullVocabulary:
         kernel: Kernel,
         *,
         teacher_shard: VocabShard,
+        teacher_scaling: Scaling | None = None,
         divergence: str,
         beta: float = 0.5,
     ) -> None:
         assert divergence in ("fkl", "rkl", "jsd"), f"unknown divergence {divergence!r}"
         self._teacher, self._kernel, self._divergence, self._beta = teacher, kernel, divergence, beta
         self._teacher_width = teacher_shard.width
-        self._teacher_scaling = Scaling(temperature=1.0, softcap=kernel.scaling.softcap)
+        self._teacher_scaling = teacher_scaling or Scaling(temperature=1.0, softcap=kernel.scaling.softcap)
         self._common = _common_columns(kernel.shard, teacher_shard)
         self._buffers: list[Tensor | None] = [None, None] if kernel.overlap else [None]
         self._chunks: list[_Chunk | None] = [None] * len(self._buffers)
@@ -142,7 +144,7 @@ class FullVocabulary:
         slots_C2N = logp_CU.new_zeros(len(logp_CU), 2, kernel.group.size())
         slots_C2N[:, 0, kernel.group.rank()] = logq_CU.exp().mul_(logq_CU.sub_(mixture_CU)).sum(dim=1)
         slots_C2N[:, 1, kernel.group.rank()] = logp_CU.exp().mul_(logp_CU.sub_(mixture_CU)).sum(dim=1)
-        dist.all_reduce(slots_C2N, op=dist.ReduceOp.SUM, group=kernel.group)
+        all_reduce(slots_C2N, kernel.group)
         teacher_C, student_C = slots_C2N.sum(dim=2).unbind(dim=1)
         return teacher_C, student_C
 

@@ -41,6 +41,11 @@ class GivenLogits:
         """T."""
         return self.logits_TW.shape[0]
 
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.logits_TW.shape[1]
+
     def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """A view of the rows; `out` is not used."""
         return self.logits_TW[rows]
@@ -78,6 +83,11 @@ class OutputLayer:
     def tokens(self) -> int:
         """T."""
         return self.hidden_TD.shape[0]
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.weight_WD.shape[0]
 
     def buffer(self, chunk_tokens: int) -> Tensor:
         """Room for the logits of one chunk."""

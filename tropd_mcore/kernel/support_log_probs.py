@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.errors import LossInputError
 from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
 from tropd_mcore.kernel.exchange import merge_stats, start_exchange, support_log_probs_of
 from tropd_mcore.kernel.gradients import GradientBuffer, WeightGradient
+from tropd_mcore.kernel.group import all_reduce
 from tropd_mcore.kernel.shard import chunks, math_dtype
 from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
 from tropd_mcore.kernel.surroundings import (
@@ -164,6 +164,6 @@ class _SupportLogProbs(torch.autograd.Function):
         if ctx.overwrite:
             torch.autograd.graph.increment_version(first)  # a Triton kernel does not
         if weight_WD is not None and first_gradient is not None and ctx.reduce:
-            dist.all_reduce(first_gradient, group=kernel.group)
+            all_reduce(first_gradient, kernel.group)
         weight = weight_gradient.finish(lse_T.new_ones(())) if weight_gradient is not None else None
         return first_gradient, weight, None

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
 from tropd_mcore.kernel.exchange import Exchange, merge_stats, start_exchange, support_log_probs_of
 from tropd_mcore.kernel.gradients import GradientBuffer, WeightGradient, assert_is_one
+from tropd_mcore.kernel.group import all_reduce
 from tropd_mcore.kernel.shard import chunks, math_dtype
 from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
 from tropd_mcore.kernel.support_log_probs import check_arguments, support_log_probs
@@ -32,7 +32,7 @@ from tropd_mcore.kernel.surroundings import (
     shield,
     without_autocast,
 )
-from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.kernel.token_losses import SummedLoss, TokenLosses
 from tropd_mcore.sentinels import NO_ENTRY
 
 WeightGradientMode = Literal["deferred", "folded", "recompute"]
@@ -42,7 +42,7 @@ class TokenLoss(Protocol):
     """The loss of some rows, from numbers that are replicated over the ranks; differentiable in the first three."""
 
     def __call__(self, logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
-        """Sum over the rows; sums and counts of disjoint rows add up."""
+        """A number for each row."""
         ...
 
 
@@ -72,7 +72,7 @@ def support_loss(
     weight_gradient: WeightGradientMode = "deferred",
     reduce_hidden_gradient: bool = True,
     full_vocab_term: FullVocabTerm | None = None,
-) -> TokenLosses:
+) -> SummedLoss:
     """The loss of all rows, differentiable in the source's tensors.
 
     Equals, with all shards side by side, the padding cut off and `scale` the function of `Scaling`,
@@ -105,7 +105,8 @@ def support_loss(
             source, ids_TJ, kernel, unique_run_lengths=unique_run_lengths, reduce_hidden_gradient=reduce_hidden_gradient
         )
         with without_autocast(ids_TJ.device):
-            return token_loss(logp_TJ, entropy_T, None, slice(0, source.tokens))
+            whole = token_loss(logp_TJ, entropy_T, None, slice(0, source.tokens))
+            return SummedLoss(whole.loss_sum, whole.token_count, whole.columns, whole.loss_T)
     pieces: list[TokenLosses] = []
     call = _Call(
         source=source,
@@ -125,7 +126,7 @@ def support_loss(
         pieces.append(_loss_of_nothing(call))
     counts = [piece.token_count for piece in pieces]
     names = pieces[0].columns
-    return TokenLosses(
+    return SummedLoss(
         loss_sum=loss_sum,
         token_count=torch.stack(counts).sum(),
         columns={name: torch.cat([piece.columns[name] for piece in pieces]) for name in names},
@@ -180,7 +181,7 @@ class _SupportLoss(torch.autograd.Function):
         for chunk in _chunks_under_way(call):
             row, piece = _loss_of_chunk(call, chunk, with_gradient=room is not None)
             call.pieces.append(piece)
-            loss_sum += piece.loss_sum.detach()
+            loss_sum += piece.loss_T.detach().sum()
             if room is None:
                 continue
             assert row is not None and row.live_C is not None
@@ -210,7 +211,7 @@ class _SupportLoss(torch.autograd.Function):
                 else:
                     first_gradient.mul_(factor)
                 if ctx.reduce:
-                    dist.all_reduce(first_gradient, group=ctx.group)
+                    all_reduce(first_gradient, ctx.group)
             return first_gradient, weight_gradient.finish(factor) if weight_gradient is not None else None, None
 
 
@@ -254,7 +255,7 @@ def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[
         for number in inputs:
             number.requires_grad_(with_gradient)
         piece = call.token_loss(logp_CJ, entropy_C, divergence_C, rows)
-        if with_gradient and piece.loss_sum.requires_grad:
+        if with_gradient and piece.loss_T.requires_grad:
             found = torch.autograd.grad(piece.loss_sum, inputs, allow_unused=True)
     if not with_gradient:
         return None, piece

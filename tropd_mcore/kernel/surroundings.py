@@ -11,14 +11,19 @@ tests/unit/test_surroundings.py fails for such a version.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from tropd_mcore.errors import LossInputError
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 NO_GRAPH_TASK = -1
 """What PyTorch calls the backward pass where none is running."""
@@ -134,3 +139,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def outside_compile(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`torch.compiler.disable`, at the cost of importing the compiler only where somebody has imported it already.
+
+    A function that torch.compile meets is left out of the graph, with all that it calls: one graph break.
+    """
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        disabled: Callable[Parameters, Result] = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets as well
+    return call

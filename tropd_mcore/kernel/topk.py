@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.kernel.backend import Kernel
 from tropd_mcore.kernel.eager import block_rows
 from tropd_mcore.kernel.exchange import merge_stats, support_log_probs_of
+from tropd_mcore.kernel.group import Group, all_gather
 from tropd_mcore.kernel.shard import VocabShard, chunks, math_dtype
 from tropd_mcore.kernel.source import LogitSource
 from tropd_mcore.kernel.surroundings import without_autocast
@@ -156,7 +156,7 @@ def _sortable_key(value_BX: Tensor) -> Tensor:
     return (ordered_BX << COLUMN_BITS) + (LAST_COLUMN - column_X)
 
 
-def _all_gather(number_CX: Tensor, value_CK: Tensor, id_CK: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _all_gather(number_CX: Tensor, value_CK: Tensor, id_CK: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """All ranks' numbers and values side by side, [C, N, X + K], and their ids, [C, N*K]; one all-gather of integers.
 
     Floats travel as their bits, next to the ids in integers of the same size.
@@ -164,8 +164,6 @@ def _all_gather(number_CX: Tensor, value_CK: Tensor, id_CK: Tensor, group: dist.
     integer = torch.int64 if value_CK.dtype == torch.float64 else torch.int32
     floats = number_CX.shape[1] + value_CK.shape[1]
     mine = torch.cat([number_CX.view(integer), value_CK.view(integer), id_CK.to(integer)], dim=1)
-    packed = mine.new_empty(group.size(), *mine.shape)
-    dist.all_gather(list(packed.unbind(0)), mine, group=group)
-    packed_CNY = packed.transpose(0, 1)
+    packed_CNY = all_gather(mine, group).transpose(0, 1)
     float_CNX = packed_CNY[:, :, :floats].contiguous().view(value_CK.dtype)
     return float_CNX, packed_CNY[:, :, floats:].to(torch.int64).flatten(1)

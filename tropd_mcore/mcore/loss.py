@@ -10,25 +10,31 @@ Legend: T rows, C rows of a chunk, K teacher top-k, L student top-k, J = 1 + K +
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tropd_mcore.errors import TrainingError
 from tropd_mcore.kernel.backend import Kernel
-from tropd_mcore.kernel.full_vocabulary import FullVocabulary
 from tropd_mcore.kernel.shard import chunks
-from tropd_mcore.kernel.source import LogitSource, OutputLayer
-from tropd_mcore.kernel.support_loss import support_loss
-from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
 from tropd_mcore.kernel.topk import distributed_topk
+from tropd_mcore.library import arguments as distill
+from tropd_mcore.library.arguments import StudentTopK, TeacherLogits, TeacherTopK
+from tropd_mcore.library.checks import reads_prefixes
+from tropd_mcore.library.inputs import without_neginf
+from tropd_mcore.library.loss import distill_loss
 from tropd_mcore.mcore.loss_settings import LossSettings, check_loss_settings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.pipeline import Loss
-from tropd_mcore.mcore.token_inputs import TokenInputsBuilder
-from tropd_mcore.objectives.registry import LossFunction
+from tropd_mcore.objectives.catalogue import Objective
+from tropd_mcore.sentinels import NO_ENTRY
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
+
+STATISTICS = ("selected_T", "advantage_T", "history_weight_T")
+"""Arguments of the loss that `RowContext.statistic_T` may be; an objective needs at most one of them."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,14 @@ class LossResult:
 
 def make_distillation_loss(
     model: Model,
-    objective: LossFunction,
+    objective: Objective,
     scores: Sequence[TeacherScores | None],
     context: Sequence[RowContext | None],
     settings: LossSettings,
     *,
     teacher: Model | None = None,
 ) -> Loss[LossResult]:
-    """Return the loss of each micro-batch, scores[i] being what the teacher says of micro-batch i.
+    """Return the loss of each micro-batch, scores[i] being what the teacher says of micro-batch i: `distill_loss`.
 
     context[i] is what was made of its rows before the first update; None where nothing was. Rows that the teacher could
     not score leave the loss and its denominator. Teacher ids that the student's vocabulary does not have (padding rows
@@ -63,40 +69,88 @@ def make_distillation_loss(
     a wrong gradient. Source: docs/method.md.
     """
     check_loss_settings(settings, model)
-    kernel = settings.kernel(model, temperature=settings.temperature)
+    vp = settings.vocab_parallel(model, temperature=settings.temperature)
 
     def loss(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> tuple[Tensor, Tensor, LossResult]:
         assert model.head is not None, "the last stage has the output layer"
         scored = scores[index]
         assert scored is not None, f"micro-batch {index} has no teacher scores on the last stage"
-        rows_in_context = context[index] or RowContext()
-        constants = TokenInputsBuilder.of(micro_batch, scored, rows_in_context, model.shard.vocab_size)
         source = settings.source(model, layer)
+        before = context[index] or RowContext()
         # Before the loss, which writes its gradient over given logits.
-        topk_overlap_T = _topk_overlap(source, constants, kernel) if settings.topk_overlap else constants.unknown_T
-
-        def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
-            inputs = constants.inputs(logp_CJ, entropy_C, divergence_C, rows)
-            output = objective(inputs)
-            student = {"student_logp": inputs.student_logp_T.detach(), "student_entropy": entropy_C.detach()}
-            return replace(output, columns={**output.columns, **student})
-
-        output = support_loss(
-            source,
-            constants.ids_TJ,
-            token_loss,
-            kernel,
-            unique_run_lengths=constants.unique_run_lengths,
-            weight_gradient=settings.weight_gradient,
-            reduce_hidden_gradient=model.head.reduces_hidden_gradient,
-            full_vocab_term=_full_vocabulary(settings, kernel, scored, teacher),
+        topk_overlap_T = torch.full_like(scored.logp_T, torch.nan)
+        if settings.topk_overlap:
+            kernel = settings.kernel(model, temperature=settings.temperature)
+            topk_overlap_T = _topk_overlap(source, scored, before, kernel)
+        statistic: dict[str, Any] = {name: before.statistic_T for name in STATISTICS if name in objective.needs}
+        output = distill_loss(
+            _student(source, model, settings),
+            micro_batch.target_ids_T,
+            _teacher(objective, settings, scored, teacher),
+            objective,
+            vp=vp,
+            student_mask_T=micro_batch.student_mask_T,
+            prefix_mask_T=micro_batch.prefix_mask_T if reads_prefixes(objective) else None,
+            weight_T=micro_batch.weight_T,
+            trust_u_T=micro_batch.trust_u_T,
+            rollout_logp_T=micro_batch.rollout_logp_T,
+            old_logp_T=before.old_logp_T,
+            reference_logp_T=before.reference_logp_T,
+            student_topk=_student_topk(before),
+            **statistic,
         )
-        columns = {**output.columns, **constants.observed(), "topk_overlap": topk_overlap_T}
-        loss_sum = output.loss_sum.detach()
-        broken = ~loss_sum.isfinite() | _rows_with_nan(columns).any()
-        return output.loss_sum, output.token_count, LossResult(loss_sum, output.token_count, broken, columns)
+        columns = {**output.columns, **observed(micro_batch, scored), "topk_overlap": topk_overlap_T}
+        broken = ~output.value.isfinite() | _rows_with_nan(columns).any()
+        return output.loss_sum, output.token_count, LossResult(output.value, output.token_count, broken, columns)
 
     return loss
+
+
+def _student(source: LogitSource, model: Model, settings: LossSettings) -> Tensor | distill.OutputLayer:
+    if isinstance(source, GivenLogits):
+        return source.logits_TW
+    assert model.head is not None
+    return distill.OutputLayer(
+        source.hidden_TD,
+        source.weight_WD,
+        reduce_hidden_grad=model.head.reduces_hidden_gradient,
+        weight_grad=settings.weight_gradient,
+    )
+
+
+def _teacher(
+    objective: Objective, settings: LossSettings, scored: TeacherScores, teacher: Model | None
+) -> TeacherTopK | TeacherLogits:
+    """Its scores; beside them its output layer, where the objective is a divergence over the whole vocabulary."""
+    top = TeacherTopK(scored.logp_T, scored.topk_ids_TK, scored.topk_logp_TK, scored.entropy_T, scored.scored_T)
+    if objective.whole is None:
+        return top
+    assert teacher is not None and teacher.head is not None, "the teacher's output layer is needed"
+    assert scored.hidden_TD is not None, "the teacher was scored without keep_hidden"
+    layer = teacher.head.output_layer(scored.hidden_TD)
+    source = distill.OutputLayer(layer.hidden_TD, layer.weight_WD)
+    return TeacherLogits(source, settings.vocab_parallel(teacher, temperature=1.0), top=top)
+
+
+def _student_topk(before: RowContext) -> StudentTopK | None:
+    if before.own_ids_TL is None:
+        return None
+    assert before.teacher_own_logp_TL is not None, "the teacher was not asked for the student's own candidates"
+    return StudentTopK(before.own_ids_TL, before.teacher_own_logp_TL, before.old_own_logp_TL)
+
+
+def observed(micro_batch: MicroBatch, scored: TeacherScores) -> dict[str, Tensor]:
+    """The columns that are inputs of the objective rather than its results."""
+    unknown_T = torch.full_like(scored.logp_T, torch.nan)
+    on_T, off_T = micro_batch.student_mask_T & scored.scored_T, micro_batch.prefix_mask_T & scored.scored_T
+    return {
+        "on": on_T,
+        "off": off_T,
+        "impossible": scored.logp_T.isneginf() & (on_T | off_T),
+        "excluded": unknown_T if scored.excluded_T is None else scored.excluded_T.to(torch.float32),
+        "teacher_logp": without_neginf(scored.logp_T),
+        "teacher_entropy": unknown_T if scored.entropy_T is None else scored.entropy_T,
+    }
 
 
 def check_finite(
@@ -129,36 +183,20 @@ def _counted(columns: dict[str, Tensor]) -> Tensor:
 
 
 def _rows_with_nan(columns: dict[str, Tensor]) -> Tensor:
-    """bool [T]. A log-prob of -inf is no NaN: the token is impossible for that model (`token_inputs`)."""
+    """bool [T]. A log-prob of -inf is no NaN: the token is impossible for that model (`library.inputs`)."""
     return _counted(columns) & (columns["student_logp"].isnan() | columns["teacher_logp"].isnan())
 
 
-def _full_vocabulary(
-    settings: LossSettings, kernel: Kernel, scored: TeacherScores, teacher: Model | None
-) -> FullVocabulary | None:
-    """The divergence over the whole vocabulary, from the teacher's hidden states; None where the objective has none."""
-    if settings.divergence is None:
-        return None
-    assert teacher is not None and teacher.head is not None, "the teacher's output layer is needed"
-    assert scored.hidden_TD is not None, "the teacher was scored without keep_hidden"
-    return FullVocabulary(
-        teacher.head.output_layer(scored.hidden_TD),
-        kernel,
-        teacher_shard=teacher.shard,
-        divergence=settings.divergence,
-        beta=settings.divergence_beta,
-    )
-
-
-def _topk_overlap(source: LogitSource, constants: TokenInputsBuilder, kernel: Kernel) -> Tensor:
+def _topk_overlap(source: LogitSource, scored: TeacherScores, before: RowContext, kernel: Kernel) -> Tensor:
     """[T]: share of the teacher's top-k that is in the student's top-k.
 
     The student's own candidates (before the update) tell it where they are as many as the teacher's. Else one more pass
     over the vocabulary finds them: of an output layer that is a second product hidden @ weight.T, 2 N D W operations.
     """
-    teacher_ids_TK, own_ids_TL = constants.topk_ids_TK, constants.own_ids_TL
-    k = teacher_ids_TK.shape[1]
-    if own_ids_TL.shape[1] >= k:
+    known_TK = scored.topk_ids_TK < kernel.shard.vocab_size
+    teacher_ids_TK = torch.where(known_TK, scored.topk_ids_TK, NO_ENTRY)
+    k, own_ids_TL = teacher_ids_TK.shape[1], before.own_ids_TL
+    if own_ids_TL is not None and own_ids_TL.shape[1] >= k:
         student_ids_TK = own_ids_TL[:, :k]
     else:
         student_ids_TK = distributed_topk(source, k=k, kernel=kernel).ids_TK

@@ -11,10 +11,9 @@ from typing import Literal
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.kernel.backend import Kernel
-from tropd_mcore.kernel.choose import backend
-from tropd_mcore.kernel.shard import Scaling
 from tropd_mcore.kernel.source import LogitSource, OutputLayer
 from tropd_mcore.kernel.support_loss import WeightGradientMode
+from tropd_mcore.library.arguments import VocabParallel
 from tropd_mcore.mcore.model import Model
 
 
@@ -64,16 +63,23 @@ class LossSettings:
         assert model.head is not None, "logits are made on the last stage"
         return model.head.given_logits(layer)
 
-    def kernel(self, model: Model, *, temperature: float) -> Kernel:
+    def vocab_parallel(self, model: Model, *, temperature: float) -> VocabParallel:
         """How the logits of `model` are read."""
-        return Kernel(
-            shard=model.shard,
-            group=model.layout.groups.tp,
-            backend=backend(self.backend, model.platform.device),
-            scaling=Scaling(temperature, self.logit_softcap),
+        return VocabParallel(
+            model.layout.groups.tp,
+            model.shard.vocab_size,
+            start=model.shard.start,
+            temperature=temperature,
+            logit_softcap=self.logit_softcap,
+            backend=self.backend,
             chunk_tokens=self.chunk_tokens,
-            overlap=self.overlap_chunks and self.form == "fused",
+            overlap=self.overlap_chunks,
         )
+
+    def kernel(self, model: Model, *, temperature: float) -> Kernel:
+        """The same, for the functions of the kernel."""
+        vp = self.vocab_parallel(model, temperature=temperature)
+        return vp.kernel(model.shard.width, model.platform.device, overlap=self.form == "fused")
 
 
 def check_loss_settings(settings: LossSettings, model: Model) -> None:

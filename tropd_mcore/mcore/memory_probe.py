@@ -15,13 +15,13 @@ from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline, zero_gradients
-from tropd_mcore.objectives.registry import LossFunction
+from tropd_mcore.objectives.catalogue import Objective
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 
 def probe_memory(
     model: Model,
-    objective: LossFunction,
+    objective: Objective,
     settings: LossSettings,
     *,
     tokens_per_micro_batch: int,

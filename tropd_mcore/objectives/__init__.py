@@ -11,4 +11,58 @@ A family of objectives has one name in three rooms: `config.objectives.<family>`
 equations) and `conformance.oracle.<family>` (an independent truth). `catalogue` has the defaults of all constants and
 imports no torch; `registry` finds the function of a configured objective; `parts` are what several families are made
 of. Nothing here knows of parallelism: that is the kernel's.
+
+`objectives.tropd(outlier_weight=0.5)` is an objective for `distill_loss`: the names below are those of `catalogue`.
 """
+
+from tropd_mcore.objectives.catalogue import (
+    Objective,
+    PolicyGradient,
+    aopd,
+    custom,
+    entropy_opd,
+    eopd,
+    exopd,
+    from_name,
+    gkd,
+    iw_opd,
+    jsd,
+    kdrl,
+    lsm,
+    opd,
+    power_opd,
+    reopold,
+    rethinking,
+    rlad,
+    sdpo,
+    topd,
+    tropd,
+    tropd_aopd,
+    vopd,
+)
+
+__all__ = [
+    "Objective",
+    "PolicyGradient",
+    "aopd",
+    "custom",
+    "entropy_opd",
+    "eopd",
+    "exopd",
+    "from_name",
+    "gkd",
+    "iw_opd",
+    "jsd",
+    "kdrl",
+    "lsm",
+    "opd",
+    "power_opd",
+    "reopold",
+    "rethinking",
+    "rlad",
+    "sdpo",
+    "topd",
+    "tropd",
+    "tropd_aopd",
+    "vopd",
+]

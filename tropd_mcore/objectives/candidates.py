@@ -54,7 +54,7 @@ def rethinking(inputs: TokenInputs, *, support: str, policy: PolicyGradient) -> 
         loss_T=-advantage_T,
     )
     counted_T = inputs.student_mask_T | inputs.prefix_mask_T
-    return TokenLosses((inputs.weight_T * surrogate.loss_T.sum(dim=1)).sum(), counted_T.sum(), columns)
+    return TokenLosses(inputs.weight_T * surrogate.loss_T.sum(dim=1), counted_T, columns)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The constants of every objective and their defaults, once: for the configuration and for callers of the loss alike.
+"""Every objective with its constants, their defaults and what it needs to be given; the module `objectives` offers it.
 
 Not for equations (`objectives.<family>`). Invariants: neither torch nor pydantic is imported; a default stands in one
 signature here, and the keys of the configuration read it there (`default`); the name of a function is the kind of the
@@ -41,15 +41,67 @@ NO_DUAL_CLIP = PolicyGradient(dual_clip=None)
 
 
 @dataclass(frozen=True)
-class Constants:
-    """An objective with every constant in place."""
+class WholeVocabulary:
+    """A divergence that the kernel computes over the whole vocabulary, `TokenInputs.divergence_T`."""
 
+    divergence: str
+    """fkl, rkl or jsd"""
+    beta: float = 0.5
+    """Weight of the teacher in the mixture of the jsd"""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective with every constant in place: what the functions below return and `distill_loss` takes."""
+
+    family: str
+    """Module of `tropd_mcore.objectives` that has the equation."""
     kind: str
+    """Name of the equation."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Keywords of the loss function."""
+    """Keywords of the equation."""
+    needs: frozenset[str] = frozenset()
+    """Arguments of `distill_loss`, and fields of its teacher, without which it would train something else."""
+    function: Callable[..., Any] | None = None
+    """The equation itself, where it is the caller's."""
+    whole: WholeVocabulary | None = None
+    """The divergence over the whole vocabulary that it reads."""
+
+    def __str__(self) -> str:
+        """The call that makes it, with the constants that are not the defaults."""
+        if self.function is not None:
+            return f"the function {getattr(self.function, '__name__', self.function)}"
+        usual = globals()[self.kind]().values
+        values = (f"{name}={value!r}" for name, value in self.values.items() if value != usual.get(name))
+        return f"{self.kind}({', '.join(values)})"
 
 
-Factory = Callable[..., Constants]
+Factory = Callable[..., Objective]
+
+LOG_RATIO = ("target_ids_T", "teacher.logp_T")
+"""What log q(x) - log p(x) is made of."""
+CANDIDATES = ("teacher.ids_TK", "teacher.logp_TK")
+
+
+def _needs(*names: str, policy: PolicyGradient | None = None, old: str = "old_logp_T") -> frozenset[str]:
+    """`old`: what a ratio divides by. Without it every ratio is 1, and no clip acts."""
+    found = set(names)
+    if policy is not None and policy.ratio != "none":
+        found.add(old)
+    if policy is not None and policy.mismatch != "off":
+        found.add("rollout_logp_T")
+    return frozenset(found)
+
+
+def _needs_of_tropd(values: Mapping[str, Any]) -> frozenset[str]:
+    region = values["outlier_mode"] in ("mask", "clip")  # a static one, in place of the gate
+    needs = set(_needs(*LOG_RATIO, policy=values["policy"]))
+    if values["trust_mode"] == "bernoulli" and not region:
+        needs.add("trust_u_T")
+    diverges = not region and values["trust_mode"] != "none" and values["outlier_weight"] != 0
+    if diverges or (values["prefix_loss"] == "topk_fkl" and values["beta"] != 0):
+        needs.update(CANDIDATES)
+    return frozenset(needs)
 
 
 def default(factory: Factory, name: str) -> Any:
@@ -73,71 +125,79 @@ def tropd(
     beta: float = 1e-3,
     prefix_loss: str = "nll",
     policy: PolicyGradient = PolicyGradient(),
-) -> Constants:
+) -> Objective:
     """Trust-region on-policy distillation."""
-    return Constants("tropd", locals())
+    return Objective("trust_region", "tropd", locals(), _needs_of_tropd(locals()))
 
 
-def tropd_aopd(*, aopd_threshold: float = 0.0, aopd_weight: float = 1.0, **of_tropd: Any) -> Constants:
+def tropd_aopd(*, aopd_threshold: float = 0.0, aopd_weight: float = 1.0, **of_tropd: Any) -> Objective:
     """TrOPD plus AOPD's forward KL; the other keywords are those of `tropd`."""
-    added = {"aopd_threshold": aopd_threshold, "aopd_weight": aopd_weight}
-    return Constants("tropd_aopd", {**tropd(**of_tropd).values, **added})
+    added, of = {"aopd_threshold": aopd_threshold, "aopd_weight": aopd_weight}, tropd(**of_tropd)
+    needs = of.needs | (frozenset(CANDIDATES) if aopd_weight else frozenset())
+    return Objective("trust_region", "tropd_aopd", {**of.values, **added}, needs)
 
 
-def opd(*, policy: PolicyGradient = PolicyGradient()) -> Constants:
+def opd(*, policy: PolicyGradient = PolicyGradient()) -> Objective:
     """Plain on-policy distillation."""
-    return Constants("opd", locals())
+    return Objective("trust_region", "opd", locals(), _needs(*LOG_RATIO, policy=policy))
 
 
-def aopd(*, threshold: float = 0.0, norm: str = "truncated", policy: PolicyGradient = NO_DUAL_CLIP) -> Constants:
+def aopd(*, threshold: float = 0.0, norm: str = "truncated", policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
     """Asymmetric OPD."""
-    return Constants("aopd", locals())
+    return Objective("trust_region", "aopd", locals(), _needs(*LOG_RATIO, *CANDIDATES, policy=policy))
 
 
 # rewards
 
 
-def reopold(*, floor: float = LAMBDA_RATIO, train: str = "all", policy: PolicyGradient = NO_DUAL_CLIP) -> Constants:
+def reopold(*, floor: float = LAMBDA_RATIO, train: str = "all", policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
     """Relaxed OPD."""
-    return Constants("reopold", locals())
+    return Objective(
+        "rewards",
+        "reopold",
+        locals(),
+        _needs(*LOG_RATIO, *(("selected_T",) if train == "selected" else ()), policy=policy),
+    )
 
 
-def entropy_opd(*, denominator: str = "selected", policy: PolicyGradient = PolicyGradient()) -> Constants:
+def entropy_opd(*, denominator: str = "selected", policy: PolicyGradient = PolicyGradient()) -> Objective:
     """OPD on the tokens where the student is most uncertain."""
-    return Constants("entropy_opd", locals())
+    return Objective("rewards", "entropy_opd", locals(), _needs(*LOG_RATIO, "selected_T", policy=policy))
 
 
-def exopd(*, scale: float = 1.25, policy: PolicyGradient = PolicyGradient(mismatch="tis", tis_cap=5.0)) -> Constants:
+def exopd(*, scale: float = 1.25, policy: PolicyGradient = PolicyGradient(mismatch="tis", tis_cap=5.0)) -> Objective:
     """G-OPD and ExOPD. Source of the mismatch weight: G-OPD's code, token level, at most 5.0."""
-    return Constants("exopd", locals())
+    return Objective("rewards", "exopd", locals(), _needs(*LOG_RATIO, "reference_logp_T", policy=policy))
 
 
-def topd(*, mixing: float = 0.9, policy: PolicyGradient = NO_DUAL_CLIP) -> Constants:
+def topd(*, mixing: float = 0.9, policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
     """TOP-D."""
-    return Constants("topd", locals())
+    return Objective("rewards", "topd", locals(), _needs(*LOG_RATIO, "advantage_T", policy=policy))
 
 
-def vopd(*, policy: PolicyGradient = NO_DUAL_CLIP) -> Constants:
+def vopd(*, policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
     """VOPD: OPD with a baseline."""
-    return Constants("vopd", locals())
+    return Objective("rewards", "vopd", locals(), _needs(*LOG_RATIO, "student_topk", policy=policy))
 
 
-def iw_opd(*, policy: PolicyGradient = NO_DUAL_CLIP) -> Constants:
+def iw_opd(*, policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
     """OPD with more weight on early tokens."""
-    return Constants("iw_opd", locals())
+    return Objective(
+        "rewards", "iw_opd", locals(), _needs(*LOG_RATIO, "history_weight_T", "rollout_logp_T", policy=policy)
+    )
 
 
-def power_opd(*, power: float = 5.0, policy: PolicyGradient = NO_DUAL_CLIP) -> Constants:
+def power_opd(*, power: float = 5.0, policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
     """PowerOPD."""
-    return Constants("power_opd", locals())
+    return Objective("rewards", "power_opd", locals(), _needs(*LOG_RATIO, policy=policy))
 
 
 # verified
 
 
-def kdrl(*, beta: float = 5e-3, policy: PolicyGradient = NO_DUAL_CLIP) -> Constants:
+def kdrl(*, beta: float = 5e-3, policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
     """KDRL. The configuration lowers beta over the run, from this value."""
-    return Constants("kdrl", locals())
+    return Objective("verified", "kdrl", locals(), _needs(*LOG_RATIO, "advantage_T", policy=policy))
 
 
 def rlad(
@@ -145,17 +205,32 @@ def rlad(
     anchor: float = 0.5,
     reference_weight: float = 0.0,
     policy: PolicyGradient = PolicyGradient(ratio="ppo_clip", dual_clip=None),
-) -> Constants:
+) -> Objective:
     """RLAD."""
-    return Constants("rlad", locals())
+    return Objective(
+        "verified",
+        "rlad",
+        locals(),
+        _needs(*LOG_RATIO, "advantage_T", *(("reference_logp_T",) if reference_weight else ()), policy=policy),
+    )
 
 
 # candidates
 
 
-def rethinking(*, support: str = "student", policy: PolicyGradient = PolicyGradient(ratio="ppo_clip")) -> Constants:
+def rethinking(*, support: str = "student", policy: PolicyGradient = PolicyGradient(ratio="ppo_clip")) -> Objective:
     """Rethinking OPD."""
-    return Constants("rethinking", locals())
+    return Objective(
+        "candidates",
+        "rethinking",
+        locals(),
+        _needs(
+            *(CANDIDATES if support != "student" else ()),
+            *(("student_topk",) if support != "teacher" else ()),
+            policy=policy,
+            old="student_topk.old_logp_TL" if support == "student" else "old_logp_T",
+        ),
+    )
 
 
 # matching
@@ -163,24 +238,26 @@ def rethinking(*, support: str = "student", policy: PolicyGradient = PolicyGradi
 
 def eopd(
     *, entropy_threshold: float = 0.8, norm: str = "truncated", policy: PolicyGradient = NO_DUAL_CLIP
-) -> Constants:
+) -> Objective:
     """Entropy-aware OPD."""
-    return Constants("eopd", locals())
+    return Objective("matching", "eopd", locals(), _needs(*LOG_RATIO, *CANDIDATES, "teacher.entropy_T", policy=policy))
 
 
-def jsd(*, beta: float = 0.5, policy: PolicyGradient = PolicyGradient()) -> Constants:
+def jsd(*, beta: float = 0.5, policy: PolicyGradient = PolicyGradient()) -> Objective:
     """TrOPD's Jensen-Shannon baseline."""
-    return Constants("jsd", locals())
+    return Objective("matching", "jsd", locals(), _needs(*LOG_RATIO, *CANDIDATES, policy=policy))
 
 
-def gkd(*, divergence: str = "fkl", beta: float = 0.5, norm: str = "tail", full_vocabulary: bool = False) -> Constants:
+def gkd(*, divergence: str = "fkl", beta: float = 0.5, norm: str = "tail", full_vocabulary: bool = False) -> Objective:
     """Generalised knowledge distillation on the student's rollouts."""
-    return Constants("gkd", locals())
+    whole = WholeVocabulary(divergence, beta) if full_vocabulary else None
+    values = {"divergence": divergence, "beta": beta, "norm": norm, "full_vocabulary": full_vocabulary}
+    return Objective("matching", "gkd", values, _needs(*(("teacher logits",) if whole else CANDIDATES)), whole=whole)
 
 
-def lsm(*, sampled_tail: bool = False, clip_log_ratio: float | None = None) -> Constants:
+def lsm(*, sampled_tail: bool = False, clip_log_ratio: float | None = None) -> Objective:
     """Local support matching."""
-    return Constants("lsm", locals())
+    return Objective("matching", "lsm", locals(), _needs(*CANDIDATES, *(LOG_RATIO if sampled_tail else ())))
 
 
 # self_distillation
@@ -192,6 +269,32 @@ def sdpo(
     norm: str = "tail",
     ratio_cap: float = 2.0,
     policy: PolicyGradient = PolicyGradient(dual_clip=None, mismatch="tis", tis_cap=2.0),
-) -> Constants:
+) -> Objective:
     """Self-distillation. Source of the mismatch weight: SDPO's code, token level, at most 2.0."""
-    return Constants("sdpo", locals())
+    return Objective("self_distillation", "sdpo", locals(), _needs("student_topk", policy=policy))
+
+
+# user_function
+
+
+def custom(function: Callable[..., Any], *, needs: tuple[str, ...] = (), **keywords: Any) -> Objective:
+    """A function of your own: `TokenInputs` to `TokenLosses`, called once per chunk; `keywords` go to it.
+
+    `needs` are names as in `Objective.needs`, refused in one line where they are not given.
+    """
+    return Objective("user_function", "custom", keywords, frozenset(needs), function)
+
+
+def from_name(name: str, **constants: Any) -> Objective:
+    """Return the objective of this name, as configuration files have it. Raises ValueError naming what there is."""
+    known = sorted(found for found, made in globals().items() if _is_factory(made))
+    if name not in known:
+        raise ValueError(f"no objective {name!r}; there are {', '.join(known)}")
+    objective: Objective = globals()[name](**constants)
+    return objective
+
+
+def _is_factory(made: object) -> bool:
+    if not inspect.isfunction(made) or made.__name__ in ("custom", "from_name"):
+        return False
+    return made.__annotations__.get("return") == "Objective" and not made.__name__.startswith("_")

@@ -52,8 +52,12 @@ class TokenInputs:
     """log p of the student's own top-k tokens, before the first update likewise"""
     rollout_logp_T: Tensor
     """log p(x) as the rollout engine saw it"""
-    statistic_T: Tensor
-    """what the objective's statistic over the batch says of this token (`parts.batch_statistics`); 1 where none"""
+    selected_T: Tensor
+    """not 0 where a comparison with other tokens has selected it (`parts.batch_statistics`); NaN = not given"""
+    advantage_T: Tensor
+    """an advantage that was made from other tokens, nats or of a verdict; NaN = not given"""
+    history_weight_T: Tensor
+    """a factor that was made from the tokens before this one; NaN = not given"""
     trust_u_T: Tensor
     """uniform in [0, 1) of the Bernoulli gate"""
     student_mask_T: Tensor
@@ -83,7 +87,9 @@ def blank_unsupervised(inputs: TokenInputs) -> TokenInputs:
         teacher_entropy_T=blank(inputs.teacher_entropy_T),
         old_logp_T=blank(inputs.old_logp_T),
         rollout_logp_T=blank(inputs.rollout_logp_T),
-        statistic_T=blank(inputs.statistic_T),
+        selected_T=blank(inputs.selected_T),
+        advantage_T=blank(inputs.advantage_T),
+        history_weight_T=blank(inputs.history_weight_T),
         weight_T=blank(inputs.weight_T),
         teacher_topk_logp_TK=inputs.teacher_topk_logp_TK.masked_fill(~counted_T[:, None], ABSENT),
         teacher_own_logp_TL=inputs.teacher_own_logp_TL.masked_fill(~counted_T[:, None], ABSENT),

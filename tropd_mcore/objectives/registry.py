@@ -1,7 +1,7 @@
 """From an objective with its constants to its loss function, by name: no table.
 
-Not for the mathematics (the families). The function of the kind `k` in the family `f` is `objectives.f.k`, its
-constants and their defaults are `catalogue.k`, its keys `config.objectives.f`. Invariant: a constant that the function
+Not for the mathematics (the families). The equation of the kind `k` in the family `f` is `objectives.f.k`, its
+constants and their defaults are `catalogue.k`, its keys `config.objectives.f`. Invariant: a constant that the equation
 has and the configuration lacks is an error here, not a default.
 """
 
@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives import catalogue
+from tropd_mcore.objectives.catalogue import Objective
 from tropd_mcore.objectives.inputs import TokenInputs
 
 LossFunction = Callable[[TokenInputs], TokenLosses]
-"""The loss of one micro-batch or of a chunk of it."""
+"""The loss of the tokens of one micro-batch or of a chunk of it."""
 
 
 class Configured(Protocol):
@@ -32,17 +33,31 @@ class Configured(Protocol):
     def constants(self, progress: float) -> dict[str, Any]: ...
 
 
-def bind_objective(section: Configured, progress: float = 0.0) -> LossFunction:
-    """Return the loss function of one micro-batch, with every constant taken from `section`.
+def objective_of(section: Configured, progress: float = 0.0) -> Objective:
+    """Return the objective with every constant taken from `section`.
 
-    `progress` in [0, 1) is step / run.steps, for the objectives that change with time.
+    `progress` in [0, 1) is step / run.steps, for the objectives that change with time. Raises ConfigError where a
+    function of the user's own cannot be used.
     """
-    module = importlib.import_module(f"tropd_mcore.objectives.{section.family}")
-    constants = section.constants(progress)
+    module, constants = _family(section.family), section.constants(progress)
     if (bind := getattr(module, "bind", None)) is not None:
-        bound: LossFunction = bind(constants)
+        bound: Objective = bind(constants)
         return bound
-    function = getattr(module, section.kind)
-    names = inspect.signature(function).parameters.keys() - {"inputs"}
-    factory = getattr(catalogue, section.kind)
-    return partial(function, **factory(**{name: constants[name] for name in names}).values)
+    names = inspect.signature(getattr(module, section.kind)).parameters.keys() - {"inputs"}
+    made: Objective = getattr(catalogue, section.kind)(**{name: constants[name] for name in names})
+    return made
+
+
+def function_of(objective: Objective) -> LossFunction:
+    """Return the loss function of one micro-batch or chunk."""
+    function = objective.function or getattr(_family(objective.family), objective.kind)
+    return partial(function, **objective.values)
+
+
+def bind_objective(section: Configured, progress: float = 0.0) -> LossFunction:
+    """`function_of(objective_of(...))`."""
+    return function_of(objective_of(section, progress))
+
+
+def _family(name: str) -> Any:
+    return importlib.import_module(f"tropd_mcore.objectives.{name}")

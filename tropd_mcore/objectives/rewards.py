@@ -12,7 +12,8 @@ p is the student, q the teacher, x the sampled token, r = log q(x) - log p(x) of
     iw_opd       h (log q - log p_sampler), h the history weight        all
     power_opd    q^a - p^a                                              all
 
-What of these needs other tokens reaches them as `statistic_T` (`parts.batch_statistics`). `advantage_clip` = c
+What of these needs other tokens reaches them as `selected_T`, `advantage_T` or
+`history_weight_T` (`parts.batch_statistics`). `advantage_clip` = c
 clamps to [-c, c] what is a log-ratio: r, the reward of `exopd`, log q - log p_sampler; never a baseline or a weight.
 
 Shapes: T tokens, L student top-k.
@@ -36,26 +37,26 @@ def reopold(inputs: TokenInputs, *, floor: float, train: str, policy: PolicyGrad
     """Relaxed OPD: the log-ratio floored at `floor` nats, A = max(r, floor).
 
     train: `all` (one stage, Clip Outlier of TrOPD's tables), `above_floor` (phase I: tokens with r >= floor) or
-    `selected` (phase II: tokens whose `statistic_T` is not 0). The phases divide by the number of trained tokens.
+    `selected` (phase II: tokens whose `selected_T` is not 0). The phases divide by the number of trained tokens.
     Source: REOPOLD eq. 4, 7 and 8.
     """
     inputs = blank_unsupervised(inputs)
     log_ratio_T = log_ratio(inputs)
     above_T = log_ratio_T >= floor
-    trained_T = {"all": inputs.student_mask_T, "above_floor": above_T, "selected": inputs.statistic_T != 0}[train]
+    trained_T = {"all": inputs.student_mask_T, "above_floor": above_T, "selected": inputs.selected_T != 0}[train]
     advantage_T = clipped_reward(log_ratio_T, policy.advantage_clip).clamp_min(floor)
     terms = TokenTerms(advantage_T, -advantage_T, trained_T=trained_T, trusted_T=above_T.to(advantage_T.dtype))
     return sampled_token_loss(inputs, terms, policy=policy, count_trained_only=train != "all")
 
 
 def entropy_opd(inputs: TokenInputs, *, denominator: str, policy: PolicyGradient) -> TokenLosses:
-    """OPD on the tokens whose `statistic_T` is not 0: those where the student was most uncertain, A = r.
+    """OPD on the tokens whose `selected_T` is not 0: those where the student was most uncertain, A = r.
 
     denominator: `selected` (tokens that are trained) or `all`. Source: TrOPD, Entropy OPD.
     """
     inputs = blank_unsupervised(inputs)
     advantage_T = clipped_reward(log_ratio(inputs), policy.advantage_clip)
-    terms = TokenTerms(advantage_T, -advantage_T, trained_T=inputs.statistic_T != 0)
+    terms = TokenTerms(advantage_T, -advantage_T, trained_T=inputs.selected_T != 0)
     return sampled_token_loss(inputs, terms, policy=policy, count_trained_only=denominator == "selected")
 
 
@@ -72,13 +73,13 @@ def exopd(inputs: TokenInputs, *, scale: float, policy: PolicyGradient) -> Token
 
 
 def topd(inputs: TokenInputs, *, mixing: float, policy: PolicyGradient) -> TokenLosses:
-    """TOP-D: `statistic_T` is the advantage; the value is minus the mixed log-ratio that it was made from.
+    """TOP-D: `advantage_T` is the advantage; the value is minus the mixed log-ratio that it was made from.
 
     Source: TOP-D.
     """
     inputs = blank_unsupervised(inputs)
     value_T = -mixed_log_ratio(log_ratio(inputs), mixing)
-    return sampled_token_loss(inputs, TokenTerms(inputs.statistic_T, value_T), policy=policy)
+    return sampled_token_loss(inputs, TokenTerms(inputs.advantage_T, value_T), policy=policy)
 
 
 def mixed_log_ratio(log_ratio_T: Tensor, mixing: float) -> Tensor:
@@ -100,13 +101,13 @@ def vopd(inputs: TokenInputs, *, policy: PolicyGradient) -> TokenLosses:
 
 
 def iw_opd(inputs: TokenInputs, *, policy: PolicyGradient) -> TokenLosses:
-    """OPD with more weight on early tokens: A = h (log q - log p_sampler), h >= 1 being `statistic_T`.
+    """OPD with more weight on early tokens: A = h (log q - log p_sampler), h >= 1 being `history_weight_T`.
 
     Source: IW-OPD.
     """
     inputs = blank_unsupervised(inputs)
     gap_T = clipped_reward(inputs.teacher_logp_T - inputs.rollout_logp_T, policy.advantage_clip)
-    advantage_T = inputs.statistic_T * gap_T
+    advantage_T = inputs.history_weight_T * gap_T
     return sampled_token_loss(inputs, TokenTerms(advantage_T, -advantage_T), policy=policy)
 
 

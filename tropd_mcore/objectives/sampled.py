@@ -42,7 +42,7 @@ class TokenTerms:
 def sampled_token_loss(
     inputs: TokenInputs, terms: TokenTerms, *, policy: PolicyGradient, count_trained_only: bool = False
 ) -> TokenLosses:
-    """Sum of the loss over the tokens; `inputs` have passed `blank_unsupervised`.
+    """The loss of each token; `inputs` have passed `blank_unsupervised`.
 
     The denominator counts all tokens of both masks, or with `count_trained_only` those that are trained.
     """
@@ -70,4 +70,4 @@ def sampled_token_loss(
         loss_T=torch.where(trained_T, terms.value_T, 0.0),
     )
     counted_T = trained_T if count_trained_only else on_T | inputs.prefix_mask_T
-    return TokenLosses((inputs.weight_T * surrogate_T).sum(), counted_T.sum(), columns)
+    return TokenLosses(inputs.weight_T * surrogate_T, counted_T, columns)

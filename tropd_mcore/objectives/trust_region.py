@@ -111,7 +111,7 @@ def tropd(
         clipped_T=sampled.clipped_T,
         loss_T=_by_origin(on_T, student_terms.value_T, off_T, teacher_terms.value_T),
     )
-    return TokenLosses((inputs.weight_T * surrogate_T).sum(), (on_T | off_T).sum(), columns)
+    return TokenLosses(inputs.weight_T * surrogate_T, on_T | off_T, columns)
 
 
 def opd(
@@ -195,7 +195,7 @@ def tropd_aopd(
     added_T = aopd_weight * torch.where(closed_T, fkl_T, 0.0)
     return replace(
         output,
-        loss_sum=output.loss_sum + (inputs.weight_T * added_T).sum(),
+        loss_T=output.loss_T + inputs.weight_T * added_T,
         columns={**output.columns, "loss": output.columns["loss"] + added_T.detach()},
     )
 

@@ -1,6 +1,6 @@
 """Objectives whose advantage comes from a verifier and whose teacher shapes the rest of the loss.
 
-`statistic_T` is the advantage of the sample that a token belongs to, relative to the other samples of its prompt
+`advantage_T` is the advantage of the sample that a token belongs to, relative to the other samples of its prompt
 (`objectives.parts.batch_statistics.group_advantage`). p is the student, q the teacher, x the sampled token.
 
 Shapes: T tokens.
@@ -25,8 +25,8 @@ def kdrl(inputs: TokenInputs, *, beta: float, policy: PolicyGradient) -> TokenLo
     """
     inputs = blank_unsupervised(inputs)
     k2_T = (inputs.teacher_logp_T.detach() - inputs.student_logp_T).square() / 2.0
-    value_T = beta * k2_T.detach() - inputs.statistic_T
-    terms = TokenTerms(inputs.statistic_T, value_T, divergence_term_T=beta * k2_T, divergence_T=k2_T)
+    value_T = beta * k2_T.detach() - inputs.advantage_T
+    terms = TokenTerms(inputs.advantage_T, value_T, divergence_term_T=beta * k2_T, divergence_T=k2_T)
     return sampled_token_loss(inputs, terms, policy=policy)
 
 
@@ -40,12 +40,12 @@ def rlad(inputs: TokenInputs, *, anchor: float, reference_weight: float, policy:
     old_T = inputs.old_logp_T
     anchor_T = old_T + (1.0 - anchor) * (inputs.teacher_logp_T.clamp_min(LOGP_FLOOR) - old_T)
     if reference_weight == 0.0:  # no reference model, and NaN for its log-probs
-        terms = TokenTerms(inputs.statistic_T, -inputs.statistic_T, anchor_logp_T=anchor_T)
+        terms = TokenTerms(inputs.advantage_T, -inputs.advantage_T, anchor_logp_T=anchor_T)
         return sampled_token_loss(inputs, terms, policy=policy)
     k3_T = k3(inputs.reference_logp_T.detach() - inputs.student_logp_T)
     terms = TokenTerms(
-        inputs.statistic_T,
-        reference_weight * k3_T.detach() - inputs.statistic_T,
+        inputs.advantage_T,
+        reference_weight * k3_T.detach() - inputs.advantage_T,
         divergence_term_T=reference_weight * k3_T,
         divergence_T=k3_T,
         anchor_logp_T=anchor_T,

@@ -21,11 +21,11 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.data.groups import prompt_indices
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.verdicts import Verdict, rewards
+from tropd_mcore.library.inputs import without_neginf
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.scoring import sampled_log_probs, student_pass
-from tropd_mcore.mcore.token_inputs import without_neginf
 from tropd_mcore.objectives.parts.batch_statistics import BatchRows, statistic_of
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, StudentPass, TeacherScores
 

@@ -27,7 +27,7 @@ from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.weights_io import export_hf, load_hf
 from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.monitor.monitor import Monitor
-from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.progress import progress
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.rollout_source import RolloutSource
@@ -161,7 +161,7 @@ def _make_components(
     if config.gates.longest_sequence:
         probe_memory(
             student,
-            bind_objective(config.objective),
+            objective_of(config.objective),
             settings,
             tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
             k=config.objective.teacher_topk,

@@ -22,7 +22,7 @@ from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.data.supervision import IgnoredTokens, ignored_tokens
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
-from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.teacher.solutions import SolutionPrompts
 from tropd_mcore.train import loaded_inputs, replayed_run, start, stored_responses
@@ -202,7 +202,7 @@ INPUT_CHECKS = (
     StartCheck("weights", lambda state: loaded_inputs.check_weights(state)),
     StartCheck("tokenizer", lambda state: loaded_inputs.check_tokenizers(state)),
     StartCheck("vocabulary", lambda state: loaded_inputs.check_vocabularies(state)),
-    StartCheck("objective", lambda state: bind_objective(state.config.objective), needs=(), alone=False),
+    StartCheck("objective", lambda state: objective_of(state.config.objective), needs=(), alone=False),
     StartCheck("student.path", lambda state: Renderer(state.config.student.path), "renderer", alone=False),
     StartCheck("loss.ignore_tokens", _ignored, "ignored", needs=("renderer",), alone=False),
     StartCheck("rollout.end_tokens", _ends, "ends", needs=("renderer",), alone=False),

@@ -47,7 +47,7 @@ from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.monitor.record import StepRecord
-from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.progress import progress
 from tropd_mcore.records.run_dir import Kept, RunDir
 from tropd_mcore.records.token_file import save_token_sample
@@ -251,7 +251,7 @@ class Trainer:
         micro_batches = batch.packed.micro_batches[part]
         loss = make_distillation_loss(
             components.student,
-            bind_objective(components.config.objective, progress=batch.step / components.config.run.steps),
+            objective_of(components.config.objective, progress=batch.step / components.config.run.steps),
             batch.scores[part],
             batch.context[part],
             self.settings,

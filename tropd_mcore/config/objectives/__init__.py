@@ -19,7 +19,7 @@ def _kinds() -> dict[str, type[Objective]]:
     """The class of each kind: TrOPD's family first, the user's own functions last, kinds as they stand in a module."""
     found: dict[str, type[Objective]] = {}
     modules = [info.name for info in pkgutil.iter_modules(__path__)]
-    for module in sorted(modules, key=lambda name: (name == "custom", name != "trust_region", name)):
+    for module in sorted(modules, key=lambda name: (name == "user_function", name != "trust_region", name)):
         family = importlib.import_module(f"{__name__}.{module}")
         for value in vars(family).values():
             own = isinstance(value, type) and issubclass(value, Objective) and value.__module__ == family.__name__

@@ -47,7 +47,8 @@ def evaluate(objective: ObjectiveConfig, batch: CaseBatch, progress: float, form
     of_batch = _statistic(family, objective, batch, progress, decide)
     losses, count = [], 0
     for row in range(len(student_TV)):
-        if not (batch.tokens.student_mask_T[row] or batch.tokens.prefix_mask_T[row]):
+        learns = _learns_from_prefixes(family, objective)
+        if not (batch.tokens.student_mask_T[row] or (learns and batch.tokens.prefix_mask_T[row])):
             continue
         token = make_token(
             batch.tokens,
@@ -84,11 +85,16 @@ def _log_softmax(logits_V: Tensor, temperature: float, softcap: float | None) ->
 
 
 def _loss(family: ModuleType, objective: ObjectiveConfig, token: Token, decide: Decisions) -> Tensor:
-    """The loss of one token: `<kind>` of its family. Only kinds that say so learn from the teacher's tokens."""
-    if not token.sampled_by_student and objective.kind not in getattr(family, "LEARNS_FROM_PREFIXES", ()):
-        return 0.0 * token.log_p
+    """The loss of one token: `<kind>` of its family."""
     loss: Tensor = getattr(family, objective.kind)(objective, token, decide)
     return loss
+
+
+def _learns_from_prefixes(family: ModuleType, objective: ObjectiveConfig) -> bool:
+    """Whether the teacher's tokens are trained, and counted: of kinds that say so, unless a section switches it off."""
+    if objective.kind not in getattr(family, "LEARNS_FROM_PREFIXES", ()):
+        return False
+    return objective.has_prefix_loss or not hasattr(objective, "guidance")
 
 
 def _statistic(

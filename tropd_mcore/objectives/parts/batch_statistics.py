@@ -1,8 +1,9 @@
 """What the loss of a token must know of other tokens: of its sample, of its prompt's samples, of the whole batch.
 
 Computed once a step, before the first update, on the host, from all rows of all ranks; an objective sees the result as
-`TokenInputs.statistic_T`. Invariants: pure functions in float64; the result does not depend on the order of the rows;
-rows outside the on mask get 0 and take no part; a degenerate group has advantage 0, never NaN.
+`selected_T`, `advantage_T` or `history_weight_T` of `TokenInputs`. Invariants: pure functions in float64; the result
+does not depend on the order of the rows; rows outside the on mask get 0 and take no part; a degenerate group has
+advantage 0, never NaN.
 
 Shapes: T rows of the whole batch, S samples.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tropd_mcore.config.objectives.custom import CustomObjective
+from tropd_mcore.config.objectives.user_function import CustomObjective
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.token import Token
 

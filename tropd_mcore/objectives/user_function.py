@@ -12,19 +12,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.catalogue import Objective, custom
 from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 
 KEY = "objective.function"
 
 
-def bind(constants: Mapping[str, Any]) -> Callable[[TokenInputs], TokenLosses]:
-    """Return the function that the section names (`registry`)."""
-    return load_custom(constants["function"], constants["arguments"], constants["policy"])
+def bind(constants: Mapping[str, Any]) -> Objective:
+    """Return the objective that the section names (`registry`)."""
+    return custom(load_custom(constants["function"], constants["arguments"], constants["policy"]))
 
 
 def load_custom(
@@ -88,13 +87,14 @@ def _checked(function: Callable[..., Any], path: str, keywords: dict[str, Any], 
     if not isinstance(output, TokenLosses):
         raise ConfigError([f"{KEY}={path}: expected a TokenLosses, found {type(output).__name__}"])
     tokens = inputs.student_mask_T.shape
+    if output.loss_T.shape != tokens or output.counted_T.shape != tokens:
+        found = f"loss_T {tuple(output.loss_T.shape)}, counted_T {tuple(output.counted_T.shape)}"
+        raise ConfigError([f"{KEY}={path}: expected one number a token, {tuple(tokens)}, found {found}"])
     wrong = [name for name, column in output.columns.items() if column.shape != tokens]
     missing = sorted(COLUMNS - output.columns.keys())
     if wrong or missing:
         expected = "expected the columns of `make_columns`, one number a token"
         raise ConfigError([f"{KEY}={path}: {expected}; missing: {missing}, of another shape: {wrong}"])
-    if output.loss_sum.shape != torch.Size([]):
-        raise ConfigError([f"{KEY}={path}: expected loss_sum as a scalar, found shape {tuple(output.loss_sum.shape)}"])
     return output
 
 

@@ -1,0 +1,31 @@
+"""What the loss makes of a pack, a teacher's scores and what was known before, for tests of what an objective sees."""
+
+from __future__ import annotations
+
+import torch
+
+from tropd_mcore.library.arguments import StudentTopK, TeacherTopK
+from tropd_mcore.library.checks import STATISTICS
+from tropd_mcore.library.inputs import Constants
+from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
+
+
+def constants_of(micro_batch: MicroBatch, scored: TeacherScores, before: RowContext, vocab_size: int) -> Constants:
+    """The arguments as `mcore.loss` hands them over; the statistic is given by all three names."""
+    own = None
+    if before.own_ids_TL is not None:
+        assert before.teacher_own_logp_TL is not None
+        own = StudentTopK(before.own_ids_TL, before.teacher_own_logp_TL, before.old_own_logp_TL)
+    optional = {"reference_logp_T": before.reference_logp_T, "rollout_logp_T": micro_batch.rollout_logp_T}
+    return Constants.of(
+        TeacherTopK(scored.logp_T, scored.topk_ids_TK, scored.topk_logp_TK, scored.entropy_T, scored.scored_T),
+        target_ids_T=micro_batch.target_ids_T,
+        student_mask_T=micro_batch.student_mask_T,
+        prefix_mask_T=micro_batch.prefix_mask_T,
+        weight_T=micro_batch.weight_T,
+        old_logp_T=before.old_logp_T,
+        student_topk=own,
+        optional={**optional, "trust_u_T": micro_batch.trust_u_T, **dict.fromkeys(STATISTICS, before.statistic_T)},
+        vocab_size=vocab_size,
+        dtype=torch.float64 if scored.logp_T.dtype == torch.float64 else torch.float32,
+    )

@@ -1,0 +1,460 @@
+"""The front door: one import, one call, the same numbers in every shape, and one line for whatever is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+import tropd_mcore
+from tropd_mcore import (
+    LossInputError,
+    OutputLayer,
+    StudentTopK,
+    TeacherLogits,
+    TeacherTopK,
+    VocabParallel,
+    distill_loss,
+    distributed_topk,
+    loss_from_log_probs,
+    objectives,
+    support_log_probs,
+    trust_uniforms,
+)
+from tropd_mcore.config.objectives import KINDS
+from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.objectives.catalogue import Objective
+from tropd_mcore.objectives.registry import objective_of
+
+V, D, K, L, B, S = 37, 8, 5, 3, 3, 7
+VP = VocabParallel.single(V, chunk_tokens=4)
+NAMES = sorted(set(KINDS) - {"custom"})
+EVERY = {
+    "trust_u_T", "rollout_logp_T", "old_logp_T", "reference_logp_T", "advantage_T", "selected_T", "history_weight_T",
+}  # fmt: skip
+
+
+class Case:
+    """Tokens [B, S] of a student and a teacher with whole vocabularies, in float64."""
+
+    def __init__(self, seed: int = 0) -> None:
+        random = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64)
+
+        self.hidden, self.weight = normal(B, S, D), normal(V, D)
+        self.teacher = normal(B, S, V)
+        self.x = torch.randint(V, (B, S), generator=random)
+        log_q, old = self.teacher.log_softmax(-1), (self.logits() + 0.3 * normal(B, S, V)).log_softmax(-1)
+        self.log_q_x, top = self.at(log_q), log_q.topk(K, dim=-1)
+        entropy = -(log_q.exp() * log_q).sum(-1)
+        self.top = TeacherTopK(self.log_q_x, top.indices, top.values, entropy)
+        own = old.topk(L, dim=-1)
+        self.own = StudentTopK(own.indices, log_q.gather(-1, own.indices), own.values)
+        self.mask = torch.rand(B, S, generator=random) < 0.7
+        self.given: dict[str, Tensor] = {
+            "trust_u_T": torch.rand(B, S, generator=random, dtype=torch.float64),
+            "rollout_logp_T": self.at(old) + 0.1 * normal(B, S),
+            "old_logp_T": self.at(old),
+            "reference_logp_T": self.at(normal(B, S, V).log_softmax(-1)),
+            "advantage_T": normal(B, S),
+            "selected_T": (torch.rand(B, S, generator=random) < 0.5).double(),
+            "history_weight_T": 1.0 + normal(B, S).abs(),
+        }
+        self.weights = 1.0 + normal(B, S).abs()
+
+    def logits(self) -> Tensor:
+        return self.hidden @ self.weight.T
+
+    def at(self, numbers: Tensor) -> Tensor:
+        return numbers.gather(-1, self.x[..., None])[..., 0]
+
+    def all_of(self, objective: Objective) -> dict[str, Any]:
+        """Every argument that `objective` reads."""
+        found: dict[str, Any] = {name: self.given[name] for name in EVERY & objective.needs}
+        if {"student_topk", "student_topk.old_logp_TL"} & objective.needs:
+            found["student_topk"] = self.own
+        return {**found, "student_mask_T": self.mask, "weight_T": self.weights}
+
+    def teacher_of(self, objective: Objective) -> TeacherTopK | TeacherLogits:
+        return TeacherLogits(self.teacher, VP, topk=K, top=self.top) if objective.whole else self.top
+
+
+def run(case: Case, objective: Objective, **changes: Any) -> tuple[Any, Tensor]:
+    """The loss, and its gradient in the logits [B, S, V]."""
+    leaf = case.logits().requires_grad_()
+    arguments = {**case.all_of(objective), **changes}
+    out = distill_loss(leaf * 1.0, case.x, case.teacher_of(objective), objective, vp=VP, **arguments)
+    (out.loss_sum if out.loss_T is None else out.loss_T.sum()).backward()
+    assert leaf.grad is not None
+    return out, leaf.grad
+
+
+def test_the_public_names_are_these_and_no_others() -> None:
+    assert tropd_mcore.__all__ == [
+        "DistillLoss", "LossInputError", "OutputLayer", "StudentTopK", "TeacherLogits", "TeacherTopK", "VocabParallel",
+        "distill_loss", "distributed_topk", "loss_from_log_probs", "objectives", "support_log_probs", "trust_uniforms",
+    ]  # fmt: skip
+    assert set(tropd_mcore.__all__) <= set(dir(tropd_mcore))
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"):
+        _ = tropd_mcore.nope
+
+
+def test_torch_is_all_that_the_loss_imports() -> None:
+    """The others are refused to the importing process, numpy included, which torch can do without."""
+    code = """
+    import sys, warnings
+    warnings.simplefilter("ignore")
+    REFUSED = {"numpy", "pydantic", "megatron", "triton", "transformers", "aiohttp", "yaml", "psutil", "tqdm", "jinja2",
+               "sglang", "safetensors", "tokenizers"}
+    class Refuse:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in REFUSED:
+                raise ModuleNotFoundError(f"{name} is refused here", name=name)
+    sys.meta_path.insert(0, Refuse())
+    import torch
+    before = set(sys.modules)
+    from tropd_mcore import OutputLayer, TeacherTopK, VocabParallel, distill_loss, objectives, trust_uniforms
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    log_q = torch.randn(6, 11).log_softmax(-1)
+    x, top = torch.randint(11, (6,)), log_q.topk(3)
+    teacher = TeacherTopK(log_q.gather(1, x[:, None])[:, 0], top.indices, top.values)
+    out = distill_loss(OutputLayer(hidden, weight), x, teacher, objectives.tropd(), vp=VocabParallel.single(11),
+                       trust_u_T=trust_uniforms((6,), seed=1))
+    (out.loss_sum / out.token_count).backward()
+    assert weight.grad.isfinite().all() and int(out.token_count) == 6
+    mine = {name for name in set(sys.modules) - before if name.startswith("tropd_mcore")}
+    assert not [name for name in mine if name.split(".")[1:2] in (["config"], ["train"], ["mcore"], ["data"])], mine
+    """
+    found = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_has_the_defaults_of_the_configuration(name: str) -> None:
+    keys = {"clip": {"entry_clip": 1.0}} if name == "opsd" else {}
+    section: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": name, **keys})
+    configured = objective_of(section)
+    assert objectives.from_name(name).family == section.family
+    differing = {"beta"} if name in ("kdrl", "tropd", "tropd_aopd") else set()  # schedules, and prefixes that are off
+    differing |= {"prefix_loss"}
+    ours = objectives.from_name(name).values
+    assert {k: v for k, v in ours.items() if k not in differing} == {
+        k: v for k, v in configured.values.items() if k not in differing
+    }
+
+
+def test_a_name_that_is_none_is_one_line_with_those_that_are() -> None:
+    with pytest.raises(LossInputError, match="no objective 'tropt'; there are aopd, .*tropd"):
+        distill_loss(torch.zeros(2, V), torch.zeros(2, dtype=torch.int64), TeacherTopK(), "tropt", vp=VP)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padded_and_packed_tokens_give_the_same_bits(name: str) -> None:
+    case, objective = Case(), objectives.from_name(name)
+    padded, gradient = run(case, objective)
+    leaf = case.logits().requires_grad_()
+    flat = {key: _flat(value) for key, value in case.all_of(objective).items()}
+    teacher = case.teacher_of(objective)
+    top = TeacherTopK(*(_flat(getattr(case.top, field)) for field in ("logp_T", "ids_TK", "logp_TK", "entropy_T")))
+    if isinstance(teacher, TeacherLogits):
+        teacher = replace(teacher, source=case.teacher.flatten(0, 1), top=top)
+    else:
+        teacher = top
+    packed = distill_loss((leaf * 1.0).flatten(0, 1), case.x.flatten(), teacher, objective, vp=VP, **flat)
+    packed.loss_sum.backward()
+    assert torch.equal(packed.loss_sum, padded.loss_sum) and torch.equal(packed.token_count, padded.token_count)
+    assert torch.equal(leaf.grad, gradient)
+    for column, numbers in padded.columns.items():
+        assert numbers.shape == (B, S)
+        assert torch.equal(numbers.flatten().nan_to_num(7.0), packed.columns[column].nan_to_num(7.0)), column
+
+
+def _flat(value: Any) -> Any:
+    if isinstance(value, StudentTopK):
+        assert value.old_logp_TL is not None
+        return StudentTopK(*(t.flatten(0, 1) for t in (value.ids_TL, value.teacher_logp_TL, value.old_logp_TL)))
+    return value if value is None else value.flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_need_that_is_dropped_is_one_line(name: str) -> None:
+    """Without a group: nothing can have been sent."""
+    case, objective = Case(), objectives.from_name(name)
+    complete = case.all_of(objective)
+    for need in sorted(objective.needs - {"target_ids_T"}):
+        arguments, teacher, target = dict(complete), case.teacher_of(objective), case.x
+        if need == "teacher logits":
+            teacher = case.top
+        elif need.startswith("teacher."):
+            assert isinstance(teacher, TeacherTopK)
+            teacher = replace(teacher, **{need.partition(".")[2]: None})
+        elif need == "student_topk.old_logp_TL":
+            arguments["student_topk"] = replace(case.own, old_logp_TL=None)
+        else:
+            del arguments[need]
+        with pytest.raises(LossInputError) as refused:
+            distill_loss(case.logits(), target, teacher, objective, vp=VP, **arguments)
+        (line,) = str(refused.value).splitlines()
+        assert line.startswith(f"distill_loss: {name}(") and f"needs {need}, which was not given; pass" in line
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not objectives.from_name(name).whole])
+def test_the_loss_of_each_token_adds_up_to_the_sum_with_the_same_gradient(name: str) -> None:
+    case, objective = Case(), objectives.from_name(name)
+    summed, gradient = run(case, objective)
+    each, of_each = run(case, objective, reduction="none")
+    assert each.loss_T.shape == (B, S) and not each.loss_T[~case.mask].any()
+    torch.testing.assert_close(each.loss_T.sum(), summed.loss_sum, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(of_each, gradient, rtol=1e-12, atol=1e-12)
+    assert torch.equal(each.value, each.loss_sum.detach()) and not each.value.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["deferred", "recompute"])
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_and_logits_have_the_same_loss_and_gradient(name: str, mode: Any) -> None:
+    case, objective = Case(), objectives.from_name(name)
+    given, gradient = run(case, objective)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    layer = OutputLayer(hidden, weight, weight_grad=mode)
+    out = distill_loss(layer, case.x, case.teacher_of(objective), objective, vp=VP, **case.all_of(objective))
+    out.loss_sum.backward()
+    torch.testing.assert_close(out.loss_sum, given.loss_sum, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(hidden.grad, gradient @ case.weight, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        weight.grad, gradient.flatten(0, 1).T @ case.hidden.flatten(0, 1), rtol=1e-10, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not objectives.from_name(name).whole])
+def test_log_probs_of_another_stack_give_the_same_loss_and_gradient(name: str) -> None:
+    case, objective = Case(), objectives.from_name(name)
+    expected, gradient = run(case, objective)
+    leaf = case.logits().requires_grad_()
+    log_p = leaf.log_softmax(-1)
+    arguments = case.all_of(objective)
+    out = loss_from_log_probs(
+        case.at(log_p),
+        case.top,
+        objective,
+        student_topk_logp_TK=log_p.gather(-1, case.top.ids_TK),  # type: ignore[arg-type]
+        student_own_logp_TL=log_p.gather(-1, case.own.ids_TL) if "student_topk" in arguments else None,
+        target_ids_T=case.x,
+        **arguments,
+    )
+    out.loss_sum.backward()
+    torch.testing.assert_close(out.loss_sum, expected.loss_sum, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-11, atol=1e-12)
+
+
+def test_a_function_of_ones_own_is_an_objective() -> None:
+    from tropd_mcore.kernel.token_losses import TokenLosses
+
+    def forward_kl(inputs: Any) -> TokenLosses:
+        q = inputs.teacher_topk_logp_TK.exp()
+        loss_T = (q * (inputs.teacher_topk_logp_TK - inputs.student_topk_logp_TK)).sum(dim=1)
+        counted_T = inputs.student_mask_T
+        return TokenLosses(torch.where(counted_T, loss_T * inputs.weight_T, 0.0), counted_T)
+
+    case = Case()
+    out = distill_loss(case.logits(), None, replace(case.top, logp_T=None), forward_kl, vp=VP, student_mask_T=case.mask)
+    log_p = case.logits().log_softmax(-1).gather(-1, case.top.ids_TK)  # type: ignore[arg-type]
+    assert case.top.logp_TK is not None
+    expected = (case.top.logp_TK.exp() * (case.top.logp_TK - log_p)).sum(-1)[case.mask].sum()
+    torch.testing.assert_close(out.loss_sum, expected, rtol=1e-12, atol=0)
+
+
+def test_a_teacher_in_the_process_is_that_of_its_numbers() -> None:
+    case, objective = Case(), objectives.tropd()
+    expected, gradient = run(case, objective)
+    leaf = case.logits().requires_grad_()
+    teacher = TeacherLogits(case.teacher, VocabParallel.single(V), topk=K)
+    out = distill_loss(leaf * 1.0, case.x, teacher, objective, vp=VP, **case.all_of(objective))
+    out.loss_sum.backward()
+    torch.testing.assert_close(out.loss_sum, expected.loss_sum, rtol=1e-12, atol=0)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("divergence", ["fkl", "rkl", "jsd"])
+def test_a_divergence_over_the_whole_vocabulary_is_that_of_two_softmaxes(divergence: str) -> None:
+    case = Case()
+    objective = objectives.gkd(divergence=divergence, beta=0.3, full_vocabulary=True)
+    out, gradient = run(case, objective)
+    leaf = case.logits().requires_grad_()
+    log_p, log_q = leaf.log_softmax(-1), case.teacher.log_softmax(-1)
+    mix = torch.log(0.3 * log_q.exp() + 0.7 * log_p.exp())
+    parts = {
+        "fkl": (log_q.exp() * (log_q - log_p)).sum(-1),
+        "rkl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "jsd": 0.3 * (log_q.exp() * (log_q - mix)).sum(-1) + 0.7 * (log_p.exp() * (log_p - mix)).sum(-1),
+    }
+    expected = (case.weights * parts[divergence])[case.mask].sum()
+    expected.backward()
+    torch.testing.assert_close(out.loss_sum, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_what_is_outside_the_masks_has_no_influence_whatever_it_is() -> None:
+    """Targets of -100, NaN in every number, ids that do not exist."""
+    case, objective = Case(), objectives.tropd()
+    clean, gradient = run(case, objective)
+    outside = ~case.mask
+    case.x = case.x.masked_fill(outside, -100)
+    case.given = {name: number.masked_fill(outside, torch.nan) for name, number in case.given.items()}
+    case.weights = case.weights.masked_fill(outside, torch.nan)
+    assert case.top.logp_T is not None and case.top.logp_TK is not None and case.top.ids_TK is not None
+    case.top = TeacherTopK(
+        case.top.logp_T.masked_fill(outside, torch.nan),
+        case.top.ids_TK.masked_fill(outside[..., None], -7),
+        case.top.logp_TK.masked_fill(outside[..., None], torch.nan),
+    )
+    dirty, of_dirty = run(case, objective)
+    assert torch.equal(dirty.loss_sum, clean.loss_sum) and torch.equal(of_dirty, gradient)
+
+
+def test_logits_are_overwritten_unless_they_are_to_be_kept() -> None:
+    case, objective = Case(), objectives.opd()
+    for preserve in (False, True):
+        leaf = case.logits().requires_grad_()
+        logits = leaf * 1.0
+        before = logits.detach().clone()
+        out = distill_loss(
+            logits, case.x, case.top, objective, vp=VP, student_mask_T=case.mask, preserve_logits=preserve
+        )
+        out.loss_sum.backward()
+        assert torch.equal(logits.detach(), before) == preserve
+    leaf = case.logits().requires_grad_()
+    out = distill_loss(leaf, case.x, case.top, objective, vp=VP, student_mask_T=case.mask)
+    out.loss_sum.backward()
+    assert torch.equal(leaf.detach(), case.logits()), "a leaf is the caller's"
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "a float mask": ({"student_mask_T": torch.ones(B, S)}, "student_mask_T is torch.float32, expected bool; pass"),
+    "a mask of another shape": (
+        {"student_mask_T": torch.ones(B, dtype=torch.bool)}, r"student_mask_T has shape \(3,\), expected \(3, 7\)"
+    ),
+    "a prefix that is not read": (
+        {"prefix_mask_T": torch.ones(B, S, dtype=torch.bool)}, "prefix_mask_T was given to opd"
+    ),
+    "an advantage that is not read": ({"advantage_T": torch.ones(B, S)}, "advantage_T was given to opd"),
+    "another reduction": ({"reduction": "mean"}, "reduction='mean', expected 'sum' or 'none'; you divide"),
+    "weights of another shape": ({"weight_T": torch.ones(S)}, r"weight_T has shape \(7,\), expected \(3, 7\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_would_be_another_loss_is_refused_in_one_line(what: str) -> None:
+    case, (changes, line) = Case(), REFUSALS[what]
+    with pytest.raises(LossInputError, match=line) as refused:
+        distill_loss(case.logits(), case.x, case.top, objectives.opd(), vp=VP, **changes)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_students_that_have_no_gradient_here_are_refused_in_one_line() -> None:
+    case, opd = Case(), objectives.opd()
+
+    def loss(student: Any, vp: VocabParallel = VP, **more: Any) -> Any:
+        return distill_loss(student, case.x, case.top, opd, vp=vp, **more)
+
+    with pytest.raises(LossInputError, match="cannot be viewed as .* without a copy; keep all positions"):
+        distill_loss(case.logits()[:, :-1], case.x[:, 1:], TeacherTopK(case.log_q_x[:, 1:]), opd, vp=VP)
+    with pytest.raises(LossInputError, match="stride of 7, expected 1"):
+        loss(case.logits().transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(LossInputError, match="two dtypes: hidden states torch.float64, weight torch.float32"):
+        loss(OutputLayer(case.hidden, case.weight.float()))
+    with pytest.raises(LossInputError, match=r"hidden states \(3, 7, 8\) and a weight \(37, 7\)"):
+        loss(OutputLayer(case.hidden, case.weight[:, :-1].contiguous()))
+    with pytest.raises(LossInputError, match="reduction='none' needs the gradient of each token in the backward pass"):
+        loss(OutputLayer(case.hidden, case.weight), reduction="none")
+    with pytest.raises(LossInputError, match="preserve_logits is for given logits"):
+        loss(OutputLayer(case.hidden, case.weight), preserve_logits=True)
+    with pytest.raises(LossInputError, match="1 ranks of 37 columns are 37, fewer than vocab_size=40"):
+        loss(case.logits(), VocabParallel.single(40))
+    with pytest.raises(LossInputError, match="backend=triton runs on CUDA"):
+        loss(case.logits(), VocabParallel.single(V, backend="triton"))
+    with pytest.raises(LossInputError, match="group=None would be the whole world"):
+        VocabParallel(None, V)  # type: ignore[arg-type]
+    with pytest.raises(LossInputError, match="found vocab_size=0"):
+        VocabParallel.single(0)
+
+
+def test_debug_says_what_the_numbers_cannot_be() -> None:
+    case, vp = Case(), VocabParallel.single(V, debug=True)
+    tropd = objectives.tropd()
+    arguments = {"student_mask_T": case.mask, "trust_u_T": case.given["trust_u_T"]}
+    distill_loss(case.logits(), case.x, case.top, tropd, vp=vp, **arguments)
+    assert case.top.ids_TK is not None
+    twice = case.top.ids_TK.clone()
+    twice[..., 1] = twice[..., 0]
+    broken = case.logits()
+    broken[0, 0, 0] = torch.nan
+    with pytest.raises(LossInputError, match="a token has a teacher's candidate twice"):
+        distill_loss(case.logits(), case.x, replace(case.top, ids_TK=twice), tropd, vp=vp, **arguments)
+    with pytest.raises(LossInputError, match="logits are not all finite"):
+        distill_loss(broken, case.x, case.top, tropd, vp=vp, **arguments)
+    with pytest.raises(LossInputError, match=r"trust_u_T is not all in \[0, 1\)"):
+        distill_loss(case.logits(), case.x, case.top, tropd, vp=vp, **{**arguments, "trust_u_T": -case.weights})
+
+
+def test_scores_and_candidates_are_those_of_the_whole_softmax() -> None:
+    case = Case()
+    leaf = case.logits().requires_grad_()
+    ids = torch.stack([case.x, (case.x + 1) % V], dim=-1)
+    logp, entropy = support_log_probs(leaf * 1.0, ids, vp=VP)
+    expected = leaf.log_softmax(-1)
+    torch.testing.assert_close(logp, expected.gather(-1, ids), rtol=1e-12, atol=0)
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), rtol=1e-12, atol=0)
+    top = distributed_topk(case.teacher, k=K, vp=VP, ids_TJ=case.x[..., None])
+    assert torch.equal(top.ids_TK, case.top.ids_TK) and TeacherTopK.of(top).logp_T is not None
+    torch.testing.assert_close(TeacherTopK.of(top).logp_T, case.log_q_x, rtol=1e-12, atol=0)
+    with pytest.raises(LossInputError, match="k=38, expected 1 to vocab_size=37"):
+        distributed_topk(case.teacher, k=38, vp=VP)
+
+
+def test_uniforms_are_flat_independent_between_seeds_and_those_of_the_token_ids() -> None:
+    count = 200_000
+    one, two = trust_uniforms((count,), seed=1), trust_uniforms((count,), seed=2)
+    for uniforms in (one, two):
+        assert uniforms.dtype == torch.float32 and uniforms.min() >= 0 and uniforms.max() < 1
+        shares = torch.histc(uniforms, bins=64, min=0.0, max=1.0) / count
+        assert (shares - 1 / 64).abs().max() < 6 * (1 / 64 / count) ** 0.5
+        neighbours = torch.corrcoef(torch.stack([uniforms[:-1], uniforms[1:]]))[0, 1]
+        assert abs(float(neighbours)) < 5 / count**0.5
+    assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 5 / count**0.5
+    shifted = trust_uniforms((10,), seed=1, token_ids=torch.arange(100, 110))
+    assert torch.equal(shifted, one[100:110])
+    assert torch.equal(trust_uniforms((4, 5), seed=1), one[:20].reshape(4, 5))
+    assert trust_uniforms((3,), seed=1 << 40).tolist() != trust_uniforms((3,), seed=0).tolist()
+    with pytest.raises(LossInputError, match="pass seed=.* or generator="):
+        trust_uniforms((3,))
+    with pytest.raises(LossInputError, match="generator= needs vp="):
+        trust_uniforms((3,), generator=torch.Generator())
+    drawn = trust_uniforms((3,), generator=torch.Generator().manual_seed(4), vp=VP)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(4)))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_calls_the_loss_outside_the_graph() -> None:
+    case, objective = Case(), objectives.opd()
+    expected, gradient = run(case, objective)
+
+    @torch.compile(backend="eager")
+    def step(leaf: Tensor) -> Tensor:
+        out = distill_loss(leaf * 1.0, case.x, case.top, objective, vp=VP, **case.all_of(objective))
+        return out.loss_sum * 2.0
+
+    leaf = case.logits().requires_grad_()
+    loss = step(leaf)
+    loss.backward()
+    torch.testing.assert_close(loss, 2.0 * expected.loss_sum, rtol=1e-12, atol=0)
+    torch.testing.assert_close(leaf.grad, 2.0 * gradient, rtol=1e-12, atol=1e-14)

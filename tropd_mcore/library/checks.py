@@ -1,0 +1,166 @@
+"""What `distill_loss` refuses: one line each, before any collective.
+
+Not for what only the kernel can see (docs/autograd.md). Invariant: no host sync, except under `VocabParallel.debug`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tropd_mcore.errors import LossInputError
+from tropd_mcore.kernel.group import OneRank, all_gather
+from tropd_mcore.library.arguments import OutputLayer, TeacherLogits, TeacherTopK, VocabParallel
+from tropd_mcore.objectives.catalogue import Objective
+
+CALL = "distill_loss"
+
+REMEDIES = {
+    "trust_u_T": 'pass trust_u_T=trust_uniforms(...) for its Bernoulli gate, or use trust_mode="soft"',
+    "target_ids_T": "pass the token predicted at each position",
+    "teacher.logp_T": "pass TeacherTopK(logp_T=...), the teacher's log-prob of the target",
+    "teacher.ids_TK": "pass TeacherTopK(ids_TK=..., logp_TK=...), as distributed_topk finds them",
+    "teacher.logp_TK": "pass TeacherTopK(ids_TK=..., logp_TK=...), as distributed_topk finds them",
+    "teacher.entropy_T": "pass TeacherTopK(entropy_T=...), as distributed_topk finds it",
+    "teacher logits": "pass TeacherLogits, or use full_vocabulary=False",
+    "old_logp_T": "pass the log-probs from before the first update, without which every ratio is 1",
+    "student_topk.old_logp_TL": "pass StudentTopK(old_logp_TL=...), without which every ratio is 1",
+    "rollout_logp_T": "pass the log-probs that the rollout engine reported",
+    "reference_logp_T": "pass the log-probs of the targets under the reference model",
+    "student_topk": "pass StudentTopK of distributed_topk, from before the first update",
+    "selected_T": "pass which tokens are selected",
+    "advantage_T": "pass the advantage of each token",
+    "history_weight_T": "pass the weight of each token",
+}
+"""Need -> what to do."""
+
+STATISTICS = ("selected_T", "advantage_T", "history_weight_T")
+"""Arguments that are made from other tokens of the batch; an objective reads at most one of them."""
+
+CHANGES_THE_RESULT = {
+    "prefix_mask_T": "it has no term for a teacher's prefix, whose tokens would only enlarge the count; leave it out",
+    "advantage_T": "it reads no advantage; leave it out",
+}
+"""Arguments that are refused where an objective does not read them; other unused ones are accepted."""
+
+
+def refuse_missing(objective: Objective, given: Mapping[str, object | None]) -> None:
+    """Raise LossInputError where something is needed that was not given."""
+    for need in sorted(objective.needs):
+        if given.get(need) is None:
+            what = f"{CALL}: {objective} needs {need}, which was not given"
+            raise LossInputError(f"{what}; {REMEDIES.get(need, 'pass it')}")
+
+
+def reads_prefixes(objective: Objective) -> bool:
+    """Whether the tokens of a teacher's prefix have a term of their own."""
+    return objective.function is not None or objective.values.get("prefix_loss", "none") != "none"
+
+
+def refuse_unread(objective: Objective, given: Mapping[str, object | None]) -> None:
+    """Raise LossInputError where something was given that is not read and would change the result."""
+    reads = {
+        "prefix_mask_T": reads_prefixes(objective),
+        "advantage_T": objective.function is not None or "advantage_T" in objective.needs,
+    }
+    for name, because in CHANGES_THE_RESULT.items():
+        if given.get(name) is not None and not reads[name]:
+            raise LossInputError(f"{CALL}: {name} was given to {objective}: {because}")
+
+
+def refuse_tensors(**named: Tensor | None) -> None:
+    """Raise LossInputError for tensors that are no plain ones, or not all on one device."""
+    devices: dict[torch.device, str] = {}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise LossInputError(f"{CALL}: {name} is a {type(tensor).__name__}, expected a tensor")
+        if isinstance(tensor, DTensor):
+            raise LossInputError(
+                f"{CALL}: {name} is a DTensor; pass the local shard (to_local()), and under FSDP call the loss inside "
+                "the root module's forward, where the weight is whole"
+            )
+        devices.setdefault(tensor.device, name)
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise LossInputError(f"{CALL}: inputs on several devices: {where}; move them to one")
+
+
+def refuse_layer(layer: OutputLayer, name: str) -> None:
+    """Raise LossInputError for an output layer whose product would be another."""
+    hidden, weight = layer.hidden_TD, layer.weight_WD
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype.itemsize == 1:
+        raise LossInputError(
+            f"{CALL}: the weight of {name} is a {type(weight).__name__} of {weight.dtype}; expected a plain tensor of "
+            "float32, bfloat16, float16 or float64 (dequantise FP8 weights)"
+        )
+    if weight.dtype != hidden.dtype:
+        raise LossInputError(
+            f"{CALL}: {name} has two dtypes: hidden states {hidden.dtype}, weight {weight.dtype}; expected one (call "
+            "Megatron's model with fp32_output=False; under autocast, cast the weight)"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise LossInputError(
+            f"{CALL}: {name} has hidden states {tuple(hidden.shape)} and a weight {tuple(weight.shape)}; expected "
+            "[*T, D] and [W, D]"
+        )
+
+
+def refuse_mask(name: str, mask: Tensor | None) -> None:
+    """Raise LossInputError for a mask that is no mask."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise LossInputError(
+            f"{CALL}: {name} is {mask.dtype}, expected bool; pass mask != 0, and the mask as weight_T if it weighs"
+        )
+
+
+def refuse_shape(name: str, tensor: Tensor | None, shape: torch.Size, *, extra: int = 0) -> None:
+    """Raise LossInputError where `tensor` is not one number, or with `extra` = 1 one row of numbers, per token."""
+    if tensor is not None and (tensor.shape[: len(shape)] != shape or tensor.dim() != len(shape) + extra):
+        expected = f"{tuple(shape)}{' and one more dimension' if extra else ''}"
+        raise LossInputError(
+            f"{CALL}: {name} has shape {tuple(tensor.shape)}, expected {expected} as the student's tokens"
+        )
+
+
+def refuse_groups(vp: VocabParallel, teacher: TeacherTopK | TeacherLogits) -> None:
+    """Raise LossInputError where student and teacher are not split over the same ranks."""
+    if not isinstance(teacher, TeacherLogits):
+        return
+    ours, theirs = vp.group, teacher.vp.group
+    if ours is not theirs and not (isinstance(ours, OneRank) and isinstance(theirs, OneRank)):
+        raise LossInputError(f"{CALL}: student and TeacherLogits have two groups; split both over the same ranks")
+
+
+def check_contents(vp: VocabParallel, constants: Mapping[str, Tensor], logits: Tensor | None) -> None:
+    """What `VocabParallel.debug` looks at: that all ranks were given the same, and that it can be what it should be.
+
+    One all-gather; every rank raises what any rank has found. Raises LossInputError.
+    """
+    ordered_TK, u_T = constants["topk_ids_TK"].sort(dim=1).values, constants["trust_u_T"]
+    repeated_TK = (ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)
+    found = {
+        "the student's logits are not all finite": logits is not None and not logits.isfinite().all(),
+        "a token has a teacher's candidate twice": repeated_TK.any(),
+        "trust_u_T is not all in [0, 1)": ~(((u_T >= 0) & (u_T <= 1)) | u_T.isnan()).all(),
+    }
+    flags = torch.stack([torch.as_tensor(flag, device=u_T.device, dtype=torch.float64) for flag in found.values()])
+    every = all_gather(torch.cat([flags, torch.stack([_digest(tensor) for tensor in constants.values()])]), vp.group)
+    flagged = (every[:, : len(found)] > 0).any(dim=0).tolist()
+    differs = (every[:, len(found) :] != every[:1, len(found) :]).any(dim=0).tolist()
+    problems = [what for what, here in zip(found, flagged, strict=True) if here]
+    if names := [name for name, here in zip(constants, differs, strict=True) if here]:
+        problems.append(f"the ranks of the group were given different {', '.join(names)}")
+    if problems:
+        raise LossInputError(f"{CALL} (debug): {'; '.join(problems)}")
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """A float64 that another number at any place changes."""
+    numbers = tensor.detach().to(torch.float64).nan_to_num(nan=7.0, posinf=11.0, neginf=13.0).flatten()
+    places = torch.arange(1, numbers.numel() + 1, device=numbers.device, dtype=torch.float64)
+    return (numbers * places.sin()).sum()
