@@ -24,6 +24,11 @@ esac
 """
 
 
+def surroundings() -> dict[str, str]:
+    """Our environment without the folder that VENV names: what is tested would install into it."""
+    return {name: value for name, value in os.environ.items() if name != "VENV"}
+
+
 class Checkout:
     """A copy of the files that the script reads, and an interpreter that only notes what it is asked to do."""
 
@@ -44,7 +49,7 @@ class Checkout:
         (self.state / "calls").write_text("")
         return subprocess.run(
             ["bash", str(self.root / "examples" / "setup_env.sh")],
-            env={**os.environ, "PYTHON": str(self.python), "STATE": str(self.state), "CXX": "g++", **environment},
+            env={**surroundings(), "PYTHON": str(self.python), "STATE": str(self.state), "CXX": "g++", **environment},
             capture_output=True,
             text=True,
             timeout=300,
@@ -153,7 +158,7 @@ def test_the_folder_of_a_running_installation_is_waited_for(checkout, no_flock):
     environment = {"PYTHON": str(checkout.python), "STATE": str(checkout.state), "CXX": "g++", **no_flock}
     with subprocess.Popen(
         ["bash", str(checkout.root / "examples/setup_env.sh")],
-        env={**os.environ, **environment},
+        env={**surroundings(), **environment},
         stdout=subprocess.PIPE,
         text=True,
     ) as waiting:
