@@ -11,7 +11,7 @@ from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.objectives.matching import eopd, gkd, jsd, lsm
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
-from tropd_mcore.objectives.self_distillation import sdpo
+from tropd_mcore.objectives.self_distillation import opsd, sdpo
 from tropd_mcore.objectives.trust_region import aopd, tropd_aopd
 
 PLAIN = PolicyGradient()
@@ -51,6 +51,8 @@ def every_objective(policy: PolicyGradient = PLAIN) -> dict[str, Objective]:
         )
     for alpha, norm in ((0.0, "tail"), (0.4, "tail"), (0.4, "renorm"), (1.0, "tail")):
         objectives[f"sdpo {alpha} {norm}"] = partial(sdpo, alpha=alpha, norm=norm, ratio_cap=1.2, policy=policy)
+    for norm in ("truncated", "tail"):
+        objectives[f"opsd {norm}"] = partial(opsd, entry_clip=0.05, norm=norm)
     return objectives
 
 

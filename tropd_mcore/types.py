@@ -187,7 +187,8 @@ class TokenTable:
     trusted (weight of the gate), student_logp (at that update), old_logp (before the first), rollout_logp,
     teacher_logp, log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio (p / p_old), clipped (1
     where PPO's clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A),
-    student_mass (c_A), topk_overlap (NaN if not computed).
+    student_mass (c_A), topk_overlap (NaN if not computed), clipped_entries (of `opsd` only: entries of the divergence
+    that its bound holds; NaN where not computed).
     """
 
     columns: dict[str, npt.NDArray[np.generic]]

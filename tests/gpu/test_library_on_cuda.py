@@ -47,7 +47,8 @@ def test_the_loss_and_its_gradient_are_those_of_float64_on_the_cpu(name: str) ->
     assert int(found.token_count) == int(expected.token_count)
     scale = float(leaf.grad.abs().max())
     torch.testing.assert_close(found.loss_sum.cpu().double(), expected.loss_sum.detach(), rtol=2e-5, atol=2e-4)
-    torch.testing.assert_close(theirs.grad.cpu().double(), leaf.grad, rtol=2e-4, atol=1e-5 * scale)
+    # The tail of sdpo is log(1 - mass): float32 loses 2.7e-5 of its largest gradient here, on a CPU as well.
+    torch.testing.assert_close(theirs.grad.cpu().double(), leaf.grad, rtol=2e-4, atol=5e-5 * scale)
 
 
 def test_uniforms_are_the_same_bits_on_both_devices() -> None:

@@ -195,9 +195,10 @@ def test_the_resolved_file_loads_to_the_same_config_and_names_every_source(tmp_p
     [
         *(
             [f"objective={{kind: {kind}}}", "verifier.kind=exact_match", "data.teacher_responses=r.jsonl"]
-            for kind in sorted(set(KINDS) - {"custom", "rlad", "sdpo"})
+            for kind in sorted(set(KINDS) - {"custom", "rlad", "sdpo", "opsd"})
         ),
         ["objective={kind: sdpo}", "verifier.kind=exact_match", "teacher.path=models/student"],
+        ["objective={kind: opsd}", "verifier.kind=exact_match", "teacher.path=models/student"],
         ["objective={kind: rlad, policy_gradient: {ratio: ppo_clip}}", "verifier.kind=exact_match"],
         ["objective={kind: custom, function: 'a.b:c', arguments: {x: 1, y: {z: text}}}"],
         ["rollout.truncate={start: 5}", "rollout.truncate.every=7", "loss.ignore_first_of=['<', \"it's\"]"],

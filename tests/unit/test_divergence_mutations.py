@@ -200,6 +200,25 @@ def sdpo_has_the_capped_ratio_and_its_ends(modules: Modules) -> None:
         assert_close(gradient(output, batch), (np.exp(LOG_P) * factor).sum() * own)
 
 
+def opsd_bounds_each_entry_and_gives_a_bounded_one_no_gradient(modules: Modules) -> None:
+    """Golden student and teacher, candidates 0, 1, 2: entries 0.0, ... of which those above the bound are constant."""
+    p, q, own, bound = np.exp(LOG_P), np.exp(LOG_Q), [0, 1, 2], 0.1
+    batch = golden_batch()
+    output = modules["objectives.self_distillation"].opsd(batch.inputs(), entry_clip=bound, norm="tail")
+    events = [(p[v], q[v]) for v in own] + [(1 - p[own].sum(), 1 - q[own].sum())]
+    entries = np.array([b * math.log(b / a) for a, b in events])
+    held = entries > bound
+    assert held.any() and not held.all()
+    assert_close(output.columns["loss"], np.minimum(entries, bound).sum())
+    assert_close(output.columns["clipped_entries"], held.sum())
+    tail = [v for v in range(8) if v not in own]
+    expected = np.zeros(8)
+    for (a, b), members, constant in zip(events, [[0], [1], [2], tail], held, strict=True):
+        if not constant:  # d/dz_v of -b log a, a the probability of the members
+            expected -= b * (np.array([p[v] / a if v in members else 0.0 for v in range(8)]) - p)
+    assert_close(gradient(output, batch), expected)
+
+
 def the_divergence_over_the_whole_vocabulary_is_exact_on_shards(modules: Modules) -> None:
     start, stop = (0, 3, 8)[dist.get_rank() : dist.get_rank() + 2] if dist.get_world_size() == 2 else (0, 8)
     shard, group = VocabShard(start, stop, 8), dist.group.WORLD
@@ -357,6 +376,18 @@ MUTATIONS = {
     ),
     "sdpo's ends swapped": Mutation(
         "objectives.self_distillation", "if alpha == 0.0:", "if alpha == 1.0:", sdpo_has_the_capped_ratio_and_its_ends
+    ),
+    "opsd without its bound": Mutation(
+        "objectives.parts.divergences",
+        "clipped_TE = entry_TE.detach() > bound",
+        "clipped_TE = entry_TE.detach() > 1e9",
+        opsd_bounds_each_entry_and_gives_a_bounded_one_no_gradient,
+    ),
+    "opsd drops what it should hold": Mutation(
+        "objectives.parts.divergences",
+        "entry_TE.masked_fill(clipped_TE, bound)",
+        "entry_TE.masked_fill(clipped_TE, 0.0)",
+        opsd_bounds_each_entry_and_gives_a_bounded_one_no_gradient,
     ),
     "cross sums not moved to the global log-probs": Mutation(
         "kernel.full_vocabulary", "cross_CN + student_sum_CN * gap_CN", "cross_CN", DENSE

@@ -18,7 +18,7 @@ from tests.objective_batch import Batch
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.objectives.base import PolicyGradientConfig
 from tropd_mcore.config.objectives.matching import EopdObjective, GkdObjective, JsdObjective, LsmObjective
-from tropd_mcore.config.objectives.self_distillation import SdpoObjective
+from tropd_mcore.config.objectives.self_distillation import OpsdObjective, SdpoObjective
 from tropd_mcore.config.objectives.trust_region import AopdObjective, TropdAopdObjective, TropdObjective
 from tropd_mcore.config.objectives.user_function import CustomObjective
 from tropd_mcore.config.schema import Config
@@ -28,7 +28,7 @@ from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.objectives.matching import eopd, gkd, jsd, lsm
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 from tropd_mcore.objectives.registry import bind_objective
-from tropd_mcore.objectives.self_distillation import sdpo
+from tropd_mcore.objectives.self_distillation import opsd, sdpo
 from tropd_mcore.objectives.trust_region import aopd, opd, tropd_aopd
 
 Objective = Callable[[TokenInputs], TokenLosses]
@@ -73,8 +73,9 @@ def test_keys_reach_the_objective(config: Any, expected: Callable[..., TokenLoss
             partial(gkd, divergence="rkl", beta=0.5, norm="tail", full_vocabulary=True),
         ),
         (LsmObjective(sampled_tail=True, clip_log_ratio=0.3), partial(lsm, sampled_tail=True, clip_log_ratio=0.3)),
+        (OpsdObjective(entry_clip=0.02, norm="truncated"), partial(opsd, entry_clip=0.02, norm="truncated")),
     ],
-    ids=["gkd", "gkd over the vocabulary", "lsm"],
+    ids=["gkd", "gkd over the vocabulary", "lsm", "opsd"],
 )
 def test_keys_without_a_policy_gradient_reach_the_objective(config: Any, expected: Objective) -> None:
     batch = Batch()
@@ -99,7 +100,7 @@ def problems(objective: dict[str, Any], **sections: dict[str, Any]) -> list[str]
     base: dict[str, Any] = {
         "run": {"dir": "run", "steps": 100},
         "student": {"path": "student"},
-        "teacher": {"kind": "megatron", "path": "student" if objective["kind"] == "sdpo" else "teacher"},
+        "teacher": {"kind": "megatron", "path": "student" if objective["kind"] in ("sdpo", "opsd") else "teacher"},
         "data": {"prompts": "prompts.jsonl"},
         "verifier": {"kind": "exact_match"},
     }
@@ -108,7 +109,7 @@ def problems(objective: dict[str, Any], **sections: dict[str, Any]) -> list[str]
     return [problem for problem in found if "has no effect with" not in problem]
 
 
-@pytest.mark.parametrize("kind", ["eopd", "aopd", "tropd_aopd", "jsd", "gkd", "lsm", "sdpo"])
+@pytest.mark.parametrize("kind", ["eopd", "aopd", "tropd_aopd", "jsd", "gkd", "lsm", "sdpo", "opsd"])
 def test_the_defaults_of_every_kind_have_no_problem(kind: str) -> None:
     assert problems({"kind": kind}) == []
 
@@ -152,6 +153,7 @@ SGLANG = {"teacher": {"kind": "sglang"}}
         ),
         ({"kind": "eopd"}, SGLANG, "objective.kind=eopd needs the teacher's entropy over the whole vocabulary"),
         ({"kind": "sdpo"}, SGLANG, "objective.kind=sdpo needs the teacher's log-probs of the student's own candidates"),
+        ({"kind": "opsd"}, SGLANG, "objective.kind=opsd needs the teacher's log-probs of the student's own candidates"),
         ({"kind": "vopd"}, SGLANG, "objective.kind=vopd needs the teacher's log-probs of the student's own candidates"),
         (
             {"kind": "custom", "function": "a:b", "student_topk": 4},
@@ -190,6 +192,7 @@ def test_a_setting_that_cannot_train_is_refused_with_the_reason(
         {"kind": "aopd", "topk": 1, "norm": "teacher_renorm"},
         {"kind": "lsm", "topk": 1, "sampled_tail": True},
         {"kind": "sdpo", "student_topk": 1},
+        {"kind": "opsd", "student_topk": 1},
         {"kind": "sdpo", "policy_gradient": {"mini_batches": 2, "mismatch": "tis"}},
     ],
     ids=str,

@@ -185,6 +185,13 @@ def test_what_leaves_the_student_without_a_teacher_is_one_line(
     assert expected in problem and "\n" not in problem
 
 
+@pytest.mark.parametrize("kind", ["sdpo", "opsd"])
+def test_every_self_teacher_has_to_read_the_solution(kind: str) -> None:
+    (problem,) = problems_across_sections(config({"kind": kind, "template": "{prompt}"}))
+    assert problem.startswith("objective.template: expected {solution}")
+    assert problems_across_sections(config({"kind": kind})) == []
+
+
 def test_packs_and_a_context_without_room_for_a_solution_are_refused() -> None:
     settings = config(rollout={"max_new_tokens": 100}, batch={"tokens_per_micro_batch": 151})
     assert self_teacher_problems(settings, longest_prompt=50, context=151) == []

@@ -141,8 +141,7 @@ def test_torch_is_all_that_the_loss_imports() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_has_the_defaults_of_the_configuration(name: str) -> None:
-    keys = {"clip": {"entry_clip": 1.0}} if name == "opsd" else {}
-    section: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": name, **keys})
+    section: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": name})
     configured = objective_of(section)
     assert objectives.from_name(name).family == section.family
     differing = {"beta"} if name in ("kdrl", "tropd", "tropd_aopd") else set()  # schedules, and prefixes that are off

@@ -16,6 +16,7 @@ from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
 
 NAN = float("nan")
 COLUMNS = [
+    "clipped_entries",
     *("student_logp", "rollout_logp", "teacher_logp", "log_ratio", "loss", "divergence", "advantage"),
     *("student_entropy", "teacher_entropy", "teacher_mass", "student_mass", "topk_overlap", "old_logp", "ratio"),
 ]
@@ -135,6 +136,7 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "topk/teacher_mass_min": min(float(row["teacher_mass"]) for row in on),
         "topk/student_mass_mean": over(student, "student_mass"),
         "topk/student_mass_min": min(float(row["student_mass"]) for row in on),
+        "topk/clipped_entries": over(student, "clipped_entries"),
         "topk/overlap": over(student, "topk_overlap"),
         "advantage/trusted": mean((abs(row["advantage"]), weight) for row, weight in trusted),
         "advantage/outlier": mean((abs(row["advantage"]), weight) for row, weight in outlier),

@@ -120,8 +120,8 @@ MUTATIONS = {
     ),
     "tail bucket without its weight": Mutation(
         "objectives.parts.divergences",
-        "return _sum_over(logq_TE.exp() * (logq_TE - logp_TE), absent_TE)",
-        "return _sum_over(logq_TE[:, :3].exp() * (logq_TE - logp_TE)[:, :3], absent_TE[:, :3])",
+        "(logq_TE.exp() * (logq_TE - logp_TE)).masked_fill(absent_TE, 0.0)",
+        "(logq_TE[:, :3].exp() * (logq_TE - logp_TE)[:, :3]).masked_fill(absent_TE[:, :3], 0.0)",
         claims.topk_forward_kl_and_its_gradient_are_golden,
     ),
     "guidance pushes the teacher's token down": Mutation(

@@ -25,7 +25,7 @@ def problems_of(kind: str, objective: dict[str, Any] | None = None, **sections: 
 
 
 @pytest.mark.parametrize(
-    "objective", [section for kind, section in CLASSES_OF_KINDS.items() if kind not in ("custom", "sdpo")]
+    "objective", [section for kind, section in CLASSES_OF_KINDS.items() if kind not in ("custom", "sdpo", "opsd")]
 )
 def test_the_defaults_of_every_kind_have_no_problem(objective: Any) -> None:
     assert problems_of(objective.model_fields["kind"].default) == []

@@ -44,6 +44,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "rethinking": [{"student_topk": 8, "support": support} for support in ("student", "union")],
     "vopd": [{"student_topk": 8}],
     "sdpo": [{"student_topk": 8}],
+    "opsd": [{"student_topk": 8}, {"student_topk": 8, "norm": "truncated"}],
     "custom": [{"function": "tropd_mcore.objectives.trust_region:opd"}],
 }
 CASES = [(kind, settings) for kind in sorted(KINDS) for settings in SETTINGS.get(kind, [{}])]

@@ -140,6 +140,9 @@ _SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "sdpo/forward": ({"alpha": 0.0}, 0.0),
     "sdpo/reverse": ({"alpha": 1.0, "norm": "renorm"}, 0.0),
     "sdpo/renorm": ({"alpha": 0.3, "norm": "renorm"}, 0.0),
+    "opsd": ({}, 0.0),
+    "opsd/truncated": ({"norm": "truncated", "entry_clip": 0.1}, 0.0),
+    "opsd/unclipped": ({"entry_clip": 100.0}, 0.0),
 }
 
 ENTRIES = _entries()

@@ -288,6 +288,8 @@ METRICS: tuple[Metric, ...] = (
            _mean("student", "student_mass")),
     Metric("topk/student_mass_min", "1", STUDENT, "least student probability of the teacher's top-k",
            _quantile("student", "student_mass", 0.0)),
+    Metric("topk/clipped_entries", "entries", STUDENT, "mean number of entries that entry_clip of opsd holds",
+           _mean("student", "clipped_entries")),
     Metric("topk/overlap", "1", STUDENT, "mean share of the teacher's top-k in the student's top-k",
            _mean("student", "topk_overlap")),
     Metric("advantage/trusted", "nats", TRUSTED, "mean |advantage|", _abs_mean("trusted", "advantage")),

@@ -274,6 +274,11 @@ def sdpo(
     return Objective("self_distillation", "sdpo", locals(), _needs("student_topk", policy=policy))
 
 
+def opsd(*, entry_clip: float = 0.05, norm: str = "tail") -> Objective:
+    """On-policy self-distillation: forward KL with a bound on each entry."""
+    return Objective("self_distillation", "opsd", locals(), _needs("student_topk"))
+
+
 # user_function
 
 

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.inputs import TokenInputs, blank_unsupervised
-from tropd_mcore.objectives.parts.divergences import topk_forward_kl, topk_jensen_shannon, topk_reverse_kl
+from tropd_mcore.objectives.parts.divergences import (
+    entry_clipped_forward_kl,
+    topk_forward_kl,
+    topk_jensen_shannon,
+    topk_reverse_kl,
+)
 from tropd_mcore.objectives.parts.mismatch import LOG_RATIO_LIMIT
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient, engine_weight
 from tropd_mcore.objectives.sampled import TokenTerms, sampled_token_loss
@@ -44,6 +49,28 @@ def sdpo(inputs: TokenInputs, *, alpha: float, norm: str, ratio_cap: float, poli
     output = sampled_token_loss(inputs, terms, policy=PolicyGradient())
     used_T = torch.where(inputs.student_mask_T, ratio_T, 1.0)
     return replace(output, columns={**output.columns, "ratio": used_T})
+
+
+def opsd(inputs: TokenInputs, *, entry_clip: float, norm: str) -> TokenLosses:
+    """Forward KL on the student's own candidates whose entries are bounded: sum_v min(q log(q / p), entry_clip).
+
+    norm: `truncated` or `tail`, whose entry is bounded like the others. A clipped entry has no gradient. The column
+    clipped_entries counts them on the student's tokens; NaN elsewhere.
+    Source: OPSD, arXiv 2601.18734v3; there the sum is over the whole vocabulary.
+    """
+    inputs = blank_unsupervised(inputs)
+    divergence_T, clipped_T = entry_clipped_forward_kl(
+        inputs.student_own_logp_TL, inputs.teacher_own_logp_TL, bound=entry_clip, norm=norm
+    )
+    terms = TokenTerms(
+        torch.zeros_like(divergence_T),
+        value_T=divergence_T,
+        divergence_term_T=divergence_T,
+        divergence_T=divergence_T,
+    )
+    output = sampled_token_loss(inputs, terms, policy=PolicyGradient())
+    entries_T = torch.where(inputs.student_mask_T, clipped_T, torch.nan)
+    return replace(output, columns={**output.columns, "clipped_entries": entries_T})
 
 
 def _on_own_candidates(inputs: TokenInputs, alpha: float, norm: str) -> Tensor:

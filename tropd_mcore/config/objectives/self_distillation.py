@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tropd_mcore.config.fields import Fraction, PositiveFloat, PositiveInt
 from tropd_mcore.config.objectives.base import (
+    Objective,
     PolicyGradientConfig,
     PolicyGradientObjective,
     SelfTeaching,
@@ -16,6 +17,8 @@ from tropd_mcore.config.objectives.base import (
 )
 from tropd_mcore.objectives import catalogue
 from tropd_mcore.objectives.catalogue import default
+
+_TEMPLATE = "{prompt}\n\nA correct solution:\n\n{solution}\n\nNow solve the original problem yourself."
 
 
 class SdpoObjective(PolicyGradientObjective):
@@ -35,7 +38,7 @@ class SdpoObjective(PolicyGradientObjective):
     average_rate: float = Field(default=0.05, ge=0, le=1)
     """Weights of the teacher move by this fraction of the difference after each optimizer step; 0 keeps the first
     student, 1 is the last one. Source: SDPO (0.05)."""
-    template: str = "{prompt}\n\nA correct solution:\n\n{solution}\n\nNow solve the original problem yourself."
+    template: str = _TEMPLATE
     """What the teacher reads instead of the prompt's last user message, or of a text prompt; {prompt} and {solution},
     which has to be there, are filled in."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.sdpo)
@@ -60,8 +63,42 @@ class SdpoObjective(PolicyGradientObjective):
             )
         if policy.advantage_clip is not None:
             yield "objective.policy_gradient.advantage_clip: objective.kind=sdpo has no advantage; remove it"
-        if "{solution}" not in self.template:
-            yield (
-                "objective.template: expected {solution}, where the teacher reads the correct solution, found "
-                f"{self.template[:60]!r}; add it, and {{prompt}} for the question"
-            )
+        yield from _template_problems(self.template)
+
+
+class OpsdObjective(Objective):
+    """On-policy self-distillation: forward KL to the student that has seen a solution, each entry bounded."""
+
+    kind: Literal["opsd"] = "opsd"
+    entry_clip: PositiveFloat = default(catalogue.opsd, "entry_clip")
+    """Upper bound of what one entry adds to the divergence, q log(q / p), nats; an entry above it has no gradient.
+    Source: OPSD for the bound; the value is ours, because the authors' code at 590ec26 has none."""
+    student_topk: PositiveInt = 100
+    """Student candidates, on which the divergence is taken. Source: as `sdpo`; OPSD has the whole vocabulary."""
+    topk: PositiveInt = 64
+    """Teacher support size, for the metrics only."""
+    norm: Literal["truncated", "tail"] = default(catalogue.opsd, "norm")
+    """The rest of the vocabulary left out, or as one more entry, which is bounded too."""
+    average_rate: float = Field(default=0.0, ge=0, le=1)
+    """Weights of the teacher move by this fraction of the difference after each optimizer step; 0 keeps the first
+    student, 1 is the last one. Source: OPSD's scripts (a fixed teacher)."""
+    template: str = _TEMPLATE
+    """What the teacher reads instead of the prompt's last user message, or of a text prompt; {prompt} and {solution},
+    which has to be there, are filled in."""
+    learns_from_verifier: ClassVar[bool] = True
+
+    @property
+    def self_teaching(self) -> SelfTeaching | None:
+        return SelfTeaching(self.average_rate, self.template)
+
+    def problems(self) -> Iterator[str]:
+        yield from _template_problems(self.template)
+
+
+def _template_problems(template: str) -> Iterator[str]:
+    """Yield a line where the teacher would not read the solution."""
+    if "{solution}" not in template:
+        yield (
+            "objective.template: expected {solution}, where the teacher reads the correct solution, found "
+            f"{template[:60]!r}; add it, and {{prompt}} for the question"
+        )

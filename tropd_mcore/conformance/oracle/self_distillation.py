@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-from tropd_mcore.config.objectives.self_distillation import SdpoObjective
+from tropd_mcore.config.objectives.self_distillation import OpsdObjective, SdpoObjective
 from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.divergences import (
     Part,
@@ -27,6 +28,16 @@ def sdpo(objective: SdpoObjective, token: Token, decide: Decisions) -> Tensor:
     factor = objective.ratio_cap if decide.above("ratio cap", ratio, objective.ratio_cap) else ratio
     factor *= mismatch_weight(token, objective.policy_gradient, decide)
     return factor * _generalised_jsd(parts, objective.alpha)
+
+
+def opsd(objective: OpsdObjective, token: Token, decide: Decisions) -> Tensor:
+    """sum min(q log(q / p), tau) over the student's candidates, and with `tail` the rest; what is held is constant."""
+    entries = []
+    for log_p, log_q in parts_of(token, token.own_candidates, objective.norm):
+        entry = math.exp(log_q) * (log_q - log_p)
+        held = decide.above("entry clip", float(entry.detach()), objective.entry_clip)
+        entries.append(objective.entry_clip + 0.0 * entry if held else entry)
+    return torch.stack(entries).sum()
 
 
 def _generalised_jsd(parts: list[Part], alpha: float) -> Tensor:

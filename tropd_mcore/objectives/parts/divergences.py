@@ -38,8 +38,26 @@ def topk_forward_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, 
 
     Source: TrOPD, FKL_k (truncated); the others normalise the same sum.
     """
-    logp_TE, logq_TE, absent_TE = _events(student_topk_logp_TK, teacher_topk_logp_TK, norm)
-    return _sum_over(logq_TE.exp() * (logq_TE - logp_TE), absent_TE)
+    return _forward_kl_entries(student_topk_logp_TK, teacher_topk_logp_TK, norm).sum(dim=1)
+
+
+def entry_clipped_forward_kl(
+    student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, *, bound: float, norm: str
+) -> tuple[Tensor, Tensor]:
+    """sum over the events of min(q log(q / p), bound), nats, and how many of them are clipped, [T] each.
+
+    Differentiable in the student only, and not through a clipped event, which is one whose contribution is above the
+    bound. Contributions below 0, where p > q, are not bounded. With U the events that are not clipped and m_U what q
+    has on them,
+
+        truncated   d/dz_v = m_U p_v - q_v [v in U]
+        tail        the same, and p_v (m_U - (1 - m) / (1 - c)) outside A where the tail is in U
+
+    bound = infinity is `topk_forward_kl`. Source: OPSD, arXiv 2601.18734v3, on the whole vocabulary.
+    """
+    entry_TE = _forward_kl_entries(student_topk_logp_TK, teacher_topk_logp_TK, norm)
+    clipped_TE = entry_TE.detach() > bound
+    return entry_TE.masked_fill(clipped_TE, bound).sum(dim=1), clipped_TE.sum(dim=1).to(entry_TE.dtype)
 
 
 def topk_reverse_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, *, norm: str) -> Tensor:
@@ -86,6 +104,12 @@ def clipped_reverse_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tenso
     logp_TE, logq_TE, absent_TE = _events(student_topk_logp_TK, teacher_topk_logp_TK, "renorm")
     log_ratio_TE = (logp_TE - logq_TE).detach().clamp(-bound, bound)
     return _sum_over(logp_TE.exp() * log_ratio_TE, absent_TE)
+
+
+def _forward_kl_entries(student_TK: Tensor, teacher_TK: Tensor, norm: str) -> Tensor:
+    """q log(q / p) of each event, [T, E]; 0 where it does not count."""
+    logp_TE, logq_TE, absent_TE = _events(student_TK, teacher_TK, norm)
+    return (logq_TE.exp() * (logq_TE - logp_TE)).masked_fill(absent_TE, 0.0)
 
 
 def _events(student_TK: Tensor, teacher_TK: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
