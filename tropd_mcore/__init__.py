@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         TeacherTopK,
         VocabParallel,
     )
-    from tropd_mcore.library.loss import distill_loss, loss_from_log_probs
+    from tropd_mcore.library.log_probs import loss_from_log_probs
+    from tropd_mcore.library.loss import distill_loss
     from tropd_mcore.library.scores import distributed_topk, support_log_probs
     from tropd_mcore.library.uniforms import trust_uniforms
 
@@ -51,7 +52,7 @@ _HOMES = {
     "VocabParallel": "library.arguments",
     "distill_loss": "library.loss",
     "distributed_topk": "library.scores",
-    "loss_from_log_probs": "library.loss",
+    "loss_from_log_probs": "library.log_probs",
     "support_log_probs": "library.scores",
     "trust_uniforms": "library.uniforms",
 }

@@ -190,9 +190,11 @@ def test_each_need_that_is_dropped_is_one_line(name: str) -> None:
     """Without a group: nothing can have been sent."""
     case, objective = Case(), objectives.from_name(name)
     complete = case.all_of(objective)
-    for need in sorted(objective.needs - {"target_ids_T"}):
+    for need in sorted(objective.needs):
         arguments, teacher, target = dict(complete), case.teacher_of(objective), case.x
-        if need == "teacher logits":
+        if need == "target_ids_T":
+            target = None  # type: ignore[assignment]
+        elif need == "teacher logits":
             teacher = case.top
         elif need.startswith("teacher."):
             assert isinstance(teacher, TeacherTopK)
@@ -270,6 +272,31 @@ def test_a_function_of_ones_own_is_an_objective() -> None:
     assert case.top.logp_TK is not None
     expected = (case.top.logp_TK.exp() * (case.top.logp_TK - log_p)).sum(-1)[case.mask].sum()
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-12, atol=0)
+
+
+WITHOUT_TARGET = [name for name in NAMES if "target_ids_T" not in objectives.from_name(name).needs]
+
+
+@pytest.mark.parametrize("name", WITHOUT_TARGET)
+def test_an_objective_that_reads_no_target_needs_none(name: str) -> None:
+    case, objective = Case(), objectives.from_name(name)
+    expected, gradient = run(case, objective)
+    leaf = case.logits().requires_grad_()
+    top = replace(case.top, logp_T=None)
+    teacher = replace(case.teacher_of(objective), top=top) if objective.whole else top
+    out = distill_loss(leaf * 1.0, None, teacher, objective, vp=VP, **case.all_of(objective))
+    out.loss_sum.backward()
+    torch.testing.assert_close(out.loss_sum, expected.loss_sum, rtol=1e-13, atol=0)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-15)
+    assert out.columns["student_logp"].isnan().all() and out.columns["log_ratio"].isnan().any()
+    if objective.whole or "student_topk" in objective.needs:
+        return
+    leaf = case.logits().requires_grad_()
+    log_p = leaf.log_softmax(-1).gather(-1, case.top.ids_TK)  # type: ignore[arg-type]
+    out = loss_from_log_probs(None, top, objective, student_topk_logp_TK=log_p, **case.all_of(objective))
+    out.loss_sum.backward()
+    torch.testing.assert_close(out.loss_sum, expected.loss_sum, rtol=1e-13, atol=0)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-15)
 
 
 def test_a_teacher_in_the_process_is_that_of_its_numbers() -> None:

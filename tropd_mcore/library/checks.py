@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tropd_mcore.errors import LossInputError
 from tropd_mcore.kernel.group import OneRank, all_gather
@@ -47,21 +46,17 @@ CHANGES_THE_RESULT = {
 """Arguments that are refused where an objective does not read them; other unused ones are accepted."""
 
 
-def refuse_missing(objective: Objective, given: Mapping[str, object | None]) -> None:
-    """Raise LossInputError where something is needed that was not given."""
-    for need in sorted(objective.needs):
-        if given.get(need) is None:
-            what = f"{CALL}: {objective} needs {need}, which was not given"
-            raise LossInputError(f"{what}; {REMEDIES.get(need, 'pass it')}")
-
-
 def reads_prefixes(objective: Objective) -> bool:
     """Whether the tokens of a teacher's prefix have a term of their own."""
     return objective.function is not None or objective.values.get("prefix_loss", "none") != "none"
 
 
-def refuse_unread(objective: Objective, given: Mapping[str, object | None]) -> None:
-    """Raise LossInputError where something was given that is not read and would change the result."""
+def refuse_what_does_not_fit(objective: Objective, given: Mapping[str, object | None]) -> None:
+    """Raise LossInputError where a need was not given, or what was given is not read and would change the result."""
+    for need in sorted(objective.needs):
+        if given.get(need) is None:
+            what = f"{CALL}: {objective} needs {need}, which was not given"
+            raise LossInputError(f"{what}; {REMEDIES.get(need, 'pass it')}")
     reads = {
         "prefix_mask_T": reads_prefixes(objective),
         "advantage_T": objective.function is not None or "advantage_T" in objective.needs,
@@ -79,7 +74,7 @@ def refuse_tensors(**named: Tensor | None) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise LossInputError(f"{CALL}: {name} is a {type(tensor).__name__}, expected a tensor")
-        if isinstance(tensor, DTensor):
+        if type(tensor).__name__ == "DTensor":  # whose module takes half a second to import
             raise LossInputError(
                 f"{CALL}: {name} is a DTensor; pass the local shard (to_local()), and under FSDP call the loss inside "
                 "the root module's forward, where the weight is whole"

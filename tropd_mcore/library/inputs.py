@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tropd_mcore.library.arguments import StudentTopK, TeacherTopK
+from tropd_mcore.library.arguments import TeacherTopK
+from tropd_mcore.library.shapes import TokenNumbers
 from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.sentinels import ABSENT, LOGP_FLOOR, NO_ENTRY
 
@@ -35,24 +36,14 @@ class Constants:
     """Whether the support begins with x"""
 
     @classmethod
-    def of(
-        cls,
-        teacher: TeacherTopK,
-        *,
-        target_ids_T: Tensor | None,
-        student_mask_T: Tensor,
-        prefix_mask_T: Tensor,
-        weight_T: Tensor | None,
-        old_logp_T: Tensor | None,
-        student_topk: StudentTopK | None,
-        optional: dict[str, Tensor | None],
-        vocab_size: int,
-        dtype: torch.dtype,
-    ) -> Constants:
-        """From the arguments of `distill_loss`, all of shape [T, ...]; `vocab_size` is the student's.
+    def of(cls, teacher: TeacherTopK, numbers: TokenNumbers, *, vocab_size: int, dtype: torch.dtype) -> Constants:
+        """From T tokens in a row with both masks; `vocab_size` is the student's.
 
         The uniform of an impossible token is 1, which a Bernoulli gate distrusts; it would trust the token at 0.
         """
+        student_mask_T, prefix_mask_T = numbers.student_mask_T, numbers.prefix_mask_T
+        assert student_mask_T is not None and prefix_mask_T is not None, "both masks: TokenNumbers.in_a_row"
+        student_topk, target_ids_T = numbers.student_topk, numbers.target_ids_T
         tokens, device = student_mask_T.shape[0], student_mask_T.device
         unknown_T = torch.full((tokens,), torch.nan, dtype=dtype, device=device)
 
@@ -83,12 +74,12 @@ class Constants:
             "target_ids_T": targets_T,
             "student_mask_T": on_T,
             "prefix_mask_T": off_T,
-            "weight_T": torch.ones_like(unknown_T) if weight_T is None else weight_T.detach().to(dtype),
-            **{name: known(optional.get(name)) for name in OPTIONAL},
+            "weight_T": torch.ones_like(unknown_T) if numbers.weight_T is None else known(numbers.weight_T),
+            **{name: known(getattr(numbers, name)) for name in OPTIONAL},
         }
         columns["trust_u_T"] = columns["trust_u_T"].masked_fill(impossible_T, 1.0)
-        if old_logp_T is not None:
-            columns["old_logp_T"] = old_logp_T.detach().to(dtype)
+        if numbers.old_logp_T is not None:
+            columns["old_logp_T"] = known(numbers.old_logp_T)
         if student_topk is not None and student_topk.old_logp_TL is not None:
             columns["old_own_logp_TL"] = student_topk.old_logp_TL.detach().to(dtype)
         return cls(columns, impossible_T, student_mask_T | prefix_mask_T, target_ids_T is not None)
@@ -122,7 +113,8 @@ class Constants:
         """The inputs of these tokens, with the student's numbers, which are the old ones where none are given."""
         sizes = [int(self.has_target), self.topk_ids_TK.shape[1], self.own_ids_TL.shape[1]]
         target_CX, topk_CK, own_CL = logp_CJ.split(sizes, dim=1)
-        logp_C = target_CX[:, 0] if self.has_target else torch.full_like(entropy_C, torch.nan)
+        # 0 and not NaN: it is multiplied by an advantage of 0 where an objective reads no target.
+        logp_C = target_CX[:, 0] if self.has_target else torch.zeros_like(entropy_C)
         before = {"old_logp_T": logp_C.detach(), "old_own_logp_TL": own_CL.detach()}
         constant = before | {name: column[rows] for name, column in self.columns.items()}
         return TokenInputs(

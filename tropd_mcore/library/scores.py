@@ -18,7 +18,7 @@ from tropd_mcore.kernel.surroundings import outside_compile
 from tropd_mcore.kernel.topk import TopK
 from tropd_mcore.library import checks
 from tropd_mcore.library.arguments import OutputLayer, VocabParallel
-from tropd_mcore.library.loss import source_of
+from tropd_mcore.library.shapes import source_of
 
 
 @outside_compile

@@ -34,12 +34,21 @@ class OutputLayerTap:
         self._tp_group = tp_group
         self._gather = sequence_parallel
         layer: ColumnParallelLinear = module.output_layer
+        names = ("sequence_parallel", "allreduce_dgrad", "disable_grad_reduce")
+        self._flags = {name: getattr(layer, name) for name in names}
         if sequence_parallel:
             layer.sequence_parallel = False
             layer.allreduce_dgrad = False
             layer.disable_grad_reduce = True
         self._project = layer.forward
         layer.forward = self._select
+
+    def remove(self) -> None:
+        """Leave the layer as it was."""
+        layer = self._module.output_layer
+        layer.forward = self._project
+        for name, value in self._flags.items():
+            setattr(layer, name, value)
 
     @property
     def weight_WD(self) -> Tensor:

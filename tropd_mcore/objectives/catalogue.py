@@ -271,7 +271,7 @@ def sdpo(
     policy: PolicyGradient = PolicyGradient(dual_clip=None, mismatch="tis", tis_cap=2.0),
 ) -> Objective:
     """Self-distillation. Source of the mismatch weight: SDPO's code, token level, at most 2.0."""
-    return Objective("self_distillation", "sdpo", locals(), _needs("student_topk", policy=policy))
+    return Objective("self_distillation", "sdpo", locals(), _needs("target_ids_T", "student_topk", policy=policy))
 
 
 def opsd(*, entry_clip: float = 0.05, norm: str = "tail") -> Objective:
