@@ -12,7 +12,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from examples.integrations import megatron_core, nemo_rl, slime
+from examples.integrations import megatron_core, nemo_rl, slime, verl
 from tests.dist.layouts import Case, build, layout_of
 from tropd_mcore import VocabParallel
 from tropd_mcore.mcore.model import Model
@@ -204,3 +204,30 @@ def nemo_by_softmax() -> tuple[Tensor, Tensor]:
     loss.backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
+
+
+def verl_loss(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss of each token, gradient of this rank's logits, masses of student and teacher), float32."""
+    with layout_of(Case(tensor=size)) as (layout, _):
+        logits, data = nemo_data()
+        width = -(-VOCABULARY // size)
+        padded = torch.nn.functional.pad(logits.float(), (0, width * size - VOCABULARY))
+        leaf = padded[..., width * layout.tp_rank : width * (layout.tp_rank + 1)].contiguous().requires_grad_()
+        log_q = (data["teacher_topk_logits"] - 9.0).clamp(max=-1.5)
+        found = verl.compute_forward_kl_topk(VOCABULARY, leaf * 1.0, log_q, data["teacher_topk_indices"], None)
+        found[0].mul(data["token_mask"]).sum().backward()
+        assert leaf.grad is not None
+        return found[0].detach(), leaf.grad, found[1], found[2]
+
+
+def verl_by_softmax() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, written out in float64: sum over top-k and tail of q log(q / p)."""
+    logits, data = nemo_data()
+    leaf = logits.requires_grad_()
+    log_p = leaf.log_softmax(-1).gather(-1, data["teacher_topk_indices"])
+    log_q = (data["teacher_topk_logits"].double() - 9.0).clamp(max=-1.5)
+    p, q = log_p.exp().sum(-1), log_q.exp().sum(-1)
+    each = (log_q.exp() * (log_q - log_p)).sum(-1) + (1 - q) * torch.log((1 - q) / (1 - p))
+    (each * data["token_mask"]).sum().backward()
+    assert leaf.grad is not None
+    return each.detach(), leaf.grad, p.detach(), q

@@ -56,6 +56,18 @@ def test_the_loss_function_of_nemo_rl_has_the_gradient_of_a_softmax(size: int) -
     assert float((whole - gradient).abs().max() / gradient.abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_loss_in_the_place_of_verls_has_the_gradient_of_a_softmax(size: int) -> None:
+    each, gradient, *masses = integration_ranks.verl_by_softmax()
+    every = run_on_ranks(integration_ranks.verl_loss, size, size)
+    for found in every:
+        torch.testing.assert_close(found[0].double(), each, rtol=2e-5, atol=2e-6)
+        for mass, expected in zip(found[2:], masses, strict=True):
+            torch.testing.assert_close(mass.double(), expected, rtol=1e-5, atol=1e-6)
+    whole = torch.cat([found[1] for found in every], dim=-1)[..., : integration_ranks.VOCABULARY].double()
+    assert float((whole - gradient).abs().max() / gradient.abs().max()) < 1e-5
+
+
 def test_an_adapter_has_at_most_fifty_lines() -> None:
     for path in (Path(integration_ranks.__file__).parents[2] / "examples" / "integrations").glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 50, path.name
