@@ -32,9 +32,9 @@ from benchmarks.measure import (
     timed,
     write_result,
 )
-from benchmarks.ours import ours
+from benchmarks.ours import door, ours
 from benchmarks.peers import PEERS, Composite, load_composite
-from tropd_mcore import logs
+from tropd_mcore import VocabParallel, logs
 from tropd_mcore.conformance.ranks import on_fresh_ranks
 from tropd_mcore.kernel.choose import backend as choose_backend
 from tropd_mcore.kernel.source import GivenLogits
@@ -77,7 +77,12 @@ class Row:
 
 
 def method(name: str, sizes: Sizes, roots: dict[str, str]) -> Composite:
-    """`ours-<backend>[-mode]`, or a peer."""
+    """`ours-<backend>[-mode]` (the kernel), `door-<backend>` (`distill_loss`), or a peer."""
+    if name.startswith("door-"):
+        group = dist.group.WORLD
+        assert group is not None
+        vp = VocabParallel(group, sizes.vocabulary, backend=name[5:], chunk_tokens=sizes.chunk_tokens)  # type: ignore[arg-type]
+        return lambda logits_TW, tokens: door(logits_TW, tokens, vp)
     if name.startswith("ours-"):
         _, backend, *mode = name.split("-")
         kernel = kernel_of(sizes.vocabulary, choose_backend(backend, torch.device("cpu")), sizes.chunk_tokens)
@@ -182,9 +187,8 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--chunk-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--methods", nargs="+", default=["naive", "nemo_rl", "verl", "slime", "ours-eager", "ours-compile"]
-    )
+    own = ["door-eager", "ours-eager", "door-compile", "ours-compile"]
+    parser.add_argument("--methods", nargs="+", default=["naive", "nemo_rl", "verl", "slime", *own])
     parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--name", default="loss_only", help="results/<name>.json")

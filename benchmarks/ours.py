@@ -1,5 +1,7 @@
 """Our loss in the form that the measurements call: K1 policy gradient + top-k forward KL + entropy.
 
+`ours` calls the kernel, `door` the public function with the same loss as a function of the caller's own.
+
 Shapes: N tokens, W vocabulary shard of this rank, C tokens of a chunk, k teacher top-k, J = 1 + k.
 """
 
@@ -9,10 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import Tokens
+from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, objectives
 from tropd_mcore.kernel.backend import Kernel
 from tropd_mcore.kernel.source import LogitSource
 from tropd_mcore.kernel.support_loss import TokenLoss, WeightGradientMode, support_loss
 from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.objectives.parts.divergences import topk_forward_kl
 
 
@@ -35,3 +39,23 @@ def ours(source: LogitSource, tokens: Tokens, kernel: Kernel, *, weight_gradient
     return support_loss(
         source, ids_TJ, token_loss(tokens), kernel, unique_run_lengths=(1, k), weight_gradient=weight_gradient
     ).loss_sum
+
+
+def door(logits_TW: Tensor, tokens: Tokens, vp: VocabParallel) -> Tensor:
+    """The same sum by `distill_loss`, with logits [1, N, W] as other stacks have them."""
+    out = distill_loss(
+        logits_TW[None],
+        tokens.target_T[None],
+        TeacherTopK(torch.zeros_like(tokens.advantage_T)[None], tokens.topk_ids_TK[None], tokens.topk_logp_TK[None]),
+        objectives.custom(_at_the_door, needs=("advantage_T",), entropy_weight=float(tokens.entropy_weight_T[0])),
+        vp=vp,
+        advantage_T=tokens.advantage_T[None],
+    )
+    return out.loss_sum
+
+
+def _at_the_door(inputs: TokenInputs, *, entropy_weight: float) -> TokenLosses:
+    loss_T = -inputs.advantage_T * inputs.student_logp_T - entropy_weight * inputs.student_entropy_T
+    if inputs.teacher_topk_logp_TK.shape[1]:
+        loss_T = loss_T + topk_forward_kl(inputs.student_topk_logp_TK, inputs.teacher_topk_logp_TK, norm="truncated")
+    return TokenLosses(loss_T, inputs.student_mask_T)

@@ -26,7 +26,9 @@ Composite = Callable[[Tensor, Tokens], Tensor]
 def load_composite(name: str, roots: dict[str, str]) -> Composite:
     """The peer's composite; `roots` says where its checkout is. Raises SystemExit where the name is none of PEERS."""
     if name not in PEERS:
-        raise SystemExit(f"unknown method {name}: expected ours-<backend>[-<mode>] or one of {', '.join(PEERS)}")
+        raise SystemExit(
+            f"unknown method {name}: expected ours-<backend>[-<mode>], door-<backend> or one of {', '.join(PEERS)}"
+        )
     adapter = importlib.import_module(f"tropd_mcore.conformance.adapters.{name}")
     root = Path(roots[name]) if name in roots else None
     group = dist.group.WORLD

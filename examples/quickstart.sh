@@ -8,6 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SIZE="${QUICKSTART_SIZE:-full}"                 # full, or tiny: a smaller task for a quick look
 CONFIG="${QUICKSTART_CONFIG:-configs/quickstart-cpu.yaml}" # what to train
 VENV="${VENV:-.venv}"                           # folder of the environment; relative to the repository, or absolute
+# 1: make the environment; 0: use that of PYTHON, as where `tropd recipes` has copied this file to
+SETUP="${SETUP:-$([[ -f pyproject.toml ]] && echo 1 || echo 0)}"
 
 case "$VENV" in
   /*) ;;
@@ -15,6 +17,7 @@ case "$VENV" in
 esac
 export VENV
 INTERPRETER="$VENV/bin/python"
+[[ "$SETUP" == 1 ]] || INTERPRETER="${PYTHON:-python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of each rank and of the rollout server
 TROPD=("$INTERPRETER" -m tropd_mcore.cli.main)
 
@@ -61,7 +64,7 @@ step() {
   fi
 }
 
-step "environment ($VENV)" bash examples/setup_env.sh
+[[ "$SETUP" != 1 ]] || step "environment ($VENV)" bash examples/setup_env.sh
 
 step "models: a tokenizer, prompts, a teacher and a weaker student ($MODELS)" \
   "$INTERPRETER" -m examples.make_models "$MODELS" "${MAKE[@]}"

@@ -78,7 +78,7 @@ while ((locked == 75)); do
 done
 ((locked == 0)) || take_folder
 
-wanted="$version $(cat "$LOCK" pyproject.toml examples/setup_env.sh | sha256sum)"
+wanted="$version $(cat "$LOCK" pyproject.toml setup.py examples/setup_env.sh | sha256sum)"
 stamp="$VENV/.setup.stamp"
 unfinished="$VENV/.setup.unfinished"            # there while an installation runs, so also after one was interrupted
 if [[ ! -e "$unfinished" && -x "$VENV/bin/python" && "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]; then

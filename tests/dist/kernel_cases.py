@@ -21,7 +21,7 @@ from torch import Tensor
 from tests import oracles
 from tests.collectives import counted_collectives
 from tests.mutants import Losses, real_losses
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, run_with_compiler
 
 TOKENS, VOCABULARY, HIDDEN = 37, 101, 13
 DISTINCT = (1, 9, 6)
@@ -118,7 +118,8 @@ def make_case(layout: str, dtype: torch.dtype = torch.float64, *, tokens: int = 
 def run_cases(cases: list[Case]) -> list[list[RankResult]]:
     """The results of each case by rank. All cases have the same number of shards."""
     world_size = len(cases[0].borders) - 1
-    by_rank = run_on_ranks(results_on_this_rank, world_size, cases)
+    run = run_with_compiler if any(case.backend == "compile" for case in cases) else run_on_ranks
+    by_rank = run(results_on_this_rank, world_size, cases)
     return [list(results) for results in zip(*by_rank, strict=True)]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests import autograd_cases
 from tests.autograd_cases import FORMS, SITUATIONS
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, run_with_compiler
 
 DOCS = Path(__file__).parents[2] / "docs" / "autograd.md"
 LONG_S = 1200.0
@@ -22,7 +22,7 @@ Outcomes = dict[str, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def eager() -> Outcomes:
-    (found,) = run_on_ranks(autograd_cases.outcomes, 1, "eager")
+    (found,) = run_with_compiler(autograd_cases.outcomes, 1, "eager")
     return found
 
 
@@ -40,7 +40,7 @@ def test_every_form_is_right_or_refused_in_every_situation(eager: Outcomes) -> N
 
 
 def test_two_ranks_have_the_outcomes_of_one(eager: Outcomes) -> None:
-    for found in run_on_ranks(autograd_cases.outcomes, 2, "eager"):
+    for found in run_with_compiler(autograd_cases.outcomes, 2, "eager"):
         assert found == eager
 
 
@@ -49,7 +49,8 @@ def test_two_ranks_have_the_outcomes_of_one(eager: Outcomes) -> None:
 @pytest.mark.parametrize("backend", ["compile", "triton"])
 def test_every_backend_has_the_outcomes_of_eager(backend: str, eager: Outcomes) -> None:
     """Triton runs under its interpreter here; tests/gpu/test_autograd_on_cuda.py runs it on a GPU."""
-    (found,) = run_on_ranks(autograd_cases.outcomes, 1, backend, timeout_s=LONG_S)
+    run = run_on_ranks if backend == "triton" else run_with_compiler
+    (found,) = run(autograd_cases.outcomes, 1, backend, timeout_s=LONG_S)
     assert found == eager
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.dist.kernel_cases import FORMS, LAYOUTS, assert_equals_the_oracle, make_case, run_cases
 from tests.dist.test_near_convergence import relative_errors_on_this_rank
-from tests.ranks import run_on_ranks
+from tests.ranks import run_with_compiler
 from tests.triton_cases import assert_close, oracle, passes_of
 from tests.triton_cases import make_case as make_passes_case
 from tropd_mcore.errors import ConfigError
@@ -122,7 +122,7 @@ def test_compiled_variants_equal_the_oracle_and_eager(dtype: torch.dtype, tolera
 
 @pytest.mark.slow
 def test_compiled_gradients_near_convergence_are_right_to_3_in_1000() -> None:
-    ((hidden_error, weight_error),) = run_on_ranks(relative_errors_on_this_rank, 1, "compile")
+    ((hidden_error, weight_error),) = run_with_compiler(relative_errors_on_this_rank, 1, "compile")
     assert hidden_error <= 3e-3 and weight_error <= 3e-3
 
 

@@ -447,6 +447,17 @@ def test_scores_and_candidates_are_those_of_the_whole_softmax() -> None:
         distributed_topk(case.teacher, k=38, vp=VP)
 
 
+def test_a_message_names_the_function_that_was_called() -> None:
+    case = Case()
+    wrong_ids = torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(LossInputError, match=r"^support_log_probs: ids_TJ has shape \(2, 2\)"):
+        support_log_probs(case.logits(), wrong_ids, vp=VP)
+    with pytest.raises(LossInputError, match=r"^distributed_topk: ids_TJ has shape \(2, 2\)"):
+        distributed_topk(case.logits(), k=K, vp=VP, ids_TJ=wrong_ids)
+    with pytest.raises(LossInputError, match=r"^loss_from_log_probs: tropd\(.*needs trust_u_T"):
+        loss_from_log_probs(case.log_q_x, case.top, student_topk_logp_TK=case.top.logp_TK)
+
+
 def test_uniforms_are_flat_independent_between_seeds_and_those_of_the_token_ids() -> None:
     count = 200_000
     one, two = trust_uniforms((count,), seed=1), trust_uniforms((count,), seed=2)

@@ -1,17 +1,32 @@
-"""The pins of pyproject.toml and the lock of the CPU environment say the same, and the lock is complete."""
+"""Ranges in pyproject.toml, exact pins in requirements/, and a wheel that needs torch and replaces no vendor's."""
 
+from __future__ import annotations
+
+import os
 import re
+import subprocess
+import sys
 import tomllib
+import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.wheels import build, pip
+from tropd_mcore.cli import shipped
+from tropd_mcore.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKED_EXTRAS = ("sglang", "eval", "dev")
+EXTRAS = PROJECT["optional-dependencies"]
+LOCKED_EXTRAS = ("train", "eval", "dev")
+VENDOR = "2.9.0a0+145a3a7bda.nv25.10"
+"""A version as a vendor's container has it: a pre-release with a local part."""
 KEPT_OUT = (
     "sglang",
     "sglang-kernel",
@@ -24,68 +39,170 @@ KEPT_OUT = (
 )
 
 
-def locked() -> dict[str, str]:
-    lines = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
-    pins = [line.split("==") for line in lines if not line.startswith("#")]
-    names = [canonicalize_name(name) for name, _ in pins]
-    assert len(set(names)) == len(names), "a package is locked twice"
-    return dict(zip(names, (version for _, version in pins), strict=True))
+def pins(name: str) -> dict[str, tuple[str, str]]:
+    """Package -> (version, reason) of a file of requirements."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    found = [re.fullmatch(r"([A-Za-z0-9_.-]+)==(\S+)(?:  # (.+))?", line) for line in lines if not line.startswith("#")]
+    assert all(found), [line for line, match in zip(lines, found, strict=False) if match is None]
+    names = [canonicalize_name(match[1]) for match in found if match]
+    assert len(set(names)) == len(names), "a package is pinned twice"
+    return dict(zip(names, ((match[2], match[3] or "") for match in found if match), strict=True))
 
 
-def declared(extras: tuple[str, ...]) -> list[Requirement]:
-    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+def declared(*extras: str) -> list[Requirement]:
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
     return [Requirement(line) for line in lines]
 
 
-def test_every_pin_of_the_project_is_the_locked_version():
-    lock = locked()
-    for requirement in declared(LOCKED_EXTRAS):
-        assert str(requirement.specifier) == f"=={lock[canonicalize_name(requirement.name)]}", requirement.name
+def test_the_project_declares_ranges_and_the_core_is_torch_alone() -> None:
+    assert [item.name for item in declared()] == ["torch"]
+    for item in declared(*EXTRAS):
+        assert not {part.operator for part in item.specifier} & {"==", "~=", "==="}, (
+            f"{item}: pins live in requirements/"
+        )
 
 
-def test_the_build_uses_the_locked_setuptools():
-    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    assert build == [f"setuptools=={locked()['setuptools']}"]
+def test_every_declared_package_is_locked_inside_its_range() -> None:
+    lock = pins("cpu.txt")
+    for item in declared(*LOCKED_EXTRAS):
+        assert item.specifier.contains(lock[canonicalize_name(item.name)][0]), item
 
 
-def test_the_lock_holds_what_the_project_needs_and_nothing_else():
-    """Closure of the declared packages over the installed metadata, which are those of the lock."""
-    lock, needed = locked(), set()
-    queue = [("setuptools", frozenset())]
-    queue += [(canonicalize_name(item.name), frozenset(item.extras)) for item in declared(LOCKED_EXTRAS)]
+def test_the_lower_ends_are_the_versions_that_were_run() -> None:
+    oldest = pins("oldest.txt")
+    for item in declared("train"):
+        (lower,) = [part.version for part in item.specifier if part.operator == ">="]
+        ran = Version(oldest[canonicalize_name(item.name)][0])
+        assert ran.release[: len(Version(lower).release)] == Version(lower).release, f"{item}, and {ran} was run"
+
+
+@pytest.mark.parametrize("name", ["cpu.txt", "oldest.txt"])
+def test_every_pin_says_why_it_is_there(name: str) -> None:
+    assert not [package for package, (_, reason) in pins(name).items() if not reason]
+
+
+def needed_by(roots: list[tuple[str, frozenset[str]]]) -> dict[str, list[Requirement]]:
+    """Every package that these need, over the installed metadata -> what is asked of it."""
+    found: dict[str, list[Requirement]] = {name: [] for name, _ in roots}
+    queue = list(roots)
     while queue:
         name, extras = queue.pop()
-        needed.add(name)
         for line in metadata.requires(name) or []:
             item = Requirement(line)
             wanted = item.marker is None or any(item.marker.evaluate({"extra": extra}) for extra in ("", *extras))
             child = canonicalize_name(item.name)
-            if wanted and (child not in needed or item.extras):
-                queue.append((child, frozenset(item.extras)))
-                needed.add(child)
-    assert needed == set(lock)
+            if wanted:
+                if child not in found or item.extras:
+                    queue.append((child, frozenset(item.extras)))
+                found.setdefault(child, []).append(item)
+    return found
 
 
-def test_the_installed_environment_is_the_locked_one():
-    for name, version in locked().items():
+def test_the_lock_holds_what_the_project_needs_and_nothing_else() -> None:
+    """Roots: what pyproject.toml declares, and what SGLang imports on a CPU."""
+    lock = pins("cpu.txt")
+    roots = [("setuptools", frozenset[str]())]
+    roots += [(canonicalize_name(item.name), frozenset(item.extras)) for item in declared(*LOCKED_EXTRAS)]
+    roots += [(name, frozenset()) for name, (_, reason) in lock.items() if reason.startswith("SGLang: ")]
+    assert set(needed_by(roots)) == set(lock)
+
+
+def test_the_installed_environment_is_the_locked_one() -> None:
+    for name, (version, _) in pins("cpu.txt").items():
         assert metadata.version(name).partition("+")[0] == version, name
 
 
-def test_the_lock_has_no_local_versions_and_none_of_the_packages_that_break_a_cpu_host():
-    lock = locked()
-    assert not [name for name, version in lock.items() if "+" in version]
+def test_the_lock_has_no_local_versions_and_none_of_the_packages_that_break_a_cpu_host() -> None:
+    lock = pins("cpu.txt")
+    assert not [name for name, (version, _) in lock.items() if "+" in version]
     assert not set(KEPT_OUT) & set(lock)
 
 
-@pytest.mark.parametrize("path", ["examples/setup_env.sh", "pyproject.toml", "requirements/cpu.txt"])
-def test_the_sglang_version_is_the_same_everywhere(path):
-    found = re.findall(r"--no-deps\S* sglang==([0-9.]*[0-9])", (ROOT / path).read_text())
-    assert set(found) == {"0.5.23"}
+@pytest.mark.parametrize("path", ["examples/setup_env.sh", "requirements/cpu.txt"])
+def test_the_sglang_version_is_the_same_everywhere(path: str) -> None:
+    assert set(re.findall(r"--no-deps\S* sglang==([0-9.]*[0-9])", (ROOT / path).read_text())) == {"0.5.23"}
 
 
-def test_every_dependency_says_why_it_is_there():
-    text = (ROOT / "pyproject.toml").read_text()
-    declared_lines = [line for line in text.splitlines() if re.match(r'  "[A-Za-z]\S*[=>]=\S*",', line)]
-    assert len(declared_lines) == len(declared(("gpu", *LOCKED_EXTRAS)))
-    for line in declared_lines:
-        assert re.search(r"# \S+", line), line
+def test_the_messages_about_a_missing_sglang_name_the_measured_version() -> None:
+    for path in ("tropd_mcore/cli/early_checks.py", "tropd_mcore/train/preflight_machine.py"):
+        assert re.findall(r"sglang==([0-9.]*[0-9])", (ROOT / path).read_text()) == ["0.5.23"], path
+
+
+def test_nothing_that_the_trainer_needs_would_replace_a_vendors_torch() -> None:
+    roots = [(canonicalize_name(item.name), frozenset(item.extras)) for item in declared("train")]
+    for item in [*needed_by(roots)["torch"], *declared()]:
+        if item.name == "torch":
+            assert item.specifier.contains(VENDOR, prereleases=True), item
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.mark.parametrize(("installed", "replaced"), [(VENDOR, False), ("2.8.0", False), ("2.7.1", True)])
+def test_pip_installs_the_wheel_beside_a_vendors_torch_and_nothing_else(
+    wheel: Path, installed: str, replaced: bool, tmp_path: Path
+) -> None:
+    """A venv that has only the metadata of a torch; a newer one lies ready, and is taken for one that is too old."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    site = tmp_path / "env" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    about = site / f"torch-{installed}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {installed}\n")
+    (about / "INSTALLER").write_text("pip\n")
+    (about / "RECORD").write_text("")
+    newer = tmp_path / "torch-2.99.0-py3-none-any.whl"
+    with zipfile.ZipFile(newer, "w") as archive:
+        for name, text in {
+            "METADATA": "Metadata-Version: 2.1\nName: torch\nVersion: 2.99.0\n",
+            "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "RECORD": "",
+        }.items():
+            archive.writestr(f"torch-2.99.0.dist-info/{name}", text)
+    told = pip("install", "--dry-run", "--no-index", "--find-links", tmp_path, wheel, python=python)
+    (line,) = [line for line in told.splitlines() if line.startswith("Would install")]
+    assert line == "Would install torch-2.99.0 tropd-mcore-0.1.0" if replaced else "Would install tropd-mcore-0.1.0"
+
+
+def test_the_wheel_carries_the_package_recipes_and_scripts_and_no_test(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    carried = {name.removeprefix("tropd_mcore/shipped/") for name in names if name.startswith("tropd_mcore/shipped/")}
+    assert carried == {path.as_posix() for path in shipped.files_of(ROOT)}
+    assert {"configs/quickstart-cpu.yaml", "examples/tropd_pretrain.sh", "conversion/verify.py"} <= carried
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tropd_mcore").rglob("*.py")}
+    assert package <= names
+    assert {name.partition("/")[0] for name in names} == {"tropd_mcore", "tropd_mcore-0.1.0.dist-info"}
+
+
+ARGUMENTS = {
+    "train": ["c.yaml"], "config": ["c.yaml"], "metrics": [], "doctor": [], "prefixes": ["c.yaml"], "recipes": [],
+    "eval": ["c.yaml", "--prompts", "p.jsonl"], "report": ["run"], "conformance": ["--quick"],
+    "convert": ["verify", "--hf", "a", "--other-hf", "b"],
+}  # fmt: skip
+NEED_NOTHING = ("recipes",)
+PROGRAM = """
+import sys
+from tests.library_alone import alone
+alone()
+from tropd_mcore.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_without_the_packages_of_the_trainer_says_so_in_one_line(command: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: {dir: run}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, command, *ARGUMENTS[command]],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if command in NEED_NOTHING:
+        assert done.returncode == 0 and done.stdout and not done.stderr
+        return
+    said = [line for line in done.stderr.splitlines() if " I tropd " not in line]  # the line that names the command
+    assert done.returncode == 2, done.stderr
+    assert len(said) == 1 and said[0].startswith(f"error: tropd {command} needs the Python package "), done.stderr
+    assert "`pip install 'tropd-mcore[train]'`" in said[0]

@@ -242,7 +242,7 @@ def test_packages_that_are_missing_are_named_with_the_key_that_asks_for_them(
         "tropd-mcore[eval]": "verifier.kind",
         "tropd-mcore[wandb]": "monitor.wandb_project",
         "tensorboard": "monitor.tensorboard",
-        "tropd-mcore[sglang]": "rollout.server",
+        "sglang==0.5.23": "rollout.server",
     }
     assert lines[3] == (
         "verifier.kind: verifier.kind=math_verify needs the package math_verify, which is not installed; "

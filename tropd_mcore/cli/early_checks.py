@@ -86,8 +86,8 @@ def server_package(server: ServerConfig) -> Iterator[str]:
     """What starts a server is installed, where one is to be started."""
     if server.url is None and not importable("sglang"):
         yield (
-            "starting a server needs the package sglang, which is not installed; run `pip install "
-            "'tropd-mcore[sglang]'`, or name the url of one that runs"
+            "starting a server needs the package sglang, which is not installed; run `pip install sglang==0.5.23` "
+            "(on a CPU as the head of requirements/cpu.txt says), or name the url of one that runs"
         )
 
 

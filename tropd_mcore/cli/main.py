@@ -33,10 +33,11 @@ COMMANDS = {
     "report": "write a report of a run directory as one HTML file",
     "conformance": "check a vocabulary-parallel loss and its gradients against a float64 oracle",
     "convert": "convert between Hugging Face folders and Megatron checkpoints",
+    "recipes": "list and copy the configurations and scripts that come with the package",
 }
 """Subcommand -> help; `tropd_mcore.cli.<subcommand>_command` implements it."""
 
-SHORT_COMMANDS = ("config", "train")
+SHORT_COMMANDS = ("config", "recipes", "train")
 """Commands that print at once and are over, or whose processes speak for themselves."""
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "tropd_mcore.cli.main")
@@ -70,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == called:
-            command = cast(Command, importlib.import_module(f"tropd_mcore.cli.{name}_command"))
+            try:
+                command = cast(Command, importlib.import_module(f"tropd_mcore.cli.{name}_command"))
+            except ModuleNotFoundError as error:
+                return _say_missing(name, error)
             command.add_arguments(subparser)
     if called is not None and command is None and (close := difflib.get_close_matches(called, COMMANDS, n=1)):
         parser.error(f"{called}: no such command; did you mean {close[0]}?")
@@ -88,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TropdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        return _say_missing(str(called), error)
     except _Ended as ended:
         signals.say(ended.line)
         return ended.code
@@ -97,6 +103,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough: `tropd metrics | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
         return 128 + signal.SIGPIPE
+
+
+def _say_missing(command: str, error: ModuleNotFoundError) -> int:
+    """Say in one line which package the command needs; returns 2. An error of our own modules is raised again."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package == "tropd_mcore":
+        raise error
+    print(
+        f"error: tropd {command} needs the Python package {package}, which is not installed; "
+        "run `pip install 'tropd-mcore[train]'`, which has what the commands need",
+        file=sys.stderr,
+    )
+    return 2
 
 
 class _Ended(BaseException):

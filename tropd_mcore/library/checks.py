@@ -5,7 +5,8 @@ Not for what only the kernel can see (docs/autograd.md). Invariant: no host sync
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from tropd_mcore.library.arguments import OutputLayer, TeacherLogits, TeacherTop
 from tropd_mcore.objectives.catalogue import Objective
 
 CALL = "distill_loss"
+"""The function that messages name, unless another one `speaks_as` itself."""
 
 REMEDIES = {
     "trust_u_T": 'pass trust_u_T=trust_uniforms(...) for its Bernoulli gate, or use trust_mode="soft"',
@@ -44,6 +46,17 @@ CHANGES_THE_RESULT = {
     "advantage_T": "it reads no advantage; leave it out",
 }
 """Arguments that are refused where an objective does not read them; other unused ones are accepted."""
+
+
+@contextmanager
+def speaks_as(name: str) -> Iterator[None]:
+    """Let messages of what runs inside name another function of the front door."""
+    try:
+        yield
+    except LossInputError as error:
+        if not str(error).startswith(CALL):
+            raise
+        raise LossInputError(name + str(error).removeprefix(CALL)) from error
 
 
 def reads_prefixes(objective: Objective) -> bool:

@@ -24,6 +24,7 @@ from tropd_mcore.objectives.registry import function_of
 
 
 @outside_compile
+@checks.speaks_as("loss_from_log_probs")
 def loss_from_log_probs(
     student_logp_T: Tensor | None,
     teacher: TeacherTopK,

@@ -22,6 +22,7 @@ from tropd_mcore.library.shapes import source_of
 
 
 @outside_compile
+@checks.speaks_as("support_log_probs")
 def support_log_probs(
     student: Tensor | OutputLayer,
     ids_TJ: Tensor,
@@ -53,6 +54,7 @@ def support_log_probs(
 
 
 @outside_compile
+@checks.speaks_as("distributed_topk")
 def distributed_topk(source: Tensor | OutputLayer, *, k: int, vp: VocabParallel, ids_TJ: Tensor | None = None) -> TopK:
     """Return the k most probable tokens of each position, and the log-probs of `ids_TJ` from the same pass.
 

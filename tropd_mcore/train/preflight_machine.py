@@ -51,7 +51,7 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
     if config.monitor.tensorboard:
         wanted.append(("tensorboard", "monitor.tensorboard", "monitor.tensorboard=true", "tensorboard"))
     for key in started_servers(config):
-        wanted.append(("sglang", key, "starting a server (or set its url)", "'tropd-mcore[sglang]'"))
+        wanted.append(("sglang", key, "starting a server (or set its url)", "sglang==0.5.23"))
     if uses_cuda(config, environ):
         wanted.append(("transformer_engine", "platform.kind", "CUDA", "'tropd-mcore[gpu]'"))
     for module, key, purpose, package in wanted:

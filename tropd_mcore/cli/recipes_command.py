@@ -1,0 +1,95 @@
+"""`tropd recipes`: the configurations and scripts that come with the package, listed and copied.
+
+An installation from a wheel has no checkout beside it. Not for the quickstart's models, which examples/make_models.py
+makes. Invariant: a file that is there already and differs is never written over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tropd_mcore.cli import shipped
+from tropd_mcore.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="what to copy: a path of the list, its last part, or a pattern such as 'configs/*'; none: print the list",
+    )
+    parser.add_argument("--all", action="store_true", help="copy all of them, so that the examples run from there")
+    parser.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="folder to copy into (default: .)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """List or copy. Raises ConfigError for a name that is not there and before writing over a file that differs."""
+    root = shipped.root()
+    files = shipped.files_of(root)
+    if not files:
+        raise ConfigError([f"tropd recipes: nothing was found in {root}; install the package again"])
+    if options.all:
+        chosen = files
+    elif options.names:
+        chosen = sorted({path for name in options.names for path in _called(name, files)})
+    else:
+        for path in files:
+            if path.name != "__init__.py":
+                print(f"{path}\n    {_about(root / path)}")
+        print("\ntropd recipes NAME ... [--to DIR] copies; --all copies everything")
+        return 0
+    _copy(root, chosen, options.to)
+    return 0
+
+
+def _called(name: str, files: list[Path]) -> list[Path]:
+    found = [path for path in files if name in (str(path), path.name, path.stem) or fnmatch(str(path), name)]
+    if not found:
+        near = difflib.get_close_matches(name, [word for path in files for word in (str(path), path.name, path.stem)])
+        hint = f"; did you mean {near[0]}?" if near else "; `tropd recipes` prints the list"
+        raise ConfigError([f"tropd recipes {name}: no such recipe or script{hint}"])
+    return found
+
+
+def _about(path: Path) -> str:
+    """The first sentence of a file about itself."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    if path.suffix == ".patch":
+        return "Lines to insert into the source of that stack (docs/integrations.md)."
+    lines = (line for line in text.splitlines() if line.startswith("# "))
+    return next(lines, "# ")[2:]
+
+
+def _copy(root: Path, files: list[Path], target: Path) -> None:
+    differing, new = [], []
+    for path in files:
+        place = target / path
+        if not os.path.lexists(place):
+            new.append(path)
+        elif not place.is_file() or place.read_bytes() != (root / path).read_bytes():
+            differing.append(str(place))
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ConfigError(
+            [f"tropd recipes: {', '.join(differing[:3])}{more} would be written over; give another folder with --to"]
+        )
+    for path in new:
+        place = target / path
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes((root / path).read_bytes())
+            place.chmod((root / path).stat().st_mode & 0o777 | 0o200)
+        except OSError as error:
+            raise ConfigError([f"tropd recipes: {place} cannot be written ({error.strerror}); set --to"]) from error
+        print(place)
+    if len(new) < len(files):
+        print(f"{len(files) - len(new)} files were there already, the same")
