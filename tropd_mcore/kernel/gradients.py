@@ -54,7 +54,9 @@ class WeightGradient:
 
     def __init__(self, weight_WD: Tensor, *, folded: bool) -> None:
         self._weight = weight_WD
-        self._main_grad: Tensor | None = getattr(weight_WD, "main_grad", None)
+        # Megatron-FSDP keeps the gradient buffer of an earlier step under this name, and takes an ordinary gradient.
+        owned_by_fsdp = getattr(weight_WD, "__fsdp_param__", False)
+        self._main_grad: Tensor | None = None if owned_by_fsdp else getattr(weight_WD, "main_grad", None)
         self._folded = folded and self._main_grad is not None
         self._sum = self._main_grad if self._folded else None
 
