@@ -17,6 +17,11 @@ from torch import Tensor
 from tropd_mcore.kernel.shard import chunks
 from tropd_mcore.kernel.surroundings import saved_tensor_hooks_are_active
 
+OLDEST_TORCH = (2, 8)
+"""The oldest that was run, on a CPU. `mm(out_dtype=)`, which a GPU needs, came with it."""
+ACCUMULATING_PRODUCT = (2, 11)
+"""The oldest on which `addmm(out_dtype=)` was run on a GPU with a float32 sum. Before it was mended, in 2.10 at the
+earliest (pytorch issue 154086), it is replaced by a product and a sum, at the cost of one buffer."""
 CPU_BLOCK = 4096
 """Vocabulary columns that are converted at once where the machine has no mixed-precision matrix product."""
 
@@ -109,6 +114,12 @@ def accumulation_dtype(operand: Tensor) -> torch.dtype:
     return torch.float64 if operand.dtype == torch.float64 else torch.float32
 
 
+def torch_version() -> tuple[int, int]:
+    """Major and minor version of torch; a vendor's `2.9.0a0+nv25.10` is (2, 9)."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool) -> Tensor:
     """out = left @ right (+ out where `accumulate`), in the dtype of `out`, which may be wider than the operands'.
 
@@ -118,6 +129,8 @@ def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool) -
     if out.dtype == left.dtype == right.dtype:
         return torch.addmm(out, left, right, out=out) if accumulate else torch.mm(left, right, out=out)
     if out.is_cuda:
+        if accumulate and torch_version() < ACCUMULATING_PRODUCT:
+            return out.add_(torch.mm(left, right, out_dtype=out.dtype))
         if accumulate:
             return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
