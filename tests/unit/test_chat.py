@@ -32,7 +32,10 @@ def test_a_chat_becomes_the_ids_of_its_template_up_to_the_answer(renderer):
     ids = renderer.prompt_ids(CHAT)
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert ids.tolist() == FOLDER_TOKENIZER.encode(text, add_special_tokens=False)
-    assert ids.tolist() == FOLDER_TOKENIZER.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    assert (
+        ids.tolist()
+        == FOLDER_TOKENIZER.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
     assert (ids == FOLDER_TOKENIZER.convert_tokens_to_ids("<|im_start|>")).sum() == 3
 
 

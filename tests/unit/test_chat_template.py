@@ -85,7 +85,7 @@ def test_an_empty_text_is_no_prompt_although_something_stands_before_it(tmp_path
 def test_a_chat_has_the_special_tokens_of_its_template_alone(tmp_path, template):
     renderer = renderer_of(tmp_path, template, before="<|endoftext|>", after="<|im_end|>")
     ids = renderer.prompt_ids([USER])
-    expected = renderer.tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"]
+    expected = renderer.tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids.tolist() == expected
     assert np.isin(ids, sorted(renderer.special_ids)).sum() == template.count("<|endoftext|>")
 

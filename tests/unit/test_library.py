@@ -30,6 +30,7 @@ from tropd_mcore import (
 )
 from tropd_mcore.config.objectives import KINDS
 from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.catalogue import Objective
 from tropd_mcore.objectives.registry import objective_of
 
@@ -258,8 +259,6 @@ def test_log_probs_of_another_stack_give_the_same_loss_and_gradient(name: str) -
 
 
 def test_a_function_of_ones_own_is_an_objective() -> None:
-    from tropd_mcore.kernel.token_losses import TokenLosses
-
     def forward_kl(inputs: Any) -> TokenLosses:
         q = inputs.teacher_topk_logp_TK.exp()
         loss_T = (q * (inputs.teacher_topk_logp_TK - inputs.student_topk_logp_TK)).sum(dim=1)
@@ -272,6 +271,39 @@ def test_a_function_of_ones_own_is_an_objective() -> None:
     assert case.top.logp_TK is not None
     expected = (case.top.logp_TK.exp() * (case.top.logp_TK - log_p)).sum(-1)[case.mask].sum()
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-12, atol=0)
+
+
+def test_a_function_of_ones_own_that_forgets_the_masks_trains_no_other_token() -> None:
+    case, plain = Case(), objectives.opd()
+
+    def careless(inputs: Any) -> Any:
+        loss_T = -(inputs.teacher_logp_T - inputs.student_logp_T).detach() * inputs.student_logp_T
+        return TokenLosses(loss_T, torch.ones_like(inputs.student_mask_T))
+
+    expected, gradient = run(case, plain, weight_T=None)
+    dirty = case.log_q_x.masked_fill(~case.mask, torch.nan)
+    leaf = case.logits().requires_grad_()
+    out = distill_loss(leaf * 1.0, case.x, TeacherTopK(dirty), careless, vp=VP, student_mask_T=case.mask)
+    out.loss_sum.backward()
+    torch.testing.assert_close(out.loss_sum, expected.loss_sum, rtol=1e-12, atol=0)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-14)
+    assert out.token_count == expected.token_count
+
+
+@pytest.mark.parametrize(
+    ("returned", "line"),
+    [
+        (lambda inputs: inputs.student_logp_T, "returned a Tensor, expected TokenLosses with a loss for each of the 21"),
+        (
+            lambda inputs: TokenLosses(inputs.student_logp_T.sum()[None], inputs.student_mask_T),
+            r"returned a TokenLosses with losses \(1,\), expected TokenLosses with a loss for each of the 21 tokens",
+        ),
+    ],
+)
+def test_a_function_of_ones_own_that_returns_something_else_is_one_line(returned: Any, line: str) -> None:
+    case = Case()
+    with pytest.raises(LossInputError, match=line):
+        distill_loss(case.logits(), case.x, case.top, returned, vp=VP)
 
 
 WITHOUT_TARGET = [name for name in NAMES if "target_ids_T" not in objectives.from_name(name).needs]

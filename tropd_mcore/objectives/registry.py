@@ -10,13 +10,17 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
+import torch
+
+from tropd_mcore.errors import LossInputError
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives import catalogue
 from tropd_mcore.objectives.catalogue import Objective
-from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.inputs import TokenInputs, blank_unsupervised
 
 LossFunction = Callable[[TokenInputs], TokenLosses]
 """The loss of the tokens of one micro-batch or of a chunk of it."""
@@ -50,13 +54,31 @@ def objective_of(section: Configured, progress: float = 0.0) -> Objective:
 
 def function_of(objective: Objective) -> LossFunction:
     """Return the loss function of one micro-batch or chunk."""
-    function = objective.function or getattr(_family(objective.family), objective.kind)
-    return partial(function, **objective.values)
+    if objective.function is not None:
+        return partial(_supervised_only, partial(objective.function, **objective.values))
+    return partial(getattr(_family(objective.family), objective.kind), **objective.values)
 
 
 def bind_objective(section: Configured, progress: float = 0.0) -> LossFunction:
     """`function_of(objective_of(...))`."""
     return function_of(objective_of(section, progress))
+
+
+def _supervised_only(function: LossFunction, inputs: TokenInputs) -> TokenLosses:
+    """A function of the user's own, held to what all objectives keep: a token in neither mask trains nothing.
+
+    Without this, one that forgets the masks would train on prompts without an error.
+    """
+    found = function(blank_unsupervised(inputs))
+    supervised_T = inputs.student_mask_T | inputs.prefix_mask_T
+    if not isinstance(found, TokenLosses) or found.loss_T.shape != supervised_T.shape:
+        shape = f" with losses {tuple(found.loss_T.shape)}" if isinstance(found, TokenLosses) else ""
+        raise LossInputError(
+            f"an objective of your own returned a {type(found).__name__}{shape}, expected TokenLosses with a loss for "
+            f"each of the {len(supervised_T)} tokens of its chunk"
+        )
+    loss_T = torch.where(supervised_T, found.loss_T, 0.0)
+    return replace(found, loss_T=loss_T, counted_T=found.counted_T & supervised_T)
 
 
 def _family(name: str) -> Any:
