@@ -293,7 +293,10 @@ def test_a_function_of_ones_own_that_forgets_the_masks_trains_no_other_token() -
 @pytest.mark.parametrize(
     ("returned", "line"),
     [
-        (lambda inputs: inputs.student_logp_T, "returned a Tensor, expected TokenLosses with a loss for each of the 21"),
+        (
+            lambda inputs: inputs.student_logp_T,
+            "returned a Tensor, expected TokenLosses with a loss for each of the 21",
+        ),
         (
             lambda inputs: TokenLosses(inputs.student_logp_T.sum()[None], inputs.student_mask_T),
             r"returned a TokenLosses with losses \(1,\), expected TokenLosses with a loss for each of the 21 tokens",
