@@ -9,7 +9,7 @@ SIZE="${QUICKSTART_SIZE:-full}"                 # full, or tiny: a smaller task 
 CONFIG="${QUICKSTART_CONFIG:-configs/quickstart-cpu.yaml}" # what to train
 VENV="${VENV:-.venv}"                           # folder of the environment; relative to the repository, or absolute
 # 1: make the environment; 0: use that of PYTHON, as where `tropd recipes` has copied this file to
-SETUP="${SETUP:-$([[ -f pyproject.toml ]] && echo 1 || echo 0)}"
+SETUP="${SETUP:-$([[ -f examples/setup_env.sh ]] && echo 1 || echo 0)}"
 
 case "$VENV" in
   /*) ;;

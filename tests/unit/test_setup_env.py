@@ -36,7 +36,7 @@ class Checkout:
         self.root = folder / "checkout"
         self.state = folder / "state"
         self.python = folder / "bin" / "python-stand-in"
-        for name in ("examples/setup_env.sh", "requirements/cpu.txt", "pyproject.toml"):
+        for name in ("examples/setup_env.sh", "requirements/cpu.txt", "pyproject.toml", "setup.py"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         self.state.mkdir()
