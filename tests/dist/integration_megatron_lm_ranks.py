@@ -20,7 +20,14 @@ from tests.dist.stub_modules import first_on_path
 
 Found = dict[str, Any]
 """gradients of this rank, the reported loss, and which megatron-core it was"""
-BRIDGE_STUBS = ("modelopt",)
+BRIDGE_STUBS = (
+    "megatron.bridge.data.builders",
+    "megatron.bridge.models",
+    "megatron.bridge.peft",
+    "datasets",
+    "modelopt",
+    "torch.utils.tensorboard",
+)
 
 
 def schedule(tensor: int, per_token: bool) -> Found:
@@ -58,11 +65,45 @@ def expected(per_token: bool) -> Found:
         return _found(module, torch.stack([loss for loss, _, _ in found]).sum() / count)
 
 
+def context(source: Path | None) -> tuple[float, int, Any]:
+    """(sum, count, gradient of the whole logits) of this context rank, for a model that looks its logits up."""
+    if source is not None:
+        first_on_path([source])
+    with tiny_gpt.layout(context=2):
+        from examples.integrations.megatron_lm import make_forward_step
+
+        whole = _logits().float().requires_grad_()
+
+        def look_up(tokens: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:
+            return whole.gather(1, position_ids[..., None].expand(-1, -1, tiny_gpt.VOCABULARY))
+
+        logits, loss_func = make_forward_step(tiny_gpt.VOCABULARY)(iter(tiny_gpt.batches(1)), look_up)
+        loss, count, _ = loss_func(logits)
+        loss.backward()
+        assert whole.grad is not None and logits.shape[1] == tiny_gpt.LENGTH // 2
+        return float(loss), int(count), whole.grad.double().numpy()
+
+
+def context_expected() -> tuple[float, int, Any]:
+    """The same of one process."""
+    whole = _logits().requires_grad_()
+    loss, count, _ = tiny_gpt.tropd(whole, tiny_gpt.batches(1)[0])
+    loss.backward()
+    assert whole.grad is not None
+    return float(loss), count, whole.grad.numpy()
+
+
+def _logits() -> Tensor:
+    random = torch.Generator().manual_seed(9)
+    shape = (tiny_gpt.BATCH, tiny_gpt.LENGTH, tiny_gpt.VOCABULARY)
+    return 2.0 * torch.randn(shape, generator=random, dtype=torch.float64)
+
+
 def _found(module: Any, loss: Tensor) -> Found:
     import megatron.core
 
     gradients = tiny_gpt.gradients(module)
-    return {"loss": loss.detach().double(), "gradients": gradients, "version": megatron.core.__version__}
+    return {"loss": float(loss), "gradients": gradients, "version": megatron.core.__version__}
 
 
 class _Optimizer:
@@ -84,14 +125,17 @@ class _Nothing(types.SimpleNamespace):
         return None
 
 
+def _count_micro_batches(count: int) -> None:
+    from megatron.core import num_microbatches_calculator as calculator
+
+    calculator.unset_num_microbatches_calculator()
+    calculator.init_num_microbatches_calculator(0, None, tiny_gpt.BATCH * count, tiny_gpt.BATCH, 1)
+
+
 def megatron_lm(source: Path, tensor: int, per_token: bool) -> Found:
     """One `train_step` of Megatron-LM's own training loop, with its own megatron-core."""
     first_on_path([source])
     with tiny_gpt.layout(tensor):
-        from megatron.core.num_microbatches_calculator import (
-            destroy_num_microbatches_calculator,
-            init_num_microbatches_calculator,
-        )
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.rerun_state_machine import RerunDataIterator
         from megatron.core.timers import Timers
@@ -105,8 +149,7 @@ def megatron_lm(source: Path, tensor: int, per_token: bool) -> Found:
         lengths = {"seq_length": tiny_gpt.LENGTH, "decoder_seq_length": tiny_gpt.LENGTH}
         global_vars._GLOBAL_ARGS = _Nothing(empty_unused_memory_level=0, **sizes, **lengths)
         global_vars._GLOBAL_TIMERS = Timers(0, "max")
-        destroy_num_microbatches_calculator()
-        init_num_microbatches_calculator(0, None, tiny_gpt.BATCH * len(data), tiny_gpt.BATCH, 1)
+        _count_micro_batches(len(data))
         module = tiny_gpt.model(seed=1, per_token=per_token)
         reports, *_ = train_step(
             make_forward_step(tiny_gpt.VOCABULARY),
@@ -119,3 +162,53 @@ def megatron_lm(source: Path, tensor: int, per_token: bool) -> Found:
             iteration=0,
         )
         return _found(module, reports["tropd loss"])
+
+
+def bridge(source: Path, megatron: Path, tensor: int, per_token: bool) -> Found:
+    """One `train_step` of Megatron-Bridge's training loop, with the forward step as its `train` prepares it."""
+    first_on_path([megatron], BRIDGE_STUBS)
+    _add_bridge(source / "src" / "megatron")
+    with tiny_gpt.layout(tensor):
+        from megatron.bridge.training.train import prepare_forward_step_func, train_step
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.rerun_state_machine import RerunDataIterator
+        from megatron.core.timers import Timers
+
+        from examples.integrations.megatron_lm import make_forward_step
+
+        data, module = tiny_gpt.batches(), tiny_gpt.model(seed=1, per_token=per_token)
+        _count_micro_batches(len(data))
+        settings = _Nothing(
+            train=_Nothing(empty_unused_memory_level=0, micro_batch_size=tiny_gpt.BATCH),
+            optimizer=_Nothing(),
+            ddp=_Nothing(),
+            model=_Nothing(seq_length=tiny_gpt.LENGTH),
+            dataset=_Nothing(dataloader_type="external"),
+            dist=_Nothing(use_decentralized_pg=True),
+            data_parallel_size=1,
+        )
+        state, groups = _Nothing(cfg=settings, timers=Timers(0, "max")), ProcessGroupCollection.use_mpu_process_groups()
+        reports, *_ = train_step(
+            prepare_forward_step_func(make_forward_step(tiny_gpt.VOCABULARY), state),
+            RerunDataIterator(iter(data)),
+            [module],
+            _Optimizer(),
+            _Nothing(step=lambda increment: None),
+            state,
+            groups,
+            get_forward_backward_func(),
+            P2PCommunicator(groups.pp, module.config),
+        )
+        return _found(module, reports["tropd loss"])
+
+
+def _add_bridge(folder: Path) -> None:
+    """Make megatron.bridge importable without what its `__init__` imports, the models and their conversion."""
+    import megatron
+
+    if "megatron.bridge" not in sys.modules:
+        package = types.ModuleType("megatron.bridge")
+        package.__path__ = [str(folder / "bridge")]
+        sys.modules["megatron.bridge"] = megatron.bridge = package

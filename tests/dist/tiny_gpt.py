@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,25 +82,30 @@ def model(seed: int, *, per_token: bool = False) -> Any:
     return DistributedDataParallel(config, DistributedDataParallelConfig(), module)
 
 
-def gradients(wrapped: Any) -> dict[str, tuple[Tensor, int]]:
-    """{name: (gradient of this rank, the dimension it is cut along, or -1)}."""
+Gradients = dict[str, tuple[Any, int]]
+"""{name: (gradient of this rank, the dimension it is cut along, or -1)}, in NumPy, since Megatron-Core 0.20 pickles a
+tensor in a form that only it reads."""
+
+
+def gradients(wrapped: Any) -> Gradients:
+    """What backward left in `main_grad`."""
     return {
         name: (
-            parameter.main_grad.double().clone(),
+            parameter.main_grad.double().numpy().copy(),
             parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else -1,
         )
         for name, parameter in wrapped.module.named_parameters()
     }
 
 
-def error_of(every: list[dict[str, tuple[Tensor, int]]], expected: dict[str, tuple[Tensor, int]]) -> float:
+def error_of(every: list[Gradients], expected: Gradients) -> float:
     """Largest error of all gradients over all tensor ranks, each relative to its largest element."""
     errors = []
     for name, (gradient, _) in expected.items():
         parts = [found[name] for found in every]
         dim = parts[0][1]
-        wholes = [torch.cat([part for part, _ in parts], dim)] if dim >= 0 else [part for part, _ in parts]
-        errors += [float((whole - gradient).abs().max() / gradient.abs().max()) for whole in wholes]
+        wholes = [np.concatenate([part for part, _ in parts], dim)] if dim >= 0 else [part for part, _ in parts]
+        errors += [float(np.abs(whole - gradient).max() / np.abs(gradient).max()) for whole in wholes]
     return max(errors)
 
 
