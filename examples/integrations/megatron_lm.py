@@ -31,7 +31,7 @@ def loss_func(vocab_size: int, batch: dict[str, Tensor], output: Tensor) -> tupl
     """(sum, number of tokens, what is reported) of logits [b, s, V / TP]; Megatron divides."""
     teacher = TeacherTopK(batch["teacher_logp"], batch["teacher_ids"], batch["teacher_topk_logp"])
     vp = VocabParallel(mpu.get_tensor_model_parallel_group(), vocab_size)
-    given = {"student_mask_T": batch["student_mask"], "trust_u_T": batch["trust_u"]}
+    given: Any = {"student_mask_T": batch["student_mask"], "trust_u_T": batch["trust_u"]}
     out = distill_loss(output, batch["labels"], teacher, OBJECTIVE, vp=vp, **given)
     return out.loss_sum, out.token_count.int(), {"tropd loss": torch.stack([out.value, out.token_count])}
 

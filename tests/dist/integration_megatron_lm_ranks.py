@@ -6,7 +6,6 @@ stacks (tests/dist/peer_sources.py).
 
 from __future__ import annotations
 
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,10 @@ from torch import Tensor
 
 import examples.integrations
 from tests.dist import tiny_gpt
-from tests.dist.stub_modules import first_on_path
+from tests.dist.stub_modules import BRIDGE_STUBS, add_bridge, first_on_path
 
 Found = dict[str, Any]
 """gradients of this rank, the reported loss, and which megatron-core it was"""
-BRIDGE_STUBS = (
-    "megatron.bridge.data.builders",
-    "megatron.bridge.models",
-    "megatron.bridge.peft",
-    "datasets",
-    "modelopt",
-    "torch.utils.tensorboard",
-)
 
 
 def schedule(tensor: int, per_token: bool) -> Found:
@@ -167,7 +158,7 @@ def megatron_lm(source: Path, tensor: int, per_token: bool) -> Found:
 def bridge(source: Path, megatron: Path, tensor: int, per_token: bool) -> Found:
     """One `train_step` of Megatron-Bridge's training loop, with the forward step as its `train` prepares it."""
     first_on_path([megatron], BRIDGE_STUBS)
-    _add_bridge(source / "src" / "megatron")
+    add_bridge(source)
     with tiny_gpt.layout(tensor):
         from megatron.bridge.training.train import prepare_forward_step_func, train_step
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -202,13 +193,3 @@ def bridge(source: Path, megatron: Path, tensor: int, per_token: bool) -> Found:
             P2PCommunicator(groups.pp, module.config),
         )
         return _found(module, reports["tropd loss"])
-
-
-def _add_bridge(folder: Path) -> None:
-    """Make megatron.bridge importable without what its `__init__` imports, the models and their conversion."""
-    import megatron
-
-    if "megatron.bridge" not in sys.modules:
-        package = types.ModuleType("megatron.bridge")
-        package.__path__ = [str(folder / "bridge")]
-        sys.modules["megatron.bridge"] = megatron.bridge = package

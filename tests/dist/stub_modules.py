@@ -17,6 +17,16 @@ from typing import Any
 
 import typing_extensions
 
+BRIDGE_STUBS = (
+    "megatron.bridge.data.builders",
+    "megatron.bridge.models",
+    "megatron.bridge.peft",
+    "datasets",
+    "modelopt",
+    "torch.utils.tensorboard",
+)
+"""what Megatron-Bridge's training loop imports and does not use here"""
+
 
 class _Name(type):
     """The class of every stubbed name: attributes of it are stubs as well."""
@@ -73,3 +83,13 @@ def first_on_path(folders: list[Path], stubs: Iterable[str] = ()) -> None:
     for name in ("override", "TypedDict"):
         if sys.version_info < (3, 12):
             setattr(typing, name, getattr(typing_extensions, name))
+
+
+def add_bridge(source: Path) -> None:
+    """Make megatron.bridge importable from a checkout, without what its `__init__` imports: models and conversion."""
+    import megatron
+
+    if "megatron.bridge" not in sys.modules:
+        package = _Module("megatron.bridge")
+        package.__path__ = [str(source / "src" / "megatron" / "bridge")]
+        sys.modules["megatron.bridge"] = megatron.bridge = package
