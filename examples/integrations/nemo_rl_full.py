@@ -10,8 +10,7 @@ them. NeMo-RL divides a loss by the number of context ranks, hence the factor.
 from importlib import import_module
 from typing import Any
 
-import torch
-from torch import Tensor, distributed
+from torch import Tensor, cat, distributed
 from torch.nn.functional import pad
 
 from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, distributed_topk, objectives, trust_uniforms
@@ -23,9 +22,8 @@ def teacher_numbers(ids: Tensor, cu_seqlens: Any, vocab: int, logits: Tensor, k:
     if cu_seqlens is not None:
         pack = import_module("nemo_rl.algorithms.loss.utils")._pack_input_ids
         after = pack(ids, cu_seqlens, cu_seqlens, cp.rank(), cp.size(), -1)
-    top = distributed_topk(logits, k=k - 1, vp=VocabParallel(group, vocab), ids_TJ=after[..., None])
-    assert top.logp_TJ is not None
-    return torch.cat([top.logp_TK, top.logp_TJ], -1), torch.cat([top.ids_TK, after[..., None]], -1)
+    top: Any = distributed_topk(logits, k=k - 1, vp=VocabParallel(group, vocab), ids_TJ=after[..., None])
+    return cat([top.logp_TK, top.logp_TJ], -1), cat([top.ids_TK, after[..., None]], -1)
 
 
 class Tropd:
@@ -48,5 +46,5 @@ class Tropd:
         given: Any = {"student_mask_T": mask, "trust_u_T": u, "vp": vp, "preserve_logits": True}
         out = distill_loss(logits, ids[..., -1], teacher, objectives.tropd(), **given)
         distributed.all_reduce(out.value, group=cp)
-        loss, report = out.loss_sum * cp.size() / (global_valid_toks + 1e-8), float(out.value / global_valid_toks)
-        return loss, {"loss": report, "num_valid_samples": len(mask)}
+        report = {"loss": float(out.value / global_valid_toks), "num_valid_samples": len(mask)}
+        return out.loss_sum * cp.size() / (global_valid_toks + 1e-8), report

@@ -7,6 +7,7 @@ to the workers (a call goes to this rank), generation, the worker's set-up, the 
 
 from __future__ import annotations
 
+import itertools
 import types
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,92 @@ def _scored(ids: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Tensor]:
         "teacher_topk_logp": top.values,
         "trust_u": trust_uniforms(ids.shape, seed=STEP),
     }
+
+
+LENGTHS, ROOMS = (9, 5, 12), (12, 8, 12)
+"""Tokens of the packed sequences, and what each is padded to"""
+MICRO_BATCHES = 3
+
+
+def _packed() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(token ids [B, S], response mask [B, S], packed logits of student and teacher [1, T, V] in float64)."""
+    random = torch.Generator().manual_seed(22)
+    shape = (1, sum(ROOMS), tiny_gpt.VOCABULARY)
+    student, teacher = (2.0 * torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(2))
+    ids, mask = torch.randint(tiny_gpt.VOCABULARY, (3, tiny_gpt.LENGTH), generator=random), torch.zeros(3, tiny_gpt.LENGTH)
+    for row, length in enumerate(LENGTHS):
+        mask[row, 2:length] = 1.0
+        ids[row, length:] = 0
+    return ids, mask, student, teacher
+
+
+def packed(sources: tuple[Path, ...], tensor: int, context: int, full: bool) -> tuple[float, Any]:
+    """(reported loss, gradient of the whole packed logits as far as this rank has it) through both post-processors.
+
+    The logits are given, because packing needs another attention than a CPU has. The factor of Megatron's schedule,
+    context ranks / micro-batches, is applied here.
+    """
+    use(*sources)
+    with tiny_gpt.layout(tensor, context):
+        from megatron.core import parallel_state
+        from megatron.core.packed_seq_params import PackedSeqParams
+        from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+        from nemo_rl.distributed.model_utils import _get_tokens_on_this_cp_rank
+        from nemo_rl.models.megatron.train import LossPostProcessor, TopkLogitsPostProcessor
+
+        from examples.integrations.nemo_rl import LocalSupportMatching
+        from examples.integrations.nemo_rl_full import Tropd
+
+        ids, mask, student, teacher = _packed()
+        ends = torch.tensor([0, *ROOMS]).cumsum(0)
+        cp_rank, tp_rank = parallel_state.get_context_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+        places = [torch.arange(start, end)[None] for start, end in itertools.pairwise(ends.tolist())]
+        rows = torch.cat([_get_tokens_on_this_cp_rank(each, cp_rank, context)[0] for each in places])
+        width = tiny_gpt.PADDED // tensor
+        whole = torch.nn.functional.pad(student.float(), (0, tiny_gpt.PADDED - tiny_gpt.VOCABULARY)).requires_grad_()
+        wide = torch.nn.functional.pad(teacher.float(), (0, tiny_gpt.PADDED - tiny_gpt.VOCABULARY), value=9.0 if full else -99.0)
+        columns = slice(tp_rank * width, (tp_rank + 1) * width)
+        settings = _config(tiny_gpt.VOCABULARY if full else None)
+        settings["sequence_packing"] = {"enabled": True}
+        settings["megatron_cfg"]["context_parallel_size"] = context
+        data = BatchedDataDict({"input_ids": ids, "input_lengths": torch.tensor(LENGTHS), "token_mask": mask})
+        data["sample_mask"] = torch.tensor([1.0, 0.0, 1.0])
+        with torch.no_grad():
+            _, found = TopkLogitsPostProcessor(settings, tiny_gpt.K)(data, ends)(wide[:, rows, columns])
+        data["teacher_topk_logits"], data["teacher_topk_indices"] = found["topk_logits"], found["topk_indices"]
+        loss_fn = Tropd(data, tiny_gpt.VOCABULARY, STEP) if full else LocalSupportMatching(tiny_gpt.VOCABULARY)
+        borders = torch.tensor([0, *LENGTHS]).cumsum(0)
+        layout = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_q_padded=ends)
+        count = (mask * data["sample_mask"][:, None])[:, 1:].sum()
+        post = LossPostProcessor(loss_fn, settings, MICRO_BATCHES)(data, layout, torch.tensor(2.0), count)
+        loss, report = post(whole[:, rows, columns] * 1.0)
+        (loss * context / MICRO_BATCHES).backward()
+        assert whole.grad is not None and not whole.grad[..., tiny_gpt.VOCABULARY :].any()
+        return report["loss"], whole.grad[..., : tiny_gpt.VOCABULARY].double().numpy()
+
+
+def packed_expected(full: bool) -> tuple[float, Any]:
+    """The same in float64."""
+    ids, mask, student, teacher = _packed()
+    leaf, total = student.requires_grad_(), torch.zeros((), dtype=torch.float64)
+    tokens = outliers = start = 0
+    uniforms = trust_uniforms(ids.shape, seed=STEP)
+    for row, (length, room) in enumerate(zip(LENGTHS, ROOMS, strict=True)):
+        logits, log_q = leaf[:, start : start + length], teacher[:, start : start + length]
+        keep, start = mask[row : row + 1, :length].roll(-1, 1) > 0, start + room
+        keep[:, -1] = False
+        if row == 1:
+            continue
+        if full:
+            scored = _scored(ids[row : row + 1, :length], log_q, keep) | {"trust_u": uniforms[row : row + 1, :length]}
+            loss, count, found = tiny_gpt.tropd(logits, scored)
+            outliers += found
+        else:
+            top, count = log_q.topk(tiny_gpt.K), int(keep.sum())
+            log_p = logits.gather(-1, top.indices).log_softmax(-1)
+            loss = (log_p.exp() * (log_p - top.values.log_softmax(-1))).sum(-1)[keep].sum()
+        total, tokens = total + loss, tokens + count
+    assert not full or 0 < outliers < tokens, "both sides of the gate are seen"
+    (total / tokens).backward()
+    assert leaf.grad is not None
+    return float(total / tokens), leaf.grad.numpy()
