@@ -57,6 +57,14 @@ def test_packed_sequences_have_the_gradient_of_a_softmax(stack: Stack, tensor: i
     assert error < 1e-5
 
 
+def test_the_patch_changes_nothing_without_its_settings(stack: Stack) -> None:
+    sources, full, pool = stack
+    if not full:
+        pytest.skip("this is about the patched source")
+    (found,), (expected,) = pool.run(ranks.driver, 1, sources, 1, False), pool.run(ranks.expected, 1, False)
+    assert tiny_gpt.error_of([found["gradients"]], expected["gradients"]) < 1e-5
+
+
 def test_the_patch_has_no_line_of_the_project() -> None:
     lines = (peer_sources.PATCHES / "nemo_rl.patch").read_text(encoding="utf-8").splitlines()
     assert all(line.startswith(("--- a/", "+++ b/", "@@ -", "+")) for line in lines)
