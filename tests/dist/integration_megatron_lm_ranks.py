@@ -72,7 +72,7 @@ def context(source: Path | None) -> tuple[float, int, Any]:
         loss, count, _ = loss_func(logits)
         loss.backward()
         assert whole.grad is not None and logits.shape[1] == tiny_gpt.LENGTH // 2
-        return float(loss), int(count), whole.grad.double().numpy()
+        return float(loss.detach()), int(count), whole.grad.double().numpy()
 
 
 def context_expected() -> tuple[float, int, Any]:
@@ -81,7 +81,7 @@ def context_expected() -> tuple[float, int, Any]:
     loss, count, _ = tiny_gpt.tropd(whole, tiny_gpt.batches(1)[0])
     loss.backward()
     assert whole.grad is not None
-    return float(loss), count, whole.grad.numpy()
+    return float(loss.detach()), count, whole.grad.numpy()
 
 
 def _logits() -> Tensor:
@@ -94,7 +94,7 @@ def _found(module: Any, loss: Tensor) -> Found:
     import megatron.core
 
     gradients = tiny_gpt.gradients(module)
-    return {"loss": float(loss), "gradients": gradients, "version": megatron.core.__version__}
+    return {"loss": float(loss.detach()), "gradients": gradients, "version": megatron.core.__version__}
 
 
 class _Optimizer:

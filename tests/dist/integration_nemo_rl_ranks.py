@@ -220,7 +220,7 @@ def expected(full: bool) -> dict[str, Any]:
             log_p = logits.gather(-1, top.indices).log_softmax(-1)
             loss = (log_p.exp() * (log_p - top.values.log_softmax(-1))).sum(-1)[mask].sum()
         (loss / tokens).backward()
-        return {"loss": float(loss / tokens), "gradients": tiny_gpt.gradients(student)}
+        return {"loss": float(loss.detach() / tokens), "gradients": tiny_gpt.gradients(student)}
 
 
 def _scored(ids: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -323,4 +323,4 @@ def packed_expected(full: bool) -> tuple[float, Any]:
     assert not full or 0 < outliers < tokens, "both sides of the gate are seen"
     (total / tokens).backward()
     assert leaf.grad is not None
-    return float(total / tokens), leaf.grad.numpy()
+    return float(total.detach() / tokens), leaf.grad.numpy()

@@ -26,14 +26,17 @@ FUSIONS = ("bias_dropout_fusion", "masked_softmax_fusion", "persist_layer_norm",
 @contextmanager
 def layout(tensor: int = 1, context: int = 1) -> Iterator[None]:
     """Megatron's process groups."""
+    import megatron.core
     from megatron.core import parallel_state, tensor_parallel
 
-    from tropd_mcore.mcore.platform import cpu_device, cpu_random
+    from tropd_mcore.mcore.platform import choose, cpu_device, cpu_random
 
-    if not cpu_device.is_active():
+    if megatron.core.__version__.startswith("0.16."):
+        choose("cpu").activate()  # all of it, since other tests use these processes
+    elif not cpu_device.is_active():
         cpu_random.install()
         cpu_device.install()
-        torch.cuda.current_stream = lambda device=None: None  # newer Megatron asks for it where nothing waits for it
+        torch.cuda.current_stream = lambda device=None: None  # asked for where nothing waits for it
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     try:
