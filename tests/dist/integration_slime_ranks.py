@@ -3,8 +3,8 @@
 `train` is slime's code from the samples of a rollout to Megatron's backward pass: the rollout manager's conversion and
 split, the actor's `_get_rollout_data` and `train_actor` with log-probs, advantages and metrics, `train_one_step`,
 `get_batch`, `loss_function`. Ours are the model, which returns logits that are leaves, an optimizer that does nothing, and
-the answers of a teacher's server. tests/dist/peer_stubs.py stands in for ray, sglang, megatron.training, wandb and others;
-CUDA is replaced by the CPU.
+the answers of a teacher's server. tests/dist/peer_stubs.py stands in for ray, sglang, megatron.training, wandb and others,
+slime's timing report is off, and its accelerator is the CPU.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core import ModelParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from examples.integrations import slime_full, slime_teacher  # noqa: F401  before slime, which has a package `examples`
 from tests.dist.layouts import Case, layout_of
 from tests.dist.peer_stubs import stand_in_for
 from tropd_mcore import trust_uniforms
@@ -73,6 +76,7 @@ def arguments(*, loss: str, per_token: bool, recompute: bool, full: bool) -> Nam
         reset_optimizer_states=False, overlap_grad_reduce=False, overlap_param_gather=False, log_probs_chunk_size=-1,
         use_distributed_optimizer=False, rollout_batch_size=len(TOTALS), n_samples_per_prompt=1, balance_data=False,
         balance_by_flops=False, log_passrate=False, log_multi_turn=False, use_wandb=False, use_tensorboard=False,
+        wandb_always_use_train_step=False, ci_save_grad_norm=None, ci_load_grad_norm=None, log_correct_samples=False, check_for_nan_in_loss_and_grad=True,
     )  # fmt: skip
 
 
@@ -81,20 +85,22 @@ class _Logits(torch.nn.Module):
 
     def __init__(self, size: int, rank: int) -> None:
         super().__init__()
-        self.config = ModelParallelConfig()
+        self.config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+        self.model_type, self.ddp_config = ModelType.encoder_or_decoder, DistributedDataParallelConfig()
         self.leaves: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._width, self._rank, self._size = -(-VOCABULARY // size), rank, size
 
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
         key = tuple(input_ids[0].tolist())
         if key not in self.leaves:
-            now, before = (self._columns(each) for each in logits_of(len(self.leaves), len(key)))
-            self.leaves[key] = now.requires_grad_(), before
+            now, before = logits_of(len(self.leaves), len(key))
+            # slime's log-probs count the padding columns, our loss does not: at -1e4 it makes no difference
+            self.leaves[key] = self._columns(now, 0.0).requires_grad_(), self._columns(before, -1e4)
         now, before = self.leaves[key]
         return now * 1.0 if self.training else before * 1.0
 
-    def _columns(self, logits: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(logits.float(), (0, self._width * self._size - VOCABULARY))
+    def _columns(self, logits: Tensor, padding: float) -> Tensor:
+        padded = torch.nn.functional.pad(logits.float(), (0, self._width * self._size - VOCABULARY), value=padding)
         return padded[None, :, self._width * self._rank : self._width * (self._rank + 1)].contiguous()
 
     def set_input_tensor(self, tensor: Any) -> None:
@@ -135,7 +141,7 @@ def _samples(sample_class: Any) -> list[Any]:
 def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
     """One step of slime's actor: what it reports, and of each micro-batch its samples and the gradient [T, W]."""
     if root not in sys.path:
-        sys.path.insert(0, root)
+        sys.path.append(root)
         stand_in_for(*NOT_INSTALLED)
     accelerator = importlib.import_module("slime.utils.accelerator")
     accelerator.current_device, accelerator.device = lambda: "cpu", lambda *_: torch.device("cpu")
@@ -149,6 +155,7 @@ def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
     logging.log = lambda args, numbers, **_: reported.update(numbers)
     args = arguments(**options)
     model.get_args = lambda: args
+    importlib.import_module("slime.observability.train_metric_utils").log_perf_data = lambda *_, **__: None
     with layout_of(Case(tensor=size)) as (layout, _):
         manager = object.__new__(rollouts.RolloutManager)
         manager.args, manager.custom_convert_samples_to_train_data_func = args, None
@@ -167,12 +174,16 @@ def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
         actor.optimizer = SimpleNamespace(
             zero_grad=nothing, step=lambda: (True, 0.0, 0), scale_loss=lambda loss: loss, param_groups=[]
         )
+        actor.weight_updater = SimpleNamespace(pop_metrics=dict)
         actor.prof = SimpleNamespace(step=nothing, iterate_train_actor=nullcontext)
         actor.rollout_data_postprocess = (
             load_function("examples.integrations.slime_full.unpack") if options["full"] else None
         )
         rollout_data = actor._get_rollout_data(references)
         order = rollout_data["micro_batch_indices"], rollout_data["partition"]
+        waiting = importlib.import_module("slime.observability.timer").Timer()
+        if "train_wait" not in waiting.start_time:  # the actor's `init` starts it
+            waiting.start("train_wait")
         actor.train_actor(ROLLOUT, rollout_data)
         gradients = [now.grad[0] for now, _ in policy.leaves.values()]
         return {"reported": reported, "order": order, "gradients": gradients}
