@@ -1,14 +1,15 @@
 """slime's own training actor with our losses, inside the ranks of a pool, and the same step by a softmax in float64.
 
-`train` is slime's code from the samples of a rollout to Megatron's backward pass: the rollout manager's conversion and
-split, the actor's `_get_rollout_data` and `train_actor` with log-probs, advantages and metrics, `train_one_step`,
+`train` is slime's code from the reward of a sample to Megatron's backward pass: the request to the teacher's server, the
+rollout manager's conversion and split, the actor's `_get_rollout_data` and `train_actor` with log-probs, advantages and metrics, `train_one_step`,
 `get_batch`, `loss_function`. Ours are the model, which returns logits that are leaves, an optimizer that does nothing, and
-the answers of a teacher's server. tests/dist/peer_stubs.py stands in for ray, sglang, megatron.training, wandb and others,
+a server that answers as SGLang does. tests/dist/peer_stubs.py stands in for ray, sglang, megatron.training, wandb and others,
 slime's timing report is off, and its accelerator is the CPU.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import math
 import sys
@@ -18,17 +19,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from examples.integrations import slime_full, slime_teacher  # noqa: F401  before slime, which has a package `examples`
+from examples.integrations import slime_teacher  # before slime, which has a package `examples`
 from tests.dist.layouts import Case, layout_of
 from tests.dist.peer_stubs import stand_in_for
 from tropd_mcore import trust_uniforms
 
-NOT_INSTALLED = ("ray", "sglang", "sglang_router", "torch_memory_saver", "megatron.training", "megatron.bridge", "wandb")
+NOT_INSTALLED = ("ray", "sglang", "sglang_router", "torch_memory_saver", "megatron.training", "megatron.bridge", "wandb",
+    "pylatexenc",)
 PROMPTS, RESPONSES, VOCABULARY, K = (4, 1, 5, 3), (5, 3, 8, 6), 41, 6
 TOTALS = tuple(prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True))
 TEMPERATURE, ROLLOUT, SEED = 0.7, 3, 17
@@ -59,10 +63,10 @@ def logits_of(micro_batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 def arguments(*, loss: str, per_token: bool, recompute: bool, full: bool) -> Namespace:
     """What slime reads of its arguments on this path."""
-    full_hooks = {"custom_reward_post_process_path": "examples.integrations.slime_teacher.keep"}
-    of_slime = {"custom_reward_post_process_path": "slime.rollout.on_policy_distillation.post_process_rewards"}
+    ours, slimes = "examples.integrations.slime_teacher", "slime.rollout.on_policy_distillation"
     return Namespace(
-        **(full_hooks if full else of_slime),
+        custom_rm_path=f"{ours}.ask" if full else f"{slimes}.reward_func",
+        custom_reward_post_process_path=f"{ours}.keep" if full else f"{slimes}.post_process_rewards",
         loss_type="custom_loss", custom_loss_function_path=loss, calculate_per_token_loss=per_token,
         recompute_loss_function=recompute, vocab_size=VOCABULARY, rollout_temperature=TEMPERATURE, seed=SEED,
         reward_key=None, rollout_top_p=1.0, global_batch_size=len(TOTALS), micro_batch_size=2,
@@ -119,23 +123,37 @@ class _Logits(torch.nn.Module):
             now.grad.mul_(factor)
 
 
-def _samples(sample_class: Any) -> list[Any]:
-    """The samples of a rollout, each with the answer of an SGLang server to slime's or our request."""
-    found = []
-    for tokens, mask, log_q in zip(*tokens_and_masks(), teacher_log_probs(), strict=True):
-        top = log_q.topk(K)
-        answer = {
-            "input_token_logprobs": [(None if p == 0 else float(log_q[p, x]), int(x), None) for p, x in enumerate(tokens)],
-            "input_top_logprobs": [
-                None if p == 0 else [(float(v), int(i), None) for v, i in zip(top.values[p], top.indices[p], strict=True)]
-                for p in range(len(tokens))
-            ],
-        }
-        found.append(sample_class(
-            index=len(found), tokens=tokens.tolist(), response_length=len(mask), loss_mask=mask.tolist(),
-            reward={"meta_info": answer}, status=sample_class.Status.COMPLETED,
-        ))  # fmt: skip
-    return found
+async def _answer(request: web.Request) -> web.Response:
+    """What an SGLang server says of the tokens that it was sent."""
+    asked = await request.json()
+    for tokens, log_q in zip(tokens_and_masks()[0], teacher_log_probs(), strict=True):
+        if asked["input_ids"] == tokens.tolist():
+            break
+    assert asked["return_logprob"] and asked["logprob_start_len"] == 0 and asked["sampling_params"]["max_new_tokens"] == 0
+    each = [[None if p == 0 else float(log_q[p, x]), int(x), None] for p, x in enumerate(tokens)]
+    found: dict[str, Any] = {"input_token_logprobs": each}
+    if asked.get("top_logprobs_num", 0):
+        tops = [log_q[p].topk(asked["top_logprobs_num"]) for p in range(len(tokens))]
+        rows = [[[v, i, None] for v, i in zip(t.values.tolist(), t.indices.tolist(), strict=True)] for t in tops]
+        found["input_top_logprobs"] = [None, *rows[1:]]
+    return web.json_response({"meta_info": found})
+
+
+async def _samples(args: Namespace, sample_class: Any, ask: Any) -> list[Any]:
+    """The samples of a rollout; slime asks the server for the reward of each."""
+    application = web.Application()
+    application.router.add_post("/generate", _answer)
+    async with TestServer(application) as server:
+        args.rm_url = str(server.make_url("/generate"))
+        found = []
+        for tokens, mask in zip(*tokens_and_masks(), strict=True):
+            sample = sample_class(
+                index=len(found), tokens=tokens.tolist(), response_length=len(mask), loss_mask=mask.tolist(),
+                status=sample_class.Status.COMPLETED,
+            )  # fmt: skip
+            sample.reward = await ask(args, sample)
+            found.append(sample)
+        return found
 
 
 def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +179,10 @@ def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
         manager.args, manager.custom_convert_samples_to_train_data_func = args, None
         manager.custom_reward_post_process_func = load_function(args.custom_reward_post_process_path)
         manager.train_parallel_config = dict(dp_size=1, cp_size=1, vpp_size=1, microbatch_group_size_per_vp_stage=1)
-        data = manager._convert_samples_to_train_data(_samples(rollouts.Sample))
+        slime_teacher.TOP_K = K
+        ask = importlib.import_module("slime.rollout.rm_hub").async_rm
+        samples = asyncio.run(_samples(args, rollouts.Sample, ask))
+        data = manager._convert_samples_to_train_data(samples)
         references = manager._split_train_data_by_dp(data)
 
         policy = _Logits(size, layout.tp_rank)
