@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.metadata
 import sys
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -77,7 +79,9 @@ class _Teacher:
             server = importlib.import_module("verl.workers.rollout.sglang_rollout.async_sglang_server")
             server._extract_prompt_logprobs_sglang(sglang_answer(prompt_ids, found, count), count, len(prompt_ids), fields)
         else:
-            rollout = importlib.import_module("verl.workers.rollout.vllm_rollout.utils")
+            known = importlib.metadata.version
+            with patch.object(importlib.metadata, "version", lambda name: "0.11.0" if name == "vllm" else known(name)):
+                rollout = importlib.import_module("verl.workers.rollout.vllm_rollout.utils")
             rollout.extract_prompt_logprobs(vllm_answer(prompt_ids, found, count), count, fields)
         return SimpleNamespace(extra_fields=fields)
 
