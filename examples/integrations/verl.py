@@ -5,7 +5,7 @@
 takes the place of verl.trainer.distillation.megatron.losses.compute_forward_kl_topk (loss_mode forward_kl_topk). verl
 hands over logits [1, T, V / TP] or [B, S, V / TP] and the teacher's true top-k as jagged tensors [B, S, K], and reduces
 the loss of each token itself. Without a tail the divergence can be below 0, where verl cuts it off, and leaves the mass
-outside the top-k alone. The logits are kept, because Megatron's cross entropy may run on them next.
+outside the top-k alone. The loss has a copy of the logits, because Megatron's cross entropy may write over them next.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compute_forward_kl_topk(
     logp_TK, ids_TK = (as_the_logits(each, data_format) for each in (teacher_topk_log_probs, teacher_topk_ids))
     teacher = TeacherTopK(ids_TK=ids_TK, logp_TK=logp_TK, scored_T=(logp_TK != 0).any(-1))  # not padding, nor the last
     vp = VocabParallel(mpu.get_tensor_model_parallel_group(), vocab_size)
-    out = distill_loss(student_logits, None, teacher, OBJECTIVE, vp=vp, reduction="none", preserve_logits=True)
+    out = distill_loss(student_logits.clone(), None, teacher, OBJECTIVE, vp=vp, reduction="none")
     masses = {name: out.columns[name].nan_to_num() for name in ("student_mass", "teacher_mass")}
     return {"distillation_losses": out.loss_T, **masses}  # type: ignore[dict-item]  # there, with reduction="none"
 

@@ -31,8 +31,9 @@ def token_losses(
     teacher = TeacherTopK(logp_TC[..., -2], ids_TC[..., :-2], logp_TC[..., :-2], scored_T=scored_T)
     group = mpu.get_tensor_model_parallel_group()
     vp = VocabParallel(group, VOCAB_SIZE or student_logits.shape[-1] * group.size())
-    given: dict[str, Any] = {"trust_u_T": logp_TC[..., -1], "reduction": "none", "preserve_logits": True}
-    out = distill_loss(student_logits, ids_TC[..., -2], teacher, OBJECTIVE, vp=vp, **given)
+    logits = student_logits.clone()  # Megatron's cross entropy may write over the others next
+    u_T = logp_TC[..., -1]
+    out = distill_loss(logits, ids_TC[..., -2], teacher, OBJECTIVE, vp=vp, trust_u_T=u_T, reduction="none")
     assert out.loss_T is not None
     return {"distillation_losses": out.loss_T, "trusted": out.columns["trusted"].nan_to_num()}
 

@@ -182,7 +182,7 @@ def train(size: int, roots: list[str], options: dict[str, Any]) -> dict[str, Any
         batch["temperature"] = torch.full((len(LENGTHS),), TEMPERATURE)
         count = int(sum(mask.sum() for mask in numbers()[3]))
         tools.assign_non_tensor(
-            batch, distillation_use_topk=True, distillation_only=True, dp_size=1, batch_num_tokens=count,
+            batch, distillation_use_topk=True, distillation_only=options["alone"], dp_size=1, batch_num_tokens=count,
             global_batch_size=len(LENGTHS), num_micro_batch=1,
         )  # fmt: skip
         model = _Logits(size, layout.tp_rank)
@@ -201,7 +201,7 @@ def train(size: int, roots: list[str], options: dict[str, Any]) -> dict[str, Any
             strategy="megatron", loss_agg_mode=options["reduction"], global_batch_info={}, loss_scale_factor=None
         )
         loss_function = partial(
-            losses.distillation_ppo_loss, config=actor, distillation_config=SimpleNamespace(distillation_loss=loss_config)
+            losses.distillation_ppo_loss, config=actor, distillation_config=configs.DistillationConfig(distillation_loss=loss_config)
         )
         after = partial(engine.postprocess_micro_batch_func, forward_only=False, loss_function=loss_function)
         output, last = engine.forward_step(iter([batch]), model, loss_function, after)
