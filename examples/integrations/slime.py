@@ -1,8 +1,8 @@
 """TrOPD in slime or miles: --loss-type custom_loss --custom-loss-function-path examples.integrations.slime.tropd_loss
 
-The hook gets logits [1, T, V / TP], float32, packed and unshifted: position p predicts token p + 1. A batch carries the
-teacher's log-prob of each response token, but no candidates, so that outliers are masked and not taught by an FKL, and
-no uniforms, so that the gate is a threshold. Context parallelism is 1. slime scales what is returned by its own batch.
+The hook gets logits [1, T, V / TP], float32, packed, unshifted (position p predicts token p + 1), padded at the end. A
+batch has log q of each response token, but no candidates, so that outliers are masked and not taught by an FKL, and no
+uniforms, so that the gate is a threshold; slime_full.py has both. Context parallelism is 1. R response tokens.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, objectives
 OBJECTIVE = objectives.tropd(
     trust_mode="threshold", outlier_mode="mask", prefix_loss="none", policy=objectives.PolicyGradient(ratio="ppo_clip")
 )
+Result = tuple[Tensor, dict[str, Tensor]]
 
 
-def tropd_loss(
-    args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, numbers to report), as slime's `loss_function` calls it."""
+def tropd_loss(args: Any, batch: dict[str, Any], logits: Tensor, reduce: Callable[[Tensor], Tensor]) -> Result:
+    """(loss, numbers to report), as slime's `loss_function` calls it; `reduce` is its masked sum or sum of means."""
+    return loss_of(args, batch, logits, reduce, OBJECTIVE, TeacherTopK(torch.cat(batch["teacher_log_probs"])))
+
+
+def loss_of(
+    args: Any, batch: Any, logits: Tensor, reduce: Any, objective: Any, teacher: TeacherTopK, u_R: Tensor | None = None
+) -> Result:
+    """The same of any objective; teacher and uniforms have one row for each response token."""
     lengths, ends = batch["response_lengths"], torch.tensor(batch["total_lengths"]).cumsum(0).tolist()
-    rows = torch.cat([torch.arange(end - n - 1, end - 1) for end, n in zip(ends, lengths, strict=True)]).to(
-        logits.device
-    )
+    rows = torch.cat([torch.arange(e - n - 1, e - 1, device=logits.device) for e, n in zip(ends, lengths, strict=True)])
     # What slime would multiply each token by: masks, sample means, token counts, whichever was chosen.
     ones = torch.ones(len(rows), device=logits.device, requires_grad=True)
-    (weight,) = torch.autograd.grad(sum_of_sample_mean(ones), ones)
+    (weight,) = torch.autograd.grad(reduce(ones), ones)
 
-    def place(numbers: Tensor) -> Tensor:
-        return numbers.new_zeros(logits.shape[:2]).index_put((torch.zeros_like(rows), rows), numbers)
+    def place(values: Tensor | None) -> Any:
+        if values is None:
+            return None
+        return values.new_zeros(logits.shape[1], *values.shape[1:]).index_copy(0, rows, values)[None]
 
-    out = distill_loss(
-        logits,
-        place(torch.cat([t[-n:] for t, n in zip(batch["unconcat_tokens"], lengths, strict=True)])),
-        TeacherTopK(place(torch.cat(batch["teacher_log_probs"]))),
-        OBJECTIVE,
-        vp=VocabParallel(mpu.get_tensor_model_parallel_group(), args.vocab_size, temperature=args.rollout_temperature),
-        student_mask_T=place(weight) != 0,
-        weight_T=place(weight),
-        old_logp_T=place(torch.cat(batch["log_probs"])),
-    )
-    return out.loss_sum, {"loss": out.value, "trusted": sum_of_sample_mean(out.columns["trusted"][0, rows])}
+    target = place(torch.cat([t[t.numel() - n :] for t, n in zip(batch["unconcat_tokens"], lengths, strict=True)]))
+    vp = VocabParallel(mpu.get_tensor_model_parallel_group(), args.vocab_size, temperature=args.rollout_temperature)
+    teacher = TeacherTopK(place(teacher.logp_T), place(teacher.ids_TK), place(teacher.logp_TK))
+    given = {"weight_T": place(weight), "old_logp_T": place(torch.cat(batch["log_probs"])), "trust_u_T": place(u_R)}
+    out = distill_loss(logits, target, teacher, objective, vp=vp, student_mask_T=place(weight) != 0, **given)
+    return out.loss_sum, {"loss": out.value, "trusted": reduce(out.columns["trusted"][0, rows])}

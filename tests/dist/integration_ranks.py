@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -214,10 +215,15 @@ def verl_loss(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         padded = torch.nn.functional.pad(logits.float(), (0, width * size - VOCABULARY))
         leaf = padded[..., width * layout.tp_rank : width * (layout.tp_rank + 1)].contiguous().requires_grad_()
         log_q = (data["teacher_topk_logits"] - 9.0).clamp(max=-1.5)
-        found = verl.compute_forward_kl_topk(VOCABULARY, leaf * 1.0, log_q, data["teacher_topk_indices"], None)
-        found[0].mul(data["token_mask"]).sum().backward()
+        with patch.object(verl, "as_the_logits", lambda rows, _: rows):  # verl's packing: test_integrations_verl.py
+            found = verl.compute_forward_kl_topk(
+                VOCABULARY, student_logits=leaf * 1.0, teacher_topk_log_probs=log_q,
+                teacher_topk_ids=data["teacher_topk_indices"], config=None, data_format="bshd",
+            )  # fmt: skip
+        losses = found["distillation_losses"]
+        losses.mul(data["token_mask"]).sum().backward()
         assert leaf.grad is not None
-        return found[0].detach(), leaf.grad, found[1], found[2]
+        return losses.detach(), leaf.grad, found["student_mass"], found["teacher_mass"]
 
 
 def verl_by_softmax() -> tuple[Tensor, Tensor, Tensor, Tensor]:
