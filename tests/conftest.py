@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -18,8 +19,21 @@ settings.register_profile("project", deadline=None, derandomize=True, database=N
 settings.load_profile("project")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _refuse_files_left_out(config, items)
     for item in items:
         for name in MARK_OF_FOLDER:
             if name in item.path.parts:
                 item.add_marker(getattr(pytest.mark, name))
+
+
+def _refuse_files_left_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """End a run of all tests that would not run some: pytest passes over folders with certain names in silence."""
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    left_out = {Path(path).resolve() for path in config.getoption("ignore") or ()}
+    files = {path for path in Path(__file__).parent.rglob("test_*.py") if not left_out & set(path.parents)}
+    if missing := files - {item.path for item in items}:
+        names = ", ".join(sorted(str(path.relative_to(config.rootpath)) for path in missing)[:3])
+        raise pytest.UsageError(f"{len(missing)} files of tests were not collected: {names}; look at norecursedirs")

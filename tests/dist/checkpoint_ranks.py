@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import load_plain_tensors
 from torch import Tensor
 
-from tests.dist.packs import whole_sequence
 from tests.dist.conversion_ranks import open_layout
+from tests.dist.packs import whole_sequence
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.errors import ModelError

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tropd_mcore.sentinels import NO_ENTRY
 from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.matrix import run_on_rank
-from tropd_mcore.conformance.peers import PeerCase, PeerMissing, covers
 from tropd_mcore.conformance.our_loss import Answer
+from tropd_mcore.conformance.peers import PeerCase, PeerMissing, covers
 from tropd_mcore.kernel.backend import Kernel, RowGradient
 from tropd_mcore.kernel.eager import EagerBackend
 from tropd_mcore.kernel.shard import Scaling, VocabShard, local_ids
 from tropd_mcore.kernel.source import GivenLogits
 from tropd_mcore.kernel.support_loss import support_loss
-from tropd_mcore.objectives.registry import bind_objective
-from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.registry import bind_objective
+from tropd_mcore.sentinels import NO_ENTRY
 
 
 def run_cells(cells: list[Cell]) -> list[Answer]:

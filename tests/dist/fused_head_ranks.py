@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 from tests.collectives import counted_collectives
 from tests.dist.layouts import Case, Constants, build, gather_results, layout_of, pack_for, train_step, whole_gradients
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.kernel.token_losses import TokenLosses
-from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.loss import make_distillation_loss
-from tropd_mcore.objectives.catalogue import Objective, WholeVocabulary, custom
-from tropd_mcore.objectives.registry import function_of
+from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
+from tropd_mcore.objectives.catalogue import Objective, WholeVocabulary, custom
+from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.registry import function_of
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, TeacherScores
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.dist.layouts import Case, Constants, build, gather_results, layout_of, pack_for, whole_gradients
 from tropd_mcore.errors import TrainingError
 from tropd_mcore.kernel.source import OutputLayer
-from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.loss import check_finite, make_distillation_loss
+from tropd_mcore.mcore.memory_probe import probe_memory
 from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer, optimizer_step
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
@@ -162,4 +162,8 @@ def teacher_of_smaller_vocabulary(
         scores = score_micro_batches(teacher, batches, length, k=k, settings=settings, extra_ids=extra)
         assert all(score is not None and score.logp_T.isfinite().all() for score in scores)
         pairs = zip(batches, scores, strict=True)
-        return [(batch.target_ids_T, score.scored_T, score.logp_of_student_topk_TL) for batch, score in pairs if score is not None]
+        return [
+            (batch.target_ids_T, score.scored_T, score.logp_of_student_topk_TL)
+            for batch, score in pairs
+            if score is not None
+        ]

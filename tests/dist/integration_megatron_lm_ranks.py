@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import examples.integrations
 from tests.dist import tiny_gpt
 from tests.dist.stub_modules import BRIDGE_STUBS, add_bridge, first_on_path
 

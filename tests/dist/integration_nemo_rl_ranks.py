@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import examples.integrations
 from tests.dist import tiny_gpt
 from tests.dist.stub_modules import BRIDGE_STUBS, add_bridge, first_on_path
 from tropd_mcore import trust_uniforms
@@ -192,7 +191,19 @@ def driver(sources: tuple[Path, ...], tensor: int, full: bool) -> dict[str, Any]
         loader = [BatchedDataDict(batch)]
         try:
             distillation.distillation_train(
-                _policy(student), _policy(teacher), None, loader, None, own, loss_fn, {}, {}, _Loose(), _Loose(), state, settings
+                _policy(student),
+                _policy(teacher),
+                None,
+                loader,
+                None,
+                own,
+                loss_fn,
+                {},
+                {},
+                _Loose(),
+                _Loose(),
+                state,
+                settings,
             )
             raise AssertionError("the student was not trained")
         except _Done as done:
@@ -247,7 +258,10 @@ def _packed() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(22)
     shape = (1, sum(ROOMS), tiny_gpt.VOCABULARY)
     student, teacher = (2.0 * torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(2))
-    ids, mask = torch.randint(tiny_gpt.VOCABULARY, (3, tiny_gpt.LENGTH), generator=random), torch.zeros(3, tiny_gpt.LENGTH)
+    ids, mask = (
+        torch.randint(tiny_gpt.VOCABULARY, (3, tiny_gpt.LENGTH), generator=random),
+        torch.zeros(3, tiny_gpt.LENGTH),
+    )
     for row, length in enumerate(LENGTHS):
         mask[row, 2:length] = 1.0
         ids[row, length:] = 0
@@ -278,7 +292,9 @@ def packed(sources: tuple[Path, ...], tensor: int, context: int, full: bool) -> 
         rows = torch.cat([_get_tokens_on_this_cp_rank(each, cp_rank, context)[0] for each in places])
         width = tiny_gpt.PADDED // tensor
         whole = torch.nn.functional.pad(student.float(), (0, tiny_gpt.PADDED - tiny_gpt.VOCABULARY)).requires_grad_()
-        wide = torch.nn.functional.pad(teacher.float(), (0, tiny_gpt.PADDED - tiny_gpt.VOCABULARY), value=9.0 if full else -99.0)
+        wide = torch.nn.functional.pad(
+            teacher.float(), (0, tiny_gpt.PADDED - tiny_gpt.VOCABULARY), value=9.0 if full else -99.0
+        )
         columns = slice(tp_rank * width, (tp_rank + 1) * width)
         settings = _config(tiny_gpt.VOCABULARY if full else None)
         settings["sequence_packing"] = {"enabled": True}

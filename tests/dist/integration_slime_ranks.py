@@ -1,10 +1,10 @@
 """slime's own training actor with our losses, inside the ranks of a pool, and the same step by a softmax in float64.
 
-`train` is slime's code from the reward of a sample to Megatron's backward pass: the request to the teacher's server, the
-rollout manager's conversion and split, the actor's `_get_rollout_data` and `train_actor` with log-probs, advantages and metrics, `train_one_step`,
-`get_batch`, `loss_function`. Ours are the model, which returns logits that are leaves, an optimizer that does nothing, and
-a server that answers as SGLang does. tests/dist/peer_stubs.py stands in for ray, sglang, megatron.training, wandb and others,
-slime's timing report is off, and its accelerator is the CPU.
+`train` is slime's code from the reward of a sample to Megatron's backward pass: the request to the teacher's server,
+the rollout manager's conversion and split, the actor's `_get_rollout_data` and `train_actor` with log-probs, advantages
+and metrics, `train_one_step`, `get_batch`, `loss_function`. Ours are the model, which returns logits that are leaves,
+an optimizer that does nothing, and a server that answers as SGLang does. tests/dist/peer_stubs.py stands in for ray,
+sglang, megatron.training, wandb and others, slime's timing report is off, and its accelerator is the CPU.
 """
 
 from __future__ import annotations
@@ -31,8 +31,16 @@ from tests.dist.layouts import Case, layout_of
 from tests.dist.peer_stubs import stand_in_for
 from tropd_mcore import trust_uniforms
 
-NOT_INSTALLED = ("ray", "sglang", "sglang_router", "torch_memory_saver", "megatron.training", "megatron.bridge", "wandb",
-    "pylatexenc",)
+NOT_INSTALLED = (
+    "ray",
+    "sglang",
+    "sglang_router",
+    "torch_memory_saver",
+    "megatron.training",
+    "megatron.bridge",
+    "wandb",
+    "pylatexenc",
+)
 PROMPTS, RESPONSES, VOCABULARY, K = (4, 1, 5, 3), (5, 3, 8, 6), 41, 6
 TOTALS = tuple(prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True))
 TEMPERATURE, ROLLOUT, SEED = 0.7, 3, 17
@@ -74,13 +82,15 @@ def arguments(*, loss: str, per_token: bool, recompute: bool, full: bool) -> Nam
         decoder_seq_length=None, advantage_estimator="grpo", kl_coef=0.0, normalize_advantages=False,
         custom_advantage_function_path=None, compute_advantages_and_returns=True, use_opd=False, use_critic=False,
         use_rollout_logprobs=False, get_mismatch_metrics=False, keep_old_actor=False, use_rollout_entropy=False,
-        use_routing_replay=False, use_rollout_routing_replay=False, save_debug_train_data=None, ref_update_interval=None,
+        use_routing_replay=False, use_rollout_routing_replay=False, save_debug_train_data=None,
+        ref_update_interval=None,
         custom_megatron_before_log_prob_hook_path=None, custom_megatron_before_train_step_hook_path=None,
         custom_convert_samples_to_train_data_path=None, enable_mtp_training=False, ci_test=False, manual_gc=False,
         reset_optimizer_states=False, overlap_grad_reduce=False, overlap_param_gather=False, log_probs_chunk_size=-1,
         use_distributed_optimizer=False, rollout_batch_size=len(TOTALS), n_samples_per_prompt=1, balance_data=False,
         balance_by_flops=False, log_passrate=False, log_multi_turn=False, use_wandb=False, use_tensorboard=False,
-        wandb_always_use_train_step=False, ci_save_grad_norm=None, ci_load_grad_norm=None, log_correct_samples=False, check_for_nan_in_loss_and_grad=True,
+        wandb_always_use_train_step=False, ci_save_grad_norm=None, ci_load_grad_norm=None,
+        log_correct_samples=False, check_for_nan_in_loss_and_grad=True,
     )  # fmt: skip
 
 
@@ -126,10 +136,11 @@ class _Logits(torch.nn.Module):
 async def _answer(request: web.Request) -> web.Response:
     """What an SGLang server says of the tokens that it was sent."""
     asked = await request.json()
-    for tokens, log_q in zip(tokens_and_masks()[0], teacher_log_probs(), strict=True):
-        if asked["input_ids"] == tokens.tolist():
-            break
-    assert asked["return_logprob"] and asked["logprob_start_len"] == 0 and asked["sampling_params"]["max_new_tokens"] == 0
+    known = zip(tokens_and_masks()[0], teacher_log_probs(), strict=True)
+    tokens, log_q = next(pair for pair in known if asked["input_ids"] == pair[0].tolist())
+    assert (
+        asked["return_logprob"] and asked["logprob_start_len"] == 0 and asked["sampling_params"]["max_new_tokens"] == 0
+    )
     each = [[None if p == 0 else float(log_q[p, x]), int(x), None] for p, x in enumerate(tokens)]
     found: dict[str, Any] = {"input_token_logprobs": each}
     if asked.get("top_logprobs_num", 0):
@@ -178,7 +189,9 @@ def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
         manager = object.__new__(rollouts.RolloutManager)
         manager.args, manager.custom_convert_samples_to_train_data_func = args, None
         manager.custom_reward_post_process_func = load_function(args.custom_reward_post_process_path)
-        manager.train_parallel_config = dict(dp_size=1, cp_size=1, vpp_size=1, microbatch_group_size_per_vp_stage=1)
+        manager.train_parallel_config = {
+            "dp_size": 1, "cp_size": 1, "vpp_size": 1, "microbatch_group_size_per_vp_stage": 1,
+        }  # fmt: skip
         slime_teacher.TOP_K = K
         ask = importlib.import_module("slime.rollout.rm_hub").async_rm
         samples = asyncio.run(_samples(args, rollouts.Sample, ask))

@@ -77,7 +77,9 @@ class _Teacher:
         count = sampling_params["prompt_logprobs"]
         if self._engine == "sglang":
             server = importlib.import_module("verl.workers.rollout.sglang_rollout.async_sglang_server")
-            server._extract_prompt_logprobs_sglang(sglang_answer(prompt_ids, found, count), count, len(prompt_ids), fields)
+            server._extract_prompt_logprobs_sglang(
+                sglang_answer(prompt_ids, found, count), count, len(prompt_ids), fields
+            )
         else:
             known = importlib.metadata.version
             with patch.object(importlib.metadata, "version", lambda name: "0.11.0" if name == "vllm" else known(name)):
@@ -201,7 +203,9 @@ def train(size: int, roots: list[str], options: dict[str, Any]) -> dict[str, Any
             strategy="megatron", loss_agg_mode=options["reduction"], global_batch_info={}, loss_scale_factor=None
         )
         loss_function = partial(
-            losses.distillation_ppo_loss, config=actor, distillation_config=configs.DistillationConfig(distillation_loss=loss_config)
+            losses.distillation_ppo_loss,
+            config=actor,
+            distillation_config=configs.DistillationConfig(distillation_loss=loss_config),
         )
         after = partial(engine.postprocess_micro_batch_func, forward_only=False, loss_function=loss_function)
         output, last = engine.forward_step(iter([batch]), model, loss_function, after)

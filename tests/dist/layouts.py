@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.config.fields import Dtype
-from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.config.objectives.trust_region import GuidanceConfig, OutlierConfig, TropdObjective
+from tropd_mcore.config.schema import OptimizerConfig, ParallelConfig
 from tropd_mcore.data.packing import PackedStep, pack
 from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.kernel.support_loss import WeightGradientMode
-from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.mcore.loss import LossResult, make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, Recompute, build_model
@@ -31,6 +30,7 @@ from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
 from tropd_mcore.mcore.weights_io import iterate_hf, load_hf, named_parameters
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
 from tropd_mcore.weights.architecture import read_architecture
 
@@ -262,7 +262,9 @@ def train_cases(
             norms, rates = [], []
             for step, rollouts in enumerate(batches, start=1):
                 packed, settings = pack_for(rollouts, case, layout), case.settings(constants.temperature)
-                looks = student_pass(student, packed.micro_batches, packed.pack_length, student_topk=0, settings=settings)
+                looks = student_pass(
+                    student, packed.micro_batches, packed.pack_length, student_topk=0, settings=settings
+                )
                 _, results, _ = train_step(student, teacher, rollouts, case, constants)
                 for look, result in zip(looks, results, strict=True):
                     if look is not None and result is not None:

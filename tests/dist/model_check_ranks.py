@@ -20,9 +20,9 @@ from tropd_mcore.mcore.optimizer import build_optimizer
 from tropd_mcore.mcore.parallel import destroy
 from tropd_mcore.mcore.probe import probe_log_probs
 from tropd_mcore.mcore.weights_io import load_hf, named_parameters
+from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.inputs import Inputs, ModelInput
 from tropd_mcore.train.model_check import check_model
-from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.digest import folder_digest
 from tropd_mcore.weights.independent import probe_ids

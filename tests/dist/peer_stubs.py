@@ -1,8 +1,8 @@
 """Importing another training stack where most of what it imports is not installed and is not needed.
 
-A module that is named to `stand_in_for` is found, has every attribute, and does nothing: as a decorator or a function of
-one argument it returns that argument, as a base class it is nothing. What is computed must not come from such a module;
-a number that did would not be a number.
+A module that is named to `stand_in_for` is found, has every attribute, and does nothing: as a decorator or a function
+of one argument it returns that argument, as a base class it is nothing. What is computed must not come from such a
+module; a number that did would not be a number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.machinery
 import sys
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _Nothing:
@@ -39,7 +39,7 @@ class _Nothing:
 
 
 class _Empty(ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -16,17 +16,17 @@ from torch import Tensor
 from tests.dist.layouts import Case, build, gather_results, layout_of, pack_for, whole_gradients
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ServerError
-from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
-from tropd_mcore.serving.wire import ScoringRequest, TokenScores
-from tropd_mcore.teacher.sglang import SglangTeacher
-from tropd_mcore.train.prefix_losses import PrefixLosses
-from tropd_mcore.rollout.rollout_source import RolloutSource
+from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout.rollout_source import RolloutSource
+from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 from tropd_mcore.teacher.score_source import ScoreSource
 from tropd_mcore.teacher.served import ServedTeacher
+from tropd_mcore.teacher.sglang import SglangTeacher
+from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.types import Rollout
 
 

@@ -156,7 +156,12 @@ def _both_passes(compiled: CompiledBackend, rows: int, slots: int) -> Tensor:
     assert stats_C3.shape == (rows, 3) and owned_CJ.shape == (rows, slots)
     per_row_C = torch.rand(rows, generator=random)
     row = RowGradient(
-        ids_CJ, torch.rand(rows, slots, generator=random), per_row_C, per_row_C, per_row_C, unique_run_lengths=(1,) * slots
+        ids_CJ,
+        torch.rand(rows, slots, generator=random),
+        per_row_C,
+        per_row_C,
+        per_row_C,
+        unique_run_lengths=(1,) * slots,
     )
     compiled.write_gradient(logits_CW, row, shard, Scaling(), logits_CW)
     assert not logits_CW[:, 9:].any()

@@ -12,8 +12,8 @@ from tests.dist.conformance_peers import run_cells
 from tests.ranks import run_on_ranks
 from tropd_mcore.cli import main as cli
 from tropd_mcore.conformance import matrix
-from tropd_mcore.conformance.entries import ENTRIES, select
 from tropd_mcore.conformance.cells import QUICK, Cell, plan_ours, plan_peer
+from tropd_mcore.conformance.entries import ENTRIES, select
 from tropd_mcore.conformance.matrix import Result
 from tropd_mcore.conformance.peers import load_peer
 

@@ -121,7 +121,13 @@ def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None
         # An identity output layer: dH is the gradient of the logits, in a buffer of its own.
         source = GivenLogits(logits_TW * 1.0) if not case.overlap else _identity_layer(logits_TW)
         output = support_loss(
-            source, ids_TJ, token_loss, kernel, unique_run_lengths=(1,), full_vocab_term=full_vocab_term, reduce_hidden_gradient=False
+            source,
+            ids_TJ,
+            token_loss,
+            kernel,
+            unique_run_lengths=(1,),
+            full_vocab_term=dense,
+            reduce_hidden_gradient=False,
         )
         forward_calls = Counter(calls)
         output.loss_sum.backward()
@@ -320,7 +326,7 @@ def _values_without_gradient(case: Case) -> dict[str, Tensor]:
                 token_loss,
                 kernel,
                 unique_run_lengths=(1,),
-                full_vocab_term=full_vocab_term,
+                full_vocab_term=dense,
             )
         values[kind] = output.columns["divergence"]
     return values

@@ -1,4 +1,4 @@
-"""The examples of docs/integrations.md: gradients against a float64 softmax over the whole vocabulary, at TP 1 and 2."""
+"""The examples of docs/integrations.md: gradients against a float64 softmax over all ids, at TP 1 and 2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tests.ranks import run_on_ranks
 UNTIED = next(name for name, config in reference.STUDENTS.items() if not config.tie_word_embeddings)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(tensor=2), Case(tensor=2, sequence_parallel=True)], ids=["tp1", "tp2", "tp2-sp"])
+@pytest.mark.parametrize(
+    "case", [Case(), Case(tensor=2), Case(tensor=2, sequence_parallel=True)], ids=["tp1", "tp2", "tp2-sp"]
+)
 def test_a_megatron_loop_of_ones_own_has_the_gradient_of_a_softmax(tmp_path: Path, case: Case) -> None:
     folder = reference.write_model(reference.STUDENTS[UNTIED], tmp_path / "student", seed=3)
     (expected,) = run_on_ranks(integration_ranks.by_softmax, 1, folder)

@@ -1,7 +1,7 @@
-"""Our losses in slime's own training actor, at TP 1 and 2: gradients against a float64 softmax over the whole vocabulary.
+"""Our losses in slime's own training actor, at TP 1 and 2: gradients against a float64 softmax over all ids.
 
-slime's source is run, not its contract (tests/dist/test_integrations.py has that): see integration_slime_ranks.py for what
-is slime's and what stands in for the rest. Skipped without PEERS.
+slime's source is run, not its contract (tests/dist/test_integrations.py has that): see integration_slime_ranks.py for
+what is slime's and what stands in for the rest. Skipped without PEERS.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Our losses in verl's own distillation path, at TP 1 and 2: gradients against a float64 softmax over the whole vocabulary.
+"""Our losses in verl's own distillation path, at TP 1 and 2: gradients against a float64 softmax over all ids.
 
-verl's source is run, not its contract (tests/dist/test_integrations.py has that): see integration_verl_ranks.py for what is
-verl's and what stands in for the rest. Skipped without PEERS, and without tensordict and omegaconf, which may lie in a
-folder that PEERS_PACKAGES names.
+verl's source is run, not its contract (tests/dist/test_integrations.py has that): see integration_verl_ranks.py for
+what is verl's and what stands in for the rest. Skipped without PEERS, and without tensordict and omegaconf, which may
+lie in a folder that PEERS_PACKAGES names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _packages() -> list[str]:
     folder = os.environ.get("PEERS_PACKAGES")
     for name in ("tensordict", "omegaconf"):
         if importlib.util.find_spec(name) is None and not (folder and (Path(folder) / name).is_dir()):
-            pytest.skip(f"verl computes with {name}, which is neither installed nor in the folder that PEERS_PACKAGES names")
+            pytest.skip(
+                f"verl computes with {name}, which is neither installed nor in the folder that PEERS_PACKAGES names"
+            )
     return [folder] if folder else []
 
 
@@ -73,7 +75,9 @@ def _check(where: tuple[Pool, list[str]], size: int, options: dict[str, Any]) ->
         whole = torch.cat([found["gradients"][number] for found in every], dim=-1).double()
         assert not whole[:, ranks.VOCABULARY :].any(), "padding has no gradient"
         errors.append(float((whole[:, : ranks.VOCABULARY] - gradient).abs().max()) / largest)
-    print(f"verl {options['loss_mode']}, TP {size}: largest error of a gradient {max(errors):.2e} of its largest element")
+    print(
+        f"verl {options['loss_mode']}, TP {size}: largest error of a gradient {max(errors):.2e} of its largest element"
+    )
     assert max(errors) < 1e-5
 
 

@@ -144,7 +144,7 @@ def test_uniforms_are_equal_on_all_ranks_also_where_generators_are_not() -> None
 
 
 def _too_narrow() -> str:
-    vp, columns = _shard()
+    vp, _ = _shard()
     with pytest.raises(LossInputError) as refused:
         distill_loss(Case().logits()[..., :5].contiguous(), Case().x, Case().top, "opd", vp=replace(vp, start=None))
     return str(refused.value)

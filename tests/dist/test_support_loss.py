@@ -251,7 +251,9 @@ def _backward_twice(case: Case) -> None:
     weight_WD = case.weight_VD.clone().requires_grad_()
     losses = real_losses()
     source = OutputLayer(case.hidden_TD, weight_WD)
-    output = support_loss(source, case.ids_TJ, token_loss(case, losses), kernel(case, losses), unique_run_lengths=DISTINCT)
+    output = support_loss(
+        source, case.ids_TJ, token_loss(case, losses), kernel(case, losses), unique_run_lengths=DISTINCT
+    )
     output.loss_sum.backward(retain_graph=True)
     output.loss_sum.backward()
 

@@ -21,8 +21,8 @@ from tropd_mcore.kernel.eager import EagerBackend
 from tropd_mcore.kernel.shard import Scaling, VocabShard
 from tropd_mcore.kernel.source import GivenLogits, LogitSource, OutputLayer
 from tropd_mcore.kernel.support_loss import WeightGradientMode, support_loss
-from tropd_mcore.kernel.triton_backend import TritonBackend
 from tropd_mcore.kernel.token_losses import TokenLosses
+from tropd_mcore.kernel.triton_backend import TritonBackend
 
 TOKENS, VOCABULARY, HIDDEN = 7, 37, 5
 BORDERS = (0, 22, 40)
@@ -90,7 +90,9 @@ def loss_on_this_rank(case: Case) -> Result:
         source = GivenLogits((case.hidden_TD @ case.weight_VD[start:stop].T).requires_grad_(True))
     elif case.mode == "folded":
         weight_WD.main_grad = torch.zeros_like(weight_WD, dtype=main_dtype(case), requires_grad=False)  # type: ignore[attr-defined]
-    output = support_loss(source, case.ids_TJ, token_loss, kernel, unique_run_lengths=DISTINCT, weight_gradient=case.mode)
+    output = support_loss(
+        source, case.ids_TJ, token_loss, kernel, unique_run_lengths=DISTINCT, weight_gradient=case.mode
+    )
     assert int(output.token_count) == TOKENS
     (output.loss_sum * case.factor).backward()
     loss = float(output.loss_sum.detach())

@@ -64,9 +64,7 @@ def model(seed: int, *, per_token: bool = False) -> Any:
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         **dict.fromkeys(FUSIONS, False),
     )
-    module = GPTModel(
-        config, get_gpt_layer_local_spec(), PADDED, LENGTH, share_embeddings_and_output_weights=False
-    )
+    module = GPTModel(config, get_gpt_layer_local_spec(), PADDED, LENGTH, share_embeddings_and_output_weights=False)
     for name, parameter in module.named_parameters():
         draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6]))
         if not getattr(parameter, "tensor_model_parallel", False):

@@ -105,7 +105,7 @@ class _RestrictedReader(dcp.FileSystemReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        with open(self._get_metadata_path(), "rb") as stream:
+        with open(self.fs.concat_path(self.path, ".metadata"), "rb") as stream:
             self._metadata = _RestrictedUnpickler(stream).load()
 
     def read_metadata(self) -> Metadata:  # without the `rank` of torch's: our index is one file for all ranks
