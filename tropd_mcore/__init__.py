@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tropd_mcore import objectives
     from tropd_mcore.errors import LossInputError
+    from tropd_mcore.kernel.token_losses import TokenLosses
     from tropd_mcore.library.arguments import (
         DistillLoss,
         OutputLayer,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tropd_mcore.library.loss import distill_loss
     from tropd_mcore.library.scores import distributed_topk, support_log_probs
     from tropd_mcore.library.uniforms import trust_uniforms
+    from tropd_mcore.objectives.inputs import TokenInputs
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,8 @@ __all__ = [
     "StudentTopK",
     "TeacherLogits",
     "TeacherTopK",
+    "TokenInputs",
+    "TokenLosses",
     "VocabParallel",
     "distill_loss",
     "distributed_topk",
@@ -49,6 +53,8 @@ _HOMES = {
     "StudentTopK": "library.arguments",
     "TeacherLogits": "library.arguments",
     "TeacherTopK": "library.arguments",
+    "TokenInputs": "objectives.inputs",
+    "TokenLosses": "kernel.token_losses",
     "VocabParallel": "library.arguments",
     "distill_loss": "library.loss",
     "distributed_topk": "library.scores",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from examples.integrations.slime import Result, loss_of
 from tropd_mcore import TeacherTopK, objectives, trust_uniforms
+
+from .slime import Result, loss_of
 
 OBJECTIVE = objectives.tropd(policy=objectives.PolicyGradient(ratio="ppo_clip"))
 BESIDE: Any = WeakTensorKeyDictionary()

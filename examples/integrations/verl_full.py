@@ -14,8 +14,9 @@ from typing import Any
 from megatron.core import mpu
 from torch import Tensor
 
-from examples.integrations.verl import as_the_logits
 from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, objectives
+
+from .verl import as_the_logits
 
 OBJECTIVE = objectives.tropd()
 VOCAB_SIZE: int | None = None

@@ -119,7 +119,7 @@ def passes_and_a_step(
                 "own_logp": found.own_logp_TL,
                 "teacher_topk_ids": scored.topk_ids_TK,
                 "teacher_topk_logp": scored.topk_logp_TK,
-                "teacher_own_logp": scored.own_logp_TL,
+                "teacher_own_logp": scored.logp_of_student_topk_TL,
                 "statistic": given.statistic_T,
                 "weight": batch.weight_T,
                 "rollout_logp": batch.rollout_logp_T,

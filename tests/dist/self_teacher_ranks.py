@@ -111,6 +111,6 @@ def _columns(micro_batches: list[MicroBatch], scores: Sequence[TeacherScores | N
     pieces = []
     for batch, score in zip(micro_batches, scores, strict=True):
         assert score is not None and len(score.logp_T) == len(batch.rows_T)
-        numbers = {name: value for name, value in vars(score).items() if name != "hidden_TD"}
+        numbers = {name: value for name, value in vars(score).items() if name != "hidden_TD" and value is not None}
         pieces.append({"sample": batch.sample_index_T, "token": batch.token_index_T, **numbers})
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}

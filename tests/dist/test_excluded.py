@@ -41,9 +41,9 @@ def test_the_next_best_take_the_places_of_excluded_tokens_and_their_mass_is_in_t
             assert int(found.excluded_T[row]) == expected
             counted += expected
         torch.testing.assert_close(found.logp_T, whole.logp_T)
-        assert found.own_logp_TL is not None and whole.own_logp_TL is not None
+        assert found.logp_of_student_topk_TL is not None and whole.logp_of_student_topk_TL is not None
         absent = torch.tensor([index in often for index in (often[0], 1)])
-        assert found.own_logp_TL[:, absent].isneginf().all()
-        torch.testing.assert_close(found.own_logp_TL[:, ~absent], whole.own_logp_TL[:, ~absent])
+        assert found.logp_of_student_topk_TL[:, absent].isneginf().all()
+        torch.testing.assert_close(found.logp_of_student_topk_TL[:, ~absent], whole.logp_of_student_topk_TL[:, ~absent])
     assert counted > 0
     assert all(found.excluded_T is None for _, found, _ in probe)

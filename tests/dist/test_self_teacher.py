@@ -34,7 +34,7 @@ LAYOUTS = [
     pytest.param(2, FAST, id="fast"),
     *(pytest.param(size, cases, id=f"slow on {size}", marks=pytest.mark.slow) for size, cases in SLOW.items()),
 ]
-SCORES = ("logp_T", "topk_ids_TK", "topk_logp_TK", "tail_mass_T", "entropy_T", "scored_T", "own_logp_TL")
+SCORES = ("logp_T", "topk_ids_TK", "topk_logp_TK", "tail_mass_T", "entropy_T", "scored_T", "logp_of_student_topk_TL")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def rows_of(folder: Path, sample: int, rollout: Rollout, context: Any) -> dict[i
             "tail_mass_T": 1.0 - top.values.exp().sum(),
             "entropy_T": -(row.exp() * row).sum(),
             "scored_T": torch.tensor(True),
-            "own_logp_TL": row[own],
+            "logp_of_student_topk_TL": row[own],
         }
     return found
 
@@ -132,7 +132,7 @@ def rows_of(folder: Path, sample: int, rollout: Rollout, context: Any) -> dict[i
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor] | None) -> None:
     if expected is None:
         assert not found["scored_T"] and (found["topk_ids_TK"] == -1).all()
-        assert torch.isneginf(found["topk_logp_TK"]).all() and torch.isneginf(found["own_logp_TL"]).all()
+        assert torch.isneginf(found["topk_logp_TK"]).all() and torch.isneginf(found["logp_of_student_topk_TL"]).all()
         return
     for column, value in found.items():
         torch.testing.assert_close(value, expected[column].to(value.dtype), rtol=0, atol=2e-5)

@@ -196,7 +196,9 @@ def test_one_all_reduce_a_chunk_in_the_forward_and_no_collective_in_the_backward
     layout: str, chunk_tokens: int, chunks: int
 ) -> None:
     for result in run_kernel(make_case(LAYOUTS[layout], chunk_tokens=chunk_tokens), LAYOUTS[layout]):
-        assert result.forward_calls == {"all_reduce": chunks}
+        assert result.forward_calls == ({} if layout == "tp1" else {"all_reduce": chunks}), (
+            "one rank communicates nothing"
+        )
         assert result.backward_calls == {}
 
 

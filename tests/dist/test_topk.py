@@ -184,7 +184,7 @@ def test_log_probs_of_given_ids_come_from_the_same_pass_and_all_gather(layout: s
     for result, logp_TJ, calls in run_on_ranks(
         _topk_with_ids, len(LAYOUTS[layout]) - 1, hidden_TD, weight_VD, ids_TJ, LAYOUTS[layout], form
     ):
-        assert calls == {"all_gather": 5}
+        assert calls == ({"all_gather": 5} if len(LAYOUTS[layout]) > 2 else {}), "one rank communicates nothing"
         assert_equals_the_oracle(result, capped_TV, 16, 0.7, 1e-12)
         assert result.logp_TJ is not None
         np.testing.assert_allclose(result.logp_TJ.numpy(), expected, rtol=1e-12, atol=1e-12)

@@ -11,13 +11,8 @@ FOLDERS = ("tropd_mcore", "examples", "conversion", "benchmarks", "tests")
 
 
 def test_ruff_checks_every_file() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--show-files", "."],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     expected = {str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")} | {str(ROOT / "setup.py")}
     assert expected - set(shown.stdout.splitlines()) == set()
 

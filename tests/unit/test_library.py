@@ -101,7 +101,8 @@ def run(case: Case, objective: Objective, **changes: Any) -> tuple[Any, Tensor]:
 
 def test_the_public_names_are_these_and_no_others() -> None:
     assert tropd_mcore.__all__ == [
-        "DistillLoss", "LossInputError", "OutputLayer", "StudentTopK", "TeacherLogits", "TeacherTopK", "VocabParallel",
+        "DistillLoss", "LossInputError", "OutputLayer", "StudentTopK", "TeacherLogits", "TeacherTopK", "TokenInputs",
+        "TokenLosses", "VocabParallel",
         "distill_loss", "distributed_topk", "loss_from_log_probs", "objectives", "support_log_probs", "trust_uniforms",
     ]  # fmt: skip
     assert set(tropd_mcore.__all__) <= set(dir(tropd_mcore))

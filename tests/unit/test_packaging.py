@@ -205,4 +205,4 @@ def test_a_command_without_the_packages_of_the_trainer_says_so_in_one_line(comma
     said = [line for line in done.stderr.splitlines() if " I tropd " not in line]  # the line that names the command
     assert done.returncode == 2, done.stderr
     assert len(said) == 1 and said[0].startswith(f"error: tropd {command} needs the Python package "), done.stderr
-    assert "`pip install 'tropd-mcore[train]'`" in said[0]
+    assert "`pip install 'tropd-mcore[train]'` (of a checkout: '.[train]')" in said[0]

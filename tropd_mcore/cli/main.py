@@ -112,7 +112,7 @@ def _say_missing(command: str, error: ModuleNotFoundError) -> int:
         raise error
     print(
         f"error: tropd {command} needs the Python package {package}, which is not installed; "
-        "run `pip install 'tropd-mcore[train]'`, which has what the commands need",
+        "run `pip install 'tropd-mcore[train]'` (of a checkout: '.[train]'), which has what the commands need",
         file=sys.stderr,
     )
     return 2

@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
         chosen = files
     elif options.names:
         chosen = sorted({path for name in options.names for path in _called(name, files)})
+    elif options.to != Path():
+        raise ConfigError(["tropd recipes: --to copies, and no NAME says what; name some, or pass --all"])
     else:
         for path in files:
             if path.name != "__init__.py":

@@ -75,6 +75,11 @@ class VocabParallel:
                 f"VocabParallel: {size} ranks of {width} columns are {width * size}, fewer than vocab_size="
                 f"{self.vocab_size}; is it the group that splits the vocabulary? Pass start= where shards are uneven"
             )
+        if self.start is None and size > 1 and width >= self.vocab_size:
+            raise LossInputError(
+                f"VocabParallel: each of {size} ranks has {width} columns, all of vocab_size={self.vocab_size}; "
+                "pass the columns of this rank"
+            )
         try:
             chosen = backend(self.backend, device) if isinstance(self.backend, str) else self.backend
         except ConfigError as error:

@@ -59,6 +59,10 @@ def speaks_as(name: str) -> Iterator[None]:
         raise LossInputError(name + str(error).removeprefix(CALL)) from error
 
 
+ROUNDING = 1e-2
+"""How far a log-prob may be above 0, and a mass above 1: engines report them rounded to bfloat16."""
+
+
 def reads_prefixes(objective: Objective) -> bool:
     """Whether the tokens of a teacher's prefix have a term of their own."""
     return objective.function is not None or objective.values.get("prefix_loss", "none") != "none"
@@ -77,6 +81,35 @@ def refuse_what_does_not_fit(objective: Objective, given: Mapping[str, object | 
     for name, because in CHANGES_THE_RESULT.items():
         if given.get(name) is not None and not reads[name]:
             raise LossInputError(f"{CALL}: {name} was given to {objective}: {because}")
+
+
+def refuse_vp(vp: object) -> None:
+    """Raise LossInputError for what is no VocabParallel."""
+    if not isinstance(vp, VocabParallel):
+        raise LossInputError(
+            f"{CALL}: vp is a {type(vp).__name__}, expected VocabParallel(group, vocab_size), or "
+            "VocabParallel.single(vocab_size) for one process"
+        )
+
+
+def refuse_kind(name: str, tensor: Tensor | None) -> None:
+    """Raise LossInputError for ids that are no integers, and for numbers that are."""
+    if tensor is None:
+        return
+    last = name.rpartition(".")[2]
+    if last.startswith(("ids_", "target_ids_")):
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise LossInputError(f"{CALL}: {name} is {tensor.dtype}, expected integers, the ids of tokens")
+    elif "mask" not in last and last not in ("scored_T", "selected_T") and not tensor.is_floating_point():
+        raise LossInputError(f"{CALL}: {name} is {tensor.dtype}, expected floating-point numbers")
+
+
+def refuse_candidates(name: str, ids: Tensor | None, logp: Tensor | None) -> None:
+    """Raise LossInputError where candidates and their log-probs are not as many."""
+    if ids is not None and logp is not None and ids.shape != logp.shape:
+        raise LossInputError(
+            f"{CALL}: {name} has ids {tuple(ids.shape)} and log-probs {tuple(logp.shape)}; expected one for each"
+        )
 
 
 def refuse_tensors(**named: Tensor | None) -> None:
@@ -144,19 +177,46 @@ def refuse_groups(vp: VocabParallel, teacher: TeacherTopK | TeacherLogits) -> No
         raise LossInputError(f"{CALL}: student and TeacherLogits have two groups; split both over the same ranks")
 
 
+def refuse_impossible_numbers(columns: Mapping[str, Tensor]) -> None:
+    """Raise LossInputError for numbers of counted tokens that no distribution has, seldom made on purpose.
+
+    For tensors on a CPU, and under `VocabParallel.debug`: on a GPU it would wait for the device.
+    """
+    if problems := [what for what, here in impossible_numbers(columns).items() if here]:
+        raise LossInputError(f"{CALL}: {'; '.join(problems)}")
+
+
+def impossible_numbers(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is wrong with the numbers of counted tokens -> a bool on their device."""
+    counted_T = columns["student_mask_T"] | columns["prefix_mask_T"]
+    logp_T, logp_TK, u_T = columns["teacher_logp_T"], columns["teacher_topk_logp_TK"], columns["trust_u_T"]
+    mass_T = logp_TK.exp().sum(dim=1)
+    return {
+        "teacher.logp_T has numbers above 0, which no log-prob is": (counted_T & (logp_T > ROUNDING)).any(),
+        "teacher.logp_TK has numbers above 0, which no log-prob is; pass log q, not probabilities or logits": (
+            (counted_T[:, None] & (logp_TK > ROUNDING)).any()
+        ),
+        "teacher.logp_TK has more than probability 1 in a row; pass true log q of different ids": (
+            counted_T & (mass_T > 1.0 + ROUNDING)
+        ).any(),
+        "trust_u_T is not all in [0, 1)": (counted_T & ((u_T < 0) | (u_T > 1))).any(),
+    }
+
+
 def check_contents(vp: VocabParallel, constants: Mapping[str, Tensor], logits: Tensor | None) -> None:
     """What `VocabParallel.debug` looks at: that all ranks were given the same, and that it can be what it should be.
 
     One all-gather; every rank raises what any rank has found. Raises LossInputError.
     """
-    ordered_TK, u_T = constants["topk_ids_TK"].sort(dim=1).values, constants["trust_u_T"]
+    ordered_TK = constants["topk_ids_TK"].sort(dim=1).values
     repeated_TK = (ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)
     found = {
         "the student's logits are not all finite": logits is not None and not logits.isfinite().all(),
         "a token has a teacher's candidate twice": repeated_TK.any(),
-        "trust_u_T is not all in [0, 1)": ~(((u_T >= 0) & (u_T <= 1)) | u_T.isnan()).all(),
+        **impossible_numbers(constants),
     }
-    flags = torch.stack([torch.as_tensor(flag, device=u_T.device, dtype=torch.float64) for flag in found.values()])
+    device = ordered_TK.device
+    flags = torch.stack([torch.as_tensor(flag, device=device, dtype=torch.float64) for flag in found.values()])
     every = all_gather(torch.cat([flags, torch.stack([_digest(tensor) for tensor in constants.values()])]), vp.group)
     flagged = (every[:, : len(found)] > 0).any(dim=0).tolist()
     differs = (every[:, len(found) :] != every[:1, len(found) :]).any(dim=0).tolist()

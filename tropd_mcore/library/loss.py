@@ -94,6 +94,7 @@ def distill_loss(
 
     Raises LossInputError, in one line, for what is missing or would make another gradient.
     """
+    checks.refuse_vp(vp)
     chosen = as_objective(objective)
     numbers = TokenNumbers(
         target_ids_T=target_ids_T,
@@ -118,6 +119,8 @@ def distill_loss(
     numbers = numbers.in_a_row(shape, device)
     found, term = _teacher(teacher, shape, numbers.target_ids_T, chosen, kernel)
     constants = Constants.of(found, numbers, vocab_size=vp.vocab_size, dtype=math_dtype(source.tensors[0]))
+    if device.type == "cpu":  # where a look at the numbers waits for nothing
+        checks.refuse_impossible_numbers(constants.columns)
     if vp.debug:
         checks.check_contents(vp, constants.columns, None if isinstance(student, OutputLayer) else student)
     result = _loss_of(source, constants, chosen, kernel, full_vocab_term=term, **options)
@@ -165,6 +168,9 @@ def as_objective(objective: Loss) -> Objective:
             return catalogue.from_name(objective)
         except ValueError as error:
             raise LossInputError(f"{checks.CALL}: {error}") from error
+    if getattr(objective, "__module__", None) == catalogue.__name__:
+        name = getattr(objective, "__name__", objective)
+        raise LossInputError(f"{checks.CALL}: objectives.{name} makes an objective; call it: objectives.{name}()")
     if callable(objective):
         return catalogue.custom(objective)
     raise LossInputError(

@@ -38,6 +38,7 @@ def support_log_probs(
     nobody has gives NaN. The gradient of an `OutputLayer` is made in the backward pass, from logits computed again.
     Raises LossInputError.
     """
+    checks.refuse_vp(vp)
     source, shape, options = source_of(student, preserve_logits)
     ids = _ids(ids_TJ, shape)
     runs = (1,) * ids.shape[1] if unique_runs is None else unique_runs
@@ -61,6 +62,7 @@ def distributed_topk(source: Tensor | OutputLayer, *, k: int, vp: VocabParallel,
     ids_TK [*T, K] by (logit descending, id ascending), logp_TK not renormalised, tail_mass_T, lse_T, entropy_T [*T],
     logp_TJ [*T, J]. No gradient. Raises LossInputError, also where k exceeds the vocabulary.
     """
+    checks.refuse_vp(vp)
     rows, shape, _ = source_of(source, preserve_logits=False)
     kernel = vp.kernel(rows.width, rows.tensors[0].device, overlap=False)
     if not 0 < k <= vp.vocab_size:

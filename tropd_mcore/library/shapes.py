@@ -94,6 +94,7 @@ class TokenNumbers:
 def teacher_in_a_row(teacher: TeacherTopK, shape: torch.Size) -> TeacherTopK:
     """Return the same of T tokens. Raises LossInputError."""
     checks.refuse_mask("teacher.scored_T", teacher.scored_T)
+    checks.refuse_candidates("TeacherTopK", teacher.ids_TK, teacher.logp_TK)
     return TeacherTopK(
         logp_T=_in_a_row("teacher.logp_T", teacher.logp_T, shape),
         ids_TK=_in_rows("teacher.ids_TK", teacher.ids_TK, shape),
@@ -116,6 +117,7 @@ def as_given(result: SummedLoss, shape: torch.Size, *, each: bool) -> DistillLos
 def _student_topk(own: StudentTopK | None, shape: torch.Size) -> StudentTopK | None:
     if own is None:
         return None
+    checks.refuse_candidates("StudentTopK", own.ids_TL, own.teacher_logp_TL)
     ids_TL = _in_rows("student_topk.ids_TL", own.ids_TL, shape)
     teacher_TL = _in_rows("student_topk.teacher_logp_TL", own.teacher_logp_TL, shape)
     assert ids_TL is not None and teacher_TL is not None, "no field of StudentTopK but old_logp_TL may be missing"
@@ -136,6 +138,7 @@ def _given_by(teacher: TeacherTopK | TeacherLogits) -> dict[str, Any]:
 def _in_a_row(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
     """[T] of [*T]."""
     checks.refuse_tensors(**{name: tensor})
+    checks.refuse_kind(name, tensor)
     checks.refuse_shape(name, tensor, shape)
     return None if tensor is None else tensor.reshape(-1)
 
@@ -143,5 +146,6 @@ def _in_a_row(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor | N
 def _in_rows(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
     """[T, K] of [*T, K]."""
     checks.refuse_tensors(**{name: tensor})
+    checks.refuse_kind(name, tensor)
     checks.refuse_shape(name, tensor, shape, extra=1)
     return None if tensor is None else tensor.reshape(shape.numel(), tensor.shape[-1])

@@ -17,6 +17,29 @@ LAMBDA_RATIO = math.log(0.3 / 0.7)
 """log(lambda / (1 - lambda)), nats. Source: REOPOLD, lambda = 0.3."""
 
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "trust_mode": ("bernoulli", "soft", "threshold", "none"),
+    "outlier_mode": ("fkl_direct", "fkl_scalar", "mask", "clip"),
+    "prefix_loss": ("nll", "none", "topk_fkl", "scalar_adv"),
+    "outlier_norm": ("truncated", "tail", "renorm", "teacher_renorm"),
+    "norm": ("truncated", "tail", "renorm", "teacher_renorm"),
+    "divergence": ("fkl", "rkl", "jsd", "k1"),
+    "support": ("student", "teacher", "intersection", "union", "xor"),
+    "denominator": ("selected", "all"),
+    "train": ("all", "above_floor", "selected"),
+    "ratio": ("none", "importance", "ppo_clip"),
+    "mismatch": ("off", "tis", "icepop", "mask"),
+}
+"""Constants that are words -> the words there are, as in the configuration."""
+
+
+def _refuse_unknown_words(what: str, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a word that no equation knows."""
+    for name, value in values.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{what}: {name}={value!r}, expected one of {', '.join(CHOICES[name])}")
+
+
 @dataclass(frozen=True)
 class PolicyGradient:
     """How an advantage becomes a gradient: the ratio of a policy that moved, and the mismatch of two engines.
@@ -34,6 +57,9 @@ class PolicyGradient:
     icepop_high: float = 5.0
     mask_below: float = -0.2
     advantage_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_unknown_words("PolicyGradient", vars(self))
 
 
 NO_DUAL_CLIP = PolicyGradient(dual_clip=None)
@@ -66,6 +92,10 @@ class Objective:
     """The equation itself, where it is the caller's."""
     whole: WholeVocabulary | None = None
     """The divergence over the whole vocabulary that it reads."""
+
+    def __post_init__(self) -> None:
+        if self.function is None:
+            _refuse_unknown_words(self.kind, self.values)
 
     def __str__(self) -> str:
         """The call that makes it, with the constants that are not the defaults."""
