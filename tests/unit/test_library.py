@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,9 @@ class Case:
 
     def logits(self) -> Tensor:
         return self.hidden @ self.weight.T
+
+    def advantage(self) -> Tensor:
+        return self.given["advantage_T"]
 
     def at(self, numbers: Tensor) -> Tensor:
         return numbers.gather(-1, self.x[..., None])[..., 0]
@@ -299,6 +303,14 @@ def test_a_function_of_ones_own_that_forgets_the_masks_trains_no_other_token() -
             "returned a Tensor, expected TokenLosses with a loss for each of the 21",
         ),
         (
+            lambda inputs: TokenLosses(inputs.student_logp_T, inputs.weight_T),
+            r"returned counted_T as torch.float64 \(21,\), expected bool \[21\], as inputs.student_mask_T is",
+        ),
+        (
+            lambda inputs: TokenLosses(inputs.student_logp_T, inputs.student_mask_T, {"mine": inputs.weight_T[:3]}),
+            r"returned the column mine as \(3,\), expected \[21\]",
+        ),
+        (
             lambda inputs: TokenLosses(inputs.student_logp_T.sum()[None], inputs.student_mask_T),
             r"returned a TokenLosses with losses \(1,\), expected TokenLosses with a loss for each of the 21 tokens",
         ),
@@ -448,6 +460,95 @@ def test_students_that_have_no_gradient_here_are_refused_in_one_line() -> None:
         VocabParallel(None, V)  # type: ignore[arg-type]
     with pytest.raises(LossInputError, match="found vocab_size=0"):
         VocabParallel.single(0)
+
+
+def _top(case: Case, **changes: Any) -> TeacherTopK:
+    return replace(case.top, **changes)
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "vp is a number": (lambda case: {"vp": 37}, r"vp is a int, expected VocabParallel\(group, vocab_size\), or Voc"),
+    "an objective that was not called": (
+        lambda case: {"objective": objectives.tropd},
+        r"objectives.tropd makes an objective; call it: objectives.tropd\(\)",
+    ),
+    "targets of floats": (
+        lambda case: {"target_ids_T": case.x.double()}, "target_ids_T is torch.float64, expected integers, the ids"
+    ),
+    "uniforms of integers": (
+        lambda case: {"trust_u_T": case.x}, "trust_u_T is torch.int64, expected floating-point numbers"
+    ),
+    "ids and log-probs exchanged": (
+        lambda case: {"teacher": _top(case, ids_TK=case.top.logp_TK, logp_TK=case.top.ids_TK)},
+        "teacher.ids_TK is torch.float64, expected integers",
+    ),
+    "fewer ids than log-probs": (
+        lambda case: {"teacher": _top(case, ids_TK=case.top.ids_TK[..., :2])},
+        r"TeacherTopK has ids \(3, 7, 2\) and log-probs \(3, 7, 5\); expected one for each",
+    ),
+    "probabilities for log-probs": (
+        lambda case: {"teacher": _top(case, logp_TK=case.top.logp_TK.exp())},
+        "teacher.logp_TK has numbers above 0, which no log-prob is; pass log q, not probabilities or logits",
+    ),
+    "a probability of the target": (
+        lambda case: {"teacher": _top(case, logp_T=case.log_q_x.exp())}, "teacher.logp_T has numbers above 0"
+    ),
+    "an id twice": (
+        lambda case: {"teacher": _top(case, logp_TK=torch.full_like(case.top.logp_TK, -0.5))},
+        "teacher.logp_TK has more than probability 1 in a row; pass true log q of different ids",
+    ),
+    "normal numbers for uniforms": (
+        lambda case: {"trust_u_T": case.advantage()}, r"trust_u_T is not all in \[0, 1\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_that_would_look_like_a_run_is_one_line(what: str) -> None:
+    case = Case()
+    changes, line = MISTAKES[what]
+    given = {
+        "objective": objectives.tropd(), "teacher": case.top, "vp": VP, "trust_u_T": case.given["trust_u_T"],
+        "target_ids_T": case.x, **changes(case),
+    }  # fmt: skip
+    with pytest.raises(LossInputError, match=rf"^distill_loss: {line}"):
+        distill_loss(case.logits(), **given)
+
+
+def test_what_is_wrong_outside_the_masks_is_nobodys_mistake() -> None:
+    case = Case()
+    inside = case.top.logp_TK.masked_fill(~case.mask[..., None], 3.0)  # type: ignore[union-attr]
+    teacher = replace(case.top, logp_TK=inside)
+    distill_loss(case.logits(), case.x, teacher, objectives.gkd(), vp=VP, student_mask_T=case.mask)
+
+
+def test_all_columns_on_each_of_several_ranks_are_refused() -> None:
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    with pytest.raises(LossInputError, match=r"each of 2 ranks has 37 columns, all of vocab_size=37; pass the columns"):
+        VocabParallel(group, V).kernel(V, torch.device("cpu"), overlap=False)  # type: ignore[arg-type]
+
+
+def test_a_word_that_no_equation_knows_is_refused_when_the_objective_is_made() -> None:
+    with pytest.raises(ValueError, match="tropd: trust_mode='sof', expected one of bernoulli, soft, threshold, none"):
+        objectives.tropd(trust_mode="sof")
+    with pytest.raises(ValueError, match="PolicyGradient: ratio='ppo', expected one of none, importance, ppo_clip"):
+        objectives.PolicyGradient(ratio="ppo")
+
+
+def test_every_constant_that_is_a_word_has_a_list_of_words() -> None:
+    from tropd_mcore.objectives.catalogue import CHOICES
+
+    words: set[str] = set()
+    for name in NAMES:
+        values = objectives.from_name(name).values
+        words |= {key for key, value in values.items() if isinstance(value, str)}
+    assert words <= CHOICES.keys(), "a constant that is a word, and has no list of words"
+
+
+def test_every_objective_has_a_name_in_the_module() -> None:
+    for name in NAMES:
+        assert str(getattr(objectives, name)()) == f"{name}()"
+    assert {name for name in objectives.__all__ if name[0].islower()} == {*NAMES, "custom", "from_name"}
 
 
 def test_debug_says_what_the_numbers_cannot_be() -> None:

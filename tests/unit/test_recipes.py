@@ -62,6 +62,11 @@ def test_a_file_of_the_users_is_not_written_over_and_nothing_else_is_written(
     assert mine.read_text() == "mine" and sorted(tmp_path.rglob("*")) == [mine.parent, mine]
 
 
+def test_a_folder_without_a_name_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = tropd(capsys, "--to", str(tmp_path))
+    assert code == 2 and not out and "--to copies, and no NAME says what; name some, or pass --all" in err
+
+
 def test_an_unknown_name_and_an_unwritable_folder_are_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
