@@ -524,8 +524,12 @@ def test_what_is_wrong_outside_the_masks_is_nobodys_mistake() -> None:
 
 def test_all_columns_on_each_of_several_ranks_are_refused() -> None:
     group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
-    with pytest.raises(LossInputError, match=r"each of 2 ranks has 37 columns, all of vocab_size=37; pass the columns"):
-        VocabParallel(group, V).kernel(V, torch.device("cpu"), overlap=False)  # type: ignore[arg-type]
+    vp = VocabParallel(group, 1000)  # type: ignore[arg-type]
+    with pytest.raises(LossInputError, match=r"each of 2 ranks has 1000 columns, all of vocab_size=1000; pass the col"):
+        vp.kernel(1000, torch.device("cpu"), overlap=False)
+    vp.kernel(500, torch.device("cpu"), overlap=False)
+    tiny = VocabParallel(group, 100)  # type: ignore[arg-type]  # padded to 256 columns by Megatron: rank 1 has none of it
+    tiny.kernel(128, torch.device("cpu"), overlap=False)
 
 
 def test_a_word_that_no_equation_knows_is_refused_when_the_objective_is_made() -> None:

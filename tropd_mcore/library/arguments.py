@@ -21,6 +21,9 @@ from tropd_mcore.kernel.group import Group, OneRank
 from tropd_mcore.kernel.shard import Scaling, VocabShard
 from tropd_mcore.kernel.topk import TopK
 
+PADDED_TO = 128
+"""Megatron pads a vocabulary to a multiple of this per rank, so that a tiny one may leave ranks without a real column."""
+
 
 @dataclass(frozen=True)
 class VocabParallel:
@@ -75,7 +78,7 @@ class VocabParallel:
                 f"VocabParallel: {size} ranks of {width} columns are {width * size}, fewer than vocab_size="
                 f"{self.vocab_size}; is it the group that splits the vocabulary? Pass start= where shards are uneven"
             )
-        if self.start is None and size > 1 and width >= self.vocab_size:
+        if self.start is None and size > 1 and width >= self.vocab_size > PADDED_TO * size:
             raise LossInputError(
                 f"VocabParallel: each of {size} ranks has {width} columns, all of vocab_size={self.vocab_size}; "
                 "pass the columns of this rank"
