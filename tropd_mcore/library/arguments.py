@@ -22,7 +22,7 @@ from tropd_mcore.kernel.shard import Scaling, VocabShard
 from tropd_mcore.kernel.topk import TopK
 
 PADDED_TO = 128
-"""Megatron pads a vocabulary to a multiple of this per rank, so that a tiny one may leave ranks without a real column."""
+"""Megatron pads a vocabulary to a multiple of this per rank: a tiny one may leave ranks without a real column."""
 
 
 @dataclass(frozen=True)
