@@ -26,7 +26,8 @@ METRICS_PAGE = """# Metrics: every number of metrics.jsonl
 
 Each step appends one line to `metrics.jsonl` of its run directory. `tropd metrics NAME` prints a row of this page. A
 metric without anything to measure is NaN. p is the student, q the teacher, r = log q(x) - log p(x) in nats: positive
-where the teacher likes the token more. This page is made from the code by `python docs/make_references.py`: {count} metrics.
+where the teacher likes the token more. This page is made from the code by `python docs/make_references.py`: {count}
+metrics.
 """
 
 
