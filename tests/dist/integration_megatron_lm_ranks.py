@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.dist import tiny_gpt
-from tests.dist.stub_modules import BRIDGE_STUBS, add_bridge, first_on_path
+from tests.dist.peer_path import BRIDGE_STUBS, add_bridge, first_on_path
 
 Found = dict[str, Any]
 """gradients of this rank, the reported loss, and which megatron-core it was"""

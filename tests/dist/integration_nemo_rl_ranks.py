@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.dist import tiny_gpt
-from tests.dist.stub_modules import BRIDGE_STUBS, add_bridge, first_on_path
+from tests.dist.peer_path import BRIDGE_STUBS, add_bridge, first_on_path
 from tropd_mcore import trust_uniforms
 
 STUBS = (

@@ -38,7 +38,7 @@ class _Nothing:
     __ror__ = __or__
 
 
-class _Empty(ModuleType):
+class EmptyModule(ModuleType):
     __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +57,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _Empty(spec.name)
+        return EmptyModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         pass
