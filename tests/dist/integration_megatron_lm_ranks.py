@@ -6,7 +6,6 @@ stacks (tests/dist/peer_sources.py).
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +95,6 @@ def _found(module: Any, loss: Tensor) -> Found:
     return {"loss": float(loss.detach()), "gradients": gradients, "version": megatron.core.__version__}
 
 
-class _Optimizer:
-    """Leaves the gradients as they are."""
-
-    def zero_grad(self) -> None:
-        pass
-
-    def step(self, **options: Any) -> Any:
-        return True, 1.0, 0
-
-
-class _Nothing(types.SimpleNamespace):
-    """Arguments of a run: what is not named is None."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
-
-
 def _count_micro_batches(count: int) -> None:
     from megatron.core import num_microbatches_calculator as calculator
 
@@ -137,7 +117,7 @@ def megatron_lm(source: Path, tensor: int, per_token: bool) -> Found:
         data = tiny_gpt.batches()
         sizes = {"micro_batch_size": tiny_gpt.BATCH, "data_parallel_size": 1, "gtp_weight_remat_size": 1}
         lengths = {"seq_length": tiny_gpt.LENGTH, "decoder_seq_length": tiny_gpt.LENGTH}
-        global_vars._GLOBAL_ARGS = _Nothing(empty_unused_memory_level=0, **sizes, **lengths)
+        global_vars._GLOBAL_ARGS = tiny_gpt.Loose(empty_unused_memory_level=0, **sizes, **lengths)
         global_vars._GLOBAL_TIMERS = Timers(0, "max")
         _count_micro_batches(len(data))
         module = tiny_gpt.model(seed=1, per_token=per_token)
@@ -145,8 +125,8 @@ def megatron_lm(source: Path, tensor: int, per_token: bool) -> Found:
             make_forward_step(tiny_gpt.VOCABULARY),
             RerunDataIterator(iter(data)),
             [module],
-            _Optimizer(),
-            _Nothing(step=lambda increment: None),
+            tiny_gpt.IdleOptimizer(),
+            tiny_gpt.Loose(step=lambda increment: None),
             module.config,
             get_forward_backward_func(),
             iteration=0,
@@ -170,22 +150,25 @@ def bridge(source: Path, megatron: Path, tensor: int, per_token: bool) -> Found:
 
         data, module = tiny_gpt.batches(), tiny_gpt.model(seed=1, per_token=per_token)
         _count_micro_batches(len(data))
-        settings = _Nothing(
-            train=_Nothing(empty_unused_memory_level=0, micro_batch_size=tiny_gpt.BATCH),
-            optimizer=_Nothing(),
-            ddp=_Nothing(),
-            model=_Nothing(seq_length=tiny_gpt.LENGTH),
-            dataset=_Nothing(dataloader_type="external"),
-            dist=_Nothing(use_decentralized_pg=True),
+        settings = tiny_gpt.Loose(
+            train=tiny_gpt.Loose(empty_unused_memory_level=0, micro_batch_size=tiny_gpt.BATCH),
+            optimizer=tiny_gpt.Loose(),
+            ddp=tiny_gpt.Loose(),
+            model=tiny_gpt.Loose(seq_length=tiny_gpt.LENGTH),
+            dataset=tiny_gpt.Loose(dataloader_type="external"),
+            dist=tiny_gpt.Loose(use_decentralized_pg=True),
             data_parallel_size=1,
         )
-        state, groups = _Nothing(cfg=settings, timers=Timers(0, "max")), ProcessGroupCollection.use_mpu_process_groups()
+        state, groups = (
+            tiny_gpt.Loose(cfg=settings, timers=Timers(0, "max")),
+            ProcessGroupCollection.use_mpu_process_groups(),
+        )
         reports, *_ = train_step(
             prepare_forward_step_func(make_forward_step(tiny_gpt.VOCABULARY), state),
             RerunDataIterator(iter(data)),
             [module],
-            _Optimizer(),
-            _Nothing(step=lambda increment: None),
+            tiny_gpt.IdleOptimizer(),
+            tiny_gpt.Loose(step=lambda increment: None),
             state,
             groups,
             get_forward_backward_func(),

@@ -8,7 +8,6 @@ to the workers (a call goes to this rank), generation, the worker's set-up, the 
 from __future__ import annotations
 
 import itertools
-import types
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,6 @@ STUBS = (
 STEP = 7
 """total_steps of the one step that is run; the seed of its uniforms"""
 TEMPERATURE = 0.8
-
-
-class _Loose(types.SimpleNamespace):
-    """What is not named is None."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
 
 
 class _Done(Exception):
@@ -94,9 +84,9 @@ def _worker(seed: int, vocab_size: int | None) -> Any:
     found = object.__new__(MegatronPolicyWorkerImpl)
     found.cfg, found.model = _config(vocab_size), tiny_gpt.model(seed, per_token=True)
     found.sampling_params = TrainingSamplingParams(temperature=TEMPERATURE)
-    found.mcore_state, found.timer, found.optimizer = _Loose(), Timer(), _Optimizer()
-    found.scheduler = _Loose(step=lambda increment: None, get_lr=lambda group: 0.0, get_wd=lambda: 0.0)
-    found.megatron_cfg = _Loose(optimizer=_Loose(), ddp=_Loose(), model=_Loose())
+    found.mcore_state, found.timer, found.optimizer = tiny_gpt.Loose(), Timer(), tiny_gpt.IdleOptimizer()
+    found.scheduler = tiny_gpt.Loose(step=lambda increment: None, get_lr=lambda group: 0.0, get_wd=lambda: 0.0)
+    found.megatron_cfg = tiny_gpt.Loose(optimizer=tiny_gpt.Loose(), ddp=tiny_gpt.Loose(), model=tiny_gpt.Loose())
     found.dp_size, found.dtype = 1, torch.float32
     nothing = ("media_placeholder_token_id", "draft_model", "defer_fp32_logits", "delegate_pack_to_model")
     nothing += ("delegate_mtp_loss_mask_to_model", "model_slices_context_parallel_inputs", "_router_replay_enabled")
@@ -106,23 +96,11 @@ def _worker(seed: int, vocab_size: int | None) -> Any:
     return found
 
 
-class _Optimizer:
-    """Leaves the gradients as they are."""
-
-    param_groups, grad_norms_by_group = ({},), {}
-
-    def zero_grad(self) -> None:
-        pass
-
-    def step(self) -> Any:
-        return True, 1.0, 0
-
-
 class _Workers:
     """The worker group of one worker, this rank's; Ray's part is left out."""
 
     def __init__(self, worker: Any) -> None:
-        self.worker, self.cluster = worker, _Loose(world_size=lambda: 1)
+        self.worker, self.cluster = worker, tiny_gpt.Loose(world_size=lambda: 1)
 
     def run_all_workers_sharded_data(self, name: str, *, data: Any, common_kwargs: Any, **_: Any) -> list[Any]:
         return [getattr(self.worker, name)(data=data[0], **common_kwargs)]
@@ -178,7 +156,7 @@ def driver(sources: tuple[Path, ...], tensor: int, full: bool) -> dict[str, Any]
         batch = {"message_log": log, "loss_multiplier": counts, "length": torch.tensor([end for _, end in responses])}
         vocab_size = tiny_gpt.VOCABULARY if full else None
         student, teacher = _worker(1, None), _worker(2, vocab_size)
-        settings = _Loose(
+        settings = tiny_gpt.Loose(
             policy=student.cfg,
             loss_fn=distillation.DistillationLossConfig(**({"tropd_vocab_size": vocab_size} if full else {})),
             distillation=distillation.DistillationConfig(topk_logits_k=tiny_gpt.K, num_prompts_per_step=4),
@@ -186,7 +164,7 @@ def driver(sources: tuple[Path, ...], tensor: int, full: bool) -> dict[str, Any]
         )
         state = distillation._initial_distillation_save_state()
         state.total_steps = STEP
-        own = _Loose(pad_token_id=0)
+        own = tiny_gpt.Loose(pad_token_id=0)
         loss_fn = LocalSupportMatching(tiny_gpt.VOCABULARY)
         loader = [BatchedDataDict(batch)]
         try:
@@ -200,8 +178,8 @@ def driver(sources: tuple[Path, ...], tensor: int, full: bool) -> dict[str, Any]
                 loss_fn,
                 {},
                 {},
-                _Loose(),
-                _Loose(),
+                tiny_gpt.Loose(),
+                tiny_gpt.Loose(),
                 state,
                 settings,
             )

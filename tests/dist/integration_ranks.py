@@ -14,36 +14,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from examples.integrations import megatron_core, nemo_rl, slime, verl
+from tests.dist import tiny_gpt
 from tests.dist.layouts import Case, build, layout_of
+from tests.dist.tiny_gpt import BATCH, LENGTH, K
 from tropd_mcore import VocabParallel
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.megatron import tap_output_layer
 
-BATCH, LENGTH, K = 2, 12, 4
 NAMES = ("output_layer.weight", "decoder.final_layernorm.weight", "embedding.word_embeddings.weight")
 
 
 def batches(vocabulary: int) -> list[dict[str, Tensor]]:
     """Two micro-batches, the same everywhere."""
-    found = []
-    for seed in range(2):
-        random = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(vocabulary, (BATCH, LENGTH), generator=random)
-        log_q = torch.randn(BATCH, LENGTH, vocabulary, generator=random).log_softmax(-1)
-        labels, top = tokens.roll(-1, dims=1), log_q.topk(K)
-        mask = torch.rand(BATCH, LENGTH, generator=random) < 0.7
-        mask[:, -1] = False
-        found.append({
-            "tokens": tokens,
-            "position_ids": torch.arange(LENGTH).expand(BATCH, LENGTH),
-            "labels": labels,
-            "student_mask": mask,
-            "teacher_logp": log_q.gather(-1, labels[..., None])[..., 0],
-            "teacher_ids": top.indices,
-            "teacher_topk_logp": top.values,
-            "trust_u": torch.rand(BATCH, LENGTH, generator=random),
-        })  # fmt: skip
-    return found
+    return [tiny_gpt.batch(seed, vocabulary, spread=1.0, kept=0.7) for seed in range(2)]
 
 
 def _trainable(folder: Path, case: Case, layout: Any, platform: Any) -> tuple[Model, Any]:
@@ -83,14 +66,8 @@ def by_softmax(folder: Path) -> dict[str, Tensor]:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for batch in batches(model.arch.vocab_size):
             logits = module(batch["tokens"], batch["position_ids"], attention_mask=None)
-            log_p = logits[..., : model.arch.vocab_size].double().log_softmax(-1)
-            logp_x = log_p.gather(-1, batch["labels"][..., None])[..., 0]
-            r = batch["teacher_logp"].double() - logp_x.detach()
-            trusted = batch["trust_u"].double() < r.exp().clamp(max=1.0)
-            log_q = batch["teacher_topk_logp"].double()
-            fkl = (log_q.exp() * (log_q - log_p.gather(-1, batch["teacher_ids"]))).sum(-1)
-            loss = torch.where(trusted, -r * logp_x, fkl)
-            total, count = total + loss[batch["student_mask"]].sum(), count + int(batch["student_mask"].sum())
+            loss, tokens, _ = tiny_gpt.tropd(logits, batch, model.arch.vocab_size)
+            total, count = total + loss, count + tokens
         total.backward()
         return {"loss": torch.tensor([float(total.detach()), count]), **_gradients(module)}
 

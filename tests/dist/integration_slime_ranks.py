@@ -29,6 +29,7 @@ from torch import Tensor
 from examples.integrations import slime_teacher  # before slime, which has a package `examples`
 from tests.dist.layouts import Case, layout_of
 from tests.dist.peer_stubs import stand_in_for
+from tests.dist.teacher_answers import sglang_answer
 from tropd_mcore import trust_uniforms
 
 NOT_INSTALLED = (
@@ -141,12 +142,7 @@ async def _answer(request: web.Request) -> web.Response:
     assert (
         asked["return_logprob"] and asked["logprob_start_len"] == 0 and asked["sampling_params"]["max_new_tokens"] == 0
     )
-    each = [[None if p == 0 else float(log_q[p, x]), int(x), None] for p, x in enumerate(tokens)]
-    found: dict[str, Any] = {"input_token_logprobs": each}
-    if asked.get("top_logprobs_num", 0):
-        tops = [log_q[p].topk(asked["top_logprobs_num"]) for p in range(len(tokens))]
-        rows = [[[v, i, None] for v, i in zip(t.values.tolist(), t.indices.tolist(), strict=True)] for t in tops]
-        found["input_top_logprobs"] = [None, *rows[1:]]
+    found = sglang_answer(tokens.tolist(), log_q, asked.get("top_logprobs_num", 0))
     return web.json_response({"meta_info": found})
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from examples.integrations import verl, verl_full
 from tests.dist.layouts import Case, layout_of
 from tests.dist.peer_stubs import stand_in_for
+from tests.dist.teacher_answers import sglang_answer
 
 NOT_INSTALLED = (
     "ray", "sglang", "vllm", "hydra", "mbridge", "torchdata", "codetiming", "wandb", "datasets", "peft", "pandas",
@@ -44,14 +45,6 @@ def numbers() -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     logits = [torch.randn(n, VOCABULARY, generator=random).double() for n in LENGTHS]
     masks = [(torch.rand(count, generator=random) < 0.8).long() for count in RESPONSES]
     return ids, log_q, logits, masks
-
-
-def sglang_answer(ids: list[int], log_q: Tensor, count: int) -> dict[str, Any]:
-    """`meta_info` of an SGLang server that was asked for the log-probs of its input."""
-    each = [(None if p == 0 else float(log_q[p, x]), x, None) for p, x in enumerate(ids)]
-    tops = [log_q[p].topk(count) for p in range(len(ids))]
-    rows = [[(v, i, None) for v, i in zip(t.values.tolist(), t.indices.tolist(), strict=True)] for t in tops]
-    return {"input_token_logprobs": each, "input_top_logprobs": [None, *rows[1:]]}
 
 
 def vllm_answer(ids: list[int], log_q: Tensor, count: int) -> Any:

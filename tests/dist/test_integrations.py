@@ -9,6 +9,8 @@ import torch
 
 from tests.dist import integration_ranks, reference
 from tests.dist.layouts import Case
+from tests.dist.peer_sources import PATCHES
+from tests.dist.shard_errors import largest_error
 from tests.ranks import run_on_ranks
 
 UNTIED = next(name for name, config in reference.STUDENTS.items() if not config.tie_word_embeddings)
@@ -42,10 +44,7 @@ def test_the_hook_of_slime_has_the_gradient_of_a_softmax(size: int) -> None:
     for found in every:
         torch.testing.assert_close(found[0].double(), loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[2].double(), trusted, rtol=1e-6, atol=0)
-    whole = torch.cat([found[1] for found in every], dim=-1)
-    assert not whole[..., integration_ranks.VOCABULARY :].any(), "padding has no gradient"
-    error = (whole[..., : integration_ranks.VOCABULARY].double() - gradient).abs().max() / gradient.abs().max()
-    assert float(error) < 1e-5
+    assert largest_error([[found[1]] for found in every], [gradient]) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -54,8 +53,7 @@ def test_the_loss_function_of_nemo_rl_has_the_gradient_of_a_softmax(size: int) -
     every = run_on_ranks(integration_ranks.nemo_loss, size, size)
     for found in every:
         torch.testing.assert_close(found[0].double(), loss, rtol=1e-5, atol=1e-6)
-    whole = torch.cat([found[1] for found in every], dim=-1)[..., : integration_ranks.VOCABULARY].double()
-    assert float((whole - gradient).abs().max() / gradient.abs().max()) < 1e-5
+    assert largest_error([[found[1]] for found in every], [gradient]) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -66,10 +64,16 @@ def test_the_loss_in_the_place_of_verls_has_the_gradient_of_a_softmax(size: int)
         torch.testing.assert_close(found[0].double(), each, rtol=2e-5, atol=2e-6)
         for mass, expected in zip(found[2:], masses, strict=True):
             torch.testing.assert_close(mass.double(), expected, rtol=1e-5, atol=1e-6)
-    whole = torch.cat([found[1] for found in every], dim=-1)[..., : integration_ranks.VOCABULARY].double()
-    assert float((whole - gradient).abs().max() / gradient.abs().max()) < 1e-5
+    assert largest_error([[found[1]] for found in every], [gradient]) < 1e-5
 
 
 def test_an_adapter_has_at_most_fifty_lines() -> None:
     for path in (Path(integration_ranks.__file__).parents[2] / "examples" / "integrations").glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 50, path.name
+
+
+@pytest.mark.parametrize("patch", sorted(PATCHES.glob("*.patch")), ids=lambda patch: patch.stem)
+def test_a_patch_only_inserts_and_has_no_line_of_the_project(patch: Path) -> None:
+    lines = patch.read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith(("--- a/", "+++ b/", "@@ -", "+")) for line in lines)
+    assert all(line.split()[1].endswith(",0") for line in lines if line.startswith("@@"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,28 @@ def model(seed: int, *, per_token: bool = False) -> Any:
     return DistributedDataParallel(config, DistributedDataParallelConfig(), module)
 
 
+class Loose(SimpleNamespace):
+    """Settings of another stack's run: what is not named is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class IdleOptimizer:
+    """Leaves the gradients as they are."""
+
+    param_groups, grad_norms_by_group = ({},), {}
+
+    def zero_grad(self) -> None:
+        """They are looked at after the step."""
+
+    def step(self, **options: Any) -> Any:
+        """(done, norm, zeros), as Megatron's optimizers answer."""
+        return True, 1.0, 0
+
+
 Gradients = dict[str, tuple[Any, int]]
 """{name: (gradient of this rank, the dimension it is cut along, or -1)}, in NumPy, since Megatron-Core 0.20 pickles a
 tensor in a form that only it reads."""
@@ -112,34 +135,36 @@ def error_of(every: list[Gradients], expected: Gradients) -> float:
 
 def batches(count: int = 2) -> list[dict[str, Tensor]]:
     """Micro-batches with different numbers of student tokens and a teacher that knows more than its candidates."""
-    found = []
-    for seed in range(count):
-        random = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=random)
-        log_q = (2.0 * torch.randn(BATCH, LENGTH, VOCABULARY, generator=random)).log_softmax(-1)
-        labels, top = tokens.roll(-1, dims=1), log_q.topk(K)
-        mask = torch.rand(BATCH, LENGTH, generator=random) < 0.4 + 0.4 * seed
-        mask[:, -1] = False
-        found.append({
-            "tokens": tokens,
-            "position_ids": torch.arange(LENGTH).expand(BATCH, LENGTH),
-            "labels": labels,
-            "student_mask": mask,
-            "teacher_logp": log_q.gather(-1, labels[..., None])[..., 0],
-            "teacher_ids": top.indices,
-            "teacher_topk_logp": top.values,
-            "trust_u": torch.rand(BATCH, LENGTH, generator=random),
-        })  # fmt: skip
-    return found
+    return [batch(seed, VOCABULARY, spread=2.0, kept=0.4 + 0.4 * seed) for seed in range(count)]
 
 
-def tropd(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int, int]:
+def batch(seed: int, vocabulary: int, *, spread: float, kept: float) -> dict[str, Tensor]:
+    """A micro-batch of random tokens: `spread` of the teacher's logits, `kept` the fraction of student tokens."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocabulary, (BATCH, LENGTH), generator=random)
+    log_q = (spread * torch.randn(BATCH, LENGTH, vocabulary, generator=random)).log_softmax(-1)
+    labels, top = tokens.roll(-1, dims=1), log_q.topk(K)
+    mask = torch.rand(BATCH, LENGTH, generator=random) < kept
+    mask[:, -1] = False
+    return {
+        "tokens": tokens,
+        "position_ids": torch.arange(LENGTH).expand(BATCH, LENGTH),
+        "labels": labels,
+        "student_mask": mask,
+        "teacher_logp": log_q.gather(-1, labels[..., None])[..., 0],
+        "teacher_ids": top.indices,
+        "teacher_topk_logp": top.values,
+        "trust_u": torch.rand(BATCH, LENGTH, generator=random),
+    }
+
+
+def tropd(logits: Tensor, batch: dict[str, Tensor], vocabulary: int = VOCABULARY) -> tuple[Tensor, int, int]:
     """(sum of TrOPD's losses in float64, number of tokens, number of outliers), written out over the whole vocabulary.
 
     A token with u < q(x) / p(x) is trusted and has the loss -log(q / p) log p(x) with a constant factor; an outlier has
     the forward KL on the teacher's candidates.
     """
-    log_p = logits[..., :VOCABULARY].double().log_softmax(-1)
+    log_p = logits[..., :vocabulary].double().log_softmax(-1)
     logp_x = log_p.gather(-1, batch["labels"][..., None])[..., 0]
     r = batch["teacher_logp"].double() - logp_x.detach()
     trusted = batch["trust_u"].double() < r.exp()
