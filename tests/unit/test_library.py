@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 import tropd_mcore
+from tests.library_cases import NAMES, VP, B, Case, K, S, V, run
 from tropd_mcore import (
     LossInputError,
     OutputLayer,
@@ -29,78 +29,9 @@ from tropd_mcore import (
     support_log_probs,
     trust_uniforms,
 )
-from tropd_mcore.config.objectives import KINDS
 from tropd_mcore.config.schema import ObjectiveConfig
 from tropd_mcore.kernel.token_losses import TokenLosses
-from tropd_mcore.objectives.catalogue import Objective
 from tropd_mcore.objectives.registry import objective_of
-
-V, D, K, L, B, S = 37, 8, 5, 3, 3, 7
-VP = VocabParallel.single(V, chunk_tokens=4)
-NAMES = sorted(set(KINDS) - {"custom"})
-EVERY = {
-    "trust_u_T", "rollout_logp_T", "old_logp_T", "reference_logp_T", "advantage_T", "selected_T", "history_weight_T",
-}  # fmt: skip
-
-
-class Case:
-    """Tokens [B, S] of a student and a teacher with whole vocabularies, in float64."""
-
-    def __init__(self, seed: int = 0) -> None:
-        random = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random, dtype=torch.float64)
-
-        self.hidden, self.weight = normal(B, S, D), normal(V, D)
-        self.teacher = normal(B, S, V)
-        self.x = torch.randint(V, (B, S), generator=random)
-        log_q, old = self.teacher.log_softmax(-1), (self.logits() + 0.3 * normal(B, S, V)).log_softmax(-1)
-        self.log_q_x, top = self.at(log_q), log_q.topk(K, dim=-1)
-        entropy = -(log_q.exp() * log_q).sum(-1)
-        self.top = TeacherTopK(self.log_q_x, top.indices, top.values, entropy)
-        own = old.topk(L, dim=-1)
-        self.own = StudentTopK(own.indices, log_q.gather(-1, own.indices), own.values)
-        self.mask = torch.rand(B, S, generator=random) < 0.7
-        self.given: dict[str, Tensor] = {
-            "trust_u_T": torch.rand(B, S, generator=random, dtype=torch.float64),
-            "rollout_logp_T": self.at(old) + 0.1 * normal(B, S),
-            "old_logp_T": self.at(old),
-            "reference_logp_T": self.at(normal(B, S, V).log_softmax(-1)),
-            "advantage_T": normal(B, S),
-            "selected_T": (torch.rand(B, S, generator=random) < 0.5).double(),
-            "history_weight_T": 1.0 + normal(B, S).abs(),
-        }
-        self.weights = 1.0 + normal(B, S).abs()
-
-    def logits(self) -> Tensor:
-        return self.hidden @ self.weight.T
-
-    def advantage(self) -> Tensor:
-        return self.given["advantage_T"]
-
-    def at(self, numbers: Tensor) -> Tensor:
-        return numbers.gather(-1, self.x[..., None])[..., 0]
-
-    def all_of(self, objective: Objective) -> dict[str, Any]:
-        """Every argument that `objective` reads."""
-        found: dict[str, Any] = {name: self.given[name] for name in EVERY & objective.needs}
-        if {"student_topk", "student_topk.old_logp_TL"} & objective.needs:
-            found["student_topk"] = self.own
-        return {**found, "student_mask_T": self.mask, "weight_T": self.weights}
-
-    def teacher_of(self, objective: Objective) -> TeacherTopK | TeacherLogits:
-        return TeacherLogits(self.teacher, VP, topk=K, top=self.top) if objective.whole else self.top
-
-
-def run(case: Case, objective: Objective, **changes: Any) -> tuple[Any, Tensor]:
-    """The loss, and its gradient in the logits [B, S, V]."""
-    leaf = case.logits().requires_grad_()
-    arguments = {**case.all_of(objective), **changes}
-    out = distill_loss(leaf * 1.0, case.x, case.teacher_of(objective), objective, vp=VP, **arguments)
-    (out.loss_sum if out.loss_T is None else out.loss_T.sum()).backward()
-    assert leaf.grad is not None
-    return out, leaf.grad
 
 
 def test_the_public_names_are_these_and_no_others() -> None:
@@ -410,167 +341,6 @@ def test_logits_are_overwritten_unless_they_are_to_be_kept() -> None:
     out = distill_loss(leaf, case.x, case.top, objective, vp=VP, student_mask_T=case.mask)
     out.loss_sum.backward()
     assert torch.equal(leaf.detach(), case.logits()), "a leaf is the caller's"
-
-
-REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "a float mask": ({"student_mask_T": torch.ones(B, S)}, "student_mask_T is torch.float32, expected bool; pass"),
-    "a mask of another shape": (
-        {"student_mask_T": torch.ones(B, dtype=torch.bool)}, r"student_mask_T has shape \(3,\), expected \(3, 7\)"
-    ),
-    "a prefix that is not read": (
-        {"prefix_mask_T": torch.ones(B, S, dtype=torch.bool)}, "prefix_mask_T was given to opd"
-    ),
-    "an advantage that is not read": ({"advantage_T": torch.ones(B, S)}, "advantage_T was given to opd"),
-    "another reduction": ({"reduction": "mean"}, "reduction='mean', expected 'sum' or 'none'; you divide"),
-    "weights of another shape": ({"weight_T": torch.ones(S)}, r"weight_T has shape \(7,\), expected \(3, 7\)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", REFUSALS)
-def test_what_would_be_another_loss_is_refused_in_one_line(what: str) -> None:
-    case, (changes, line) = Case(), REFUSALS[what]
-    with pytest.raises(LossInputError, match=line) as refused:
-        distill_loss(case.logits(), case.x, case.top, objectives.opd(), vp=VP, **changes)
-    assert len(str(refused.value).splitlines()) == 1
-
-
-def test_students_that_have_no_gradient_here_are_refused_in_one_line() -> None:
-    case, opd = Case(), objectives.opd()
-
-    def loss(student: Any, vp: VocabParallel = VP, **more: Any) -> Any:
-        return distill_loss(student, case.x, case.top, opd, vp=vp, **more)
-
-    with pytest.raises(LossInputError, match="cannot be viewed as .* without a copy; keep all positions"):
-        distill_loss(case.logits()[:, :-1], case.x[:, 1:], TeacherTopK(case.log_q_x[:, 1:]), opd, vp=VP)
-    with pytest.raises(LossInputError, match="stride of 7, expected 1"):
-        loss(case.logits().transpose(1, 2).contiguous().transpose(1, 2))
-    with pytest.raises(LossInputError, match="two dtypes: hidden states torch.float64, weight torch.float32"):
-        loss(OutputLayer(case.hidden, case.weight.float()))
-    with pytest.raises(LossInputError, match=r"hidden states \(3, 7, 8\) and a weight \(37, 7\)"):
-        loss(OutputLayer(case.hidden, case.weight[:, :-1].contiguous()))
-    with pytest.raises(LossInputError, match="reduction='none' needs the gradient of each token in the backward pass"):
-        loss(OutputLayer(case.hidden, case.weight), reduction="none")
-    with pytest.raises(LossInputError, match="preserve_logits is for given logits"):
-        loss(OutputLayer(case.hidden, case.weight), preserve_logits=True)
-    with pytest.raises(LossInputError, match="1 ranks of 37 columns are 37, fewer than vocab_size=40"):
-        loss(case.logits(), VocabParallel.single(40))
-    with pytest.raises(LossInputError, match="backend=triton runs on CUDA"):
-        loss(case.logits(), VocabParallel.single(V, backend="triton"))
-    with pytest.raises(LossInputError, match="group=None would be the whole world"):
-        VocabParallel(None, V)  # type: ignore[arg-type]
-    with pytest.raises(LossInputError, match="found vocab_size=0"):
-        VocabParallel.single(0)
-
-
-def _top(case: Case, **changes: Any) -> TeacherTopK:
-    return replace(case.top, **changes)
-
-
-MISTAKES: dict[str, tuple[Any, str]] = {
-    "vp is a number": (lambda case: {"vp": 37}, r"vp is a int, expected VocabParallel\(group, vocab_size\), or Voc"),
-    "an objective that was not called": (
-        lambda case: {"objective": objectives.tropd},
-        r"objectives.tropd makes an objective; call it: objectives.tropd\(\)",
-    ),
-    "targets of floats": (
-        lambda case: {"target_ids_T": case.x.double()}, "target_ids_T is torch.float64, expected integers, the ids"
-    ),
-    "uniforms of integers": (
-        lambda case: {"trust_u_T": case.x}, "trust_u_T is torch.int64, expected floating-point numbers"
-    ),
-    "ids and log-probs exchanged": (
-        lambda case: {"teacher": _top(case, ids_TK=case.top.logp_TK, logp_TK=case.top.ids_TK)},
-        "teacher.ids_TK is torch.float64, expected integers",
-    ),
-    "fewer ids than log-probs": (
-        lambda case: {"teacher": _top(case, ids_TK=case.top.ids_TK[..., :2])},
-        r"TeacherTopK has ids \(3, 7, 2\) and log-probs \(3, 7, 5\); expected one for each",
-    ),
-    "probabilities for log-probs": (
-        lambda case: {"teacher": _top(case, logp_TK=case.top.logp_TK.exp())},
-        "teacher.logp_TK has numbers above 0, which no log-prob is; pass log q, not probabilities or logits",
-    ),
-    "a probability of the target": (
-        lambda case: {"teacher": _top(case, logp_T=case.log_q_x.exp())}, "teacher.logp_T has numbers above 0"
-    ),
-    "an id twice": (
-        lambda case: {"teacher": _top(case, logp_TK=torch.full_like(case.top.logp_TK, -0.5))},
-        "teacher.logp_TK has more than probability 1 in a row; pass true log q of different ids",
-    ),
-    "normal numbers for uniforms": (
-        lambda case: {"trust_u_T": case.advantage()}, r"trust_u_T is not all in \[0, 1\)"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", MISTAKES)
-def test_a_mistake_that_would_look_like_a_run_is_one_line(what: str) -> None:
-    case = Case()
-    changes, line = MISTAKES[what]
-    given = {
-        "objective": objectives.tropd(), "teacher": case.top, "vp": VP, "trust_u_T": case.given["trust_u_T"],
-        "target_ids_T": case.x, **changes(case),
-    }  # fmt: skip
-    with pytest.raises(LossInputError, match=rf"^distill_loss: {line}"):
-        distill_loss(case.logits(), **given)
-
-
-def test_what_is_wrong_outside_the_masks_is_nobodys_mistake() -> None:
-    case = Case()
-    inside = case.top.logp_TK.masked_fill(~case.mask[..., None], 3.0)  # type: ignore[union-attr]
-    teacher = replace(case.top, logp_TK=inside)
-    distill_loss(case.logits(), case.x, teacher, objectives.gkd(), vp=VP, student_mask_T=case.mask)
-
-
-def test_all_columns_on_each_of_several_ranks_are_refused() -> None:
-    group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
-    vp = VocabParallel(group, 1000)  # type: ignore[arg-type]
-    with pytest.raises(LossInputError, match=r"each of 2 ranks has 1000 columns, all of vocab_size=1000; pass the col"):
-        vp.kernel(1000, torch.device("cpu"), overlap=False)
-    vp.kernel(500, torch.device("cpu"), overlap=False)
-    tiny = VocabParallel(group, 100)  # type: ignore[arg-type]  # padded to 256 columns by Megatron: rank 1 has none of it
-    tiny.kernel(128, torch.device("cpu"), overlap=False)
-
-
-def test_a_word_that_no_equation_knows_is_refused_when_the_objective_is_made() -> None:
-    with pytest.raises(ValueError, match="tropd: trust_mode='sof', expected one of bernoulli, soft, threshold, none"):
-        objectives.tropd(trust_mode="sof")
-    with pytest.raises(ValueError, match="PolicyGradient: ratio='ppo', expected one of none, importance, ppo_clip"):
-        objectives.PolicyGradient(ratio="ppo")
-
-
-def test_every_constant_that_is_a_word_has_a_list_of_words() -> None:
-    from tropd_mcore.objectives.catalogue import CHOICES
-
-    words: set[str] = set()
-    for name in NAMES:
-        values = objectives.from_name(name).values
-        words |= {key for key, value in values.items() if isinstance(value, str)}
-    assert words <= CHOICES.keys(), "a constant that is a word, and has no list of words"
-
-
-def test_every_objective_has_a_name_in_the_module() -> None:
-    for name in NAMES:
-        assert str(getattr(objectives, name)()) == f"{name}()"
-    assert {name for name in objectives.__all__ if name[0].islower()} == {*NAMES, "custom", "from_name"}
-
-
-def test_debug_says_what_the_numbers_cannot_be() -> None:
-    case, vp = Case(), VocabParallel.single(V, debug=True)
-    tropd = objectives.tropd()
-    arguments = {"student_mask_T": case.mask, "trust_u_T": case.given["trust_u_T"]}
-    distill_loss(case.logits(), case.x, case.top, tropd, vp=vp, **arguments)
-    assert case.top.ids_TK is not None
-    twice = case.top.ids_TK.clone()
-    twice[..., 1] = twice[..., 0]
-    broken = case.logits()
-    broken[0, 0, 0] = torch.nan
-    with pytest.raises(LossInputError, match="a token has a teacher's candidate twice"):
-        distill_loss(case.logits(), case.x, replace(case.top, ids_TK=twice), tropd, vp=vp, **arguments)
-    with pytest.raises(LossInputError, match="logits are not all finite"):
-        distill_loss(broken, case.x, case.top, tropd, vp=vp, **arguments)
-    with pytest.raises(LossInputError, match=r"trust_u_T is not all in \[0, 1\)"):
-        distill_loss(case.logits(), case.x, case.top, tropd, vp=vp, **{**arguments, "trust_u_T": -case.weights})
 
 
 def test_scores_and_candidates_are_those_of_the_whole_softmax() -> None:

@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from tests.allocations import traced_allocations
-from tests.unit.test_library import VP, B, Case, S
+from tests.library_cases import VP, B, Case, S
 from tropd_mcore import LossInputError, OutputLayer, TeacherTopK, VocabParallel, distill_loss, objectives
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.inputs import TokenInputs
