@@ -24,7 +24,7 @@ from tropd_mcore.cli.main import COMMANDS
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-LOCKED_EXTRAS = ("train", "eval", "dev")
+LOCKED_EXTRAS = ("train", "eval", "docs", "dev")
 VENDOR = "2.9.0a0+145a3a7bda.nv25.10"
 """A version as a vendor's container has it: a pre-release with a local part."""
 KEPT_OUT = (
