@@ -110,7 +110,7 @@ def layout() -> Iterator[Layout]:
 def test_a_second_call_asks_nothing_and_a_further_prompt_is_added(recipe: Recipe, client: Client) -> None:
     assert recipe.prefixes()[0] == 0 and len(client.requests) == 3
     code, text = recipe.prefixes()
-    assert code == 0 and "all 3 responses are there" in text and "not known" not in text
+    assert code == 0 and "all 3 responses exist already" in text and "not known" not in text
     shutil.move(recipe.root / "teacher", recipe.root / "moved")
     recipe.write_prompts("one pear", "two pears", "three pears", "four pears")
     assert recipe.prefixes(f"teacher.path={recipe.root / 'moved'}")[0] == 0 and len(client.requests) == 4
