@@ -124,7 +124,7 @@ SGLANG = {"teacher": {"kind": "sglang"}}
         (
             {"kind": "gkd", "gradient": "advantage"},
             {},
-            "objective.gradient=advantage: a divergence is the same for whatever token was sampled",
+            "objective.gradient=advantage: a divergence does not depend on the sampled token",
         ),
         (
             {"kind": "gkd", "divergence": "rkl", "norm": "truncated"},

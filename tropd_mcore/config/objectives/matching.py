@@ -78,13 +78,13 @@ class GkdObjective(Objective):
         if self.divergence == "k1":
             yield (
                 "objective.divergence=k1: the expected gradient of the one-sample estimate itself is zero, because "
-                "that of log p over the student's own samples is; set objective.kind=opd, which rewards the sampled "
-                "token with it"
+                "the expected gradient of log p over the student's own samples is zero; set objective.kind=opd, which "
+                "uses the estimate as reward of the sampled token"
             )
         if self.gradient == "advantage":
             yield (
-                "objective.gradient=advantage: a divergence is the same for whatever token was sampled, and the "
-                "expected gradient of such an advantage is zero; set objective.gradient=direct"
+                "objective.gradient=advantage: a divergence does not depend on the sampled token, so the expected "
+                "gradient of such an advantage is zero; set objective.gradient=direct"
             )
         if self.divergence == "rkl" and self.norm == "truncated" and not self.full_vocabulary:
             yield (
