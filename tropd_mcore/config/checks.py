@@ -115,7 +115,9 @@ def _parallel(config: Config) -> Iterator[str]:
             f"found {parallel.pipeline}; remove it or set parallel.pipeline=2"
         )
     if parallel.virtual_pipeline == 1:
-        yield "parallel.virtual_pipeline = 1 is one chunk per stage so nothing is interleaved; remove it or set >= 2"
+        yield (
+            "parallel.virtual_pipeline = 1 is one chunk per stage, so nothing is interleaved; remove it or set 2 or more"
+        )
     if parallel.sequence_parallel and parallel.tensor < 2:
         yield (
             "parallel.sequence_parallel needs parallel.tensor >= 2, found 1; "

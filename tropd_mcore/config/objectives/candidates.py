@@ -34,6 +34,6 @@ class RethinkingObjective(PolicyGradientObjective):
         if self.updates_per_step > 1 and self.support in ("teacher", "union", "xor"):
             yield (
                 f"objective.support={self.support} with {self.updates_per_step} updates per rollout batch: the "
-                "student's log-probs of the teacher's candidates are not kept from before the first update, so they have "
-                "no ratio; set support=student or intersection, or make one update"
+                "student's log-probs of the teacher's candidates are not kept from before the first update, so they "
+                "have no ratio; set support=student or intersection, or make one update"
             )
