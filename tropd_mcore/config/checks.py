@@ -116,7 +116,8 @@ def _parallel(config: Config) -> Iterator[str]:
         )
     if parallel.virtual_pipeline == 1:
         yield (
-            "parallel.virtual_pipeline = 1 is one chunk per stage, so nothing is interleaved; remove it or set 2 or more"
+            "parallel.virtual_pipeline = 1 is one chunk per stage, so nothing is interleaved; remove it or set 2 or "
+            "more"
         )
     if parallel.sequence_parallel and parallel.tensor < 2:
         yield (
