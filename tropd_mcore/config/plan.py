@@ -74,7 +74,7 @@ def _student(config: Config) -> str:
 
 def _rollouts(config: Config) -> str:
     if config.run.replay is not None:
-        return f"replayed from {config.run.replay}, with the teacher's scores where the layout is the same"
+        return f"replayed from {config.run.replay}, with the teacher's scores if the layout is the same"
     return _server(config.rollout.server, config.student.dtype, "started by rank 0 from the student's weights")
 
 

@@ -213,8 +213,8 @@ class RolloutConfig(Section):
 
 class LossConfig(Section):
     form: Literal["fused", "logits"] = "fused"
-    """Where logits are computed. `fused`: the output layer is part of the loss and runs chunk by chunk, so all logits
-    never exist at once. `logits`: the model computes all logits, and their gradient is written over them."""
+    """Where logits are computed. `fused`: the output layer is part of the loss and runs chunk by chunk, so the full
+    logits never exist. `logits`: the model computes all logits, and their gradient is written over them."""
     backend: Literal["auto", "eager", "compile", "triton"] = "auto"
     """Implementation of the passes over the logits. `eager`: PyTorch operations (the reference). `compile`:
     torch.compile. `triton`: Triton kernels, CUDA only. `auto`: triton on CUDA, eager on a CPU."""
@@ -224,7 +224,7 @@ class LossConfig(Section):
     scaled in the backward pass. `recompute`: all gradients of the loss are computed in the backward pass, from
     recomputed logits if the form is `fused`."""
     chunk_tokens: PositiveInt = 2048
-    """Tokens per chunk of the loss. It bounds the memory of the loss: chunk_tokens x vocabulary shard numbers in
+    """Number of tokens per chunk of the loss. It bounds the memory of the loss, chunk_tokens x vocabulary shard in
     float32."""
     overlap_chunks: bool = False
     """`fused` only. Compute the logits of the next chunk during the all-reduce of the current one. Needs the memory of
@@ -316,17 +316,18 @@ class GatesConfig(Section):
     pass. Later steps stop the run if several fail in a row (sampler_logprob_steps) or one fails by far
     (docs/gates.md)."""
     sampler_logprob_p99: PositiveFloat | None = None
-    """Bound on the 99th percentile of |difference|, in nats. null = 1e-4 if student and server compute in float32 on a
-    CPU, else 0.25 (docs/numerics.md)."""
+    """Bound on the 99th percentile of |sampler - trainer log-prob|, in nats. null = 1e-4 if student and server compute
+    in float32 on a CPU, else 0.25 (docs/numerics.md)."""
     sampler_logprob_max: PositiveFloat | None = None
-    """Bound on the largest |difference|, in nats. null = 1e-2 if student and server compute in float32 on a CPU, else
-    2.0. In the float32 CPU case it stops the run at the first step of a launch. Otherwise it only warns."""
+    """Bound on the largest |sampler - trainer log-prob|, in nats. null = 1e-2 if student and server compute in float32
+    on a CPU, else 2.0. In the float32 CPU case it stops the run at the first step of a launch. Otherwise it only
+    warns."""
     sampler_logprob_mean: PositiveFloat | None = None
-    """Bound on the mean of |difference|, in nats. null = 2e-5 if student and server compute in float32 on a CPU, else
-    0.05."""
+    """Bound on the mean of |sampler - trainer log-prob|, in nats. null = 2e-5 if student and server compute in float32
+    on a CPU, else 0.05."""
     sampler_logprob_share: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Bound on the share of tokens whose |difference| exceeds sampler_logprob_p99. The percentile itself is only
-    checked at steps with at least 500 tokens."""
+    """Bound on the share of tokens whose |sampler - trainer log-prob| exceeds sampler_logprob_p99. The percentile
+    itself is only checked at steps with at least 500 tokens."""
     sampler_logprob_steps: PositiveInt = 3
     """Number of consecutive steps with a mean, 99th percentile or share above its bound after which the run stops."""
     weight_sync: bool = True

@@ -187,7 +187,7 @@ def _auto_tokenizer(folder: Path) -> Any:
         remedy = (
             ""
             if (folder / "tokenizer.json").is_file()
-            else "; save a tokenizer.json where transformers can read the folder"
+            else "; save a tokenizer.json in an environment whose transformers can read the folder"
         )
         raise DataError(
             f"{folder}: expected a tokenizer there (tokenizer.json); transformers says: {first_line(error)}{remedy}"

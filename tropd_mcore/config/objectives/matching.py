@@ -89,7 +89,7 @@ class GkdObjective(Objective):
         if self.divergence == "rkl" and self.norm == "truncated" and not self.full_vocabulary:
             yield (
                 "objective.norm=truncated with objective.divergence=rkl: the sum over the top-k falls as the student "
-                "leaves the top-k, so its gradient pushes probability out even where the student equals the teacher; "
+                "leaves the top-k, so its gradient pushes probability out even if the student equals the teacher; "
                 "set objective.norm=tail or renorm"
             )
         if self.topk == 1 and self.norm == "renorm" and not self.full_vocabulary:
