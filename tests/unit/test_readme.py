@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -58,3 +59,13 @@ def test_the_readme_is_short_and_has_no_line_that_wraps() -> None:
 def test_the_readme_counts_what_there_is() -> None:
     (metrics,) = re.findall(r"(\d+) metrics", README)
     assert int(metrics) == len(METRICS)
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
+def test_the_result_of_the_quickstart_is_the_stored_one(name: str) -> None:
+    stored = json.loads((REPOSITORY / "benchmarks" / "results" / "quickstart.json").read_text())["evaluations"]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {name}")]
+    for when, cell in zip(("before", "after"), row.split("|")[2:4], strict=True):
+        found = stored[when][name]
+        numbers = [100 * found[key] for key in ("accuracy", "low", "high")]
+        assert [float(number) for number in re.findall(r"[\d.]+", cell)] == [round(number, 1) for number in numbers]
