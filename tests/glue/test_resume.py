@@ -47,7 +47,7 @@ def test_a_launch_with_the_same_values_says_nothing(runs: Runs, begun: bool) -> 
             ["run.checkpoint_every: 100 -> 7",
              "rollout.server.url: none -> http://there:1 (the student's weights are published to it as before)"],
         ),
-        ({"teacher": {"kind": "sglang"}}, ["teacher.kind: megatron -> sglang (the same model behind another door)"]),
+        ({"teacher": {"kind": "sglang"}}, ["teacher.kind: megatron -> sglang (the same model, served differently)"]),
         ({"gates": {"vocabulary": False}}, ["gates.vocabulary: true -> false"]),
         ({"verifier": {"kind": "exact_match"}}, ["verifier.kind: none -> exact_match"]),
     ],
@@ -200,7 +200,7 @@ def test_a_run_directory_of_an_older_version_shows_no_changes_and_is_recorded_fr
     )
     runs.run_dir.inputs.unlink()
     (line,) = runs.launch()
-    assert "is not in the record, so contents were not compared" in line
+    assert "recorded no inputs, so contents were not compared" in line
     assert runs.launch() == []
 
 
