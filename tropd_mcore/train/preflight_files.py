@@ -1,7 +1,7 @@
 """Checks that the files and folders of a configuration exist and are of the right kind.
 
-These checks read names and config.json, and the prompts if no model can be read. They do not read tokenizers or weights
-(`train.start_checks`). Invariant: a file that the run does not read need not exist.
+These checks read names and config.json, and the prompts if a model folder is faulty. They do not read tokenizers or
+weights (`train.start_checks`). Invariant: a file that the run does not read need not exist.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def data_files(config: Config) -> Iterator[Fault]:
 
 
 def prompt_lines(config: Config) -> Iterator[Fault]:
-    """Check the prompt file itself, if no model folder, and so no tokenizer, can be read for the full check."""
+    """Check the prompt file itself if a model folder is faulty, because the full check needs a tokenizer."""
     if next(model_folders(config), None) is None or file_problem(config.data.prompts) is not None:
         return
     try:

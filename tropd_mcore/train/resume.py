@@ -62,9 +62,9 @@ def read_before(run_dir: RunDir, checkpoint: Path | None) -> Before:
         record = read_record(text, str(run_dir.config))
         values = record.values
         for key in record.unknown:
-            log.warning("%s: %s is a key of another version and was not compared", run_dir.config, key)
+            log.warning("%s: %s is a key of another version, so it was not compared", run_dir.config, key)
     elif begun:
-        log.warning("%s is missing: what this launch changes in the run cannot be told", run_dir.config)
+        log.warning("%s is missing, so changes made by this launch cannot be detected", run_dir.config)
     return Before(run_dir.root, begun, checkpoint, values, run_dir.recorded_template_date())
 
 
@@ -89,9 +89,7 @@ def check_config(before: Before, config: Config) -> list[Change]:
         else:
             printed.append(f"{change} ({rule.reason})" if rule.reason else str(change))
     if problems:
-        problems += [
-            f"{change} was not looked at; it is free where both have the same content" for change in by_content
-        ]
+        problems += [f"{change} was not checked; it is allowed if the content is the same" for change in by_content]
         raise ConfigError([*problems, _conclusion(before)])
     _print(before, printed)
     return by_content

@@ -47,7 +47,7 @@ def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -
     if not others:
         return
     what = (
-        f"data.teacher_responses={path}: {len(others)} responses answer another text than the prompt of their id here"
+        f"data.teacher_responses={path}: {len(others)} responses answer another text than the prompt with their id here"
     )
     if origin.day is not None and prompts.printed_date not in (None, origin.day):
         log.warning("%s (the first is %r): the template printed %s there, %s here; set data.template_date=%s",

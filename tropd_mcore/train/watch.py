@@ -250,7 +250,7 @@ def _late(beats: dict[int, Beat], *, waiting: bool = False) -> str:
     text = _listed([f"rank {rank} ({beat.activity or 'no long work'})" for rank, beat in late.items()])
     if waiting:
         return text
-    return f"the others wait for {text}" if len(late) < len(beats) else f"the ranks are in: {text}"
+    return f"the others wait for {text}" if len(late) < len(beats) else f"current work: {text}"
 
 
 def _listed(names: list[str]) -> str:
