@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         summary = make_example(options.out, TINY if options.tiny else FULL, threads=options.threads)
     except _Ended as ended:
-        print(f"stopped while {options.out} was made; nothing is left, the same command starts again", file=sys.stderr)
+        print(f"stopped while making {options.out}; nothing is left, the same command starts again", file=sys.stderr)
         return 128 + ended.number
     except FileExistsError as error:
         print(f"error: {error}", file=sys.stderr)

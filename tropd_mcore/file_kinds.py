@@ -107,7 +107,7 @@ def kind_of(head: bytes) -> Found | None:
             if head.startswith(mark) and not (len(mark) == 2 and head[2:3] == b"\0"):
                 return Found(name, cure)
     if not any(head):
-        return Found("a file of zeros, as a machine that crashed leaves it", "write it or fetch it again")
+        return Found("a file of zeros, as a crash of the machine can leave it", "write it or fetch it again")
     if head[257:262] == b"ustar":
         return Found("a tar archive", _UNPACK)
     if head.lstrip().lower().startswith(_PAGE):

@@ -21,7 +21,7 @@ PR_SET_PDEATHSIG = 1
 LAUNCHER_VARIABLE = "TROPD_LAUNCHER_PID"
 """Environment variable in which our launcher passes its pid to its ranks."""
 SECOND_S = 1.0
-"""Shortest time between two separate Ctrl-C. A terminal and a wrapper may both deliver the same one, but faster."""
+"""Two SIGINTs within this time count as one Ctrl-C, because a terminal and a wrapper may both deliver it."""
 
 
 def listen(

@@ -249,7 +249,7 @@ BROKEN = [
     (wrong_shape, r"rollout.server: a is torch.float32 \[2, 3\]; the plan says torch.float32 \[3, 2\]"),
     (wrong_dtype, r"rollout.server: b is torch.bfloat16 \[5\]; the plan says torch.float32 \[5\]"),
     (same_size_other_dtype, r"rollout.server: b is torch.int32 \[5\]; the plan says torch.float32 \[5\]"),
-    (missing, "rollout.server: the weights to publish end without 2 of 4 tensors, the first being c"),
+    (missing, "rollout.server: 2 of 4 tensors are missing from the weights to publish, the first is c"),
     (twice, "rollout.server: a comes twice in one update"),
 ]
 

@@ -20,7 +20,7 @@ SAME_TOKENS = 1.0
 SAME_SHARE = 0.1
 """Two prefix lengths count as equal if they differ by at most one token, or by a tenth of the longer one."""
 MANY_CUT = 0.05
-"""Share of cut responses from which on the summary mentions them."""
+"""The summary mentions cut responses if their share is at least this."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def outliers(tokens: StepTokens) -> dict[int, float]:
 
 
 def _draw(tokens: StepTokens, kept: list[int], count: int) -> list[int]:
-    """The first `count` of `kept` in the order of their lots; different prompts come first."""
+    """The first `count` of `kept` in pseudo-random order, from different prompts as far as possible."""
     ordered = sorted(kept, key=lambda sample: _lot(tokens, sample))
     first_of = {tokens.rollouts[sample].prompt_id: sample for sample in reversed(ordered)}
     firsts = [sample for sample in ordered if sample in first_of.values()]

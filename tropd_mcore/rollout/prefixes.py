@@ -44,7 +44,7 @@ class ResponseSampling:
     vocab_size: int
     """Ids below this are tokens. A teacher with a padded embedding can sample larger ids; responses are cut there."""
     served_width: int
-    """Rows of the teacher's embedding; answers have no larger id."""
+    """Rows of the teacher's embedding; all ids in answers are below it."""
     excluded: frozenset[int] = frozenset()
     """Ids below `vocab_size` that only the teacher has as tokens; responses are cut there too."""
 
@@ -149,7 +149,7 @@ def _check_lengths(client: SglangClient, prompts: list[Prompt], sampling: Respon
             f"{client.key}: the longest prompt with its response may reach {longest} tokens, "
             f"{sampling.max_new_tokens} of them --max-new-tokens, but the server takes {limit}: give --max-new-tokens "
             f"{sampling.max_new_tokens - (longest - limit)} or less, or raise {client.key}.max_total_tokens, or "
-            f"--context-length in {client.key}.extra_args where the model allows it"
+            f"--context-length in {client.key}.extra_args if the model allows it"
         )
 
 

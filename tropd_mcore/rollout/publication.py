@@ -126,8 +126,8 @@ class PublicationLedger:
         if self.last is not None and held.total != self.last.held.total:
             raise GateError(
                 f"{self.key}: the server's weights changed after their publication (checksum "
-                f"{_short(self.last.held.total)} -> {_short(held.total)}), so the rollouts of this step are of unknown "
-                "weights: let nothing else update or restart this server (gates.weight_sync)"
+                f"{_short(self.last.held.total)} -> {_short(held.total)}), so it is unknown which weights sampled "
+                "the rollouts of this step: let nothing else update or restart this server (gates.weight_sync)"
             )
 
     def _check_ranks(self, sent: Mapping[str, bytes], held: WeightChecksums) -> None:

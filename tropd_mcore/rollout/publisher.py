@@ -216,7 +216,7 @@ class WeightPublisher:
             return SharedBuffer()
         log.warning(
             "%s: weight updates need %d MiB of /dev/shm but %d are usable; weights go through HTTP by value, about a "
-            "hundred times as slow (docker: --shm-size)",
+            "hundred times slower (docker: --shm-size)",
             self._client.key,
             needed >> 20,
             shared_memory_room() >> 20,
@@ -238,8 +238,8 @@ class WeightPublisher:
             size += tensor.nbytes
         if missing:
             raise ServerError(
-                f"{self._client.key}: the weights to publish end without {len(missing)} of {len(self._plan)} tensors, "
-                f"the first being {next(iter(missing))}"
+                f"{self._client.key}: {len(missing)} of {len(self._plan)} tensors are missing from the weights to "
+                f"publish, the first is {next(iter(missing))}"
             )
         yield bucket
 

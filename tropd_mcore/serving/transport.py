@@ -241,7 +241,7 @@ class Transport:
         except aiohttp.ClientError as error:
             # an invalid URL, or an answer that is not HTTP
             raise ServerError(
-                f"{self.name}: {self.url}{path} cannot be asked: {one_line(error)}; {NOT_SGLANG}"
+                f"{self.name}: the request to {self.url}{path} failed: {one_line(error)}; {NOT_SGLANG}"
             ) from error
 
     def _checked(self, path: str, answer: aiohttp.ClientResponse, content: bytes, *, json_answer: bool) -> object:
@@ -256,7 +256,7 @@ class Transport:
             error.wait_s = _retry_after_s(answer.headers.get("Retry-After"))
             raise error
         if status in (401, 403):
-            whose = "check the key that api_key_env names" if self._config.url else "it does not take the key it got"
+            whose = "check the key that api_key_env names" if self._config.url else "it rejects the key we gave it"
             raise RefusedError(f"{said}: {whose} ({detail})")
         if status == 404:
             raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")

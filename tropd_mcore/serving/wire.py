@@ -33,7 +33,7 @@ class GenerationRequest:
     input_ids: IntArray
     max_new_tokens: int
     vocab_size: int
-    """Vocabulary size of the served model; answers have no larger id."""
+    """Vocabulary size of the served model; all ids in answers are below it."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
@@ -61,7 +61,7 @@ class ScoringRequest:
     first: int
     topk: int = 0
     vocab_size: int = 0
-    """Vocabulary size of the served model, needed with `topk`; candidates have no larger id."""
+    """Vocabulary size of the served model, needed with `topk`; all candidate ids are below it."""
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class TeacherIdentity:
                 "another run.dir"
             )
         for line in changes(before.model, found.model):
-            log.info("teacher.server: %s since the first launch; its weights are the same as far as can be told", line)
+            log.info("teacher.server: %s since the first launch; its weights are the same, as far as known", line)
 
     def _say(self, found: Identity, to_teacher: float | None, to_student: float | None, apart: float | None) -> None:
         tokens, said = len(found.fingerprint.logp_N), found.model.describe()
@@ -225,7 +225,7 @@ class TeacherIdentity:
         else:
             source = (
                 "no fingerprint to compare with, this first launch records one (teacher.path: "
-                f"{self._reasons['teacher.path']}): that it is the model of teacher.path is taken on trust"
+                f"{self._reasons['teacher.path']}): it is assumed, not checked, to be the model of teacher.path"
             )
         other = f"; student.path: {to_student:.1e}" if to_student is not None else ""
         log.info("gates.teacher_identity: %s serves %s; %s%s", self._where(), said, source, other)
@@ -234,7 +234,7 @@ class TeacherIdentity:
         if to_teacher is not None and apart and to_teacher > CLEARLY_NEARER * apart:
             log.warning(
                 "gates.teacher_identity: teacher.path and student.path differ by %.1e nats on the text, the server "
-                "from teacher.path by %.1e: which of the two it serves cannot be told",
+                "from teacher.path by %.1e: it is unclear which of the two it serves",
                 apart,
                 to_teacher,
             )

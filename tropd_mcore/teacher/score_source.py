@@ -129,7 +129,7 @@ class ScoreSource:
         everywhere = gather_on_rank_zero(reasons, self._layout.groups.control)
         for reason in sorted(set().union(*everywhere) - self._told):
             self._told.add(reason)
-            log.warning("step %d: the teacher scores again: stored scores are %s (said once)", step, reason)
+            log.warning("step %d: the teacher scores again: stored scores are %s (logged once)", step, reason)
 
     def _paths(self, step: int) -> list[Path]:
         """Files that may hold the scores of this rank's packs; the file of this run is first."""

@@ -121,7 +121,7 @@ def with_solution(raw_prompt: RawPrompt, template: str, solution: str) -> RawPro
 def _with_solution(messages: Sequence[Message], filled: Callable[[str], str]) -> list[Message]:
     last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        raise DataError("expected a message of role `user`, found none; the template takes its place")
+        raise DataError("expected a message of role `user`, found none; the template would replace it")
     changed = {**messages[last], "content": filled(messages[last]["content"])}
     return [*messages[:last], changed, *messages[last + 1 :]]
 
