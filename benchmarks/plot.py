@@ -1,4 +1,4 @@
-"""Draws the committed results: benchmarks/results/*.json -> benchmarks/results/*.svg. Needs the extra [bench].
+"""Draws the committed results: benchmarks/results/*.json -> benchmarks/results/*.svg. Needs the extra `bench`.
 
 python -m benchmarks.plot
 """
@@ -23,8 +23,8 @@ AXIS_LABELS = {
 
 
 def main() -> None:
-    """Draw every result that is there."""
-    plt.rcParams["svg.hashsalt"] = "tropd"  # the same file from the same data
+    """Draw every result that exists."""
+    plt.rcParams["svg.hashsalt"] = "tropd"  # the same data gives the same file
     for axis in AXIS_LABELS:
         path = RESULTS / f"scaling_{axis}.json"
         if path.exists():
@@ -76,7 +76,7 @@ def _scaling(axis: str, result: dict[str, Any]) -> Any:
         low = [row["cpu_s"]["median"] - row["cpu_s"]["least"] for row in rows]
         high = [row["cpu_s"]["most"] - row["cpu_s"]["median"] for row in rows]
         plot.errorbar(x, y, yerr=[low, high], marker="o", markersize=3, capsize=2, label=method)
-    plot.set(xscale="log", yscale="log", xlabel=AXIS_LABELS[axis], ylabel="CPU seconds a rank")
+    plot.set(xscale="log", yscale="log", xlabel=AXIS_LABELS[axis], ylabel="CPU seconds per rank")
     plot.legend(fontsize=7)
     return figure
 
@@ -86,10 +86,10 @@ def _bars(result: dict[str, Any]) -> Any:
     names = _methods(result)
     bars = times.barh(names, [row["cpu_s"]["median"] for row in result["rows"]])
     times.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    times.set(xlabel="CPU seconds a rank")
+    times.set(xlabel="CPU seconds per rank")
     bars = memory.barh(names, [row["extra_bytes_per_element"] for row in result["rows"]])
     memory.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    memory.set(xlabel="extra bytes a (token x local column)", yticklabels=[])
+    memory.set(xlabel="extra bytes per (token x local column)", yticklabels=[])
     for plot in (times, memory):
         plot.margins(x=0.15)
     return figure
