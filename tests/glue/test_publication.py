@@ -104,7 +104,7 @@ def test_a_tensor_parallel_rank_that_keeps_an_old_norm_is_found_and_shards_may_d
 
 
 def test_what_is_no_copy_of_what_was_sent_may_differ_between_ranks() -> None:
-    """Another stage, a tensor that no update sets (a draft model's), a server that does not tell its ranks."""
+    """Another stage, a tensor that no update sets (a draft model's), a server that does not report its ranks."""
     check_ranks(answer((0, 0, {NORM: "a"}), (1, 0, {NORM: "b"})))
     check_ranks(answer((0, 0, {f"draft.{NORM}": "a"}), (0, 0, {f"draft.{NORM}": "b"})))
     bare = read_checksums({"per_engine_checksum": "t", "ranks": [{"checksums": {NORM: c}} for c in "ab"]})

@@ -133,7 +133,7 @@ def test_responses_that_were_sampled_otherwise_are_not_passed_off_as_these(
 ) -> None:
     recipe.prefixes()
     line = recipe.refused(*arguments)
-    assert f"responses.jsonl: its responses were made otherwise: {words}" in line
+    assert f"responses.jsonl: its responses were made differently: {words}" in line
     assert "--out" in line and "or remove" in line
     recipe.out.unlink()
     assert recipe.prefixes(*arguments)[0] == 0, "the way out"

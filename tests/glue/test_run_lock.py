@@ -164,7 +164,7 @@ def test_mount_options_that_keep_locks_on_one_machine_lead_to_a_file(
     monkeypatch.setattr(run_lock.psutil, "disk_partitions", mounts)
     with caplog.at_level(logging.INFO):
         lock = held(tmp_path / "run")
-    assert "flock reaches this machine only (mount option localflock)" in caplog.text
+    assert "flock excludes only jobs of this machine (mount option localflock)" in caplog.text
     assert (tmp_path / "run" / HOLDER_FILE).exists()
     lock.release()
     held(tmp_path / "run", "flock").release()

@@ -148,7 +148,7 @@ def test_results_that_cannot_be_compared_are_said_to_be_so(run_dir):
     page = page_of(run_dir)
     text = section(page, "Held-out accuracy")
     assert "not comparable" in text and "+50.0" not in text
-    assert "measured in different ways" in page and "The student is better" not in page
+    assert "were measured differently" in page and "The student is better" not in page
 
 
 def test_settings_are_shown_as_they_are(run_dir):
@@ -253,7 +253,7 @@ def test_a_long_run_has_a_page_of_bounded_size_that_says_what_it_leaves_out(run_
                 stream.write(json.dumps({"step": step, **values}) + "\n")
         page = page_of(run_dir)
         if count > 800:
-            assert f"Of {count} steps, about 800 are drawn" in page
+            assert f"Each chart draws about 800 of the {count} steps" in page
         return len(page)
 
     assert write(4000) < 1.3 * write(1600) < 3_000_000

@@ -218,16 +218,16 @@ def test_a_tokenizer_that_is_named_is_used_and_one_that_is_another_is_said_to_be
         page_of(run_dir, tokenizer=tmp_path / "none")
     recorded = {"models": {"student.path": {"files": {"tokenizer.json": "0" * 64}}}}
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one than the run read" in page_of(run_dir, tokenizer=tmp_path / "student")
+    assert "is not the file that the run used" in page_of(run_dir, tokenizer=tmp_path / "student")
 
 
 def test_a_tokenizer_that_the_run_did_not_read_is_not_used_unasked(run_dir, tmp_path):
     recorded = {"models": {"student.path": {"files": {"tokenizer.json": "0" * 64}}}}
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one than the run read; give --tokenizer FOLDER" in page_of(run_dir)
+    assert "is not the file that the run used; give --tokenizer FOLDER" in page_of(run_dir)
     recorded["models"]["student.path"]["files"]["tokenizer.json"] = file_digest(tmp_path / "student" / "tokenizer.json")
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one" not in page_of(run_dir)
+    assert "is not the file" not in page_of(run_dir)
 
 
 @pytest.mark.parametrize("name", ["tokens", "rollouts"])

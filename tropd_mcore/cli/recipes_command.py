@@ -1,7 +1,8 @@
 """`tropd recipes` lists and copies the configurations and scripts that come with the package.
 
 An installation from a wheel has no checkout beside it. The models of the quickstart are not among the files;
-examples/make_models.py makes them. Invariant: an existing file that differs is never overwritten.
+examples/make_models.py makes them. Invariants: an existing file that differs is never overwritten. A copy is complete
+or absent.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import ast
 import difflib
 import os
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from tropd_mcore.cli import shipped
 from tropd_mcore.errors import ConfigError
+from tropd_mcore.files import publish_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +75,10 @@ def _about(path: Path) -> str:
     return next(lines, "# ")[2:]
 
 
+def _write(source: Path, stream: BinaryIO) -> None:
+    stream.write(source.read_bytes())
+
+
 def _copy(root: Path, files: list[Path], target: Path) -> None:
     differing, new = [], []
     for path in files:
@@ -86,12 +94,8 @@ def _copy(root: Path, files: list[Path], target: Path) -> None:
         )
     for path in new:
         place = target / path
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes((root / path).read_bytes())
-            place.chmod((root / path).stat().st_mode & 0o777 | 0o200)
-        except OSError as error:
-            raise ConfigError([f"tropd recipes: {place} cannot be written ({error.strerror}); set --to"]) from error
+        publish_file(place, partial(_write, root / path), key="--to")
+        place.chmod((root / path).stat().st_mode & 0o777 | 0o200)
         print(place)
     if len(new) < len(files):
         print(f"{len(files) - len(new)} files exist already and are the same")

@@ -177,12 +177,18 @@ def refuse_groups(vp: VocabParallel, teacher: TeacherTopK | TeacherLogits) -> No
         raise LossInputError(f"{CALL}: student and TeacherLogits have two groups; split both over the same ranks")
 
 
-def refuse_impossible_numbers(columns: Mapping[str, Tensor]) -> None:
+def refuse_impossible_numbers(columns: Mapping[str, Tensor], student: Mapping[str, Tensor] | None = None) -> None:
     """Raise LossInputError for numbers of counted tokens that no distribution has, seldom made on purpose.
 
-    For tensors on a CPU, and under `VocabParallel.debug`: on a GPU it would wait for the device.
+    `student` has log-probs that the caller computed, [T] or [T, K], by argument. For tensors on a CPU, and under
+    `VocabParallel.debug`: on a GPU it would wait for the device.
     """
-    if problems := [what for what, here in impossible_numbers(columns).items() if here]:
+    counted_T = columns["student_mask_T"] | columns["prefix_mask_T"]
+    found = {
+        f"{name} has numbers above 0, which no log-prob is": (logp[counted_T] > ROUNDING).any()
+        for name, logp in (student or {}).items()
+    }
+    if problems := [what for what, here in {**found, **impossible_numbers(columns)}.items() if here]:
         raise LossInputError(f"{CALL}: {'; '.join(problems)}")
 
 

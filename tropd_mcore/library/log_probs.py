@@ -106,6 +106,11 @@ def loss_from_log_probs(
         divergence_T=None,
         **{"old_logp_T": logp_T.detach(), "old_own_logp_TL": own_TL.detach(), **constants.columns},
     )
+    if first.device.type == "cpu":  # a look at the numbers of a GPU would wait for it
+        given_by_caller = ("student_logp_T", "student_topk_logp_TK", "student_own_logp_TL")
+        checks.refuse_impossible_numbers(
+            constants.columns, {name: getattr(inputs, name).detach() for name in given_by_caller}
+        )
     output = function_of(chosen)(inputs)
     known_T = unknown_T if student_logp_T is None else logp_T.detach()
     student = {"student_logp": known_T, "student_entropy": inputs.student_entropy_T.detach()}
