@@ -74,18 +74,18 @@ def _supervised_only(function: LossFunction, inputs: TokenInputs) -> TokenLosses
     if not isinstance(found, TokenLosses) or found.loss_T.shape != supervised_T.shape:
         shape = f" with losses {tuple(found.loss_T.shape)}" if isinstance(found, TokenLosses) else ""
         raise LossInputError(
-            f"an objective of your own returned a {type(found).__name__}{shape}, expected TokenLosses with a loss for "
+            f"a custom objective returned a {type(found).__name__}{shape}, expected TokenLosses with a loss for "
             f"each of the {len(supervised_T)} tokens of its chunk"
         )
     if found.counted_T.dtype != torch.bool or found.counted_T.shape != supervised_T.shape:
         raise LossInputError(
-            f"an objective of your own returned counted_T as {found.counted_T.dtype} {tuple(found.counted_T.shape)}, "
+            f"a custom objective returned counted_T as {found.counted_T.dtype} {tuple(found.counted_T.shape)}, "
             f"expected bool [{len(supervised_T)}], as inputs.student_mask_T is"
         )
     for name, column in found.columns.items():
         if column.shape != supervised_T.shape:
             raise LossInputError(
-                f"an objective of your own returned the column {name} as {tuple(column.shape)}, expected "
+                f"a custom objective returned the column {name} as {tuple(column.shape)}, expected "
                 f"[{len(supervised_T)}]"
             )
     loss_T = torch.where(supervised_T, found.loss_T, 0.0)
