@@ -151,7 +151,7 @@ class StudentPass:
     entropy_T: Tensor
     """float32 [T], full-vocabulary entropy, nats"""
     own_ids_TL: Tensor
-    """int64 [T, L], the student's own candidates by descending log p, ties by lower id; L = 0 where none are needed"""
+    """int64 [T, L], the student's own candidates by descending log p, ties by lower id; L = 0 if none are needed"""
     own_logp_TL: Tensor
     """float32 [T, L], true log p of them, nats"""
 

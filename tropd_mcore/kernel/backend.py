@@ -1,4 +1,4 @@
-"""The backend protocol: the two passes over a chunk's logits, which take the time of the loss beside its products.
+"""The backend protocol: the two passes over a chunk's logits, the costly part of a loss besides its matrix products.
 
 A backend knows nothing about ranks, chunks or objectives. Invariant: all backends give the same numbers within the
 tolerances of docs/numerics.md; `eager` is the definition.

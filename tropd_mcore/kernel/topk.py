@@ -61,9 +61,9 @@ def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Ten
         ids_TK = logits_TV.sort(dim=1, descending=True, stable=True).indices, cut at K
         logp_TK, logp_TJ = logp_TV.gather(1, ids_TK), logp_TV.gather(1, ids_TJ)
 
-    but holds one chunk of logits at a time, and each rank sends min(k, R) candidates instead of V logits. That is
-    enough: an entry of the global top-k is in the top-k of its own shard, since k better entries there would also be
-    better globally. One all-gather of [C, 2K + 3 + J] numbers per chunk.
+    but holds one chunk of logits at a time, and each rank sends its best min(k, R) candidates instead of its logits.
+    That is enough: an entry of the global top-k is in the top-k of its own shard, since k better entries there would
+    also be better globally. One all-gather of [C, 2K + 3 + J] numbers per chunk.
 
     Args: ids_TJ as in `support_log_probs`. Logits must be finite. k may exceed the shard, but not the vocabulary.
 

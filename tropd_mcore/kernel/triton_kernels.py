@@ -36,7 +36,7 @@ def stats_and_support_kernel(
 ):
     """(m, s, u) of the real columns of a row, [3], and z' of the support ids that are in this shard, [J], else 0.
 
-    Carried from block to block: m as one number, s and u as one number per lane, rescaled to m.
+    From block to block it carries m as one number, and s and u as one number per lane, rescaled to the current m.
     """
     # m = max z', s = sum e^(z'-m), u = sum e^(z'-m) (z'-m), in one read of the row. If a block raises m to m_new, then
     # with c = m - m_new <= 0 and w = e^c the sums so far become

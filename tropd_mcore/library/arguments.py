@@ -157,7 +157,7 @@ class StudentTopK:
     ids_TL: Tensor
     """int [*T, L]"""
     teacher_logp_TL: Tensor
-    """[*T, L], true log q of them; -inf where the teacher lacks the id"""
+    """[*T, L], true log q of them; -inf if the teacher lacks the id"""
     old_logp_TL: Tensor | None = None
     """[*T, L], log p of them before the first update; None = log p now, detached"""
 

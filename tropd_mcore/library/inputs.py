@@ -4,7 +4,7 @@ The student's own numbers are not here; the kernel computes them chunk by chunk.
 student's vocabulary lacks is in no support, and ABSENT among the teacher's log-probs. log q of a sampled token is never
 -inf (only a candidate's may be), and a NaN stays NaN. Numbers that were not given are NaN.
 
-Legend: T tokens, C tokens of a chunk, K teacher top-k, L student top-k, J support ids: x where it is given, K, L.
+Legend: T tokens, C tokens of a chunk, K teacher top-k, L student top-k, J support ids: x if given, K, L.
 """
 
 from __future__ import annotations
