@@ -291,7 +291,7 @@ def test_each_way_to_name_a_wrong_function_is_one_clear_line(
     [
         ("a_number", "expected a TokenLosses, found float"),
         ("no_columns", r"missing: \['advantage', .*\], of another shape: \['loss'\]"),
-        ("summed", r"expected one number a token, \(37,\), found loss_T \(\)"),
+        ("summed", r"expected one number per token, \(37,\), found loss_T \(\)"),
     ],
 )
 def test_each_result_that_cannot_be_used_is_one_clear_line(module: str, function: str, expected: str) -> None:

@@ -97,14 +97,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "probabilities for log-probs": (
         lambda case: {"teacher": _top(case, logp_TK=case.top.logp_TK.exp())},
-        "teacher.logp_TK has numbers above 0, which no log-prob is; pass log q, not probabilities or logits",
+        "teacher.logp_TK has numbers above 0; pass log q, not probabilities or logits",
     ),
     "a probability of the target": (
         lambda case: {"teacher": _top(case, logp_T=case.log_q_x.exp())}, "teacher.logp_T has numbers above 0"
     ),
     "an id twice": (
         lambda case: {"teacher": _top(case, logp_TK=torch.full_like(case.top.logp_TK, -0.5))},
-        "teacher.logp_TK has more than probability 1 in a row; pass true log q of different ids",
+        "teacher.logp_TK has more than probability 1 for a token; pass true log q of different ids",
     ),
     "normal numbers for uniforms": (
         lambda case: {"trust_u_T": case.advantage()}, r"trust_u_T is not all in \[0, 1\)"
