@@ -92,7 +92,7 @@ def outcomes_without(names: tuple[str, ...], replacement: Any, situation: str, b
         return guarded, run()
 
 
-def test_without_its_shield_the_inner_graph_runs_a_checkpoint_again() -> None:
+def test_without_the_shield_the_inner_graph_reruns_a_checkpoint_and_is_refused() -> None:
     """The guard against repeated forward passes stands behind it, so that folded is refused and not wrong."""
     names = (f"{KERNEL}.support_loss.shield",)
     ((guarded, unguarded),) = run_on_ranks(outcomes_without, 1, names, nullcontext, "checkpoint", "eager")
@@ -101,7 +101,7 @@ def test_without_its_shield_the_inner_graph_runs_a_checkpoint_again() -> None:
 
 
 @pytest.mark.parametrize("fault", GUARDS)
-def test_without_its_guard_a_situation_is_silently_wrong(fault: str) -> None:
+def test_a_situation_is_silently_wrong_if_its_guard_is_removed(fault: str) -> None:
     ((guarded, unguarded),) = run_on_ranks(outcomes_without, 1, *GUARDS[fault])
     assert not [found for found in guarded if found.startswith("WRONG")]
     assert [found for found in unguarded if found.startswith("WRONG")]

@@ -56,7 +56,7 @@ def test_the_training_step_of_the_stack_gives_the_gradient_of_a_softmax(
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["installed", "megatron-lm"])
-def test_context_ranks_add_up(newer: bool) -> None:
+def test_loss_count_and_gradient_of_context_ranks_add_up_to_the_whole(newer: bool) -> None:
     loss, count, gradient = ranks.context_expected()
     if newer:
         with contextlib.closing(Pool()) as pool:

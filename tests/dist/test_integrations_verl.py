@@ -77,7 +77,7 @@ def _check(where: tuple[Pool, list[str]], size: int, options: dict[str, Any]) ->
 @pytest.mark.parametrize("packed", [True, False], ids=["thd", "bshd"])
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_function_in_the_place_of_verls_has_the_gradient_of_a_softmax(
+def test_the_function_that_replaces_verls_has_the_gradient_of_a_softmax(
     original: tuple[Pool, list[str]], size: int, reduction: str, packed: bool
 ) -> None:
     _check(original, size, {**FORWARD_KL, "reduction": reduction, "packed": packed, "alone": packed})

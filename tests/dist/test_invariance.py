@@ -47,7 +47,9 @@ def found(folders: tuple[Path, Path]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*list(VARIANTS)[1:], "reordered", *SHARDED_RECOMPUTE])
-def test_step_does_not_depend_on(found: dict[str, Any], name: str) -> None:
+def test_loss_and_gradients_do_not_depend_on_packing_order_padding_or_recomputation(
+    found: dict[str, Any], name: str
+) -> None:
     expected, step = found["whole"], found[name]
     assert step["token_count"] == expected["token_count"]
     assert step["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
@@ -80,7 +82,7 @@ def test_a_data_rank_whose_packs_are_empty_adds_nothing(
         assert relative_error(found["gradients"][key], gradient) <= TOLERANCE, key
 
 
-def test_variants_differ_in_what_they_are_about(found: dict[str, Any]) -> None:
+def test_the_packing_and_padding_variants_really_differ(found: dict[str, Any]) -> None:
     assert found["whole"]["micro_batches"] == 1
     assert found["split"]["micro_batches"] > 3
     assert found["padding-tail"]["pack_length"] >= found["whole"]["pack_length"] + 20

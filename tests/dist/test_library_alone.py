@@ -60,7 +60,7 @@ def _record(
     return len(calls)
 
 
-def test_the_front_door_alone_gives_the_bits_of_the_trainer(tmp_path: Path) -> None:
+def test_the_library_with_torch_alone_gives_the_bits_of_the_trainer(tmp_path: Path) -> None:
     student = reference.write_model(next(iter(reference.STUDENTS.values())), tmp_path / "student", seed=3)
     teacher = reference.write_model(reference.TEACHER, tmp_path / "teacher", seed=11)
     record = tmp_path / "record"

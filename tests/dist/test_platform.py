@@ -25,7 +25,7 @@ UNEVEN = [0, 4, 16, 20, 28]
 """Lengths 4, 12, 4 and 8: each divisible by 2 * 2 context ranks."""
 
 
-def test_auto_is_cpu_without_a_gpu() -> None:
+def test_platform_auto_means_cpu_without_a_gpu() -> None:
     assert choose("auto").name == "cpu"
 
 
@@ -40,7 +40,7 @@ def test_cpu_beside_a_gpu_is_refused_by_key(monkeypatch: pytest.MonkeyPatch) -> 
         choose("cpu")
 
 
-def test_an_unvalidated_megatron_is_refused_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unvalidated_megatron_version_is_refused_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
     with pytest.raises(
         ConfigError, match=r"platform\.kind = cpu: validated with megatron-core 0\.16\.x, found 0\.17\.0"
@@ -70,7 +70,7 @@ def test_cuda_literals_run_on_the_cpu_also_in_backward() -> None:
     }
 
 
-def test_random_states_are_separate_and_differ_between_tensor_ranks_only_inside() -> None:
+def test_random_states_differ_between_tensor_ranks_only_inside_the_fork() -> None:
     zero, one = run_on_ranks(platform_ranks.random_states, 2, Case(tensor=2))
     assert torch.equal(zero["outside"], one["outside"])
     assert not torch.equal(zero["inside"], one["inside"])

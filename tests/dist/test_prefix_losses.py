@@ -159,7 +159,7 @@ def test_guided_rollouts_replayed_without_a_prefix_loss_have_the_gradient_of_the
 
 
 @pytest.mark.parametrize("carriers", [[], [1, 3, 8]], ids=["sampled-without-prefix-loss", "with"])
-def test_guided_rollouts_replayed_with_a_prefix_loss_have_one_carrier_a_prompt(
+def test_guided_rollouts_replayed_with_a_prefix_loss_have_one_carrier_per_prompt(
     student: Path, tmp_path: Path, carriers: list[int]
 ) -> None:
     rollouts = guided_rollouts(carriers)
@@ -185,7 +185,7 @@ def test_another_scored_sample_of_the_prompt_supplies_the_prefix_loss(
     assert_equals(outcome, expected_step(student, rollouts, unscored=[0, 3, 6, 7, 8], carriers=[1, 5], trust=False))
 
 
-def test_a_killed_step_is_repeated_with_the_carriers_that_it_had(student: Path, tmp_path: Path) -> None:
+def test_a_killed_step_is_repeated_with_the_same_carriers(student: Path, tmp_path: Path) -> None:
     """Killed before the scores were stored, it asks again, of a server that is well. After that it asks for nothing."""
     rollouts = guided_rollouts(carriers=[0, 3, 6])
     killed = Launch([(0, "always")], killed_before_scores=True)

@@ -49,7 +49,7 @@ def found_in(
 
 
 @pytest.mark.parametrize(("size", "cases"), LAYOUTS)
-def test_in_the_students_own_context_the_scores_are_those_of_any_teacher(
+def test_a_self_teacher_given_the_original_prompts_scores_like_any_teacher(
     folder: Path, size: int, cases: dict[str, Case]
 ) -> None:
     """Bit for bit where the packs are the same, which they are with one data rank and one pack."""

@@ -180,7 +180,7 @@ def test_overlapped_chunks_change_no_bit() -> None:
     assert all(np.array_equal(whole(plain)[name], gradient) for name, gradient in whole(overlapped).items())
 
 
-def test_a_second_run_has_the_same_bits() -> None:
+def test_loss_and_gradients_are_bit_identical_in_a_second_run() -> None:
     case = make_case("fused", "deferred", torch.bfloat16)
     first, second = run(case), run(case)
     assert first[0].loss == second[0].loss

@@ -13,7 +13,7 @@ from tropd_mcore import OutputLayer, VocabParallel, distill_loss, objectives
 
 @pytest.mark.parametrize("head", ["own", "tied", "frozen"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_gradients_in_pytorchs_wrappers_are_those_of_one_process_with_a_softmax(wrapper: str, head: str) -> None:
+def test_gradients_in_pytorchs_wrappers_equal_those_of_one_process_with_a_softmax(wrapper: str, head: str) -> None:
     arguments = (head == "tied", head == "frozen")
     (expected,) = run_on_ranks(wrapper_ranks.gradients, 1, "none", *arguments)
     for found in run_on_ranks(wrapper_ranks.gradients, 2, wrapper, *arguments):

@@ -103,7 +103,7 @@ def last_line(output: str) -> str:
     return next(line for line in output.splitlines() if line.startswith("error:"))
 
 
-def test_samples_that_are_lied_about_are_left_out_of_every_step(
+def test_samples_that_the_server_lies_about_are_left_out_of_every_step(
     short: list[str], servers: dict[str, SupervisedServer], example: Path, tmp_path: Path
 ) -> None:
     """Each lie about all samples of one prompt, so many prompts a step as may be left out."""
@@ -322,7 +322,7 @@ def test_a_teacher_url_that_serves_the_student_is_refused_before_the_first_step(
     assert "gates.teacher_identity" in last_line(output) and steps_trained(tmp_path / "run") == 0
 
 
-def test_a_teacher_that_becomes_another_model_in_mid_run_stops_it(
+def test_a_teacher_that_becomes_another_model_in_mid_run_stops_the_run(
     short: list[str], servers: dict[str, SupervisedServer], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

@@ -38,7 +38,7 @@ def server_logs(run_dir: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run_dir.rglob("*.log")}
 
 
-def test_the_quickstart_lifts_the_student_and_a_second_run_does_nothing(example: Path, tmp_path: Path) -> None:
+def test_the_quickstart_improves_the_student_and_a_second_run_does_nothing(example: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "quickstart"
     printed = quickstart(run_dir)
     assert "Everything is in" in printed

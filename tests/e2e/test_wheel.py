@@ -16,7 +16,7 @@ from tropd_mcore.cli.main import COMMANDS
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 
-def test_the_wheel_runs_the_quickstart_and_every_command_in_a_folder_of_its_own(example: Path, tmp_path: Path) -> None:
+def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(example: Path, tmp_path: Path) -> None:
     site, folder = tmp_path / "site", tmp_path / "elsewhere"
     pip("install", "--quiet", "--no-deps", "--no-index", "--target", site, build(tmp_path))
     folder.mkdir()

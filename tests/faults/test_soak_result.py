@@ -53,7 +53,7 @@ def test_the_soak_is_long_enough_and_of_a_known_commit() -> None:
     assert places_in(result) == []
 
 
-def test_nothing_grows_beyond_its_bound_and_nothing_is_left() -> None:
+def test_in_the_soak_nothing_grows_beyond_its_bound_and_nothing_is_left_behind() -> None:
     assert problems(content()) == []
 
 
@@ -77,17 +77,17 @@ def made_up(rank_0: dict[str, Any] | None = None, **parts: Any) -> dict[str, Any
 
 
 @pytest.mark.parametrize("name", ["anonymous", "rss", "handles", "threads"])
-def test_a_process_that_grows_is_a_problem(name: str) -> None:
+def test_growing_memory_of_a_process_is_a_problem(name: str) -> None:
     assert problems(made_up()) == []
     assert problems(made_up(flat(**{name: 9000.0}))) == [f"rank 0: {name}"]
 
 
-def test_shared_memory_and_disk_that_grow_are_problems() -> None:
+def test_growing_shared_memory_or_disk_use_is_a_problem() -> None:
     folders = {"run.dir": {"all": flat(bytes=22_000.0)}, "TMPDIR": {"all": flat(files=1.0)}}
     assert problems(made_up(folders=folders)) == ["run.dir", "TMPDIR"]
     assert problems(made_up(shared_memory=flat(names=1.0))) == ["/dev/shm: names"]
 
 
-def test_what_is_left_and_a_process_that_is_not_seen_are_problems() -> None:
+def test_shared_memory_left_behind_and_an_unseen_process_are_problems() -> None:
     rows = [row for row in made_up()["processes"] if row["role"] != "rank 1"]
     assert problems(made_up(processes=rows, left_shared_memory=["torch_1"])) == ["no rank 1", "shared_memory"]

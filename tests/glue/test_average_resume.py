@@ -65,7 +65,7 @@ def state_of(seed: int) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_after_a_resume_what_scores_is_the_restored_average(dtype: Dtype) -> None:
+def test_after_a_resume_the_restored_average_scores(dtype: Dtype) -> None:
     average = make_average(student(), dtype)
     saved = state_of(seed=7)
     average.load_state(saved)
@@ -78,7 +78,7 @@ def test_after_a_resume_what_scores_is_the_restored_average(dtype: Dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_a_resumed_average_goes_on_from_the_float32_numbers(dtype: Dtype) -> None:
+def test_a_resumed_average_continues_from_its_float32_numbers(dtype: Dtype) -> None:
     learner = student()
     average = make_average(learner, dtype)
     saved = state_of(seed=7)
@@ -93,7 +93,7 @@ def test_a_resumed_average_goes_on_from_the_float32_numbers(dtype: Dtype) -> Non
             torch.testing.assert_close(value.double(), expected, rtol=rounded, atol=1e-7)
 
 
-def test_a_new_average_is_the_student_and_scores_as_it() -> None:
+def test_a_new_average_equals_the_student_and_scores_like_it() -> None:
     learner = student()
     average = make_average(learner, "bfloat16")
     for theirs, mine in zip(learner.modules, average.model.modules, strict=True):

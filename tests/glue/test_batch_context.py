@@ -207,13 +207,13 @@ def statistic(objective: dict[str, Any], unscored: str = "none", step: int = 0) 
 
 
 @pytest.mark.parametrize("unscored", list(UNSCORED))
-def test_the_history_weight_is_of_the_samplers_log_prob(unscored: str) -> None:
+def test_the_history_weight_uses_the_samplers_log_prob(unscored: str) -> None:
     expected = Expected(unscored)
     assert_equal(statistic(IW_OPD, unscored), expected.everywhere(expected.history_weight()))
 
 
 @pytest.mark.parametrize("unscored", list(UNSCORED))
-def test_the_mixed_return_is_of_the_trainers_log_prob_before_the_update(unscored: str) -> None:
+def test_the_mixed_return_uses_the_trainers_log_prob_before_the_update(unscored: str) -> None:
     expected = Expected(unscored)
     assert_equal(statistic(TOPD, unscored), expected.everywhere(expected.mixed_return()))
 
@@ -225,12 +225,12 @@ def test_the_most_uncertain_tokens_are_chosen_among_the_scored_ones(unscored: st
 
 
 @pytest.mark.parametrize("unscored", list(UNSCORED))
-def test_the_advantage_of_a_token_is_that_of_its_sample(unscored: str) -> None:
+def test_every_token_gets_the_group_advantage_of_its_sample(unscored: str) -> None:
     expected = Expected(unscored)
     assert_equal(statistic(KDRL, unscored), expected.everywhere(expected.group_advantage(VERDICTS)))
 
 
-def test_the_old_log_prob_of_the_context_is_that_of_the_students_pass() -> None:
+def test_the_old_log_prob_of_a_row_is_that_of_the_students_scoring_pass() -> None:
     with one_rank() as layout:
         _, old = contexts(layout, IW_OPD, "none")
     assert_equal(old, {place: old_logp(*place) for place in old})
@@ -238,14 +238,14 @@ def test_the_old_log_prob_of_the_context_is_that_of_the_students_pass() -> None:
 
 
 @pytest.mark.parametrize(("step", "has_statistic"), [(0, False), (1, False), (2, True), (3, True)])
-def test_the_statistic_of_reopold_begins_with_its_second_phase(step: int, has_statistic: bool) -> None:
+def test_reopold_has_a_statistic_only_from_its_second_phase_on(step: int, has_statistic: bool) -> None:
     found = statistic(REOPOLD, step=step)
     assert (found is not None) is has_statistic
     if has_statistic:
         assert_equal(found, Expected().everywhere(Expected().most_uncertain()))
 
 
-def test_an_objective_without_a_statistic_looks_at_no_row_before_the_update() -> None:
+def test_an_objective_without_a_statistic_reads_no_row_before_the_update() -> None:
     with one_rank() as layout:
         assert contexts(layout, {"kind": "opd", "topk": 3}, "none") == (None, {})
 
@@ -263,7 +263,7 @@ def expected_of_cases() -> list[dict[Place, float]]:
     ]
 
 
-def test_the_rows_of_all_data_ranks_make_one_statistic_and_each_rank_gets_its_own_rows() -> None:
+def test_the_statistic_is_computed_over_all_data_ranks_and_each_rank_gets_its_own_rows() -> None:
     one, two = on_ranks(contexts_on_ranks, 2, "data", CASES)
     for mine, theirs, expected in zip(one, two, expected_of_cases(), strict=True):
         assert mine and theirs and not mine.keys() & theirs.keys()
@@ -271,14 +271,14 @@ def test_the_rows_of_all_data_ranks_make_one_statistic_and_each_rank_gets_its_ow
         assert {**mine, **theirs}.keys() == expected.keys()
 
 
-def test_rows_that_every_tensor_rank_holds_count_once() -> None:
+def test_rows_held_by_several_tensor_ranks_count_once() -> None:
     one, two = on_ranks(contexts_on_ranks, 2, "tensor", CASES)
     for mine, theirs, expected in zip(one, two, expected_of_cases(), strict=True):
         assert mine == theirs
         assert_equal(mine, expected)
 
 
-def test_the_last_stage_alone_has_a_context() -> None:
+def test_only_the_last_pipeline_stage_has_a_batch_context() -> None:
     first, last = on_ranks(contexts_on_ranks, 2, "pipeline", CASES)
     assert first == [None] * len(CASES)
     for found, expected in zip(last, expected_of_cases(), strict=True):

@@ -97,9 +97,7 @@ def config_in(root: Path, *overrides: str) -> Config:
     return load(root / "recipe.yaml", [override.replace("{root}", str(root)) for override in overrides])[0]
 
 
-def test_doctor_and_job_run_every_check_of_the_list_and_no_other(
-    root: Path, started: Callable[[Config], State | None]
-) -> None:
+def test_doctor_and_job_run_exactly_the_listed_checks(root: Path, started: Callable[[Config], State | None]) -> None:
     with_records(root)
     config = config_in(root)
     state = State(config, RunDir(config.run.dir))
@@ -208,7 +206,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list[str], str, str]] =
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_told_by_doctor_as_by_the_job(
+def test_doctor_and_the_job_report_a_planted_fault_in_the_same_way(
     root: Path,
     started: Callable[[Config], State | None],
     monkeypatch: pytest.MonkeyPatch,
@@ -233,7 +231,7 @@ def test_a_planted_fault_is_told_by_doctor_as_by_the_job(
     assert words in failed[0].detail
 
 
-def test_warnings_of_a_check_are_findings_and_not_log_lines(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_of_a_check_become_findings_instead_of_log_lines(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
     found: list[Finding] = list(start_checks(config_in(root)))
     warning, *_ = [finding for finding in found if finding.level == "warn" and finding.name == "run.dir"]

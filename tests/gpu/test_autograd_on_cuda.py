@@ -26,7 +26,7 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_every_form_is_right_or_refused_in_every_situation_as_the_docs_say(backend: str) -> None:
+def test_on_cuda_every_form_is_right_or_refused_in_every_situation_as_documented(backend: str) -> None:
     found = autograd_cases.outcomes(backend, "cuda")
     assert wrong(found) == []
     stated = table_in_docs()

@@ -127,7 +127,7 @@ def test_both_passes_equal_eager_in_float64(
         (torch.float64, torch.float64),
     ],
 )
-def test_a_gradient_over_the_logits_has_the_bits_of_one_elsewhere(
+def test_a_gradient_written_over_the_logits_has_the_same_bits_as_one_written_elsewhere(
     width: str, with_entropy: bool, dtype: torch.dtype, output: torch.dtype
 ) -> None:
     """A thread that stored before another had loaded would show: every program runs many times."""
@@ -138,7 +138,7 @@ def test_a_gradient_over_the_logits_has_the_bits_of_one_elsewhere(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_second_run_has_the_same_bits(dtype: torch.dtype) -> None:
+def test_both_passes_are_bit_identical_in_repeated_runs(dtype: torch.dtype) -> None:
     rows = make_rows(WIDTHS["odd"], dtype, tokens=2000)
     first = [*stats_and_support(TritonBackend(), rows), over_the_logits(rows, dtype)]
     for _ in range(5):
@@ -146,7 +146,7 @@ def test_a_second_run_has_the_same_bits(dtype: torch.dtype) -> None:
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_rows_beyond_two_to_the_31_elements_are_found() -> None:
+def test_rows_beyond_two_to_the_31_elements_are_addressed_correctly() -> None:
     width = 131_072
     tokens = 2**31 // width + 5
     few = make_rows(width, torch.bfloat16, tokens=8)
@@ -178,7 +178,7 @@ def test_rows_beyond_two_to_the_31_elements_are_found() -> None:
     assert torch.equal(logits_TW[-8:], over_the_logits(few, torch.bfloat16))
 
 
-def test_a_cuda_graph_holds_both_passes() -> None:
+def test_both_passes_can_be_captured_in_a_cuda_graph() -> None:
     """What a graph captured can have no host sync in it, and gives the bits of a direct call on new numbers."""
     backend, rows = TritonBackend(), make_rows(WIDTHS["odd"], torch.float32)
     others = make_rows(WIDTHS["odd"], torch.float32, seed=1)

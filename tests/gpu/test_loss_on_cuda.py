@@ -164,14 +164,14 @@ def test_no_objective_waits_for_the_gpu(kind: str) -> None:
         run()
 
 
-def test_a_host_sync_would_be_noticed() -> None:
+def test_the_sync_check_detects_a_host_sync() -> None:
     with pytest.raises(RuntimeError, match="synchroniz"), no_host_sync():
         torch.ones((), device=DEVICE).item()
 
 
 @pytest.mark.parametrize("form", ["fused", "logits"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_second_run_has_the_same_bits(form: str, mode: WeightGradientMode) -> None:
+def test_loss_and_gradients_on_cuda_are_bit_identical_in_a_second_run(form: str, mode: WeightGradientMode) -> None:
     run = prepared(form=form, mode=mode)
     first, second = run(), run()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -182,7 +182,7 @@ def test_a_second_run_has_the_same_bits(form: str, mode: WeightGradientMode) -> 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2.0**-7)]
 )
-def test_loss_and_gradients_equal_eager_in_float64(
+def test_loss_and_gradients_on_cuda_equal_eager_in_float64(
     form: str, mode: WeightGradientMode, dtype: torch.dtype, tolerance: float
 ) -> None:
     """Relative to the largest entry; an objective without a gate, which rounding could open or close."""

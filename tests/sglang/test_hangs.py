@@ -26,7 +26,7 @@ HANG_S = 25.0
 """Longer than SGLang takes to say that its engine gives nothing (20 s)."""
 
 
-def test_a_server_stopped_while_it_samples_and_its_engine_stopped_in_an_update_are_restarted(
+def test_a_server_suspended_while_sampling_and_an_engine_suspended_in_an_update_are_restarted(
     llama_folder: Path, tmp_path: Path, log_softmax: Oracle, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The step that was under way is completed with the numbers that it would have had without."""

@@ -430,7 +430,7 @@ def _message_of(mutation: Mutation) -> str:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_planted_fault_breaks_its_claim(name: str) -> None:
+def test_a_planted_fault_in_a_divergence_breaks_its_claim(name: str) -> None:
     mutation = MUTATIONS[name]
     if mutation.claim is DENSE:
         assert all(run_on_ranks(_message_of, mutation.ranks, mutation))
@@ -445,7 +445,7 @@ def _keep_every_claim(module: str, claims: list[Claim]) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_an_unchanged_copy_keeps_every_claim(module: str) -> None:
+def test_an_unchanged_copy_of_the_divergences_keeps_every_claim(module: str) -> None:
     claims = {mutation.claim for mutation in MUTATIONS.values()}
     _keep_every_claim(module, [claim for claim in claims if claim is not DENSE])
     run_on_ranks(_keep_every_claim, 2, module, [DENSE])

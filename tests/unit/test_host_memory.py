@@ -17,7 +17,7 @@ def anonymous() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
-def test_memory_between_blocks_that_stay_is_given_back() -> None:
+def test_freed_memory_between_blocks_in_use_is_returned_to_the_machine() -> None:
     blocks = [bytearray(b"x" * BLOCK) for _ in range(BLOCKS)]
     kept = blocks[::100]
     kept.append(blocks[-1])

@@ -176,12 +176,14 @@ def results() -> dict[str, list[RankResult]]:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_planted_fault_is_seen_by_the_oracle(name: str, results: dict[str, list[RankResult]]) -> None:
+def test_a_planted_fault_in_the_kernel_is_detected_by_the_oracle(
+    name: str, results: dict[str, list[RankResult]]
+) -> None:
     with pytest.raises(AssertionError, match="error"):
         assert_equals_the_oracle(results[name], case_of(MUTATIONS[name]), FAULT)
 
 
-def test_an_unchanged_copy_equals_the_oracle() -> None:
+def test_an_unchanged_copy_of_the_kernel_equals_the_oracle() -> None:
     copies = [
         Mutation(module, UNCHANGED, UNCHANGED, RECOMPUTE if module == "support_log_probs" else DEFERRED)
         for module in MODULES

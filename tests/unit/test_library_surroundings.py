@@ -104,7 +104,7 @@ RUNS = {plain: 1, hooks_that_clone: 1, offload: 1, in_a_checkpoint: 2, in_a_reen
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("situation", RUNS, ids=lambda situation: situation.__name__)
-def test_the_gradient_is_right_and_the_objective_is_called_no_more_often_than_it_runs(
+def test_the_gradient_is_right_in_every_situation_and_the_objective_is_never_called_needlessly(
     situation: Callable[..., Tensor], form: str
 ) -> None:
     case, objective = Case(), Counting()
@@ -133,7 +133,7 @@ def test_a_second_backward_pass_and_a_second_derivative_raise(form: str) -> None
         gradient.sum().backward()
 
 
-def test_value_survives_a_division_in_place() -> None:
+def test_the_reported_value_survives_an_in_place_division_of_the_loss() -> None:
     case = Case()
     out = distill_loss(case.logits().requires_grad_() * 1.0, case.x, case.top, objectives.opd(), vp=VP)
     before = float(out.value)

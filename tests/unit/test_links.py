@@ -24,7 +24,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_link_of_a_page_leads_to_a_file_or_a_heading(page: Path) -> None:
+def test_every_link_of_a_page_leads_to_an_existing_file_or_heading(page: Path) -> None:
     for target in links(page.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", target):
             assert target.startswith("https://"), f"{page.name}: {target}"

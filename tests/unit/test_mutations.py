@@ -279,13 +279,13 @@ def test_an_unchanged_copy_keeps_every_claim() -> None:
     run_on_ranks(_check_unchanged_copy, 1)
 
 
-def test_a_mutant_is_known_to_nobody_else() -> None:
+def test_a_mutant_does_not_change_the_real_modules() -> None:
     before = real_losses().modules
     mutant_losses("objectives.parts.trust", "trust_u_T.log() < log_ratio_T", "trust_u_T.log() > log_ratio_T")
     after = real_losses().modules
     assert all(after[name] is before[name] for name in MODULES)
 
 
-def test_a_mutation_whose_text_is_gone_is_reported() -> None:
+def test_a_mutation_whose_text_is_missing_is_reported() -> None:
     with pytest.raises(AssertionError, match="has 0 times"):
         mutant_losses("objectives.parts.trust", "a text that is not in the source", "")

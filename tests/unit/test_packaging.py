@@ -68,7 +68,7 @@ def test_every_declared_package_is_locked_inside_its_range() -> None:
         assert item.specifier.contains(lock[canonicalize_name(item.name)][0]), item
 
 
-def test_the_lower_ends_are_the_versions_that_were_run() -> None:
+def test_the_lower_bounds_are_versions_that_were_tested() -> None:
     oldest = pins("oldest.txt")
     for item in declared("train"):
         (lower,) = [part.version for part in item.specifier if part.operator == ">="]
@@ -77,7 +77,7 @@ def test_the_lower_ends_are_the_versions_that_were_run() -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu.txt", "oldest.txt"])
-def test_every_pin_says_why_it_is_there(name: str) -> None:
+def test_every_pin_has_a_comment_that_says_why(name: str) -> None:
     assert not [package for package, (_, reason) in pins(name).items() if not reason]
 
 
@@ -123,12 +123,12 @@ def test_the_sglang_version_is_the_same_everywhere(path: str) -> None:
     assert set(re.findall(r"--no-deps\S* sglang==([0-9.]*[0-9])", (ROOT / path).read_text())) == {"0.5.23"}
 
 
-def test_the_messages_about_a_missing_sglang_name_the_measured_version() -> None:
+def test_the_messages_about_a_missing_sglang_name_the_tested_version() -> None:
     for path in ("tropd_mcore/cli/early_checks.py", "tropd_mcore/train/preflight_machine.py"):
         assert re.findall(r"sglang==([0-9.]*[0-9])", (ROOT / path).read_text()) == ["0.5.23"], path
 
 
-def test_nothing_that_the_trainer_needs_would_replace_a_vendors_torch() -> None:
+def test_no_dependency_of_the_trainer_would_replace_a_vendors_torch() -> None:
     roots = [(canonicalize_name(item.name), frozenset(item.extras)) for item in declared("train")]
     for item in [*needed_by(roots)["torch"], *declared()]:
         if item.name == "torch":

@@ -209,15 +209,15 @@ def test_a_fake_project_is_loaded_by_path_and_run_on_two_ranks(tmp_path: Path) -
     run_on_ranks(assert_right_on_this_rank, 2, f"{ADAPTERS}.slime:entropy@{root}", "entropy")
 
 
-def test_naive_equals_the_oracle_on_two_ranks() -> None:
+def test_the_naive_peer_equals_the_oracle_on_two_ranks() -> None:
     run_on_ranks(naive_is_right_on_this_rank, 2)
 
 
-def test_a_composite_is_the_sum_of_its_terms_on_two_ranks() -> None:
+def test_a_composite_peer_is_the_sum_of_its_terms_on_two_ranks() -> None:
     run_on_ranks(composite_is_the_sum_of_its_terms_on_this_rank, 2)
 
 
-def test_loading_leaves_sys_modules_as_it_was(tmp_path: Path) -> None:
+def test_loading_a_peer_leaves_sys_modules_unchanged(tmp_path: Path) -> None:
     before_parent = ModuleType("fakeproject")
     root = fake_project(
         tmp_path,
@@ -250,14 +250,14 @@ def test_loading_leaves_sys_modules_as_it_was(tmp_path: Path) -> None:
     assert "fakeproject" not in sys.modules
 
 
-def test_a_stand_in_cannot_be_called() -> None:
+def test_a_stand_in_for_a_missing_class_cannot_be_instantiated() -> None:
     stand_in = StandIn("fakeproject.heavy")
     assert issubclass(stand_in.Base[int], stand_in.Base)
     with pytest.raises(RuntimeError, match=r"fakeproject\.heavy\.Base is a stand-in"):
         stand_in.Base()
 
 
-def test_an_import_that_no_one_foresaw_and_a_name_that_has_gone_are_peers_missing(tmp_path: Path) -> None:
+def test_an_unexpected_import_or_a_removed_name_raises_peer_missing(tmp_path: Path) -> None:
     root = fake_project(
         tmp_path, {"fakeproject/new.py": "import fakeproject.unforeseen\n", "fakeproject/old.py": "x = 1\n"}
     )

@@ -29,15 +29,15 @@ def test_every_row_of_the_table_leads_to_a_function_and_a_test(row: list[str]) -
             assert f"def {name}" in source if name else source
 
 
-def test_the_files_to_read_first_are_six_that_exist() -> None:
+def test_the_readme_names_six_existing_files_to_read_first() -> None:
     assert len(READ_FIRST) == 6
     assert all((REPOSITORY / "tropd_mcore" / file).is_file() for file in READ_FIRST)
 
 
-def test_the_folders_of_the_map_are_those_of_the_package() -> None:
+def test_the_folders_in_the_readme_are_those_of_the_package() -> None:
     packages = {path.parent.name for path in (REPOSITORY / "tropd_mcore").glob("*/__init__.py")}
     assert set(re.findall(r"tropd_mcore/(\w+) {2}", README)) == packages
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_has_at_most_250_lines() -> None:
     assert len(README.splitlines()) <= 250

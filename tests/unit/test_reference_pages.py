@@ -25,7 +25,7 @@ def made() -> ModuleType:
     return module
 
 
-def test_the_pages_are_those_that_the_script_makes(made: ModuleType) -> None:
+def test_the_reference_pages_are_those_that_the_script_writes(made: ModuleType) -> None:
     for name in ("configuration", "metrics"):
         page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
         assert page == getattr(made, name)(), f"run python docs/make_references.py: docs/{name}.md is not of this code"

@@ -84,7 +84,7 @@ def test_every_page_is_in_the_side_bar_of_the_index(site: Path) -> None:
     assert [str(page) for page in PAGES if (site / page.with_suffix(".html")).resolve() not in linked] == []
 
 
-def test_a_link_to_a_page_or_a_heading_that_is_missing_ends_the_build(tmp_path: Path) -> None:
+def test_a_link_to_a_missing_page_or_heading_fails_the_build(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Index\n\n[a](other.md) [b](nowhere.md) [c](other.md#nothing)\n")
     (tmp_path / "docs" / "other.md").write_text("# Other\n\n## Something\n")
