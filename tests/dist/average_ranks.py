@@ -126,7 +126,7 @@ def exports_of_the_average(folder: Path, path: Path, setup: Setup) -> dict[str, 
 
 
 def save_and_load(folder: Path, directory: Path, saved_with: bool, loaded_with: bool) -> None:
-    """Load a checkpoint with or without an average into a state with or without one."""
+    """Save a checkpoint with or without an average, and load it into a state with or without one."""
     job = open_layout(Setup().parallel)
 
     def state(with_average: bool) -> TrainState:

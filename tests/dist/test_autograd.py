@@ -1,4 +1,4 @@
-"""The loss inside other people's autograd: right, or one clear error, in every form, mode, backend and situation.
+"""The loss inside other autograd code: right, or one clear error, in every form, mode, backend and situation.
 
 The situations are in tests/autograd_situations.py, the table that users read is in docs/autograd.md.
 """
@@ -16,7 +16,7 @@ from tests.ranks import run_on_ranks, run_with_compiler
 
 DOCS = Path(__file__).parents[2] / "docs" / "autograd.md"
 LONG_S = 1200.0
-"""Bound for the interpreter of Triton and for the C++ compiler on a loaded machine."""
+"""Time limit for Triton's interpreter and for the C++ compiler on a loaded machine."""
 Outcomes = dict[str, dict[str, str]]
 
 
@@ -48,7 +48,7 @@ def test_two_ranks_give_the_same_outcomes_as_one(eager: Outcomes) -> None:
 @pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize("backend", ["compile", "triton"])
 def test_every_backend_gives_the_same_outcomes_as_eager(backend: str, eager: Outcomes) -> None:
-    """Triton runs under its interpreter here; tests/gpu/test_autograd_on_cuda.py runs it on a GPU."""
+    """Triton runs in its interpreter here. tests/gpu/test_autograd_on_cuda.py runs it on a GPU."""
     run = run_on_ranks if backend == "triton" else run_with_compiler
     (found,) = run(autograd_cases.outcomes, 1, backend, timeout_s=LONG_S)
     assert found == eager
@@ -70,6 +70,6 @@ def test_the_table_in_the_docs_matches_the_outcomes(eager: Outcomes) -> None:
 
 
 def test_at_most_two_different_outcomes_besides_right_occur_per_situation(eager: Outcomes) -> None:
-    """So that the table can name it once; a change in place and a repeated forward pass may meet in one situation."""
+    """The table names each reason once. One situation may have both an in-place change and a repeated forward pass."""
     for row in eager.values():
         assert len({outcome for outcome in row.values() if outcome != "right"}) <= 2

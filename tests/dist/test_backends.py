@@ -1,7 +1,7 @@
 """The compiled passes against the float64 oracle and against eager, and the choice of a backend.
 
-Most of it is slow because every variant (dtype, softcap, which terms there are) is compiled. Triton has tests of its
-own (tests/unit/test_triton.py).
+Most tests are slow because every variant (dtype, softcap, set of terms) is compiled. Triton has its own tests
+(tests/unit/test_triton.py).
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def test_compiled_gradients_near_convergence_are_right_to_3_in_1000() -> None:
 
 @pytest.mark.slow
 def test_a_different_number_of_rows_or_slots_compiles_nothing_new() -> None:
-    """The first call, and the first with one row, compile; no later one does."""
+    """The first call, and the first with one row, compile. No later call does."""
     from torch._dynamo.utils import counters
 
     compiled = CompiledBackend(CPU)
@@ -148,7 +148,7 @@ def test_compiled_passes_accept_zero_rows_and_zero_slots() -> None:
 
 
 def _both_passes(compiled: CompiledBackend, rows: int, slots: int) -> Tensor:
-    """Over logits of a shard of 11 columns, 9 of them real; returns the gradient."""
+    """Run on logits of a shard of 11 columns, 9 of them real. Returns the gradient."""
     random = torch.Generator().manual_seed(rows)
     logits_CW, shard = torch.randn(rows, 11, generator=random), VocabShard(0, 11, 9)
     ids_CJ = torch.randint(9, (rows, slots), generator=random)

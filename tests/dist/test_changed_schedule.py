@@ -1,4 +1,4 @@
-"""After a resume the learning rate is that of the configuration at hand; a new run begins from weights or from all."""
+"""After a resume the learning rate follows the new configuration. A new run starts from weights or full state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tropd_mcore.errors import ModelError
 DONE = 2
 """Optimizer steps of the checkpoint."""
 AHEAD = 4
-"""Steps after it that are looked at."""
+"""Steps after it that are checked."""
 FIRST = OptimizerConfig(
     learning_rate=3e-3, min_learning_rate=1e-4, schedule="cosine", warmup_steps=1, clip_grad_norm=0.5
 )
 
 
 def expected_rate(position: int, optimizer: OptimizerConfig, steps: int) -> float:
-    """The rate of optimizer step `position` (from 1), written from the schedule's definition."""
+    """The learning rate of optimizer step `position` (from 1), written from the schedule's definition."""
     top, floor, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
     if warmup and position <= warmup:
         return top * position / warmup
@@ -81,7 +81,7 @@ CHANGES: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def rates(request: pytest.FixtureRequest, hf: Path, saved: dict[str, Path]) -> list[dict[str, resume_ranks.Settings]]:
-    """What each rank finds after each change, for one kind."""
+    """The settings of each rank after each change, for one kind."""
     setups = {name: setup_of(request.param, steps, **changes) for name, (steps, changes) in CHANGES.items()}
     return run_on_ranks(resume_ranks.all_rates_after, 2, hf, saved[request.param], setups, AHEAD)
 

@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_gives_a_one_line_error(
 
 
 def without_digests(path: Path) -> None:
-    """Make it a checkpoint of the format before digests."""
+    """Turn it into a checkpoint of the format without digests."""
     values = json.loads((path / "tropd.json").read_text())
     for key in ("sha256", "files", "run"):
         del values[key]
@@ -233,7 +233,7 @@ class Intruder:
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
 def test_pickled_code_in_a_checkpoint_is_refused_and_not_run(hf: Path, saved: Path, file: str, tmp_path: Path) -> None:
-    """Its digests are no help against a stranger, who leaves them out (format 1) or makes new ones."""
+    """Digests do not protect against an attacker, who can leave them out (format 1) or compute new ones."""
     bad = shutil.copytree(saved, tmp_path / "bad")
     without_digests(bad)
     target = tmp_path / "ran"

@@ -1,4 +1,4 @@
-"""Damage of a checkpoint is found before anything is filled, by name, with the way to the last good one."""
+"""Damage of a checkpoint is found before any tensor is loaded. The error names file and last good checkpoint."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_file_that_rank_0_does_not_see_yet_still_gets_a_digest(tmp_path: Path)
 def test_one_flipped_bit_in_any_file_is_refused_by_name_on_all_ranks_before_anything_is_loaded(
     hf: Path, run: Path
 ) -> None:
-    """Weights, main weights and moments lie all over the two shards: 24 places in each, other files at 3."""
+    """Weights, main weights and moments are spread over the two shards: 24 places in each, 3 in other files."""
     path, random = run / "step_000003", Random(0)
     flips = []
     for file in sorted(found for found in path.rglob("*") if found.is_file()):
@@ -115,7 +115,7 @@ def test_hidden_files_in_a_checkpoint_folder_are_ignored(hf: Path, run: Path) ->
 
 
 def test_the_command_in_the_message_resumes_from_the_newest_undamaged_checkpoint(hf: Path, run: Path) -> None:
-    """The two newest are damaged; the message of the newest names the third, and each command is run as it stands."""
+    """The two newest are damaged. The message for the newest names the third. Each printed command is run unchanged."""
     for name in ("step_000003", "step_000002"):
         damage(run / name)
     for name in ("step_000003", "step_000002"):

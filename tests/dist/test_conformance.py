@@ -1,4 +1,4 @@
-"""`tropd conformance` finds what it exists for: planted faults, hung and dead ranks; and it passes what is right."""
+"""`tropd conformance` detects planted faults, hung ranks and dead ranks, and passes correct losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAULTS = {
     "tail_lost": False,
     "duplicates_overwrite": True,
 }
-"""Fault -> whether the value of the loss is right all the same"""
+"""Fault -> whether the value of the loss is still right"""
 
 
 def judged(cells: list[Cell], world_size: int) -> list[Result]:
@@ -107,7 +107,7 @@ def test_lost_ranks_count_as_a_miss_and_the_remaining_cells_still_run(
     name: str, text: str, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "hangs_on_rank_1":
-        monkeypatch.setattr(matrix, "PEER_LIMIT_S", 20.0)  # time enough for the honest peer, also on a busy machine
+        monkeypatch.setattr(matrix, "PEER_LIMIT_S", 20.0)  # enough time for the correct peer, even on a busy machine
     monkeypatch.setattr(matrix, "LOST_SETS", 1)
     results = matrix.run([*claimed("honest")[:1], *claimed(name)], "cpu", lambda _: None)
     assert [result.status for result in results] == ["ok", "miss", "not run"]

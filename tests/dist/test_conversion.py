@@ -27,7 +27,7 @@ LIMIT_NATS = 1e-4
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One tiny model a family, tied and untied, in bfloat16."""
+    """One tiny model per family, tied and untied, in bfloat16."""
     root = tmp_path_factory.mktemp("hf")
     return [
         write_tiny_model(root / f"{family}-{'tied' if tied else 'untied'}", family=family, tied=tied, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A step without a token that counts moves nothing: no weight decay, no momentum, no schedule, no average."""
+"""A step without a counted token changes nothing: no weight decay, no momentum, no schedule, no average."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_empty_step_is_reported_and_logged_in_one_line(courses: tuple[list[Co
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_run_whose_first_step_had_no_token_can_be_saved_and_resumed(student: Path, tmp_path: Path, name: str) -> None:
-    """Then it goes on as a run that starts there; Megatron cannot save an optimizer that has no moments."""
+    """It then continues like a run that starts there. Megatron cannot save an optimizer that has no moments."""
     world_size, setup = SETUPS[name]
     straight = run_on_ranks(course, world_size, student, setup, [EVERYWHERE])
     for found, expected in zip(run_on_ranks(resumed, world_size, student, tmp_path, setup), straight, strict=True):

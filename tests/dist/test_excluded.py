@@ -1,4 +1,4 @@
-"""Tokens that only the teacher's tokenizer has are no candidates of a teacher in the job, at any sharding."""
+"""Tokens that only the teacher's tokenizer has are not candidates of a teacher in the job, at any sharding."""
 
 from __future__ import annotations
 

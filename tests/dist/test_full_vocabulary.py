@@ -1,4 +1,4 @@
-"""The dense divergence of the fused kernel against the float64 oracle, on one, two and three uneven vocabulary shards.
+"""Full-vocabulary divergences of the fused kernel against the float64 oracle, on one to three uneven shards.
 
 Shapes: T tokens (13), V vocabulary (101), W width of one shard, D hidden.
 """
@@ -56,7 +56,7 @@ class Case:
     chunk_tokens: int = 5
     overlap: bool = False
     grad_logp: float = 0.0
-    """Weight of log p of id 3 in the loss, beside the divergence"""
+    """Weight of log p of id 3 in the loss, added to the divergence"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RankResult:
 
 
 def make_case(layout: str, *, dtype: torch.dtype = torch.float64, scale: float = 4.0, **changed: Any) -> Case:
-    """Random rows; the padding holds large numbers that nobody may read."""
+    """Random rows. The padding holds large numbers that must not be read."""
     random = torch.Generator().manual_seed(5)
     borders = LAYOUTS[layout]
 
@@ -88,7 +88,7 @@ def make_case(layout: str, *, dtype: torch.dtype = torch.float64, scale: float =
 
 
 def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None) -> RankResult:
-    """sum(grad x divergence) through the kernel; the gradient is that of this rank's columns."""
+    """sum(grad x divergence) through the kernel. The gradient is that of this rank's columns."""
     (start, stop), (teacher_start, teacher_stop) = (
         borders[dist.get_rank() : dist.get_rank() + 2] for borders in (case.borders, case.teacher_borders)
     )
@@ -118,7 +118,7 @@ def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None
     logits_TW = case.student_TV[:, start:stop].clone().requires_grad_(True)
     ids_TJ = torch.full((TOKENS, 1), 3)
     with counted_collectives() as calls:
-        # An identity output layer: dH is the gradient of the logits, in a buffer of its own.
+        # An identity output layer: dH is the gradient of the logits, in its own buffer.
         source = GivenLogits(logits_TW * 1.0) if not case.overlap else _identity_layer(logits_TW)
         output = support_loss(
             source,
@@ -150,7 +150,7 @@ def run(case: Case) -> list[dict[str, RankResult]]:
 def assert_equals_the_oracle(
     case: Case, results: list[dict[str, RankResult]], tolerance: float, rounding: float = 0.0
 ) -> None:
-    """Values of every rank and the gradients side by side; `rounding` is the relative step of the gradient's dtype."""
+    """Values of every rank and the joined gradients. `rounding` is the relative step of the gradient's dtype."""
     common = min(case.vocabulary, case.teacher_vocabulary)
     for kind, beta in KINDS.items():
         gradient_TV = torch.cat([result[kind].gradient_TW for result in results], dim=1).double().numpy()
@@ -205,7 +205,7 @@ def test_value_and_gradient_are_exactly_zero_if_the_student_equals_its_teacher(d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_distributions_far_apart_stay_finite_and_exact(dtype: torch.dtype) -> None:
-    """Most probabilities of the one are 0 in float32 where the other's are large; a log-prob has steps of 3e-5."""
+    """Most probabilities of one model are 0 in float32 where the other's are large. A log-prob has steps of 3e-5."""
     case = make_case("tp3-narrow-shard", dtype=dtype, scale=60.0)
     results = run(case)
     assert max(float(result["fkl"].value_T.max()) for result in results) > 100
@@ -223,7 +223,7 @@ def test_distributions_far_apart_stay_finite_and_exact(dtype: torch.dtype) -> No
     ids=str,
 )
 def test_ids_that_only_one_vocabulary_has_are_left_out(changed: dict[str, Any]) -> None:
-    """Neither in the value nor in the normalisation; their gradient is 0."""
+    """They enter neither the value nor the normalisation, and their gradient is 0."""
     case = make_case("tp1-padded", **changed)
     assert_equals_the_oracle(case, run(case), 1e-12)
 

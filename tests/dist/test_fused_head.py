@@ -1,4 +1,4 @@
-"""The output layer inside the loss: no matrix of all logits, one all-reduce a chunk, what is known before an update."""
+"""The output layer inside the loss: no matrix of all logits, one all-reduce per chunk, values before an update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tropd_mcore.config.schema import OptimizerConfig
 from tropd_mcore.types import Rollout
 
 TOLERANCE = 1e-5
-"""Of a gradient, relative to its largest entry; float32 against float64."""
+"""Tolerance of a gradient relative to its largest entry, float32 against float64."""
 OVERLAPPED = OptimizerConfig(distributed=False, overlap_grad_reduce=True)
 OWN = reference.TOPK + 3
 
@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("weight_gradient", ["deferred", "folded", "recompute"])
 def test_the_fused_form_never_makes_the_logits_of_all_rows(folders: tuple[Path, Path], weight_gradient: str) -> None:
-    """Neither in scoring, forward only, nor in training, backward pass included."""
+    """Neither in scoring (forward only) nor in training, including the backward pass."""
     rollouts = reference.make_rollouts(LENGTHS)
     case = Case(tokens_per_micro_batch=256, weight_gradient=weight_gradient)  # type: ignore[arg-type]
     found = run_on_ranks(fused_head_ranks.most_rows_of_logits, 1, *folders, rollouts, case, CONSTANTS)[0]
@@ -44,7 +44,7 @@ def test_the_fused_form_never_makes_the_logits_of_all_rows(folders: tuple[Path, 
 
 
 def test_the_logits_form_makes_the_logits_of_all_rows(folders: tuple[Path, Path]) -> None:
-    """So that the test above sees what it is about."""
+    """Shows that the test above would detect such a matrix."""
     rollouts = reference.make_rollouts(LENGTHS)
     case = Case(tokens_per_micro_batch=256, form="logits")
     found = run_on_ranks(fused_head_ranks.most_rows_of_logits, 1, *folders, rollouts, case, CONSTANTS)[0]
@@ -142,7 +142,7 @@ FULL_VOCABULARY = {
 def test_a_divergence_over_the_whole_vocabulary_trains_like_the_reference(
     folders: tuple[Path, Path], world_size: int
 ) -> None:
-    """Through the teacher's hidden states and output layer; the teacher has 30 ids that the student does not have."""
+    """Through the teacher's hidden states and output layer. The teacher has 30 ids that the student lacks."""
     rollouts, cases = reference.make_rollouts(LENGTHS[:4]), FULL_VOCABULARY[world_size]
     run = fused_head_ranks.full_vocabulary_step
     found = run_on_ranks(run, world_size, *folders, rollouts, cases, reference.TEMPERATURE)[0]
@@ -204,7 +204,7 @@ def _full_vocabulary_reference(
 def test_an_empty_data_rank_keeps_overlapped_reductions_in_step(
     folders: tuple[Path, Path], world_size: int, case: Case
 ) -> None:
-    """Every parameter, the output embedding too, must report its gradient although nothing was supervised."""
+    """Every parameter, including the output embedding, must report its gradient although no token was supervised."""
     rollouts = reference.make_rollouts(LENGTHS[:3])
     run = fused_head_ranks.steps_with_one_sample
     expected = run_on_ranks(run, 1, *folders, rollouts, Case(), CONSTANTS)[0][1]

@@ -47,7 +47,7 @@ def test_a_non_finite_loss_names_the_sample_and_moves_no_parameter(folders: tupl
 
 
 def test_a_nan_teacher_log_prob_is_not_treated_as_distrust(folders: tuple[Path, Path]) -> None:
-    """The gate compares with NaN, which is false: without a check the token would be an outlier with a finite loss."""
+    """A comparison with NaN is false. Without a check, the token would be an outlier with a finite loss."""
     case = Case(optimizer=OptimizerConfig())
     rollouts = reference.make_rollouts(LENGTHS)
     ((loss_error, _, _),) = run_on_ranks(guard_ranks.non_finite_step, 1, *folders, rollouts, case, 16, False)
@@ -81,7 +81,7 @@ def test_sampled_log_probs_equal_those_of_the_training_forward(folders: tuple[Pa
 
 
 def test_samples_without_teacher_scores_are_left_out_of_loss_and_denominator(folders: tuple[Path, Path]) -> None:
-    """Dropping them before or after scoring is the same step; sample 2 carries a prefix, whose rows go as well."""
+    """Dropping them before or after scoring gives the same step. The prefix rows of sample 2 are dropped too."""
     rollouts = reference.make_rollouts(LENGTHS)
     assert len(rollouts[2].prefix_ids) and rollouts[2].carries_prefix_loss
     kept = [rollouts[index] for index in (0, 3, 4, 5, 6)]

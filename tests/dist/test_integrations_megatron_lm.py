@@ -1,7 +1,7 @@
 """examples/integrations/megatron_lm.py under Megatron's schedules: gradients of a whole model against float64.
 
 The schedules of the installed megatron-core always run. The training steps of Megatron-LM and Megatron-Bridge run with
-their sources (PEERS, tests/dist/peer_sources.py), on processes of their own, because their megatron-core is another.
+their sources (PEERS, tests/dist/peer_sources.py), in separate processes, because their megatron-core differs.
 """
 
 from __future__ import annotations

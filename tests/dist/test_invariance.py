@@ -1,4 +1,4 @@
-"""What must not change a training step: packing, order, padding and recomputation. Logits equal transformers'."""
+"""Packing, order, padding and recomputation must not change a training step. Logits equal those of transformers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_loss_and_gradients_do_not_depend_on_packing_order_padding_or_recomputat
 def test_a_data_rank_whose_packs_are_empty_adds_nothing(
     folders: tuple[Path, Path], world_size: int, case: Case
 ) -> None:
-    """One sample: the second replica has packs of padding only, and collectives stay in step."""
+    """One sample: the second replica has packs of only padding, and collectives stay in step."""
     rollouts = reference.make_rollouts(LENGTHS[:1])
     expected = run_on_ranks(run_cases, 1, *folders, rollouts, {"one": Case()}, CONSTANTS)[0]["one"]
     answers = run_on_ranks(run_cases, world_size, *folders, rollouts, {"one": case}, CONSTANTS)
@@ -91,7 +91,7 @@ def test_the_packing_and_padding_variants_really_differ(found: dict[str, Any]) -
 @pytest.mark.parametrize("family", list(reference.STUDENTS))
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_logits_equal_those_of_transformers(tmp_path: Path, family: str, world_size: int) -> None:
-    """Every position, also those that are no row in training; uneven samples in one pack."""
+    """Every position, including those that are not rows in training, with uneven samples in one pack."""
     folder = reference.write_model(reference.STUDENTS[family], tmp_path / family, seed=23)
     rollouts = reference.make_rollouts(LENGTHS)
     model = reference.reference_model(folder)

@@ -1,5 +1,5 @@
-"""The front door on ranks that split the vocabulary: the same bits on each, the numbers of one process, and who notices
-that they were given different things."""
+"""The library on ranks that split the vocabulary: the same bits on each, the results of one process, and detection of
+inputs that differ between ranks."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_scores_and_candidates_equal_those_of_the_whole_vocabulary() -> None:
 
 
 def _different(what: str) -> str:
-    """What this rank says where rank 1 was given something else."""
+    """The error on this rank if rank 1 was given a different value."""
     vp, columns = _shard()
     case, tropd = Case(), objectives.tropd()
     arguments = {"student_mask_T": case.mask, "trust_u_T": case.given["trust_u_T"], "weight_T": case.weights}

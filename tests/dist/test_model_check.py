@@ -1,4 +1,4 @@
-"""Every Megatron model of a job against transformers' reading of its folder: right ones pass, each wrong one stops."""
+"""Every Megatron model of a job against transformers' reading of its folder: right ones pass, wrong ones stop."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_checking_the_student_does_not_change_a_bit_of_its_training(folder: Path
 
 
 def test_a_wrong_rotary_scaling_is_detected_despite_bfloat16_rounding(tmp_path: Path) -> None:
-    """A folder whose config.json was given a factor that Megatron did not read, in bfloat16 files and computation."""
+    """A folder whose config.json has a factor that Megatron did not read, with bfloat16 files and computation."""
     sharp = write_tiny_model(tmp_path / "m", rope_parameters=LINEAR, dtype=torch.bfloat16, seed=5)
     case = replace(Case(), dtype="bfloat16")
     fault = FAULTS["no scaling"][0]

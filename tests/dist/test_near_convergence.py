@@ -1,7 +1,7 @@
-"""What bfloat16 costs, against float64: log-probs, and the gradient of a student that almost equals its teacher.
+"""The error of bfloat16 against float64: log-probs, and the gradient of a student that almost equals its teacher.
 
-There dz on the support is a small difference of p and q, and every rounding of p before q is subtracted shows. Sizes:
-those of docs/numerics.md, smaller.
+Near convergence, dz on the support is a small difference of p and q, so every rounding of p before the subtraction of q
+is visible. The sizes are smaller than those of docs/numerics.md.
 
 Shapes: T tokens (64), V vocabulary (4096), K teacher top-k (64), D hidden (128).
 """

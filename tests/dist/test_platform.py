@@ -1,4 +1,4 @@
-"""The CPU platform: what it replaces behaves as on a GPU, and it is refused where it must not be used."""
+"""The CPU platform: its replacements behave as on a GPU, and it is refused if it must not be used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_unvalidated_megatron_version_is_refused_by_key(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", [CpuPlatform, CudaPlatform])
 def test_fusion_defaults_are_fields_of_the_model_config(kind: type[CpuPlatform | CudaPlatform]) -> None:
-    """The cuda module can be imported and asked without a GPU, but not used."""
+    """The cuda module can be imported and queried without a GPU, but not used."""
     platform = kind.__new__(kind)
     assert set(platform.config_defaults()) <= {field.name for field in dataclasses.fields(TransformerConfig)}
 

@@ -1,4 +1,4 @@
-"""Small decisions: what a verification calls a difference, what the GPU platform asks for, what scores after a load."""
+"""Small decisions: differences in a verification, requirements of the GPU platform, the average after a load."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tensors_of(reader: HfReader) -> dict[str, Tensor]:
 
 
 def compared(reader: HfReader, found: dict[str, Tensor]) -> tuple[list[bool], list[str]]:
-    """(names the same, bytes equal) and what is found of each."""
+    """(names equal, bytes equal) and the finding of each."""
     names, contents = compare_tensors("copy", reader, found.items())
     assert (names.name, contents.name) == ("copy: names", "copy: bytes")
     return [names.passed, contents.passed], [names.found, contents.found]
@@ -117,7 +117,7 @@ def test_weight_gradients_are_fused_if_and_only_if_the_extension_is_installed(ma
 
 
 def saved_and_loaded(folder: Path, directory: Path) -> list[dict[str, str]]:
-    """Digests of student and average: saved after a step, of new parts, and of those once they are loaded."""
+    """Digests of student and average: as saved, of new objects, and of these after the load."""
     setup = Setup()
     job = open_layout(setup.parallel)
     state = average_ranks.averaged(folder, job, setup, 0.5)

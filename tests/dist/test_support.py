@@ -113,7 +113,7 @@ def run_kernel(case: Case, borders: tuple[int, ...], with_entropy_gradient: bool
 
 
 def oracle(case: Case, with_entropy_gradient: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log-probs [T, J], entropy [T] and gradient [T, V] of the case, from its logits as they are after rounding."""
+    """log-probs [T, J], entropy [T] and gradient [T, V] of the case, from its rounded logits."""
     logits, ids = case.logits_TV[:, :VOCABULARY].double().numpy(), case.ids_TJ.numpy()
     grad_entropy = case.grad_entropy_T.numpy() if with_entropy_gradient else np.zeros(len(logits))
     logp, entropy = oracles.support(logits, ids, case.temperature)

@@ -1,4 +1,4 @@
-"""The loss whose gradient is made chunk by chunk, against the float64 oracle, on one, two and three uneven shards.
+"""The loss with a gradient computed chunk by chunk, against the float64 oracle, on one, two and three uneven shards.
 
 Shapes as in `kernel_cases`.
 """
@@ -70,7 +70,7 @@ def test_the_loss_equals_the_oracle_at_any_chunk_size_and_temperature() -> None:
 
 
 def test_overlap_does_not_change_a_bit() -> None:
-    """Two logits buffers in turn: a gradient from the wrong one would show."""
+    """Two alternating logits buffers. A gradient from the wrong one would be detected."""
     cases = [
         make_case("tp2-uneven", dtype, **changes)
         for dtype in (torch.float32, torch.bfloat16)
@@ -171,7 +171,7 @@ def test_without_autograd_the_value_is_computed_and_main_grad_is_not_touched() -
 
 
 def test_the_gradient_is_added_to_main_grad_in_float32() -> None:
-    """float32 parameters to the tolerance of float32; for bfloat16 ones, dz is rounded once and the sum is not."""
+    """float32 parameters within the tolerance of float32. With bfloat16 ones, dz is rounded once and the sum is not."""
     forms = ("fused, deferred", "fused, folded", "fused, recompute")
     cases = [
         make_case("tp2-uneven", dtype, **{**FORMS[form], "with_main_grad": True})
@@ -270,7 +270,7 @@ WIDE, ROWS, CHUNK, SLOTS = 8192, 384, 96, 9
 
 
 def _peak_bytes(form: str, mode: str, chunk_tokens: int, dtype: torch.dtype) -> int:
-    """Most bytes alive at once, beside hidden states, weight and given logits."""
+    """Most bytes alive at once, besides hidden states, weight and given logits."""
     random = torch.Generator().manual_seed(1)
     hidden_TD = torch.randn(ROWS, 8, generator=random).to(dtype).requires_grad_()
     weight_WD = torch.randn(WIDE, 8, generator=random).to(dtype).requires_grad_()
@@ -305,9 +305,9 @@ def _peak_bytes(form: str, mode: str, chunk_tokens: int, dtype: torch.dtype) -> 
 def test_peak_memory_is_the_logits_of_one_chunk_and_three_blocks(
     form: str, mode: str, chunk_tokens: int, chunk_logits: int, dtype: torch.dtype
 ) -> None:
-    """Beside a few times the gradients of weight and hidden states, and some tens of numbers a token and slot.
+    """Besides a few times the gradients of weight and hidden states, and some tens of numbers per token and slot.
 
-    Of given logits, which are one chunk here, not even one copy would fit.
+    Given logits are one chunk here. The bound would not allow even one copy of them.
     """
     (peak,) = run_on_ranks(_peak_bytes, 1, form, mode, chunk_tokens, dtype)
     small = 4 * (3 * WIDE * 8 + 3 * ROWS * 8 + 40 * ROWS * SLOTS)

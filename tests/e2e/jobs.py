@@ -18,7 +18,7 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "quickstart-cpu.yaml"
 NOT_REPRODUCIBLE = ("time/", "throughput/", "gates/")
-"""Metrics of the machine, and of events since the start of a launch."""
+"""Metrics that a repeated run does not reproduce: of the machine, and of events since the start of a launch."""
 LIMIT_S = 1200.0
 """Longest time of one job, or of one wait for it. It only ends a hang and does not judge a slow machine."""
 TEST_LIMIT_S = 4 * LIMIT_S

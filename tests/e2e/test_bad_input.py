@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that names the key, exit code 2, and nothing half-written."""
+"""User mistakes give one line that names the key, exit code 2, and no partial files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole jobs with a teacher that only adds tokens: refused with the key, or trained on without them, and counted."""
+"""Whole jobs with a teacher that only adds tokens: refused with the key, or trained without them and counted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(stage: Stage, teacher: str, *more: str) -> list[str]:
 
 
 def refusal(config: Path, overrides: list[str]) -> str:
-    """What the job says."""
+    """The output of the job."""
     try:
         replayed.run_jobs(config, [overrides])
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Whole jobs that replay stored rollouts: a new run from a checkpoint, and a run that goes on with another schedule."""
+"""Whole jobs that replay stored rollouts: a new run from a checkpoint, and a run resumed with another schedule."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_new_run_counts_its_own_steps_and_has_its_own_schedule(runs: dict[str,
 
 
 def test_loading_the_optimizer_state_changes_the_next_step(runs: dict[str, Path]) -> None:
-    """The same weights, rollouts and rate: what differs are the moments."""
+    """The same weights, rollouts and rate. Only the moments differ."""
     plain, kept = (jobs.metrics(runs[name])[0] for name in ("weights", "optimizer"))
     assert plain["optimizer/grad_norm"] == kept["optimizer/grad_norm"]
     one, two, before = (

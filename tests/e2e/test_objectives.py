@@ -1,4 +1,4 @@
-"""Whole jobs that replay stored rollouts: updates within a step, and what objectives need beside teacher scores."""
+"""Whole jobs that replay stored rollouts: updates within a step, and inputs of objectives besides teacher scores."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ MARGIN = 0.05
 
 
 def quickstart(run_dir: Path) -> str:
-    """Run it; returns what it printed."""
+    """Run it and return its output."""
     done = subprocess.run(
         ["bash", "examples/quickstart.sh", *SHORT],
         cwd=jobs.REPOSITORY,
@@ -34,7 +34,7 @@ def quickstart(run_dir: Path) -> str:
 
 
 def server_logs(run_dir: Path) -> dict[Path, bytes]:
-    """What the servers of this run have written; one that starts writes."""
+    """The logs of the servers of this run. Every server that starts writes one."""
     return {path: path.read_bytes() for path in run_dir.rglob("*.log")}
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs that replay guided rollouts: prefixes are rows where the objective has a loss for them, and only there."""
+"""Whole jobs that replay guided rollouts: prefixes are rows only if the objective has a loss for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tropd_mcore.records.replay import load_rollouts, save_rollouts
 from tropd_mcore.types import Rollout
 
 PREFIX = 5
-"""Tokens of each teacher prefix: the beginning of what the first sample of the prompt was."""
+"""Tokens of each teacher prefix: the beginning of the first sample of the prompt."""
 GUIDED = "objective={kind: tropd, outlier: {topk: 9}, guidance: {loss: LOSS, min_continuation: 1}}"
 JOBS = {
     "opd": ["objective={kind: opd, topk: 9}", "run.replay=GUIDED"],
@@ -45,7 +45,7 @@ def guided(index: int, rollout: Rollout, first: Rollout) -> Rollout:
 
 
 def unmarked(index: int, rollout: Rollout, first: Rollout) -> Rollout:
-    """As a run with guidance.loss=none stores it."""
+    """The rollout as stored by a run with guidance.loss=none."""
     return dataclasses.replace(guided(index, rollout, first), carries_prefix_loss=False)
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs of objective.kind=sdpo that replay stored rollouts: who is taught, by which weights, and what is left."""
+"""Whole jobs of objective.kind=sdpo that replay stored rollouts: trained samples, teacher weights, stored files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def tokens(run: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def taught_by(stage: Stage, rollouts: list[Rollout]) -> np.ndarray:
-    """log q of the response tokens of the samples that are taught, which read the first sample of their prompt."""
+    """log q of the response tokens of the trained samples, whose teacher reads the first sample of their prompt."""
     tokenizer = tiny_tokenizer()
     pieces = []
     for index, rollout in enumerate(rollouts):
@@ -128,7 +128,7 @@ def test_a_step_without_a_solution_trains_nothing_and_the_next_step_trains(runs:
 
 
 def test_a_step_without_a_solution_changes_no_bit_of_the_weights(runs: dict[str, Path], stage: Stage) -> None:
-    """No weight decay and no step of the schedule: the next step has the weights and the rate of a first one."""
+    """No weight decay and no step of the schedule: the next step has the weights and the rate of a first step."""
     found, before = (
         load_file(folder / "model.safetensors")
         for folder in (runs["unsolved_alone"] / "export", stage.model("student"))

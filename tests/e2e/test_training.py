@@ -1,4 +1,4 @@
-"""Whole jobs with the real rollout server: they finish, they can be killed, and their layout does not matter."""
+"""Whole jobs with the real rollout server: they finish, resume after a kill, and do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 SAME_STEP = {"rel": 5e-5, "abs": 1e-6}
-"""Difference of loss (nats) and gradient norm between layouts, float32. The rollouts are sampled anew in each session,
-and where the gradients of tokens cancel, their rounding stays: 3e-7 to 1.2e-5 of the norm were seen."""
+"""Difference of loss (nats) and gradient norm between layouts, float32. Each test session samples new rollouts. If
+token gradients cancel, their rounding remains: 3e-7 to 1.2e-5 of the norm were seen."""
 SAME_CURVE = {"rel": 5e-3, "abs": 3e-4}
 """The same after Adam steps, which turn rounding into whole steps where a gradient is near zero."""
 

@@ -23,7 +23,7 @@ def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(ex
     called: set[str] = set()
 
     def run(*command: str, **extra: str) -> str:
-        """A command in the folder; the environment knows the installed package and not the checkout."""
+        """Run a command in the folder. The environment has the installed package and not the checkout."""
         done = subprocess.run(
             command, cwd=folder, env=jobs.environment(PYTHONPATH=str(site), **extra), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=jobs.LIMIT_S,
@@ -42,7 +42,7 @@ def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(ex
     tropd("recipes", "--all")
     assert "were there already" in tropd("recipes", "--all")
 
-    shutil.copytree(example, folder / "models" / "arithmetic-tiny")  # what the script would make, in minutes
+    shutil.copytree(example, folder / "models" / "arithmetic-tiny")  # files that the script would need minutes to make
     printed = run(
         "bash", "examples/quickstart.sh", "run.steps=4", "run.checkpoint_every=2", "rollout.prompts_per_step=8",
         QUICKSTART_SIZE="tiny",

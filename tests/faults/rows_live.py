@@ -27,7 +27,7 @@ from tests.http_server import serving
 Play = Callable[[Scene], Seen]
 CHAIN = "own-server"
 STEPS_PER_FAULT = 4
-"""Number of steps. More than the faults need, because the run continues between them."""
+"""Steps planned per fault. A fault needs fewer, but the run continues between the faults."""
 HANG_S = 10.0
 """rollout.server.hang_timeout_s of this run; 60 by default."""
 CHECKER = """

@@ -16,9 +16,9 @@ STEPS = 1500
 RANK_BYTES = 2048.0
 """Bytes per step of a process of ours. Without the release after a checkpoint a rank has 3,000 to 9,000."""
 SERVER_BYTES = 4096.0
-"""The same for a process of SGLang, which keeps something of each of about 25 requests per step."""
+"""The same for a process of SGLang, which keeps some memory for each of about 25 requests per step."""
 DISK_BYTES = 4096.0
-"""Bytes per step of the run directory where every key that bounds a part of it is set: a line of metrics.jsonl."""
+"""Bytes per step of the run directory if every key that bounds a part of it is set: a line of metrics.jsonl."""
 LITTLE = 0.01
 """Handles, threads and names per step: one in a hundred steps."""
 ROLES = {"launcher", "rank 0", "rank 1", "rollout server", "rollout server > sglang::scheduler"}
@@ -58,13 +58,13 @@ def test_in_the_soak_nothing_grows_beyond_its_bound_and_nothing_is_left_behind()
 
 
 def flat(**slopes: float) -> dict[str, Any]:
-    """Quantities that do not grow, but for those named."""
+    """Quantities that do not grow, except those given."""
     names = ("anonymous", "rss", "handles", "threads", "bytes", "files", "names", "names_ever")
     return {name: {"slope": slopes.get(name, 0.0)} for name in names}
 
 
 def made_up(rank_0: dict[str, Any] | None = None, **parts: Any) -> dict[str, Any]:
-    """A result without a problem, but for what is given."""
+    """A result without a problem, except for the given changes."""
     grown = {"rank 0": rank_0 or flat()}
     left: dict[str, list[str]] = {f"left_{name}": [] for name in ("processes", "shared_memory", "temporary")}
     return {

@@ -1,4 +1,4 @@
-"""The slope of a soak: that of the line below the noise, whatever outliers do, and none where there is too little."""
+"""The slope of a soak is that of the line below the noise, despite outliers. With too few readings there is none."""
 
 from __future__ import annotations
 

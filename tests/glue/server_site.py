@@ -77,7 +77,7 @@ class ServerSite:
         extra_env: dict[str, str] | None = None,
         **fields: Any,
     ) -> ServerSpec:
-        """The command of a server that `does` this. `config` and `fields` are changes."""
+        """The specification of a server that `does` this. `config` and `fields` are changes."""
         paths = [str(self.packages), os.environ.get("PYTHONPATH", "")]
         environment = {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -1,4 +1,4 @@
-"""The student's average after a resume: what scores is the restored average, before any further step."""
+"""The student's average after a resume: the restored average scores, before any further step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def student(seed: int = 0) -> Any:
 
 @contextmanager
 def stub_models() -> Iterator[None]:
-    """Models of the average are random ones of the dtype that is asked for."""
+    """Models of the average are random models of the requested dtype."""
 
     def build(*_: Any, dtype: Dtype, **__: Any) -> Any:
         chunks = [module.requires_grad_(False) for module in modules(DTYPES[dtype], seed=99)]
@@ -57,7 +57,7 @@ def moved(of: Any, steps: int) -> None:
 
 
 def state_of(seed: int) -> dict[str, dict[str, Tensor]]:
-    """Float32 numbers as a checkpoint holds them, none of which bfloat16 can hold."""
+    """Float32 numbers as in a checkpoint. None of them is representable in bfloat16."""
     return {
         str(index): {name: value.detach().clone() + 1e-4 for name, value in module.named_parameters()}
         for index, module in enumerate(modules(torch.float32, seed))

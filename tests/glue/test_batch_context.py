@@ -1,4 +1,4 @@
-"""The statistic over a batch: from whose log-probs, of which rows, and back to the rows of the ranks they came from.
+"""The statistic over a batch: its log-probs, its rows, and its return to the ranks of the rows.
 
 The expected values are loops over samples and tokens in float64, written from the equations of the objectives.
 
@@ -47,7 +47,7 @@ REOPOLD = {"kind": "reopold", "stages": 2, "switch_at": 0.5, "entropy_fraction":
 
 
 def old_logp(sample: int, token: int) -> float:
-    """The trainer's log-prob before the update: not the sampler's."""
+    """The trainer's log-prob before the update, not the sampler's."""
     return -0.3 - 0.17 * ((3 * sample + 5 * token) % 7)
 
 
@@ -146,7 +146,7 @@ VERDICTS = (True, False, True, False, None, True)
 
 
 def student_pass(_model: Any, micro_batches: list[MicroBatch], *_: Any, **__: Any) -> list[StudentPass]:
-    """In the place of a forward pass."""
+    """Stands in for a forward pass."""
     return [
         StudentPass(
             logp_T=row_values(micro_batch, old_logp),
@@ -161,7 +161,7 @@ def student_pass(_model: Any, micro_batches: list[MicroBatch], *_: Any, **__: An
 def contexts(
     layout: Layout, objective: dict[str, Any], unscored: str, step: int = 0
 ) -> tuple[dict[Place, float] | None, dict[Place, float]]:
-    """(statistic, old log-prob) of this rank's rows; the statistic is None where no row has one."""
+    """(statistic, old log-prob) of this rank's rows. The statistic is None if no row has one."""
     config = make_config(objective=objective)
     source = BatchContextSource(config, make_student(layout), None)
     rollouts = make_rollouts(0, prompts=PROMPTS, samples=SAMPLES)

@@ -1,4 +1,4 @@
-"""What a run reads is the same at every launch: prompts, responses, model folders, and the teacher of stored scores."""
+"""The inputs of a run are the same at every launch: prompts, responses, model folders, teacher of stored scores."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_ranks_share_the_reading_of_inputs_and_have_one_record(runs: Runs) -> No
 
 
 def read_fails_on_a_rank(root: Path) -> str:
-    """What this rank meets where rank 1 cannot read a file."""
+    """The error on this rank if rank 1 cannot read a file."""
 
     layout = make_layout()
 

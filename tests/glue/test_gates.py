@@ -1,4 +1,4 @@
-"""The sampler gate: each bound refuses alone, on the sampled tokens only, at every step, and says the likely cause."""
+"""The sampler gate: each bound refuses independently, on sampled tokens only, at every step, with the likely cause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tropd_mcore.train.gates import (
 
 TOKENS = 1000
 Piece = tuple[int, int, float]
-"""Tokens first ... last - 1 differ by so many nats, in both directions."""
+"""Tokens first ... last - 1 differ by this many nats, in both directions."""
 
 
 def bounded(**changes: Any) -> Config:
@@ -62,7 +62,7 @@ def gate_of(config: Config, *, exact: bool = True) -> SamplerGate:
 
 
 def refused(config: Config, *steps: Columns | Sequence[Columns], first_step: int = 0, exact: bool = True) -> str:
-    """What the gate says at the last of the steps; it lets the others pass."""
+    """The error of the gate at the last of the steps. The other steps pass."""
     gate = gate_of(config, exact=exact)
     for number, step in enumerate(steps, start=first_step):
         parts = [step] if isinstance(step, dict) else list(step)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def test_the_maximum_of_a_first_step_of_several_updates_is_warned_about_once() -
 
 
 def test_the_first_step_is_refused_if_only_the_mean_is_above_its_bound() -> None:
-    """Every token a little off: a temperature that is nearly right."""
+    """Every token differs slightly, as with an almost correct temperature."""
     message = refused(bounded(), MEAN_OFF)
     assert "7.0e-02 nats (mean), 7.0e-02 (99th percentile), 7.0e-02 (maximum)" in message
 
@@ -392,8 +392,8 @@ def test_a_teacher_whose_scores_of_the_first_rollouts_match_the_students_is_refu
 
 
 def test_teacher_and_student_scores_are_not_compared_where_equality_would_prove_nothing() -> None:
-    """A later step (the student may have learnt it all), another temperature, a replay, the same folder, a teacher that
-    no server serves, and where the gate is off."""
+    """Cases: a later step (the student may have learnt everything), another temperature, a replay, the same folder, a
+    teacher without a server, and a gate that is off."""
     same = [scored(3e-7, 0.0)]
     with pytest.raises(GateError):
         look_at(same, served(), 0)

@@ -1,4 +1,4 @@
-"""`run.init_from` before anything is loaded: what is no checkpoint, or does not fit, is one line with the remedy."""
+"""`run.init_from` before anything is loaded: a path that is no matching checkpoint gives one line with the remedy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def info_of(student: Path, **changes: Any) -> CheckpointInfo:
 
 
 def other_run(root: Path, student: Path, steps: tuple[int, ...] = (2,), **changes: Any) -> Path:
-    """A run directory whose checkpoints have a JSON and no tensors; returns the newest checkpoint."""
+    """A run directory whose checkpoints have a JSON and no tensors. Returns the newest checkpoint."""
     folder = root
     for step in steps:
         folder = step_folder(root / "checkpoints", step)
@@ -142,7 +142,7 @@ def test_init_from_another_architecture_is_refused(tmp_path: Path, student: Path
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path: Path, student: Path, layout: Layout) -> None:
-    """Same architecture, same width, other words behind two ids: nothing else would notice."""
+    """Same architecture and width, but two ids have other tokens. No other check would detect this."""
     path = other_run(tmp_path / "other", student)
     swap_two_tokens(path / HF_FOLDER)
     with pytest.raises(DataError, match=r"run\.init_from=.* differ in 2 of"):

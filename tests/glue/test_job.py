@@ -1,4 +1,4 @@
-"""From a configuration to a finished run over stubs: which parts are made, what is refused, when a run is over."""
+"""From a configuration to a finished run over stubs: created components, refusals, and the end of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tropd_mcore.weights.publish import new_folder
 STEPS = 4
 MATERIAL = SimpleNamespace(prompts="the prompts")
 SOURCES: dict[str, str] = defaultdict(lambda: "test")
-"""Where every value of the configuration came from."""
+"""The source of every value of the configuration."""
 ALONE = RankEnvironment(rank=0, world_size=1, local_rank=0)
 GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
 
@@ -71,7 +71,7 @@ def start_at(first_step: int, **given: Any) -> Any:
 
 
 class Run:
-    """`run_job` whose parts only say that they were called."""
+    """`run_job` with components that only record their calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
         self.did: list[str] = []
@@ -168,7 +168,7 @@ def test_a_configuration_that_does_not_fit_the_machine_is_refused_before_any_gro
 
 
 class Components:
-    """`_make_components` over stubs; keeps what the parts were made with."""
+    """`_make_components` over stubs. Keeps the arguments of the components."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, teacher: Any = "scorer") -> None:
         self.dry_runs: list[Any] = []
@@ -301,7 +301,7 @@ def test_metrics_of_repeated_steps_are_dropped_and_the_reference_model_is_used(m
 
 
 def write_export(student: Any, layout: Any, out: Path, *, source_folder: Path) -> None:
-    """Like the real one, it refuses a folder that has something in it."""
+    """Like the real one, it refuses a folder that is not empty."""
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps({"source": str(source_folder)}))
 

@@ -1,4 +1,4 @@
-"""From a configuration to a finished run over stubs: in which order models, weights, records and steps come."""
+"""From a configuration to a finished run over stubs: the order of models, weights, records and steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Training:
-    """`_train` whose models, servers and loop only say what they were made from."""
+    """`_train` with models, servers and a loop that only record their arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.did: list[tuple[Any, ...]] = []
@@ -101,7 +101,7 @@ def test_a_launch_resumes_trains_and_exports_what_is_left(
     settings: dict[str, Any],
     expected: list[tuple[Any, ...]],
 ) -> None:
-    """An export alone needs neither servers nor the average."""
+    """A launch that only exports needs neither servers nor the average."""
     config = config_of(tmp_path, folder, run=settings)
     trains = any(event[0] == "fit" for event in expected)
     found = Training(monkeypatch).launched(config, SimpleNamespace(rank=0), first_step)

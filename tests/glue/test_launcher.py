@@ -1,4 +1,4 @@
-"""`tropd train` before ranks start: where this node stands, and what the launcher says of ranks that ended."""
+"""`tropd train` before ranks start: the rank of this node, and the launcher's report on ranks that ended."""
 
 from __future__ import annotations
 

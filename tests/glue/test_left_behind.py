@@ -1,6 +1,6 @@
-"""What killed processes leave in shared memory: removed by the next one, and nothing else is.
+"""Files that killed processes leave in shared memory are removed by the next process, and no other files are.
 
-The processes are real; what SGLang does is done here by a child that maps files of shared memory under random names.
+The processes are real. A child that maps files of shared memory under random names stands in for SGLang.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ time.sleep(600)
 
 @pytest.fixture
 def names() -> Iterator[list[Path]]:
-    """Names of shared memory that nobody has; what is left there after the test goes."""
+    """Unused names of shared memory. Files that remain there are removed after the test."""
     found = [SHARED_MEMORY / f"tropd-test-{uuid.uuid4().hex}" for _ in range(3)]
     yield found
     for path in found:
@@ -79,7 +79,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, and wait until the process runs no more; its parent may not have asked about it yet."""
+    """SIGKILL, and wait until the process no longer runs. Its parent may not have waited for it yet."""
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while start_of(pid) is not None and time.monotonic() < deadline:
@@ -195,7 +195,7 @@ def test_a_forged_ledger_removes_no_file_elsewhere(tmp_path: Path, liar: str) ->
 def test_a_file_matched_only_by_process_number_is_removed_only_if_no_container_can_share_the_number(
     monkeypatch: pytest.MonkeyPatch, sees_all: bool
 ) -> None:
-    """Containers that share /dev/shm count their processes each for itself."""
+    """Containers that share /dev/shm have separate process numbers."""
     namespace = Path("/proc/self/ns/pid").stat().st_ino
     monkeypatch.setattr(left_behind, "_WHOLE_MACHINE", namespace if sees_all else namespace + 1)
     gone = 2**22 - 2
@@ -232,7 +232,7 @@ def test_a_mapped_file_older_than_its_process_is_not_recorded_as_its_own(
     monkeypatch.setattr(left_behind, "_write", lambda: None)
     old, new = names[:2]
     old.write_bytes(b"x" * 4096)
-    time.sleep(1.5)  # the start of the machine, and so of a process, is known by the second
+    time.sleep(1.5)  # the boot time, and so the start time of a process, is known to the second
     code = (
         "import mmap, sys, time\n"
         "old = open(sys.argv[1], 'rb+')\n"

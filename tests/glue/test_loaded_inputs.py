@@ -1,4 +1,4 @@
-"""What a run reads before it builds anything: which folders, prompts and lengths are refused, by which key."""
+"""The inputs that a run reads before it builds anything: folders, prompts and lengths that are refused, by key."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_reference_that_knows_fewer_tokens_than_the_student_is_refused(
 
 
 def prompts_of(longest: int, **changes: Any) -> PromptSet:
-    """Two prompts, one of `longest` tokens; `changes` are of that one."""
+    """Two prompts, one of `longest` tokens. `changes` apply to that one."""
     short = Prompt("short", np.array([3, 4], np.int32), None, None)
     given = {"token_ids": np.full(longest, 5, np.int32), "answer": None, "teacher_response_ids": None} | changes
     return PromptSet([short, Prompt("long", **given)], shuffle=False, seed=0)
@@ -203,7 +203,7 @@ def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
 
 
 def test_all_requirements_on_the_data_are_checked_at_the_start(layout: Layout, folder: Path, tmp_path: Path) -> None:
-    """Ids, answers and stored responses, each with its line; guidance that is off asks for no response."""
+    """Ids, answers and stored responses, each with its line. Without guidance no response is needed."""
     responses = tmp_path / "responses.jsonl"
     responses.write_text('{"id": "p0", "response_ids": [3, 307]}\n')
     data = {"prompts": written_prompts(tmp_path / "prompts.jsonl", answer="1\n2"), "teacher_responses": responses}
@@ -278,7 +278,7 @@ def test_an_input_that_one_rank_cannot_read_is_the_same_error_on_all_ranks(folde
 
 
 def read_with_a_fault_on_rank_one(folder: Path, tmp_path: Path, prompts: Path, change: dict[str, Any]) -> str:
-    """What this rank meets, where the second alone has a disk, or a configuration, on which something is missing."""
+    """The error on this rank if only rank 1 has a disk or a configuration with something missing."""
     layout = make_layout()
     healthy = config_of(tmp_path / "run", folder, data={"prompts": prompts}, batch={"tokens_per_micro_batch": 99})
     context = context_of(healthy, layout)

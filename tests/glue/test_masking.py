@@ -24,7 +24,7 @@ LIE = sampling_lies(vocab_size=VOCABULARY, end=2)["an id outside the vocabulary"
 
 
 def about_nth(*numbers: int) -> Any:
-    """Picks requests by their place in the order of arrival, counted from 0."""
+    """Selects requests by their position in the order of arrival, counted from 0."""
     seen = iter(range(10**9))
     return lambda _: next(seen) in numbers
 
@@ -34,7 +34,7 @@ def tell(proxy: Liar, *numbers: int) -> None:
 
 
 def test_if_a_prefix_carrier_is_left_out_the_next_sample_carries_the_prefix_loss(tmp_path: Path) -> None:
-    """Four samples one after the other: the second answer about the first one is the second request."""
+    """Four samples one after the other. The second request is the retry of the first sample."""
     config = guided(tmp_path, gates={"masked_share": 0.5})
     config = config.model_copy(update={"rollout": one_at_a_time(config.rollout)})
     with fake_server() as server, liar(server.url) as proxy, launch(proxy, config) as (source, _):  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def test_a_sample_left_out_before_the_server_died_is_not_requested_again(
 def test_stored_rollouts_with_ids_that_the_student_lacks_are_refused_by_file(
     tmp_path: Path, bad: int, replayed: bool
 ) -> None:
-    """An id of -3 would end in the tokenizer, and one beyond the embedding in a row of zeros."""
+    """An id of -3 would reach the tokenizer, and one beyond the embedding a row of zeros."""
     rollouts = make_rollouts()
     rollouts[1].response_ids[0] = bad
     other = tmp_path / "other"

@@ -1,4 +1,4 @@
-"""When a model of the job is compared with an independent reading, when not, and what the log says instead."""
+"""When a model of the job is compared with an independent reading, when not, and the log line in that case."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def layout() -> Iterator[Layout]:
 
 
 class Job:
-    """`check_model` whose two sides say what the test says; `readings` counts the independent ones."""
+    """`check_model` with results set by the test. `readings` counts the independent readings."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layout: Layout, root: Path) -> None:
         self.layout, self.root = layout, root
@@ -54,7 +54,7 @@ class Job:
         return EXPECTED
 
     def check(self, key: str = "teacher.path") -> list[Path]:
-        """Check once; returns what was read independently for it."""
+        """Check once. Returns the folders that were read independently."""
         before = len(self.readings)
         model: Any = SimpleNamespace(
             config=SimpleNamespace(params_dtype=self.dtype), platform=SimpleNamespace(name="cpu")

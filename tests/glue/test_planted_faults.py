@@ -1,7 +1,7 @@
-"""Faults of statistics, schedules and the wire that once went unnoticed: each is planted, and a test has to fail.
+"""Faults of statistics, schedules and the wire that tests once missed: each is planted, and a test must fail.
 
-A row is (what goes wrong, where and how it is planted, the test that notices). The test runs as it stands, on its rank
-processes as well (`faults.on_ranks`); without the fault it passes in its own file.
+A row is (the fault in words, the planted change, the test that detects it). The test runs unchanged, also on its rank
+processes (`faults.on_ranks`). Without the fault it passes in its own file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tropd_mcore.rollout.uniforms import trust_uniforms
 
 Row = tuple[str, Fault, Callable[..., None], dict[str, Any]]
 NOTICED = (AssertionError, pytest.fail.Exception, TropdError)
-"""What a test raises that does not hold, or the product where it meets the fault itself; any other exception would say
-that the test broke."""
+"""Exceptions of a failing test, or of the product if it detects the fault itself. Any other exception means that the
+test is broken."""
 
 
 def row(what: str, fault: Fault, claim: Callable[..., None], **arguments: Any) -> Row:

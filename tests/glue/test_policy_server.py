@@ -1,4 +1,4 @@
-"""The rollout server seen by all ranks: when weights are published and proven, and what a death costs."""
+"""The rollout server seen by all ranks: when weights are published and proven, and the cost of a server death."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Stream = Iterator[tuple[str, Tensor]]
 
 @dataclass
 class PolicySite:
-    """A server, a publisher and a sampler that only take notes, and the weight streams of this rank.
+    """A server, a publisher and a sampler that only record their calls, and the weight streams of this rank.
 
-    `faults` are met one after the other: what `publish`, `verify_sync` or `collect` raises at its next call
-    (None: nothing).
+    `faults` are raised one after the other by the next calls of `publish`, `verify_sync` or `collect`
+    (None: no error).
     """
 
     layout: Layout
@@ -41,12 +41,12 @@ class PolicySite:
     publish_faults: list[Exception | None] = field(default_factory=list)
     sample_faults: list[Exception | None] = field(default_factory=list)
     unchanged_faults: list[Exception | None] = field(default_factory=list)
-    """Met after the sampler is done, where the server is asked whether its weights stayed."""
+    """Raised after sampling, when the server is asked whether its weights are unchanged."""
     read_before_fault: int = 0
     """Tensors that the publisher takes before it fails."""
     events: list[Event] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
-    """Tensors of each stream that this rank went through."""
+    """Number of tensors that this rank consumed of each stream."""
     connections: int = 0
     clock: StepClock = field(default_factory=StepClock)
 
@@ -67,7 +67,7 @@ class PolicySite:
         return [event for event in self.events if event[0] in kinds]
 
     def weights(self, _model: Any, _layout: Layout) -> Stream:
-        """In the place of `iterate_hf`: collective, so what counts is that a rank goes through all of it."""
+        """Stands in for `iterate_hf`. It is collective, so every rank must consume all of it."""
         self.streams.append(0)
         for index in range(TENSORS):
             self.streams[-1] += 1
@@ -114,7 +114,7 @@ class PolicySite:
     def _collect(
         self, connection: int, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected
     ) -> Collected:
-        """A death leaves half of what was missing."""
+        """After a server death, half of the missing samples have arrived."""
         assert connection == self.connections, "a client of the server that died was asked"
         missing = [request.sample_id for request in requests if request.sample_id not in found.rollouts]
         self.events.append(("sample", step, expected_version, missing))
@@ -132,7 +132,7 @@ def requests() -> list[SampleRequest]:
 
 
 def run(site: PolicySite, steps: list[int]) -> list[str]:
-    """The versions that the steps were sampled at, in one launch; every rollout of a step in the order asked for."""
+    """The versions that the steps were sampled at, in one launch. Rollouts of a step keep the order of the requests."""
     with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
         policy = site.policy()
         for step in steps:
@@ -308,7 +308,7 @@ def test_every_rank_repeats_all_weight_streams_after_a_server_death_seen_by_rank
 
 
 def test_waiting_for_the_server_publication_and_sampling_are_separate_phases() -> None:
-    """Seconds are made up: whatever the server is asked for takes as many as nothing else does."""
+    """Artificial seconds: every call of the server takes a different number of them."""
     now, costs = [0.0], {"ready": 100.0, "recover": 1000.0, "publish": 10.0, "sample": 1.0}
 
     class Costly(list[Event]):

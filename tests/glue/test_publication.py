@@ -1,4 +1,4 @@
-"""Digests of what is sent, and the names under which a server holds it."""
+"""Digests of the sent weights, and the names under which a server holds them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ QKV = served_name(Q)
 
 
 def answer(*ranks: tuple[int, int, dict[str, str]]) -> WeightChecksums:
-    """What a server says whose ranks are at (pipeline, tensor) and hold these checksums, beside a draft model's."""
+    """The answer of a server whose ranks are at (pipeline, tensor) with these checksums, and a draft model's."""
     entries = []
     for pipeline, tensor, checksums in ranks:
         places = [{"role": role, "pp_rank": pipeline, "tp_rank": tensor} for role in ("target", "draft")]
@@ -104,7 +104,7 @@ def test_a_tensor_parallel_rank_that_keeps_an_old_norm_is_detected_and_shards_ma
 
 
 def test_tensors_that_are_not_replicated_may_differ_between_ranks() -> None:
-    """Another stage, a tensor that no update sets (a draft model's), a server that does not tell its ranks."""
+    """Another stage, a tensor that no update sets (a draft model's), a server that does not report its ranks."""
     check_ranks(answer((0, 0, {NORM: "a"}), (1, 0, {NORM: "b"})))
     check_ranks(answer((0, 0, {f"draft.{NORM}": "a"}), (0, 0, {f"draft.{NORM}": "b"})))
     bare = read_checksums({"per_engine_checksum": "t", "ranks": [{"checksums": {NORM: c}} for c in "ab"]})

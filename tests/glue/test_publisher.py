@@ -1,4 +1,4 @@
-"""One weight update as the publisher sends it, and what a failure leaves behind; the client only takes notes."""
+"""One weight update by the publisher, and the state after a failure. The client only records its calls."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ class NotedServer:
     dtype: str = "float32"
     quantization: str | None = None
     loads: tuple[str, ...] = tuple(SHAPES)
-    """Names of tensors that an update sets; of the others it answers success."""
+    """Names of tensors that an update sets. For other names it only reports success."""
     has_checksum: bool = True
     label: str = "default"
     keeps_label: bool = False
     keeps_weights: bool = False
-    """When asked to destroy them."""
+    """Whether it ignores requests to overwrite its weights."""
     refused: dict[str, ServerError] = field(default_factory=dict)
-    """Call -> what it raises."""
+    """Call -> the error that it raises."""
     scores: list[Any] = field(default_factory=list)
     weights: dict[str, bytes] = field(default_factory=lambda: dict.fromkeys(SHAPES, b"from the folder"))
     calls: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    """Under which the updates came."""
+    """Labels of the updates."""
     payloads: list[list[bytes]] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     """Tensors of each update."""
     asked: list[ScoringRequest] = field(default_factory=list)
     checked: int = 0
-    """Times that it was asked for checksums."""
+    """Number of requests for checksums."""
     key: str = "rollout.server"
 
     def info(self) -> Any:
@@ -123,7 +123,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def weights(first: float = 0.0) -> dict[str, Tensor]:
-    """No two numbers are equal."""
+    """Tensors without two equal values."""
     sizes = [torch.Size(shape).numel() for shape in SHAPES.values()]
     pieces = torch.arange(first, first + sum(sizes)).split(sizes)
     return {name: piece.view(SHAPES[name]) for name, piece in zip(SHAPES, pieces, strict=True)}
@@ -498,7 +498,7 @@ def test_weights_that_change_after_their_publication_are_detected() -> None:
 
 
 def test_a_change_below_the_precision_of_the_server_is_not_expected_to_show() -> None:
-    """Student float32, server bfloat16: a step below the server's precision leaves its weights as they are."""
+    """Student float32, server bfloat16: a step below the server's precision does not change its weights."""
     server = NotedServer(dtype="bfloat16")
 
     def rounded(name: str, held: Tensor) -> Tensor:
@@ -507,7 +507,7 @@ def test_a_change_below_the_precision_of_the_server_is_not_expected_to_show() ->
     publisher = publisher_of(server, ledger=PublicationLedger("rollout.server"))
     exact = {name: rounded(name, tensor) for name, tensor in weights(4.0).items()}
     publisher.verify_sync(lambda: iter(exact.items()), "v1")
-    server.loads = ()  # what it would load is what it has
+    server.loads = ()  # the values to load equal those that it has
     publisher.publish(((name, tensor * (1 + 1e-6)) for name, tensor in exact.items()), "v2")
     assert server.label == "v2"
     with pytest.raises(GateError, match="loaded nothing"):

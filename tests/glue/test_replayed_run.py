@@ -38,7 +38,7 @@ def other(runs: Runs) -> RunDir:
 
 
 def replays(runs: Runs, **sections: Any) -> list[str]:
-    """What a launch that replays `other` says of it."""
+    """The lines of a launch that replays `other` about that run."""
     runs.caplog.clear()
     with runs.caplog.at_level(logging.WARNING):
         runs.compare(run={"replay": other(runs).root}, **sections)

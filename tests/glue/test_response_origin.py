@@ -1,4 +1,4 @@
-"""Stored teacher responses are those of this teacher to these prompts: for `tropd prefixes`, and for training."""
+"""Stored teacher responses must come from this teacher and these prompts, for `tropd prefixes` and for training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
 
 
 class Interrupted(Client):
-    """Answers the first chunk alone."""
+    """Answers only the first chunk."""
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
         if self.requests:
@@ -72,7 +72,7 @@ class Recipe:
         return code, captured.out + captured.err + self.caplog.text
 
     def refused(self, *arguments: str) -> str:
-        """The one line of a call that asks nothing and changes nothing."""
+        """The one line of a call that sends no request and changes nothing."""
         before = {path: path.read_bytes() for path in self.root.glob("responses*")}
         code, text = self.prefixes(*arguments)
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -192,7 +192,7 @@ def test_a_damaged_record_of_the_origin_gives_a_one_line_error(recipe: Recipe, c
 
 
 def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
-    """What a launch says of the responses."""
+    """The lines of a launch about the responses."""
     data = {"prompts": recipe.root / "prompts.jsonl", "teacher_responses": recipe.out} | sections.pop("data", {})
     given = {"objective": GUIDED, "batch": {"tokens_per_micro_batch": 9000}, "rollout": {"max_new_tokens": 9}}
     merged = given | {"teacher": {"path": recipe.root / "teacher"}} | sections

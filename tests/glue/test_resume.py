@@ -179,7 +179,7 @@ def test_a_refused_launch_leaves_the_record_unchanged(runs: Runs) -> None:
 
 
 def test_a_refused_first_launch_leaves_no_record(runs: Runs) -> None:
-    runs.compare(run={"seed": 9})  # and never accepted: a gate or a server stopped it
+    runs.compare(run={"seed": 9})  # never accepted, because a gate or a server stopped it
     assert runs.records() == []
     assert runs.launch() == []
 

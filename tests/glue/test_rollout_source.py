@@ -1,4 +1,4 @@
-"""Rollouts of a step: stored ones win over the server, and what is sampled is on disk before anybody gets it."""
+"""Rollouts of a step: stored ones take precedence, and sampled ones are on disk before they are returned."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP = 2
 
 @dataclass
 class Policy:
-    """Answers with rollouts that tell the launch; remembers what it was asked."""
+    """Answers with rollouts that identify the launch, and records its requests."""
 
     launch: str
     asked: list[tuple[int, list[SampleRequest]]] = field(default_factory=list)
@@ -42,7 +42,7 @@ def source(config: Config, policy: Any, layout: Layout) -> RolloutSource:
 
 
 def sampled(config: Config, launch: str, step: int = STEP) -> tuple[list[Rollout], Policy]:
-    """What one rank gets, and the policy that it may have asked."""
+    """The rollouts of one rank, and the policy that it may have asked."""
     policy = Policy(launch)
     with one_rank() as layout:
         return source(config, policy, layout).at_step(step), policy

@@ -1,4 +1,4 @@
-"""What the passes before the first update hand to the loss, with and without the student's own candidates."""
+"""The values that the passes before the first update give to the loss, with and without student candidates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run directory: what `forget` removes, who may hold the lock, what is recorded, when a run has begun."""
+"""The run directory: files removed by `forget`, the lock, the records, and when a run counts as started."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KEPT = [
     (Kept(rollouts=1, scores=2, tokens=1, rollouts_needed_from=0, scores_needed_from=8), (0, 6, 7)),
     (Kept(rollouts=100, scores=100, tokens=100, rollouts_needed_from=8, scores_needed_from=8), (0, 0, 0)),
 ]
-"""What is kept after step 7, and the first step of which rollouts, scores and tokens then are there."""
+"""The limits after step 7, and the first step whose rollouts, scores and tokens then exist."""
 
 
 @pytest.mark.parametrize(("kept", "first"), KEPT, ids=str)

@@ -1,4 +1,4 @@
-"""Who holds a run directory: with flock, without it, on another machine, and what a job does that loses it."""
+"""Holding a run directory: with flock, without it, on another machine, and the reaction of a job that loses it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def held(root: Path, kind: run_lock.Kind = "auto") -> RunLock:
 
 
 def killed_holder(root: Path) -> int:
-    """A process that took the directory by a file and was killed; its number."""
+    """A process that held the directory by a lock file and was killed. Returns its pid."""
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -66,7 +66,7 @@ def killed_holder(root: Path) -> int:
 
 
 def move_to_another_machine(root: Path, *, untouched_s: float) -> None:
-    """Let the lease in `root` be of another machine, which touched it so many seconds ago."""
+    """Make the lease in `root` belong to another machine, which touched it this many seconds ago."""
     path = root / HOLDER_FILE
     text = path.read_text().replace(f"host={os.uname().nodename}", "host=elsewhere")
     assert "host=elsewhere" in text

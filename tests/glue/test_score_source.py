@@ -1,4 +1,4 @@
-"""Teacher scores of a step: stored ones are used by all ranks or by none, and only for what they were made of."""
+"""Teacher scores of a step: stored ones are used by all ranks or by none, and only for the same inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Found = tuple[int, Values]
 
 @dataclass
 class CountingTeacher:
-    """Its log-probs tell the launch that asked it."""
+    """A teacher whose log-probs identify the launch that asked it."""
 
     layout: Layout
     launch: int
@@ -61,7 +61,7 @@ class Ask:
     candidates: int | None = None
 
     def answer(self, layout: Layout) -> Found:
-        """What this rank gets. Collective."""
+        """The scores of this rank. Collective."""
         teacher = CountingTeacher(layout, self.launch)
         source = ScoreSource(
             teacher, RunDir(self.run_dir), layout, replay=self.replay, name=self.name, on_disk=self.on_disk
@@ -152,7 +152,7 @@ def test_stored_scores_are_used_only_for_the_same_teacher_rows_and_candidates(
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was said since the last call of why the teacher scores again."""
+    """The log lines since the last call about why the teacher scores again."""
     found = [message for message in caplog.messages if "the teacher scores again" in message]
     caplog.clear()
     return found

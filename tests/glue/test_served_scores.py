@@ -1,4 +1,4 @@
-"""What becomes of a server's answer at its edges: ids that the student lacks, samples without scores, lengths."""
+"""Edge cases of a teacher server's answer: ids that the student lacks, samples without scores, lengths."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_prompt_with_its_response_may_fill_the_context_of_the_server_and_no_mo
 def test_the_job_stops_if_all_samples_of_a_step_fail_but_not_if_all_of_one_replica_do(
     rank_zero_asks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`gates.masked_share` is of the step: with many replicas one of them may well have no usable answer at all."""
+    """`gates.masked_share` applies to the step. With many replicas, one of them may have no usable answer at all."""
     client = Scorer([5], [0.5])
     monkeypatch.setattr(client, "score", lambda requests: [ServerError("no") for _ in requests])
     server: Any = SimpleNamespace(client=client, spec=SimpleNamespace(key="teacher.server"))

@@ -1,4 +1,4 @@
-"""A server's tokenizer is compared over HTTP: what is no answer is said, and another answer stops the launch."""
+"""A server's tokenizer is compared over HTTP. An unusable answer is reported, a different one stops the launch."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Answer = tuple[int, Any]
 
 
 class Scripted:
-    """A server that gives the `answers` of a path in turn, then the last one for ever, else 200; notes what came."""
+    """A server that gives the `answers` of a path in turn, then repeats the last, else 200. Records all requests."""
 
     def __init__(self, answers: dict[str, list[Answer]]) -> None:
         self.answers = answers

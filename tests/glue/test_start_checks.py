@@ -1,4 +1,4 @@
-"""The job and `tropd doctor` make the same checks of a start, and say the same of the same fault."""
+"""The job and `tropd doctor` run the same start checks and report the same fault in the same words."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def layout() -> Iterator[Layout]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Callable[[Config], State | None]:
-    """A job up to its first server and model; returns the state of its checks. Raises as the job does."""
+    """A job up to its first server and model. Returns the state of its checks. Raises like the job."""
     trained: list[State] = []
     state_of = State.of.__func__  # type: ignore[attr-defined]
 
@@ -114,7 +114,7 @@ def test_doctor_and_job_run_exactly_the_listed_checks(root: Path, started: Calla
 
 
 def with_records(root: Path) -> None:
-    """Rollouts and a record of the launch before, so that contents are compared."""
+    """Rollouts and a record of the previous launch, so that contents are compared."""
     run = RunDir(root / "run")
     run.rollouts(0).parent.mkdir(parents=True)
     run.rollouts(0).touch()
@@ -202,7 +202,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list[str], str, str]] =
         "monitor.wandb_project", "needs the package wandb",
     ),
 }  # fmt: skip
-"""Fault -> how it is planted, the overrides, the key under which doctor tells it, words of the line."""
+"""Fault -> how it is planted, the overrides, the key under which doctor reports it, words of the line."""
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -1,4 +1,4 @@
-"""What the launcher sees of a rank that is stopped before it has begun to beat."""
+"""How the launcher detects a rank that is suspended before its first heartbeat."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the launcher believes have gone by."""
+    """The clock of the launcher, in seconds."""
     now = [0.0]
     monkeypatch.setattr(stopped_ranks.time, "monotonic", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""A served teacher while a run asks it: what is looked at when, and what a change costs."""
+"""A served teacher during a run: what is checked when, and the cost of a change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def readings(model_scores: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatc
 
 
 def run(server: Served, config: Config, steps: list[int], *, change: Callable[[int], None] = lambda step: None) -> str:
-    """The steps of one launch, each after `change`; returns the error that ends it."""
+    """The steps of one launch, each after `change`. Returns the error that ends it."""
     with one_rank() as layout:
         check = TeacherCheck(server, config, layout.groups.control)  # type: ignore[arg-type]
         for step in steps:
@@ -140,7 +140,7 @@ def stored(root: Path, folder: str) -> list[int]:
 def test_scores_of_a_killed_launch_are_used_by_the_next_unless_the_teacher_changed(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """Kept, they repeat the step bit for bit; the last full check of the first launch was before step 3."""
+    """Kept scores repeat the step bit for bit. The last full check of the first launch was before step 3."""
     config, run_dir = config_of(model_folders, tmp_path, teacher={"check_every": 3}), RunDir(tmp_path)
 
     def launch(model: str, *steps: int) -> None:
@@ -163,7 +163,7 @@ def test_scores_of_a_killed_launch_are_used_by_the_next_unless_the_teacher_chang
 def test_scores_made_before_a_teacher_restarts_as_another_model_are_dropped(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """The one that asks for scores restarts the server too."""
+    """The scoring call restarts the server, too."""
     run_dir, server = RunDir(tmp_path), Served(model_scores["teacher"], restarted=lambda: None)
     with one_rank() as layout:
         check = TeacherCheck(server, config_of(model_folders, tmp_path), layout.groups.control)  # type: ignore[arg-type]

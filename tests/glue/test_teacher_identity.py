@@ -1,4 +1,4 @@
-"""A served teacher at the start of a launch: against its folder, the student's, and what the first launch found."""
+"""A served teacher at the start of a launch, compared with its folder, the student's, and the first launch's record."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_texts_are_compared_over_their_common_length_and_different_texts_are_inf
 
 
 def test_a_different_amount_of_server_memory_or_an_unreadable_file_does_not_mean_another_model() -> None:
-    """On a GPU a restarted server has another amount of memory left; a file system may be away for a moment."""
+    """On a GPU, a restarted server has a different amount of free memory. A file system may be briefly unavailable."""
     model = ServedModel("m", "default", "qwen3", "bfloat16", None, 1, "0.5.23", 90_000, 307, "a" * 16)
     assert changes(model, replace(model, longest_input=89_000, vocab_size=None, checksum=None)) == []
     assert changes(model, replace(model, device="cpu")) == []
@@ -288,7 +288,7 @@ def test_a_different_amount_of_server_memory_or_an_unreadable_file_does_not_mean
 
 
 def test_checksums_of_two_devices_are_not_compared() -> None:
-    """SGLang hashes with another function on a GPU than on a CPU."""
+    """SGLang uses different hash functions on GPU and CPU."""
     one = ServedModel("m", "default", "qwen3", "float32", None, 1, "0.5.23", 500, 307, "a" * 16, device="cpu")
     assert other_weights(one, replace(one, checksum="b" * 16)) is not None
     assert other_weights(one, replace(one, checksum="b" * 16, device="cuda")) is None
@@ -296,7 +296,7 @@ def test_checksums_of_two_devices_are_not_compared() -> None:
 
 @pytest.mark.parametrize("layout", ["data_parallel", "pipeline_parallel", "tensor_parallel"])
 def test_checksums_of_two_layouts_are_not_compared(layout: str) -> None:
-    """SGLang's checksum is of all ranks together, so that it is another one with two copies of the same weights."""
+    """SGLang's checksum covers all ranks together, so it differs with two copies of the same weights."""
     one = ServedModel("m", "default", "qwen3", "bfloat16", None, 1, "0.5.23", 500, 307, "a" * 16)
     other = replace(one, checksum="b" * 16)
     assert other_weights(one, other) is not None

@@ -1,4 +1,4 @@
-"""The training loop over stubs: what it does in which order, at which progress, and what it keeps."""
+"""The training loop over stubs: the order of its actions, its progress values, and the files that it keeps."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_gate_refuses_before_the_first_optimizer_step_of_any_launch(tmp_path
 
 
 def test_the_gate_waits_for_the_first_update_with_sampled_tokens(tmp_path: Path) -> None:
-    """A teacher that could score nothing in the first step must not let the launch pass unseen."""
+    """If the teacher could score nothing in the first step, the launch must still be checked."""
     config, asked = make_config(tmp_path, gates={"sampler_logprob": True}), []
 
     def nothing_in_the_first_step(sample: int, token: int) -> bool:
@@ -103,7 +103,7 @@ def test_the_gate_waits_for_the_first_update_with_sampled_tokens(tmp_path: Path)
 
 
 def test_a_sampler_with_stale_weights_stops_the_run_before_the_update_of_its_third_step() -> None:
-    """The student moves by half a nat a step, the rollouts stay those of the weights that it began with."""
+    """The student moves by half a nat per step, while the rollouts stay those of the initial weights."""
     for allowed in (1, 3):
         config = make_config(gates={"sampler_logprob": True, "sampler_logprob_steps": allowed})
         with one_rank() as layout:
@@ -136,7 +136,7 @@ def test_the_gate_compares_the_student_before_the_first_of_several_updates() -> 
 
 
 class NotedCheck:
-    """In the place of the served teacher's check; `other_from` is the step from which another teacher is there."""
+    """Stands in for the served teacher's check. From step `other_from` on there is another teacher."""
 
     def __init__(self, launch: Launch, other_from: int) -> None:
         self.launch = launch
@@ -280,7 +280,7 @@ def test_between_checkpoints_all_rollouts_and_all_scores_that_cannot_be_recomput
 
 
 class StopAfter:
-    """A monitor that ends the process, as a signal would, once it has seen a step."""
+    """A monitor that ends the process after a step, as a signal would."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -307,7 +307,7 @@ def test_a_run_directory_that_disappears_in_mid_run_stops_the_job_before_it_writ
     tmp_path: Path, when: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class RemoveDirectory:
-        """A monitor that stands for somebody who removes the directory."""
+        """A monitor that removes the run directory, as a user might."""
 
         def log(self, step: int, record: Any) -> None:
             if step == when:
@@ -326,7 +326,7 @@ def test_a_run_directory_that_disappears_in_mid_run_stops_the_job_before_it_writ
 
 
 class CountingPolicy:
-    """Samples anew, with other numbers each time."""
+    """Samples again, with different numbers each time."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -409,7 +409,7 @@ def test_token_values_of_a_few_samples_are_stored_if_configured(tmp_path: Path, 
 
 
 def on_two_ranks(run_dir: Path) -> tuple[list[Any], list[Any]]:
-    """What each data rank trained and logged."""
+    """The training steps and log lines of each data rank."""
     config = make_config(run_dir, monitor={"token_samples": 1})
     launch = Launch(config, make_layout("data"), log_ratio=step_by_place).run(0, 2)
     logged = [
@@ -438,7 +438,7 @@ def test_the_record_joins_the_rows_of_all_ranks_and_only_rank_zero_has_it(tmp_pa
 
 
 def gate_on_two_ranks(run_dir: Path, gap_on_rank: int) -> tuple[str, int]:
-    """The gate where the rows of one rank alone differ: (error, optimizer steps) of this rank."""
+    """The gate if only the rows of one rank differ: (error, optimizer steps) of this rank."""
     layout = make_layout("data")
     config = make_config(run_dir, gates={"sampler_logprob": True})
     launch = Launch(config, layout, gap=0.5 if layout.rank == gap_on_rank else 0.0)

@@ -1,4 +1,4 @@
-"""Who watches the ranks: over a store in memory, with time that the test lets go by."""
+"""The watch of the ranks, over a store in memory, with a clock that the test advances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANK_LIMIT_S, STALL_LIMIT_S = 12.0, 600.0
 
 
 class Ranks:
-    """Watches of all ranks of a job on one store; `said` has what would have ended the job."""
+    """Watches of all ranks of a job on one store. `said` has the messages that would have ended the job."""
 
     def __init__(self, tmp_path: Path, count: int) -> None:
         limits = {"rank_timeout_s": RANK_LIMIT_S, "stall_timeout_s": STALL_LIMIT_S}
@@ -36,7 +36,7 @@ class Ranks:
         return lambda line: self.said.append((rank, line))
 
     def go_on(self, turns: int, *, but: tuple[int, ...] = (), seconds: float = 2.0) -> None:
-        """That many turns of every rank but those."""
+        """This many turns of every rank except those in `but`."""
         for _ in range(turns):
             for rank, watch in enumerate(self.all):
                 if rank not in but:

@@ -1,4 +1,4 @@
-"""Tensors as a payload of an update holds them: the right bits, copies, and no more memory than there is."""
+"""Tensors in the payload of an update: correct bits, copies, and no more memory than available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes over the wire to sample a step and to publish weights, asked of a real HTTP server without a model."""
+"""The requests that sample a step and publish weights, sent to a real HTTP server without a model."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_tokens_under_another_label_than_the_one_published_are_refused() -> None
 
 @contextmanager
 def launch(server: FakeServer, config: Config) -> Iterator[tuple[RolloutSource, SimpleNamespace]]:
-    """Rollouts of one rank over HTTP: the product from the prompts to the wire, the student's weights ours to set."""
+    """Rollouts of one rank over HTTP: the product from the prompts to the wire. The test sets the student's weights."""
     learner = SimpleNamespace(value=0.0, recovered=[])
 
     def recover(died: ServerDied) -> None:

@@ -1,4 +1,4 @@
-"""The loss inside other people's autograd on a GPU: Triton writes by pointer, and save_on_cpu really copies.
+"""The loss inside other autograd code on a GPU: Triton writes by pointer, and save_on_cpu really copies.
 
 How to run: see test_kernel_on_cuda. The situations are those of tests/dist/test_autograd.py, on one rank through NCCL.
 """

@@ -1,4 +1,4 @@
-"""The front door on a GPU: the numbers of the CPU, no host sync, and a CUDA graph that replays."""
+"""The library on a GPU: the results of the CPU, no host sync, and a CUDA graph that replays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed result of the mutation run is complete: drawn by its seed, and every open fault is answered for."""
+"""The committed result of the mutation run is complete: drawn by its seed, with a verdict on every open fault."""
 
 from __future__ import annotations
 

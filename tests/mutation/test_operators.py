@@ -1,4 +1,4 @@
-"""The rules plant what they say, where they say it, and the draw is the same for everybody."""
+"""The operators plant the faults that their names say, where they say, and the draw is reproducible."""
 
 from __future__ import annotations
 

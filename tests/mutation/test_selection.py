@@ -1,4 +1,4 @@
-"""The tests that are run for a fault are those that can notice it."""
+"""The tests that are run for a fault are those that can detect it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A liar in front of the real SGLang: a sample that it lies about is asked for again, then left out."""
+"""A lying proxy in front of the real SGLang: a sample with a lie is requested again, then left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ END = (2, *range(100, 160))
 SAMPLING = sampling_lies(vocab_size=VOCABULARY, end=END[0])
 SCORING = scoring_lies(vocab_size=VOCABULARY)
 VICTIM = 7
-"""First prompt token of the sample that the liar picks."""
+"""First prompt token of the sample that the liar selects."""
 
 ANSWERED = r"(SGLang |(rollout|teacher)\.server: /generate answered text/html)"
 """Of an answer that is JSON, or of one that is not."""
@@ -70,7 +70,7 @@ def is_victim(body: dict[str, Any]) -> bool:
 
 
 def honest(found: list[Any]) -> bool:
-    """Whether ids and log-probs are such as a server can sample."""
+    """Whether ids and log-probs are possible for a server."""
     return all(
         ((r.response_ids >= 0) & (r.response_ids < VOCABULARY)).all()
         and (r.rollout_logp <= 1e-3).all()

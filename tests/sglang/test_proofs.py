@@ -1,4 +1,4 @@
-"""Does a real server hold what was published, and is it the teacher that it should be? With a liar in between."""
+"""Checks that a real server holds the published weights, and that it is the right teacher, despite a lying proxy."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def check_of(server: SupervisedServer, config: Config, layout: Layout) -> Teache
 
 
 def act(server: SupervisedServer, path: str, body: dict[str, str]) -> None:
-    """What anybody who reaches the port can do."""
+    """Send a request to the server, as anyone who reaches the port can."""
     headers = {"Content-Type": "application/json"}
     ask = urllib.request.Request(f"{server.client.url}{path}", json.dumps(body).encode(), headers)
     urllib.request.urlopen(ask).read()
@@ -199,7 +199,7 @@ def test_changed_teacher_weights_under_a_forged_checksum_are_detected_by_their_s
     one_layout: Layout,
     tmp_path: Path,
 ) -> None:
-    """The proxy answers the checksum of the start for ever."""
+    """The proxy always answers with the checksum of the start."""
     WeightPublisher(server.client, plan(other_folder)).publish(stream(other_folder), "teacher")
     with liar(server.client.url) as proxy:
         forged: list[Any] = []

@@ -1,4 +1,4 @@
-"""Weight updates of a real server: what is loaded, under which label, and what never leaves us."""
+"""Weight updates of a real server: what is loaded, under which label, and what is never sent."""
 
 from __future__ import annotations
 

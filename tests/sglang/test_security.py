@@ -1,4 +1,4 @@
-"""What another user of the machine gets from a started server: nothing but its health."""
+"""Another user of the machine gets nothing from a started server except its health status."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_key_is_in_no_file_and_on_no_command_line(guarded: tuple[SupervisedS
 
 
 def _as_nobody(check: Callable[..., None], *arguments: object) -> None:
-    """Run `check` in a process of the user nobody; it raises what it finds."""
+    """Run `check` in a process of the user nobody. It raises the errors of the check."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     nobody = pwd.getpwnam("nobody")

@@ -1,4 +1,4 @@
-"""A real server that dies, or should: while it samples, at its start, with its parent, after an earlier launch."""
+"""A real server that dies or must die: while it samples, at its start, with its parent, after an earlier launch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 
 NEW_TOKENS = (4, 8, 200, 220, 230, 240)
 LIMIT_S = 300.0
-"""Longest wait for what has to happen. It is there to end a hang."""
+"""Longest wait for an expected event. It only ends a hang."""
 
 
 def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:

@@ -1,4 +1,4 @@
-"""What a real server makes of text: started over a folder that the library misreads, and compared with another one."""
+"""How a real server tokenizes text: started over a folder that transformers misreads, and compared with another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer that verifier.pattern can never hold is known before the first response; in doubt, it can be held."""
+"""An answer that verifier.pattern can never capture is detected before the first response. In doubt it is accepted."""
 
 import re
 
@@ -28,7 +28,7 @@ from tropd_mcore.data.verify import answer_problem, is_correct
     ],
 )
 def test_an_answer_that_the_pattern_can_capture_is_never_refused(pattern, response, answer):
-    """The oracle is a response: it is judged right."""
+    """The oracle is a response that is judged correct."""
     verifier = VerifierConfig(kind="exact_match", pattern=pattern)
     assert is_correct(verifier, response.format(answer), answer)
     assert can_be_captured(pattern, answer) and answer_problem(verifier, f" {answer} ") is None

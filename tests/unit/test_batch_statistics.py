@@ -1,4 +1,4 @@
-"""Statistics over a batch against loops over samples and tokens, in any order of rows, also where a group degenerates.
+"""Statistics over a batch against loops over samples and tokens, in any order of rows, with degenerate groups.
 
 Shapes: T rows, S samples.
 """
@@ -44,7 +44,7 @@ STATISTICS = {
 
 
 def batch(seed: int = 0) -> BatchRows:
-    """Samples of unequal length, each behind a teacher prefix of two rows, every eighth row out of the mask."""
+    """Samples of unequal length, each after a teacher prefix of two rows. Every eighth row is outside the mask."""
     random = np.random.default_rng(seed)
     samples = np.concatenate([np.full(length + 2, sample) for sample, length in enumerate(LENGTHS)])
     tokens = np.concatenate([np.arange(6, 6 + length + 2) for length in LENGTHS])
@@ -172,7 +172,7 @@ def test_a_sample_without_any_advantage_has_a_finite_history_weight() -> None:
 
 
 def test_the_group_advantage_compares_the_judged_samples_of_a_prompt() -> None:
-    """Prompt 0 has rewards 1, 0, 1; of the others no two samples are judged."""
+    """Prompt 0 has rewards 1, 0, 1. No other prompt has two judged samples."""
     rows = batch()
     found = group_advantage(rows)
     mean, deviation = 2 / 3, math.sqrt(2 / 9)

@@ -1,4 +1,4 @@
-"""Charts: values where the ticks say, ticks that tell values apart, extremes and gaps that are kept."""
+"""Charts: values at the heights of the ticks, ticks that distinguish values, extremes and gaps that are kept."""
 
 import json
 import re

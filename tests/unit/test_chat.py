@@ -1,4 +1,4 @@
-"""Text to ids: the template is applied once, by the tokenizer's own rules, and ids come back as the same text."""
+"""Text to ids: the template is applied once, by the tokenizer's own rules, and ids decode to the same text."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Chats become text with nothing lost: what a template does not show is refused; its date is fixed, its BOS its own."""
+"""Chats become text without loss: content that a template hides is refused. Date and BOS are as specified."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from tropd_mcore.data.chat_template import Chat
 from tropd_mcore.data.prompts import load_prompts
 from tropd_mcore.errors import DataError
 
-# Templates in the manner of the families, reduced to what differs between them.
+# Templates like those of the families, reduced to their differences.
 QWEN = (
     "{%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
     "{%- for message in messages %}"
@@ -44,7 +44,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
 def renderer_of(folder: Path, template: Any, *, before: str | None = None, after: str | None = None) -> Renderer:
-    """A tokenizer that puts `before` and `after` around a text of its own accord."""
+    """A tokenizer that adds `before` and `after` around a text by itself."""
     tokenizer = tiny_tokenizer()
     if before or after:
         ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (before, after) if token]
@@ -72,7 +72,7 @@ def test_a_text_prompt_starts_with_the_tokenizers_prefix_once_and_gets_no_suffix
     plain = tiny_tokenizer().encode("two pears", add_special_tokens=False)
     first = [tiny_tokenizer().convert_tokens_to_ids(before)] if before else []
     assert renderer.prompt_ids("two pears").tolist() == [*first, *plain]
-    # A text that was written with it has it once.
+    # A text that already starts with it gets it only once.
     assert renderer.prompt_ids(f"{before or ''}two pears").tolist() == [*first, *plain]
 
 

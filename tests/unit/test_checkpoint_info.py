@@ -1,4 +1,4 @@
-"""tropd.json: its own digest, its step against its folder's name, and the format before digests."""
+"""tropd.json: its own digest, its step against its folder's name, and the format without digests."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_an_unsupported_checkpoint_format_is_refused(
 
 @pytest.mark.parametrize("text", ["0", "3", "6", "22", '"2"', "null", "[2]"])
 def test_a_format_number_that_was_never_written_is_reported_as_damage(text: str, tmp_path: Path) -> None:
-    """So that the checkpoint before it is named."""
+    """It must be damage so that the message names the previous checkpoint."""
     for whole in (INFO.to_json(), INFO.to_json().replace('"sha256": ', '"sha356": ', 1)):
         path = write(tmp_path / str(len(list(tmp_path.iterdir()))), whole.replace('"format": 2', f'"format": {text}'))
         with pytest.raises(DamagedCheckpoint):

@@ -1,4 +1,4 @@
-"""The command line: quick help, one line for an error of the user, and what the subcommands print."""
+"""The command line: quick help, one line for a user error, and the output of the subcommands."""
 
 import argparse
 import re
@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def processor_time_of_children_s() -> float:
-    """Of the processes that we started and that have ended."""
+    """Processor time of the child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

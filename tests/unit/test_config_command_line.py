@@ -64,7 +64,7 @@ def test_a_file_without_a_kind_counts_as_the_default_kind_when_the_command_line_
 
 
 def test_keys_of_another_kind_in_the_file_itself_are_still_an_error(tmp_path: Path) -> None:
-    """Also where the command line chooses a third kind: they were wrong before."""
+    """Even if the command line chooses a third kind, because they were wrong before."""
     text = GOOD.replace("kind: tropd", "kind: opd").replace("  guidance: {min_continuation: 8}\n", "")
     (line,) = problems(tmp_path, text)
     assert line == "DIR/recipe.yaml:7: objective.outlier: unknown key: not a key of the chosen objective.kind"
@@ -169,7 +169,7 @@ def test_problems_across_sections_are_reported_together_with_those_within_sectio
 
 
 def test_a_wrong_value_causes_no_follow_up_problems(tmp_path: Path) -> None:
-    """Nobody knows what was meant, so nothing is said of how it goes with others."""
+    """The intended value is unknown, so its combination with other keys is not checked."""
     assert len(problems(tmp_path, overrides=["optimizer.lr=1e-5", "optimizer.min_learning_rate=1e-5"])) == 1
     assert len(problems(tmp_path, overrides=["batch.tokens_per_micro_batch=many"])) == 1
     assert len(problems(tmp_path, overrides=["objective.kind=nope", "data.teacher_responses=null"])) == 1

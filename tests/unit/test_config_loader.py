@@ -1,4 +1,4 @@
-"""Loading a configuration: sources, every problem at once, and messages that say what to write instead."""
+"""Loading a configuration: sources, all problems at once, and messages that say what to write instead."""
 
 import ast
 import re

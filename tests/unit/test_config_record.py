@@ -1,4 +1,4 @@
-"""The recorded configuration against that of a launch: every change by its dotted key, and nothing else."""
+"""The recorded configuration compared with that of a launch: every change by its dotted key, and no others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def resolved(folder: Path, *overrides: str, text: str = FIRST) -> str:
 
 
 def changes(folder: Path, *overrides: str, before: str | None = None, text: str = FIRST) -> list[str]:
-    """What a launch with `overrides` changed since one with `before`."""
+    """The changes of a launch with `overrides` since one with `before`."""
     recorded = read_record(resolved(folder, text=text) if before is None else before, "record").values
     (folder / "config.yaml").write_text(text)
     return [str(change) for change in compare(recorded, leaves(load(folder / "config.yaml", list(overrides))[0]))]
@@ -52,7 +52,7 @@ def changes(folder: Path, *overrides: str, before: str | None = None, text: str 
 def test_a_changed_value_is_reported_even_if_it_occurs_elsewhere_in_the_record(
     tmp_path: Path, override: str, line: str
 ) -> None:
-    """`models/large`, `bfloat16` and `float32` all stand in the record under another section."""
+    """`models/large`, `bfloat16` and `float32` all occur in the record under another section."""
     assert changes(tmp_path, override) == [line]
 
 

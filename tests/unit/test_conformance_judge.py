@@ -1,4 +1,4 @@
-"""What counts as a miss in `tropd conformance`: the judge on answers made by hand from the oracle's own gradients."""
+"""What counts as a miss in `tropd conformance`: the judge on answers derived from the oracle's own gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIVEN = replace(OURS, form="logits")
 
 
 def right_answers(cell: Cell, dtype: torch.dtype = torch.float64) -> list[Answer]:
-    """What ranks without a fault return, rounded to `dtype` where they store it."""
+    """The results of ranks without a fault, rounded to `dtype` where they are stored."""
     batch, entry = make_batch(cell.conditions()), BY_NAME[cell.objective]
     truth = evaluate(entry.objective, batch, entry.progress, cell.form)
     cuts, answers = cell.divided.cuts, []
@@ -125,7 +125,7 @@ def present(gradient: Tensor | None) -> Tensor:
 
 
 def plus(gradient: Tensor | None) -> Tensor:
-    """The gradient with its last entry, which is padding where there is any, off by 1e-9."""
+    """The gradient with its last entry, which is padding if there is any, off by 1e-9."""
     wrong = present(gradient).clone()
     wrong[-1, -1] += 1e-9
     return wrong

@@ -33,7 +33,7 @@ IDS = torch.tensor(GOLDEN["teacher_topk_ids"])
 
 
 def golden_batch(x_T: Tensor, weight_T: Tensor, **changes: Tensor) -> CaseBatch:
-    """The golden state once for each x; the teacher samples none of them."""
+    """The golden state once for each x. None of them is sampled by the teacher."""
     tokens = len(x_T)
     nothing_T = torch.zeros(tokens, dtype=torch.float64)
     numbers = Tokens(

@@ -1,4 +1,4 @@
-"""What `tropd conformance` runs and how it is asked: the plan, the names of objectives, the declaration of a peer."""
+"""The runs and options of `tropd conformance`: the plan, the names of objectives, the declaration of a peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests of model folders and data files: they follow contents, not places, and large files are read once."""
+"""Digests of model folders and data files depend on contents, not paths, and large files are read once."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder: Path, monkeypat
 
 @pytest.fixture
 def memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], DigestMemory]:
-    """What a launch remembers of the shards, which count as large and as written long ago."""
+    """The cached digests of the shards, which count as large and as written long ago."""
     monkeypatch.setattr(digest, "REMEMBERED_BYTES", 5)
     monkeypatch.setattr(digest, "SETTLED_NS", -(10**18))
     remembered = DigestMemory()
@@ -173,7 +173,7 @@ def test_the_digest_of_a_large_file_is_cached_and_that_of_a_small_one_is_not(
 def test_the_cached_digest_of_a_rewritten_file_is_not_used(
     folder: Path, memory: Callable[[], DigestMemory], edit: str
 ) -> None:
-    """The change time cannot be set back, so a copy that keeps the modification time is noticed as well."""
+    """The change time cannot be set back, so a copy that keeps the modification time is also detected."""
     path = folder / "model-00002-of-00002.safetensors"
     before = path.stat()
     text = "another length" if edit == "longer" else "SECOND"

@@ -1,4 +1,4 @@
-"""What every objective with a divergence keeps: masks, detached constants, chunks, dtypes, and a way to the teacher.
+"""Properties of every objective with a divergence: masks, detached constants, chunks, dtypes, convergence.
 
 Shapes: T tokens, V vocabulary, K teacher top-k, L student top-k.
 """

@@ -60,7 +60,7 @@ def golden_log_probs() -> tuple[oracles.Array, oracles.Array]:
 
 
 def gradient_of(loss: Tensor, batch: Batch) -> Tensor:
-    """d loss / d z, [T, V]; the graph may be used again."""
+    """d loss / d z, [T, V]. The graph may be used again."""
     (gradient_TV,) = torch.autograd.grad(loss, batch.z_TV, retain_graph=True)
     return gradient_TV
 
@@ -164,7 +164,7 @@ def test_the_expected_gradient_of_the_sampled_half_of_the_jsd_is_that_of_its_kl(
     "name", [name for name in every_objective() if name not in ("gkd fkl truncated", "opsd truncated", "eopd", "jsd")]
 )
 def test_a_student_equal_to_its_teacher_has_no_gradient(name: str) -> None:
-    """Except where a sum of q log(q / .) is truncated, which pulls towards the support."""
+    """Except if a sum of q log(q / .) is truncated, which pulls towards the support."""
     batch = student_rows(Batch())
     batch.log_q_TV = batch.z_TV.detach().log_softmax(dim=1)
     output = every_objective()[name](batch.inputs())

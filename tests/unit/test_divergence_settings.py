@@ -1,4 +1,4 @@
-"""From the configuration to an objective with a divergence: keys, refused settings, a function of one's own.
+"""From the configuration to an objective with a divergence: keys, refused settings, a custom function.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -96,7 +96,7 @@ def test_keys_of_tropd_and_of_tropd_aopd_reach_tropd_aopd() -> None:
 
 
 def problems(objective: dict[str, Any], **sections: dict[str, Any]) -> list[str]:
-    """The problems, keys without effect apart, of a configuration whose other keys are the defaults."""
+    """The problems, without those of ineffective keys, of a configuration whose other keys have their defaults."""
     base: dict[str, Any] = {
         "run": {"dir": "run", "steps": 100},
         "student": {"path": "student"},
@@ -215,12 +215,12 @@ def test_refused_settings_really_have_no_gradient() -> None:
     assert batch.gradient(estimate).abs().max() <= 1e-16
 
 
-# ---- a function of one's own ----
+# ---- a custom function ----
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a module with functions that are right and wrong in all ways."""
+    """The name of a module with correct functions and with functions of every kind of fault."""
     (tmp_path / "own_objectives.py").write_text(
         "from dataclasses import replace\n"
         "import torch\n"

@@ -119,7 +119,7 @@ def test_on_the_whole_vocabulary_every_norm_is_the_exact_divergence(kind: str, n
 
 
 def test_a_truncated_forward_kl_can_be_negative_and_is_not_clamped() -> None:
-    """Student mass on the teacher's support above the teacher's: the value is negative, the gradient is alive."""
+    """If the student has more mass on the support than the teacher, the value is negative and has a gradient."""
     log_p_TK = torch.tensor([[0.6, 0.39]]).log().requires_grad_(True)
     divergence_T = topk_forward_kl(log_p_TK, torch.tensor([[0.4, 0.3]]).log(), norm="truncated")
     divergence_T.sum().backward()
@@ -130,7 +130,7 @@ def test_a_truncated_forward_kl_can_be_negative_and_is_not_clamped() -> None:
 
 @pytest.mark.parametrize("norm", ["truncated", "tail", "renorm"])
 def test_only_the_truncated_reverse_kl_has_a_gradient_if_student_and_teacher_are_equal(norm: str) -> None:
-    """Why a truncated reverse KL is refused as an objective: it takes probability from the top-k, whatever it is."""
+    """The reason why a truncated reverse KL is refused as an objective: it always takes probability from the top-k."""
     z_TV, _ = random_pair()
     z_TV.requires_grad_(True)
     log_q_TK, ids_TK = z_TV.detach().log_softmax(1).topk(7, dim=1)
@@ -184,7 +184,7 @@ def test_divergences_of_certain_distributions_stay_finite_in_float32(kind: str, 
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)
 def test_divergences_in_float32_differ_from_float64_only_by_rounding(kind: str, norm: str) -> None:
-    """A tail is 1 minus a mass: of a tail of 1e-3, float32 knows four digits."""
+    """A tail is 1 minus a mass. For a tail of 1e-3, float32 has four digits."""
     z_TV, log_q_TV = random_pair(scale=4.0)
     log_q_TK, ids_TK = log_q_TV.topk(16, dim=1)
     log_p_TK = z_TV.log_softmax(1).gather(1, ids_TK)

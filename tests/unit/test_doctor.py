@@ -1,4 +1,4 @@
-"""`tropd doctor`: what it finds on this machine and about a configuration, by level, key and exit code."""
+"""`tropd doctor`: its findings about this machine and a configuration, by level, key and exit code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def files(tmp_path: Path, models: Path) -> Path:
-    """Everything that the recipe names."""
+    """All files that the recipe names."""
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
         for file in (models / name).iterdir():
@@ -62,7 +62,7 @@ def files(tmp_path: Path, models: Path) -> Path:
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
-    """The exit code and the lines; nothing is said on stderr."""
+    """The exit code and the lines. Asserts that stderr is empty."""
     code = cli.main(["doctor", *arguments])
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -269,7 +269,7 @@ def test_weights_that_do_not_fit_the_gpu_are_a_failure(
 def test_ranks_that_do_not_divide_over_the_machines_are_a_failure(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
-    """With the line of `tropd train`, and the other checks go on."""
+    """With the same line as `tropd train`. The other checks still run."""
     code, lines = doctor(capsys, recipe, "parallel.data=2", "--nodes", "3")
     assert code == 2 and at("FAIL", lines) == {
         "parallel": "parallel: tp*pp*cp*dp = 8 ranks do not divide over 3 machines"
@@ -342,7 +342,7 @@ def test_a_resumed_run_is_compared_with_its_record(
 
 
 def test_quick_checks_take_less_than_a_second_of_processor_time(recipe: str, files: Path) -> None:
-    """With the imports: what `tropd train` does before any rank starts, and no heavy module with it."""
+    """Including imports: the checks of `tropd train` before any rank starts, without any heavy module."""
     code = (
         "import sys, time\n"
         "from tropd_mcore.config.loader import load\nfrom tropd_mcore.train.preflight import cheap\n"

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a command line is told at once, before anything heavy is imported or started."""
+"""Wrong files on a command line are reported at once, before anything heavy is imported or started."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ verifier: {kind: exact_match}
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe whose files are all there; a server that is started fails the test."""
+    """A recipe whose files all exist. Starting a server fails the test."""
     for name in ("student", "teacher"):
         write_tiny_model(tmp_path / name, num_hidden_layers=1)
     (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "two pears", "answer": "2"}\n')
@@ -41,7 +41,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], root: Path, command: str, *arguments: str) -> list[str]:
-    """The lines of a command that is refused, without what stands before each."""
+    """The lines of a refused command, without their prefixes."""
     assert cli.main([command, *(argument.replace("DIR", str(root)) for argument in arguments)]) == 2
     text = capsys.readouterr().err.removeprefix("error: ").replace(str(root), "DIR")
     return text.splitlines()
@@ -176,7 +176,7 @@ def test_a_wrong_path_is_found_without_heavy_imports(root: Path, arguments: list
 def test_prefixes_names_the_teachers_server_and_the_section_of_its_settings(
     capsys: pytest.CaptureFixture[str], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher in the training job has no server section: the one that answers for it is made like the rollouts'."""
+    """A teacher in the training job has no server section. Its server is configured like that of the rollouts."""
     specs: list[ServerSpec] = []
 
     def started(spec: ServerSpec) -> SupervisedServer:

@@ -1,4 +1,4 @@
-"""A response ends where the student or the teacher ends one: in rollouts, prefixes and evaluation alike."""
+"""A response ends at the end tokens of the student and the teacher, in rollouts, prefixes and evaluation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(
 
 
 def wanted(*tokens: str) -> Any:
-    """The part of a configuration that is looked at."""
+    """The part of a configuration that is read."""
     return SimpleNamespace(rollout=SimpleNamespace(end_tokens=tokens or None))
 
 
@@ -92,7 +92,7 @@ def test_an_end_token_that_the_student_lacks_is_left_out_with_a_message(
     ends = found(student, teacher)
     assert ends.ids == (END_OF_TEXT,)
     assert "teacher ends a response with '<|return|>', which the student lacks: it is left out" in caplog.text
-    assert len(served_end_ids(ends.ids, teacher)) == 2  # the teacher's server stops there in any case
+    assert len(served_end_ids(ends.ids, teacher)) == 2  # the teacher's server always stops there
 
 
 def test_an_end_id_that_is_not_a_token_is_left_out_with_a_message(

@@ -1,4 +1,4 @@
-"""`opsd`: what its bound does to value, gradient and count of the entries, without a second writing of the equation.
+"""`opsd`: the effect of its bound on value, gradient and count of the entries, without repeating the equation.
 
 Shapes: T tokens, V vocabulary, L student top-k.
 """

@@ -1,4 +1,4 @@
-"""Scoring a model: what is asked, what counts as right, and what the intervals promise."""
+"""Evaluating a model: the requests, the verdicts, and the coverage of the intervals."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def settings(tmp_path) -> EvaluationSettings:
 
 
 class Server:
-    """Answers the prompt `sum <i>` with `#### <texts[i]>`; the second sample of a prompt is always wrong."""
+    """Answers the prompt `sum <i>` with `#### <texts[i]>`. The second sample of a prompt is always wrong."""
 
     def __init__(self, texts: list[str], reason: str = "stop") -> None:
         self.texts, self.reason = texts, reason
@@ -252,7 +252,7 @@ def test_the_paired_interval_covers_the_true_difference_about_95_times_in_100(ga
 
 
 def test_samples_of_one_prompt_widen_the_interval():
-    """Two identical samples a prompt say no more than one."""
+    """Two identical samples per prompt carry no more information than one."""
     one = clustered_interval([1.0, 0.0] * 20)
     pooled = wilson_interval(40, 80)
     assert one[1] - one[0] > 1.3 * (pooled[1] - pooled[0])

@@ -1,4 +1,4 @@
-"""The arithmetic example: its task is right, its prompts are fair, and its tokenizer cuts nothing in two ways."""
+"""The arithmetic example: a correct task, separate training and held-out sums, and an unambiguous tokenizer."""
 
 import json
 import re
@@ -42,7 +42,7 @@ _STEP = re.compile(r"(\d)\+(\d)\+([01])=(\d\d)")
 def parse_steps(text: str) -> list[tuple[int, int, int, int]]:
     """The column lines of a worked answer as (x, y, carry, sum).
 
-    Raises ValueError where a line before the last is not a column line.
+    Raises ValueError if a line before the last is not a column line.
     """
     steps = []
     for line in text.split("\n")[:-1]:
@@ -243,7 +243,7 @@ def test_a_folder_with_other_content_is_left_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_make_example_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    """Also what a killed process left behind is gone at the next call."""
+    """The next call also removes files that a killed process left behind."""
     code = (
         "import sys, time; from pathlib import Path; from examples import make_models\n"
         "def build(folder, settings, threads):\n"

@@ -1,7 +1,7 @@
-"""docs/extending.md works: its code, put where the page says, passes the checks that the page names.
+"""docs/extending.md works: its code, placed as the page says, passes the checks that the page names.
 
-Everything happens on a copy of the repository, in processes that import the copy. Invariant: a block without a place,
-or with one that does not exist, is an error; nothing is skipped.
+The tests use a copy of the repository, in processes that import the copy. Invariant: a block without a place, or with
+one that does not exist, is an error. No block is skipped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 COPIED = ("tropd_mcore", "tests", "docs", "configs", "README.md", "pyproject.toml")
 INVENTED = {"my_objectives.py", "check_my_objective.py", "weights/FAMILY.py", "teacher/NEW.py"}
-"""Files of the reader."""
+"""Files that only the reader has."""
 FOLDERS = ("tropd_mcore", ".", "tests/unit")
-"""Where a file is that the page names by the rest of its path."""
+"""Folders of files that the page names by a shortened path."""
 FENCE = "```"
 BEGINNINGS = (f"{FENCE}python", f"{FENCE}text")
-"""Of blocks that go somewhere; a bare fence begins commands. `text` is for what ruff would take for whole Python."""
+"""Fences of blocks that go into a file. A bare fence starts commands. `text` marks partial Python, to skip ruff."""
 NEW = re.compile(r"New file `(?P<path>[^`]+)`:")
 END = re.compile(r"At the end of `(?P<path>[^`]+)`, after two empty lines:")
 BELOW = re.compile(r"In `(?P<path>[^`]+)`, below the line `(?P<line>.+)`:")
@@ -37,14 +37,14 @@ COPY = re.compile(r"Copy `(?P<source>[^`]+)` to `(?P<path>[^`]+)`\.")
 
 @dataclass(frozen=True)
 class Edit:
-    """One thing that the page tells the reader to do to a file."""
+    """One change to a file that the page describes."""
 
     label: str
     """The line above the block, or the line that says what to copy."""
     code: str = ""
 
     def apply(self, root: Path) -> None:
-        """Do it. An AssertionError says what of the page is wrong."""
+        """Apply the change. An AssertionError says what is wrong with the page."""
         found = next((match for kind in (NEW, END, BELOW, INSTEAD, COPY) if (match := kind.match(self.label))), None)
         assert found is not None, f"a block has to stand under a line that says where it goes, not {self.label!r}"
         path = root / found["path"]
@@ -65,7 +65,7 @@ class Edit:
 
 
 def edits(text: str) -> Iterator[Edit]:
-    """What the page tells the reader to do, in order."""
+    """The changes that the page describes, in order."""
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if COPY.match(line):
@@ -90,7 +90,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, *arguments: str, code: int = 0) -> str:
-    """Run Python in the copy and return what it printed."""
+    """Run Python in the copy and return its output."""
     environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=300

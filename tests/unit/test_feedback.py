@@ -1,4 +1,4 @@
-"""What a self-teacher reads: the filled template, the choice of the solution, and settings that leave none."""
+"""The input of a self-teacher: the filled template, the choice of the solution, and settings without one."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_context_has_the_tools_the_variables_and_the_date_of_its_prompt(tmp_pa
 
 
 def test_a_solution_is_the_part_of_a_response_that_the_verifier_judged(renderer: Renderer) -> None:
-    """The response of the other sample without what it thought."""
+    """The response of the other sample without its thinking."""
     rollouts = [rollout(0, "a", " one"), rollout(1, "a", " two</think> three", prefix="<think> four")]
     prompts = SolutionPrompts({"a": "sum"}, renderer, "{prompt}:{solution}", JUDGED)
     found = prompts.contexts(rollouts, [False, True], longest=200)
@@ -117,7 +117,7 @@ def test_the_solution_is_the_first_correct_other_sample_of_the_prompt(renderer: 
     assert list(other_solutions(rollouts, verdicts)) == [[2, 3], [], [3], [2], [1], [], []]
     prompts = SolutionPrompts(dict.fromkeys("abcd", "sum"), renderer, "{prompt}:{solution}", JUDGED)
     found = prompts.contexts(rollouts, verdicts, longest=100)
-    # The only correct sample of b has no teacher; the EOS of a solution is no text, its prefix is.
+    # The only correct sample of b has no teacher. A solution is shown with its prefix and without its EOS.
     expected = ["sum: three", None, "sum: seven four", "sum: three", "sum: two", None, None]
     assert [None if context is None else context.tolist() for context in found] == [
         None if text is None else ids(text) for text in expected

@@ -1,4 +1,4 @@
-"""What stands in the way of reading a file: told by its first bytes, without waiting, on one line with what to do."""
+"""Files of the wrong kind are recognised by their first bytes, without blocking, in one line with the remedy."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "utf-32": (content(LINE.encode("utf-32")), "text in UTF-32"),
     "web page": (content(b"<!DOCTYPE html><html>"), "a web page"),
 }
-"""How each kind is made, and what is said of it."""
+"""How each kind is made, and its message."""
 TEXTS: dict[str, tuple[bytes, str]] = {
     "bom": (b"\xef\xbb\xbf" + LINE.encode(), r"a byte order mark \(BOM\) at the start of line 1"),
     "array": (f"[{LINE}]".encode(), r"a JSON array; write its elements on a line each \(jq"),
@@ -80,7 +80,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "tsv": (b"id\tprompt\na\tone\n", "tab-separated values"),
     "latin-1": (f"{LINE}\n".encode() + b'{"id": "b", "prompt": "na\xefve"}\n', r"line 2 is not UTF-8 text .*0xef"),
 }
-"""Texts that are no JSONL."""
+"""Texts that are not JSONL."""
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Text of others becomes one printable line, whatever is in it."""
+"""Foreign text becomes one printable line, whatever it contains."""
 
 from __future__ import annotations
 

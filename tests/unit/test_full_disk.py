@@ -1,8 +1,8 @@
-"""A disk that is full, broken or read-only, at every writer: one line with file and key, nothing half-written, and the
-same call works once there is room.
+"""A full, broken or read-only disk, for every writer: one line with file and key, no partial file, and the same call
+works once there is room.
 
 Three kinds of disk: a kernel that refuses to let a file grow (RLIMIT_FSIZE, which needs no rights), a real full file
-system where the tests run as root, and each error number at the moment of the flush.
+system if the tests run as root, and each error number at the moment of the flush.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ WRITERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "report": (lambda root: publish_text(root / "report.html", "x" * 999, key="--out"), "report.html", "--out"),
 }
-"""What each writes, a part of the file's name, and the key that the message has to name. All write over 512 bytes."""
+"""Each writer, a part of the file's name, and the key that the message must name. All write over 512 bytes."""
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def files_cannot_grow() -> Iterator[None]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one block; made by root alone."""
+    """A file system with room for one block. Only root can make it."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
@@ -105,7 +105,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file under `root`, those that are hidden too."""
+    """Every file under `root`, including hidden ones."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""The counter of false alarms: it judges as the product does, over records and over noise."""
+"""The counter of false alarms judges like the product, on records and on noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The independent reading: equal to a forward pass by hand, from the folder alone, with the memory it says."""
+"""The independent reading equals a manual forward pass, uses only the folder, and needs the stated memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door: one import, one call, the same numbers in every shape, and one line for whatever is missing."""
+"""The library: one import, one call, the same results in every shape, and one line for any missing input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_library_exports_exactly_the_listed_names() -> None:
 
 
 def test_the_library_imports_only_torch() -> None:
-    """The others are refused to the importing process, numpy included, which torch can do without."""
+    """Other packages are hidden from the importing process, including NumPy, which torch does not need."""
     code = """
     import sys, warnings
     warnings.simplefilter("ignore")
@@ -124,7 +124,7 @@ def _flat(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_missing_input_gives_a_one_line_error(name: str) -> None:
-    """Without a group: nothing can have been sent."""
+    """Without a process group, so no collective can have run."""
     case, objective = Case(), objectives.from_name(name)
     complete = case.all_of(objective)
     for need in sorted(objective.needs):

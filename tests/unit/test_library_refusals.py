@@ -1,4 +1,4 @@
-"""What the front door refuses: one line for each mistake, and nothing for what is nobody's."""
+"""Refusals of the library: one line for each mistake, and none for values without influence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links of the documentation lead somewhere: files of the repository, and headings in them."""
+"""Links of the documentation lead to existing files of the repository and headings in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "be
 
 
 def links(text: str) -> list[str]:
-    """Targets of the links in prose; what stands in code is left out."""
+    """Targets of the links in prose. Code is left out."""
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     return re.findall(r"\]\(([^)\s]+)\)", prose)
 

@@ -1,4 +1,4 @@
-"""From the section `loss` and the objective to how log-probs are made: every key arrives."""
+"""From the section `loss` and the objective to the computation of log-probs: every key has its effect."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_an_answer_without_mathematics_is_refused(answer, monkeypatch):
 
 
 def test_an_answer_that_takes_too_long_to_read_is_refused(monkeypatch):
-    """The library raises this where its time is up; what takes minutes on one machine is soon done on another."""
+    """The library raises this at its time limit. Work that takes minutes on one machine may be quick on another."""
     limits = []
 
     def parse(text, *, parsing_timeout, **_):
@@ -128,7 +128,7 @@ def test_an_answer_that_takes_too_long_to_read_is_refused(monkeypatch):
 
 
 def test_an_answer_that_once_took_too_long_to_read_is_read_again_later_and_not_logged_in_full(monkeypatch, caplog):
-    """On an idle machine, or with more time: the first reading alone is stopped."""
+    """On an idle machine or with more time: only the first reading is stopped."""
     slow, times = TimeoutException("stopped"), []
 
     def parse(text, **options):
@@ -170,7 +170,7 @@ def test_an_answer_that_is_a_whole_solution_is_refused():
 
 @pytest.mark.parametrize("response", [r"0.%s\overline{3}", r"0.\overline{%s}", r"%s.\overline{3}", "%s"])
 def test_a_response_that_repeats_a_digit_is_judged_wrong_in_linear_time_without_error(response):
-    """Python prints no integer of more than 4300 digits; a rollout that goes round in circles has more."""
+    """Python prints no integer of more than 4300 digits. A rollout that repeats itself has more."""
     digits = "1" * 5000
     assert not is_correct(MATH, response % digits, "7")
     begin = time.monotonic()

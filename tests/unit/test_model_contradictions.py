@@ -1,4 +1,4 @@
-"""Model folders that say two things at once: refused with both, or read as transformers reads them."""
+"""Model folders with contradictory settings: refused with both, or read as transformers reads them."""
 
 from __future__ import annotations
 

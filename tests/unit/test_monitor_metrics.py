@@ -43,7 +43,7 @@ ROLLOUTS = [make_rollout(0, 3, 4, 23, "stop"), make_rollout(1, 2, 4, 31, "length
 
 
 def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord:
-    """A step whose third sample the teacher could not score, with one update an epoch."""
+    """A step whose third sample the teacher could not score, with one update per epoch."""
     generator = np.random.default_rng(5)
     rows = []
     for sample, rollout in enumerate(ROLLOUTS):
@@ -89,7 +89,7 @@ def rows_of(record: StepRecord) -> list[dict]:
 
 
 def mean(pairs) -> float:
-    """Weighted mean of (value, weight), float64; NaN values left out; NaN without weight."""
+    """Weighted mean of (value, weight) in float64, without NaN values. NaN if there is no weight."""
     pairs = [(float(value), float(weight)) for value, weight in pairs if weight > 0 and not math.isnan(value)]
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else NAN

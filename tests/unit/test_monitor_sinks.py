@@ -1,4 +1,4 @@
-"""Where metrics are written: on rank 0 only, nulls for what does not exist, and whole files after a crash or resume."""
+"""Sinks of metrics: on rank 0 only, null for missing values, and complete files after a crash or resume."""
 
 import json
 import sys

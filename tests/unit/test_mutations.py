@@ -15,7 +15,7 @@ from tests.mutants import MODULES, mutant_losses, real_losses
 from tests.ranks import run_on_ranks
 
 UNCHANGED = "from __future__ import annotations"
-"""A text that every module has once: replaced by itself it gives a copy."""
+"""A text that occurs once in every module. Replacing it by itself gives an unchanged copy."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ SEVERAL_SHARDS_ONLY = {
 
 
 def _check_mutant(mutation: Mutation) -> str:
-    """The message of the claim's failure; an error of another kind is not a detection and passes through."""
+    """The message of the claim's failure. An error of another kind is not a detection and is raised."""
     losses = mutant_losses(mutation.module, mutation.right, mutation.wrong)
     try:
         mutation.claim(losses)

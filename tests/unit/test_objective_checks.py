@@ -1,4 +1,4 @@
-"""Degenerate settings of the objectives with a reward, and keys without effect: one line each, none for the rest."""
+"""Degenerate settings of reward objectives and keys without effect give one line each. Other settings give none."""
 
 from __future__ import annotations
 

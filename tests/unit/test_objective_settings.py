@@ -1,4 +1,4 @@
-"""Defaults of the objectives follow their sources: what docs/settings.md states is what the configuration has.
+"""Defaults of the objectives follow their sources: the configuration has the values stated in docs/settings.md.
 
 Also the one default that changes a gradient before any update: `rlad` has no dual clip.
 """
@@ -39,7 +39,7 @@ PARSE = TypeAdapter[ObjectiveConfig](ObjectiveConfig).validate_python
 
 
 def with_teacher_ratios(batch: Batch) -> Batch:
-    """The teacher gives the sampled tokens from 1/1000 to 4 times what the old policy gives them."""
+    """The teacher's probabilities of the sampled tokens are 1/1000 to 4 times those of the old policy."""
     log_q_T = at(batch.old_z_TV.log_softmax(dim=1), batch.x_T) + torch.linspace(
         math.log(1e-3), math.log(4.0), TOKENS, dtype=torch.float64
     )
@@ -200,7 +200,7 @@ def test_the_top_k_defaults_of_a_custom_objective_match_the_page() -> None:
 
 @pytest.mark.parametrize("row", rows("Settings of other sections"), ids=lambda row: f"{row[0]} {row[1]}")
 def test_the_defaults_of_other_sections_match_the_table(row: list[str]) -> None:
-    """A value of the source that differs is bold, and only then."""
+    """A source's value is bold if and only if it differs."""
     section, name = row[1].strip("`").split(".")
     default = getattr({"rollout": RolloutConfig(), "loss": LossConfig()}[section], name)
     assert row[0].strip("`") in KINDS

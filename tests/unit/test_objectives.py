@@ -198,7 +198,7 @@ def test_a_token_outside_both_masks_has_no_influence_on_tropd(ratio: str) -> Non
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_prefix_token_carries_neither_ratio_nor_engine_weight(ratio: str) -> None:
-    """Whatever the sampler said of it (nothing) and however far the policy has moved, its gradient is the same."""
+    """Its gradient does not depend on the sampler, which has no value for it, or on how far the policy has moved."""
     batch = Batch(3, moved=0.5)
     batch.origin = ["prefix"] * TOKENS
     for prefix_loss in ("nll", "topk_fkl"):
@@ -235,7 +235,7 @@ CONSTANTS = ("teacher_logp_T", "teacher_topk_logp_TK", "old_logp_T", "rollout_lo
 
 
 def _detach_check(settings: dict[str, Any]) -> None:
-    """Only the student's log-probs may carry a gradient; a live teacher, sampler or uniform must get none."""
+    """Only the student's log-probs may get a gradient. A live teacher, sampler or uniform must get none."""
     inputs = Batch(moved=0.3).inputs()
     live = {name: getattr(inputs, name).detach().clone().requires_grad_(True) for name in CONSTANTS}
     output = run_tropd(replace(inputs, **live), settings)

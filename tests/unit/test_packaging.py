@@ -1,4 +1,4 @@
-"""Ranges in pyproject.toml, exact pins in requirements/, and a wheel that needs torch and replaces no vendor's."""
+"""Ranges in pyproject.toml, exact pins in requirements/, and a wheel that needs torch but keeps a vendor's torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LOCKED_EXTRAS = ("train", "eval", "docs", "dev")
 VENDOR = "2.9.0a0+145a3a7bda.nv25.10"
-"""A version as a vendor's container has it: a pre-release with a local part."""
+"""A version as in a vendor's container: a pre-release with a local part."""
 KEPT_OUT = (
     "sglang",
     "sglang-kernel",
@@ -82,7 +82,7 @@ def test_every_pin_has_a_comment_that_says_why(name: str) -> None:
 
 
 def needed_by(roots: list[tuple[str, frozenset[str]]]) -> dict[str, list[Requirement]]:
-    """Every package that these need, over the installed metadata -> what is asked of it."""
+    """Every package that these need, by the installed metadata -> its requirement."""
     found: dict[str, list[Requirement]] = {name: [] for name, _ in roots}
     queue = list(roots)
     while queue:
@@ -144,7 +144,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pip_installs_the_wheel_beside_a_vendors_torch_and_nothing_else(
     wheel: Path, installed: str, replaced: bool, tmp_path: Path
 ) -> None:
-    """A venv that has only the metadata of a torch; a newer one lies ready, and is taken for one that is too old."""
+    """A venv with only the metadata of a torch. A newer torch is available and replaces one that is too old."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = tmp_path / "env" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"

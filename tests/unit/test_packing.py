@@ -20,7 +20,7 @@ from tropd_mcore.types import Rollout
 
 MAX_SAMPLE = 5 + 9 + 17
 VOCABULARY = 20
-"""Few ids, so that an ignored one stands in most samples, and often more than once."""
+"""Few ids, so that an ignored one occurs in most samples, and often more than once."""
 
 
 def make_rollout(index: int, prompt: int, prefix: int, response: int, carries: bool) -> Rollout:
@@ -73,7 +73,7 @@ def steps_to_pack(draw):
 
 
 def parts_of(samples: int) -> list[range]:
-    """Three uneven parts, of which some may be empty."""
+    """Three uneven mini-batches, some of which may be empty."""
     return [range(0, samples // 2), range(samples // 2, samples - samples // 5), range(samples - samples // 5, samples)]
 
 
@@ -168,8 +168,8 @@ def test_packs_have_one_length_and_context_slices_tile_them(case):
 
 
 def means_of_ones_and_twos(case: dict) -> list[float]:
-    """Of each part: sum of weight * value over its number of rows, with value 1 on on rows and 2 on off rows, scaled by
-    sample + 1."""
+    """For each mini-batch: sum of weight * value over its number of rows, with value 1 on on rows and 2 on off rows,
+    scaled by sample + 1."""
     ranks = list(pack_all(case).values())
     means = []
     for part in range(len(ranks[0].mini_batches)):

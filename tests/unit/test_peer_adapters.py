@@ -1,4 +1,4 @@
-"""Adapters of other projects' losses: without a checkout a clear line, with one (a fake, written here) its numbers."""
+"""Adapters of other projects' losses: a clear line without a checkout, and results with one (a fake, written here)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ALL = [(project, name) for project in PROJECTS for name in peers_of(project)]
 
 
 def make_case(group: Any, name: str = "log_prob", *, rank: int = 0) -> PeerCase:
-    """One rank's part of five tokens; row 1 and 4 are in neither mask."""
+    """One rank's part of five tokens. Rows 1 and 4 are in neither mask."""
     draw = torch.Generator().manual_seed(3)
     logits_TV = torch.randn(5, 2 * WIDTH, generator=draw)
     logits_TV[:, VOCABULARY:] = 30.0
@@ -78,7 +78,7 @@ def make_case(group: Any, name: str = "log_prob", *, rank: int = 0) -> PeerCase:
 
 
 def true_loss(case: PeerCase, logits_TV: Tensor) -> Tensor:
-    """Token by token; the divergence has no loss on the teacher's tokens."""
+    """Token by token. The divergence has no loss on the teacher's tokens."""
     total = torch.zeros((), dtype=torch.float64)
     for row in STUDENT_ROWS if case.name.startswith("gkd") else STUDENT_ROWS + TEACHER_ROWS:
         logp_V = torch.log_softmax(logits_TV[row, :VOCABULARY] / TEMPERATURE, dim=0)

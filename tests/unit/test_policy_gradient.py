@@ -1,4 +1,4 @@
-"""From an advantage to a loss: the three ratios, PPO's clip case by case, and what a moved policy changes.
+"""From an advantage to a loss: the three ratios, PPO's clip case by case, and the effect of a moved policy.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -107,7 +107,7 @@ def test_all_ratios_have_the_same_gradient_if_the_policy_has_not_moved(mismatch:
 
 
 def _expected_gradient(z_V: Tensor, old_V: Tensor, advantage_V: Tensor, **changed: object) -> np.ndarray:
-    """d/dz of the loss's expectation over x drawn from the old policy, exactly: one token each x."""
+    """The exact d/dz of the loss's expectation over x from the old policy: one token per x."""
     live_V = z_V.clone().requires_grad_(True)
     result = loss_of(live_V.log_softmax(0), advantage_V, old_V.log_softmax(0), **changed)
     (gradient_V,) = torch.autograd.grad((old_V.softmax(0) * result.loss_T).sum(), live_V)

@@ -1,4 +1,4 @@
-"""Which samples carry their prefix's loss: by the objective, and by which samples the teacher scored."""
+"""The samples that carry the prefix loss, by objective and by the samples that the teacher scored."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def objective(settings: dict[str, Any]) -> ObjectiveConfig:
 
 
 def step_of(groups: list[tuple[str, int, int]], carriers: set[int]) -> list[Rollout]:
-    """(prompt, prefix tokens, samples) of each run of samples; the same prompt always has the same ids."""
+    """(prompt, prefix tokens, samples) of each run of samples. The same prompt always has the same ids."""
     rollouts = []
     for name, prefix, samples in groups:
         first = make_rollout(ord(name), 3, prefix, 6, False)
@@ -158,7 +158,7 @@ def test_a_prefix_that_no_sample_has_scores_for_is_not_trained() -> None:
 def test_every_result_of_a_step_is_computed_on_the_packs_with_the_final_carriers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The student's pass, the scores and the context: none of the packs from before the carriers moved."""
+    """The student's pass, the scores and the context must not use the packs from before the carriers moved."""
     seen: list[Any] = []
 
     def note(*arguments: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is wrong with a launch is found without ranks, servers or heavy imports, all at once, each line by its key."""
+"""Problems of a launch are found without ranks, servers or heavy imports, all at once, each with its key."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ MODEL = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-"""A config.json that tensor or pipeline ranks up to 8 can cut."""
+"""A config.json that up to 8 tensor or pipeline ranks divide."""
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Everything that the recipe names, by name alone."""
+    """All files that the recipe names, without content."""
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(MODEL))
@@ -61,7 +61,7 @@ def found_in(root: Path, *overrides: str, world_size: int = 1, **environ: str) -
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int) -> None:
-    """Device files of NVIDIA's driver beside others of it, in a folder that stands for /dev; torch is one for CUDA."""
+    """Device files of NVIDIA's driver, and others of it, in a folder that stands for /dev. torch has CUDA."""
     folder.mkdir()
     for name in ("null", "nvidiactl", "nvidia-uvm", *(f"nvidia{index}" for index in range(count))):
         (folder / name).touch()
@@ -212,7 +212,7 @@ def test_wrong_prompt_lines_are_reported_together_with_a_missing_model(root: Pat
 
 
 def test_a_folder_without_permissions_is_refused_by_its_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The question to the system is answered by the test: the superuser may write everywhere."""
+    """The test replaces the system call, because the superuser may write everywhere."""
     closed, access = root / "closed", os.access
     closed.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))

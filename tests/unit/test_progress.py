@@ -1,4 +1,4 @@
-"""Signs of life: what a line says, who speaks and when, that the thread ends, and that bars and lines keep apart."""
+"""Progress output: its lines, when they are logged, the end of the thread, and bars that do not mix with lines."""
 
 import io
 import logging
@@ -102,7 +102,7 @@ def test_only_the_innermost_long_running_work_logs_progress(caplog):
         wait_for(lambda: caplog.messages[-1].startswith("step: "))
         seen = len(caplog.messages)
         longest = 0.0
-        for _ in range(30):  # each too short to speak, together not
+        for _ in range(30):  # each too short to log, together long enough
             begun = time.monotonic()
             with progress(LOG, "tiny"):
                 time.sleep(0.01)
@@ -166,7 +166,7 @@ def test_a_bar_shows_the_text_of_a_progress_line_and_is_wiped_at_the_end(monkeyp
     for part in ("rollout.server:  50%", "32 of 64 responses", "412 tok/s, longest 3102"):
         assert part in picture, picture
     assert "\x1b[32m" in picture
-    bar.clear(state())  # of other work: nothing happens
+    bar.clear(state())  # of other work: no effect
     assert terminal.getvalue().split("\r")[-1] == picture
     bar.clear(work)
     assert terminal.getvalue().split("\r")[-1] == "" and terminal.getvalue().split("\r")[-2].strip() == ""
@@ -193,7 +193,7 @@ def test_bars_are_shown_only_on_terminals_and_colours_only_if_wanted(monkeypatch
 
 @pytest.mark.usefixtures("quick")
 def test_log_lines_and_stdout_lines_do_not_mix_with_the_bar(monkeypatch):
-    """All that a terminal gets, in order: a line begins where the one before ended or where the bar was wiped."""
+    """All terminal output, in order: a line starts where the previous one ended or where the bar was wiped."""
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

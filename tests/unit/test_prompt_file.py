@@ -1,4 +1,4 @@
-"""Lines of a prompt file: every problem is said with its line, and a prompt never holds its own answer."""
+"""Lines of a prompt file: every problem is reported with its line, and a prompt never contains its own answer."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def test_a_file_without_prompts_is_refused_and_the_key_is_named(tmp_path, conten
 
 
 def problem_of(tmp_path: Path, line: Any) -> str:
-    """What is said of a file whose second line is `line`, without its place."""
+    """The message for a file whose second line is `line`, without its place."""
     (problem,) = problems_of(write_lines(tmp_path / "bad.jsonl", [{"id": "good", "prompt": "x"}, line]))
     place = f"{tmp_path / 'bad.jsonl'}:2: "
     assert problem.startswith(place)

@@ -1,4 +1,4 @@
-"""Prompts are checked for all that the run will ask of them; those of a step depend on seed and step alone."""
+"""Prompts are checked for all requirements of the run. The prompts of a step depend only on seed and step."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""examples/quickstart.sh over steps that only say that they were called: environment, failures, signals."""
+"""examples/quickstart.sh with steps that only record their calls: environment, failures, signals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LIMIT_S = 120.0
 
 
 class Clone:
-    """A copy of the script beside an environment of stubs."""
+    """A copy of the script with an environment of stubs."""
 
     def __init__(self, root: Path, venv: str) -> None:
         self.root, self.calls = root / "a clone", root / "calls"
@@ -96,7 +96,7 @@ def test_a_failing_quickstart_step_is_named_and_the_next_ones_are_not_started(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_running_step_and_the_quickstart(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """As `kill` sends it, to the script alone."""
+    """As `kill` sends it, only to the script."""
     clone = Clone(tmp_path, ".venv")
     process = clone.start(sleep=True)
     pid_file = Path(f"{clone.calls}.pid")

@@ -1,4 +1,4 @@
-"""The rank harness itself: results by rank, failures with their rank, hangs bounded, groups kept where they should be.
+"""The rank harness: results by rank, failures with their rank, bounded hangs, and groups that are kept if needed.
 
 `run_on_ranks` is `Pool.run` on the pool of the tests.
 """
@@ -103,9 +103,9 @@ def test_the_first_failure_is_raised_and_not_its_consequence_on_another_rank() -
 
 
 def test_a_hang_ends_at_the_timeout_with_the_stack_and_the_pool_recovers() -> None:
-    """On a busy machine the ranks may not be at the place where they hang in time: then the next bound is tried."""
+    """On a busy machine the ranks may not reach the hang in time. Then the next, longer bound is tried."""
     for timeout_s in (3.0, 15.0, 75.0):
-        run_on_ranks(_process_id, 2)  # the workers run: the timeout below is not spent on their start
+        run_on_ranks(_process_id, 2)  # start the workers, so that the timeout below does not include their start
         with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2") as caught:
             run_on_ranks(_hang_on, 2, 1, timeout_s=timeout_s)
         if "_hang_on" in caught.value.__notes__[0]:

@@ -1,4 +1,4 @@
-"""`tropd recipes`: lists and copies what comes with the package, and writes over nothing."""
+"""`tropd recipes` lists and copies the files of the package, and overwrites no file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tropd config --explain` and `tropd metrics` say of every key and metric what the code does with it."""
+"""`tropd config --explain` and `tropd metrics` describe every key and metric as the code uses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/configuration.md and docs/metrics.md are what the code says, row for row."""
+"""docs/configuration.md and docs/metrics.md match the code, row for row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_reference_pages_are_those_that_the_script_writes(made: ModuleType) 
 
 
 def _group(names: list[str]) -> Callable[[str], int]:
-    """The order of the first name of a group; names of one group stay as they are."""
+    """The order of the first name of each group. Names within a group keep their order."""
     order = list(dict.fromkeys(re.split(r"[./]", name)[0] for name in names))
     return lambda name: order.index(re.split(r"[./]", name)[0])
 

@@ -1,4 +1,4 @@
-"""The report as a page: self-contained, true to the run's files, and honest about what is missing."""
+"""The report as a page: self-contained, consistent with the run's files, and explicit about missing data."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ def run_dir(tmp_path) -> Path:
 def test_the_report_is_well_formed_and_self_contained(run_dir):
     page = page_of(run_dir)
     Tree(page)
-    outside = page.replace("http://www.w3.org/2000/svg", "")  # the name of SVG, which is no address
+    outside = page.replace("http://www.w3.org/2000/svg", "")  # the XML namespace of SVG, not a link
     assert not re.search(r"https?:|url\(|<link|<img|@import|\bsrc=|fetch\(|XMLHttp|import\(|localStorage", outside)
     charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     for svg in charts:

@@ -1,4 +1,4 @@
-"""The numbers of the report, computed again from metrics.jsonl by other means than the report's."""
+"""The numbers of the report, recomputed from metrics.jsonl independently of the report."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def lines_of(page: str, title: str) -> dict[str, list[float | None]]:
 
 
 def test_tiles_compare_only_windows_of_the_same_prefix_length(run_dir):
-    """Trust falls while the prefix shrinks and rises at each length: first against last would look like a loss."""
+    """Trust falls as the prefix shrinks but rises at each length. Comparing first with last would look like a loss."""
     generator = np.random.default_rng(0)
     prefix = np.array([30.0] * 10 + [20.0] * 5 + [0.0] * 35)
     trust = generator.random(STEPS)

@@ -1,4 +1,4 @@
-"""The rollouts of the report: a fair choice, their text wherever the tokenizer is, and what the verifier said."""
+"""The rollouts of the report: an unbiased choice, their text with any place of the tokenizer, and the verdicts."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Stored teacher responses: only tokens of the student before the end of a response, each problem with its line."""
+"""Stored teacher responses: only student tokens before the end of a response, and each problem with its line."""
 
 import json
 import re

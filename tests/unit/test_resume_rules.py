@@ -1,4 +1,4 @@
-"""Every key of the schema is decided: may it change between two launches of a run, or why not?"""
+"""Every key of the schema has a rule: whether it may change between two launches of a run, or the reason why not."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DECIDED_AS_A_WHOLE = {
     "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
     "objective", "verifier", "monitor", "gates",
 }  # fmt: skip
-"""Sections of which a new key needs no decision of its own."""
+"""Sections in which a new key needs no rule of its own."""
 
 
 def named_by(key: str) -> str | None:
-    """The rule that a key falls under by its name: its own, or that of the nearest section decided as a whole."""
+    """The rule of a key by its name: its own, or that of the nearest section with a rule for the whole section."""
     if key in RULES:
         return key
     parts = key.split(".")
@@ -74,7 +74,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "resume.md").read_text()
 
 
 def keys_in(part: str) -> set[str]:
-    """What stands in backticks in the first cells of the tables of a part of the page."""
+    """The names in backticks in the first cells of the tables of a part of the page."""
     cells = [line.split("|")[1] for line in part.splitlines() if line.startswith("|")]
     return {key for cell in cells for key in re.findall(r"`([\w.]+)`", cell)}
 

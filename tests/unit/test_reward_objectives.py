@@ -59,7 +59,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def a_batch(seed: int = 0) -> Batch:
-    """The policy has moved; a third of the tokens is not selected where the statistic selects."""
+    """The policy has moved. If the statistic selects tokens, a third of them is not selected."""
     batch = Batch(seed, moved=0.4)
     batch.statistic_T = torch.where(torch.arange(TOKENS) % 3 == 1, 0.0, batch.statistic_T)
     return batch
@@ -139,7 +139,7 @@ def test_rewards_give_the_loss_gradient_and_columns_of_a_loop_over_tokens(name: 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["ratio"])
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_candidates_equal_a_loop_over_the_support(support: str, mode: dict[str, str]) -> None:
-    """A teacher's candidate that is none of the student's has the ratio 1: the policy before the update is not kept."""
+    """A teacher candidate that is not a student candidate has ratio 1, because its old log-prob is not stored."""
     batch, settings = a_batch(2), {**POLICY, **mode, "mismatch": "off"}
     output = rethinking(batch.inputs(), support=support, policy=PolicyGradient(**settings))
     gradient_TV = batch.gradient(output.loss_sum).numpy()
@@ -291,7 +291,7 @@ def test_a_teacher_that_excludes_the_token_leaves_a_bounded_reward_finite(name: 
 
 
 def test_rlad_anchored_at_the_old_policy_is_grpo() -> None:
-    """Also where the teacher excludes the token: log q has no weight in the anchor."""
+    """Even if the teacher excludes the token, because log q has no weight in the anchor."""
     batch = a_batch()
     for teacher in (batch.inputs().teacher_logp_T, torch.full((TOKENS,), -math.inf, dtype=torch.float64)):
         policy = PolicyGradient(ratio="ppo_clip")

@@ -1,4 +1,4 @@
-"""A server that lies about values: whatever no softmax and no continuation could have given is refused by its field."""
+"""A server that lies about values: any value that no softmax and no continuation can give is refused by its field."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_answer_that_stops_without_an_end_token_is_refused() -> None:
 
 @pytest.mark.parametrize("matched", ["NaN happened", 5, 7])
 def test_an_end_token_that_the_server_wrote_over_another_token_is_refused(matched: object) -> None:
-    """SGLang replaces a token that it could not sample (logits that are NaN) and says so in `matched` alone."""
+    """SGLang replaces a token that it could not sample (NaN logits) and reports this only in `matched`."""
     with pytest.raises(AnswerError, match="but the last token is 2; expected the same token"):
         read(generation([7, END], "stop", matched=matched))
 
@@ -104,7 +104,7 @@ def test_a_prompt_truncated_by_the_server_is_refused() -> None:
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
 def test_an_end_token_at_the_length_limit_counts_as_a_regular_end(reason: str) -> None:
-    """SGLang says `length` where the last token that was allowed is the end token."""
+    """SGLang reports `length` if the last allowed token is the end token."""
     found = read(generation([7, 8, 9, END], reason))
     assert found.finish_reason == "stop" and found.output_ids.tolist() == [7, 8, 9, END]
 

@@ -1,4 +1,4 @@
-"""examples/setup_env.sh with a stand-in interpreter: what it installs and when, and what it says where it cannot."""
+"""examples/setup_env.sh with a stand-in interpreter: what it installs and when, and its messages if it cannot."""
 
 import os
 import shutil
@@ -25,12 +25,12 @@ esac
 
 
 def surroundings() -> dict[str, str]:
-    """Our environment without the folder that VENV names: what is tested would install into it."""
+    """Our environment without VENV, because the tested script would install into that folder."""
     return {name: value for name, value in os.environ.items() if name != "VENV"}
 
 
 class Checkout:
-    """A copy of the files that the script reads, and an interpreter that only notes what it is asked to do."""
+    """A copy of the files that the script reads, and an interpreter that only records its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "checkout"
@@ -127,7 +127,7 @@ def test_each_missing_tool_is_one_line_that_says_what_to_install_or_set(checkout
 
 @pytest.fixture
 def no_flock(tmp_path: Path) -> dict[str, str]:
-    """An environment whose flock says what Lustre without `-o flock` says."""
+    """An environment whose flock fails like Lustre without `-o flock`."""
     folder = tmp_path / "no-flock"
     folder.mkdir()
     (folder / "flock").write_text("#!/bin/sh\necho 'flock: 9: Function not implemented' >&2\nexit 71\n")

@@ -1,4 +1,4 @@
-"""Faults on the wire, which a healthy server does not show: a small HTTP server that answers what it is told to."""
+"""Faults on the wire that a healthy server does not show: a small HTTP server with scripted answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECRET = "sk-not-in-any-log"
 
 @dataclass
 class Scripted:
-    """Answers /generate with `answers` in turn, then with the last one for ever."""
+    """Answers /generate with `answers` in turn, then repeats the last one."""
 
     answers: list[Answer]
     url: str = ""
@@ -46,7 +46,7 @@ class Scripted:
     most_in_flight: int = 0
     delay_s: float = 0.0
     together: int = 1
-    """Answers are held back until so many requests have been in flight at once."""
+    """Answers are held back until this many requests have been in flight at once."""
     released: bool = False
     """No answer is held back any more."""
 
@@ -352,7 +352,7 @@ def test_a_teacher_that_died_is_restarted_and_its_requests_repeated(serve: Calla
 
 
 def test_rollouts_are_counted_as_they_arrive(serve: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Done of all, tokens, and the longest: of answers that are there while others are still awaited."""
+    """Completed of all, tokens, and the longest, for answers that have arrived while others are awaited."""
     lines: list[str] = []
     advance = Progress.advance
 

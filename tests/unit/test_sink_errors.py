@@ -1,4 +1,4 @@
-"""Sinks whose disk or service fails: one line that names the key, and a run that ends still closes all of them."""
+"""Sinks whose disk or service fails: one line that names the key, and all sinks are closed at the end of a run."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def test_a_full_disk_under_tensorboard_gives_a_one_line_error(
 
 
 class Service:
-    """What stands for wandb."""
+    """A stand-in for wandb."""
 
     class Error(Exception):
-        """As wandb's own, the base of what it raises."""
+        """Like wandb's, the base class of its errors."""
 
     def __init__(self, error: Exception, at: str) -> None:
         self.error, self.at = error, at

@@ -15,7 +15,7 @@ PAGES = sorted(path.relative_to(ROOT) for path in [*(ROOT / "docs").glob("*.md")
 
 
 def build(root: Path, destination: Path) -> subprocess.CompletedProcess[str]:
-    """Build as docs/conf.py says; Sphinx turns a missing page, a missing heading and bad Markdown into a failure."""
+    """Build as configured in docs/conf.py. A missing page, a missing heading or bad Markdown makes Sphinx fail."""
     command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "--keep-going", "-c", "docs", ".", str(destination)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
 
@@ -29,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the names in it that a link can lead to."""
+    """The links of a page, the files that it loads, and its link targets."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

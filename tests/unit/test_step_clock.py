@@ -1,4 +1,4 @@
-"""Phases of a step: nothing is counted twice, and what follows a step's line is in the next one."""
+"""Phases of a step: no time is counted twice, and time after a step's line is in the next line."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A request to stop: who sees it, and when it is held back."""
+"""A request to stop: where it is raised, and when it is held back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teacher scores on disk: the same numbers come back, and only to whom they belong."""
+"""Teacher scores on disk: they are read back unchanged, and only for the inputs that they belong to."""
 
 from dataclasses import replace
 from pathlib import Path

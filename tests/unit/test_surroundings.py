@@ -1,4 +1,4 @@
-"""The questions that have no public answer in PyTorch are answered by the installed version."""
+"""Questions without a public PyTorch API are answered correctly for the installed version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tropd_mcore.kernel import surroundings
 
 
 class Probe(torch.autograd.Function):
-    """Notes what surrounds its forward pass."""
+    """Records the surroundings of its forward pass."""
 
     seen: list[tuple[bool, bool]]
 

@@ -1,4 +1,4 @@
-"""A response has an answer outside of its thinking, and none where it is no whole: written cases, and a slow oracle."""
+"""A response has an answer outside its thinking, and none if it is unfinished: written cases and a slow oracle."""
 
 from dataclasses import replace
 from pathlib import Path

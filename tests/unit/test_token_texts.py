@@ -1,4 +1,4 @@
-"""Tokens one by one: characters of several tokens are text, and the pieces are the whole."""
+"""Texts of single tokens: characters of several tokens are decoded, and the pieces add up to the whole."""
 
 import re
 
@@ -14,7 +14,7 @@ TEXTS = ("a\U0001f389b", "\U0001d6fc = 1", "\u0928\u092e\u0938\u094d\u0924\u0947
 
 @pytest.fixture(scope="module")
 def by_bytes() -> PreTrainedTokenizerFast:
-    """One token per byte, as a byte-level vocabulary has for what it seldom saw."""
+    """One token per byte, as in a byte-level vocabulary for rare text."""
     vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

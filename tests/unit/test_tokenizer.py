@@ -1,4 +1,4 @@
-"""A tokenizer folder is read as its tokenizer.json says, or the gate says what differs before anything is trained."""
+"""A tokenizer folder is read as its tokenizer.json says, or the gate reports the difference before training."""
 
 from __future__ import annotations
 

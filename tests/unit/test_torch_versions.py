@@ -1,4 +1,4 @@
-"""Versions of torch: what is refused, and what an older one does in the place of a product that it lacks."""
+"""Versions of torch: the refused ones, and the replacement for a product that older ones lack."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_torch_that_is_too_old_gives_a_one_line_error_at_import() -> None:
 
 @pytest.mark.parametrize(("version", "fused"), [("2.8.0", False), ("2.10.0", False), ("2.11.0", True), ("3.0.0", True)])
 def test_torch_before_2_11_on_a_gpu_adds_a_product_in_two_steps(version: str, fused: bool) -> None:
-    """A stand-in for a GPU's tensor: what is called, not its result, which tests/gpu has."""
+    """A stand-in for a GPU tensor. It checks the calls, while tests/gpu checks the results."""
     total = mock.MagicMock(dtype=torch.float32, is_cuda=True)
     left, right = SimpleNamespace(dtype=torch.bfloat16), SimpleNamespace(dtype=torch.bfloat16)
     with (

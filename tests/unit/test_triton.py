@@ -1,7 +1,7 @@
 """The Triton kernels against the float64 oracle and the eager backend, in Triton's interpreter.
 
-The interpreter runs a kernel in numpy, one program at a time: it shows what a kernel computes, not that its threads are
-in step (for that, see test_triton_ptx and tests/gpu). It cuts a float32 off to make a bfloat16, a GPU rounds it.
+The interpreter runs a kernel in NumPy, one program at a time. It shows what a kernel computes, but not that its threads
+are synchronised (for that, see test_triton_ptx and tests/gpu). It truncates a float32 to a bfloat16, a GPU rounds it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The Triton kernels compile for a GPU that is not there, and what threads must not do is not in the code.
+"""The Triton kernels compile for a GPU without having one, and the code has no forbidden memory accesses.
 
-The compiler needs no GPU: it goes as far as PTX text and, by the assembler that comes with Triton, machine code.
+The compiler needs no GPU. It produces PTX text and, with the assembler that comes with Triton, machine code.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Code:
     cubin: bytes
 
     def accesses(self) -> list[str]:
-        """What the code does to global memory, and its barriers, in the order of the text.
+        """The accesses of the code to global memory, and its barriers, in the order of the text.
 
         That of execution too, where a loop's body has no branches: not in float64, whose exponential has some.
         """
@@ -72,7 +72,7 @@ class Code:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What is compiled here is compiled anew."""
+    """Kernels are compiled again here, without a cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield

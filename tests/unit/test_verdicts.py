@@ -1,4 +1,4 @@
-"""The verifier's verdicts on the rollouts of a step: one each, and an error where an objective would miss one."""
+"""The verifier's verdicts on the rollouts of a step: one per rollout, and an error if an objective would lack one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tropd_mcore.errors import DataError
 
 
 class Speller:
-    """A renderer whose text of ids is their digits; id 9 opens a thinking block, id 8 closes one."""
+    """A renderer whose text of ids is their digits. Id 9 opens a thinking block, id 8 closes one."""
 
     def decode(self, ids: np.ndarray, *, keep: Sequence[str] = ()) -> str:
         assert tuple(keep) == ("<think>", "</think>")

@@ -1,4 +1,4 @@
-"""Judging answers: the last match counts, mathematics is compared as such, and nothing but a right answer is right."""
+"""Judging answers: the last match counts, mathematics is compared by value, and only a correct answer is correct."""
 
 import threading
 

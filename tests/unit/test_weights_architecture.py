@@ -1,4 +1,4 @@
-"""Reading config.json: both generations of keys, and a one-line refusal of what would change the logits."""
+"""Reading config.json: both generations of keys, and a one-line refusal of options that would change the logits."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is written loads in transformers, and what is damaged is named in one line."""
+"""Hugging Face folders: written folders load in transformers, and damaged files are named in one line."""
 
 import json
 from collections.abc import Iterator

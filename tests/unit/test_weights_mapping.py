@@ -1,4 +1,4 @@
-"""Cutting and joining weights: byte-equal round trips, and Megatron's order of rows against an independent loop."""
+"""Splitting and joining weights: byte-equal round trips, and Megatron's order of rows against an independent loop."""
 
 from collections.abc import Iterator
 from itertools import product

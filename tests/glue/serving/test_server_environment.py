@@ -1,4 +1,4 @@
-"""The environment of a started server: what it inherits, and what keeps it to this host and this user."""
+"""The environment of a started server: inherited variables, and limits to this host and this user."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ OF_TORCHRUN = (
 def environment_of(
     device: str, *, ranks: int = 1, threads: int = 1, arguments: tuple[str, ...] = (), **extra: str
 ) -> dict[str, str]:
-    """Of a server, without what pytest adds to ours."""
+    """The environment of a server, without pytest's additions to ours."""
     place = Place(device, 5, Path("/own"), "secret", ranks, threads, arguments)
     return {name: value for name, value in server_environment(place, extra).items() if not name.startswith("PYTEST_")}
 
 
 def own() -> dict[str, str]:
-    """What every started server has of its own."""
+    """Variables that every started server gets."""
     user = pwd.getpwuid(os.getuid()).pw_name
     return {
         "TROPD_SERVER_KEY": "secret",
@@ -131,7 +131,7 @@ def test_a_server_reaches_itself_without_a_proxy_and_keeps_the_users_no_proxy_en
 def test_no_proxy_entries_under_either_name_are_set_under_both(
     ours: dict[str, str], monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str
 ) -> None:
-    """Most programs read the first of the two that is there."""
+    """Most programs read the first of the two names that exists."""
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     found = environment_of("cuda")
@@ -140,7 +140,7 @@ def test_no_proxy_entries_under_either_name_are_set_under_both(
 
 @pytest.mark.parametrize("argument", ["--dp-size", "--dp=2", "--nnodes", "--dist-init-addr", "--data-parallel-size"])
 def test_a_server_of_several_groups_or_hosts_uses_sglangs_own_rendezvous(ours: dict[str, str], argument: str) -> None:
-    """One file for all groups would mix their ranks."""
+    """A rendezvous file shared by all groups would mix their ranks."""
     assert environment_of("cuda", arguments=("--log-level", "info", argument, "2")) == ours | own()
 
 

@@ -1,4 +1,4 @@
-"""The log of a server: what is shown of it, and that it stays small while the server writes."""
+"""The log of a server: the lines that are shown, and its bounded size while the server writes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_log_size_is_checked_while_the_server_runs(tmp_path: Path, monkeypat
 
 
 def test_the_last_line_is_found_even_if_the_log_was_cut_after_it(tmp_path: Path) -> None:
-    """Nothing of an earlier launch comes with it, and a line that the cut went through is one line."""
+    """No line of an earlier launch is included, and a line at the cut stays one line."""
     path = tmp_path / "rollout.log"
     path.write_bytes(b"ValueError: of an earlier launch\n" * 2)
     server_log = ServerLog(path, 1000)

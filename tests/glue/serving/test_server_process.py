@@ -22,7 +22,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 
 
 def is_free(port: int) -> bool:
-    """For a process that does not insist."""
+    """Whether the port can be bound without special socket options."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
@@ -136,7 +136,7 @@ def test_files_that_a_server_creates_are_private_to_its_user(site: ServerSite) -
 def test_a_suspended_server_is_reported_as_stopped_and_killed_without_a_grace_period(
     site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is stopped does not see SIGTERM; the grace of this test would outlast it."""
+    """A suspended process does not see SIGTERM. The grace period of this test is longer than its time limit."""
     monkeypatch.setattr(record_module, "STOP_GRACE_S", 600.0)
     process = site.started({"silent": True})
     assert process.stopped() is None
@@ -270,7 +270,7 @@ sys.stdin.read()
 
 
 def parent_of_a_server(site: ServerSite, parent_pid: str) -> subprocess.Popen[bytes]:
-    """A process that starts a server which takes `parent_pid` for its parent; empty: what is so."""
+    """A process that starts a server with `parent_pid` as its parent. Empty: the real parent."""
     return subprocess.Popen(
         [sys.executable, "-S", "-c", PARENT, parent_pid],
         stdin=subprocess.PIPE,

@@ -39,7 +39,7 @@ def gone_owner() -> tuple[int, float]:
 
 
 def write_record(path: Path, pid: int, *, later_s: float = 0.0, owner: int | None = None, **changes: Any) -> Path:
-    """The record of the server `pid`, which a process that has ended has started, or `owner`."""
+    """The record of the server `pid`, started by a process that has ended, or by `owner`."""
     owner_pid, owner_start = gone_owner() if owner is None else (owner, psutil.Process(owner).create_time())
     path.parent.mkdir(exist_ok=True)
     record = {
@@ -108,7 +108,7 @@ def test_a_damaged_record_is_ignored_with_a_warning(
 
 @pytest.fixture
 def owner() -> Iterator[int]:
-    """A live process that is not this one, as the job is for a command."""
+    """A running process other than this one, like the job for a command."""
     process = subprocess.Popen(["sleep", "600"])
     yield process.pid
     process.kill()
@@ -196,7 +196,7 @@ def test_two_live_commands_on_one_run_directory_each_start_and_stop_their_own_se
 
 
 def test_processes_left_in_the_group_of_a_dead_server_are_killed() -> None:
-    """Its number is free once it was waited for."""
+    """Its pid is free after it was waited for."""
     command = "sleep 600 & echo $!"
     with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
         assert leader.stdout is not None

@@ -1,4 +1,4 @@
-"""Restarts of a started server: bounded, and nobody asks the new process before it was looked at."""
+"""Restarts of a started server are bounded, and the new process is checked before it gets requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 
 
 def supervised(tmp_path: Path, events: list[str], *, max_restarts: int = 2) -> SupervisedServer:
-    """A server whose process only takes notes."""
+    """A server whose process only records its calls."""
     server = SupervisedServer(
         ServerSpec(
             key="teacher.server",
@@ -110,7 +110,7 @@ def test_for_a_hung_server_the_error_is_shown_instead_of_that_its_process_runs(
 
 
 def test_after_a_restart_a_command_requests_only_what_is_missing(tmp_path: Path) -> None:
-    """What had come and an error about one request are kept; a server at a url ends the command."""
+    """Received answers and an error about one request are kept. With a server at a URL the command ends."""
     server = supervised(tmp_path, [])
     refused = ServerError("400")
     rounds: list[list[Any]] = [["a", ServerDied("gone"), refused, ServerDied("gone")], ["b", "d"]]

@@ -1,4 +1,4 @@
-"""Retries, time-outs, hangs and foreign text between a client and a server on loopback that misbehaves."""
+"""Retries, time-outs, hangs and foreign text between a client and a misbehaving server on loopback."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from tropd_mcore.serving.wire import Generation, GenerationRequest
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LONG_S = 60.0
-"""A wait that no test sees the end of."""
+"""A wait that is longer than any test."""
 
 
 class Server:
-    """Answers /generate by `generate` and everything else with 200 and {}, unless told otherwise by path."""
+    """Answers /generate by `generate` and all other paths with 200 and {}, unless another answer is given by path."""
 
     def __init__(self, generate: Handler, **handlers: Handler) -> None:
         self.handlers = {"/generate": generate, **{f"/{path}": handler for path, handler in handlers.items()}}
         self.asked: list[str] = []
         self.url = ""
         self.released = False
-        """Nothing is held back any more, so that the server can be stopped"""
+        """Releases all held answers, so that the server can be stopped"""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(request.path)
@@ -95,7 +95,7 @@ async def hangs(request: web.Request) -> web.StreamResponse:
 
 
 def then(*answers: Callable[[], web.Response] | None) -> Handler:
-    """These answers one after the other, the last for ever; None: a good one."""
+    """These answers one after the other, then the last one repeatedly. None: a good answer."""
     left = list(answers)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -179,7 +179,7 @@ def test_a_request_that_timed_out_is_retried(serve: Callable[..., Server]) -> No
 
 
 def test_a_request_that_never_ends_is_an_error_even_while_others_are_answered(serve: Callable[..., Server]) -> None:
-    """It costs its own sample and no server."""
+    """It costs only its own sample, not the server."""
 
     async def some(request: web.Request) -> web.StreamResponse:
         if (await request.json())["input_ids"] == [9]:
@@ -206,7 +206,7 @@ def test_a_server_that_answers_no_request_counts_as_hung_even_if_it_reports_heal
 
 
 def test_a_silent_server_is_detected_before_its_requests_time_out(serve: Callable[..., Server]) -> None:
-    """The requests themselves would wait for request_timeout_s."""
+    """Without the probe, the requests would wait for request_timeout_s."""
     client = client_of(serve(hangs, model_info=hangs).url, hang_timeout_s=0.5, request_timeout_s=LONG_S)
     error = one(client)
     assert isinstance(error, ServerHung)
@@ -230,7 +230,7 @@ def test_answers_received_before_a_server_hung_are_kept(serve: Callable[..., Ser
 def test_a_slow_server_that_still_answers_probes_does_not_count_as_hung(
     serve: Callable[..., Server], health: int | None
 ) -> None:
-    """Longer than a silent server would have, whatever its health says; a busy engine says nothing for 20 s."""
+    """Longer than for a silent server, whatever its health status. A busy engine is silent for up to 20 s."""
 
     async def slow(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(5.0)
@@ -253,7 +253,7 @@ def test_a_stalled_engine_is_given_more_time_than_a_silent_server(serve: Callabl
 
 
 def test_a_suspended_process_behind_an_answering_server_is_found_and_named(serve: Callable[..., Server]) -> None:
-    """The HTTP process lives, the scheduler is stopped; also while weights are updated."""
+    """The HTTP process runs and the scheduler is suspended. Also during a weight update."""
     words = "a process of it (77) is stopped (state T)"
     server = serve(hangs, update_weights_from_tensor=hangs)
     client = client_of(server.url, hang_timeout_s=0.3, request_timeout_s=LONG_S, stopped=lambda: words)
@@ -266,7 +266,7 @@ def test_a_suspended_process_behind_an_answering_server_is_found_and_named(serve
 def test_a_server_silent_in_an_update_is_detected_and_a_slow_load_is_tolerated(
     serve: Callable[..., Server],
 ) -> None:
-    """While it is paused by us, /health would wait for the engine; another path tells that it lives."""
+    """While we pause it, /health would wait for the engine. Another path shows that it is alive."""
 
     async def loads(_request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(5.0)
@@ -334,7 +334,7 @@ def test_a_request_to_stop_does_not_interrupt_a_weight_update(
 def test_an_exception_of_our_own_code_is_raised_unchanged(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And does not wait for the others."""
+    """It does not wait for the others."""
 
     def breaks(*_: object) -> None:
         raise ZeroDivisionError("a bug")
@@ -367,7 +367,7 @@ def test_an_answer_that_is_a_web_page_is_shown_with_its_content_type_and_beginni
 
 
 def test_a_redirect_is_refused_and_its_target_named(serve: Callable[..., Server]) -> None:
-    """The key would go to another place with it."""
+    """Following it would send the key to another server."""
 
     async def elsewhere(_request: web.Request) -> web.StreamResponse:
         return web.Response(status=302, headers={"Location": "http://login.example/"})
