@@ -222,6 +222,6 @@ def test_settings_that_cannot_produce_the_gradient_are_refused(folders: tuple[Pa
         "right": (Case(weight_gradient="folded"), {}),
     }
     scaled, recompute, right = run_on_ranks(fused_head_ranks.refusals, 1, folders[0], cases, CONSTANTS)[0]
-    assert "loss.weight_gradient = folded needs a loss that nobody scales" in scaled
-    assert "loss.weight_gradient = recompute has no divergence over the whole vocabulary" in recompute
+    assert "loss.weight_gradient = folded needs an unscaled loss" in scaled
+    assert "loss.weight_gradient = recompute does not support a divergence over the whole vocabulary" in recompute
     assert right == ""

@@ -40,7 +40,7 @@ def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(ex
     listed = tropd("recipes")
     assert "configs/quickstart-cpu.yaml" in listed and "examples/tropd_pretrain.sh" in listed
     tropd("recipes", "--all")
-    assert "were there already" in tropd("recipes", "--all")
+    assert "exist already" in tropd("recipes", "--all")
 
     shutil.copytree(example, folder / "models" / "arithmetic-tiny")  # files that the script would need minutes to make
     printed = run(

@@ -167,16 +167,18 @@ def page(sections: list[str]) -> str:
     """The whole page."""
     found = results.circumstances()
     head = [
-        "# What the consoles say",
+        "# What commands print",
         "",
-        "Each block is what a command printed into a pipe, as in a log, with the second of each line. `<<<` marks the",
-        "moment at which something was done to it. $WORK is the folder of the models and runs. Made by",
+        "This page shows what real commands print. To record it on your machine:",
         "",
         "```",
         "python -m tests.faults consoles --out docs/consoles.md",
         "```",
         "",
-        f"at commit {found['commit'][:12]}, {found['date']}, {found['machine']}.",
+        "Each block is the output of one command into a pipe, as in a log. The number before each line is the second",
+        "at which it was printed. `<<<` marks the moment at which the command was disturbed. From long output,",
+        "the lines in the middle are left out. $WORK is the folder of models and runs.",
+        f"Recorded at commit {found['commit'][:12]}, {found['date']}, {found['machine']}.",
         "",
     ]
     return "\n".join([*head, *sections]).rstrip("\n") + "\n"

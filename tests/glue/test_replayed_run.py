@@ -63,7 +63,8 @@ def test_differing_settings_that_shaped_the_replayed_rollouts_are_reported(runs:
     changes = {"temperature": 0.7, "max_new_tokens": 5, "end_tokens": ["a"], "server": {"port": 7}}
     data = {"chat_template_kwargs": {"enable_thinking": False}, "template_date": "2024-02-29"}
     lines = replays(runs, rollout=changes, data=data)
-    assert all(re.fullmatch(r"its rollouts were sampled otherwise, here .*: .* -> .* has no effect", x) for x in lines)
+    pattern = r"its rollouts were sampled with other settings, so here .*: .* -> .* has no effect"
+    assert all(re.fullmatch(pattern, line) for line in lines)
     assert {line.split("here ")[1].split(":")[0] for line in lines} == {
         "rollout.temperature",
         "rollout.max_new_tokens",
@@ -106,7 +107,7 @@ def test_a_tokenizer_that_differs_only_in_its_settings_is_reported(runs: Runs) -
 
 def test_damaged_records_of_the_replayed_run_give_a_one_line_error(runs: Runs) -> None:
     other(runs).inputs.write_text("{")
-    with pytest.raises(ConfigError, match=r"other/inputs\.json: the record of what the run reads is damaged"):
+    with pytest.raises(ConfigError, match=r"other/inputs\.json: the record of the run's inputs is damaged"):
         replays(runs)
 
 

@@ -110,7 +110,7 @@ def layout() -> Iterator[Layout]:
 def test_a_second_call_requests_only_the_responses_of_new_prompts(recipe: Recipe, client: Client) -> None:
     assert recipe.prefixes()[0] == 0 and len(client.requests) == 3
     code, text = recipe.prefixes()
-    assert code == 0 and "all 3 responses are there" in text and "not known" not in text
+    assert code == 0 and "all 3 responses exist already" in text and "not known" not in text
     shutil.move(recipe.root / "teacher", recipe.root / "moved")
     recipe.write_prompts("one pear", "two pears", "three pears", "four pears")
     assert recipe.prefixes(f"teacher.path={recipe.root / 'moved'}")[0] == 0 and len(client.requests) == 4
@@ -133,7 +133,7 @@ def test_responses_sampled_with_other_settings_are_refused(
 ) -> None:
     recipe.prefixes()
     line = recipe.refused(*arguments)
-    assert f"responses.jsonl: its responses were made otherwise: {words}" in line
+    assert f"responses.jsonl: its responses were made differently: {words}" in line
     assert "--out" in line and "or remove" in line
     recipe.out.unlink()
     assert recipe.prefixes(*arguments)[0] == 0, "the way out"

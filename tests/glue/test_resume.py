@@ -47,7 +47,7 @@ def test_a_launch_with_unchanged_values_reports_nothing(runs: Runs, begun: bool)
             ["run.checkpoint_every: 100 -> 7",
              "rollout.server.url: none -> http://there:1 (the student's weights are published to it as before)"],
         ),
-        ({"teacher": {"kind": "sglang"}}, ["teacher.kind: megatron -> sglang (the same model behind another door)"]),
+        ({"teacher": {"kind": "sglang"}}, ["teacher.kind: megatron -> sglang (the same model, served differently)"]),
         ({"gates": {"vocabulary": False}}, ["gates.vocabulary: true -> false"]),
         ({"verifier": {"kind": "exact_match"}}, ["verifier.kind: none -> exact_match"]),
     ],
@@ -109,7 +109,7 @@ def test_all_refused_keys_are_named_at_once(runs: Runs) -> None:
         run={"seed": 1, "checkpoint_every": 3}, rollout={"top_p": 0.5}, teacher={"path": runs.root / "student"}
     )
     assert [problem.partition(":")[0] for problem in problems[:-1]] == ["run.seed", "rollout.top_p", "teacher.path"]
-    assert "was not looked at; it is free where both have the same content" in problems[2]
+    assert "was not checked; it is allowed if the content is the same" in problems[2]
 
 
 def test_the_verifier_may_not_change_if_the_objective_learns_from_it(runs: Runs) -> None:
@@ -200,7 +200,7 @@ def test_a_run_directory_of_an_older_version_reports_no_changes_and_is_recorded_
     )
     runs.run_dir.inputs.unlink()
     (line,) = runs.launch()
-    assert "is not in the record, so contents were not compared" in line
+    assert "recorded no inputs, so contents were not compared" in line
     assert runs.launch() == []
 
 
@@ -209,7 +209,7 @@ def test_a_started_run_without_its_record_reports_that_nothing_can_be_compared(r
     runs.sampled()
     runs.run_dir.config.unlink()
     (line,) = runs.launch(run={"seed": 9})
-    assert line.endswith("config.resolved.yaml is missing: what this launch changes in the run cannot be told")
+    assert line.endswith("config.resolved.yaml is missing, so changes made by this launch cannot be detected")
 
 
 @pytest.mark.parametrize("name", ["config.resolved.yaml", "inputs.json"])

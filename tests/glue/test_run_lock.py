@@ -166,7 +166,7 @@ def test_a_mount_with_machine_local_locks_uses_a_lock_file(
     monkeypatch.setattr(run_lock.psutil, "disk_partitions", mounts)
     with caplog.at_level(logging.INFO):
         lock = held(tmp_path / "run")
-    assert "flock reaches this machine only (mount option localflock)" in caplog.text
+    assert "flock excludes only jobs of this machine (mount option localflock)" in caplog.text
     assert (tmp_path / "run" / HOLDER_FILE).exists()
     lock.release()
     held(tmp_path / "run", "flock").release()

@@ -212,7 +212,7 @@ def test_models_closer_to_each_other_than_to_the_server_are_reported_as_indistin
     monkeypatch.setattr(module, "independent_log_probs", lambda folder, ids: readings[folder])
     noise = 0.03 * np.where(np.arange(len(near)) % 2, 1.0, -1.0)
     start(Served(model_scores["teacher"] + noise, dtype="bfloat16"), config_of(model_folders, tmp_path))
-    assert "which of the two it serves cannot be told" in caplog.text
+    assert "it is unclear which of the two it serves" in caplog.text
 
 
 def test_a_folder_is_read_once_per_run_and_again_if_its_files_changed(

@@ -106,7 +106,7 @@ def test_a_job_without_progress_on_any_rank_ends_with_a_line_that_names_the_awai
         assert ranks.said == []
         ranks.go_on(4)
     (rank, line), *_ = ranks.said
-    assert rank == 0 and "no rank has got on with anything for 600 s" in line
+    assert rank == 0 and "no rank has made progress for 600 s" in line
     assert "the others wait for rank 1 (model forward)" in line and "run.stall_timeout_s" in line
 
 

@@ -158,7 +158,7 @@ def test_an_update_with_a_missing_tensor_never_gets_its_label() -> None:
     with fake_server() as server:
         publish(server, 1.0, "v1")
         publisher = WeightPublisher(client_of(server), PLAN, bucket_bytes=8)
-        with pytest.raises(ServerError, match="end without 1 of 2 tensors, the first being b"):
+        with pytest.raises(ServerError, match="1 of 2 tensors are missing from the weights to publish, the first is b"):
             publisher.publish(iter([("a", torch.zeros(3, 2))]), "v2")
         assert server.label != "v2" and not server.paused and not server.in_update
         with pytest.raises(ServerError, match="expected 'v2'"):

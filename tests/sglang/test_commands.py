@@ -103,7 +103,7 @@ def test_prefixes_writes_one_response_per_prompt_that_training_can_read(
     assert all(len(ids) <= 9 and not set(ids.tolist()) & set(eos_ids) for ids in responses.values())
     again = ["prefixes", recipe, "--max-new-tokens", "9", "teacher.server.url=http://127.0.0.1:1"]
     assert main(again) == 0, "nothing is asked of that server"
-    assert "all 4 responses are there" in capsys.readouterr().out
+    assert "all 4 responses exist already" in capsys.readouterr().out
 
 
 def test_prefixes_refuses_a_teacher_server_that_serves_another_model(

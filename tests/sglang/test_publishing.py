@@ -137,7 +137,7 @@ def twice(folder: Path) -> Stream:
         (unknown, "model.gnorm.weight is not a tensor of the plan"),
         (wrong_shape, r"model.norm.weight is torch.float32 \[47\]; the plan says torch.float32 \[48\]"),
         (wrong_dtype, r"model.norm.weight is torch.bfloat16 \[48\]; the plan says torch.float32"),
-        (missing, "end without 1 of 47 tensors, the first being model.norm.weight"),
+        (missing, "1 of 47 tensors are missing from the weights to publish, the first is model.norm.weight"),
         (twice, "comes twice"),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_weight_stream_that_fails_after_some_buckets_leaves_an_unexpected_labe
 ) -> None:
     publisher = WeightPublisher(server.client, plan(qwen3_folder), bucket_bytes=20_000)
     publisher.publish(stream(qwen3_folder), "whole")
-    with pytest.raises(ServerError, match="end without 1 of 47 tensors"):
+    with pytest.raises(ServerError, match="1 of 47 tensors are missing"):
         publisher.publish(missing(other_folder), "half")
     for version in ("whole", "half"):
         with pytest.raises(ServerError, match="has weights 'half:incomplete'"):

@@ -244,7 +244,7 @@ def test_the_plan_of_plain_opd_names_a_running_teacher_server(tmp_path):
         ("{kind: power_opd}", "power_opd: topk 64, power 5"),
         (
             "{kind: exopd, policy_gradient: {ratio: ppo_clip, mini_batches: 4, epochs: 2}}",
-            "exopd: topk 64, scale 1.25; ratio ppo_clip; 8 updates a step (4 mini-batches x 2 epochs); "
+            "exopd: topk 64, scale 1.25; ratio ppo_clip; 8 updates per step (4 mini-batches x 2 epochs); "
             "reference models/student",
         ),
         (
@@ -278,7 +278,7 @@ def test_the_plan_shows_the_form_of_the_loss_and_the_truncation(tmp_path):
     ]
     config, _ = load(write(tmp_path), overrides)
     text = plan(config)
-    assert "logits given, auto backend, 2,048 rows a chunk, token_mean, logits capped at 30, 2 tokens" in text
+    assert "logits given, auto backend, 2,048 rows per chunk, token_mean, logits capped at 30, 2 tokens" in text
     assert "responses cut at 256 tokens, 256 more every 5 steps" in text
 
 

@@ -124,7 +124,7 @@ SGLANG = {"teacher": {"kind": "sglang"}}
         (
             {"kind": "gkd", "gradient": "advantage"},
             {},
-            "objective.gradient=advantage: a divergence is the same for whatever token was sampled",
+            "objective.gradient=advantage: a divergence does not depend on the sampled token",
         ),
         (
             {"kind": "gkd", "divergence": "rkl", "norm": "truncated"},
@@ -291,7 +291,7 @@ def test_each_wrong_custom_function_gives_one_clear_line(
     [
         ("a_number", "expected a TokenLosses, found float"),
         ("no_columns", r"missing: \['advantage', .*\], of another shape: \['loss'\]"),
-        ("summed", r"expected one number a token, \(37,\), found loss_T \(\)"),
+        ("summed", r"expected one number per token, \(37,\), found loss_T \(\)"),
     ],
 )
 def test_each_unusable_result_of_a_custom_function_gives_one_clear_line(

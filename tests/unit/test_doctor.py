@@ -120,7 +120,7 @@ def test_doctor_does_not_read_tokenizers_if_the_gate_is_off(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     _, lines = doctor(capsys, recipe, "gates.tokenizer=false")
-    assert at("ok", lines)["tokenizer"] == "not looked at (gates.tokenizer=false)"
+    assert at("ok", lines)["tokenizer"] == "not checked (gates.tokenizer=false)"
 
 
 def test_doctor_names_the_lines_that_training_would_refuse(

@@ -175,7 +175,7 @@ def test_the_prompts_are_rendered_with_the_date_and_the_variables_of_the_setting
     fixed = evaluate(folder, generate, replace(greedy, template_date="2024-02-29"), today=date(2024, 3, 1))
     assert asked == ["29 Feb 2024! sum ", "01 Mar 2024! sum ", "29 Feb 2024! sum "]
     assert (one.template_date, fixed.template_date) == ("2024-02-29", "2024-02-29")
-    with pytest.raises(DataError, match=r"print other dates \(2024-02-29 and 2024-03-01\)"):
+    with pytest.raises(DataError, match=r"print different dates \(2024-02-29 and 2024-03-01\)"):
         compare(one, other)
 
 
@@ -215,11 +215,11 @@ def test_the_difference_of_two_models_is_paired_by_prompt(model, settings):
 
 def test_results_of_other_settings_or_prompts_are_not_compared(model, settings):
     before = result_of(model, settings, ANSWERS)
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="different settings"):
         compare(before, result_of(model, replace(settings, max_new_tokens=23), ANSWERS))
     path = Path(settings.prompts)
     path.write_text(path.read_text().replace("sum 4", "sum 3"))
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="different settings"):
         compare(before, result_of(model, settings, ANSWERS))
 
 

@@ -259,4 +259,4 @@ def test_a_signal_during_make_example_leaves_nothing(tmp_path: Path, number: sig
         _, err = process.communicate(timeout=120)
         assert len(list(tmp_path.iterdir())) == left, sent
     assert process.returncode == 128 + number
-    assert f"stopped while {tmp_path / 'example'} was made; nothing is left" in err and "Traceback" not in err
+    assert f"stopped while making {tmp_path / 'example'}; nothing is left" in err and "Traceback" not in err

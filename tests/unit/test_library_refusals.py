@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tropd_mcore import (
     TeacherTopK,
     VocabParallel,
     distill_loss,
+    loss_from_log_probs,
     objectives,
 )
 
@@ -95,14 +97,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "probabilities for log-probs": (
         lambda case: {"teacher": _top(case, logp_TK=case.top.logp_TK.exp())},
-        "teacher.logp_TK has numbers above 0, which no log-prob is; pass log q, not probabilities or logits",
+        "teacher.logp_TK has numbers above 0; pass log q, not probabilities or logits",
     ),
     "a probability of the target": (
         lambda case: {"teacher": _top(case, logp_T=case.log_q_x.exp())}, "teacher.logp_T has numbers above 0"
     ),
     "an id twice": (
         lambda case: {"teacher": _top(case, logp_TK=torch.full_like(case.top.logp_TK, -0.5))},
-        "teacher.logp_TK has more than probability 1 in a row; pass true log q of different ids",
+        "teacher.logp_TK has more than probability 1 for a token; pass true log q of different ids",
     ),
     "normal numbers for uniforms": (
         lambda case: {"trust_u_T": case.advantage()}, r"trust_u_T is not all in \[0, 1\)"
@@ -178,3 +180,29 @@ def test_debug_reports_impossible_values() -> None:
         distill_loss(broken, case.x, case.top, tropd, vp=vp, **arguments)
     with pytest.raises(LossInputError, match=r"trust_u_T is not all in \[0, 1\)"):
         distill_loss(case.logits(), case.x, case.top, tropd, vp=vp, **{**arguments, "trust_u_T": -case.weights})
+
+
+LOG_PROBS_OF_THE_CALLER: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
+    "a probability of the student": (lambda case: {"student_logp_T": case.log_q_x.exp()}, "student_logp_T has numbers"),
+    "probabilities of candidates": (
+        lambda case: {"student_topk_logp_TK": case.top.logp_TK.exp()}, "student_topk_logp_TK has numbers above 0"
+    ),
+    "probabilities of the teacher": (
+        lambda case: {"teacher": _top(case, logp_TK=case.top.logp_TK.exp())}, "teacher.logp_TK has numbers above 0"
+    ),
+    "normal numbers for uniforms": (
+        lambda case: {"trust_u_T": case.advantage()}, r"trust_u_T is not all in \[0, 1\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOG_PROBS_OF_THE_CALLER)
+def test_impossible_log_probs_give_a_one_line_error(what: str) -> None:
+    case = Case()
+    changes, line = LOG_PROBS_OF_THE_CALLER[what]
+    given = {
+        "student_logp_T": case.log_q_x, "student_topk_logp_TK": case.top.logp_TK, "teacher": case.top,
+        "objective": objectives.tropd(), "trust_u_T": case.given["trust_u_T"], **changes(case),
+    }  # fmt: skip
+    with pytest.raises(LossInputError, match=rf"^loss_from_log_probs: {line}"):
+        loss_from_log_probs(**given)

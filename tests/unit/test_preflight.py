@@ -154,7 +154,7 @@ def test_a_replay_needs_no_api_key_of_the_rollout_server(root: Path) -> None:
             "broken student/config.json",
             "",
             "student.path: {root}/student/config.json: not valid JSON (Expecting ',' delimiter: line 1 column 24 "
-            "(char 23)); mend it or fetch the file again",
+            "(char 23)); correct it or download the file again",
         ),
         (
             "",

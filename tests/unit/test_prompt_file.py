@@ -164,9 +164,9 @@ def test_an_unknown_key_of_a_prompt_is_refused_with_the_likely_one(tmp_path, key
 
 def test_a_duplicate_key_is_refused_on_every_level(tmp_path):
     twice = '{"id": "a", "prompt": "x", "answer": "1", "answer": "2"}'
-    assert problem_of(tmp_path, twice) == "key 'answer' stands twice in one object; keep one"
+    assert problem_of(tmp_path, twice) == "key 'answer' occurs twice in one object; keep one"
     nested = '{"id": "a", "messages": [{"role": "user", "content": "x", "content": "y"}]}'
-    assert problem_of(tmp_path, nested) == "key 'content' stands twice in one object; keep one"
+    assert problem_of(tmp_path, nested) == "key 'content' occurs twice in one object; keep one"
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_all_keys_are_listed_under_the_heading_of_their_section() -> None:
         ("loss.chunk_token", "loss.chunk_tokens"),
     ],
 )
-def test_an_unknown_key_gives_a_one_line_error_with_suggestions(asked: str, hint: str) -> None:
+def test_an_unknown_key_is_refused_in_one_line_with_suggestions(asked: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"no such key; did you mean {hint}"):
         explain(asked)
 

@@ -32,9 +32,11 @@ from tropd_mcore.config.objectives.trust_region import (
     TrustConfig,
 )
 from tropd_mcore.config.objectives.verified import KdrlObjective, RladObjective
+from tropd_mcore.config.reference import reference
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives import catalogue
 from tropd_mcore.objectives.candidates import rethinking
+from tropd_mcore.objectives.catalogue import CHOICES
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.objectives.rewards import entropy_opd, exopd, iw_opd, power_opd, reopold, topd, vopd
@@ -169,3 +171,21 @@ def test_every_kind_of_the_configuration_has_a_loss_function_and_constants_of_it
 def test_every_objective_with_its_defaults_has_a_finite_loss_at_any_progress(kind: type) -> None:
     for progress in (0.0, 0.5, 0.999):
         assert bind_objective(kind(), progress)(batch().inputs()).loss_sum.isfinite()
+
+
+WORDS_OF_KEYS = {
+    "trust.mode": "trust_mode", "outlier.mode": "outlier_mode", "outlier.norm": "outlier_norm",
+    "guidance.loss": "prefix_loss", "policy_gradient.ratio": "ratio", "policy_gradient.mismatch": "mismatch",
+}  # fmt: skip
+"""Keys whose last part is not the constant's name."""
+
+
+def test_the_library_allows_the_same_option_words_as_the_configuration() -> None:
+    """The library refuses a word by CHOICES, the configuration by its own list. `train` is no key: stages sets it."""
+    words: dict[str, set[str]] = {}
+    for key in reference():
+        path = key.dotted.removeprefix("objective.")
+        name = WORDS_OF_KEYS.get(path, path)
+        if key.dotted.startswith("objective.") and name in CHOICES:
+            words.setdefault(name, set()).update(key.accepts.split(" | "))
+    assert words | {"train": set(CHOICES["train"])} == {name: set(known) for name, known in CHOICES.items()}

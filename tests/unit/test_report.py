@@ -148,7 +148,7 @@ def test_evaluations_that_cannot_be_compared_are_marked_as_such(run_dir):
     page = page_of(run_dir)
     text = section(page, "Held-out accuracy")
     assert "not comparable" in text and "+50.0" not in text
-    assert "measured in different ways" in page and "The student is better" not in page
+    assert "were measured differently" in page and "The student is better" not in page
 
 
 def test_the_report_shows_every_setting_with_its_value(run_dir):
@@ -255,7 +255,7 @@ def test_the_report_of_a_long_run_has_a_bounded_size_and_says_what_it_omits(run_
                 stream.write(json.dumps({"step": step, **values}) + "\n")
         page = page_of(run_dir)
         if count > 800:
-            assert f"Of {count} steps, about 800 are drawn" in page
+            assert f"Each chart draws about 800 of the {count} steps" in page
         return len(page)
 
     assert write(4000) < 1.3 * write(1600) < 3_000_000

@@ -103,7 +103,7 @@ def test_the_summary_starts_with_held_out_accuracy_and_claims_no_more_than_its_i
     assert "neither better nor worse beyond chance" in words(11)
     assert "The student is worse than before" in words(0)
     (run_dir / "evaluation_after.json").unlink()
-    assert "is not known" in " ".join(sentences(read_run(run_dir, token_steps=0)))
+    assert "is unknown" in " ".join(sentences(read_run(run_dir, token_steps=0)))
 
 
 def test_the_summary_states_measured_progress_and_problems(run_dir):
@@ -118,7 +118,7 @@ def test_the_summary_states_measured_progress_and_problems(run_dir):
     (run_dir / "config.resolved.yaml").write_text(text.replace("steps: 3", "steps: 100"))
     words = " ".join(sentences(read_run(run_dir, token_steps=0)))
     for sentence in (
-        "20 of 100 steps are done: the run goes on, or it was stopped.",
+        "20 of 100 steps are done. The run is still going, or it was stopped.",
         "25.0% of the responses in steps 18 to 19 were cut by the token budget.",
         "2 samples were left out because the teacher gave no scores for them.",
         "In 3 steps, sampler and trainer differed by more than the bounds of the gate.",

@@ -220,16 +220,16 @@ def test_a_tokenizer_given_by_option_is_used_and_reported_if_it_differs_from_the
         page_of(run_dir, tokenizer=tmp_path / "none")
     recorded = {"models": {"student.path": {"files": {"tokenizer.json": "0" * 64}}}}
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one than the run read" in page_of(run_dir, tokenizer=tmp_path / "student")
+    assert "is not the file that the run used" in page_of(run_dir, tokenizer=tmp_path / "student")
 
 
 def test_a_tokenizer_that_the_run_did_not_read_is_not_used_by_default(run_dir, tmp_path):
     recorded = {"models": {"student.path": {"files": {"tokenizer.json": "0" * 64}}}}
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one than the run read; give --tokenizer FOLDER" in page_of(run_dir)
+    assert "is not the file that the run used; give --tokenizer FOLDER" in page_of(run_dir)
     recorded["models"]["student.path"]["files"]["tokenizer.json"] = file_digest(tmp_path / "student" / "tokenizer.json")
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one" not in page_of(run_dir)
+    assert "is not the file" not in page_of(run_dir)
 
 
 @pytest.mark.parametrize("name", ["tokens", "rollouts"])

@@ -94,7 +94,7 @@ def test_an_error_of_wandb_gives_one_line_that_names_the_key(
     tmp_path: Path, call: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", Service(error, call))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^monitor\.wandb_project: wandb says: .*; mend that, ") as caught:
+    with pytest.raises(ConfigError, match=r"^monitor\.wandb_project: wandb says: .*; fix that, ") as caught:
         sink = WeightsAndBiases("project", tmp_path, {})
         sink.write(0, {"loss": 0.5})
         sink.close()

@@ -210,9 +210,7 @@ def test_a_token_that_only_the_settings_name_is_appended_and_reported(
 def test_a_token_to_which_the_settings_give_another_id_is_refused_by_the_gate(tmp_path: Path) -> None:
     added = {"400": {"content": "<later>", "special": True}}
     folder = write(tmp_path, byte_level(), tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder=added)
-    with pytest.raises(
-        GateError, match=r"gives id 400 to token '<later>', which gets 292; mend tokenizer_config\.json"
-    ):
+    with pytest.raises(GateError, match=r"gives id 400 to token '<later>', which gets 292; fix tokenizer_config\.json"):
         check_tokenizer(folder, key="student.path")
 
 

@@ -37,7 +37,7 @@ def test_a_torch_that_is_too_old_gives_a_one_line_error_at_import() -> None:
     )  # fmt: skip
     assert done.stdout == (
         "tropd_mcore needs torch 2.8 or newer, found 2.7.1+cu126; older ones lack the mixed-precision product that the "
-        "loss is made of\n"
+        "loss needs\n"
     ), done.stderr
 
 

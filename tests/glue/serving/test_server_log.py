@@ -139,7 +139,7 @@ def test_a_log_that_cannot_be_copied_is_reported_once_left_whole_and_cut_when_th
     server_log.close()
     assert not partial.exists() and (tmp_path / "rollout.log.1").read_bytes() == b"x" * 2000
     assert [message for message in caplog.messages if "No space left" in message] == [
-        f"{tmp_path}/rollout.log: cannot be rotated yet (No space left on device); it goes on growing"
+        f"{tmp_path}/rollout.log: cannot be rotated yet (No space left on device); it keeps growing"
     ]
 
 

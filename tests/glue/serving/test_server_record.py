@@ -123,8 +123,8 @@ def test_the_server_of_another_live_process_is_left_alone_and_the_line_names_tha
     with pytest.raises(ServerError) as caught:
         site.process({"silent": True}).start()
     assert str(caught.value) == (
-        f"rollout.server: {site.record} is of a server (pid {sleeper.pid}) that process {owner} (sleep 600) uses: "
-        "wait until that has ended, or take another run.dir"
+        f"rollout.server: {site.record} is the record of a server (pid {sleeper.pid}) that process {owner} (sleep 600) "
+        "uses: wait until that process has ended, or choose another run.dir"
     )
     assert runs(sleeper.pid) and json.loads(site.record.read_text())["pid"] == sleeper.pid
 
