@@ -61,7 +61,7 @@ def program(folder: Path, part: str) -> str:
     return run(folder, sys.executable, "-c", found)
 
 
-def test_the_converter_of_the_page_makes_lines_that_doctor_accepts(folder: Path) -> None:
+def test_the_converter_in_own_data_writes_lines_that_doctor_accepts(folder: Path) -> None:
     turns = [{"from": "human", "value": "how many apples"}, {"from": "gpt", "value": "five"}]
     (folder / "converted").mkdir()
     (folder / "converted" / "sharegpt.json").write_text(json.dumps([{"conversations": turns}]))
@@ -70,12 +70,12 @@ def test_the_converter_of_the_page_makes_lines_that_doctor_accepts(folder: Path)
     assert "doctor: no FAIL" in found, found
 
 
-def test_doctor_finds_nothing_wrong_with_the_prompts_and_the_configuration_of_the_page(folder: Path) -> None:
+def test_doctor_finds_no_problem_in_the_example_prompts_and_configuration_of_own_data(folder: Path) -> None:
     assert "doctor: no FAIL" in (found := tropd(folder, commands("tropd doctor")[0])), found
     assert "student" in (plan := tropd(folder, commands("tropd train mine.yaml --dry-run")[0])), plan
 
 
-def test_the_responses_of_the_page_are_read(folder: Path) -> None:
+def test_the_example_responses_in_own_data_can_be_read(folder: Path) -> None:
     path = folder / "responses.jsonl"
     path.write_text(blocks("json")[1])
     end = AutoTokenizer.from_pretrained(folder / "models" / "student").eos_token_id
@@ -83,7 +83,7 @@ def test_the_responses_of_the_page_are_read(folder: Path) -> None:
     assert {name: ids.tolist() for name, ids in found.items()} == {"sum-1": [12, 15, 9], "sum-2": [11, 8]}
 
 
-def test_a_run_trains_on_the_rollouts_of_the_page_and_leaves_what_its_programs_read(folder: Path) -> None:
+def test_a_run_on_the_example_rollouts_of_own_data_writes_the_files_that_its_programs_read(folder: Path) -> None:
     assert "4 rollouts of step 0" in program(folder, "save_rollouts")
     tropd(folder, commands("tropd train mine.yaml run.replay")[0])
     assert program(folder, "metrics.jsonl").splitlines()[0].startswith("0 ")

@@ -51,7 +51,7 @@ or to the next step.
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page, or with --check say whether it is the one that would be written."""
+    """Write the page, or with --check report whether it is up to date."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults table", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is another")
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -112,7 +112,7 @@ def _row(name: str, done: str, wanted: str, row: dict[str, Any] | None) -> str:
 
 
 def as_shell(code: int | None) -> int | None:
-    """What a shell shows: 128 + n for a process ended by signal n."""
+    """The exit code that a shell shows: 128 + n for a process ended by signal n."""
     return code if code is None or code >= 0 else 128 - code
 
 

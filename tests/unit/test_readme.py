@@ -24,7 +24,7 @@ def named(cell: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip()[:40])
-def test_every_row_of_the_table_leads_to_a_function_and_a_test(row: list[str]) -> None:
+def test_every_row_of_the_table_of_equations_names_an_existing_function_and_test(row: list[str]) -> None:
     equation, function, test = row
     for folder, cell in (("tropd_mcore", function), ("tests", test)):
         found = named(cell)
@@ -40,12 +40,12 @@ def test_every_equation_of_the_method_has_a_row() -> None:
     assert set(numbers) == rows == set("1234567")
 
 
-def test_the_files_to_read_first_are_six_that_exist() -> None:
+def test_contributing_names_six_existing_files_to_read_first() -> None:
     assert len(READ_FIRST) == 6
     assert all((REPOSITORY / "tropd_mcore" / file).is_file() for file in READ_FIRST)
 
 
-def test_the_folders_of_the_map_are_those_of_the_package() -> None:
+def test_the_folders_in_contributing_are_those_of_the_package() -> None:
     packages = {path.parent.name for path in (REPOSITORY / "tropd_mcore").glob("*/__init__.py")}
     assert set(re.findall(r"tropd_mcore/(\w+) {2}", TOUR)) == packages
 
@@ -56,13 +56,13 @@ def test_the_readme_is_short_and_has_no_line_that_wraps() -> None:
     assert [line for line in lines if len(line) > 125 and line[:1] not in "|!"] == []
 
 
-def test_the_readme_counts_what_there_is() -> None:
+def test_the_readme_states_the_actual_number_of_metrics() -> None:
     (metrics,) = re.findall(r"(\d+) metrics", README)
     assert int(metrics) == len(METRICS)
 
 
 @pytest.mark.parametrize("name", ["greedy", "sampled"])
-def test_the_result_of_the_quickstart_is_the_stored_one(name: str) -> None:
+def test_the_quickstart_result_in_the_readme_equals_the_stored_one(name: str) -> None:
     stored = json.loads((REPOSITORY / "benchmarks" / "results" / "quickstart.json").read_text())["evaluations"]
     (row,) = [line for line in README.splitlines() if line.startswith(f"| {name}")]
     for when, cell in zip(("before", "after"), row.split("|")[2:4], strict=True):

@@ -32,17 +32,17 @@ TEXTS = written()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:50])
-def test_every_quoted_line_is_one_that_the_program_writes(row: list[str]) -> None:
+def test_every_line_quoted_in_troubleshooting_is_written_by_the_program(row: list[str]) -> None:
     quoted = row[0].strip().removeprefix("`").removesuffix("`")
     for piece in (part.strip(" :;,()'=") for part in quoted.split("...")):
         assert any(piece in text for text in TEXTS), f"nobody writes {piece!r}"
 
 
-def test_there_are_rows_for_every_part_of_a_run() -> None:
+def test_troubleshooting_has_at_least_forty_rows() -> None:
     assert len(ROWS) >= 40
 
 
-def test_every_key_that_a_cure_names_exists() -> None:
+def test_every_key_named_in_a_remedy_of_troubleshooting_exists() -> None:
     keys = {entry.dotted for entry in reference()}
     sections = {key.partition(".")[0] for key in keys}
     for row in ROWS:
