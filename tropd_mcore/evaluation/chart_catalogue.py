@@ -58,8 +58,8 @@ CHARTS = (
     ),
     Chart(
         "Trust", "share of student tokens",
-        "Trusted: the share that the gate let pass. 1 - TV: the share that it is expected to let pass "
-        "(bernoulli and soft gates). They differ by the noise of the draws only; if they stay apart, the stored random numbers are wrong.",
+        "Trusted: the share that the gate let pass. 1 - TV: the share that it is expected to let pass (bernoulli and "
+        "soft gates). Only the noise of the draws is between them; if they stay apart, the random numbers are wrong.",
         (
             Line("trusted", "trust/fraction", "trusted"),
             Line("1 - TV", "trust/tv", "plain", "dashed", complement=True),
