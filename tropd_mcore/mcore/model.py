@@ -100,6 +100,8 @@ def build_model(
         head = OutputLayerTap(modules[-1], layout.groups.tp, layout.sequence_parallel)
     if trainable:
         assert optimizer is not None, "a trainable model needs the optimizer section"
+        for module in modules:
+            platform.prepare_training(module)
         chunks = _wrap(modules, config, optimizer)
     else:
         chunks = [module.requires_grad_(False).eval() for module in modules]
