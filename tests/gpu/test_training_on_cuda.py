@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 import time
@@ -48,6 +49,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> replayed.Stage:
     return replayed.set_stage(tmp_path_factory.mktemp("stage"), steps=STEPS, dtype=torch.bfloat16)
 
 
+def environment() -> dict[str, str]:
+    """That of a user; where this interpreter finds its packages, the job finds them."""
+    return jobs.environment(PYTHONPATH=os.pathsep.join([str(jobs.REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+
+
 @contextlib.contextmanager
 def job(stage: replayed.Stage, name: str) -> Iterator[subprocess.Popen[bytes]]:
     """The command of a user, with its output in <run>.log; killed at the end if it still runs."""
@@ -56,7 +62,7 @@ def job(stage: replayed.Stage, name: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "tropd_mcore.cli.main", "train", str(stage.config), f"run.dir={run}", *ON_GPU]
     with run.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(
-            command, env=jobs.environment(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            command, env=environment(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
     try:
