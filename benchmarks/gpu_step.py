@@ -118,6 +118,14 @@ def with_random_weights(model: Model) -> Model:
     return model
 
 
+def separate_weight_gradients(model: Model) -> None:
+    """Undo what the platform has done for a trainable model."""
+    for module in model.modules:
+        for part in module.modules():
+            if hasattr(part, "fuse_wgrad_accumulation"):
+                part.fuse_wgrad_accumulation = False  # type: ignore[assignment]
+
+
 def operations(arch: Architecture, tokens: int, rows: int) -> float:
     """Of the matrix products with weights, forward and backward."""
     heads = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
@@ -145,9 +153,7 @@ def measured(size: Size, layout: Layout, platform: Platform, repeats: int) -> It
             )
         )  # fmt: skip
         if name == "separate":
-            for part in student.modules[0].modules():
-                if hasattr(part, "fuse_wgrad_accumulation"):
-                    part.fuse_wgrad_accumulation = False  # type: ignore[assignment]
+            separate_weight_gradients(student)
         optimizer, scheduler = build_optimizer(student, optimizer_config, repeats + 1)
         times: list[tuple[float, float, float]] = []
         peak = resting = 0
