@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def separate_weight_gradients(model: Model) -> None:
     for module in model.modules:
         for part in module.modules():
             if hasattr(part, "fuse_wgrad_accumulation"):
-                part.fuse_wgrad_accumulation = False  # type: ignore[assignment]
+                part.fuse_wgrad_accumulation = False
 
 
 def operations(arch: Architecture, tokens: int, rows: int) -> float:
@@ -140,7 +141,8 @@ def measured(size: Size, layout: Layout, platform: Platform, repeats: int) -> It
         temperature=1.0, form="fused", backend="auto", weight_gradient="deferred", chunk_tokens=2048,
         overlap_chunks=False, logit_softcap=None, topk_overlap=False,
     )  # fmt: skip
-    objective = objective_of(TropdObjective(outlier=OutlierConfig(topk=TOPK), guidance=GuidanceConfig(enabled=False)))
+    section: Any = TropdObjective(outlier=OutlierConfig(topk=TOPK), guidance=GuidanceConfig(enabled=False))
+    objective = objective_of(section)
     packed = packed_step(size, platform.device)
     teacher = with_random_weights(
         build_model(size.teacher, parallel, layout, platform, dtype="bfloat16", trainable=False)

@@ -86,7 +86,8 @@ class StudentConfig(Section):
     dtype: Dtype = "bfloat16"
     """Parameter and activation dtype; gradients and the optimizer's main weights are float32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the transformer layers."""
+    """Activations that the backward pass computes again: those of each layer's MLP (selective) or of whole layers
+    (full). Saves memory and costs time: docs/gpu.md."""
 
 
 class ServerConfig(Section):
