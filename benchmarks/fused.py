@@ -1,9 +1,9 @@
-"""From hidden states to loss, dH and dW: our forms beside the bare matrix products, in one run.
+"""Times our loss from hidden states to loss, dH and dW against the bare matrix products, in one run.
 
     python -m benchmarks.fused
 
-The floor is the three products (logits, dH, dW) in the same chunks and nothing else. `given` is Megatron's way: all
-logits, then our loss on them, then the two products of the backward pass.
+The floor is only the three matrix products (logits, dH, dW), in the same chunks. `given` does as Megatron does: it
+computes all logits, then our loss on them, then the two products of the backward pass.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ log = logging.getLogger("benchmarks.fused")
 
 @dataclass(frozen=True)
 class Sizes:
-    """One measurement."""
+    """The sizes of one measurement."""
 
     tokens: int
     vocabulary: int
@@ -56,7 +56,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size."""
+    """The result of one method at one size."""
 
     method: str
     tokens: int
@@ -67,13 +67,13 @@ class Row:
     chunk_tokens: int
     cpu_s: Spread
     over_floor: Spread
-    """CPU seconds divided by those of the floor in the same round"""
+    """CPU seconds divided by the floor's CPU seconds in the same round"""
     extra_bytes: int
-    """peak without hidden states, weight, dH and main_grad"""
+    """peak memory without hidden states, weight, dH and main_grad"""
     collectives: str
     loss: float
     gradient_norm: float
-    """of dH"""
+    """norm of dH"""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Problem:
 
 
 def make_problem(sizes: Sizes) -> Problem:
-    """The same hidden states on all ranks, each its own rows of the weight."""
+    """Return a problem with the same hidden states on all ranks, and this rank's rows of the weight."""
     width = sizes.vocabulary // dist.get_world_size()
     hidden_TD = torch.randn(sizes.tokens, sizes.hidden, generator=torch.Generator().manual_seed(3))
     random = torch.Generator().manual_seed(10 + dist.get_rank())
@@ -102,7 +102,7 @@ def make_problem(sizes: Sizes) -> Problem:
 
 
 def floor(problem: Problem, sizes: Sizes, buffer_CW: Tensor) -> Callable[[], float]:
-    """The three products of every chunk."""
+    """Return a call that runs only the three products of every chunk."""
     hidden_TD, weight_WD = problem.hidden_TD.detach(), problem.weight_WD.detach()
     main_grad: Tensor = problem.weight_WD.main_grad  # type: ignore[attr-defined]
 
@@ -117,7 +117,7 @@ def floor(problem: Problem, sizes: Sizes, buffer_CW: Tensor) -> Callable[[], flo
 
 
 def fused(problem: Problem, sizes: Sizes, backend: str, mode: Any) -> Callable[[], float]:
-    """Our fused form."""
+    """Return a call of our fused form."""
     kernel = kernel_of(sizes.vocabulary, choose_backend(backend, torch.device("cpu")), sizes.chunk_tokens)
 
     def run() -> float:
@@ -129,7 +129,7 @@ def fused(problem: Problem, sizes: Sizes, backend: str, mode: Any) -> Callable[[
 
 
 def given(problem: Problem, sizes: Sizes, backend: str) -> Callable[[], float]:
-    """All logits at once by a plain linear layer, then our loss on given logits."""
+    """Return a call that computes all logits with a plain linear layer, then our loss on them."""
     kernel = kernel_of(sizes.vocabulary, choose_backend(backend, torch.device("cpu")), sizes.chunk_tokens)
 
     def run() -> float:
@@ -149,7 +149,7 @@ def _backward(loss: Tensor, problem: Problem) -> float:
 
 
 def methods_of(problem: Problem, sizes: Sizes) -> dict[str, Callable[[], float]]:
-    """Every method by name."""
+    """Return all methods by name."""
     buffer_CW = torch.empty(min(sizes.chunk_tokens, sizes.tokens), problem.weight_WD.shape[0])
     return {
         "floor": floor(problem, sizes, buffer_CW),
@@ -162,7 +162,7 @@ def methods_of(problem: Problem, sizes: Sizes) -> dict[str, Callable[[], float]]
 
 
 def time_methods(sizes: Sizes, names: list[str]) -> dict[str, Any]:
-    """Times, collectives and results on this rank."""
+    """Return times, collectives and results on this rank."""
     problem = make_problem(sizes)
     methods = {name: method for name, method in methods_of(problem, sizes).items() if name in names}
     found = {}
@@ -179,7 +179,7 @@ def time_methods(sizes: Sizes, names: list[str]) -> dict[str, Any]:
 
 
 def memory_of(sizes: Sizes, name: str) -> int:
-    """Peak bytes of one method, which has run once before; main_grad and dH exist already."""
+    """Return the peak bytes of one method after a first run; main_grad and dH exist already."""
     problem = make_problem(sizes)
     method = methods_of(problem, sizes)[name]
     method()
@@ -188,7 +188,7 @@ def memory_of(sizes: Sizes, name: str) -> int:
 
 
 def measure(sizes: Sizes, names: list[str]) -> list[Row]:
-    """All methods at one size."""
+    """Measure all methods at one size."""
     ranks = on_fresh_ranks(time_methods, sizes.world_size, sizes, names)
     slower = {name: slower_rank([rank["calls"][name] for rank in ranks]) for name in names}
     rows = []
@@ -216,7 +216,7 @@ def measure(sizes: Sizes, names: list[str]) -> list[Row]:
 
 
 def printed(rows: list[Row]) -> str:
-    """The rows as a table."""
+    """Return the rows as a table."""
     cells = [
         [
             row.method,
@@ -233,7 +233,7 @@ def printed(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run one command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151936)

@@ -1,11 +1,11 @@
-"""False alarms of the sampler gate: over runs that were made, and over noise as two bfloat16 engines make it.
+"""Counts false alarms of the sampler gate, on finished runs or on simulated noise of two bfloat16 engines.
 
-    python -m benchmarks.gate_alarms RUN_DIR...                     what the gate says of every step of these runs
-    python -m benchmarks.gate_alarms --simulate 20000 --tokens 20 200 2000                 steps of one run
-    python -m benchmarks.gate_alarms --simulate 200 --tokens 2000 1000000 --first-steps    as many launches
+    python -m benchmarks.gate_alarms RUN_DIR...                     judge every step of these runs
+    python -m benchmarks.gate_alarms --simulate 20000 --tokens 20 200 2000                 20000 steps of one run
+    python -m benchmarks.gate_alarms --simulate 200 --tokens 2000 1000000 --first-steps    200 launches
 
-A run that was honest should give no stop. Of runs from before `engine/difference_p99` only mean and maximum are judged.
-Not for the bounds themselves (docs/numerics.md). Invariant: the judge is the product's own `SamplerGate`.
+An honest run should give no stop. For older runs without `engine/difference_p99`, only mean and maximum are judged. The
+bounds themselves are explained in docs/numerics.md. Invariant: the steps are judged by the trainer's own `SamplerGate`.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train.gates import Difference, SamplerBounds, SamplerGate, compare, engines_are_exact
 
 UNCERTAIN = 0.1
-"""Share of the tokens on which the engines differ visibly; a model is sure of the others."""
+"""Share of tokens on which the engines differ visibly. On the other tokens the model is sure."""
 SCALE, FREEDOM = 0.051, 3
-"""Their difference, nats: Student's t, whose tail is heavier than what was measured."""
+"""Difference on these tokens, nats: Student's t, with a heavier tail than was measured."""
 SURE_SCALE = 0.002
-"""Standard deviation on the other tokens, nats."""
+"""Standard deviation of the difference on the other tokens, nats."""
 STEP_SPREAD = 0.4
-"""Standard deviation of the logarithm of a factor that all tokens of a step share."""
+"""Standard deviation of the logarithm of the factor that all tokens of a step share."""
 
 
 @dataclass
 class Alarms:
-    """What the gate said of the steps of one run or simulation."""
+    """Counts of the gate's verdicts on the steps of one run or simulation."""
 
     steps: int = 0
     off: int = 0
-    """Steps whose mean, percentile or share was above its bound"""
+    """Steps with a mean, percentile or share above its bound"""
     warnings: int = 0
-    """Steps whose maximum was"""
+    """Steps with a maximum above its bound"""
     stops: int = 0
-    """Times that the run would have been stopped; the count goes on after each"""
+    """How often the run would have been stopped; counting continues after each stop"""
     refused: int = 0
-    """First steps that would have been"""
+    """How often the first step of a launch would have been refused"""
 
 
 def judge(
@@ -60,7 +60,7 @@ def judge(
     *,
     first_steps: bool = False,
 ) -> Alarms:
-    """Run the gate over (step, difference) in order; with `first_steps` each of them is the first step of a launch."""
+    """Run the gate over (step, difference) in order. With `first_steps`, each is the first step of a launch."""
     found, gate = Alarms(), SamplerGate(config, bounds)
     for step, difference in differences:
         found.steps += 1
@@ -79,7 +79,7 @@ def judge(
 
 
 def bounds_of(config: Config, run_dir: Path) -> SamplerBounds:
-    """The bounds of a finished run on its recorded platform, or on that of its configuration."""
+    """Return the bounds of a finished run, for its recorded platform or else the platform of its configuration."""
     device = str(config.platform.kind).replace("auto", "cpu")
     record = RunDir(run_dir).inputs
     if record.is_file():
@@ -88,7 +88,7 @@ def bounds_of(config: Config, run_dir: Path) -> SamplerBounds:
 
 
 def recorded(run_dir: Path) -> Iterator[tuple[int, Difference]]:
-    """(step, difference) of the steps of a run that had sampled tokens."""
+    """Yield (step, difference) for the steps of a run that had sampled tokens."""
     for line in read_step_lines(run_dir / "metrics.jsonl"):
         if line.get("engine/difference_mean") is not None:
             yield (
@@ -109,7 +109,7 @@ def _number(line: dict[str, Any], name: str, unknown: float = math.nan) -> float
 
 
 def simulated(steps: int, tokens: int, bounds: SamplerBounds, *, seed: int) -> Iterator[tuple[int, Difference]]:
-    """(step, difference) of noise with the mean and percentile of docs/numerics.md and a heavier tail."""
+    """Yield (step, difference) of noise with the mean and percentile of docs/numerics.md and a heavier tail."""
     random = np.random.default_rng(seed)
     for step in range(steps):
         noise = np.abs(random.normal(0.0, SURE_SCALE, tokens))
@@ -128,7 +128,7 @@ def simulated(steps: int, tokens: int, bounds: SamplerBounds, *, seed: int) -> I
 
 
 def bfloat16_config() -> Config:
-    """Default gates between two engines in bfloat16."""
+    """Return a configuration with default gates and both engines in bfloat16."""
     return Config.model_validate(
         {
             "run": {"dir": "nowhere"},
@@ -140,13 +140,13 @@ def bfloat16_config() -> Config:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line; returns 1 where an honest run would have been stopped."""
+    """Run one command line. Returns 1 if a run would have been stopped."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate_alarms", description="False alarms of the gate.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="run directories")
     parser.add_argument("--simulate", type=int, metavar="STEPS", help="steps of simulated bfloat16 noise")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[20, 200, 2000], help="sampled tokens of a step")
-    parser.add_argument("--first-steps", action="store_true", help="each simulated step is the first one of a launch")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[20, 200, 2000], help="sampled tokens per step")
+    parser.add_argument("--first-steps", action="store_true", help="treat each simulated step as the first of a launch")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     options = parser.parse_args(arguments)
     rows: list[tuple[str, Alarms]] = []
     for run_dir in options.runs:
@@ -171,5 +171,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("tropd_mcore.train.gates").setLevel(logging.ERROR)  # its alarms are counted, not said
+    logging.getLogger("tropd_mcore.train.gates").setLevel(logging.ERROR)  # its alarms are counted, not logged
     raise SystemExit(main())

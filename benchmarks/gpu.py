@@ -2,16 +2,16 @@
 
     python -m benchmarks.gpu --suite G1 G2 G3 G4 G5 --peer-root verl=PATH --peer-root nemo_rl=PATH
 
-    G1  loss and gradient of given bfloat16 logits, ours beside the peers'
-    G2  fused output layer, K1 + entropy, beside the three bare matrix products (and liger-kernel, cut-cross-entropy
-        where they are installed)
-    G3  fused output layer with k teacher candidates, beside logits + the peers' losses
-    G4  peak memory over the number of tokens
-    G5  the teacher's top-k, ours beside torch.topk
+    G1  loss and gradient of given bfloat16 logits, ours against the peers'
+    G2  fused output layer, K1 + entropy, against the three bare matrix products (and liger-kernel, cut-cross-entropy
+        if they are installed)
+    G3  fused output layer with k teacher candidates, against logits + the peers' losses
+    G4  peak memory for growing numbers of tokens
+    G5  the teacher's top-k, ours against torch.topk
 G6 (no host sync, CUDA graphs, bitwise reruns) is tests/gpu; G7 (numerics) is `python -m benchmarks.numerics --device
-cuda`. Times are CUDA events around one call, median and range, the L2 cache flushed before each; methods are
-interleaved. `--plan quick` has one number of tokens and two widths, for some minutes on a GPU. `--device cpu --plan
-small` runs the same code without a GPU, to see that it works; its times mean nothing.
+cuda`. Each time is measured with CUDA events around one call, after flushing the L2 cache; methods are interleaved, and
+median and range are reported. `--plan quick` has one number of tokens and two widths and takes some minutes on a GPU.
+`--device cpu --plan small` runs the same code without a GPU to check that it works; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ log = logging.getLogger("benchmarks.gpu")
 
 VOCABULARY = 151936
 L2_FLUSH_BYTES = 256 * 2**20
-"""More than the L2 cache of any present GPU."""
+"""More than the L2 cache of any current GPU."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size."""
+    """The result of one method at one size."""
 
     suite: str
     method: str
@@ -61,14 +61,14 @@ class Row:
     k: int
     ms: Spread
     peak_extra_bytes: int
-    """over what was allocated before the call"""
+    """peak memory beyond the memory allocated before the call"""
     useful_tflops: float
-    """6 N D W / time for fused methods, else 0"""
+    """6 N D W / time for fused methods, otherwise 0"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run."""
+    """Sizes and repeats of a run."""
 
     tokens: list[int]
     widths: list[int]
@@ -94,14 +94,14 @@ class _Size:
 
 
 class Clock:
-    """Times calls on a device."""
+    """Measures calls on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flush = torch.empty(L2_FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.int8, device=device)
 
     def ms(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call."""
+        """Return the milliseconds of one call."""
         self._flush.zero_()
         if self.device.type != "cuda":
             start = time.perf_counter()
@@ -115,7 +115,7 @@ class Clock:
         return float(begin.elapsed_time(end))
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Most memory allocated during a call, beyond what was before it; 0 without a GPU."""
+        """Return the peak memory allocated during a call, beyond that before it; 0 without a GPU."""
         if self.device.type != "cuda":
             call()
             return 0
@@ -128,7 +128,7 @@ class Clock:
 
 
 def given_logits(plan: Plan, clock: Clock, roots: dict[str, str], backends: list[str]) -> Iterator[Row]:
-    """G1."""
+    """Run G1."""
     for tokens, width in product(plan.tokens, plan.widths):
         data = make_tokens(tokens, width, min(64, width // 4), device=str(clock.device))
         original_TW = torch.randn(tokens, width, device=clock.device).mul_(2.0).bfloat16()
@@ -143,7 +143,7 @@ def given_logits(plan: Plan, clock: Clock, roots: dict[str, str], backends: list
 
 
 def fused_head(plan: Plan, clock: Clock, roots: dict[str, str], backends: list[str]) -> Iterator[Row]:
-    """G2 (k = 0) and G3."""
+    """Run G2 (k = 0) and G3."""
     for tokens, width, hidden, k in product(plan.tokens, plan.widths, plan.hidden, [0, *plan.topk]):
         data = make_tokens(tokens, width, k, device=str(clock.device))
         hidden_TD = torch.randn(tokens, hidden, device=clock.device).bfloat16().requires_grad_(True)
@@ -161,7 +161,7 @@ def fused_head(plan: Plan, clock: Clock, roots: dict[str, str], backends: list[s
 
 
 def memory_slope(plan: Plan, clock: Clock, backends: list[str]) -> Iterator[Row]:
-    """G4: the peaks of `fused_head` at growing numbers of tokens, whole vocabulary."""
+    """Run G4: the peaks of `fused_head` for growing numbers of tokens, with the whole vocabulary."""
     width, hidden = plan.widths[0], plan.hidden[0]
     for tokens in [scale * plan.tokens[0] for scale in (1, 2, 4, 8, 16)]:
         yield from fused_head(
@@ -170,7 +170,7 @@ def memory_slope(plan: Plan, clock: Clock, backends: list[str]) -> Iterator[Row]
 
 
 def teacher_topk(plan: Plan, clock: Clock, backends: list[str]) -> Iterator[Row]:
-    """G5."""
+    """Run G5."""
     for width, k in product(plan.widths, plan.topk):
         tokens = plan.tokens[0]
         logits_TW = torch.randn(tokens, width, device=clock.device)
@@ -209,7 +209,7 @@ def _nothing() -> None:
 def _composites(
     roots: dict[str, str], hidden_TD: Tensor, weight_WD: Tensor, data: Tokens
 ) -> dict[str, Callable[[], Tensor]]:
-    """Logits by a plain linear layer, then a peer's loss."""
+    """Methods that compute logits with a plain linear layer, then a peer's loss."""
     return {
         f"linear + {name}": partial(_linear_and, load_composite(name, roots), hidden_TD, weight_WD, data)
         for name in roots
@@ -217,7 +217,7 @@ def _composites(
 
 
 def _installed(hidden_TD: Tensor, weight_WD: Tensor, data: Tokens) -> dict[str, Callable[[], Tensor]]:
-    """Fused cross entropies of other projects, where they are installed: one log-prob a token, no entropy, no top-k."""
+    """Fused cross entropies of other projects, if installed: one log-prob per token, no entropy, no top-k."""
     methods: dict[str, Callable[[], Tensor]] = {}
     if importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -234,7 +234,7 @@ def _installed(hidden_TD: Tensor, weight_WD: Tensor, data: Tokens) -> dict[str, 
 
 
 def _floor(hidden_TD: Tensor, weight_WD: Tensor, chunk_tokens: int) -> Callable[[], object]:
-    """The three products of every chunk: logits in float32, dH, dW into main_grad."""
+    """The three products of every chunk: logits in float32, dH, and dW added to main_grad."""
     weight, main_grad = weight_WD.detach(), weight_WD.main_grad  # type: ignore[attr-defined]
     dh_TD = torch.empty_like(hidden_TD)
     logits = torch.empty(min(chunk_tokens, len(hidden_TD)), len(weight), device=weight.device)
@@ -258,7 +258,7 @@ def _rows(
     clock: Clock,
     size: _Size,
 ) -> Iterator[Row]:
-    """Warm up, measure memory once and times interleaved; `prepare` runs before each call, outside the time."""
+    """Warm up, measure memory once, then time the calls interleaved. `prepare` runs before each call, untimed."""
     peaks = {}
     for name, call in calls.items():
         for _ in range(plan.warmup):
@@ -277,13 +277,13 @@ def _rows(
 
 
 def main() -> None:
-    """Command line."""
+    """Run one command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", default=["G1", "G2", "G4", "G5"], choices=["G1", "G2", "G3", "G4", "G5"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--backends", nargs="+", default=["triton", "compile", "eager"])
     parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH")
-    parser.add_argument("--plan", default="full", choices=list(PLANS), help="which sizes and how many repeats")
+    parser.add_argument("--plan", default="full", choices=list(PLANS), help="sizes and number of repeats")
     parser.add_argument("--name", default="gpu", help="results/<name>.json")
     args = parser.parse_args()
     roots = dict(entry.split("=", 1) for entry in args.peer_root)

@@ -1,4 +1,4 @@
-"""Inputs of the measurements: random logits of a student and what a near or far teacher says of them.
+"""Inputs of the benchmarks: random student logits, sampled tokens and a teacher's top-k.
 
 Shapes: N tokens, W vocabulary shard of this rank, k teacher top-k, D hidden.
 """
@@ -25,16 +25,16 @@ class Tokens:
     topk_logp_TK: Tensor
     """log q over the whole vocabulary"""
     advantage_T: Tensor
-    """A of the K1 term"""
+    """advantage A of the K1 term"""
     entropy_weight_T: Tensor
 
 
 class Upstream(torch.autograd.Function):
-    """Stands for an output layer: gives out logits and takes their gradient, whose squared norm it may keep."""
+    """Stands for an output layer: returns logits and receives their gradient, whose squared norm it can record."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, logits_TW: Tensor, squares: list[float] | None) -> Tensor:
-        """`anchor` is a scalar that requires grad, so that the result does too."""
+        """`anchor` is a scalar that requires grad, so the result requires grad too."""
         ctx.squares = squares
         return logits_TW.view_as(logits_TW)
 
@@ -47,20 +47,20 @@ class Upstream(torch.autograd.Function):
 
 
 def shard_of(vocabulary: int) -> VocabShard:
-    """This rank's even part of the vocabulary."""
+    """Return this rank's equal part of the vocabulary."""
     width = vocabulary // dist.get_world_size()
     return VocabShard(dist.get_rank() * width, (dist.get_rank() + 1) * width, vocabulary)
 
 
 def kernel_of(vocabulary: int, backend: Backend, chunk_tokens: int) -> Kernel:
-    """The kernel on the group of all ranks."""
+    """Return the kernel for the group of all ranks."""
     group = dist.group.WORLD
     assert group is not None
     return Kernel(shard_of(vocabulary), group, backend, Scaling(), chunk_tokens)
 
 
 def make_tokens(tokens: int, vocabulary: int, k: int, *, seed: int = 1, device: str = "cpu") -> Tokens:
-    """Random ids, unique_run_lengths within a row's top-k; the sampled token is one of them in every other row."""
+    """Return random ids, distinct within a row's top-k. In every other row the sampled token is one of the top-k."""
     random = torch.Generator().manual_seed(seed)
     stride = max(vocabulary // max(k, 1), 1)
     first_T1 = torch.randint(stride, (tokens, 1), generator=random)
@@ -79,12 +79,12 @@ def make_tokens(tokens: int, vocabulary: int, k: int, *, seed: int = 1, device: 
 
 
 def make_logits(tokens: int, width: int, *, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """This rank's shard of the logits."""
+    """Return this rank's shard of the logits."""
     return 2.0 * torch.randn(tokens, width, generator=torch.Generator().manual_seed(100 + rank)).to(dtype)
 
 
 def with_main_grad(weight_WD: Tensor) -> Tensor:
-    """A leaf of its own that collects its gradient as Megatron's data-parallel wrapper has it: float32 main_grad."""
+    """Return a new leaf with a float32 `main_grad` for its gradient, as Megatron's data-parallel wrapper makes it."""
     leaf = weight_WD.detach().clone().requires_grad_(True)
     leaf.main_grad = torch.zeros_like(leaf, dtype=torch.float32, requires_grad=False)  # type: ignore[attr-defined]
     leaf.grad_added_to_main_grad = False  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""Loss and gradient from given logits, ours beside the peers': CPU seconds, memory, collectives, in one run.
+"""Compares loss and gradient from given logits, ours against the peers': CPU seconds, memory, collectives, in one run.
 
     python -m benchmarks.loss_only --peer-root verl=PATH --peer-root nemo_rl=PATH --peer-root slime=PATH
 
-Every method computes K1 + top-k forward KL + entropy (slime: K1 + entropy, it has no forward KL) of the same logits
-shards, interleaved in one pair of processes; memory is measured in a process pair of its own per method.
+Every method computes K1 + top-k forward KL + entropy (slime has no forward KL: K1 + entropy) of the same logits shards.
+Times are measured interleaved in one pair of processes, memory in a separate pair of processes per method.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger("benchmarks.loss_only")
 
 @dataclass(frozen=True)
 class Sizes:
-    """One measurement."""
+    """The sizes of one measurement."""
 
     tokens: int
     vocabulary: int
@@ -57,7 +57,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size."""
+    """The result of one method at one size."""
 
     method: str
     tokens: int
@@ -65,19 +65,19 @@ class Row:
     k: int
     world_size: int
     cpu_s: Spread
-    """a rank, forward + backward; the slower rank"""
+    """per rank, forward + backward; of the slower rank"""
     wall_s: Spread
     extra_bytes: int
-    """peak over the logits shard, the larger rank"""
+    """peak memory beyond the logits shard; the largest over the ranks"""
     extra_bytes_per_element: float
-    """of tokens x local vocabulary"""
+    """per element of tokens x local vocabulary"""
     collectives: str
     loss: float
     gradient_norm: float
 
 
 def method(name: str, sizes: Sizes, roots: dict[str, str]) -> Composite:
-    """`ours-<backend>[-mode]` (the kernel), `door-<backend>` (`distill_loss`), or a peer."""
+    """Return the method `ours-<backend>[-mode]` (the kernel), `door-<backend>` (`distill_loss`), or a peer's."""
     if name.startswith("door-"):
         group = dist.group.WORLD
         assert group is not None
@@ -92,7 +92,7 @@ def method(name: str, sizes: Sizes, roots: dict[str, str]) -> Composite:
 
 
 def time_methods(names: list[str], sizes: Sizes, roots: dict[str, str]) -> dict[str, Any]:
-    """Times, collectives and results of all methods, on this rank."""
+    """Return times, collectives and results of all methods on this rank."""
     methods = {name: method(name, sizes, roots) for name in names}
     original_TW = make_logits(sizes.tokens, sizes.vocabulary // dist.get_world_size(), rank=dist.get_rank())
     logits_TW, tokens = torch.empty_like(original_TW), make_tokens(sizes.tokens, sizes.vocabulary, sizes.k)
@@ -114,7 +114,7 @@ def time_methods(names: list[str], sizes: Sizes, roots: dict[str, str]) -> dict[
 
 
 def memory_of(name: str, sizes: Sizes, roots: dict[str, str]) -> int:
-    """Peak bytes of one method on this rank, after a first call."""
+    """Return the peak bytes of one method on this rank, after a first call."""
     composite = method(name, sizes, roots)
     original_TW = make_logits(sizes.tokens, sizes.vocabulary // dist.get_world_size(), rank=dist.get_rank())
     logits_TW, tokens = original_TW.clone(), make_tokens(sizes.tokens, sizes.vocabulary, sizes.k)
@@ -131,7 +131,7 @@ def _forward_backward(composite: Composite, logits_TW: Tensor, tokens: Tokens, n
 
 
 def measure(names: list[str], sizes: Sizes, roots: dict[str, str], *, memory: bool = True) -> list[Row]:
-    """All methods at one size."""
+    """Measure all methods at one size."""
     ranks = on_fresh_ranks(time_methods, sizes.world_size, names, sizes, roots)
     rows = []
     for name in names:
@@ -158,7 +158,7 @@ def measure(names: list[str], sizes: Sizes, roots: dict[str, str], *, memory: bo
 
 
 def printed(rows: list[Row], *, reference: str) -> str:
-    """The rows as a table; `reference` is the method that others are divided by."""
+    """Return the rows as a table. The times of the method `reference` are the divisor of one column."""
     base = {(row.tokens, row.vocabulary, row.k): row.cpu_s.median for row in rows if row.method == reference}
     cells = [
         [
@@ -179,7 +179,7 @@ def printed(rows: list[Row], *, reference: str) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run one command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151936)
@@ -190,7 +190,7 @@ def main() -> None:
     own = ["door-eager", "ours-eager", "door-compile", "ours-compile"]
     parser.add_argument("--methods", nargs="+", default=["naive", "nemo_rl", "verl", "slime", *own])
     parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--no-memory", action="store_true", help="measure times only")
     parser.add_argument("--name", default="loss_only", help="results/<name>.json")
     args = parser.parse_args()
     roots = dict(entry.split("=", 1) for entry in args.peer_root)

@@ -1,7 +1,7 @@
-"""What is measured of one call: CPU seconds, wall seconds, peak memory, collectives; and how calls are interleaved.
+"""Measures calls: CPU seconds, wall seconds, peak memory and collectives. It also interleaves the calls of methods.
 
-CPU seconds of a rank are `time.process_time` (one thread a rank): on a shared machine they are steadier than wall time.
-Peak memory is the rise of the resident set's high-water mark over what was resident before the call.
+CPU seconds of a rank are `time.process_time` with one thread per rank. On a shared machine they vary less than wall
+time. Peak memory is the rise of the high-water mark of resident memory above the resident memory before the call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Traffic:
 
     calls: dict[str, int] = field(default_factory=dict)
     payload_bytes: int = 0
-    """of this rank's own contribution"""
+    """bytes that this rank contributes"""
 
     def __str__(self) -> str:
         names = ", ".join(f"{count} {name}" for name, count in sorted(self.calls.items())) or "none"
@@ -42,7 +42,7 @@ class Traffic:
 
 @contextmanager
 def counted(traffic: Traffic) -> Iterator[None]:
-    """Count the collectives of `torch.distributed` that run inside."""
+    """Count the collectives of `torch.distributed` that run inside the block."""
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 
     def counting(name: str) -> Callable[..., Any]:
@@ -74,7 +74,7 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """Summarise one value or more."""
+        """Summarise one or more values."""
         return Spread(statistics.median(values), min(values), max(values), len(values))
 
     def __str__(self) -> str:
@@ -83,14 +83,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Call:
-    """One measured call."""
+    """The times of one call."""
 
     cpu_s: float
     wall_s: float
 
 
 def timed(function: Callable[[], Any]) -> tuple[Call, Any]:
-    """Run once, all ranks starting together."""
+    """Run `function` once; all ranks start together."""
     dist.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
     result = function()
@@ -98,27 +98,27 @@ def timed(function: Callable[[], Any]) -> tuple[Call, Any]:
 
 
 def slower_rank(calls: Sequence[list[Call]]) -> list[Call]:
-    """Of the ranks' calls, those of the rank that needed more CPU time."""
+    """Return the calls of the rank that needed the most CPU time."""
     return max(calls, key=lambda mine: sum(call.cpu_s for call in mine))
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Rise of the high-water mark of resident memory during the call, above what was resident before it."""
+    """Return the rise of the high-water mark of resident memory during the call, above that before the call."""
     _give_back_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current value
     before = _status_bytes("VmRSS")
     function()
     return max(0, _status_bytes("VmHWM") - before)
 
 
 def interleaved(methods: Mapping[str, Callable[..., Any]], repeats: int) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """A, B, C, A, B, C, ...: a change of the machine's speed meets all of them."""
+    """Yield A, B, C, A, B, C, ..., so that a change of the machine's speed affects all methods."""
     for _ in range(repeats):
         yield from methods.items()
 
 
 def machine() -> dict[str, Any]:
-    """Where and of what a result was measured."""
+    """Return machine, versions, commit and date of a measurement."""
     processor = next(
         (
             line.split(":", 1)[1].strip()
@@ -148,7 +148,7 @@ def write_result(name: str, rows: Sequence[Any], *, command: str, notes: str = "
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
+    """Return the rows as text with aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, *rows]:

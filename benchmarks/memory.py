@@ -1,9 +1,9 @@
-"""How peak memory grows with the number of tokens: the fused form against all logits at once.
+"""Measures how peak memory grows with the number of tokens, for the fused form and for all logits at once.
 
     python -m benchmarks.memory
 
-The slope is that of a least-squares line through the peaks; of the fused form it is to be what a token's hidden
-gradient and its per-token numbers take, whatever the vocabulary.
+The last column is the slope of a least-squares line through the peaks. For the fused form, it should be the size of one
+token's hidden-state gradient and per-token numbers, for any vocabulary.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Row:
     vocabulary: int
     hidden: int
     extra_bytes: int
-    """without hidden states, weight, dH and main_grad"""
+    """peak memory without hidden states, weight, dH and main_grad"""
 
 
 def main() -> None:
-    """Command line."""
+    """Run one command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--methods", nargs="+", default=["fused-compile-folded", "fused-eager-folded", "given-compile"])
@@ -53,7 +53,7 @@ def main() -> None:
         mine = [row for row in rows if row.method == method]
         line = statistics.linear_regression([row.tokens for row in mine], [row.extra_bytes for row in mine])
         cells.append([method, *(f"{row.extra_bytes / 1e6:.0f}" for row in mine), f"{line.slope:.0f}"])
-    print(table(["method", *(f"MB at {tokens}" for tokens in args.tokens), "bytes a token"], cells))
+    print(table(["method", *(f"MB at {tokens}" for tokens in args.tokens), "bytes per token"], cells))
     print(write_result("memory", rows, command="python -m benchmarks.memory"))
 
 

@@ -1,9 +1,9 @@
-"""Errors against float64 where they matter most: bfloat16 operands and a student that is almost the teacher.
+"""Measures errors against float64 in the hardest case: bfloat16 operands and a student that is close to its teacher.
 
     python -m benchmarks.numerics [--device cuda]
 
-Log-probs of the sampled token, and the gradient of a top-64 forward KL with respect to hidden states and weight, for
-logits kept in float32 (our fused form) and rounded to bfloat16 (given logits). One rank.
+It checks the log-prob of the sampled token, and the gradient of a top-64 forward KL for hidden states and weight. It
+compares logits kept in float32 (our fused form) with logits rounded to bfloat16 (given logits). It uses one rank.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Row:
     form: str
     backend: str
     logp_rms: float
-    """nats, of the sampled token"""
+    """error of the sampled token's log-prob, nats"""
     logp_max: float
     hidden_gradient_error: float
     """norm of the difference / norm of the float64 gradient"""
@@ -49,7 +49,7 @@ class Row:
 
 
 def errors(device: str, backends: list[str]) -> list[Row]:
-    """All rows, on one rank."""
+    """Return all rows, computed on one rank."""
     random = torch.Generator().manual_seed(5)
     hidden_TD = torch.randn(TOKENS, HIDDEN, generator=random).bfloat16().to(device)
     weight_WD = torch.randn(VOCABULARY, HIDDEN, generator=random).mul_(4.5 / HIDDEN**0.5).bfloat16().to(device)
@@ -112,7 +112,7 @@ def _relative(found: Tensor, true: Tensor) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Run one command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backends", nargs="+", default=["eager", "compile"])

@@ -1,6 +1,6 @@
-"""Our loss in the form that the measurements call: K1 policy gradient + top-k forward KL + entropy.
+"""Our loss as the benchmarks call it: K1 policy gradient + top-k forward KL + entropy.
 
-`ours` calls the kernel, `door` the public function with the same loss as a function of the caller's own.
+`ours` calls the kernel. `door` calls the public `distill_loss` with the same loss as a custom objective.
 
 Shapes: N tokens, W vocabulary shard of this rank, C tokens of a chunk, k teacher top-k, J = 1 + k.
 """
@@ -21,7 +21,7 @@ from tropd_mcore.objectives.parts.divergences import topk_forward_kl
 
 
 def token_loss(tokens: Tokens) -> TokenLoss:
-    """-A log p(x) + sum over the teacher's top-k of q (log q - log p) - c H, summed over tokens."""
+    """Return the loss -A log p(x) + (sum over the teacher's top-k of q (log q - log p)) - c H of each token."""
 
     def loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         loss_C = -tokens.advantage_T[rows] * logp_CJ[:, 0] - tokens.entropy_weight_T[rows] * entropy_C
@@ -33,7 +33,7 @@ def token_loss(tokens: Tokens) -> TokenLoss:
 
 
 def ours(source: LogitSource, tokens: Tokens, kernel: Kernel, *, weight_gradient: WeightGradientMode) -> Tensor:
-    """The loss sum; its backward pass gives the source's gradients."""
+    """Return the loss sum. Its backward pass gives the gradients of `source`."""
     ids_TJ = torch.cat([tokens.target_T[:, None], tokens.topk_ids_TK], dim=1)
     k = tokens.topk_ids_TK.shape[1]
     return support_loss(
@@ -42,7 +42,7 @@ def ours(source: LogitSource, tokens: Tokens, kernel: Kernel, *, weight_gradient
 
 
 def door(logits_TW: Tensor, tokens: Tokens, vp: VocabParallel) -> Tensor:
-    """The same sum by `distill_loss`, with logits [1, N, W] as other stacks have them."""
+    """Return the same sum from `distill_loss`, with logits [1, N, W] as in other training stacks."""
     out = distill_loss(
         logits_TW[None],
         tokens.target_T[None],

@@ -1,9 +1,9 @@
-"""Whether the peers' composites compute what they are measured for, before anybody compares their times.
+"""Checks that the peers' losses compute the right values and gradients, before their times are compared.
 
     python -m benchmarks.peer_gradients --peer-root verl=PATH --peer-root nemo_rl=PATH --peer-root slime=PATH
 
-prints the error of each composite's loss and gradient, and of NeMo-RL's fused log-prob, against float64 autograd on the
-whole vocabulary.
+This prints the error of each peer's loss and gradient, and of NeMo-RL's fused log-prob, against float64 autograd on the
+whole vocabulary. A composite is a peer's loss in the form K1 + top-k forward KL + entropy (see `peers`).
 
 Shapes: T tokens, W vocabulary shard of this rank, V vocabulary, D hidden, S this rank's part of the tokens.
 """
@@ -34,7 +34,7 @@ FUSED_CHUNK_TOKENS = 10
 
 
 def errors(names: list[str], roots: dict[str, str]) -> list[tuple[str, float, float]]:
-    """(name, error of the loss, of the gradient) of each composite, relative; the same on every rank."""
+    """Return (name, relative error of the loss, of the gradient) per composite; the same on every rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     width = VOCABULARY // world_size
     tokens = make_tokens(TOKENS, VOCABULARY, TOPK)
@@ -63,7 +63,7 @@ def _true_loss(logits_TV: Tensor, tokens: Tokens, *, forward_kl: bool) -> Tensor
 
 
 def _fused_errors(root: Path, tokens: Tokens) -> list[tuple[str, float, float]]:
-    """Of NeMo-RL's log-prob from hidden states: of dH and of dW."""
+    """Errors of NeMo-RL's log-prob from hidden states: one row for dH and one for dW."""
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
     count = TOKENS - TOKENS % group.size()
@@ -88,7 +88,7 @@ def _fused_errors(root: Path, tokens: Tokens) -> list[tuple[str, float, float]]:
 
 
 def _gradient_error(shard: Tensor, whole: Tensor, *, dim: int) -> float:
-    """Of the gradients of all shards together."""
+    """Relative error of the gradients of all shards together."""
     assert shard.grad is not None and whole.grad is not None
     shards = [torch.empty_like(shard.grad) for _ in range(dist.get_world_size())]
     dist.all_gather(shards, shard.grad.contiguous())
@@ -96,12 +96,12 @@ def _gradient_error(shard: Tensor, whole: Tensor, *, dim: int) -> float:
 
 
 def _relative(found: Tensor, true: Tensor) -> float:
-    """Norm of the difference / norm of the truth."""
+    """Norm of the difference / norm of the true value."""
     return float((found.double() - true.detach()).norm() / true.detach().norm())
 
 
 def main() -> None:
-    """Command line."""
+    """Run one command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], choices=[1, 2, 3, 4], help="numbers of ranks")

@@ -1,6 +1,6 @@
-"""Other projects' losses as the measurements call them: K1 + top-k forward KL + entropy of given logits.
+"""Other projects' losses as the benchmarks call them: K1 + top-k forward KL + entropy of given logits.
 
-Loaded from the user's checkouts by the adapters of `tropd conformance` (docs/peers.md); `naive` needs none.
+The adapters of `tropd conformance` load them from the user's checkouts (docs/peers.md). `naive` needs no checkout.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tropd_mcore.conformance.adapters.inputs import CompositeInputs
 
 PEERS = ("naive", "verl", "nemo_rl", "slime")
 PEER_CHUNK_TOKENS = 1024
-"""Chunk of the peers that have one; their own default or recipe value."""
+"""Chunk size for the peers that use chunks: their default or the value of their recipes."""
 
 Composite = Callable[[Tensor, Tokens], Tensor]
 """(logits shard that requires grad, tokens) -> loss sum"""
 
 
 def load_composite(name: str, roots: dict[str, str]) -> Composite:
-    """The peer's composite; `roots` says where its checkout is. Raises SystemExit where the name is none of PEERS."""
+    """Return the composite of a peer. `roots`: peer -> checkout. Raises SystemExit if `name` is not in PEERS."""
     if name not in PEERS:
         raise SystemExit(
             f"unknown method {name}: expected ours-<backend>[-<mode>], door-<backend> or one of {', '.join(PEERS)}"

@@ -1,4 +1,4 @@
-"""Draws the committed results: benchmarks/results/*.json -> benchmarks/results/*.svg. Needs the extra [bench].
+"""Draws the committed results: benchmarks/results/*.json -> benchmarks/results/*.svg. Needs the extra `bench`.
 
 python -m benchmarks.plot
 """
@@ -12,6 +12,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
+GREY, BLUE = "#7d8590", "#2f81f7"
+"""Colours that are read on white and on black."""
 AXIS_LABELS = {
     "tokens": "tokens",
     "vocabulary": "vocabulary",
@@ -21,16 +23,48 @@ AXIS_LABELS = {
 
 
 def main() -> None:
-    """Draw every result that is there."""
-    plt.rcParams["svg.hashsalt"] = "tropd"  # the same file from the same data
+    """Draw every result that exists."""
+    plt.rcParams["svg.hashsalt"] = "tropd"  # the same data gives the same file
     for axis in AXIS_LABELS:
         path = RESULTS / f"scaling_{axis}.json"
         if path.exists():
             _save(path, _scaling(axis, json.loads(path.read_text())))
-    for name, draw in (("loss_only", _bars), ("fused", _over_floor), ("memory", _memory)):
+    drawn = {"loss_only": _bars, "fused": _over_floor, "memory": _memory, "quickstart": _quickstart}
+    for name, draw in drawn.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
             _save(path, draw(json.loads(path.read_text())))
+
+
+def _quickstart(result: dict[str, Any]) -> Any:
+    """Accuracy before and after, and the curves between; one picture that is read on white and on black."""
+    with plt.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY)):
+        figure, (bars, curves) = plt.subplots(1, 2, figsize=(9, 3.1), width_ratios=(1, 1.5))
+        for place, (when, colour) in enumerate((("before", GREY), ("after", BLUE))):
+            found = [result["evaluations"][when][name] for name in ("greedy", "sampled")]
+            height = [100 * each["accuracy"] for each in found]
+            spread = [
+                [100 * (each["accuracy"] - each["low"]) for each in found],
+                [100 * (each["high"] - each["accuracy"]) for each in found],
+            ]
+            drawn = bars.bar(
+                [x + 0.4 * place - 0.2 for x in (0, 1)], height, 0.38, yerr=spread, color=colour, ecolor=GREY,
+                capsize=3, label=f"{when} training",
+            )  # fmt: skip
+            bars.bar_label(drawn, fmt="%.0f", padding=3, fontsize=8)
+        bars.set(xticks=(0, 1), xticklabels=("greedy", "sampled, T = 1"), ylim=(0, 138), ylabel="held-out, % right")
+        metrics, steps = result["metrics"], result["steps"]
+        right = [100 * value for value in metrics["verifier/accuracy"]]
+        curves.plot(steps, right, color=BLUE, label="training answers right, %")
+        curves.plot(steps, metrics["guidance/prefix_length"], ":", color=GREY, label="teacher's prefix, tokens")
+        curves.set(xlabel="step", ylim=(0, 138))
+    for plot in (bars, curves):
+        plot.patch.set_alpha(0)
+        plot.legend(fontsize=8, frameon=False, labelcolor=GREY, loc="upper left", ncols=2)
+        for edge in plot.spines.values():
+            edge.set_color(GREY)
+    figure.patch.set_alpha(0)
+    return figure
 
 
 def _scaling(axis: str, result: dict[str, Any]) -> Any:
@@ -42,7 +76,7 @@ def _scaling(axis: str, result: dict[str, Any]) -> Any:
         low = [row["cpu_s"]["median"] - row["cpu_s"]["least"] for row in rows]
         high = [row["cpu_s"]["most"] - row["cpu_s"]["median"] for row in rows]
         plot.errorbar(x, y, yerr=[low, high], marker="o", markersize=3, capsize=2, label=method)
-    plot.set(xscale="log", yscale="log", xlabel=AXIS_LABELS[axis], ylabel="CPU seconds a rank")
+    plot.set(xscale="log", yscale="log", xlabel=AXIS_LABELS[axis], ylabel="CPU seconds per rank")
     plot.legend(fontsize=7)
     return figure
 
@@ -52,10 +86,10 @@ def _bars(result: dict[str, Any]) -> Any:
     names = _methods(result)
     bars = times.barh(names, [row["cpu_s"]["median"] for row in result["rows"]])
     times.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    times.set(xlabel="CPU seconds a rank")
+    times.set(xlabel="CPU seconds per rank")
     bars = memory.barh(names, [row["extra_bytes_per_element"] for row in result["rows"]])
     memory.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    memory.set(xlabel="extra bytes a (token x local column)", yticklabels=[])
+    memory.set(xlabel="extra bytes per (token x local column)", yticklabels=[])
     for plot in (times, memory):
         plot.margins(x=0.15)
     return figure

@@ -1,8 +1,9 @@
-"""How the loss on given logits scales in tokens, vocabulary, top-k and tensor-parallel ranks, beside two peers.
+"""Measures how the loss on given logits scales with tokens, vocabulary, top-k and ranks, for our loss and two peers.
 
     python -m benchmarks.scaling --peer-root verl=PATH --peer-root nemo_rl=PATH
 
-One axis at a time around tokens = 512, vocabulary = 65536, k = 64, two ranks. Times only; memory is in loss_only.
+It varies one axis at a time around tokens = 512, vocabulary = 65536, k = 64, two ranks. It measures times only; memory
+is in `loss_only`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ AXES = {
 
 
 def main() -> None:
-    """Command line."""
+    """Run one command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["verl", "nemo_rl", "ours-eager", "ours-compile"])
     parser.add_argument("--peer-root", action="append", default=[], metavar="PEER=PATH")

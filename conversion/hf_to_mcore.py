@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder to a Megatron checkpoint (`torch_dist`) that loads at any layout.
+"""Convert a Hugging Face folder to a Megatron checkpoint (`torch_dist`) that loads at any parallel layout.
 
 python conversion/hf_to_mcore.py --hf DIR --out DIR
 torchrun --nproc-per-node 4 conversion/hf_to_mcore.py --hf DIR --out DIR --tensor 2 --pipeline 2

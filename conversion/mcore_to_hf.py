@@ -1,4 +1,4 @@
-"""Convert a Megatron checkpoint, also one of a training run, to a Hugging Face folder.
+"""Convert a Megatron checkpoint (also of a training run) to a Hugging Face folder.
 
 python conversion/mcore_to_hf.py --mcore DIR --out DIR
 torchrun --nproc-per-node 4 conversion/mcore_to_hf.py --mcore DIR --out DIR --tensor 2 --pipeline 2

@@ -1,4 +1,4 @@
-"""Compare a Hugging Face folder with a Megatron checkpoint or with another folder; exit code 1 where they differ.
+"""Compare a Hugging Face folder with a Megatron checkpoint or with another folder; exit code 1 if they differ.
 
 python conversion/verify.py --hf DIR --mcore DIR
 python conversion/verify.py --hf DIR --other-hf DIR

@@ -21,6 +21,7 @@ root_doc = "docs/index"
 include_patterns = ["docs/*.md", "*.md", "benchmarks/README.md"]
 extensions = ["myst_parser"]
 myst_heading_anchors = 4
+highlight_language = "none"
 html_theme = "furo"
 html_title = "tropd_mcore"
 html_extra_path = ["site"]

@@ -2,7 +2,7 @@
 
     python docs/make_references.py
 
-tests/unit/test_reference_pages.py demands that the pages are what this makes.
+tests/unit/test_reference_pages.py checks that the pages are up to date.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ DOCS = Path(__file__).parent
 
 CONFIGURATION = """# Configuration: every key
 
-A configuration is one YAML file. `tropd config FILE.yaml` prints it with every key, its value and where it came from;
-`tropd config --explain KEY` prints a row of this page. On the command line a key is `section.key=value`. An unknown key
-is an error. This page is made from the code by `python docs/make_references.py`: {count} keys.
+A configuration is one YAML file. `tropd config FILE.yaml` prints every key, its value and where it was set.
+`tropd config --explain KEY` prints a row of this page. On the command line, write a key as `section.key=value`. An
+unknown key is an error. `python docs/make_references.py` makes this page from the code: {count} keys.
 """
 METRICS_PAGE = """# Metrics: every number of metrics.jsonl
 
-Each step appends one line to `metrics.jsonl` of its run directory. `tropd metrics NAME` prints a row of this page. A
-metric without anything to measure is NaN. p is the student, q the teacher, r = log q(x) - log p(x) in nats: positive
-where the teacher likes the token more. This page is made from the code by `python docs/make_references.py`: {count}
-metrics.
+Each step appends one line to `metrics.jsonl` in the run directory. `tropd metrics NAME` prints a row of this page. A
+metric that has nothing to measure is null in the file. p is the student, q is the teacher, x is the sampled token, and
+r = log q(x) - log p(x) in nats: positive if the teacher gives the token more probability than the student.
+`python docs/make_references.py` makes this page from the code: {count} metrics.
 """
 
 

@@ -1,9 +1,9 @@
-"""The loss in ten minutes: the gate, outliers, the gradient against autograd, and two ranks. Needs torch alone.
+"""The loss in ten minutes: the gate, outliers, the gradient compared with autograd, and two ranks. Needs only torch.
 
     python examples/loss_in_ten_minutes.py
 
-Read it from top to bottom, or open it in an editor that runs `# %%` cells. Every number that it claims is checked while
-it runs. Equations: arXiv 2606.01249; the same in this project's words: docs/method.md.
+Read it from top to bottom, or open it in an editor that runs `# %%` cells. All numbers that it claims are checked while
+it runs. The equations are in arXiv 2606.01249, and in this project's notation in docs/method.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, objectives, trust_uniforms
 
 # %% Six tokens
-# The student p has sampled six tokens x from a vocabulary of 20. The teacher q says how likely it finds each of them,
-# and names its 4 most likely tokens. Log-probs are natural logarithms.
+# The student p has sampled six tokens x from a vocabulary of 20. The teacher q gives the log-prob of each of them, and
+# its 4 most likely tokens with their log-probs. Log-probs are natural logarithms.
 T, V, K = 6, 20, 4
 
 
 def six_tokens() -> tuple[Tensor, Tensor, TeacherTopK, Tensor]:
-    """(student's logits [T, V], sampled ids [T], the teacher's numbers, uniforms [T]); the same in every process."""
+    """Return student logits [T, V], sampled ids [T], teacher log-probs and uniforms [T]; the same in every process."""
     random = torch.Generator().manual_seed(8)
     logits_TV = torch.randn(T, V, generator=random, dtype=torch.float64)
     ids_T = torch.multinomial(logits_TV.softmax(-1), 1, generator=random)[:, 0]
@@ -36,11 +36,11 @@ def six_tokens() -> tuple[Tensor, Tensor, TeacherTopK, Tensor]:
 
 # %% The gate
 def the_gate() -> None:
-    """A token is trusted with probability min(1, q(x) / p(x)): the teacher finds it at least nearly as likely."""
+    """A token is trusted with probability min(1, q(x) / p(x)), so always if the teacher finds it at least as likely."""
     logits_TV, ids_T, teacher, u_T = six_tokens()
     out = distill_loss(
         logits_TV, ids_T, teacher, objectives.tropd(), vp=VocabParallel.single(V), trust_u_T=u_T
-    )  # all tokens are the student's, because no mask says otherwise
+    )  # without a mask, all tokens count as sampled by the student
     logp_T = logits_TV.log_softmax(-1).gather(1, ids_T[:, None])[:, 0]
     assert teacher.logp_T is not None
     r_T = teacher.logp_T - logp_T
@@ -52,11 +52,11 @@ def the_gate() -> None:
 
 
 # %% Outliers
-# A trusted token is taught by a policy gradient: its advantage is r, so what the teacher likes better than the student
-# becomes more likely. A token that is not trusted, an outlier, says little: the student went where the teacher would
-# not. There the student learns what the teacher would do, by a forward KL over the teacher's K tokens.
+# A trusted token gets a policy gradient with advantage r: tokens that the teacher finds more likely than the student
+# become more likely. A token that is not trusted is called an outlier: the teacher would hardly have sampled it, so its
+# r teaches little. There the student learns the teacher's distribution by a forward KL over the teacher's K tokens.
 def by_hand(logits_TV: Tensor, ids_T: Tensor, teacher: TeacherTopK, u_T: Tensor) -> Tensor:
-    """TrOPD's loss of each token [T], in eight lines of autograd over the whole vocabulary."""
+    """Return TrOPD's loss of each token [T], in eight lines of autograd over the whole vocabulary."""
     log_p_TV = logits_TV.log_softmax(-1)
     logp_T = log_p_TV.gather(1, ids_T[:, None])[:, 0]
     assert teacher.logp_T is not None and teacher.ids_TK is not None and teacher.logp_TK is not None
@@ -68,7 +68,7 @@ def by_hand(logits_TV: Tensor, ids_T: Tensor, teacher: TeacherTopK, u_T: Tensor)
 
 
 def outliers() -> None:
-    """The loss of each token, ours and by hand."""
+    """Print the loss of each token, by `distill_loss` and by hand."""
     logits_TV, ids_T, teacher, u_T = six_tokens()
     out = distill_loss(
         logits_TV, ids_T, teacher, objectives.tropd(), vp=VocabParallel.single(V), trust_u_T=u_T, reduction="none"
@@ -81,10 +81,10 @@ def outliers() -> None:
 
 
 # %% The gradient
-# A loss whose value is right can have a wrong gradient. So compare the gradients: ours is written out, that of
-# `by_hand` is made by autograd.
+# A loss with the right value can have a wrong gradient, so we compare gradients too. `distill_loss` computes its
+# gradient explicitly; autograd computes that of `by_hand`.
 def gradient_of_hand() -> Tensor:
-    """The gradient of the mean over tokens, [T, V], by autograd."""
+    """Return the gradient of the mean over tokens, [T, V], by autograd."""
     logits_TV, ids_T, teacher, u_T = six_tokens()
     leaf_TV = logits_TV.requires_grad_()
     by_hand(leaf_TV, ids_T, teacher, u_T).mean().backward()
@@ -93,11 +93,11 @@ def gradient_of_hand() -> Tensor:
 
 
 def the_gradient() -> None:
-    """Largest difference of an element, over the largest element."""
+    """Print the largest difference between elements, divided by the largest element."""
     logits_TV, ids_T, teacher, u_T = six_tokens()
     leaf_TV = logits_TV.requires_grad_()
     out = distill_loss(leaf_TV, ids_T, teacher, objectives.tropd(), vp=VocabParallel.single(V), trust_u_T=u_T)
-    (out.loss_sum / out.token_count).backward()  # you divide: only you know the other micro-batches and ranks
+    (out.loss_sum / out.token_count).backward()  # the caller divides: it knows the other micro-batches and ranks
     expected_TV = gradient_of_hand()
     assert leaf_TV.grad is not None
     print(f"  relative error {float((leaf_TV.grad - expected_TV).abs().max() / expected_TV.abs().max()):.1e}")
@@ -105,10 +105,10 @@ def the_gradient() -> None:
 
 
 # %% Two ranks
-# A large model splits its vocabulary over ranks, so no rank has a whole row of logits. Each rank hands over its columns
-# and gets the gradient of its columns; the sum is the same everywhere. One all-reduce in the forward pass does it.
+# A large model splits its vocabulary over ranks, so no rank has a whole row of logits. Each rank passes its columns and
+# gets the gradient of its columns. The loss is the same on all ranks. This needs one all-reduce in the forward pass.
 def on_a_rank(rank: int, ranks: int, store: str) -> None:
-    """One of the processes. Nobody divides by the number of ranks."""
+    """Run one of the processes. Nothing is divided by the number of ranks."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     group = dist.group.WORLD
     assert group is not None
@@ -126,13 +126,13 @@ def on_a_rank(rank: int, ranks: int, store: str) -> None:
 
 
 def two_ranks() -> None:
-    """Two processes of this machine."""
+    """Start two processes on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_a_rank, args=(2, f"{folder}/store"), nprocs=2)
 
 
-# %% Where to go on
-# docs/library.md: hidden states in place of logits, masks, scores of a teacher, other objectives.
+# %% Where to go next
+# docs/library.md: hidden states instead of logits, masks, teacher scores, other objectives.
 # docs/integrations.md: the same call in Megatron-Core, Megatron-LM, slime, verl and NeMo-RL.
 if __name__ == "__main__":
     for part in (the_gate, outliers, the_gradient, two_ranks):

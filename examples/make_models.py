@@ -1,14 +1,14 @@
-"""Make the example of the quickstart in one folder: a tokenizer, prompts, a teacher and a weaker student, from nothing.
+"""Make the quickstart's example in one folder, from scratch: a tokenizer, prompts, a teacher and a weaker student.
 
-    python -m examples.make_models models/arithmetic            # the quickstart's
-    python -m examples.make_models models/arithmetic-tiny --tiny  # the one of CI
+    python -m examples.make_models models/arithmetic              # for the quickstart
+    python -m examples.make_models models/arithmetic-tiny --tiny  # for CI
 
     teacher/ student/          Hugging Face folders (Qwen3, float32) with the same tokenizer
     train.jsonl heldout.jsonl  prompts: id, messages, answer
     example.json               settings, content hash, measured accuracies and times
 
-Not for training on your own data, nor for teacher responses (`tropd prefixes`). Invariants: the folder is whole or
-absent; a second call with the same settings and the same code returns at once.
+This script does not train on your own data and does not sample teacher responses (see `tropd prefixes`). Invariants:
+the folder is complete or absent. A second call with the same settings and the same code returns at once.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ log = logging.getLogger("examples.make_models")
 
 
 def make_example(out: Path, settings: ExampleSettings, *, threads: int = 1) -> dict[str, Any]:
-    """Return the summary of the example in `out`, made first where it is not there or is of other settings or code.
+    """Return the summary of the example in `out`. Make it first if it is missing or has other settings or code.
 
-    Raises FileExistsError where `out` holds something else.
+    Raises FileExistsError if `out` holds something else.
     """
     content_hash = _content_hash(settings)
     found = _read_summary(out)
@@ -66,9 +66,9 @@ def make_example(out: Path, settings: ExampleSettings, *, threads: int = 1) -> d
 
 
 def _build(folder: Path, settings: ExampleSettings, threads: int) -> dict[str, Any]:
-    """Fill `folder`; returns what was measured."""
+    """Fill `folder` and return the measured accuracies and times."""
     with progress(log, "loading the libraries"):
-        import torch  # not at the top: a second call imports nothing heavy
+        import torch  # not at the top, so that a second call stays fast
 
         from examples.arithmetic import models, tokenizer
 
@@ -108,7 +108,7 @@ def _training_steps(settings: ExampleSettings) -> tuple[int, int]:
 
 
 def _texts(problems: Iterable[Problem]) -> Iterator[str]:
-    """What the tokenizer learns from: the words of the chat and of the task."""
+    """The texts that the tokenizer is trained on, with the words of the chat and of the task."""
     for problem in problems:
         yield f"system\nuser\n{problem.text}\nassistant\n{worked_answer(problem.a, problem.b)}"
 
@@ -127,7 +127,7 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def _content_hash(settings: ExampleSettings) -> str:
-    """Of the settings and of every source file that takes part."""
+    """Hash of the settings and of every source file that makes the example."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for source in (Path(__file__), *sorted((Path(__file__).parent / "arithmetic").glob("*.py"))):
         digest.update(source.read_bytes())
@@ -143,7 +143,7 @@ def _read_summary(out: Path) -> dict[str, Any] | None:
 
 
 class _Clock:
-    """Wall and CPU seconds by part."""
+    """Wall-clock and CPU seconds per part."""
 
     def __init__(self) -> None:
         self._laps: dict[str, tuple[float, float]] = {}
@@ -166,14 +166,14 @@ class _Clock:
 
 
 class _Ended(BaseException):
-    """A signal asks this process to end: what it has made so far is removed on the way out."""
+    """A signal asks this process to end. The files made so far are removed on the way out."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 def _end_on_signals() -> None:
-    """End on the first SIGINT, SIGTERM or SIGHUP, and let nothing interrupt the cleaning up."""
+    """End on the first SIGINT, SIGTERM or SIGHUP, and ignore further ones during the clean-up."""
     heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
              if signal.getsignal(number) != signal.SIG_IGN]  # fmt: skip
 
@@ -187,18 +187,18 @@ def _end_on_signals() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.make_models", description="Make the arithmetic example.")
     parser.add_argument("out", type=Path, metavar="FOLDER", help="folder to make")
-    parser.add_argument("--tiny", action="store_true", help="the small variant of CI")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1)")
+    parser.add_argument("--tiny", action="store_true", help="make the small variant for CI")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="number of CPU threads (default: 1)")
     options = parser.parse_args(arguments)
     logs.configure()
     _end_on_signals()
     try:
         summary = make_example(options.out, TINY if options.tiny else FULL, threads=options.threads)
     except _Ended as ended:
-        print(f"stopped while {options.out} was made; nothing is left, the same command starts again", file=sys.stderr)
+        print(f"stopped while making {options.out}; nothing is left, the same command starts again", file=sys.stderr)
         return 128 + ended.number
     except FileExistsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # From a bare clone to a distilled student and its report, on two CPU cores:
 #   bash examples/quickstart.sh [key=value ...]
-# Run again, it installs and makes nothing that is there, and goes on with the run where it stopped.
+# Run it again to resume. Nothing that exists is installed or made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 SIZE="${QUICKSTART_SIZE:-full}"                 # full, or tiny: a smaller task for a quick look
 CONFIG="${QUICKSTART_CONFIG:-configs/quickstart-cpu.yaml}" # what to train
 VENV="${VENV:-.venv}"                           # folder of the environment; relative to the repository, or absolute
-# 1: make the environment; 0: use that of PYTHON, as where `tropd recipes` has copied this file to
+# 1: make the environment; 0: use that of PYTHON (the default if `tropd recipes` copied this file)
 SETUP="${SETUP:-$([[ -f examples/setup_env.sh ]] && echo 1 || echo 0)}"
 
 case "$VENV" in
@@ -32,13 +32,13 @@ SETTINGS=(
   "data.prompts=$MODELS/train.jsonl" "data.teacher_responses=$MODELS/teacher_responses.jsonl" "$@"
 )
 
-child=                                          # process, and process group, of the step that runs
-asked=                                          # exit code of a signal that came
-# A signal to this script goes to the step: to its whole group where it is Ctrl-C, as from a terminal.
+child=                                          # process (and process group) of the running step
+asked=                                          # exit code for a signal that was received
+# A signal to this script is passed on to the step. Ctrl-C goes to its whole process group, as from a terminal.
 trap 'asked=130; [[ -z "$child" ]] || kill -INT -- "-$child" 2>/dev/null || true' INT
 trap 'asked=143; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' TERM HUP
 
-# step WHAT COMMAND...: say what, run it in a process group of its own, and end with its exit code where it fails
+# step WHAT COMMAND...: print WHAT and run COMMAND in its own process group. If it fails, exit with its exit code.
 step() {
   local what="$1" status=0
   shift
@@ -51,7 +51,7 @@ step() {
   while :; do
     status=0
     wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break       # else a signal ended the wait, and the command is still at it
+    kill -0 "$child" 2>/dev/null || break       # else a signal ended the wait, and the command still runs
   done
   child=
   ((status)) || status="${asked:-0}"

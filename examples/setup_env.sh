@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
 # Make the CPU environment in .venv: the locked packages, the SGLang server and this project, about 500 MB of downloads.
 #   bash examples/setup_env.sh
-# Run again, it returns at once where nothing changed; after an interruption it starts over.
+# If nothing changed, running it again returns at once. After an interruption, it starts from the beginning.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PYTHON="${PYTHON:-python3}"                     # interpreter that the environment is made from, 3.11 or newer
+PYTHON="${PYTHON:-python3}"                     # interpreter to make the environment from, 3.11 or newer
 VENV="${VENV:-.venv}"                           # folder of the environment
 LOCK=requirements/cpu.txt
 
-SIGN_EVERY_S="${SIGN_EVERY_S:-15}"              # seconds between two signs of life of something long
+SIGN_EVERY_S="${SIGN_EVERY_S:-15}"              # seconds between two progress lines of a long operation
 
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# Run a command; say every few seconds that it is at it, until it ends or this script does.
+# Run a command. Every few seconds print that it still runs, until it or this script ends.
 with_signs() {
   local what="$1" begun=$SECONDS signs status=0 never
   shift
   (
-    exec {never}<> <(:)                         # nothing ever comes here: a pause without a process of its own
+    exec {never}<> <(:)                         # never receives anything: a pause without another process
     while ! read -r -t "$SIGN_EVERY_S" -u "$never" && kill -0 "$$" 2>/dev/null; do
       echo "$what: $((SECONDS - begun)) s so far, $(du -sm "$VENV" 2>/dev/null | cut -f 1) MB in $VENV"
     done
@@ -45,13 +45,13 @@ version="$("$PYTHON" -V 2>/dev/null)" || fail "$PYTHON does not run; set PYTHON 
 mkdir -p "$VENV" || fail "cannot write $VENV; set VENV to a place with room and rights"
 exec 9>"$VENV/.setup.lock" || fail "cannot write $VENV; set VENV to a place with room and rights"
 
-# Two callers at once: the second waits, then finds it done. Ends with 75 where another one has the lock, with something
-# else where there is no flock.
+# If two callers run at once, the second one waits and then finds everything done. take_flock returns 75 if another
+# caller has the lock, and another code if there is no flock.
 take_flock() {
   command -v flock >/dev/null || return 70
   flock -E 75 "$@" 9 2>/dev/null
 }
-# The same where there is no flock: a folder, which one caller alone makes.
+# The same without flock: a folder, which only one caller can create.
 folder="$VENV/.setup.lock.d"
 take_folder() {
   local me owner until=$SECONDS
@@ -59,7 +59,7 @@ take_folder() {
   until mkdir "$folder" 2>/dev/null; do
     owner="$(cat "$folder/owner" 2>/dev/null || true)"
     if [[ "${owner% *}" == "${me% *}" ]] && ! kill -0 "${owner##* }" 2>/dev/null; then
-      rm -rf "$folder"                          # its owner was on this machine and is gone
+      rm -rf "$folder"                          # its owner ran on this machine and has ended
     elif ((SECONDS >= until)); then
       echo "waiting for another set-up in $VENV (${owner:-just begun}; if it is gone, remove $folder) ..."
       until=$((SECONDS + SIGN_EVERY_S))
@@ -80,7 +80,7 @@ done
 
 wanted="$version $(cat "$LOCK" pyproject.toml setup.py examples/setup_env.sh | sha256sum)"
 stamp="$VENV/.setup.stamp"
-unfinished="$VENV/.setup.unfinished"            # there while an installation runs, so also after one was interrupted
+unfinished="$VENV/.setup.unfinished"            # exists while an installation runs, and after one was interrupted
 if [[ ! -e "$unfinished" && -x "$VENV/bin/python" && "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]]; then
   exit 0
 fi

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# An SGLang server that scores for teacher.kind=sglang; set teacher.server.url to what it prints.
-#   bash examples/teacher_server.sh MODEL_FOLDER [further sglang.launch_server arguments]
-# Give the dtype of the run's teacher.dtype (SGLang takes that of the folder otherwise): --dtype bfloat16
+# Start an SGLang server that scores for teacher.kind=sglang. Set teacher.server.url to the URL that it prints.
+#   bash examples/teacher_server.sh MODEL_FOLDER [more sglang.launch_server arguments]
+# Pass the value of teacher.dtype, for example --dtype bfloat16. Otherwise SGLang uses the dtype of the folder.
 # On a CPU: --device cpu --attention-backend torch_native --sampling-backend pytorch --sleep-on-idle
-# Whoever can send it requests can replace its weights. With a key it takes none without it:
-#   export TROPD_SERVER_KEY="$(openssl rand -hex 32)"      # here and in the launcher of the run
-#   ... and teacher.server.api_key_env=TROPD_SERVER_KEY in the run
+# Everyone who can send it requests can replace its weights. With a key, it rejects requests without the key:
+#   export TROPD_SERVER_KEY="$(openssl rand -hex 32)"      # the same value here and for the launcher of the run
+#   ... and set teacher.server.api_key_env=TROPD_SERVER_KEY in the run
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -15,13 +15,13 @@ fi
 MODEL="$1"
 shift
 PYTHON="${PYTHON:-python}"                      # interpreter of the environment that holds sglang
-HOST="${HOST:-127.0.0.1}"                       # address to serve on; set one that the trainers reach
+HOST="${HOST:-127.0.0.1}"                       # address to serve on; it must be reachable for the trainers
 PORT="${PORT:-30000}"                           # port to serve on
-TROPD_SERVER_KEY="${TROPD_SERVER_KEY:-}"        # key that requests must carry; empty = none
+TROPD_SERVER_KEY="${TROPD_SERVER_KEY:-}"        # API key that requests must carry; empty = no key
 if [[ " $* " == *" --device cpu "* ]]; then
   export SGLANG_USE_CPU_ENGINE=1                # SGLang's own switch; without it, it looks for GPU packages
 fi
-# it asks itself when it starts: not through a proxy
+# the server sends itself a request when it starts, which must not go through a proxy
 direct="${no_proxy:+$no_proxy,}${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1,$HOST"
 export no_proxy="$direct" NO_PROXY="$direct"
 echo "teacher.server.url=http://$HOST:$PORT"

@@ -1,4 +1,4 @@
-"""How much memory a piece of code has allocated at its worst moment, by following every tensor that it makes."""
+"""Measure the peak memory that a piece of code allocates, by following every tensor that it creates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Allocations:
-    """Bytes of the storages that were made within the block."""
+    """Bytes of the storages that were created within the block."""
 
     now: int = 0
     peak: int = 0
@@ -24,9 +24,9 @@ class Allocations:
 
 @contextmanager
 def traced_allocations() -> Iterator[Allocations]:
-    """Within the block, the yielded object holds the bytes alive now and at most so far.
+    """Within the block, the yielded object holds the bytes that are alive now and their maximum so far.
 
-    Does not see what a kernel allocates and frees inside one operator.
+    Memory that a kernel allocates and frees inside one operator is not seen.
     """
     found = Allocations()
     with _Tracer(found):

@@ -1,4 +1,4 @@
-"""The loss inside other people's autograd: whether each form of the loss is right in each situation.
+"""The loss inside other autograd code: whether each form of the loss is right in each situation.
 
 This is not a test. A situation is run once with the loss under test and once with a plain PyTorch loss in float64. The
 outcome is `right`, `refused` (one clear error) or `WRONG`. Runs on any device and any number of ranks.
@@ -28,7 +28,7 @@ REFUSALS = (
     "modified by an inplace operation",
     "Inference tensors cannot be saved for backward",
 )
-"""Words of the errors that count as clear: ours, and autograd's own about changes in place and inference tensors."""
+"""Parts of error messages that count as clear: ours, and autograd's about in-place changes and inference tensors."""
 
 
 def outcome(setting: Setting, situation: Situation) -> str:
@@ -52,7 +52,7 @@ def outcome(setting: Setting, situation: Situation) -> str:
 
 
 def _difference(number: Tensor, right: Tensor, program: Program) -> float:
-    """Relative to the largest entry; of a weight, this rank's rows."""
+    """Error relative to the largest entry. For a weight, only this rank's rows are compared."""
     if number.shape == program.numbers.weight_VD.shape and not program.setting.given:
         rows = slice(program.shard.start, program.shard.stop)
         number, right = number[rows], right[rows]
@@ -61,7 +61,7 @@ def _difference(number: Tensor, right: Tensor, program: Program) -> float:
 
 
 def outcomes(backend: str, device: str = "cpu") -> dict[str, dict[str, str]]:
-    """{situation: {form: outcome}} of one backend."""
+    """{situation: {form: outcome}} for one backend."""
     settings = {name: replace(Setting(backend, device=device), **given) for name, given in FORMS.items()}
     return {
         name: {form: outcome(setting, situation) for form, setting in settings.items()}

@@ -1,4 +1,4 @@
-"""What a situation of `tests.autograd_situations` runs: a leaf, and a loss of what is made of the leaf.
+"""The program of a situation of `tests.autograd_situations`: a leaf tensor, and a loss of values computed from it.
 
 This is not a test. The loss is the one under test, in one of its forms, or a plain PyTorch loss in float64.
 
@@ -66,7 +66,7 @@ def backend_of(setting: Setting) -> Backend:
 
 
 class Numbers:
-    """Fixed numbers of a case, the same on every rank; the leaf is what the situation starts from."""
+    """The fixed inputs of a case, equal on every rank. The situation starts from the leaf."""
 
     def __init__(self, setting: Setting) -> None:
         random = torch.Generator().manual_seed(5)
@@ -85,7 +85,7 @@ class Numbers:
 
 
 class Program:
-    """What a situation runs: a leaf, and a loss of what it makes of the leaf."""
+    """The program of a situation: a leaf, and a loss of the values that the situation computes from the leaf."""
 
     def __init__(self, setting: Setting, *, truth: bool) -> None:
         self.setting, self.truth, self.numbers = setting, truth, Numbers(setting)
@@ -107,7 +107,7 @@ class Program:
         self.live_T[list(MASKED_ROWS)] = False
 
     def loss(self, z: Tensor) -> Tensor:
-        """The loss of logits [T, V], or of hidden states [T, D]; of the rows in `z`, which are the first ones."""
+        """The loss of logits [T, V] or hidden states [T, D], for the rows in `z`: the first rows of the case."""
         return self.rows_loss(z, slice(0, len(z)))
 
     def rows_loss(self, z: Tensor, at: slice) -> Tensor:
@@ -157,7 +157,7 @@ class Program:
         return TokenLosses(loss_C, live_C)
 
     def _plain(self, z: Tensor, at: slice) -> Tensor:
-        """The same by log_softmax over the whole vocabulary, on the live rows alone."""
+        """The same by log_softmax over the whole vocabulary, on the live rows only."""
         numbers, live = self.numbers, self.live_T[at].nonzero()[:, 0]
         logits = z[live] if self.setting.given else F.linear(z[live], self.weight)
         scaled = logits / TEMPERATURE
@@ -174,7 +174,7 @@ class Program:
         return loss
 
     def gradients(self) -> dict[str, Tensor]:
-        """What the backward pass has left, of the whole vocabulary."""
+        """The gradients after the backward pass, for the whole vocabulary."""
         found: dict[str, Tensor] = {} if self.value is None else {"value": self.value}
         if self.leaf.grad is not None:
             gradient = self.leaf.grad.clone()

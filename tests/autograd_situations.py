@@ -1,4 +1,4 @@
-"""The loss inside other people's autograd: the situations.
+"""The loss inside other autograd code: the situations.
 
 This is not a test. A situation is a short program around a loss. It computes some logits (or hidden states) from a
 leaf, calls the loss, and runs a backward pass.
@@ -24,7 +24,7 @@ def plain(program: Program) -> None:
 
 
 def leaf_logits(program: Program) -> None:
-    """The caller owns the logits: they must be as they were."""
+    """The caller owns the logits. They must be unchanged afterwards."""
     before = program.leaf.detach().clone()
     program.loss(program.leaf).backward()
     assert torch.equal(program.leaf.detach(), before), "the leaf was overwritten"
@@ -84,7 +84,7 @@ def checkpointed_within_a_checkpoint(program: Program) -> None:
 
 
 def _consumer(program: Program, z: Tensor) -> Tensor:
-    """Another loss on the same numbers, which saves them. Each rank adds its own columns of given logits."""
+    """Another loss on the same values, which saves them. With given logits, each rank adds its own columns."""
     if program.setting.given and not program.truth:
         z = z[:, program.shard.start : program.shard.stop]
     return z.square().sum()
@@ -128,7 +128,7 @@ def autocast(program: Program) -> None:
 
 
 def two_dtypes(program: Program) -> None:
-    """Hidden states in the dtype of autocast, a weight in the parameters' dtype; given logits have no weight."""
+    """Hidden states in the dtype of autocast and a weight in the parameters' dtype. Given logits have no weight."""
     z = program.leaf * 1.0
     program.loss(z if program.truth or program.setting.given else z.float()).backward()
 
@@ -144,7 +144,7 @@ def inference_mode(program: Program) -> None:
 
 
 def inference_logits(program: Program) -> None:
-    """Numbers made in inference mode, used outside of it; PyTorch's own operations refuse to save them."""
+    """Tensors created in inference mode and used outside of it. PyTorch's own operations refuse to save them."""
     with torch.inference_mode(not program.truth):
         z = program.leaf.detach() * 1.0
     loss = program.loss(z)
@@ -188,7 +188,7 @@ def second_backward_pass(program: Program) -> None:
 
 
 def changed_in_place_by_others(program: Program) -> None:
-    """The truth has the gradient of the numbers that the loss saw."""
+    """The reference has the gradient at the values that the loss saw."""
     z = program.leaf * 1.0
     loss = program.loss(z)
     if not program.truth:
@@ -235,7 +235,7 @@ def _fill(program: Program, number: float) -> None:
 
 
 def impossible_entries(program: Program) -> None:
-    """-inf among given logits, as banned tokens have it, outside the support; hidden states have none."""
+    """Given logits with -inf outside the support, as for banned tokens. Hidden states have none."""
     if program.setting.given:
         with torch.no_grad():
             for row in range(TOKENS):
@@ -299,4 +299,4 @@ SITUATIONS: dict[str, Situation] = {
     "-inf entries of given logits": impossible_entries,
     "torch.compile of the caller": compiled_caller,
 }
-"""What the table of docs/autograd.md has, in its order."""
+"""The situations of the table in docs/autograd.md, in its order."""

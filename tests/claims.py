@@ -1,6 +1,6 @@
 """Claims about TrOPD and the kernel that are checked for the real modules and must fail for mutated ones.
 
-Each claim runs on every rank of the default group, gets the modules to check, and raises AssertionError where it does
+Each claim runs on every rank of the default group, gets the modules to check, and raises AssertionError if it does
 not hold. Shapes as in `golden_rows`.
 """
 

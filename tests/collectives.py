@@ -1,4 +1,4 @@
-"""Count the collectives that a piece of code runs, by wrapping torch.distributed for as long as it runs."""
+"""Count the collectives that a piece of code runs, by wrapping torch.distributed while it runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COLLECTIVES = (
 
 @contextmanager
 def counted_collectives() -> Iterator[Counter[str]]:
-    """Within the block, the yielded counter holds the calls so far by name."""
+    """Within the block, the yielded counter holds the number of calls so far, by name."""
     calls: Counter[str] = Counter()
 
     def counting(name: str) -> Callable[..., Any]:

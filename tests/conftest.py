@@ -1,4 +1,4 @@
-"""What holds for all tests: the tier of a folder, Ctrl-C, and property tests that try the same examples each time."""
+"""Settings of all tests: the tier of each folder, Ctrl-C, and property tests that try the same examples each time."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MARK_OF_FOLDER = ("sglang", "e2e")
 """Every test below tests/<name> carries the mark <name>."""
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # started in the background of a script: what tests start would ignore Ctrl-C as well
+    # started in the background of a script: processes that the tests start would also ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _refuse_files_left_out(config, items)
     for item in items:
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _refuse_files_left_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """End a run of all tests that would not run some: pytest passes over folders with certain names in silence."""
+    """Stop a run of all tests that would skip some of them. Pytest silently skips folders with certain names."""
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
     left_out = {Path(path).resolve() for path in config.getoption("ignore") or ()}

@@ -1,4 +1,4 @@
-"""One setting of each objective with a divergence, for tests of what all of them keep."""
+"""One setting of each objective with a divergence, for tests of the properties that all of them have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Objective = Callable[[TokenInputs], TokenLosses]
 
 
 def every_objective(policy: PolicyGradient = PLAIN) -> dict[str, Objective]:
-    """One setting of each objective, and all divergences of those that have several."""
+    """One setting of each objective, and every divergence of objectives that have several."""
     objectives: dict[str, Objective] = {
         "eopd": partial(eopd, entropy_threshold=3.0, norm="truncated", policy=policy),
         "aopd": partial(aopd, threshold=0.0, norm="tail", policy=policy),

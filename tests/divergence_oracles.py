@@ -1,7 +1,7 @@
-"""Divergences between teacher and student a second time: float64 numpy, one token at a time, from the equations.
+"""Oracles of the divergences between teacher and student: float64 NumPy, one token at a time, from the equations.
 
-Not fast and not for use outside tests. Invariant: imports nothing of the package under test; a gradient is the analytic
-formula over the full vocabulary, not automatic differentiation.
+This module is slow and only for tests. Invariant: it imports nothing from the package under test. A gradient is the
+analytic formula over the full vocabulary, not automatic differentiation.
 
 Names: p and q full distributions of student and teacher, A the candidates, P and Q their mass on A. Kinds: `fkl`
 KL(q || p), `rkl` KL(p || q), `jsd` beta KL(q || mix) + (1 - beta) KL(p || mix) with mix = beta q + (1 - beta) p.
@@ -69,7 +69,7 @@ def exact_gradient(kind: str, log_q: Array, log_p: Array, beta: float = 0.5) -> 
 
 
 def _events(log_q: Array, log_p: Array, ids: list[int], norm: str) -> list[tuple[float, float]]:
-    """(p, q) of each event that the norm makes of the candidates."""
+    """(p, q) of each event into which the norm turns the candidates."""
     pairs = [(math.exp(log_p[v]), math.exp(log_q[v])) for v in ids]
     mass_p, mass_q = sum(p for p, _ in pairs), sum(q for _, q in pairs)
     if norm == "renorm":

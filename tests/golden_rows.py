@@ -1,6 +1,6 @@
 """The golden vector as rows of an exact expectation, through the real kernel on as many ranks as there are.
 
-An expectation over the sampled token (and over the gate) has one row a possible outcome, weighted by its probability.
+An expectation over the sampled token (and over the gate) has one row per possible outcome, weighted by its probability.
 The shard layout is uneven, with padding columns that hold large numbers.
 
 Shapes: T rows, V vocabulary (8), K teacher top-k (3), L student top-k (8), W width of this rank's shard.
@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
     "beta": 1.0,
     "prefix_loss": "nll",
 }
-"""Keywords of `tropd`; a claim overrides what it is about."""
+"""Keywords of `tropd`. A claim overrides those that it is about."""
 POLICY: dict[str, Any] = {
     "ratio": "none",
     "clip_low": 0.2,
@@ -94,20 +94,20 @@ def teacher_draws() -> Outcomes:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an expectation on this rank: what an objective sees, and the logits it is differentiated in."""
+    """The rows of an expectation on this rank: the inputs of an objective, and the logits of its gradient."""
 
     inputs: Any
     logits_TW: Tensor
     shard: Any
 
     def gradient(self, loss_sum: Tensor) -> Tensor:
-        """Its gradient [T, V] in the student's logits, from all ranks; once only, it is written over the logits."""
+        """The gradient [T, V] in the student's logits, from all ranks. Call it once: it overwrites the logits."""
         (gradient_TW,) = torch.autograd.grad(loss_sum, self.logits_TW)
         return whole_vocabulary(gradient_TW.detach(), self.shard)
 
 
 def golden_rows(losses: Losses, outcomes: Outcomes, *, teacher: str = "teacher_logits") -> Rows:
-    """The policy has not moved, and log p before the update is handed over live: no gradient may flow through it."""
+    """The policy has not moved. log p before the update keeps its graph, but no gradient may flow through it."""
     rows = len(outcomes.x)
     logits_TW, shard = this_shard(losses, torch.tensor([GOLDEN["student_logits"]] * rows, dtype=torch.float64))
     logits_TW.requires_grad_(True)

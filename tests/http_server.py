@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from aiohttp import web
 
 START_LIMIT_S = 60.0
-"""Longest start. It is there to end a hang."""
+"""Longest time for the start, in seconds. It only ends a hang."""
 
 
 @contextmanager
 def serving(make: Callable[[], web.Application]) -> Iterator[str]:
-    """Serve what `make` returns, which is called in the server's thread; the URL, without a slash at its end."""
+    """Serve what `make` returns, called in the server's thread. Yields the URL without a final slash."""
     loop = asyncio.new_event_loop()
     ready = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))

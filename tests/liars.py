@@ -1,7 +1,7 @@
-"""A proxy in front of a real SGLang server that lies: what a user's router, cache or broken server could do.
+"""A lying proxy in front of a real SGLang server. It does what a router, a cache or a broken server could do.
 
-Each lie is a function of the request's JSON and of `forward`, which asks the real server. Everything that no lie is
-told about passes through untouched, so that the rest of the conversation is real.
+Each lie is a function of the request's JSON and of `forward`, which asks the real server. All other requests and
+answers pass through unchanged, so the rest of the conversation is real.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Liar:
     lies: dict[str, Lie] = field(default_factory=dict)
     url: str = ""
     told: int = 0
-    """Lies so far."""
+    """Number of lies so far."""
     asked: list[tuple[str, Body]] = field(default_factory=list)
-    """Every request, in order; bodies that are not JSON are empty."""
+    """Every request, in order. A body that is not JSON is empty."""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Lie about the request, or pass it on."""
@@ -66,7 +66,7 @@ class Liar:
                 return web.Response(body=await real.read(), status=real.status, content_type=real.content_type)
 
     def tell(self, path: str, lie: Lie, *, about: Callable[[Body], bool] = lambda _: True, times: int = 10**9) -> None:
-        """Lie about the first `times` requests to `path` that `about` picks; the others are passed on."""
+        """Lie about the first `times` requests to `path` that `about` selects. The others are passed on."""
         left = times
 
         async def counted(body: Body, forward: Forward) -> Any:
@@ -82,7 +82,7 @@ class Liar:
 
 @contextmanager
 def liar(upstream: str) -> Iterator[Liar]:
-    """A running proxy on loopback before `upstream`, in a thread of its own."""
+    """A running proxy on loopback in front of `upstream`, in its own thread."""
     proxy = Liar(upstream)
 
     def app() -> web.Application:
@@ -106,12 +106,12 @@ def twisted(twist: Twist) -> Lie:
 
 
 async def nothing_done(body: Body, forward: Forward) -> Any:
-    """Success, and nothing happens."""
+    """Report success and do nothing."""
     return {"success": True, "message": "Success"}
 
 
 async def a_web_page(body: Body, forward: Forward) -> Any:
-    """What a login page or a proxy's error page looks like, with status 200."""
+    """A page like a login page or a proxy's error page, with status 200."""
     return web.Response(text="<html><body>Please sign in</body></html>", content_type="text/html")
 
 
@@ -139,7 +139,7 @@ def _more_tokens(answer: Body) -> None:
 
 
 def _rename(entries: list[list[Any]], place: int) -> None:
-    """The token of one entry becomes another one, whichever was sampled."""
+    """The token of one entry becomes a different token, whichever was sampled."""
     entries[place][1] = NO_END if entries[place][1] != NO_END else NO_END + 1
 
 
@@ -160,7 +160,7 @@ def _set_meta(answer: Body, **values: Any) -> None:
 
 
 def sampling_lies(*, vocab_size: int, end: int) -> dict[str, Lie]:
-    """What a sampler can be told about one sample: name -> lie. `end` is an end token."""
+    """Lies to a sampler about one sample: name -> lie. `end` is an end token."""
     twists: dict[str, Twist] = {
         "an id outside the vocabulary": lambda a: _set_id(a, 0, vocab_size + 3),
         "the first id of the padding": lambda a: _set_id(a, 0, vocab_size),
@@ -209,7 +209,7 @@ def _contradict(answer: Body) -> None:
 
 
 def scoring_lies(*, vocab_size: int) -> dict[str, Lie]:
-    """What a teacher can be told about one sample: name -> lie."""
+    """Lies to a teacher about one sample: name -> lie."""
     twists: dict[str, Twist] = {
         "candidates of log-prob +2": lambda a: _candidates(a, lambda ids, logp: logp.fill(2.0)),
         "candidates of mass 1.3": lambda a: _candidates(a, lambda ids, logp: logp.fill(np.log(1.3 / logp.shape[1]))),

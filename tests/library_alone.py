@@ -1,8 +1,8 @@
-"""A program for an environment that holds torch and nothing else: the front door against what the trainer has recorded.
+"""A program for an environment with only torch: it compares the library with results recorded by the trainer.
 
     python tests/library_alone.py FOLDER      # of files rank-0.pt, rank-1.pt, ... written by test_library_alone
 
-Prints how long the import took and whether sums and gradients are the same bits. Imports torch and tropd_mcore.
+Prints how long the import took and whether sums and gradients are bit-identical. Imports only torch and tropd_mcore.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REFUSED = {
 
 
 class Refuse:
-    """An import hook: what the library may not need is not there."""
+    """An import hook that hides the modules that the library must not need."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Raise ModuleNotFoundError for the modules of REFUSED."""
@@ -29,13 +29,13 @@ class Refuse:
 
 
 def alone() -> None:
-    """Refuse the others to this process, and find this checkout."""
+    """Hide the refused modules from this process, and put this checkout on the path."""
     sys.meta_path.insert(0, Refuse())  # type: ignore[arg-type]
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def run(rank: int, folder: str, found: Any) -> None:
-    """Every call of one rank again."""
+    """Repeat every recorded call of one rank."""
     alone()
     import torch
     import torch.distributed as dist
@@ -67,7 +67,7 @@ def run(rank: int, folder: str, found: Any) -> None:
 
 
 def main(folder: str) -> int:
-    """Returns 0 where all bits are the same."""
+    """Returns 0 if all results are bit-identical."""
     begun = time.monotonic()
     import torch
 

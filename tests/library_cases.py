@@ -1,4 +1,4 @@
-"""Tokens of a student and a teacher with whole vocabularies, for the tests of the front door."""
+"""Tokens of a student and a teacher with their whole vocabularies, for the tests of the library."""
 
 from __future__ import annotations
 

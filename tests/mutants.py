@@ -1,6 +1,6 @@
-"""The kernel and the objectives as a test sees them: imported anew, with one text of one module replaced where asked.
+"""Fresh imports of the kernel and the objectives for a test, optionally with one text of one module replaced.
 
-Invariant: `sys.modules` is afterwards as it was before, so a mutant is known to the test that made it and to no other.
+Invariant: `sys.modules` is unchanged afterwards, so only the test that created a mutant knows it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Losses:
-    """The modules under test by their name below `tropd_mcore`, all of one import."""
+    """The modules under test by their name below `tropd_mcore`, all from one import."""
 
     modules: dict[str, ModuleType]
 
@@ -60,7 +60,7 @@ def real_losses() -> Losses:
 def mutant_losses(module: str, right: str, wrong: str) -> Losses:
     """The packages with `right` replaced by `wrong` in one module, as all the others see it too.
 
-    Raises AssertionError where the text is not in the source exactly once.
+    Raises AssertionError if the text is not in the source exactly once.
     """
     spec = find_spec(f"{ROOT}.{module}")
     assert spec is not None and spec.origin is not None
@@ -94,7 +94,7 @@ class _OneModule(MetaPathFinder):
 
 @contextmanager
 def _imported_anew(finder: MetaPathFinder) -> Iterator[None]:
-    """Within, nothing of the packages is imported yet and `finder` is asked first."""
+    """Within the block, no module of the packages is imported yet and `finder` is asked first."""
     root = importlib.import_module(ROOT)
     for package in PACKAGES:
         importlib.import_module(package)

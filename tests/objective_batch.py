@@ -1,7 +1,7 @@
-"""Random rows of all three origins with everything an objective can ask of them, from full-vocabulary float64 logits.
+"""Random rows of all three origins with every input that an objective can use, from full-vocabulary float64 logits.
 
-For tests of objectives; not an oracle. The policy may have moved since the rollout (`moved`): `z_TV` are the student's
-logits now, `old_z_TV` those before the first update, from which the tokens were sampled.
+For tests of objectives. It is not an oracle. The policy may have moved since the rollout (`moved`): `z_TV` are the
+student's logits now, `old_z_TV` those before the first update, from which the tokens were sampled.
 
 Shapes: T tokens, V vocabulary, K teacher top-k, L student top-k.
 """
@@ -63,7 +63,7 @@ class Batch:
         return ~(self.on_T | self.off_T)
 
     def inputs(self) -> TokenInputs:
-        """All fields, differentiable in `z_TV`; no divergence over the whole vocabulary."""
+        """All fields, differentiable in `z_TV`, without a divergence over the whole vocabulary."""
         log_p_TV = self.z_TV.log_softmax(dim=1)
         old_log_p_TV = self.old_z_TV.log_softmax(dim=1)
         log_q_TK, ids_TK = self.log_q_TV.topk(self.topk, dim=1)
@@ -101,7 +101,7 @@ class Batch:
 
 
 def token_inputs(*, student_logp_T: Tensor, teacher_logp_T: Tensor, **given: Tensor | None) -> TokenInputs:
-    """Rows that the student sampled from the policy as it is, without candidates; `given` replaces any field."""
+    """Rows that the student sampled from the current policy, without candidates. `given` replaces any field."""
     tokens = len(student_logp_T)
     zero_T, none_T0 = torch.zeros_like(teacher_logp_T), teacher_logp_T.new_zeros(tokens, 0)
     ids_T0 = torch.zeros(tokens, 0, dtype=torch.int64)
@@ -135,7 +135,7 @@ def token_inputs(*, student_logp_T: Tensor, teacher_logp_T: Tensor, **given: Ten
 
 
 def filled(inputs: TokenInputs, rows_T: Tensor, fill: float) -> dict[str, Tensor]:
-    """Every number of the inputs with `fill` in these rows; masks and ids stay."""
+    """The inputs with every number in these rows replaced by `fill`. Masks and ids are unchanged."""
     return {
         name: number.masked_fill(rows_T if number.ndim == 1 else rows_T[:, None], fill)
         for name, number in vars(inputs).items()

@@ -1,6 +1,6 @@
-"""The mathematics of the losses a second time: float64 numpy, one token at a time, written from the equations.
+"""Oracles of the losses: float64 NumPy, one token at a time, written from the equations.
 
-Not fast and not for use outside tests. Invariant: imports nothing of the package under test, and a gradient here is the
+This module is slow and only for tests. Invariant: it imports nothing from the package under test. A gradient is the
 analytic formula over the full vocabulary, not automatic differentiation.
 
 Names: z student logits, p and q full distributions of student and teacher, x the sampled token, A the teacher's top-k.
@@ -166,7 +166,7 @@ def engine_weight(logp: float, rollout_logp: float, settings: dict[str, Any]) ->
 
 
 def policy(advantage: float, logp: float, anchor_logp: float, settings: dict[str, Any]) -> Policy:
-    """By cases: with A > 0 a ratio above the band is held, with A < 0 one below it, or above the dual clip."""
+    """By cases. A > 0 clips a ratio above the band. A < 0 clips one below it or above the dual clip."""
     if settings["ratio"] == "none":
         return Policy(-advantage * logp, -advantage, 1.0, 0.0)
     w = math.exp(logp - anchor_logp)

@@ -1,8 +1,8 @@
-"""The ranks that tests run on: two pools for the whole session, so that a call costs a rendezvous and no import.
+"""The ranks that tests run on: two pools for the whole session. A call costs a rendezvous but no import.
 
-`run_on_ranks` has Triton's interpreter and never torch.compile: Megatron on a CPU turns the compiler off in a process
-for good, and the compiler cannot trace the interpreter. `run_with_compiler` is for what torch.compile makes, and no
-call of it may open a Megatron job.
+`run_on_ranks` has Triton's interpreter and never torch.compile. Megatron on a CPU turns the compiler off in a process
+for good, and the compiler cannot trace the interpreter. `run_with_compiler` is for code that torch.compile compiles.
+None of its calls may open a Megatron job.
 """
 
 import atexit

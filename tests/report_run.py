@@ -1,4 +1,4 @@
-"""A small run directory with everything that a report shows, and readers of the page that is made of it. For tests."""
+"""A small run directory with everything that a report shows, and readers of the resulting page. For tests."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def result_of(model: str, correct: int, total: int = 40, prompts: str = "same") 
 
 
 def write_run(tmp_path: Path, name: str = "run <1>") -> Path:
-    """Write a run of three steps with everything that a report shows; the student lies beside it."""
+    """Write a run of three steps with everything that a report shows. The student's folder is next to it."""
     run = tmp_path / name
     student = tmp_path / "student"
     tokenizer = tiny_tokenizer()

@@ -1,4 +1,4 @@
-"""Claims about the objectives that reward sampled tokens or candidates; see `claims` for what a claim is.
+"""Claims about the objectives that reward sampled tokens or candidates. `claims` says what a claim is.
 
 Shapes as in `golden_rows`.
 """
@@ -117,7 +117,7 @@ def rlad_clips_at_the_ratio_to_its_anchor(losses: Losses) -> None:
 
 
 def candidates_on_the_whole_vocabulary_have_the_reverse_kl_gradient(losses: Losses) -> None:
-    """Whatever was sampled: rethinking's gradient of every single row is the exact one."""
+    """The gradient of `rethinking` is exact in every single row, whatever token was sampled."""
     for support, ratio in (("student", "none"), ("student", "ppo_clip"), ("union", "importance")):
         rows = golden_rows(losses, student_draws())
         output = losses["objectives.candidates"].rethinking(

@@ -1,4 +1,4 @@
-"""What the loss makes of a pack, a teacher's scores and what was known before, for tests of what an objective sees."""
+"""The inputs that the loss builds from a pack, teacher scores and values before the update, for tests of objectives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 
 def constants_of(micro_batch: MicroBatch, scored: TeacherScores, before: RowContext, vocab_size: int) -> Constants:
-    """The arguments as `mcore.loss` hands them over; the statistic is given by all three names."""
+    """The arguments as `mcore.loss` passes them. The statistic is given under all three names."""
     own = None
     if before.own_ids_TL is not None:
         assert before.teacher_own_logp_TL is not None

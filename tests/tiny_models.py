@@ -1,7 +1,7 @@
 """Tiny Hugging Face folders with random weights: real formats, real tokenizer files, a few hundred kilobytes.
 
-For tests. The sizes are odd on purpose: hidden is not heads * head_dim, the vocabulary is no multiple of 128, and
-query heads outnumber key/value heads.
+For tests. The sizes are odd on purpose: hidden is not heads * head_dim, the vocabulary is not a multiple of 128, and
+there are more query heads than key/value heads.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def write_tiny_model(
 ) -> Path:
     """Save a random model (4 layers, 4 heads, 2 key/value heads, vocabulary 307 unless overridden) and a tokenizer.
 
-    Norm weights and biases are random as well, since their initial ones and zeros would hide a wrong name.
+    Norm weights and biases are random too, because their initial ones and zeros would hide a wrong name.
     """
     config_class, model_class = _CLASSES[family]
     settings: dict[str, Any] = {

@@ -1,6 +1,6 @@
-"""Logits, supports and shards for the tests of the Triton kernels, and what both passes must make of them. Not a test.
+"""Logits, supports and shards for the tests of the Triton kernels, and the expected results of both passes.
 
-Shapes: T tokens (3), V vocabulary (101), J support ids (16), W width of one shard.
+This is not a test. Shapes: T tokens (3), V vocabulary (101), J support ids (16), W width of one shard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKENS, VOCABULARY = 3, 101
 DISTINCT = (1, 9, 6)
 """Runs of the support; ids of different runs may be equal."""
 BLOCK = 32
-"""Columns of a block: most shards have several, and a tail."""
+"""Columns per block: most shards have several blocks and a partial one."""
 LAYOUTS = {
     "whole": (0, 101),
     "padded": (0, 112),
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Passes:
-    """What a backend makes of all shards: [shards, T, 3], [shards, T, J] and, side by side, [T, V]."""
+    """The results of a backend for all shards: [shards, T, 3], [shards, T, J] and, side by side, [T, V]."""
 
     stats: np.ndarray
     support: np.ndarray
@@ -66,7 +66,7 @@ class Passes:
 
 
 def make_case(layout: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Case:
-    """Random rows. Unused slots are -1; the padding is 50, which would take all the probability."""
+    """Random rows. Unused slots are -1. Padding logits are 50, which would take all the probability."""
     random = torch.Generator().manual_seed(3)
     borders = LAYOUTS[layout]
     logits_TV = 4.0 * torch.randn(TOKENS, VOCABULARY, generator=random, dtype=torch.float64)
@@ -86,7 +86,7 @@ def make_case(layout: str, dtype: torch.dtype = torch.float64, **changes: Any) -
 
 
 def passes(case: Case, backend_name: str, mutation: tuple[str, str] | None = None) -> Passes:
-    """Both passes over each shard; `triton` only in a process where Triton interprets. mutation: (right, wrong)."""
+    """Both passes over each shard. `triton` needs a process with Triton's interpreter. mutation: (right, wrong)."""
     if backend_name == "eager":
         return passes_of(EagerBackend(), case)
     backend = TritonBackend(block_columns=case.block)
@@ -131,7 +131,7 @@ def dense_term(case: Case) -> Tensor:
 
 
 def capped(case: Case) -> np.ndarray:
-    """The real logits after the softcap, from what they are after rounding, [T, V]."""
+    """The real logits [T, V] after the softcap, computed from the rounded logits."""
     logits, softcap = case.logits_TV[:, :VOCABULARY].double().numpy(), case.scaling.softcap
     return logits if softcap is None else softcap * np.tanh(logits / softcap)
 
@@ -179,7 +179,7 @@ def assert_close(actual: Passes, expected: Passes, tolerance: float) -> None:
 
 @contextmanager
 def mutant_kernels(right: str, wrong: str) -> Iterator[ModuleType]:
-    """The module of the kernels with `right`, which is there once, replaced by `wrong`; its source lasts as long."""
+    """The kernels' module with `right`, which occurs once, replaced by `wrong`. Its source file exists as long."""
     source = Path(str(TritonBackend()._kernels.__file__)).read_text(encoding="utf-8")
     assert source.count(right) == 1, f"the kernels have {source.count(right)} times {right!r}"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A wheel of this checkout, made from a copy so that nothing is left here, and pip for other environments."""
+"""Build a wheel of this checkout, from a copy so that no file is left here, and run pip for other environments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BUILT_FROM = (
 
 
 def pip(*arguments: object, python: Path | None = None) -> str:
-    """`pip ARGUMENTS` without an index, for the environment of `python`; returns what it printed."""
+    """`pip ARGUMENTS` without an index, for the environment of `python`. Returns its output."""
     chosen = ["--python", str(python)] if python else []
     command = [sys.executable, "-m", "pip", *chosen, "--disable-pip-version-check", *map(str, arguments)]
-    # Whatever index or constraint this machine's configuration names has no say.
+    # Indexes and constraints from this machine's configuration are ignored.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment["PIP_CONFIG_FILE"] = os.devnull
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

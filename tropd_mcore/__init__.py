@@ -1,6 +1,6 @@
 """TrOPD: on-policy distillation of large teachers on Megatron-Core, with SGLang rollouts.
 
-The loss can be had alone: `from tropd_mcore import distill_loss` imports torch and nothing else (docs/library.md).
+The loss can be used alone: `from tropd_mcore import distill_loss` imports only torch (docs/library.md).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _HOMES = {
     "support_log_probs": "library.scores",
     "trust_uniforms": "library.uniforms",
 }
-"""Name -> module that has it, which is imported when the name is used."""
+"""Name -> module that defines it. The module is imported when the name is first used."""
 
 
 def __getattr__(name: str) -> Any:

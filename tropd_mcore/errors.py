@@ -1,7 +1,7 @@
-"""The errors a user can cause or meet, each one line: what was expected, what was found, which key to change.
+"""The errors that a user can cause or see, each one line: what was expected, what was found, which key to change.
 
-Not for our own invariants: those are `assert`. A `TropdError` ends the run with its message alone (no traceback)
-and exit code 2; any other exception is a bug and keeps its traceback.
+Internal invariants use `assert` instead. A `TropdError` ends the run with its message only (no traceback) and exit code
+2. Any other exception is a bug and keeps its traceback.
 """
 
 
@@ -10,7 +10,7 @@ class TropdError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what another library says, its type where it says nothing."""
+    """Return the first line of another library's error message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -22,7 +22,7 @@ class ConfigError(TropdError):
         super().__init__("\n".join(problems))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
-        """Pickled by its problems, so that it can be met on all ranks of a job."""
+        """Pickle by `problems`, so that the error can be sent to all ranks of a job."""
         return type(self), (self.problems,)
 
 
@@ -35,27 +35,27 @@ class ModelError(TropdError):
 
 
 class ServerError(TropdError):
-    """An inference server did not start, died, or answered something that cannot be used."""
+    """An inference server did not start, died, or gave an unusable answer."""
 
 
 class ServerDied(ServerError):
-    """A server that answered before does not answer any more: the caller may restart it and ask again."""
+    """A server that answered before does not answer any more. The caller may restart it and ask again."""
 
 
 class ServerHung(ServerDied):
-    """A server whose process runs but that has not answered for long: to be killed and restarted, not asked again."""
+    """A server whose process runs but has not answered for long. It must be killed and restarted before a retry."""
 
 
 class AnswerError(ServerError):
-    """What a server answered about one sample cannot be used: the caller may ask once more, then leaves it out."""
+    """A server's answer for one sample cannot be used. The caller may ask once more, then leaves the sample out."""
 
 
 class TeacherError(TropdError):
-    """The teacher could not score what it was given."""
+    """The teacher could not score its input."""
 
 
 class GateError(TropdError):
-    """A check before the first step, or at a later one, failed: training would run on wrong numbers."""
+    """A check before the first step or at a later step failed; training would use wrong numbers."""
 
 
 class LossInputError(TropdError, ValueError):
@@ -67,4 +67,4 @@ class TrainingError(TropdError):
 
 
 class StopRequested(TropdError):
-    """Somebody asked the run to stop (a signal of the scheduler): not a failure; what can be kept is kept."""
+    """The run was asked to stop (a signal of the scheduler). This is no failure; whatever can be kept is kept."""

@@ -1,7 +1,7 @@
-"""What stands where a file is expected, told from its first bytes: for the messages of everything that reads files.
+"""Recognises what is at a path where a file is expected, from the first bytes, for error messages of all file readers.
 
-Not for reading (`data`, `weights`). Invariants: nothing here waits, so a pipe or a device is told by what it is and
-never opened; at most 512 bytes of a file are read.
+This module does not read contents (see `data`, `weights`). Invariants: nothing here blocks, so a pipe or a device is
+recognised by its type and never opened. At most 512 bytes of a file are read.
 """
 
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 from tropd_mcore.files import shown
 
 HEAD_BYTES = 512
-"""First bytes of a file that are looked at; the mark of a tar archive ends at byte 262."""
+"""Number of bytes read from the start of a file; the mark of a tar archive ends at byte 262."""
 EMPTY = "an empty file"
 NOTHING = "nothing"
 LFS_POINTER = b"version https://git-lfs"
-"""First bytes of a Git LFS pointer, a text of three lines that stands where a large file should be."""
+"""First bytes of a Git LFS pointer, a text of three lines in place of a large file."""
 _UNPACK = "unpack it"
 _CONVERT = "convert it to JSONL, one object per line, in UTF-8"
 _SAFETENSORS = "save the model with safetensors (`save_pretrained(..., safe_serialization=True)`)"
@@ -41,7 +41,7 @@ _BINARY = (
     (b"PK\x03\x04", "a zip archive (a folder, .npz or .bin of PyTorch)", _UNPACK),
     (b"PK\x05\x06", "an empty zip archive", "put the file itself there"),
 )
-"""(first bytes, name, what to do) of files that are no text."""
+"""(first bytes, name, what to do) for files that are not text."""
 _RECODE = "save it as UTF-8 (iconv -t utf-8)"
 _TEXT = (
     (b"\xff\xfe\x00\x00", "text in UTF-32", _RECODE),
@@ -61,22 +61,23 @@ _MODES = (
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in place of what a reader expects."""
+    """What was found in place of the expected file."""
 
     what: str
-    """With its article: `a parquet file`"""
+    """Name with article: `a parquet file`"""
     cure: str
+    """What the user should do"""
 
     def __str__(self) -> str:
-        """`found a parquet file; convert it to JSONL`, the end of a message."""
+        """Return the end of a message: `found a parquet file; convert it to JSONL`."""
         return f"not found; {self.cure}" if self.what == NOTHING else f"found {self.what}; {self.cure}"
 
 
 def in_the_way(path: Path, *, zip_wanted: bool = False) -> Found | None:
-    """Return what keeps `path` from being read as the file that it should be; None where nothing does.
+    """Return what prevents `path` from being read as the expected file; None if nothing does.
 
-    Missing, a dangling link, no right to read, not a regular file, empty, or by its first bytes a file of another kind.
-    `zip_wanted`: a zip archive is what is expected (`.npz`).
+    The path may be missing, a dangling link, unreadable for this user, not a regular file, empty, or, by its first
+    bytes, a file of another kind. `zip_wanted`: the expected file is a zip archive (`.npz`).
     """
     try:
         mode = path.stat().st_mode
@@ -97,16 +98,16 @@ def in_the_way(path: Path, *, zip_wanted: bool = False) -> Found | None:
 
 
 def kind_of(head: bytes) -> Found | None:
-    """Return what a file is that begins with `head`, where that is not the text or the weights that we read."""
+    """Return the kind of a file that begins with `head`; None if it may be text or weights that we read."""
     if not head:
         return Found(EMPTY, "write it or fetch it again")
     for marks in (_BINARY, _TEXT):
         for mark, name, cure in marks:
-            # the size that a safetensors file begins with can look like a mark of two bytes; zeros follow it
+            # a safetensors file begins with a size, which can look like a two-byte mark; zeros follow it
             if head.startswith(mark) and not (len(mark) == 2 and head[2:3] == b"\0"):
                 return Found(name, cure)
     if not any(head):
-        return Found("a file of zeros, as a machine that crashed leaves it", "write it or fetch it again")
+        return Found("a file of zeros, as a crash of the machine can leave it", "write it or fetch it again")
     if head[257:262] == b"ustar":
         return Found("a tar archive", _UNPACK)
     if head.lstrip().lower().startswith(_PAGE):
@@ -117,7 +118,7 @@ def kind_of(head: bytes) -> Found | None:
 
 
 def folder_in_the_way(path: Path) -> Found | None:
-    """Return what is found where a folder is expected; None where `path` is a folder that can be listed."""
+    """Return what is found in place of an expected folder; None if `path` is a folder that can be listed."""
     try:
         if stat.S_ISDIR(path.stat().st_mode):
             next(iter(path.iterdir()), None)
@@ -142,6 +143,6 @@ def _absent(path: Path, error: OSError) -> Found:
 
 
 def _half_zero(head: bytes) -> bool:
-    """Whether every second byte of a beginning is zero, as in UTF-16 of ASCII characters without a mark."""
+    """Whether every second byte is zero, as in UTF-16 text of ASCII characters without a byte-order mark."""
     pairs = len(head) // 2
     return pairs >= 2 and (not any(head[1 : 2 * pairs : 2]) or not any(head[0 : 2 * pairs : 2]))

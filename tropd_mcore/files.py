@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: written beside their place, flushed to disk, then renamed.
+"""Writes files that are either complete or absent: written beside their place, flushed to disk, then renamed.
 
-The exception is a file of step records (metrics.jsonl), which grows by a line at a time; here is how it is read.
-Not for directories (see `weights.hf_folder` and `mcore.checkpoint`).
+The exception is a file of step records (metrics.jsonl), which grows line by line; `read_step_lines` reads it. This
+module does not write directories (see `weights.hf_folder` and `mcore.checkpoint`).
 """
 
 import errno
@@ -24,20 +24,20 @@ from tropd_mcore.errors import DataError
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-"""End of the name of a file or folder that is being written (`partial_name`)."""
+"""Suffix of the name of a file or folder that is being written (`partial_name`)."""
 _WRITER = re.compile(r"\.(\d+)@(.+)\.partial")
 FORGOTTEN_S = 3600.0
-"""A partial file of a process of another machine, which nobody can ask about, is left over after this time."""
+"""Age after which a partial file from another machine counts as left over, because its process cannot be checked."""
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
-"""What a file system answers to a call that it does not know."""
+"""Errors of a file system for an operation that it does not support."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def publish_file(path: Path, write: Callable[[BinaryIO], object], *, key: str = "run.dir") -> None:
-    """Create or replace `path` with what `write` puts into the stream; a crash leaves the old file or none.
+    """Create or replace `path` with what `write` writes to the stream. A crash leaves the old file or none.
 
-    The folders above are made. Raises `DataError`, which names `key` as what to change, where the place cannot be
-    written.
+    Missing parent folders are made. Raises `DataError` if the place cannot be written; the message names `key` as the
+    key to change.
     """
     partial = partial_name(path)
     try:
@@ -61,12 +61,11 @@ def publish_text(path: Path, text: str, *, key: str = "run.dir") -> None:
 
 
 def append_text(path: Path, text: str, *, key: str = "run.dir") -> None:
-    """Add `text` to the end of `path` and flush it to the disk; where that fails, the file is as it was before.
+    """Append `text` to `path` and flush it to the disk. If this fails, the file is unchanged.
 
-    A beginning of a line that a crash left at the end of the file is removed first. Raises `DataError` as
-    `publish_file` does.
+    An incomplete last line, left by a crash, is removed first. Raises `DataError` like `publish_file`.
     """
-    with writing(path, key=key), path.open("ab+", buffering=0) as stream:  # a buffer would be written again at the end
+    with writing(path, key=key), path.open("ab+", buffering=0) as stream:  # a buffer would be written again on close
         whole = _end_of_last_line(stream)
         stream.truncate(whole)
         rest = memoryview(text.encode())
@@ -81,14 +80,15 @@ def append_text(path: Path, text: str, *, key: str = "run.dir") -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Return where this process writes before it renames to `path`: a hidden sibling that names process and machine."""
+    """Return the file that this process writes and then renames to `path`: hidden, named by process and machine."""
     return path.with_name(f".{path.name}.{os.getpid()}@{os.uname().nodename}{PARTIAL}")
 
 
 def remove_left_partials(folder: Path, pattern: str = ".*") -> int:
     """Remove the partial files and folders in `folder` that killed processes left; return how many.
 
-    Those of this machine where the process is gone; those of another one where they were not touched for an hour.
+    Partial files of this machine are removed if their process has ended. Those of another machine are removed if they
+    were not modified for an hour.
     """
     removed = 0
     for path in folder.glob(f"{pattern}{PARTIAL}"):
@@ -111,7 +111,7 @@ def _is_left_over(path: Path) -> bool:
 
 @contextmanager
 def writing(path: Path, *, key: str = "run.dir") -> Iterator[None]:
-    """Turn an OSError of the block, which writes `path`, into the `DataError` of one line that the user sees."""
+    """Turn an OSError of the block, which writes `path`, into a `DataError` with one line for the user."""
     try:
         yield
     except OSError as error:
@@ -119,7 +119,7 @@ def writing(path: Path, *, key: str = "run.dir") -> Iterator[None]:
 
 
 def cannot_write(path: Path, error: OSError, *, key: str = "run.dir") -> str:
-    """Return why `path` cannot be written and what to do about it, one line that names `key`."""
+    """Return one line that says why `path` cannot be written and what to do; it names `key`."""
     reason = error.strerror or str(error)
     if error.errno in _FULL:
         return f"cannot write {shown(path)}: {reason}; make room there and run it again, or set {key} to another place"
@@ -127,7 +127,7 @@ def cannot_write(path: Path, error: OSError, *, key: str = "run.dir") -> str:
 
 
 def shown(path: Path | str) -> str:
-    """Return a path as a message shows it: on one line, control characters and bytes that are no text escaped."""
+    """Return a path for a message: on one line, with control characters and undecodable bytes escaped."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
@@ -135,7 +135,7 @@ def shown(path: Path | str) -> str:
 def sync(path: Path) -> None:
     """Flush a file, or the names in a directory, to the disk. Raises OSError.
 
-    Some file systems (FUSE, CIFS) do not flush directories; there a machine that crashes may lose the newest names.
+    Some file systems (FUSE, CIFS) do not flush directories. There, a crash of the machine may lose the newest names.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -150,7 +150,7 @@ def sync(path: Path) -> None:
 
 @cache
 def _told() -> set[int]:
-    """Devices of which `sync` has said that they do not flush directories."""
+    """Devices for which `sync` has already logged that they do not flush directories."""
     return set()
 
 
@@ -166,7 +166,7 @@ def _say_once(path: Path, error: OSError) -> None:
 
 
 def _end_of_last_line(stream: FileIO) -> int:
-    """The offset behind the last newline, found from the end."""
+    """The offset after the last newline, searched from the end."""
     end = stream.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 65536)
@@ -185,9 +185,9 @@ def file_digest(path: Path) -> str:
 
 
 def read_step_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file in order; a last line cut off by a crash is left out, no file is no lines.
+    """Return the lines of a metrics file in order; [] if there is no file. An incomplete last line is left out.
 
-    Raises `DataError` where another line is not one of ours.
+    Raises `DataError` if any other line is not a step record.
     """
     try:
         text = path.read_bytes().decode(errors="replace")
@@ -197,7 +197,7 @@ def read_step_lines(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{shown(path)}: cannot be read: {error.strerror}; restore it or move it away") from error
     records = []
     lines = text.split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
+    for number, line in enumerate(lines[:-1], start=1):  # text after the last newline is incomplete
         try:
             record = json.loads(line)
             record["step"] = int(record["step"])

@@ -1,15 +1,15 @@
-"""Text that somebody else wrote (a server, a log, a file) as one printable line of a message.
+"""Turns foreign text (from a server, a log or a file) into one printable line for a message.
 
-Not for our own words. Invariant: what `one_line` returns holds no line break, no terminal escape and no character that
-changes the order or the look of what stands around it, so nobody can write a second line into our log.
+Our own texts do not need this. Invariant: the result of `one_line` has no line break, no terminal escape and no
+character that changes the order or the look of the text around it. So nobody can write a second line into our log.
 """
 
 LONGEST = 300
-"""Characters of foreign text in one message."""
+"""Most characters of foreign text in one message."""
 
 
 def one_line(text: object, longest: int = LONGEST) -> str:
-    """Return the words of `text` on one line, at most `longest` characters; what is not printable is escaped.
+    """Return the words of `text` on one line, at most `longest` characters. Unprintable characters are escaped.
 
     `"\\x1b[2Jgone\\nerror: x"` becomes `"\\\\x1b[2Jgone error: x"`.
     """

@@ -1,8 +1,8 @@
-"""Where log lines and bars of this process go: one set-up, with one format, for every command and every rank.
+"""Sets up log lines and progress bars of this process, with one format for every command and every rank.
 
-Not for what is said (each module's logger) or when (`progress`). Invariants: rank 0 tells what it does, the other ranks
-only what is wrong; a line never tears the bar of a terminal, and the bar never tears a line; colours and bars are for
-terminals alone, colours only where NO_COLOR is not set.
+The texts come from each module's logger, and `progress` decides when a bar or line is due. Invariants: rank 0 logs from
+INFO on, the other ranks only warnings and errors. Log lines and bars never garble each other. Bars and colours appear
+only on terminals, and colours only if NO_COLOR is not set.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ OWN_LOGGERS = ("tropd_mcore", "examples", "conversion", "benchmarks")
 """Loggers of this project, which rank 0 shows from INFO on."""
 
 NOISY_LOGGERS = ("megatron", "httpx", "transformers", "torch", "asyncio", "filelock")
-"""Libraries that announce what no user can act upon."""
+"""Libraries whose messages below ERROR no user can act on."""
 
 _CLEAR_LINE = "\r\x1b[K"
 
 
 def configure(rank: int = 0) -> None:
-    """Set logging up for this process. Does nothing to the handlers of a program that has set up its own."""
-    # Read by transformers when it is imported: its bars and its advice, per process.
+    """Set up logging for this process. If the program has its own handlers, they are left alone."""
+    # transformers reads these at import; they turn off its bars and advice in every process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for noisy in NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # Megatron, torch and transformers announce deprecations of each other in every process.
+    # Megatron, torch and transformers warn about each other's deprecations in every process.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
     for own in OWN_LOGGERS:
         logging.getLogger(own).setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -65,7 +65,7 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def columns(stream: TextIO) -> int:
-    """Return the width of the terminal `stream`; 80 where it does not say."""
+    """Return the width of the terminal `stream`; 80 if it is unknown."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
@@ -73,12 +73,12 @@ def columns(stream: TextIO) -> int:
 
 
 def printable(text: str) -> str:
-    """Return `text` without the control characters by which a foreign text could move a terminal's cursor."""
+    """Return `text` with control characters replaced by "?", so that foreign text cannot move a terminal's cursor."""
     return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
 
 
 class Bar:
-    """One bar at the bottom of a terminal (tqdm), for the work that speaks at the moment."""
+    """One bar (tqdm) at the bottom of a terminal, for the work that is reported at the moment."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -88,7 +88,7 @@ class Bar:
         self._lock = bars.get_lock()
 
     def draw(self, state: progress.Progress, now: float) -> None:
-        """Show `state` in place of what is there."""
+        """Show `state` in place of the current bar."""
         with self._lock:
             if self._state is not state or self._bar is None:
                 self._close()
@@ -99,7 +99,7 @@ class Bar:
             self._bar.refresh()
 
     def clear(self, state: progress.Progress) -> None:
-        """Take away what is there, if it shows `state`."""
+        """Remove the bar if it shows `state`."""
         with self._lock:
             if self._state is state:
                 self._close()
@@ -118,8 +118,8 @@ class Bar:
             file=self._stream,
             leave=False,
             ncols=columns(self._stream),
-            nrows=20,  # else nothing is drawn where the terminal does not say how high it is
-            delay=1.0,  # not in the constructor, which knows neither what is done nor since when
+            nrows=20,  # otherwise nothing is drawn on a terminal of unknown height
+            delay=1.0,  # no drawing in the constructor, which does not know the count and the start time yet
             colour="green" if has_colour(self._stream) else None,
         )
         bar.delay, bar.start_t = 0.0, bar.start_t - (now - state.begun)
@@ -132,7 +132,7 @@ class Bar:
 
 
 def _bars() -> type[Tqdm]:
-    """The class of our bars. Without tqdm's own thread, and with a lock of this process alone: no semaphore files."""
+    """The class of our bars: without tqdm's own thread, and with a lock of this process only (no semaphore files)."""
     global _bar_class
     if _bar_class is None:
         from tqdm.std import tqdm
@@ -150,7 +150,7 @@ _bar_class: type[Tqdm] | None = None
 
 @contextmanager
 def _beside_the_bar() -> Iterator[None]:
-    """Whatever terminal stream is written to in the block, no bar stands there; it is drawn again below."""
+    """Remove the bar while the block writes to a terminal stream, and draw it again below."""
     if _bar_class is None:
         yield
         return
@@ -159,7 +159,7 @@ def _beside_the_bar() -> Iterator[None]:
 
 
 class _Handler(logging.Handler):
-    """Writes whole lines to stderr, beside the bar."""
+    """Writes whole lines to stderr, above the bar."""
 
     def __init__(self, before: str) -> None:
         super().__init__()
@@ -177,14 +177,14 @@ class _Handler(logging.Handler):
 
 
 class _WholeLines:
-    """A terminal's stdout: what is printed appears line by line, beside the bar."""
+    """A terminal's stdout: printed text appears line by line, above the bar."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._begun = ""
 
     def write(self, text: str) -> int:
-        """Write the lines that are complete, keep the rest."""
+        """Write the complete lines and keep the rest."""
         whole, newline, self._begun = (self._begun + text).rpartition("\n")
         if newline:
             with _beside_the_bar():
@@ -193,7 +193,7 @@ class _WholeLines:
         return len(text)
 
     def flush(self) -> None:
-        """Write what has no line end yet."""
+        """Write the text of the incomplete line."""
         if self._begun:
             begun, self._begun = self._begun, ""
             self._stream.write(begun)

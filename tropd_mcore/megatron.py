@@ -1,6 +1,7 @@
-"""For Megatron-Core models in other trainers: hidden states in place of logits, for the loss to make its own.
+"""Connects the loss to Megatron-Core models in other trainers.
 
-Apart from the names of `tropd_mcore`, because it imports megatron. Not for our own trainer (`mcore.head`).
+The model returns hidden states instead of logits, and the loss computes the logits itself. `import tropd_mcore` does
+not load this module, because it imports megatron. The trainer of this project does not use it (see `mcore.head`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from tropd_mcore.mcore.head import OutputLayerTap
 
 
 class HiddenStates(OutputLayerTap):
-    """What `tap_output_layer` returns."""
+    """Handle that `tap_output_layer` returns."""
 
     def output_layer(self, hidden_TD: Tensor) -> OutputLayer:  # type: ignore[override]
-        """What `distill_loss` takes, of the hidden states [*T, D] that the model returned, or of some of them."""
+        """Return the argument for `distill_loss` from the hidden states [*T, D] that the model returned.
+
+        A selection of these hidden states is also allowed.
+        """
         return OutputLayer(hidden_TD, self.weight_WD, reduce_hidden_grad=self.reduces_hidden_gradient)
 
     def _select(
@@ -32,10 +36,10 @@ class HiddenStates(OutputLayerTap):
 
 
 def tap_output_layer(model: GPTModel, tp_group: ProcessGroup) -> HiddenStates:
-    """Let `model`, called without labels, return hidden states [b, s, D] in place of logits; call it before DDP wraps.
+    """Make `model` return hidden states [b, s, D] instead of logits when it is called without labels.
 
-    For the last pipeline stage. The layer stays where it is, with its weight and the hooks of the data-parallel
-    wrapper. With sequence parallelism the hidden states are gathered, and the backward of that gather sums their
-    gradient. Undo it with `tap.remove()`.
+    Call it on the last pipeline stage, before the model is wrapped in DDP. The output layer stays in the model with its
+    weight and the hooks of the data-parallel wrapper. With sequence parallelism the hidden states are gathered, and the
+    backward of that gather sums their gradient. Undo it with `tap.remove()`.
     """
     return HiddenStates(model, tp_group, bool(model.config.sequence_parallel))

@@ -1,9 +1,10 @@
-"""Signs of life of everything that takes long: what runs, how far it is, how much time is left.
+"""Progress reports of everything that takes long: what runs, how far it is, how much time is left.
 
-Not for the metrics of a step (`monitor`) and not for where lines go (`logs`, which also says whether there is a
-terminal). On a terminal there is one bar, in a log one plain line every few seconds. Invariants: nothing that runs
-inside `progress` is silent for longer than `report_every` allows; what ends within 5 s says nothing; where pieces of
-work are nested, only the innermost one speaks; the reporting thread ends with the outermost block, whatever that does.
+On a terminal this is one bar, in a log one plain line every few seconds. This module does not handle the metrics of a
+step (see `monitor`) and does not decide where lines go (see `logs`, which also detects terminals). Invariants: work
+inside `progress` is never silent for longer than `report_every` allows. Work that ends within 5 s reports nothing. If
+pieces of work are nested, only the innermost one reports. The reporting thread ends with the outermost block in any
+case.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from typing import Protocol, TypeVar
 Item = TypeVar("Item")
 
 EVERY_S = 10.0
-"""Seconds between two lines in a log unless `report_every` says otherwise (monitor.progress_every_s)."""
+"""Default seconds between two lines in a log; `report_every` changes it (monitor.progress_every_s)."""
 FIRST_S = 5.0
-"""Work that has lasted less says nothing."""
+"""Work is reported only after it has lasted this long."""
 STALLED_S = 30.0
-"""Seconds without anything done after which the line says so."""
+"""Seconds without progress after which the line says "nothing new for ..."."""
 TICK_S = 0.5
-"""Seconds between two looks of the reporting thread, and between two pictures of the bar."""
+"""Seconds between two checks of the reporting thread, and between two updates of the bar."""
 
 
 @dataclass(eq=False)
 class Progress:
-    """How far one piece of work is. `total` is None where nobody knows.
+    """The progress of one piece of work. `total` is None if it is unknown.
 
     `amount` is a second count whose rate is shown, in `amount_unit` (tokens, bytes), for example "412 tok/s".
     """
@@ -44,10 +45,10 @@ class Progress:
     note: str = ""
     begun: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
-    """When something was done last (monotonic seconds)."""
+    """Time of the last progress (monotonic seconds)."""
 
     def advance(self, count: int = 1, note: str | None = None, *, amount: float = 0.0) -> None:
-        """Say that `count` more units are done; `note` is shown beside them, and replaces the one before."""
+        """Record that `count` more units are done. `note` is shown beside them and replaces the previous note."""
         self.done += count
         self.amount += amount
         self.note = self.note if note is None else note
@@ -55,20 +56,20 @@ class Progress:
         tick()
 
     def rate(self, now: float) -> str:
-        """Return the rate of `amount`, for example "412 tok/s"; empty where nothing is counted."""
+        """Return the rate of `amount`, for example "412 tok/s"; empty if nothing is counted."""
         seconds = now - self.begun
         if not self.amount_unit or not self.amount or seconds <= 0:
             return ""
         return f"{_amount(self.amount / seconds)}{self.amount_unit}/s"
 
     def left_s(self, now: float) -> float | None:
-        """Return the seconds that are left if it goes on as until now; None where nobody knows."""
+        """Return the remaining seconds at the rate so far; None if it is unknown."""
         if not self.total or not self.done:
             return None
         return (now - self.begun) / self.done * max(self.total - self.done, 0)
 
     def line(self, now: float) -> str:
-        """Return all that is known as one line, for a log."""
+        """Return everything that is known as one line for a log."""
         parts = [self._how_far(now), self.rate(now), self.note]
         if now - self.moved >= STALLED_S and (self.total is not None or self.done):
             parts.append(f"nothing new for {duration(now - self.moved)}")
@@ -86,57 +87,57 @@ class Progress:
 
 
 class Display(Protocol):
-    """Where the bar of a terminal is drawn (`logs`)."""
+    """An object that draws the bar of a terminal (`logs`)."""
 
     def draw(self, state: Progress, now: float) -> None:
-        """Show `state` in place of what is there."""
+        """Show `state` in place of the current bar."""
 
     def clear(self, state: Progress) -> None:
-        """Take away what is there, if it shows `state`."""
+        """Remove the bar if it shows `state`."""
 
 
 def duration(seconds: float) -> str:
-    """Return `seconds` as a reader says it: "40 s", "12 min", "3.5 h"."""
+    """Return `seconds` in a readable unit: "40 s", "12 min", "3.5 h"."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _amount(value: float) -> str:
-    """With three digits or more, and the prefix of its unit: "0.82 ", "412 ", "51.3 k", "812.4 M"."""
+    """A short number with the prefix of its unit: "0.82 ", "412 ", "51.3 k", "812.4 M"."""
     if value < 1e4:
         return f"{value:.0f} " if value >= 100 else f"{value:.3g} "
     return f"{value / 1e3:.1f} k" if value < 1e6 else f"{value / 1e6:.1f} M"
 
 
 def activity() -> str:
-    """Return what this process is at, for messages about it; empty where nothing long runs.
+    """Return what this process is doing, for messages about it; empty if nothing long runs.
 
-    Takes no lock: who watches a rank asks for it, and a terminal that takes no output must not stop that.
+    Takes no lock, because the watchdog of a rank calls it, and a blocked terminal must not block the watchdog.
     """
     top = _stack[-1:]
     return top[0].what if top else ""
 
 
 def ticks() -> int:
-    """Return a number that grows whenever this process gets on with anything."""
+    """Return a number that grows whenever this process makes progress."""
     return _ticks
 
 
 def tick() -> None:
-    """Say that this process gets on with something that is not counted."""
+    """Record that this process made progress with work that is not counted."""
     global _ticks
     _ticks += 1
 
 
 def report_every(seconds: float) -> None:
-    """From now on, put at most `seconds` between two lines in a log (monitor.progress_every_s)."""
+    """Set the largest number of seconds between two lines in a log (monitor.progress_every_s)."""
     global _every_s
     _every_s = seconds
 
 
 def report_on(display: Display | None) -> None:
-    """From now on, draw a bar on `display` in place of lines; None: lines in the log."""
+    """Draw a bar on `display` from now on, in place of log lines; None: log lines."""
     global _display
     _display = display
 
@@ -150,9 +151,9 @@ def progress(
     unit: str = "",
     amount_unit: str = "",
 ) -> Iterator[Progress]:
-    """Report `what` until the block ends; the block says how far it is by `advance`.
+    """Report `what` until the block ends. The block reports its progress with `advance`.
 
-    `total` counts `unit`s; without it the line says how long it has been. See `Progress` for `amount_unit`.
+    `total` is a number of `unit`s. Without it, the line shows the time so far. See `Progress` for `amount_unit`.
     """
     state = Progress(what, total, unit, amount_unit)
     _enter(state, log)
@@ -163,14 +164,14 @@ def progress(
 
 
 def counted(items: Iterable[Item], state: Progress) -> Iterator[Item]:
-    """Yield the items, and count each when the next one is asked for."""
+    """Yield the items and count each one when the next is requested."""
     for item in items:
         yield item
         state.advance()
 
 
 def heard() -> None:
-    """Take note that a line has just been written: the next sign of life has time."""
+    """Record that a log line was just written, so that the next progress line can wait."""
     global _said
     _said = time.monotonic()
 
@@ -212,7 +213,7 @@ def _leave(state: Progress) -> None:
 
 
 class _Reporter(threading.Thread):
-    """Looks at the stack until it is empty; speaks for the innermost work that has lasted long enough."""
+    """A thread that reports the innermost work that has lasted long enough, until the stack is empty."""
 
     def __init__(self, log: logging.Logger) -> None:
         super().__init__(name="progress", daemon=True)

@@ -1,7 +1,8 @@
-"""Signals that act at once, also while the main thread is inside C code, and processes that end with their parent.
+"""Signals that are handled at once, even while the main thread runs C code, and processes that end with their parent.
 
-Not for what a signal means (`train.launch`, `train.__main__` and `cli` decide). Invariants: a signal whose disposition
-was "ignore" when the process began (nohup, `&` of a script) stays ignored; a listener never runs twice at a time.
+This module does not decide what a signal means (see `train.launch`, `train.__main__` and `cli`). Invariants: a signal
+that was ignored when the process began (nohup, `&` of a script) stays ignored. A listener is never called twice at the
+same time.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 LAUNCHER_VARIABLE = "TROPD_LAUNCHER_PID"
-"""Our launcher leaves its pid here for its ranks."""
+"""Environment variable in which our launcher passes its pid to its ranks."""
 SECOND_S = 1.0
-"""A terminal and a wrapper may pass the same Ctrl-C on twice; a person takes longer than this."""
+"""Two SIGINTs within this time count as one Ctrl-C, because a terminal and a wrapper may both deliver it."""
 
 
 def listen(
@@ -28,13 +29,13 @@ def listen(
     hear: Callable[[signal.Signals], None],
     handler: Callable[[int, object], None] | None = None,
 ) -> None:
-    """Call `hear` in a thread of its own for each of these signals that arrives, at once.
+    """Call `hear` immediately, in a separate thread, for each arriving signal in `numbers`.
 
-    `handler` runs in the main thread, once that is out of C code; without it the main thread goes on undisturbed, and a
-    second SIGINT, at least SECOND_S after the first, ends the process at once. Only from the main thread, once per
-    process.
+    `handler` runs in the main thread as soon as that leaves C code. Without `handler`, the main thread is not
+    disturbed, and a second SIGINT, at least SECOND_S after the first, ends the process at once. Call this only from the
+    main thread and once per process.
     """
-    # the kernel side of Python's handler writes to the descriptor at once; the Python side waits for the main thread
+    # the C part of Python's handler writes to the descriptor at once; the Python part waits for the main thread
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     act = handler or _second_at_once()
@@ -60,7 +61,7 @@ def _second_at_once() -> Callable[[int, object], None]:
 def die_with_parent(expected: int | None = None) -> None:
     """Ask the kernel for SIGKILL when the process that started this one ends; exit at once if it already has.
 
-    `expected` is the pid of that process where it is known.
+    `expected` is the pid of that process, if known.
     """
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -71,9 +72,9 @@ def die_with_parent(expected: int | None = None) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End this process now, from any thread, without the clean-up of other threads; what was printed is flushed."""
+    """End this process now, from any thread, without the clean-up of other threads. Printed text is flushed first."""
     for stream in (sys.stdout, sys.stderr):
-        # a terminal that is gone, or a thread that holds the stream's lock, does not keep the process
+        # flush in a thread, so that a lost terminal or a held stream lock cannot block the exit
         flusher = threading.Thread(target=_flush, args=(stream,), daemon=True)
         flusher.start()
         flusher.join(1.0)
@@ -81,7 +82,7 @@ def end(code: int) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Write one line to stderr; a terminal that is gone is no error, and a bar that a rank left there is wiped."""
+    """Write one line to stderr and erase a bar that a rank left there. A lost terminal is not an error."""
     try:
         wipe = "\r\x1b[K" if os.isatty(2) and os.environ.get("TERM", "") not in ("", "dumb") else ""
         os.write(2, f"{wipe}{line}\n".encode(errors="backslashreplace"))

@@ -1,10 +1,10 @@
-"""The values that travel between the parts of one training step; each is frozen and made once.
+"""The records that the parts of one training step exchange; each is frozen and created once.
 
 Prompt -> Rollout -> MicroBatch (+ StudentPass, TeacherScores, RowContext) -> TokenTable -> metrics.
 
 Per-sample arrays are numpy on the host. Per-token tensors of a `MicroBatch` are torch. A *row* is a position whose
-next token is supervised: `rows` lists those positions, and everything the loss sees has one entry a row, indexed by
-the *predicted* token. The shift by one is done once, in `data.packing`, before any context-parallel split.
+next token is supervised. `rows_T` lists these positions, and everything that the loss sees has one entry per row,
+indexed by the *predicted* token. The shift by one is done once, in `data.packing`, before any context-parallel split.
 
 Shapes: S samples in a pack, P positions on this context-parallel rank, T rows on this rank, K teacher top-k, L student
 top-k, D hidden size of the teacher.
@@ -27,7 +27,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One rendered prompt. `teacher_response_ids` has no EOS; it is None where no response is stored."""
+    """One rendered prompt. `teacher_response_ids` has no EOS; it is None if no response is stored."""
 
     prompt_id: str
     token_ids: IntArray
@@ -45,25 +45,25 @@ class SampleRequest:
     prefix_ids: IntArray
     max_new_tokens: int
     carries_prefix_loss: bool
-    """True in one of the samples that share a prompt and its prefix, so that the prefix counts once; in none where the
-    objective has no term for it"""
+    """True in exactly one of the samples that share a prompt and its prefix, so that the prefix counts once. False in
+    all if the objective has no term for prefixes"""
     answer: str | None
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled continuation with what decided it. All arrays over the response have its length."""
+    """A sampled continuation with its log-probs and uniforms. All arrays over the response have its length."""
 
     sample_id: str
     prompt_id: str
     prompt_ids: IntArray
     prefix_ids: IntArray
     response_ids: IntArray
-    """EOS included where the student ended by itself."""
+    """Includes EOS if the student ended by itself."""
     rollout_logp: FloatArray
     """Log-prob (nats) of each response token at the rollout temperature, from the rollout engine."""
     trust_u: FloatArray
-    """One uniform in [0, 1) a response token, drawn from (run seed, step, sample id)."""
+    """One uniform in [0, 1) per response token, drawn from (run seed, step, sample id)."""
     policy_version: str
     finish_reason: str
     """`stop` (EOS) or `length`."""
@@ -114,7 +114,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """What the teacher says of the rows of one `MicroBatch`, on the last pipeline stage; full-vocabulary log-probs."""
+    """The teacher's scores of the rows of one `MicroBatch`, on the last pipeline stage. Full-vocabulary log-probs."""
 
     logp_T: Tensor
     """float32 [T], log q of the predicted token, nats"""
@@ -125,23 +125,23 @@ class TeacherScores:
     tail_mass_T: Tensor
     """float32 [T], 1 - sum of the top-k probabilities, in [0, 1]"""
     entropy_T: Tensor | None
-    """float32 [T], full-vocabulary entropy, nats; None where the scorer cannot give it"""
+    """float32 [T], full-vocabulary entropy, nats; None if the scorer cannot give it"""
     scored_T: Tensor
-    """bool [T], False where the teacher failed on the sample: those rows leave the loss and its denominator"""
+    """bool [T], False if the teacher failed on the sample; such rows leave the loss and its denominator"""
     logp_of_student_topk_TL: Tensor | None = None
-    """float32 [T, L], true log q of the student's own candidates, -inf where the teacher's vocabulary lacks the id;
-    None where the scorer was not asked for them"""
+    """float32 [T, L], true log q of the student's own candidates, -inf if the teacher's vocabulary lacks the id; None
+    if the scorer was not asked for them"""
     hidden_TD: Tensor | None = None
-    """[T, D] in the teacher's dtype, input of its output layer; a teacher in this process and objectives over the whole
-    vocabulary only, never stored on disk"""
+    """[T, D] in the teacher's dtype, input of its output layer. Only for a teacher in this process and an objective
+    over the whole vocabulary; never stored on disk"""
     excluded_T: Tensor | None = None
-    """int32 [T], tokens that only the teacher has among its K best, which are no candidates (`teacher.extra_tokens`);
-    None where there are no such tokens"""
+    """int32 [T], number of the teacher's K best tokens that only the teacher has, and that are therefore no candidates
+    (`teacher.extra_tokens`); None if the teacher has no such tokens"""
 
 
 @dataclass(frozen=True)
 class StudentPass:
-    """What the student says of the rows of one `MicroBatch` before the first update on the rollout batch.
+    """The student's log-probs of the rows of one `MicroBatch` before the first update on the rollout batch.
 
     On the last pipeline stage, without gradients, at the rollout temperature.
     """
@@ -151,16 +151,16 @@ class StudentPass:
     entropy_T: Tensor
     """float32 [T], full-vocabulary entropy, nats"""
     own_ids_TL: Tensor
-    """int64 [T, L], the student's own candidates by descending log p, ties by lower id; L = 0 where none are needed"""
+    """int64 [T, L], the student's own candidates by descending log p, ties by lower id; L = 0 if none are needed"""
     own_logp_TL: Tensor
     """float32 [T, L], true log p of them, nats"""
 
 
 @dataclass(frozen=True)
 class RowContext:
-    """What was made once for the whole rollout batch, before its first update, of the rows of one `MicroBatch`.
+    """Per-row values computed once per rollout batch, before its first update, for the rows of one `MicroBatch`.
 
-    None where the objective does not need it. Exists on the last pipeline stage only.
+    A field is None if the objective does not need it. Exists on the last pipeline stage only.
     """
 
     old_logp_T: Tensor | None = None
@@ -168,7 +168,7 @@ class RowContext:
     reference_logp_T: Tensor | None = None
     """float32 [T], its log-prob under the frozen reference model, nats"""
     statistic_T: Tensor | None = None
-    """float32 [T], what the objective's statistic over the batch says of the row (`parts.batch_statistics`)"""
+    """float32 [T], the row's value of the objective's batch statistic (`parts.batch_statistics`)"""
     own_ids_TL: Tensor | None = None
     """int64 [T, L], the student's own candidates"""
     old_own_logp_TL: Tensor | None = None
@@ -179,16 +179,15 @@ class RowContext:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The step's per-row results of all ranks on rank 0, one numpy array a column, ordered by sample, token and epoch.
+    """The step's per-row results of all ranks on rank 0: one numpy array per column, by sample, token and epoch.
 
-    A row for each time that an update looked at a token, which is once an epoch. Columns: sample_index, token_index,
-    epoch (from 0), on (bool), off (bool), impossible (bool: the teacher's log q is -inf, and teacher_logp its floor),
-    excluded (candidates that only the teacher's tokenizer has; NaN where there are no such tokens),
-    trusted (weight of the gate), student_logp (at that update), old_logp (before the first), rollout_logp,
-    teacher_logp, log_ratio, loss, divergence (nats; NaN where not computed), advantage, ratio (p / p_old), clipped (1
-    where PPO's clip holds the gradient at 0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A),
-    student_mass (c_A), topk_overlap (NaN if not computed), clipped_entries (of `opsd` only: entries of the divergence
-    that its bound holds; NaN where not computed).
+    Each token has one row per epoch, in which one update trains on it. Columns: sample_index, token_index, epoch (from
+    0), on (bool), off (bool), impossible (bool: the teacher's log q is -inf, and teacher_logp is the floor), excluded
+    (number of candidates that only the teacher's tokenizer has; NaN if it has no such tokens), trusted (weight of the
+    gate), student_logp (at that update), old_logp (before the first), rollout_logp, teacher_logp, log_ratio, loss,
+    divergence (nats; NaN if not computed), advantage, ratio (p / p_old), clipped (1 if PPO's clip makes the gradient
+    0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A), student_mass (c_A), topk_overlap (NaN if
+    not computed), clipped_entries (`opsd` only: number of clipped entries of the divergence; NaN if not computed).
     """
 
     columns: dict[str, npt.NDArray[np.generic]]
@@ -199,12 +198,12 @@ class TokenTable:
 
 @dataclass(frozen=True)
 class OptimizerReport:
-    """One optimizer step as it happened, or that none did because no token counted (`token_count` 0)."""
+    """The report of one optimizer step, or of a skipped one because no token counted (`token_count` 0)."""
 
     grad_norm: float
     """Global L2 norm before clipping; 0 without an optimizer step."""
     learning_rate: float
-    """Of the last optimizer step that was made."""
+    """Learning rate of the last optimizer step that was made."""
     loss: float
     """Sum of the surrogate over all rows / token_count, nats."""
     token_count: int

@@ -1,4 +1,4 @@
-"""A small arithmetic task with its tokenizer and two models, made from nothing: the example that the quickstart runs.
+"""A small arithmetic task with a tokenizer and two models, made from scratch. The quickstart runs this example.
 
-Not part of the library: nothing in `tropd_mcore` imports it.
+It is not part of the library: nothing in `tropd_mcore` imports it.
 """

@@ -1,7 +1,7 @@
 """Make the two models: Qwen3 from random weights, supervised training on worked answers, greedy accuracy.
 
-Not for distillation (that is what the example is an input of). Invariants: everything drawn comes from the seed in the
-settings; a problem that is held out is never trained on.
+This module does not distil; its models are the input of a distillation run. Invariants: all random numbers come from
+the seed in the settings. A held-out problem is never trained on.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tropd_mcore.progress import progress
 log = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-"""The label that transformers leaves out of its loss."""
+"""The label that the loss of transformers ignores."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A problem as ids: the rendered prompt, and the worked answer with its EOS as written and as it should go on."""
+    """A problem as token ids: the prompt, the worked answer as written, and as labels; both answers end with EOS."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -37,7 +37,7 @@ class Example:
 
 
 def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem, slip: Slip | None = None) -> Example:
-    """The ids of a problem and of its worked answer. Written and right differ in digits, so in no length."""
+    """Return the ids of a problem and its worked answer. Written and right text differ in digits, not in length."""
     prompt = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False)
     answer = work(problem.a, problem.b, slip)
     written, right = (
@@ -50,7 +50,7 @@ def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem, slip: S
 def new_model(
     settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, max_positions: int, seed: int
 ) -> Qwen3ForCausalLM:
-    """A Qwen3 with random float32 weights."""
+    """Return a Qwen3 model with random float32 weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=settings.vocab_size,
@@ -83,7 +83,7 @@ def pretrain(
     *,
     what: str,
 ) -> None:
-    """Train `model` in place on fresh problems. `what` is the model's name, for the signs of life."""
+    """Train `model` in place on fresh problems. `what` is the model's name for the progress line."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -106,7 +106,7 @@ def pretrain(
 def greedy_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, max_new_tokens: int
 ) -> str:
-    """`right/all` of the greedy answers, judged by what stands after `####`."""
+    """Return `right/all` for the greedy answers, judged by the text after `####`."""
     responses = _greedy_responses(model, tokenizer, problems, max_new_tokens)
     texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
     right = [
@@ -119,7 +119,7 @@ def greedy_accuracy(
 def _greedy_responses(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], max_new_tokens: int
 ) -> list[list[int]]:
-    """One response a problem, padded after its EOS."""
+    """One response per problem, padded after its EOS."""
     model.eval()
     prompts = [encode_problem(tokenizer, problem).prompt_ids for problem in problems]
     width = max(len(prompt) for prompt in prompts)
@@ -135,7 +135,7 @@ def _greedy_responses(
 def _example_drawer(
     tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings, random: Random
 ) -> Callable[[Problem], Example]:
-    """How a problem becomes a training example under the settings."""
+    """Return the function that turns a problem into a training example under the settings."""
     slips = random_slips(random, settings.random_slip_rate)
 
     def draw(problem: Problem) -> Example:

@@ -1,6 +1,7 @@
-"""Every number that decides what the example contains; two instances, `FULL` (the quickstart) and `TINY` (CI).
+"""All settings of the example, with two instances: `FULL` (quickstart) and `TINY` (CI).
 
-Not for run settings (see configs/). The settings and the source of this folder give the content hash of the cache.
+Settings of training runs are in configs/. The cached example is identified by a hash of the settings and of the source
+files in this folder.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ class ModelSettings:
     num_layers: int
     intermediate_size: int
     vocab_size: int
-    """Rows of the embedding: the tokenizer's size, padded; the padding differs between teacher and student."""
+    """Rows of the embedding: the tokenizer's size plus padding, which differs between teacher and student."""
     tied: bool
-    """Input and output embeddings are one matrix."""
+    """Whether input and output embeddings are one matrix."""
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
@@ -26,15 +27,15 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Supervised training on freshly drawn worked answers."""
+    """Supervised training on newly drawn worked answers."""
 
     max_steps: int
     learning_rate: float
-    """Peak, after a linear warm-up; decays along a cosine to a tenth."""
+    """Peak value after a linear warm-up; it decays along a cosine to a tenth."""
     random_slip_rate: float = 0.0
-    """Rate of wrong digits in half of the inputs; the labels are right, so the model goes on well after a mistake."""
+    """Rate of wrong digits in half of the inputs. The labels are right, so the model learns to continue after them."""
     forget_carry_from: int | None = None
-    """A bad habit: a carry out of a column of at least this sum is mostly forgotten, in inputs and labels."""
+    """A bad habit: carries out of a column with at least this sum are mostly forgotten, in inputs and labels."""
     forget_carry_probability: float = 0.85
     warmup_steps: int = 20
     batch_size: int = 32
@@ -55,7 +56,7 @@ class ExampleSettings:
     student_training: PretrainSettings
     max_response_tokens: int = 64
     tokenizer_texts: int = 2000
-    """Conversations that the tokenizer is trained on."""
+    """Number of conversations that the tokenizer is trained on."""
     max_positions: int = 512
     seed: int = 20
 
@@ -84,4 +85,4 @@ TINY = ExampleSettings(
         max_steps=320, learning_rate=5e-3, forget_carry_from=10, forget_carry_probability=0.9
     ),
 )
-"""The same in small, for CI: sums of two-digit numbers."""
+"""A small version for CI: sums of two-digit numbers."""

@@ -1,7 +1,7 @@
-"""The task: add two numbers column by column, carry included, and end with a line `#### answer`.
+"""The task: add two numbers column by column, with carries, and end with a line `#### answer`.
 
-Not for ids (see `tokenizer`) or for judging answers (see `tropd_mcore.data.verify`). Invariants: one worked answer a
-problem; a problem is in at most one split, whichever way round its operands are written.
+This module does not tokenize (see `tokenizer`) and does not judge answers (see `tropd_mcore.data.verify`). Invariants:
+a problem has one worked answer. A problem is in at most one split, in whichever order its operands are written.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from random import Random
 from typing import Literal
 
 QUESTIONS = ("What is {a} + {b}?", "Compute {a} + {b}.", "Add {a} and {b}.")
-"""The ways to ask; each names both operands once, in order."""
+"""The forms of a question. Each has both operands once, in order."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A sum of two natural numbers and the way it is asked."""
+    """A sum of two natural numbers, and the form of the question."""
 
     a: int
     b: int
@@ -34,7 +34,7 @@ class Problem:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The same for problems that ask for the same sum."""
+        """Equal for problems with the same two operands."""
         return min(self.a, self.b), max(self.a, self.b)
 
     @property
@@ -44,9 +44,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class WorkedAnswer:
-    """A worked answer with slips: `written` as it stands, `right` what should have come after what is written so far.
+    """A worked answer with mistakes (slips).
 
-    The two have the same length and differ in digits only.
+    `written` is the text with the slips. `right` has, at each position, the right continuation of what was written
+    before it. The two have the same length and differ only in digits.
     """
 
     written: str
@@ -55,7 +56,7 @@ class WorkedAnswer:
 
 Place = Literal["operand", "carry", "tens", "units"]
 Slip = Callable[[Place, int, int], int]
-"""(place, right digit, sum of the column before) -> the digit that is written."""
+"""(place, right digit, sum of the previous column) -> the digit to write."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Splits:
 
 
 def work(a: int, b: int, slip: Slip | None = None) -> WorkedAnswer:
-    """Add column by column, lowest first: a line `x+y+carry=sum` each, the sum in two digits, then `#### answer`.
+    """Add column by column, lowest first: one line `x+y+carry=sum` per column, sum in two digits, then `#### answer`.
 
-    After a slip the work goes on with what is written: a wrong carry gives the sum of that line, a wrong sum gives the
-    carry of the next line and a digit of the answer.
+    After a slip the work continues from what is written. A wrong carry enters the sum of its line. A wrong sum gives
+    the carry of the next line and a digit of the answer.
     """
     columns = max(len(str(a)), len(str(b)))
     written: list[str] = []
@@ -103,12 +104,12 @@ def work(a: int, b: int, slip: Slip | None = None) -> WorkedAnswer:
 
 
 def worked_answer(a: int, b: int) -> str:
-    """The worked answer without a slip."""
+    """Return the worked answer without slips."""
     return work(a, b).written
 
 
 def random_slips(random: Random, rate: float) -> Slip:
-    """Each digit is wrong at `rate`: a carry and the tens of a sum become the other of 0 and 1, the rest any digit."""
+    """Return slips at `rate` per digit. Carries and tens of a sum flip between 0 and 1; other digits become random."""
 
     def slip(place: Place, digit: int, before: int) -> int:
         if random.random() >= rate:
@@ -119,7 +120,7 @@ def random_slips(random: Random, rate: float) -> Slip:
 
 
 def forgotten_carries(random: Random, from_sum: int, probability: float) -> Slip:
-    """A carry out of a column whose sum is at least `from_sum` is forgotten with `probability`."""
+    """Return slips that forget a carry with `probability` if the previous column's sum is at least `from_sum`."""
 
     def slip(place: Place, digit: int, before: int) -> int:
         forgets = place == "carry" and digit > 0 and before >= from_sum and random.random() < probability
@@ -129,7 +130,7 @@ def forgotten_carries(random: Random, from_sum: int, probability: float) -> Slip
 
 
 def draw_problem(random: Random, min_digits: int, max_digits: int) -> Problem:
-    """One random problem: the number of digits uniform for each operand, then the operand uniform among those."""
+    """Draw a problem: for each operand, first a uniform number of digits, then a uniform number of that length."""
 
     def operand() -> int:
         digits = random.randint(min_digits, max_digits)
@@ -139,7 +140,7 @@ def draw_problem(random: Random, min_digits: int, max_digits: int) -> Problem:
 
 
 def make_splits(random: Random, *, min_digits: int, max_digits: int, train: int, heldout: int) -> Splits:
-    """`heldout` and then `train` problems, all of different sums."""
+    """Draw `heldout` and then `train` problems, all with different pairs of operands."""
     seen: set[tuple[int, int]] = set()
     problems: list[Problem] = []
     while len(problems) < train + heldout:
@@ -151,7 +152,7 @@ def make_splits(random: Random, *, min_digits: int, max_digits: int, train: int,
 
 
 def problem_stream(random: Random, *, min_digits: int, max_digits: int, exclude: Splits) -> Iterator[Problem]:
-    """Endless problems for supervised training, none of which is held out."""
+    """Yield problems for supervised training without end; none of them is held out."""
     held_out = {problem.key for problem in exclude.heldout}
     while True:
         problem = draw_problem(random, min_digits, max_digits)

@@ -1,7 +1,7 @@
-"""The tokenizer: byte-level BPE in which every digit is a token of its own, with chat markers and a chat template.
+"""The tokenizer: byte-level BPE in which every digit is a separate token, with chat markers and a chat template.
 
-Not for prompts at run time (see `tropd_mcore.data.chat`). Invariant: a response starts with a digit and a digit never
-merges, so encoding a prompt and its response apart gives the ids of the whole.
+Prompts at run time are rendered by `tropd_mcore.data.chat`. Invariant: a response starts with a digit and digits never
+merge. So encoding prompt and response separately gives the same ids as encoding them together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], *, max_positions: int, vocab_limit: int = 320) -> PreTrainedTokenizerFast:
-    """A fast tokenizer trained on `texts`; EOS is the end of a turn. Merges stop when no pair repeats."""
+    """Return a fast tokenizer trained on `texts`. EOS is the end of a turn. Merges stop when no pair repeats."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = ByteLevelDecoder()

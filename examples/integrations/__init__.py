@@ -1,1 +1,1 @@
-"""The loss in other training stacks, one file each, to copy from (docs/integrations.md)."""
+"""Adapters that use the loss in other training stacks. Each file is meant to be copied (docs/integrations.md)."""

@@ -1,12 +1,12 @@
-"""TrOPD in a Megatron-Core loop of your own: the model returns hidden states, the loss makes its logits chunk by chunk.
+"""TrOPD in your own Megatron-Core loop. The model returns hidden states; the loss computes logits chunk by chunk.
 
     tap = tap_output_layer(gpt_model, tp_group)          # before the data-parallel wrapper
     forward_step = make_forward_step(tap, VocabParallel(tp_group, vocab_size))
     get_forward_backward_func()(forward_step_func=forward_step, ...)
 
 A batch is a dict of tensors [b, s]: tokens, position_ids, labels (the next token), student_mask (bool), teacher_logp,
-teacher_ids and teacher_topk_logp [b, s, K], trust_u; equal on all tensor ranks. With calculate_per_token_loss=True in
-the model's configuration Megatron divides the sum once by the count of the whole batch.
+trust_u, and [b, s, K]: teacher_ids, teacher_topk_logp. All tensor ranks must have the same batch. With
+calculate_per_token_loss=True in the model's configuration, Megatron divides the sum once by the whole batch's count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OBJECTIVE = objectives.tropd()
 
 
 def loss_func(tap: HiddenStates, vp: VocabParallel, batch: dict[str, Tensor], output: Tensor) -> tuple[Any, ...]:
-    """(sum, number of tokens, numbers to report) of hidden states [b, s, D]."""
+    """Return (loss sum, number of tokens, numbers to report) for hidden states [b, s, D]."""
     out = distill_loss(
         tap.output_layer(output),
         batch["labels"],
@@ -39,7 +39,7 @@ def loss_func(tap: HiddenStates, vp: VocabParallel, batch: dict[str, Tensor], ou
 
 
 def make_forward_step(tap: HiddenStates, vp: VocabParallel) -> Callable[..., tuple[Tensor, Any]]:
-    """What Megatron's schedules call."""
+    """Return the forward step for Megatron's schedules."""
 
     def forward_step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)

@@ -1,12 +1,12 @@
-"""TrOPD as the forward step of Megatron-LM's `pretrain` or Megatron-Bridge's, of logits.
+"""TrOPD as the forward step of `pretrain` in Megatron-LM or Megatron-Bridge, computed from logits.
 
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, make_forward_step(vocab_size))    # Megatron-LM
     pretrain(config, make_forward_step(vocab_size))                                                    # Megatron-Bridge
 
-The batches are yours (dataloader type `external`): `get_batch` of these has fixed keys, without a teacher. Each is a
-dict of tensors [b, s]: tokens, position_ids, labels (the next token), student_mask (bool), teacher_logp, teacher_ids
-and teacher_topk_logp [b, s, K], trust_u. Tensor ranks must get the same one (on GPUs: tensor_parallel.broadcast_data,
-once for each dtype). Context ranks get the whole one: it is cut here. A model called without labels returns logits.
+You provide the batches (dataloader type `external`): the `get_batch` of both has fixed keys, without a teacher. Each is
+a dict of tensors [b, s]: tokens, position_ids, labels (the next token), student_mask (bool), teacher_logp, trust_u; and
+[b, s, K]: teacher_ids, teacher_topk_logp. Tensor ranks must get the same batch (tensor_parallel.broadcast_data on GPUs,
+once per dtype). Context ranks get the whole batch, which is cut here. Without labels, the model returns logits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, objectives
 
 OBJECTIVE = objectives.tropd()
-HYBRID = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters  # newer Megatron-Core asks for it
+HYBRID = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters  # required by newer Megatron-Core
 
 
 def loss_func(vocab_size: int, batch: dict[str, Tensor], output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum, number of tokens, what is reported) of logits [b, s, V / TP]; Megatron divides."""
+    """Return (loss sum, number of tokens, numbers to report) for logits [b, s, V / TP]; Megatron divides."""
     teacher = TeacherTopK(batch["teacher_logp"], batch["teacher_ids"], batch["teacher_topk_logp"])
     vp = VocabParallel(mpu.get_tensor_model_parallel_group(), vocab_size)
     given: Any = {"student_mask_T": batch["student_mask"], "trust_u_T": batch["trust_u"]}
@@ -37,7 +37,7 @@ def loss_func(vocab_size: int, batch: dict[str, Tensor], output: Tensor) -> tupl
 
 
 def make_forward_step(vocab_size: int) -> Callable[[Iterator[dict[str, Tensor]], Any], tuple[Tensor, Any]]:
-    """What the schedules call; `vocab_size` is the real one, without Megatron's padding."""
+    """Return the forward step for the schedules. `vocab_size` is the tokenizer's, without Megatron's padding."""
 
     def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
         options = {"is_hybrid_cp": False} if HYBRID else {}

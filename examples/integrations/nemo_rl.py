@@ -1,9 +1,9 @@
-"""Local support matching in NeMo-RL: a loss function of logits, in the place of `DistillationLossFn(loss_config)`.
+"""Local support matching in NeMo-RL: a loss function of logits that replaces `DistillationLossFn(loss_config)`.
 
-Logits are [B, S, V / TP], divided by the temperature already; data has input_ids, token_mask and sample_mask, and the
-teacher's top-k logits and ids of each position [B, S, K]. These come without their normaliser, so that only a
-renormalised divergence is right: KL(p~ || q~), both on the teacher's top-k. TrOPD needs true log q (nemo_rl_full.py).
-Packing calls once per sequence on slices of the logits, which are kept for that. Context parallelism is 1.
+Logits are [B, S, V / TP], already divided by the temperature. Data has input_ids, token_mask, sample_mask, and the
+teacher's top-k logits and ids per position [B, S, K]. They come without their normaliser, so only a renormalised
+divergence is correct: KL(p~ || q~), both on the teacher's top-k. TrOPD needs the true log q (see nemo_rl_full.py). With
+packing, the loss is called per sequence on slices of the logits and leaves them unchanged. Context parallelism is 1.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, objectives
 
 
 class LocalSupportMatching:
-    """The loss of the student's tokens, divided by the tokens of the whole batch, as NeMo-RL expects.
+    """The loss over the student's tokens, divided by the number of tokens in the whole batch, as NeMo-RL expects.
 
-    It is made on the driver and called in the workers; `group` is Megatron's tensor-parallel group there unless given.
+    It is created on the driver and called in the workers. `group` defaults to Megatron's tensor-parallel group there.
     """
 
     def __init__(self, vocab_size: int, group: ProcessGroup | None = None) -> None:
@@ -33,7 +33,7 @@ class LocalSupportMatching:
     def __call__(
         self, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor, logits: Tensor
     ) -> tuple[Tensor, dict[str, Any]]:
-        """(loss, numbers to report)."""
+        """Return (loss, numbers to report)."""
         group = self._group or import_module("megatron.core.parallel_state").get_tensor_model_parallel_group()
         length, logq = data["input_ids"].shape[1], data["teacher_topk_logits"].float().log_softmax(-1)
         mask = F.pad((data["token_mask"] * data["sample_mask"][:, None])[:, 1:], (0, 1)) > 0

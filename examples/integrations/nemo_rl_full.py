@@ -1,10 +1,10 @@
-"""TrOPD in full in NeMo-RL's Megatron workers, with patches/nemo_rl.patch applied and this repository on PYTHONPATH:
+"""Full TrOPD in NeMo-RL's Megatron workers, with patches/nemo_rl.patch applied and this repository on PYTHONPATH:
 
     run_distillation.py ... ++loss_fn.tropd_vocab_size=V ++teacher.tropd_vocab_size=V      # V: without padding
 
-The patch calls what is here. The top-k "logits" are then true log-probs [B, S, K + 1]: of the teacher's candidates, and
-last of the next token. Logits have the temperature in them, and are kept: packing calls once per sequence, on slices of
-them. NeMo-RL divides a loss by the number of context ranks, hence the factor.
+The patch calls this file. The top-k "logits" are then true log-probs [B, S, K + 1]: the teacher's candidates, then the
+next token. Logits are already divided by the temperature. They are left unchanged, because with packing the loss is
+called per sequence on slices of them. NeMo-RL divides a loss by the number of context ranks, hence the factor.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ from tropd_mcore import TeacherTopK, VocabParallel, distill_loss, distributed_to
 
 
 def teacher_numbers(ids: Tensor, cu_seqlens: Any, vocab: int, logits: Tensor, k: int, group: Any, **_: Any) -> Any:
-    """(log-probs, ids) [*T, k] of k - 1 candidates and the next token, called as NeMo-RL's `distributed_vocab_topk`."""
+    """(log-probs, ids) [*T, k] of k - 1 candidates and the next token. Replaces NeMo-RL's `distributed_vocab_topk`."""
     after, cp = ids.roll(-1, 1), import_module("megatron.core.parallel_state").get_context_parallel_group()
     if cu_seqlens is not None:
         pack = import_module("nemo_rl.algorithms.loss.utils")._pack_input_ids
@@ -27,7 +27,7 @@ def teacher_numbers(ids: Tensor, cu_seqlens: Any, vocab: int, logits: Tensor, k:
 
 
 class Tropd:
-    """The loss of one step. Made on the driver, where the batch gets the uniforms of the gate."""
+    """The loss of one step. It is created on the driver, which adds the uniforms of the gate to the batch."""
 
     def __init__(self, data: Any, vocab_size: int, seed: int) -> None:
         kinds, self.vocab_size = import_module("nemo_rl.algorithms.loss.interfaces"), vocab_size

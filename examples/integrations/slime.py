@@ -1,8 +1,8 @@
 """TrOPD in slime or miles: --loss-type custom_loss --custom-loss-function-path examples.integrations.slime.tropd_loss
 
 The hook gets logits [1, T, V / TP], float32, packed, unshifted (position p predicts token p + 1), padded at the end. A
-batch has log q of each response token, but no candidates, so that outliers are masked and not taught by an FKL, and no
-uniforms, so that the gate is a threshold; slime_full.py has both. Context parallelism is 1. R response tokens.
+batch has log q of each response token but no candidates, so outliers are masked and get no FKL. It has no uniforms, so
+the gate is a threshold. slime_full.py has both. Context parallelism must be 1. R: response tokens.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Result = tuple[Tensor, dict[str, Tensor]]
 
 
 def tropd_loss(args: Any, batch: dict[str, Any], logits: Tensor, reduce: Callable[[Tensor], Tensor]) -> Result:
-    """(loss, numbers to report), as slime's `loss_function` calls it; `reduce` is its masked sum or sum of means."""
+    """Return (loss, numbers to report) to slime's `loss_function`. `reduce` is its masked sum or sum of means."""
     return loss_of(args, batch, logits, reduce, OBJECTIVE, TeacherTopK(torch.cat(batch["teacher_log_probs"])))
 
 
 def loss_of(
     args: Any, batch: Any, logits: Tensor, reduce: Any, objective: Any, teacher: TeacherTopK, u_R: Tensor | None = None
 ) -> Result:
-    """The same of any objective; teacher and uniforms have one row for each response token."""
+    """The same for any objective. `teacher` and uniforms have one row per response token."""
     lengths, ends = batch["response_lengths"], torch.tensor(batch["total_lengths"]).cumsum(0).tolist()
     rows = torch.cat([torch.arange(e - n - 1, e - 1, device=logits.device) for e, n in zip(ends, lengths, strict=True)])
-    # What slime would multiply each token by: masks, sample means, token counts, whichever was chosen.
+    # The factor by which slime multiplies each token: masks, sample means or token counts, as configured.
     ones = torch.ones(len(rows), device=logits.device, requires_grad=True)
     (weight,) = torch.autograd.grad(reduce(ones), ones)
 

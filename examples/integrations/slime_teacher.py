@@ -1,10 +1,10 @@
-"""The teacher's top-k for slime_full.py: asked of an SGLang server, and put into slime's samples. Rewards are 0.
+"""Gets the teacher's top-k for slime_full.py from an SGLang server and puts it into slime's samples. Rewards are 0.
 
     --custom-rm-path examples.integrations.slime_teacher.ask --rm-url http://HOST:PORT/generate
     --custom-reward-post-process-path examples.integrations.slime_teacher.keep
 
-The numbers travel in the one field that slime has for a teacher, as float32 [R, 1 + 2 K]; an id below 2^24 is exact
-there. R response tokens of one sample, K teacher top-k.
+The numbers are passed in slime's only field for a teacher, as float32 [R, 1 + 2 K], which is exact for ids below 2^24.
+R: response tokens of one sample, K: teacher top-k.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOP_K = 64
 
 
 async def ask(args: Any, sample: Any, **_: Any) -> Any:
-    """What the server answers for one sample."""
+    """Return the server's answer for one sample."""
     body = {
         "input_ids": sample.tokens,
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
@@ -31,7 +31,7 @@ async def ask(args: Any, sample: Any, **_: Any) -> Any:
 
 
 def keep(args: Any, samples: list[Any], **_: Any) -> tuple[list[float], list[float]]:
-    """Give each sample the rows (log q(x), K log-probs, K ids) of its response tokens."""
+    """Store in each sample the rows (log q(x), K log-probs, K ids) of its response tokens."""
     for sample in samples:
         found, start = sample.get_reward_value(args)["meta_info"], len(sample.tokens) - sample.response_length
         pairs = zip(found["input_token_logprobs"][start:], found["input_top_logprobs"][start:], strict=True)

@@ -1,4 +1,4 @@
-"""What the ranks of the weight-average tests run: real optimizer steps, an average that follows, saves. Not a test."""
+"""Code that the ranks of the weight-average tests run: optimizer steps, the average, saves. Not a test module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Course:
-    """One parameter a name on this rank, at the start and after each step; all detached copies."""
+    """One parameter per name on this rank, at the start and after each step. All are detached copies."""
 
     student: list[Weights]
     exact: list[Weights]
@@ -63,7 +63,7 @@ def course(folder: Path, setup: Setup, rate: float, dtype: Dtype | None, steps: 
 
 
 def trained_alone(folder: Path, setup: Setup, steps: int) -> Weights:
-    """The student's parameters on this rank after as many steps without an average."""
+    """The student's parameters on this rank after the same number of steps without an average."""
     job = open_layout(setup.parallel)
     state = train_state(folder, job, setup)
     train(state, 0, steps)
@@ -98,7 +98,7 @@ def digests(state: TrainState) -> dict[str, str]:
 
 
 def straight_and_resumed(folder: Path, directory: Path, setup: Setup) -> tuple[dict[str, str], dict[str, str]]:
-    """Digests after 4 steps at once, and after 2 steps, a save, a load into a fresh model and 2 more steps."""
+    """Digests after 4 steps in one run, and after 2 steps, a save, a load into a fresh model and 2 more steps."""
     job = open_layout(setup.parallel)
     state = averaged(folder, job, setup, 0.05)
     follow(state, 0, 2)
@@ -126,7 +126,7 @@ def exports_of_the_average(folder: Path, path: Path, setup: Setup) -> dict[str, 
 
 
 def save_and_load(folder: Path, directory: Path, saved_with: bool, loaded_with: bool) -> None:
-    """A checkpoint with or without an average, into a state with or without one."""
+    """Save a checkpoint with or without an average, and load it into a state with or without one."""
     job = open_layout(Setup().parallel)
 
     def state(with_average: bool) -> TrainState:

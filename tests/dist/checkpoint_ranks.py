@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests run: a few real optimizer steps, saves, loads, digests. Not a test."""
+"""Code that the ranks of the checkpoint tests run: optimizer steps, saves, loads, digests. Not a test module."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tropd_mcore.types import MicroBatch
 from tropd_mcore.weights.architecture import read_architecture
 
 STEPS = 6
-"""Of the schedule; the tests do fewer."""
+"""Steps of the schedule. The tests run fewer."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def train_state(folder: Path, job: Job, setup: Setup) -> TrainState:
 
 
 def train(state: TrainState, first: int, last: int) -> None:
-    """Steps first+1 ... last, on tokens that follow from step and data rank; the loss is the logits' sum of squares."""
+    """Steps first+1 ... last, on tokens determined by step and data rank. The loss is the logits' sum of squares."""
     layout = state.model.layout
     assert state.optimizer is not None and state.scheduler is not None
     for step in range(first + 1, last + 1):
@@ -98,7 +98,7 @@ def digests(state: TrainState) -> dict[str, str]:
     for part_index, part in enumerate(state.optimizer.chained_optimizers):
         for group_index, group in enumerate(part.optimizer.param_groups):
             if not group["params"]:
-                continue  # this data rank has no shard of the group: Megatron counts its steps or not, as it happens
+                continue  # this data rank has no shard of the group: Megatron may or may not count its steps
             where = f"optimizer {part_index} group {group_index}"
             found[where] = repr([(key, group[key]) for key in ("step", "lr", "weight_decay") if key in group])
             for index, main in enumerate(group["params"]):
@@ -114,7 +114,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def straight_and_resumed(folder: Path, directory: Path, setup: Setup) -> tuple[dict[str, str], dict[str, str]]:
-    """Digests after 4 steps at once, and after 2 steps, a save, a load into a fresh model and 2 more steps."""
+    """Digests after 4 steps in one run, and after 2 steps, a save, a load into a fresh model and 2 more steps."""
     job = open_layout(setup.parallel)
     state = train_state(folder, job, setup)
     train(state, 0, 2)
@@ -209,7 +209,7 @@ def save_fails(folder: Path, directory: Path) -> str:
 
 
 def load_fails(folder: Path, path: Path, setup: Setup, run: str | None = None) -> None:
-    """Load what cannot be loaded; the error travels to the test."""
+    """Load a checkpoint that cannot be loaded. The error is raised in the test."""
     job = open_layout(setup.parallel)
     try:
         checkpoint.load(path, train_state(folder, job, setup), run=run)
@@ -218,9 +218,9 @@ def load_fails(folder: Path, path: Path, setup: Setup, run: str | None = None) -
 
 
 def loads_with_flips(folder: Path, path: Path, setup: Setup, flips: list[tuple[str, int]]) -> list[str]:
-    """What this rank says of the checkpoint with one bit flipped: for each (file, bit), what `load` raised.
+    """The error of `load` on this rank for each (file, bit) of the checkpoint that is flipped.
 
-    Asserts that none of the failed loads filled anything, and that the checkpoint loads once it is mended.
+    Asserts that no failed load changed any tensor, and that the checkpoint loads once it is repaired.
     """
     job = open_layout(setup.parallel)
     state = train_state(folder, job, setup)
@@ -242,7 +242,7 @@ def loads_with_flips(folder: Path, path: Path, setup: Setup, flips: list[tuple[s
 
 
 def _flip(file: Path, bit: int, job: Job) -> None:
-    """Flip one bit of a file; all ranks see it afterwards."""
+    """Flip one bit of a file. All ranks see it afterwards."""
     dist.barrier(group=job.layout.groups.control)
     if job.layout.rank == 0:
         content = bytearray(file.read_bytes())
@@ -265,7 +265,7 @@ def resumes(folder: Path, directory: Path, setup: Setup) -> tuple[str, int]:
 
 
 def digests_of_a_slow_file_system(folder: Path) -> list[str]:
-    """Names with a digest, where each rank sees its own files and those of ranks before it, as NFS may have it."""
+    """Names with a digest if each rank sees only its own files and those of lower ranks, as may happen on NFS."""
     rank, names = dist.get_rank(), checkpoint_digests._names
     checkpoint_digests._names = lambda folder: [
         name for name in names(folder) if checkpoint_digests._owner(name) <= rank

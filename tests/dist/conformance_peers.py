@@ -1,6 +1,6 @@
-"""Losses with planted faults, and one without, in the form of a peer of `tropd conformance`. Not tests.
+"""Losses with planted faults, and one without, in the form of peers of `tropd conformance`. Not a test module.
 
-All are the product's kernel on given logits; each fault is one that upstream projects have shipped.
+All use the product's kernel on given logits. Each fault is one that upstream projects have shipped.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def undeclared(case: PeerCase) -> Tensor:
 
 
 class _WrongRow(EagerBackend):
-    """Writes the gradient of another row than it was given."""
+    """Writes the gradient of a different row than the one given."""
 
     def wrong(self, row: RowGradient) -> RowGradient:
         raise NotImplementedError
@@ -142,7 +142,7 @@ class _WrongRow(EagerBackend):
 
 
 def _with_slot(row: RowGradient, gradient_C1: Tensor) -> RowGradient:
-    """One more support entry, of no id: it enters the dense part only."""
+    """One more support entry without an id. It enters only the dense part."""
     return replace(
         row,
         ids_CJ=torch.cat([row.ids_CJ, torch.full_like(row.ids_CJ[:, :1], NO_ENTRY)], dim=1),
@@ -152,7 +152,7 @@ def _with_slot(row: RowGradient, gradient_C1: Tensor) -> RowGradient:
 
 
 def _loss(case: PeerCase, backend: EagerBackend | None = None, vocab_size: int | None = None) -> Tensor:
-    """The sum over the case by the product's kernel."""
+    """The loss sum of the case, computed by the product's kernel."""
     kernel = Kernel(
         shard=VocabShard(case.vocab_start, case.vocab_stop, vocab_size or case.vocab_size),
         group=case.group,

@@ -1,4 +1,4 @@
-"""What the ranks of the conversion and checkpoint tests run. Not a test; it does not import transformers."""
+"""Code that the ranks of the conversion and checkpoint tests run. Imports no transformers. Not a test module."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def names_and_digests(parallel: ParallelConfig, folder: Path, trainable_vpp: boo
 
 
 def export_refused(parallel: ParallelConfig, folder: Path, out: Path) -> str:
-    """The error that this rank meets where rank 0 cannot write to `out`."""
+    """The error raised on this rank if rank 0 cannot write to `out`."""
     job = open_layout(parallel)
     model = job.build(read_architecture(folder), "float32")
     load_hf(model, folder, job.layout)

@@ -1,4 +1,4 @@
-"""What the ranks of the empty-step tests run: optimizer steps of which one has no token that counts. Not a test."""
+"""Code that the ranks of the empty-step tests run: optimizer steps, one without a counted token. Not a test module."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Course:
 
 
 def course(folder: Path, setup: Setup, counting_ranks: list[list[int]]) -> Course:
-    """One step an entry: the data ranks whose tokens count in it."""
+    """One step per entry, which lists the data ranks whose tokens count in it."""
     job = open_layout(setup.parallel)
     state = averaged(folder, job, setup, 0.05)
     lines: list[str] = []
@@ -79,7 +79,7 @@ def resumed(folder: Path, directory: Path, setup: Setup) -> dict[str, str]:
 
 
 def _trainer(state: TrainState) -> Trainer:
-    """One that can update, and nothing else."""
+    """An objective that can update, and nothing else."""
     trainer = Trainer.__new__(Trainer)
     trainer.components = SimpleNamespace(  # type: ignore[assignment]
         student=state.model, optimizer=state.optimizer, scheduler=state.scheduler,
@@ -89,7 +89,7 @@ def _trainer(state: TrainState) -> Trainer:
 
 
 def _digests(state: TrainState) -> dict[str, str]:
-    """Weights, optimizer, schedule, average: everything that a step may move."""
+    """Weights, optimizer, schedule, average: everything that a step may change."""
     synchronize_parameters(state.model)
     return checkpoint_ranks.digests(state) | {f"average {k}": v for k, v in average_ranks.digests(state).items()}
 

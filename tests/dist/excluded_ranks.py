@@ -1,4 +1,4 @@
-"""What a rank does to score with tokens that are no candidates."""
+"""Code that the ranks run to score with excluded tokens. Not a test module."""
 
 from __future__ import annotations
 

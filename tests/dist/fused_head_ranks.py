@@ -1,4 +1,4 @@
-"""What the ranks of `test_fused_head` run. Not a test."""
+"""Code that the ranks of `test_fused_head` run. Not a test module."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MostRows(TorchDispatchMode):
 def most_rows_of_logits(
     student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, constants: Constants
 ) -> dict[str, int]:
-    """The most rows of a matrix as wide as a vocabulary shard, by phase; and what they are to be compared with."""
+    """The most rows of a matrix as wide as a vocabulary shard, by phase, and the sizes to compare them with."""
     with layout_of(case) as (layout, platform):
         student = build(student_folder, case, layout, platform, trainable=True)
         teacher = build(teacher_folder, case, layout, platform, trainable=False)
@@ -91,7 +91,7 @@ def collectives_of_a_step(
 def passes_and_a_step(
     student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, constants: Constants, own: int
 ) -> list[dict[str, Tensor]]:
-    """For each micro-batch: what the passes before the update say, and what the objective of the update sees."""
+    """For each micro-batch: the results of the passes before the update, and the inputs of the update's objective."""
     with layout_of(case) as (layout, platform):
         student = build(student_folder, case, layout, platform, trainable=True)
         teacher = build(teacher_folder, case, layout, platform, trainable=False)
@@ -150,12 +150,12 @@ _SEEN = (
 
 
 def _weighted(batch: MicroBatch) -> MicroBatch:
-    """The same rows with a weight of each that no aggregation gives."""
+    """The same rows with row weights that no aggregation produces."""
     return replace(batch, weight_T=torch.arange(len(batch.rows_T)) + 0.25)
 
 
 def _context(found: Any, scored: TeacherScores | None) -> RowContext | None:
-    """Old log-probs and numbers that are nobody's log-probs, so that they cannot be mistaken for computed ones."""
+    """Old log-probs with artificial values, so that they cannot be mistaken for computed ones."""
     if found is None or scored is None:
         return None
     return RowContext(
@@ -169,7 +169,7 @@ def _context(found: Any, scored: TeacherScores | None) -> RowContext | None:
 
 
 def _recording(constants: Constants, seen: list[TokenInputs]) -> Objective:
-    """The objective, which also takes note of what it sees."""
+    """The objective, which also records its inputs."""
     objective = constants.objective()
 
     def record(inputs: TokenInputs) -> TokenLosses:
@@ -205,7 +205,7 @@ def full_vocabulary_step(
 
 
 def whole(divergence: str, beta: float) -> Objective:
-    """The divergence over the whole vocabulary, by a function of our own that also trains prefixes."""
+    """The divergence over the whole vocabulary, by a custom function that also trains prefixes."""
     return replace(custom(divergence_alone), whole=WholeVocabulary(divergence, beta))
 
 
@@ -232,7 +232,7 @@ def steps_with_one_sample(
 
 
 def refusals(student_folder: Path, cases: dict[str, tuple[Case, dict[str, Any]]], constants: Constants) -> list[str]:
-    """The error of each case, whose settings are changed as given, at the dry run."""
+    """The error of each case, with its changed settings, in the dry run."""
     found = []
     for case, changed in cases.values():
         with layout_of(case) as (layout, platform):

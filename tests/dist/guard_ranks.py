@@ -1,4 +1,4 @@
-"""What the ranks of `test_guards` run. Not a test."""
+"""Code that the ranks of `test_guards` run. Not a test module."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parameters(model: Model) -> list[Tensor]:
 def non_finite_step(
     student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, k: int, topk_too: bool
 ) -> tuple[str, str, bool]:
-    """One step in which the teacher says NaN of one token, and perhaps of its top-k.
+    """One step in which the teacher returns NaN for one token, and optionally for its top-k.
 
     Returns (loss error, optimizer error, nothing moved).
     """

@@ -1,4 +1,4 @@
-"""examples/integrations/megatron_lm.py under Megatron's schedules, inside rank processes, and the same in float64.
+"""examples/integrations/megatron_lm.py under Megatron's schedules, in rank processes, with a float64 reference.
 
 `schedule` takes the megatron-core that comes first on the path. `megatron_lm` and `bridge` need the sources of these
 stacks (tests/dist/peer_sources.py).
@@ -74,7 +74,7 @@ def context(source: Path | None) -> tuple[float, int, Any]:
 
 
 def context_expected() -> tuple[float, int, Any]:
-    """The same of one process."""
+    """The same in one process."""
     whole = _logits().requires_grad_()
     loss, count, _ = tiny_gpt.tropd(whole, tiny_gpt.batches(1)[0])
     loss.backward()

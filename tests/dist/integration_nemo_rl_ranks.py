@@ -1,8 +1,8 @@
-"""The adapters for NeMo-RL in NeMo-RL's own code, inside rank processes, and the same in float64.
+"""The NeMo-RL adapters in NeMo-RL's own code, in rank processes, with a float64 reference.
 
-What runs of NeMo-RL: the driver's `distillation_train`, `Policy.get_topk_logits` and the sharding, and of the Megatron
-worker `get_topk_logits` and `train`, with a small model in it. What does not: Ray, which carries calls from the driver
-to the workers (a call goes to this rank), generation, the worker's set-up, the optimizer, and the packages STUBS.
+These parts of NeMo-RL run: the driver's `distillation_train`, `Policy.get_topk_logits` and the sharding, and the
+Megatron worker's `get_topk_logits` and `train` with a small model. These do not run: Ray, which carries calls from the
+driver to the workers (a call goes to this rank), generation, the worker's set-up, the optimizer, the packages STUBS.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TEMPERATURE = 0.8
 
 
 class _Done(Exception):
-    """The step has been trained on; the rest of the driver's loop is not of interest."""
+    """Raised after the training step. The rest of the driver's loop is not needed."""
 
 
 def use(nemo_rl: Path, megatron: Path, bridge: Path) -> None:
@@ -60,7 +60,7 @@ def rollouts() -> tuple[Tensor, list[tuple[int, int]], Tensor]:
 
 
 def _config(vocab_size: int | None) -> dict[str, Any]:
-    """The part of a policy's configuration that the path reads."""
+    """The part of a policy's configuration that this path reads."""
     found: dict[str, Any] = {
         "train_global_batch_size": 4,
         "train_micro_batch_size": 2,
@@ -76,7 +76,7 @@ def _config(vocab_size: int | None) -> dict[str, Any]:
 
 
 def _worker(seed: int, vocab_size: int | None) -> Any:
-    """A Megatron worker around a small model, as far as its set-up matters here."""
+    """A Megatron worker around a small model, with only the set-up that is needed here."""
     from nemo_rl.algorithms.logits_sampling_utils import TrainingSamplingParams
     from nemo_rl.models.policy.workers.megatron_policy_worker import MegatronPolicyWorkerImpl
     from nemo_rl.utils.timer import Timer
@@ -97,7 +97,7 @@ def _worker(seed: int, vocab_size: int | None) -> Any:
 
 
 class _Workers:
-    """The worker group of one worker, this rank's; Ray's part is left out."""
+    """A worker group with one worker, that of this rank, without Ray."""
 
     def __init__(self, worker: Any) -> None:
         self.worker, self.cluster = worker, tiny_gpt.Loose(world_size=lambda: 1)
@@ -110,7 +110,7 @@ class _Workers:
 
 
 def _policy(worker: Any) -> Any:
-    """NeMo-RL's Policy over that worker, without its moves of weights between host and device."""
+    """NeMo-RL's Policy over that worker. It does not move weights between host and device."""
     from nemo_rl.models.policy.lm_policy import Policy
 
     class OneWorker(Policy):
@@ -134,7 +134,7 @@ def _policy(worker: Any) -> Any:
 
 
 def driver(sources: tuple[Path, ...], tensor: int, full: bool) -> dict[str, Any]:
-    """One step of `distillation_train`: gradients of the student, and the loss that it reports."""
+    """One step of `distillation_train`: the student's gradients and the reported loss."""
     use(*sources)
     with tiny_gpt.layout(tensor):
         from nemo_rl.algorithms import distillation
@@ -190,7 +190,7 @@ def driver(sources: tuple[Path, ...], tensor: int, full: bool) -> dict[str, Any]
 
 
 def expected(full: bool) -> dict[str, Any]:
-    """The same by softmaxes over the whole vocabulary in float64, of one process."""
+    """The same by softmaxes over the whole vocabulary in float64, in one process."""
     with tiny_gpt.layout():
         ids, responses, counts = rollouts()
         places = torch.arange(tiny_gpt.LENGTH).expand_as(ids)
@@ -213,7 +213,7 @@ def expected(full: bool) -> dict[str, Any]:
 
 
 def _scored(ids: Tensor, teacher: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What `tiny_gpt.tropd` takes of a teacher's logits [B, S, V]."""
+    """The inputs that `tiny_gpt.tropd` takes from a teacher's logits [B, S, V]."""
     log_q, labels = teacher.log_softmax(-1), ids.roll(-1, 1)
     top = log_q.topk(tiny_gpt.K)
     return {
@@ -249,8 +249,8 @@ def _packed() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def packed(sources: tuple[Path, ...], tensor: int, context: int, full: bool) -> tuple[float, Any]:
     """(reported loss, gradient of the whole packed logits as far as this rank has it) through both post-processors.
 
-    The logits are given, because packing needs another attention than a CPU has. The factor of Megatron's schedule,
-    context ranks / micro-batches, is applied here.
+    The logits are given, because packing needs an attention that a CPU does not have. The factor of Megatron's
+    schedule, context ranks / micro-batches, is applied here.
     """
     use(*sources)
     with tiny_gpt.layout(tensor, context):

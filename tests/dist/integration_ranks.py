@@ -1,4 +1,4 @@
-"""Megatron-Core loops with the front door, inside `run_on_ranks`, and the same step by plain softmaxes in float64."""
+"""Megatron-Core loops that call the library, in `run_on_ranks`, and the same step by plain softmaxes in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("output_layer.weight", "decoder.final_layernorm.weight", "embedding.wor
 
 
 def batches(vocabulary: int) -> list[dict[str, Tensor]]:
-    """Two micro-batches, the same everywhere."""
+    """Two micro-batches, the same on every rank."""
     return [tiny_gpt.batch(seed, vocabulary, spread=1.0, kept=0.7) for seed in range(2)]
 
 
@@ -60,7 +60,7 @@ def own_loop(folder: Path, case: Case) -> dict[str, Tensor]:
 
 
 def by_softmax(folder: Path) -> dict[str, Tensor]:
-    """The same of one process: logits of Megatron's own output layer, TrOPD written out in float64."""
+    """The same in one process: logits of Megatron's own output layer, TrOPD written out in float64."""
     with layout_of(Case()) as (layout, platform):
         model, module = _trainable(folder, Case(), layout, platform)
         total, count = torch.zeros((), dtype=torch.float64), 0
@@ -82,7 +82,7 @@ ARGUMENTS = SimpleNamespace(vocab_size=VOCABULARY, rollout_temperature=0.7)
 
 
 def slime_batch() -> tuple[Tensor, dict[str, Any], Tensor]:
-    """Packed logits [1, T, V] of float64, what slime's hook gets, and the mask of the response tokens."""
+    """Packed float64 logits [1, T, V], the inputs of slime's hook, and the mask of the response tokens."""
     random = torch.Generator().manual_seed(4)
     logits = torch.randn(1, sum(TOTALS), VOCABULARY, generator=random, dtype=torch.float64)
     tokens = [torch.randint(VOCABULARY, (total,), generator=random) for total in TOTALS]
@@ -142,7 +142,7 @@ def slime_by_softmax() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nemo_data() -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [B, S, V] of float64, and what NeMo-RL's data holds."""
+    """Float64 logits [B, S, V], and the fields of NeMo-RL's data."""
     random = torch.Generator().manual_seed(6)
     logits = torch.randn(BATCH, LENGTH, VOCABULARY, generator=random, dtype=torch.float64)
     top = torch.randn(BATCH, LENGTH, VOCABULARY, generator=random).topk(K)

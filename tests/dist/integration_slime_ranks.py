@@ -1,10 +1,10 @@
-"""slime's own training actor with our losses, inside the ranks of a pool, and the same step by a softmax in float64.
+"""slime's own training actor with our losses, in rank processes, and the same step by a softmax in float64.
 
 `train` is slime's code from the reward of a sample to Megatron's backward pass: the request to the teacher's server,
 the rollout manager's conversion and split, the actor's `_get_rollout_data` and `train_actor` with log-probs, advantages
-and metrics, `train_one_step`, `get_batch`, `loss_function`. Ours are the model, which returns logits that are leaves,
-an optimizer that does nothing, and a server that answers as SGLang does. tests/dist/peer_stubs.py stands in for ray,
-sglang, megatron.training, wandb and others, slime's timing report is off, and its accelerator is the CPU.
+and metrics, `train_one_step`, `get_batch`, `loss_function`. We replace the model (it returns leaf logits), the
+optimizer (it does nothing) and the server (it answers like SGLang). tests/dist/peer_stubs.py stands in for ray, sglang,
+megatron.training, wandb and others. slime's timing report is off, and its accelerator is the CPU.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def tokens_and_masks() -> tuple[list[Tensor], list[Tensor]]:
 
 
 def logits_of(micro_batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Logits [T, V] of the policy that is trained and of the one before it, in float64."""
+    """Logits [T, V] of the trained policy and of the old policy, in float64."""
     random = torch.Generator().manual_seed(100 + micro_batch)
     now = torch.randn(length, VOCABULARY, generator=random).double()
     return now, now + 0.3 * torch.randn(length, VOCABULARY, generator=random).double()
 
 
 def arguments(*, loss: str, per_token: bool, recompute: bool, full: bool) -> Namespace:
-    """What slime reads of its arguments on this path."""
+    """The arguments that slime reads on this path."""
     ours, slimes = "examples.integrations.slime_teacher", "slime.rollout.on_policy_distillation"
     return Namespace(
         custom_rm_path=f"{ours}.ask" if full else f"{slimes}.reward_func",
@@ -96,7 +96,7 @@ def arguments(*, loss: str, per_token: bool, recompute: bool, full: bool) -> Nam
 
 
 class _Logits(torch.nn.Module):
-    """A policy that is nothing but its logits: a leaf for each micro-batch; in eval mode it is the policy before."""
+    """A policy that consists only of its logits, one leaf per micro-batch. In eval mode it is the old policy."""
 
     def __init__(self, size: int, rank: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Logits(torch.nn.Module):
         key = tuple(input_ids[0].tolist())
         if key not in self.leaves:
             now, before = logits_of(len(self.leaves), len(key))
-            # slime's log-probs count the padding columns, our loss does not: at -1e4 it makes no difference
+            # slime's log-probs include the padding columns and our loss does not. At -1e4 this makes no difference.
             self.leaves[key] = self._columns(now, 0.0).requires_grad_(), self._columns(before, -1e4)
         now, before = self.leaves[key]
         return now * 1.0 if self.training else before * 1.0
@@ -122,7 +122,7 @@ class _Logits(torch.nn.Module):
         """Called by Megatron's schedule."""
 
     def zero_grad_buffer(self) -> None:
-        """The gradients are looked at after the step."""
+        """The gradients are read after the step."""
 
     def finish_grad_sync(self, *_: Any, **__: Any) -> None:
         """There is one data rank."""
@@ -135,7 +135,7 @@ class _Logits(torch.nn.Module):
 
 
 async def _answer(request: web.Request) -> web.Response:
-    """What an SGLang server says of the tokens that it was sent."""
+    """The answer of an SGLang server about the tokens of a request."""
     asked = await request.json()
     known = zip(tokens_and_masks()[0], teacher_log_probs(), strict=True)
     tokens, log_q = next(pair for pair in known if asked["input_ids"] == pair[0].tolist())
@@ -147,7 +147,7 @@ async def _answer(request: web.Request) -> web.Response:
 
 
 async def _samples(args: Namespace, sample_class: Any, ask: Any) -> list[Any]:
-    """The samples of a rollout; slime asks the server for the reward of each."""
+    """The samples of a rollout. slime asks the server for the reward of each."""
     application = web.Application()
     application.router.add_post("/generate", _answer)
     async with TestServer(application) as server:
@@ -164,7 +164,7 @@ async def _samples(args: Namespace, sample_class: Any, ask: Any) -> list[Any]:
 
 
 def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
-    """One step of slime's actor: what it reports, and of each micro-batch its samples and the gradient [T, W]."""
+    """One step of slime's actor: its reports, and the samples and the gradient [T, W] of each micro-batch."""
     if root not in sys.path:
         sys.path.append(root)
         stand_in_for(*NOT_INSTALLED)
@@ -220,7 +220,7 @@ def train(size: int, root: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_softmax(order: tuple[Any, Any], lengths: list[int], *, per_token: bool, full: bool) -> dict[str, Any]:
-    """The same, written out: gate, forward KL or mask, PPO's clip with its dual, and who divides by what."""
+    """The same, written out: gate, forward KL or mask, PPO's clip with its dual, and the denominators."""
     log_q, (tokens, masks) = teacher_log_probs(), tokens_and_masks()
     loss, trusted, gradients = torch.zeros((), dtype=torch.float64), 0.0, []
     for number, (members, length) in enumerate(zip(order[0], lengths, strict=True)):

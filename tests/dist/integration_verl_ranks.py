@@ -1,11 +1,11 @@
-"""verl's own distillation path with our losses, inside the ranks of a pool, and the same step by a softmax in float64.
+"""verl's own distillation path with our losses, in rank processes, and the same step by a softmax in float64.
 
 `train` is verl's code from the answer of the teacher's server to the backward pass of a micro-batch: the extraction of
 log-probs, the teacher manager, the agent loop's padding and batch, `left_right_2_no_padding`, the Megatron engine's
 `forward_step` with packing and logits processor, `distillation_ppo_loss` with its reduction, and
-`postprocess_micro_batch_func`. Ours are the model, which returns logits that are leaves, the client of the teacher, and
-the few fields of an actor's configuration that are read. tests/dist/peer_stubs.py stands in for ray, vllm, pandas and
-others; tensordict and omegaconf are the real ones. The device is the CPU.
+`postprocess_micro_batch_func`. We replace the model (it returns leaf logits), the client of the teacher, and the few
+fields of an actor's configuration that are read. tests/dist/peer_stubs.py stands in for ray, vllm, pandas and others.
+tensordict and omegaconf are the real packages. The device is the CPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEMPERATURE = 0.7
 
 
 def numbers() -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Of each sequence: token ids [S], log q of the token at each place [S, V], logits after each place, mask [R]."""
+    """For each sequence: token ids [S], log q of the token at each place [S, V], logits after each place, mask [R]."""
     random = torch.Generator().manual_seed(21)
     ids = [torch.randint(VOCABULARY, (length,), generator=random) for length in LENGTHS]
     log_q = [torch.randn(n, VOCABULARY, generator=random).double().mul(2.0).log_softmax(-1) for n in LENGTHS]
@@ -48,7 +48,7 @@ def numbers() -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
 
 
 def vllm_answer(ids: list[int], log_q: Tensor, count: int) -> Any:
-    """The same of vLLM: of each place a dict of the top-k and the token itself, with their ranks."""
+    """The same in vLLM's form: for each place a dict of the top-k and the token itself, with their ranks."""
     rows: list[Any] = [None]
     for p in range(1, len(ids)):
         order = log_q[p].argsort(descending=True).tolist()
@@ -82,7 +82,7 @@ class _Teacher:
 
 
 class _Logits(torch.nn.Module):
-    """A model that is nothing but its logits: one leaf, in the layout in which verl has packed the tokens."""
+    """A model that consists only of its logits: one leaf, in the layout of verl's packed tokens."""
 
     pre_process = post_process = True
 
@@ -110,7 +110,7 @@ class _Logits(torch.nn.Module):
             start += -(-len(own) // self._size) * self._size
 
     def gradients(self, input_shape: Any = None) -> list[Tensor]:
-        """The gradient [S, W] of each sequence; that of the padding must be 0."""
+        """The gradient [S, W] of each sequence. The gradient of the padding must be 0."""
         assert self.leaf is not None and self.leaf.grad is not None
         ids, *_unused = numbers()
         found, rest = [], self.leaf.grad.clone()
@@ -122,7 +122,7 @@ class _Logits(torch.nn.Module):
 
 
 def _batch(loss_config: Any, engine: str) -> Any:
-    """What the agent loop hands to the trainer: padded left and right, with the teacher's numbers."""
+    """The batch that the agent loop gives to the trainer: padded left and right, with the teacher's values."""
     managers = importlib.import_module("verl.experimental.teacher_loop.teacher_manager")
     loops = importlib.import_module("verl.experimental.agent_loop.agent_loop")
     manager = object.__new__(managers.AsyncTeacherLLMServerManager)
@@ -152,7 +152,7 @@ def _batch(loss_config: Any, engine: str) -> Any:
 
 
 def train(size: int, roots: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    """One micro-batch: the loss, what is reported, the uniforms that were drawn, and the gradient of each sequence."""
+    """One micro-batch: the loss, the reported metrics, the drawn uniforms, and the gradient of each sequence."""
     for root in roots:
         if root not in sys.path:
             sys.path.append(root)

@@ -1,8 +1,8 @@
-"""A loss on vocabulary shards, computed by the kernel on every rank, and what the equations say. Not a test.
+"""A loss on vocabulary shards, computed by the kernel on every rank, and its oracle. Not a test module.
 
-The loss of a token is sum_j (a_j log p_j + b_j p_j) + c H, so that its gradient depends on what was computed. The
-oracle is float64 and imports nothing of the package; the kernel is reached through `tests.mutants`, so that a faulty
-copy can stand in for it.
+The loss of a token is sum_j (a_j log p_j + b_j p_j) + c H, so its gradient depends on the computed values. The oracle
+is float64 and imports nothing from the package. The kernel is imported through `tests.mutants`, so that a faulty copy
+can replace it.
 
 Shapes: T tokens (37), V vocabulary (101) with padding, J support ids (16), D hidden (13), W width of one shard.
 """
@@ -61,13 +61,13 @@ class Case:
     mode: str = "deferred"
     backend: str = "eager"
     factor: float = 2.0
-    """By which the loss is multiplied before the backward pass"""
+    """Factor by which the loss is multiplied before the backward pass"""
     chunk_tokens: int = 8
     overlap: bool = False
     with_main_grad: bool = False
     """float32 (float64 for float64) beside the weight, filled with 1"""
     frozen: tuple[str, ...] = ()
-    """`hidden`, `weight`: what asks for no gradient"""
+    """`hidden`, `weight`: inputs that need no gradient"""
     reduce_hidden_gradient: bool = True
 
 
@@ -84,7 +84,7 @@ class RankResult:
 
 
 def make_case(layout: str, dtype: torch.dtype = torch.float64, *, tokens: int = TOKENS, **changes: Any) -> Case:
-    """Random rows. Some ids are in two or three runs, some slots unused (-1); the padding is as likely as the rest."""
+    """Random rows. Some ids are in two or three runs, some slots are unused (-1). Padding is as likely as the rest."""
     random = torch.Generator().manual_seed(7)
     borders = LAYOUTS[layout]
 
@@ -224,7 +224,7 @@ def oracle(case: Case) -> Expected:
 
 
 def assert_equals_the_oracle(results: list[RankResult], case: Case, tolerance: float) -> None:
-    """All numbers of all ranks; errors relative to the largest entry."""
+    """Compare all values of all ranks. Errors are relative to the largest entry."""
     expected = oracle(case)
     for result in results:
         assert_close(result.loss, expected.loss, tolerance * len(case.hidden_TD))
@@ -236,7 +236,7 @@ def assert_equals_the_oracle(results: list[RankResult], case: Case, tolerance: f
 
 
 def whole_weight_gradient(results: list[RankResult], case: Case) -> Tensor:
-    """That of the real rows, without what main_grad held before; that of the padding must be 0."""
+    """The gradient of the real rows, without the previous content of main_grad. That of the padding must be 0."""
     pieces = [result.weight_gradient_WD for result in results if result.weight_gradient_WD is not None]
     gradient_VD = torch.cat(pieces).double() - (1.0 if case.with_main_grad else 0.0)
     assert not gradient_VD[VOCABULARY:].any(), "error: padding has a gradient"

@@ -1,6 +1,6 @@
-"""What the ranks of a layout test run: build student and teacher, score, train, and gather everything on rank 0.
+"""Code that the ranks of a layout test run: build student and teacher, score, train, gather results on rank 0.
 
-Not a test; imported by the rank processes, so it does not import transformers.
+This is not a test module. The rank processes import it, so it does not import transformers.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Constants:
-    """The numbers of the reference, which these processes do not import."""
+    """The constants of the reference, which these processes do not import."""
 
     k: int
     temperature: float
@@ -146,7 +146,7 @@ def pack_for(rollouts: list[Rollout], case: Case, layout: Layout, device: torch.
 def train_step(
     student: Model, teacher: Model, rollouts: list[Rollout], case: Case, constants: Constants
 ) -> tuple[PackedStep, list[LossResult | None], list[TeacherScores | None]]:
-    """Score and train on one batch; gradients are finished and no parameter has moved."""
+    """Score and train on one batch. Afterwards gradients are complete and no parameter has changed."""
     packed = pack_for(rollouts, case, student.layout, student.platform.device)
     settings = case.settings(constants.temperature)
     scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=constants.k, settings=settings)
@@ -186,7 +186,7 @@ def gather_results(layout: Layout, packed: PackedStep, results: Sequence[LossRes
 
 @torch.no_grad()
 def whole_gradients(model: Model, layout: Layout) -> dict[str, Tensor]:
-    """{Hugging Face name: gradient} on rank 0: a gradient is cut over ranks exactly as its parameter is."""
+    """{Hugging Face name: gradient} on rank 0. A gradient is split over ranks exactly like its parameter."""
     saved = {}
     for name, parameter in named_parameters(model).items():
         saved[name] = parameter.detach().clone()
@@ -236,7 +236,7 @@ def logits_of_samples(folder: Path, rollouts: list[Rollout], case: Case) -> list
 
 @dataclass(frozen=True)
 class Trained:
-    """What several steps left on rank 0."""
+    """The results of several steps on rank 0."""
 
     grad_norms: list[float]
     rates: list[float]
@@ -251,9 +251,9 @@ def train_cases(
     constants: Constants,
     steps: int,
 ) -> dict[str, Trained]:
-    """On the ranks: one optimizer step a batch, for each case, and before it a look at the batch without gradients.
+    """On the ranks: one optimizer step per batch, for each case, preceded by a pass over the batch without gradients.
 
-    That look is at the weights that the last step left, although nothing has trained on them yet.
+    That pass uses the weights after the last step, although no forward pass of training has used them yet.
     """
     found = {}
     for name, case in cases.items():

@@ -1,4 +1,4 @@
-"""What the ranks of the model-reading tests run: build a model, make it wrong, compare it. Not a test."""
+"""Code that the ranks of the model-check tests run: build a model, break it, compare it. Not a test module."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from tropd_mcore.weights.independent import probe_ids
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with the Megatron model of a folder that is in order."""
+    """A fault of the Megatron model of a valid folder."""
 
     architecture: tuple[tuple[str, Any], ...] = ()
-    """Fields that are built otherwise."""
+    """Fields that are built with other values."""
     parameter: str = ""
     """The first parameter whose name ends like this is scaled by 1.05 on the rank that has it."""
     replica: int | None = None
@@ -41,7 +41,7 @@ class Fault:
 
 
 def differences(folder: Path, root: Path, cases: dict[str, Case], fault: Fault) -> dict[str, str]:
-    """{case: what `check_model` said}: "passed", or its error."""
+    """{case: result of `check_model`}: "passed", or its error."""
     return {name: _said(folder, root / name, case, fault) for name, case in cases.items()}
 
 
@@ -65,7 +65,7 @@ def _said(folder: Path, root: Path, case: Case, fault: Fault) -> str:
 
 
 def trained(folder: Path, setup: Setup, is_compared: bool) -> dict[str, str]:
-    """Digests of a student's training state after two steps, with or without a look at it before its optimizer."""
+    """Digests of a student's training state after two steps, with or without a check before its optimizer is built."""
     job = open_layout(setup.parallel)
     student = build_student(folder, job, setup)
     if is_compared:
@@ -78,7 +78,7 @@ def trained(folder: Path, setup: Setup, is_compared: bool) -> dict[str, str]:
 
 
 def _load(model: Model, folder: Path, layout: Any) -> None:
-    """Fill the model with the weights of the folder, whatever is wrong with its other fields."""
+    """Load the weights of the folder into the model, whatever is wrong with its other fields."""
     load_hf(replace(model, arch=read_architecture(folder)), folder, layout)
 
 

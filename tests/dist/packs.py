@@ -10,5 +10,5 @@ from tropd_mcore.types import MicroBatch
 
 
 def whole_sequence(tokens: Tensor) -> MicroBatch:
-    """A pack of one sample [P] in which every position is a row; what the last one would predict is token 0."""
+    """A pack of one sample [P] in which every position is a row. The last row predicts token 0."""
     return one_sample(np.append(tokens.numpy(), 0), len(tokens), tokens.device)

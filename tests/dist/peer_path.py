@@ -1,6 +1,6 @@
-"""The sources of Megatron-LM, Megatron-Bridge and NeMo-RL in a rank process, before the packages that are installed.
+"""Put sources of Megatron-LM, Megatron-Bridge and NeMo-RL before the installed packages in a rank process.
 
-What they import and is not installed: `peer_stubs`.
+`peer_stubs` replaces packages that they import and that are not installed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ BRIDGE_STUBS = (
     "modelopt",
     "torch.utils.tensorboard",
 )
-"""what Megatron-Bridge's training loop imports and does not use here"""
+"""packages that Megatron-Bridge's training loop imports and does not use here"""
 
 
 def first_on_path(folders: list[Path], stubs: Iterable[str] = ()) -> None:
     """Let this process import from `folders` first, and the packages `stubs` as empty modules.
 
-    A process can do this for one stack only. The stacks are written for Python 3.12: two names of its `typing` are
-    taken from typing_extensions where they are older or missing.
+    A process can do this for only one stack. The stacks are written for Python 3.12: two names of its `typing` are
+    taken from typing_extensions if they are older or missing.
     """
     wanted = [str(folder) for folder in folders]
     if sys.path[: len(wanted)] == wanted:

@@ -1,8 +1,8 @@
 """Sources of other training stacks, for the tests that run our adapters inside them.
 
 PEERS names a folder of checkouts, `slime`, `verl`, `nemo_rl`, `megatron_lm` and `megatron_bridge`, each at its commit
-below. Without it these tests are skipped, and tests/dist/test_integrations.py has the hooks' contracts alone. A patch
-has no line of the other project: it only inserts, and names its places by line numbers of that commit.
+below. Without it these tests are skipped, and only tests/dist/test_integrations.py checks the contracts of the hooks.
+A patch contains no line of the other project. It only inserts lines, at line numbers of that commit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATCHES = Path(__file__).parents[2] / "examples" / "integrations" / "patches"
 
 
 def source(name: str) -> Path:
-    """The checkout of a stack, or the test is skipped."""
+    """The checkout of a stack. Skips the test if there is none."""
     root = os.environ.get("PEERS")
     if not root:
         pytest.skip(f"PEERS names no folder of checkouts; {name} at {COMMITS[name][:12]} is needed")

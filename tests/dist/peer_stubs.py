@@ -1,8 +1,8 @@
-"""Importing another training stack where most of what it imports is not installed and is not needed.
+"""Import another training stack although most packages that it imports are not installed and not needed.
 
-A module that is named to `stand_in_for` is found, has every attribute, and does nothing: as a decorator or a function
-of one argument it returns that argument, as a base class it is nothing. What is computed must not come from such a
-module; a number that did would not be a number.
+A module named in `stand_in_for` can be imported and has every attribute. Its attributes do nothing: as a decorator or a
+function of one argument they return that argument, as a base class they are empty. No result may depend on such a
+module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 
 class _Nothing:
-    """An object that takes part in imports, annotations and decorations, and in nothing else."""
+    """An object that can be imported, used in annotations and used as a decorator, and does nothing else."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -64,5 +64,5 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in_for(*names: str) -> None:
-    """From now on the modules of these names, and all below them, are stand-ins in this process."""
+    """From now on the modules of these names, with all their submodules, are stand-ins in this process."""
     sys.meta_path.insert(0, _Finder(names))

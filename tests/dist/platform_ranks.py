@@ -1,4 +1,4 @@
-"""What the ranks of `test_platform` run on the activated CPU platform. Not a test."""
+"""Code that the ranks of `test_platform` run on the activated CPU platform. Not a test module."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def random_states(case: Case) -> dict[str, Tensor]:
 
 
 def attention(boundaries: list[int], tensors: dict[str, Tensor], packed: bool) -> dict[str, Tensor]:
-    """Output and input gradients of this context rank; `tensors` are of the whole pack, `weight` of the output."""
+    """Output and input gradients of this context rank. `tensors` cover the whole pack, `weight` weighs the output."""
     choose("cpu").activate()
     size, rank = dist.get_world_size(), dist.get_rank()
     mine = zigzag_positions(boundaries, size, rank)

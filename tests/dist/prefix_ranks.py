@@ -1,4 +1,4 @@
-"""What the ranks of the prefix-loss tests run: guided rollouts replayed, with a teacher that may fail. Not a test."""
+"""Code that the ranks of the prefix-loss tests run: replays of guided rollouts, with a teacher that may fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tropd_mcore.types import Rollout
 
 
 def log_softmax_after(ids: Sequence[int], vocabulary: int) -> Tensor:
-    """What the made-up teacher says after these tokens, float64 [V]: a function of all of them."""
+    """The artificial teacher's log-probs after these tokens, float64 [V]. They depend on all of the tokens."""
     seed = sum((place + 1) * int(token) for place, token in enumerate(ids)) + 7919 * len(ids)
     generator = torch.Generator().manual_seed(seed)
     return (2.0 * torch.randn(vocabulary, generator=generator, dtype=torch.float64)).log_softmax(0)
@@ -39,7 +39,7 @@ def log_softmax_after(ids: Sequence[int], vocabulary: int) -> Tensor:
 
 @dataclass
 class MadeUpServer:
-    """Answers like a server, except for the requests that have one of `refused`: (tokens, first scored or None)."""
+    """Answers like a server, except for requests that match one of `refused`: (tokens, first scored or None)."""
 
     vocabulary: int
     refused: list[tuple[np.ndarray, int | None]]
@@ -79,18 +79,18 @@ class Launch:
     """One launch of a step: what the server refuses, and how far it gets."""
 
     refused: list[tuple[int, str]] = field(default_factory=list)
-    """(rollout, `always` or `prefix`): what of which sample cannot be scored"""
+    """(rollout, `always` or `prefix`): the samples and the parts that cannot be scored"""
     killed_before_scores: bool = False
     masked_share: float = 1.0
-    """Share of the step that may be without scores"""
+    """Share of the step's samples that may have no scores"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch did, on rank 0."""
+    """The results of a launch, on rank 0."""
 
     carriers: list[int]
-    """Rollouts that carry a prefix loss, as every rank has them"""
+    """Rollouts that carry a prefix loss, on every rank"""
     stored: list[int]
     """The same on disk"""
     asked: list[tuple[int, int]]
@@ -117,7 +117,7 @@ def launches(
     folder: Path, replay: Path, run_dir: Path, objective: dict[str, Any], case: Case, one_asks: bool,
     wanted: list[Launch], vocabulary: int,
 ) -> list[Outcome]:  # fmt: skip
-    """Step 0 of a replay, as often as there are launches, in the same run directory. `one_asks`: rank 0 alone does."""
+    """Step 0 of a replay, once per launch, in the same run directory. `one_asks`: only rank 0 asks the teacher."""
     config = config_of(objective, replay, run_dir)
     found = []
     with layout_of(case) as (layout, platform):

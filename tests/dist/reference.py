@@ -1,7 +1,7 @@
-"""Tiny models, rollouts, and one training step in float64 on plain transformers models: what every layout must equal.
+"""The reference that every layout must equal: tiny models, rollouts, and a float64 training step with transformers.
 
-Not a test. Invariant: the reference imports nothing of the package but the value types; it runs each sample on its own,
-unpacked and unsharded, and its gradients come from autograd over the full vocabulary.
+Not a test module. Invariant: the reference imports only the value types from the package. It runs each sample alone,
+unpacked and unsharded. Its gradients come from autograd over the full vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEMPERATURE = 0.8
 BETA = 0.05
 OUTLIER_WEIGHT = 0.7
 EPS = 1e-3
-"""Of Adam: large, so that an update depends smoothly on a small gradient."""
+"""Adam's epsilon. It is large, so that an update depends smoothly on a small gradient."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -101,7 +101,7 @@ def make_rollouts(lengths: Sequence[tuple[int, int, int]], seed: int = 3) -> lis
 
 @dataclass(frozen=True)
 class Step:
-    """One training step. Columns have a row a supervised token, in the order of (sample, token)."""
+    """One training step. Columns have one row per supervised token, in the order of (sample, token)."""
 
     loss: float
     """Surrogate sum / token count."""

@@ -1,4 +1,4 @@
-"""What the ranks of the tests of changed schedules and of new beginnings run. Not a test."""
+"""Code that the ranks of the tests of changed schedules and of `run.init_from` run. Not a test module."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tropd_mcore.mcore.weights_io import export_hf
 
 @dataclass(frozen=True)
 class Settings:
-    """What a rank's optimizer works with after a number of steps."""
+    """The settings of a rank's optimizer after a number of steps."""
 
     rates: list[float]
-    """Learning rate of each step after the load, of every parameter group the same"""
+    """Learning rate of each step after the load, the same for every parameter group"""
     betas: set[tuple[float, float]]
     eps: set[float]
     counts: set[int]
@@ -61,7 +61,7 @@ def all_rates_after(
 
 
 def movement_after(folder: Path, source: Path, setup: Setup) -> dict[str, torch.Tensor]:
-    """How the main weights move in the next step after a load."""
+    """The change of the main weights in the next step after a load."""
     job = open_layout(setup.parallel)
     state = train_state(folder, job, setup)
     info = checkpoint.load(source, state)
@@ -97,8 +97,8 @@ def trained_from(folder: Path, setup: Setup, source: Path | None, seed: int = 5)
 
 
 def begun_with_optimizer(folder: Path, source: Path, setup: Setup) -> tuple[dict[str, str], dict[str, str], bool]:
-    """Digests of a run that resumes `source` and of one that begins with its optimizer, and whether the random state of
-    the second is untouched."""
+    """Digests of a run that resumes `source` and of a new run that loads its optimizer, and whether the random state of
+    the second run is unchanged."""
     job = open_layout(setup.parallel)
     resumed = train_state(folder, job, setup)
     checkpoint.load(source, resumed)

@@ -1,4 +1,4 @@
-"""What the ranks of the self-teacher tests run: the same rows scored in their own and in other contexts. Not a test."""
+"""Code that the ranks of the self-teacher tests run: the same rows scored in their own and in other contexts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Context = np.ndarray | None
 
 @dataclass(frozen=True)
 class GivenPrompts:
-    """In the place of rendered prompts with solutions; asked on rank 0 alone, which has the verdicts."""
+    """Stands in for rendered prompts with solutions. Used only on rank 0, which has the verdicts."""
 
     given: Sequence[Context]
 
@@ -40,7 +40,7 @@ class GivenPrompts:
 
 
 def candidates(sample: Tensor, token: Tensor, vocabulary: int) -> Tensor:
-    """OWN different ids that follow from the row, [T, OWN]."""
+    """OWN different ids determined by the row, [T, OWN]."""
     return (sample[:, None] * 31 + token[:, None] * 17 + torch.arange(OWN) * 13) % vocabulary
 
 

@@ -1,4 +1,4 @@
-"""How far gradients of vocabulary shards are from those of the whole vocabulary."""
+"""The error of gradients on vocabulary shards relative to those of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, cat
 
 
 def largest_error(every: Sequence[Sequence[Tensor]], expected: Sequence[Tensor]) -> float:
-    """Largest error of an element over the largest element of all; padding must have no gradient.
+    """Largest error of an element, divided by the largest element. Padding must have no gradient.
 
     `every`: the gradients [..., W] of each rank; `expected`: the same whole, [..., V] in float64.
     """

@@ -1,4 +1,4 @@
-"""What a teacher's server says of tokens, for tests that run other stacks' code."""
+"""Answers of a teacher server about tokens, for tests that run other stacks' code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def sglang_answer(ids: list[int], log_q: Tensor, count: int) -> dict[str, Any]:
-    """`meta_info` of an SGLang server that was asked for the log-probs of its input, and of `count` others, if any."""
+    """`meta_info` of an SGLang server for a request of the log-probs of its input, and of `count` others, if any."""
     each = [(None if p == 0 else float(log_q[p, x]), x, None) for p, x in enumerate(ids)]
     if not count:
         return {"input_token_logprobs": each}

@@ -1,4 +1,4 @@
-"""The loss inside other people's autograd: right, or one clear error, in every form, mode, backend and situation.
+"""The loss inside other autograd code: right, or one clear error, in every form, mode, backend and situation.
 
 The situations are in tests/autograd_situations.py, the table that users read is in docs/autograd.md.
 """
@@ -16,7 +16,7 @@ from tests.ranks import run_on_ranks, run_with_compiler
 
 DOCS = Path(__file__).parents[2] / "docs" / "autograd.md"
 LONG_S = 1200.0
-"""Bound for the interpreter of Triton and for the C++ compiler on a loaded machine."""
+"""Time limit for Triton's interpreter and for the C++ compiler on a loaded machine."""
 Outcomes = dict[str, dict[str, str]]
 
 
@@ -39,7 +39,7 @@ def test_every_form_is_right_or_refused_in_every_situation(eager: Outcomes) -> N
     assert wrong(eager) == []
 
 
-def test_two_ranks_have_the_outcomes_of_one(eager: Outcomes) -> None:
+def test_two_ranks_give_the_same_outcomes_as_one(eager: Outcomes) -> None:
     for found in run_with_compiler(autograd_cases.outcomes, 2, "eager"):
         assert found == eager
 
@@ -47,8 +47,8 @@ def test_two_ranks_have_the_outcomes_of_one(eager: Outcomes) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(LONG_S)
 @pytest.mark.parametrize("backend", ["compile", "triton"])
-def test_every_backend_has_the_outcomes_of_eager(backend: str, eager: Outcomes) -> None:
-    """Triton runs under its interpreter here; tests/gpu/test_autograd_on_cuda.py runs it on a GPU."""
+def test_every_backend_gives_the_same_outcomes_as_eager(backend: str, eager: Outcomes) -> None:
+    """Triton runs in its interpreter here. tests/gpu/test_autograd_on_cuda.py runs it on a GPU."""
     run = run_on_ranks if backend == "triton" else run_with_compiler
     (found,) = run(autograd_cases.outcomes, 1, backend, timeout_s=LONG_S)
     assert found == eager
@@ -60,7 +60,7 @@ def table_in_docs() -> Outcomes:
     return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows if len(row) == len(header)}
 
 
-def test_the_table_in_the_docs_is_what_happens(eager: Outcomes) -> None:
+def test_the_table_in_the_docs_matches_the_outcomes(eager: Outcomes) -> None:
     stated = table_in_docs()
     assert list(stated) == list(SITUATIONS)
     for situation, row in stated.items():
@@ -69,7 +69,7 @@ def test_the_table_in_the_docs_is_what_happens(eager: Outcomes) -> None:
         assert {form: cell.replace("-", "right").split(" ")[0] for form, cell in row.items()} == found, situation
 
 
-def test_a_refused_situation_has_one_reason_for_all_forms(eager: Outcomes) -> None:
-    """So that the table can name it once; a change in place and a repeated forward pass may meet in one situation."""
+def test_at_most_two_different_outcomes_besides_right_occur_per_situation(eager: Outcomes) -> None:
+    """The table names each reason once. One situation may have both an in-place change and a repeated forward pass."""
     for row in eager.values():
         assert len({outcome for outcome in row.values() if outcome != "right"}) <= 2

@@ -1,6 +1,6 @@
-"""The table of tests/dist/test_autograd.py is sharp: without a guard of the kernel, a situation is wrong in silence.
+"""The table of tests/dist/test_autograd.py is sharp: without a guard of the kernel, a situation is silently wrong.
 
-A guard is replaced inside the rank process. Then some form must be WRONG in the named situation, and none before that.
+A guard is replaced inside the rank process. Then some form must be WRONG in the named situation. Before, none is.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ GUARDS: dict[str, Guard] = {
 
 
 def outcomes_without(names: tuple[str, ...], replacement: Any, situation: str, backend: str) -> tuple[list[str], ...]:
-    """The outcomes of all forms with the guard and without it; an assertion of a situation counts as WRONG."""
+    """The outcomes of all forms with and without the guard. A failed assertion of a situation counts as WRONG."""
 
     def run() -> list[str]:
         found = []
@@ -92,8 +92,8 @@ def outcomes_without(names: tuple[str, ...], replacement: Any, situation: str, b
         return guarded, run()
 
 
-def test_without_its_shield_the_inner_graph_runs_a_checkpoint_again() -> None:
-    """The guard against repeated forward passes stands behind it, so that folded is refused and not wrong."""
+def test_without_the_shield_the_inner_graph_reruns_a_checkpoint_and_is_refused() -> None:
+    """The guard against repeated forward passes still works, so `folded` is refused instead of wrong."""
     names = (f"{KERNEL}.support_loss.shield",)
     ((guarded, unguarded),) = run_on_ranks(outcomes_without, 1, names, nullcontext, "checkpoint", "eager")
     assert set(guarded) == {"right"}
@@ -101,7 +101,7 @@ def test_without_its_shield_the_inner_graph_runs_a_checkpoint_again() -> None:
 
 
 @pytest.mark.parametrize("fault", GUARDS)
-def test_without_its_guard_a_situation_is_silently_wrong(fault: str) -> None:
+def test_a_situation_is_silently_wrong_if_its_guard_is_removed(fault: str) -> None:
     ((guarded, unguarded),) = run_on_ranks(outcomes_without, 1, *GUARDS[fault])
     assert not [found for found in guarded if found.startswith("WRONG")]
     assert [found for found in unguarded if found.startswith("WRONG")]

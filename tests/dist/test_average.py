@@ -57,7 +57,7 @@ def test_the_average_equals_the_oracle_after_every_step(hf: Path, setup: Setup, 
         assert any(not torch.equal(found.exact[0][name], found.exact[-1][name]) for name in names)
 
 
-def test_what_bfloat16_arithmetic_would_lose_is_kept(hf: Path) -> None:
+def test_the_average_keeps_updates_that_bfloat16_arithmetic_would_lose(hf: Path) -> None:
     found = courses(hf, 1, Setup(), 1e-3)[0]
     moved = lost = 0
     for name, start in found.student[0].items():
@@ -71,14 +71,14 @@ def test_what_bfloat16_arithmetic_would_lose_is_kept(hf: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_student_trains_as_without_an_average(hf: Path) -> None:
+def test_an_average_does_not_change_how_the_student_trains(hf: Path) -> None:
     setup = Setup(optimizer=OVERLAPPED)
     alone = run_on_ranks(average_ranks.trained_alone, 2, hf, setup, STEPS)
     for found, expected in zip(courses(hf, 2, setup, 0.05), alone, strict=True):
         assert all(torch.equal(found.student[-1][name], expected[name]) for name in expected)
 
 
-def test_rate_one_is_the_student_of_the_last_step_and_rate_zero_the_first_one(hf: Path) -> None:
+def test_an_average_of_rate_one_is_the_last_student_and_of_rate_zero_the_first(hf: Path) -> None:
     for found in courses(hf, 2, Setup(), 1.0):
         for student, rounded in zip(found.student, found.rounded, strict=True):
             assert all(torch.equal(student[name], rounded[name]) for name in student)
@@ -99,7 +99,9 @@ def test_rate_one_is_the_student_of_the_last_step_and_rate_zero_the_first_one(hf
         ),
     ],
 )
-def test_a_resumed_average_is_bit_for_bit_the_straight_one(hf: Path, setup: Setup, ranks: int, tmp_path: Path) -> None:
+def test_a_resumed_average_is_bit_for_bit_that_of_an_uninterrupted_run(
+    hf: Path, setup: Setup, ranks: int, tmp_path: Path
+) -> None:
     for straight, resumed in run_on_ranks(average_ranks.straight_and_resumed, ranks, hf, tmp_path, setup):
         assert len(straight) > 30
         assert {name for name in straight if straight[name] != resumed[name]} == set()
@@ -117,7 +119,7 @@ def test_another_layout_reads_the_same_average(hf: Path, tmp_path: Path) -> None
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_with_an_average_loads_without_and_one_without_is_refused_in_one_line(
+def test_an_average_in_a_checkpoint_may_be_ignored_but_a_missing_one_is_refused_in_one_line(
     hf: Path, tmp_path: Path
 ) -> None:
     run_on_ranks(average_ranks.save_and_load, 1, hf, tmp_path / "with", True, False)

@@ -1,7 +1,7 @@
 """The compiled passes against the float64 oracle and against eager, and the choice of a backend.
 
-Most of it is slow because every variant (dtype, softcap, which terms there are) is compiled. Triton has tests of its
-own (tests/unit/test_triton.py).
+Most tests are slow because every variant (dtype, softcap, set of terms) is compiled. Triton has its own tests
+(tests/unit/test_triton.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_the_compiled_passes_equal_the_oracle() -> None:
     assert_close(passes_of(backend("compile", CPU), case), oracle(case), 1e-5)
 
 
-def test_names_give_their_backends_and_the_same_one_each_time() -> None:
+def test_each_name_gives_its_backend_and_the_same_object_each_time() -> None:
     assert backend("auto", CPU) is backend("auto", CPU)
     assert isinstance(backend("auto", CPU), EagerBackend) and isinstance(backend("eager", CPU), EagerBackend)
     assert backend("compile", CPU).name == "compile" and backend("compile", CPU) is backend("compile", CPU)
@@ -49,13 +49,13 @@ def test_names_give_their_backends_and_the_same_one_each_time() -> None:
         ("cuda", "loss.backend=cuda is none of auto, eager, compile, triton"),
     ],
 )
-def test_a_backend_that_cannot_run_is_an_error_of_one_line_that_names_the_key(name: str, message: str) -> None:
+def test_a_backend_that_cannot_run_gives_a_one_line_error_that_names_the_key(name: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         backend(name, CPU)
     assert str(error.value) == message
 
 
-def test_no_compiler_is_an_error_of_one_line_when_the_backend_is_made() -> None:
+def test_a_missing_compiler_is_a_one_line_error_when_the_backend_is_created() -> None:
     with (
         mock.patch("torch._inductor.config.cpp.cxx", (None, "no-such-compiler")),
         pytest.raises(ConfigError, match=r"^loss\.backend=compile needs a C\+\+ compiler .* use eager$"),
@@ -63,7 +63,7 @@ def test_no_compiler_is_an_error_of_one_line_when_the_backend_is_made() -> None:
         CompiledBackend(CPU)
 
 
-def test_no_headers_of_python_are_an_error_of_one_line_when_the_backend_is_made() -> None:
+def test_missing_python_headers_are_a_one_line_error_when_the_backend_is_created() -> None:
     with (
         mock.patch("sysconfig.get_paths", return_value={"include": "/nowhere"}),
         pytest.raises(
@@ -73,7 +73,7 @@ def test_no_headers_of_python_are_an_error_of_one_line_when_the_backend_is_made(
         CompiledBackend(CPU)
 
 
-def test_no_triton_for_a_gpu_is_an_error_of_one_line_when_the_backend_is_made() -> None:
+def test_missing_triton_for_a_gpu_is_a_one_line_error_when_the_backend_is_created() -> None:
     with (
         mock.patch("tropd_mcore.kernel.compiled.has_triton", return_value=False),
         pytest.raises(ConfigError, match=r"^loss\.backend=compile needs Triton .* use eager$"),
@@ -127,8 +127,8 @@ def test_compiled_gradients_near_convergence_are_right_to_3_in_1000() -> None:
 
 
 @pytest.mark.slow
-def test_another_number_of_rows_or_slots_compiles_nothing_new() -> None:
-    """The first call, and the first with one row, compile; no later one does."""
+def test_a_different_number_of_rows_or_slots_compiles_nothing_new() -> None:
+    """The first call, and the first with one row, compile. No later call does."""
     from torch._dynamo.utils import counters
 
     compiled = CompiledBackend(CPU)
@@ -141,14 +141,14 @@ def test_another_number_of_rows_or_slots_compiles_nothing_new() -> None:
 
 
 @pytest.mark.slow
-def test_no_rows_and_no_slots_are_legal_for_compiled_passes() -> None:
+def test_compiled_passes_accept_zero_rows_and_zero_slots() -> None:
     compiled = backend("compile", CPU)
     for rows, slots in ((0, 3), (4, 0)):
         assert _both_passes(compiled, rows, slots).shape == (rows, 11)
 
 
 def _both_passes(compiled: CompiledBackend, rows: int, slots: int) -> Tensor:
-    """Over logits of a shard of 11 columns, 9 of them real; returns the gradient."""
+    """Run on logits of a shard of 11 columns, 9 of them real. Returns the gradient."""
     random = torch.Generator().manual_seed(rows)
     logits_CW, shard = torch.randn(rows, 11, generator=random), VocabShard(0, 11, 9)
     ids_CJ = torch.randint(9, (rows, slots), generator=random)

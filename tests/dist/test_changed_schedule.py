@@ -1,4 +1,4 @@
-"""After a resume the learning rate is that of the configuration at hand; a new run begins from weights or from all."""
+"""After a resume the learning rate follows the new configuration. A new run starts from weights or full state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tropd_mcore.errors import ModelError
 DONE = 2
 """Optimizer steps of the checkpoint."""
 AHEAD = 4
-"""Steps after it that are looked at."""
+"""Steps after it that are checked."""
 FIRST = OptimizerConfig(
     learning_rate=3e-3, min_learning_rate=1e-4, schedule="cosine", warmup_steps=1, clip_grad_norm=0.5
 )
 
 
 def expected_rate(position: int, optimizer: OptimizerConfig, steps: int) -> float:
-    """The rate of optimizer step `position` (from 1), written from the schedule's definition."""
+    """The learning rate of optimizer step `position` (from 1), written from the schedule's definition."""
     top, floor, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
     if warmup and position <= warmup:
         return top * position / warmup
@@ -81,13 +81,13 @@ CHANGES: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def rates(request: pytest.FixtureRequest, hf: Path, saved: dict[str, Path]) -> list[dict[str, resume_ranks.Settings]]:
-    """What each rank finds after each change, for one kind."""
+    """The settings of each rank after each change, for one kind."""
     setups = {name: setup_of(request.param, steps, **changes) for name, (steps, changes) in CHANGES.items()}
     return run_on_ranks(resume_ranks.all_rates_after, 2, hf, saved[request.param], setups, AHEAD)
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_rates_of_the_next_steps_follow_the_schedule_of_the_configuration(
+def test_after_a_resume_the_learning_rate_follows_the_new_configuration(
     rates: list[dict[str, resume_ranks.Settings]], name: str
 ) -> None:
     steps, changes = CHANGES[name]
@@ -99,7 +99,9 @@ def test_the_rates_of_the_next_steps_follow_the_schedule_of_the_configuration(
 
 
 @pytest.mark.parametrize("kind", ["float32 distributed", "float32 replicated"])
-def test_the_weights_move_at_the_new_rate(hf: Path, saved: dict[str, Path], kind: str) -> None:
+def test_after_a_resume_the_weight_update_is_proportional_to_the_new_rate(
+    hf: Path, saved: dict[str, Path], kind: str
+) -> None:
     """Without decay an Adam step is proportional to the rate."""
     once, twice = (
         run_on_ranks(
@@ -114,7 +116,7 @@ def test_the_weights_move_at_the_new_rate(hf: Path, saved: dict[str, Path], kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_run_with_the_optimizers_state_has_its_own_schedule_and_constants(
+def test_a_new_run_with_loaded_optimizer_state_uses_its_own_schedule_and_constants(
     hf: Path, saved: dict[str, Path], kind: str
 ) -> None:
     setup = setup_of(kind, 8, beta1=0.8, beta2=0.9, eps=1e-6, learning_rate=1e-3)
@@ -126,7 +128,7 @@ def test_a_new_run_with_the_optimizers_state_has_its_own_schedule_and_constants(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_run_with_the_optimizers_state_has_every_weight_and_moment_of_the_checkpoint(
+def test_a_new_run_with_loaded_optimizer_state_has_every_weight_and_moment_of_the_checkpoint(
     hf: Path, saved: dict[str, Path], kind: str
 ) -> None:
     for resumed, begun, untouched in run_on_ranks(
@@ -142,7 +144,7 @@ def test_a_new_run_with_the_optimizers_state_has_every_weight_and_moment_of_the_
 @pytest.mark.parametrize(
     ("parallel", "ranks"), [(ParallelConfig(), 2), (ParallelConfig(tensor=2), 2)], ids=["dp2", "tp2"]
 )
-def test_a_new_run_from_a_checkpoints_weights_is_the_run_from_its_export(
+def test_a_new_run_from_checkpoint_weights_equals_a_run_from_its_export(
     hf: Path, saved: dict[str, Path], kind: str, parallel: ParallelConfig, ranks: int, tmp_path: Path
 ) -> None:
     setup = replace(setup_of(kind), parallel=parallel)
@@ -153,7 +155,7 @@ def test_a_new_run_from_a_checkpoints_weights_is_the_run_from_its_export(
     assert found == expected != plain
 
 
-def test_optimizer_state_of_the_other_form_is_refused(hf: Path, saved: dict[str, Path]) -> None:
+def test_replicated_optimizer_state_is_refused_by_a_distributed_optimizer(hf: Path, saved: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="written with a replicated optimizer, found a distributed one"):
         run_on_ranks(
             resume_ranks.rates_after, 1, hf, saved["float32 replicated"], setup_of("float32 distributed"), 1, True

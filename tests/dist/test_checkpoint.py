@@ -47,7 +47,7 @@ def saved(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(Setup(optimizer=OVERLAPPED), 2, id="dp2 bf16 overlapped"),
     ],
 )
-def test_resumed_run_is_bit_for_bit_the_straight_one(hf: Path, setup: Setup, ranks: int, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(hf: Path, setup: Setup, ranks: int, tmp_path: Path) -> None:
     for straight, resumed in run_on_ranks(checkpoint_ranks.straight_and_resumed, ranks, hf, tmp_path, setup):
         assert len(straight) > 30
         assert {name for name in straight if straight[name] != resumed[name]} == set()
@@ -71,7 +71,7 @@ def test_export_right_after_a_step_has_the_new_weights_while_their_gather_is_pen
     ],
 )
 @pytest.mark.parametrize("optimizer", [Setup().optimizer, REPLICATED], ids=["distributed", "replicated"])
-def test_another_layout_holds_the_same_numbers(
+def test_a_checkpoint_loaded_at_another_layout_holds_the_same_numbers(
     hf: Path,
     before: ParallelConfig,
     ranks_before: int,
@@ -107,7 +107,7 @@ def test_a_training_checkpoint_exports_to_hugging_face_by_itself(hf: Path, saved
     assert (out / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
-def test_saving_starts_no_process_that_could_be_left_behind(hf: Path, tmp_path: Path) -> None:
+def test_saving_a_checkpoint_starts_no_process(hf: Path, tmp_path: Path) -> None:
     (left,) = run_on_ranks(checkpoint_ranks.train_and_save, 1, hf, tmp_path, Setup(), [1])
     assert left == {"children": [], "active": 0}
 
@@ -138,7 +138,7 @@ def test_a_run_killed_while_saving_leaves_a_usable_checkpoint(hf: Path, moment: 
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_nothing_is_latest_where_nothing_is_complete(tmp_path: Path) -> None:
+def test_there_is_no_latest_checkpoint_if_none_is_complete(tmp_path: Path) -> None:
     assert latest(tmp_path / "absent") is None
     for name in ("step_000003.partial", "step_000004", "logs"):
         (tmp_path / name).mkdir()
@@ -160,7 +160,9 @@ def test_a_failed_save_is_the_same_error_on_every_rank(hf: Path, tmp_path: Path)
         (Setup(dtype="float32"), "written with student.dtype=bfloat16, found float32"),
     ],
 )
-def test_settings_that_would_train_differently_are_refused(hf: Path, saved: Path, setup: Setup, words: str) -> None:
+def test_a_resume_with_settings_that_would_train_differently_is_refused(
+    hf: Path, saved: Path, setup: Setup, words: str
+) -> None:
     with pytest.raises(ModelError) as caught:
         run_on_ranks(checkpoint_ranks.load_fails, 1, hf, saved, setup)
     assert words in str(caught.value)
@@ -173,7 +175,7 @@ def test_another_architecture_is_refused(saved: Path, tmp_path: Path) -> None:
         run_on_ranks(checkpoint_ranks.load_fails, 1, other, saved, Setup())
 
 
-def test_weights_without_optimizer_state_do_not_resume(hf: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_optimizer_state_cannot_be_resumed(hf: Path, tmp_path: Path) -> None:
     run_on_ranks(conversion_ranks.to_mcore, 1, ParallelConfig(), [(hf, tmp_path / "mcore")])
     with pytest.raises(ModelError, match="holds weights only"):
         run_on_ranks(checkpoint_ranks.load_fails, 1, hf, tmp_path / "mcore", Setup())
@@ -196,7 +198,7 @@ def test_weights_without_optimizer_state_do_not_resume(hf: Path, tmp_path: Path)
         ("rng_00000.safetensors", None),
     ],
 )
-def test_damaged_checkpoint_is_one_line(
+def test_a_damaged_checkpoint_gives_a_one_line_error(
     hf: Path, saved: Path, file: str, content: bytes | None, tmp_path: Path
 ) -> None:
     damaged = shutil.copytree(saved, tmp_path / "broken")
@@ -212,7 +214,7 @@ def test_damaged_checkpoint_is_one_line(
 
 
 def without_digests(path: Path) -> None:
-    """Make it a checkpoint of the format before digests."""
+    """Turn it into a checkpoint of the format without digests."""
     values = json.loads((path / "tropd.json").read_text())
     for key in ("sha256", "files", "run"):
         del values[key]
@@ -231,7 +233,7 @@ class Intruder:
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
 def test_pickled_code_in_a_checkpoint_is_refused_and_not_run(hf: Path, saved: Path, file: str, tmp_path: Path) -> None:
-    """Its digests are no help against a stranger, who leaves them out (format 1) or makes new ones."""
+    """Digests do not protect against an attacker, who can leave them out (format 1) or compute new ones."""
     bad = shutil.copytree(saved, tmp_path / "bad")
     without_digests(bad)
     target = tmp_path / "ran"
@@ -244,7 +246,7 @@ def test_pickled_code_in_a_checkpoint_is_refused_and_not_run(hf: Path, saved: Pa
     assert not target.exists()
 
 
-def test_json_says_what_the_checkpoint_is(hf: Path, saved: Path) -> None:
+def test_the_json_of_a_checkpoint_records_step_dtype_optimizer_architecture_and_layout(hf: Path, saved: Path) -> None:
     info = read_info(saved)
     assert (info.step, info.param_dtype, info.optimizer) == (2, "bfloat16", "distributed")
     assert info.architecture == read_architecture(hf)

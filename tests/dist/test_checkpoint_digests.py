@@ -1,4 +1,4 @@
-"""Damage of a checkpoint is found before anything is filled, by name, with the way to the last good one."""
+"""Damage of a checkpoint is found before any tensor is loaded. The error names file and last good checkpoint."""
 
 from __future__ import annotations
 
@@ -64,15 +64,17 @@ def test_every_file_of_a_checkpoint_has_a_digest(written: Path) -> None:
     assert all(files[name]["bytes"] == (path / name).stat().st_size for name in files)
 
 
-def test_a_file_that_the_first_rank_does_not_see_yet_has_a_digest_all_the_same(tmp_path: Path) -> None:
+def test_a_file_that_rank_0_does_not_see_yet_still_gets_a_digest(tmp_path: Path) -> None:
     names = ["__0_0.distcp", "__1_0.distcp", "common.pt", "rng_00001.safetensors"]
     for name in names:
         (tmp_path / name).write_bytes(b"1")
     assert run_on_ranks(checkpoint_ranks.digests_of_a_slow_file_system, 2, tmp_path) == [names, names]
 
 
-def test_one_flipped_bit_in_any_file_is_refused_by_name_on_all_ranks_and_fills_nothing(hf: Path, run: Path) -> None:
-    """Weights, main weights and moments lie all over the two shards: 24 places in each, other files at 3."""
+def test_one_flipped_bit_in_any_file_is_refused_by_name_on_all_ranks_before_anything_is_loaded(
+    hf: Path, run: Path
+) -> None:
+    """Weights, main weights and moments are spread over the two shards: 24 places in each, 3 in other files."""
     path, random = run / "step_000003", Random(0)
     flips = []
     for file in sorted(found for found in path.rglob("*") if found.is_file()):
@@ -107,13 +109,13 @@ def test_missing_added_and_truncated_files_are_named(
     assert all(word in message for word in ["step_000003", *words]), message
 
 
-def test_hidden_files_of_others_do_no_harm(hf: Path, run: Path) -> None:
+def test_hidden_files_in_a_checkpoint_folder_are_ignored(hf: Path, run: Path) -> None:
     (run / "step_000003" / ".nfs00000001").touch()
     assert run_on_ranks(checkpoint_ranks.resumes, 1, hf, run, Setup()) == [("step_000003", 3)]
 
 
-def test_the_command_in_the_message_resumes_from_the_newest_whole_one(hf: Path, run: Path) -> None:
-    """The two newest are damaged; the message of the newest names the third, and each command is run as it stands."""
+def test_the_command_in_the_message_resumes_from_the_newest_undamaged_checkpoint(hf: Path, run: Path) -> None:
+    """The two newest are damaged. The message for the newest names the third. Each printed command is run unchanged."""
     for name in ("step_000003", "step_000002"):
         damage(run / name)
     for name in ("step_000003", "step_000002"):
@@ -125,7 +127,7 @@ def test_the_command_in_the_message_resumes_from_the_newest_whole_one(hf: Path, 
     assert run_on_ranks(checkpoint_ranks.resumes, 2, hf, run, TP2) == [("step_000001", 1)] * 2
 
 
-def test_where_no_checkpoint_is_whole_the_command_begins_again(hf: Path, run: Path) -> None:
+def test_if_every_checkpoint_is_damaged_the_command_in_the_message_starts_over(hf: Path, run: Path) -> None:
     for name in ("step_000003", "step_000002", "step_000001"):
         damage(run / name)
     message = refused(hf, run / "step_000003")
@@ -141,7 +143,7 @@ def test_a_renamed_checkpoint_is_refused_with_both_steps(hf: Path, run: Path) ->
     assert f"the newest whole one before it is {run / 'step_000003'}" in message
 
 
-def test_a_checkpoint_that_is_named_after_no_step_is_not_compared_with_its_name(hf: Path, run: Path) -> None:
+def test_a_folder_name_without_a_step_is_not_compared_with_the_recorded_step(hf: Path, run: Path) -> None:
     other = (run / "step_000002").rename(run / "begin here")
     run_on_ranks(checkpoint_ranks.load_and_save, 1, hf, other, run / "again", Setup())
 
@@ -156,7 +158,7 @@ def test_a_checkpoint_without_digests_still_loads(hf: Path, run: Path) -> None:
     assert run_on_ranks(checkpoint_ranks.resumes, 1, hf, run, Setup()) == [("step_000003", 3)]
 
 
-def test_damage_reaches_a_conversion_as_well(hf: Path, run: Path, tmp_path: Path) -> None:
+def test_converting_a_damaged_checkpoint_is_refused_and_writes_nothing(hf: Path, run: Path, tmp_path: Path) -> None:
     damage(run / "step_000003")
     with pytest.raises(ModelError, match=r"__1_0\.distcp is not as it was written"):
         run_on_ranks(conversion_ranks.to_hf, 1, ParallelConfig(), [(run / "step_000003", tmp_path / "out")])

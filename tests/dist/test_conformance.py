@@ -1,4 +1,4 @@
-"""`tropd conformance` finds what it exists for: planted faults, hung and dead ranks; and it passes what is right."""
+"""`tropd conformance` detects planted faults, hung ranks and dead ranks, and passes correct losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAULTS = {
     "tail_lost": False,
     "duplicates_overwrite": True,
 }
-"""Fault -> whether the value of the loss is right all the same"""
+"""Fault -> whether the value of the loss is still right"""
 
 
 def judged(cells: list[Cell], world_size: int) -> list[Result]:
@@ -48,7 +48,7 @@ def claimed(name: str, dtype: str = "float64") -> list[Cell]:
     ]
 
 
-def test_a_faultless_peer_misses_nothing() -> None:
+def test_a_correct_peer_has_no_miss() -> None:
     results = judged([*claimed("honest"), *claimed("honest", "float32"), *claimed("honest", "bfloat16")], 2)
     assert [result for result in results if result.status != "ok"] == []
 
@@ -64,7 +64,7 @@ def test_a_planted_fault_is_a_miss(fault: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tropd", "rethinking/union", "gkd/jsd-full", "iw_opd"])
-def test_our_loss_misses_nothing_on_two_ranks(kind: str) -> None:
+def test_our_loss_has_no_miss_on_two_ranks(kind: str) -> None:
     cells = [
         cell
         for cell in plan_ours(select((kind,)), full=False)
@@ -75,7 +75,7 @@ def test_our_loss_misses_nothing_on_two_ranks(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_1_and_names_each_planted_fault(
+def test_the_command_exits_with_1_and_names_each_planted_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = tmp_path / "found.json"
@@ -88,7 +88,7 @@ def test_the_command_ends_with_1_and_names_each_planted_fault(
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_0_for_a_faultless_peer_and_with_2_where_nothing_ran() -> None:
+def test_the_command_exits_with_0_for_a_correct_peer_and_with_2_if_nothing_ran() -> None:
     assert cli.main(["conformance", "--peer", f"{PEERS}:honest"]) == 0
     nothing_claimed = ["--objective", "jsd", "--peer", f"{PEERS}:honest"]
     assert cli.main(["conformance", *nothing_claimed]) == 2
@@ -103,11 +103,11 @@ def test_the_command_ends_with_0_for_a_faultless_peer_and_with_2_where_nothing_r
         ("raises_on_rank_1", "only rank 1 failed: ArithmeticError: rank 1 alone", "in raises_on_rank_1"),
     ],
 )
-def test_ranks_that_are_lost_make_a_miss_and_the_rest_goes_on(
+def test_lost_ranks_count_as_a_miss_and_the_remaining_cells_still_run(
     name: str, text: str, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "hangs_on_rank_1":
-        monkeypatch.setattr(matrix, "PEER_LIMIT_S", 20.0)  # time enough for the honest peer, also on a busy machine
+        monkeypatch.setattr(matrix, "PEER_LIMIT_S", 20.0)  # enough time for the correct peer, even on a busy machine
     monkeypatch.setattr(matrix, "LOST_SETS", 1)
     results = matrix.run([*claimed("honest")[:1], *claimed(name)], "cpu", lambda _: None)
     assert [result.status for result in results] == ["ok", "miss", "not run"]
@@ -115,7 +115,7 @@ def test_ranks_that_are_lost_make_a_miss_and_the_rest_goes_on(
 
 
 @pytest.mark.slow
-def test_a_peer_that_raises_everywhere_misses_and_one_that_is_not_installed_is_not_run() -> None:
+def test_a_peer_that_always_raises_is_a_miss_and_one_that_is_not_installed_is_not_run() -> None:
     cells = [*claimed("raises")[:1], *claimed("is_not_installed")[:1], *claimed("honest")[:1]]
     results = matrix.run(cells, "cpu", lambda _: None)
     assert [result.status for result in results] == ["miss", "not run", "ok"]
@@ -124,7 +124,7 @@ def test_a_peer_that_raises_everywhere_misses_and_one_that_is_not_installed_is_n
 
 
 @pytest.mark.slow
-def test_our_loss_misses_nothing_at_the_end_of_a_megatron_model() -> None:
+def test_our_loss_has_no_miss_at_the_end_of_a_megatron_model() -> None:
     cells = [cell for cell in plan_ours(select(("tropd", "log_prob")), full=False) if cell.divided.megatron]
     assert {cell.divided.name for cell in cells} == {"megatron-tp2", "megatron-tp2-sp", "megatron-cp2"}
     assert [result for result in matrix.run(cells, "cpu", lambda _: None) if result.status != "ok"] == []

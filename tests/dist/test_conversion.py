@@ -27,7 +27,7 @@ LIMIT_NATS = 1e-4
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One tiny model a family, tied and untied, in bfloat16."""
+    """One tiny model per family, tied and untied, in bfloat16."""
     root = tmp_path_factory.mktemp("hf")
     return [
         write_tiny_model(root / f"{family}-{'tied' if tied else 'untied'}", family=family, tied=tied, dtype=dtype)
@@ -43,7 +43,7 @@ def assert_same_bytes(left: Path, right: Path) -> None:
         assert torch.equal(tensor.view(torch.uint8), found[name].view(torch.uint8)), name
 
 
-def test_checkpoint_of_tp2_pp2_exports_the_same_bytes_from_every_layout(folders: list[Path], tmp_path: Path) -> None:
+def test_a_tp2_pp2_checkpoint_exports_the_same_bytes_from_every_layout(folders: list[Path], tmp_path: Path) -> None:
     checkpoints = [tmp_path / folder.name for folder in folders]
     run_on_ranks(conversion_ranks.to_mcore, 4, TP2_PP2, list(zip(folders, checkpoints, strict=True)))
     for parallel, ranks in [
@@ -63,7 +63,9 @@ def test_checkpoint_of_tp2_pp2_exports_the_same_bytes_from_every_layout(folders:
 
 
 @pytest.mark.parametrize(("parallel", "ranks"), [(ParallelConfig(), 1), (TP2_PP2, 4)], ids=["one process", "tp2 pp2"])
-def test_log_probs_are_those_of_transformers(folders: list[Path], parallel: ParallelConfig, ranks: int) -> None:
+def test_log_probs_of_a_converted_model_equal_those_of_transformers(
+    folders: list[Path], parallel: ParallelConfig, ranks: int
+) -> None:
     tokens = torch.randint(307, (40,), generator=torch.Generator().manual_seed(5))
     answers = run_on_ranks(conversion_ranks.log_probs_of, ranks, parallel, folders, tokens)
     for index, folder in enumerate(folders):
@@ -82,7 +84,7 @@ def test_log_probs_are_those_of_transformers(folders: list[Path], parallel: Para
     ],
     ids=["linear", "llama3"],
 )  # fmt: skip
-def test_scaled_rotary_embeddings_are_those_of_transformers(rope: dict[str, float | str], tmp_path: Path) -> None:
+def test_scaled_rotary_embeddings_equal_those_of_transformers(rope: dict[str, float | str], tmp_path: Path) -> None:
     folder = write_tiny_model(
         tmp_path / "m", family="llama", num_hidden_layers=2, max_position_embeddings=16384, rope_parameters=rope
     )
@@ -101,7 +103,7 @@ def test_scaled_rotary_embeddings_are_those_of_transformers(rope: dict[str, floa
     ],
     ids=["tp2 pp2", "pp2 vpp2 dp2", "tp2 cp2", "dp2"],
 )
-def test_iterator_yields_the_plan_on_rank_0_at_every_layout(
+def test_the_export_iterator_yields_every_planned_tensor_on_rank_0_at_every_layout(
     parallel: ParallelConfig, ranks: int, tmp_path: Path
 ) -> None:
     import hashlib
@@ -150,7 +152,7 @@ def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
         run_on_ranks(conversion_ranks.to_mcore, 1, ParallelConfig(), [(folder, tmp_path / "out")])
 
 
-def test_scripts_convert_there_and_back_and_verify(tmp_path: Path) -> None:
+def test_the_scripts_convert_to_megatron_and_back_and_verify(tmp_path: Path) -> None:
     hf = write_tiny_model(tmp_path / "hf", family="qwen2", tied=True, dtype=torch.bfloat16)
     assert script("hf_to_mcore", "--hf", hf, "--out", tmp_path / "mcore").returncode == 0
     assert script("mcore_to_hf", "--mcore", tmp_path / "mcore", "--out", tmp_path / "back").returncode == 0
@@ -172,7 +174,9 @@ def test_scripts_convert_there_and_back_and_verify(tmp_path: Path) -> None:
         ("hf_to_mcore", ["--hf", "model", "--out", "new", "--tensor", "2"], "launch a multiple of 2 ranks"),
     ],
 )
-def test_scripts_end_with_one_line_and_exit_code_2(name: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_errors_of_the_scripts_are_one_line_with_exit_code_2(
+    name: str, arguments: list[str], words: str, tmp_path: Path
+) -> None:
     write_tiny_model(tmp_path / "model", family="qwen2", tied=True, dtype=torch.bfloat16)
     done = script(name, *arguments, cwd=tmp_path)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""A step without a token that counts moves nothing: no weight decay, no momentum, no schedule, no average."""
+"""A step without a counted token changes nothing: no weight decay, no momentum, no schedule, no average."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def courses(request: pytest.FixtureRequest, student: Path) -> tuple[list[Course]
     return with_empty, run_on_ranks(course, world_size, student, setup, [EVERYWHERE] * 3)
 
 
-def test_a_step_without_a_token_leaves_every_bit_on_every_rank(courses: tuple[list[Course], list[Course]]) -> None:
+def test_a_step_without_a_token_changes_no_bit_on_any_rank(courses: tuple[list[Course], list[Course]]) -> None:
     for rank in courses[0]:
         start, _, before, after, last = rank.digests
         assert before == after | {"random": before["random"]}
@@ -49,13 +49,13 @@ def test_a_step_without_a_token_leaves_every_bit_on_every_rank(courses: tuple[li
         assert moved and any(last[name] != after[name] for name in moved), "the steps around it do move the weights"
 
 
-def test_the_steps_after_it_are_those_of_a_run_without_it(courses: tuple[list[Course], list[Course]]) -> None:
+def test_steps_after_an_empty_step_equal_those_of_a_run_without_it(courses: tuple[list[Course], list[Course]]) -> None:
     for with_empty, without in zip(*courses, strict=True):
         assert with_empty.digests[-1] == without.digests[-1]
         assert with_empty.reports[3] == without.reports[2]
 
 
-def test_it_is_reported_and_says_so_in_one_line(courses: tuple[list[Course], list[Course]]) -> None:
+def test_an_empty_step_is_reported_and_logged_in_one_line(courses: tuple[list[Course], list[Course]]) -> None:
     for rank in courses[0]:
         first, second, empty, last = rank.reports
         assert (empty.token_count, empty.loss, empty.grad_norm, empty.made) == (0, 0.0, 0.0, False)
@@ -67,18 +67,18 @@ def test_it_is_reported_and_says_so_in_one_line(courses: tuple[list[Course], lis
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_run_whose_first_step_had_no_token_can_be_saved_and_resumed(student: Path, tmp_path: Path, name: str) -> None:
-    """Then it goes on as a run that starts there; Megatron cannot save an optimizer that has no moments."""
+    """It then continues like a run that starts there. Megatron cannot save an optimizer that has no moments."""
     world_size, setup = SETUPS[name]
     straight = run_on_ranks(course, world_size, student, setup, [EVERYWHERE])
     for found, expected in zip(run_on_ranks(resumed, world_size, student, tmp_path, setup), straight, strict=True):
         assert found == expected.digests[-1]
 
 
-def test_gradients_are_zero_after_it(student: Path) -> None:
+def test_gradients_are_zero_after_an_empty_step(student: Path) -> None:
     assert run_on_ranks(course, 1, student, Setup(dtype="float32"), [EVERYWHERE, NOWHERE])[0].gradients_are_zero
 
 
-def test_tokens_of_one_rank_alone_move_all_ranks(student: Path) -> None:
+def test_tokens_on_only_one_rank_update_the_weights_of_all_ranks(student: Path) -> None:
     ranks = run_on_ranks(course, 2, student, Setup(dtype="float32"), [SOMEWHERE])
     assert ranks[0].reports == ranks[1].reports and ranks[0].reports[0].made
     for rank in ranks:

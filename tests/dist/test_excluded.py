@@ -1,4 +1,4 @@
-"""Tokens that only the teacher's tokenizer has are no candidates of a teacher in the job, at any sharding."""
+"""Tokens that only the teacher's tokenizer has are not candidates of a teacher in the job, at any sharding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K = 7
 
 
 @pytest.mark.parametrize(("case", "ranks"), [(Case(), 1), (Case(tensor=2), 2)], ids=["one rank", "tensor 2"])
-def test_the_next_best_take_the_places_of_excluded_tokens_and_their_mass_is_in_the_tail(
+def test_the_next_best_tokens_replace_excluded_ones_whose_mass_goes_to_the_tail(
     tmp_path: Path, case: Case, ranks: int
 ) -> None:
     folder = reference.write_model(reference.TEACHER, tmp_path / "teacher", seed=11)

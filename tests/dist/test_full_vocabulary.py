@@ -1,4 +1,4 @@
-"""The dense divergence of the fused kernel against the float64 oracle, on one, two and three uneven vocabulary shards.
+"""Full-vocabulary divergences of the fused kernel against the float64 oracle, on one to three uneven shards.
 
 Shapes: T tokens (13), V vocabulary (101), W width of one shard, D hidden.
 """
@@ -56,7 +56,7 @@ class Case:
     chunk_tokens: int = 5
     overlap: bool = False
     grad_logp: float = 0.0
-    """Weight of log p of id 3 in the loss, beside the divergence"""
+    """Weight of log p of id 3 in the loss, added to the divergence"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RankResult:
 
 
 def make_case(layout: str, *, dtype: torch.dtype = torch.float64, scale: float = 4.0, **changed: Any) -> Case:
-    """Random rows; the padding holds large numbers that nobody may read."""
+    """Random rows. The padding holds large numbers that must not be read."""
     random = torch.Generator().manual_seed(5)
     borders = LAYOUTS[layout]
 
@@ -88,7 +88,7 @@ def make_case(layout: str, *, dtype: torch.dtype = torch.float64, scale: float =
 
 
 def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None) -> RankResult:
-    """sum(grad x divergence) through the kernel; the gradient is that of this rank's columns."""
+    """sum(grad x divergence) through the kernel. The gradient is that of this rank's columns."""
     (start, stop), (teacher_start, teacher_stop) = (
         borders[dist.get_rank() : dist.get_rank() + 2] for borders in (case.borders, case.teacher_borders)
     )
@@ -118,7 +118,7 @@ def dense_on_this_rank(case: Case, kind: str, teacher: LogitSource | None = None
     logits_TW = case.student_TV[:, start:stop].clone().requires_grad_(True)
     ids_TJ = torch.full((TOKENS, 1), 3)
     with counted_collectives() as calls:
-        # An identity output layer: dH is the gradient of the logits, in a buffer of its own.
+        # An identity output layer: dH is the gradient of the logits, in its own buffer.
         source = GivenLogits(logits_TW * 1.0) if not case.overlap else _identity_layer(logits_TW)
         output = support_loss(
             source,
@@ -150,7 +150,7 @@ def run(case: Case) -> list[dict[str, RankResult]]:
 def assert_equals_the_oracle(
     case: Case, results: list[dict[str, RankResult]], tolerance: float, rounding: float = 0.0
 ) -> None:
-    """Values of every rank and the gradients side by side; `rounding` is the relative step of the gradient's dtype."""
+    """Values of every rank and the joined gradients. `rounding` is the relative step of the gradient's dtype."""
     common = min(case.vocabulary, case.teacher_vocabulary)
     for kind, beta in KINDS.items():
         gradient_TV = torch.cat([result[kind].gradient_TW for result in results], dim=1).double().numpy()
@@ -178,7 +178,7 @@ def scale_row(z: oracles.Array, scaling: Scaling) -> tuple[oracles.Array, oracle
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_value_and_gradient_equal_the_oracle(layout: str) -> None:
+def test_full_vocabulary_divergences_and_gradients_equal_the_oracle(layout: str) -> None:
     case = make_case(layout, scaling=Scaling(temperature=0.7, softcap=9.0))
     assert_equals_the_oracle(case, run(case), 1e-12)
 
@@ -195,7 +195,7 @@ def test_narrow_logits_are_read_in_float32_and_the_gradient_is_rounded_once(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_student_that_is_its_teacher_has_value_and_gradient_exactly_zero(dtype: torch.dtype) -> None:
+def test_value_and_gradient_are_exactly_zero_if_the_student_equals_its_teacher(dtype: torch.dtype) -> None:
     case = make_case("tp2-uneven", dtype=dtype)
     case = replace(case, teacher_TV=case.student_TV)
     for result in run(case):
@@ -205,7 +205,7 @@ def test_a_student_that_is_its_teacher_has_value_and_gradient_exactly_zero(dtype
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_distributions_far_apart_stay_finite_and_exact(dtype: torch.dtype) -> None:
-    """Most probabilities of the one are 0 in float32 where the other's are large; a log-prob has steps of 3e-5."""
+    """Most probabilities of one model are 0 in float32 where the other's are large. A log-prob has steps of 3e-5."""
     case = make_case("tp3-narrow-shard", dtype=dtype, scale=60.0)
     results = run(case)
     assert max(float(result["fkl"].value_T.max()) for result in results) > 100
@@ -222,19 +222,19 @@ def test_distributions_far_apart_stay_finite_and_exact(dtype: torch.dtype) -> No
     ],
     ids=str,
 )
-def test_ids_of_one_vocabulary_only_take_no_part(changed: dict[str, Any]) -> None:
-    """Neither in the value nor in the normalisation; their gradient is 0."""
+def test_ids_that_only_one_vocabulary_has_are_left_out(changed: dict[str, Any]) -> None:
+    """They enter neither the value nor the normalisation, and their gradient is 0."""
     case = make_case("tp1-padded", **changed)
     assert_equals_the_oracle(case, run(case), 1e-12)
 
 
-def test_ids_of_one_vocabulary_only_take_no_part_on_shards_either() -> None:
+def test_ids_that_only_one_vocabulary_has_are_left_out_on_shards_too() -> None:
     for vocabulary in (98, 70, 55):
         case = make_case("tp3-narrow-shard", teacher_vocabulary=vocabulary)
         assert_equals_the_oracle(case, run(case), 1e-12)
 
 
-def test_a_teacher_sharded_otherwise_is_an_error_that_names_both_ranges() -> None:
+def test_a_teacher_with_other_shard_borders_is_an_error_that_names_both_ranges() -> None:
     case = make_case("tp2-uneven", teacher_borders=(0, 64, 108))
     with pytest.raises(ModelError, match=r"found \[(0, 60\) and \[0, 64|60, 104\) and \[64, 108)\) of 101"):
         run(case)
@@ -248,7 +248,7 @@ def test_the_value_is_bit_identical_on_all_ranks(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("chunk_tokens", "chunks"), [(1, 13), (8, 2), (1000, 1)])
-def test_one_all_reduce_a_chunk_and_one_more_for_the_jsd(chunk_tokens: int, chunks: int) -> None:
+def test_each_chunk_runs_one_all_reduce_and_two_for_the_jsd(chunk_tokens: int, chunks: int) -> None:
     for result in run(make_case("tp2-uneven", chunk_tokens=chunk_tokens)):
         assert {kind: result[kind].calls["all_reduce"] for kind in KINDS} == {
             "fkl": chunks,
@@ -258,7 +258,7 @@ def test_one_all_reduce_a_chunk_and_one_more_for_the_jsd(chunk_tokens: int, chun
         assert all(result[kind].calls.keys() == {"all_reduce"} for kind in KINDS)
 
 
-def test_neither_chunks_nor_overlap_change_a_bit() -> None:
+def test_chunk_size_and_overlap_do_not_change_a_bit() -> None:
     whole = run(make_case("tp2-uneven", dtype=torch.float32, chunk_tokens=1000))
     for changed in ({"chunk_tokens": 3}, {"chunk_tokens": 3, "overlap": True}, {"chunk_tokens": 6, "overlap": True}):
         for result, expected in zip(run(make_case("tp2-uneven", dtype=torch.float32, **changed)), whole, strict=True):
@@ -290,7 +290,7 @@ def _teacher_head_on_this_rank(case: Case, hidden_TD: Tensor, weight_VD: Tensor)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_teacher_as_an_output_layer_gives_what_its_logits_give(overlap: bool) -> None:
+def test_a_teacher_given_as_an_output_layer_equals_one_given_as_logits(overlap: bool) -> None:
     random = torch.Generator().manual_seed(3)
     hidden_TD = torch.randn(TOKENS, HIDDEN, generator=random, dtype=torch.float64)
     weight_VD = torch.randn(104, HIDDEN, generator=random, dtype=torch.float64)
@@ -299,7 +299,7 @@ def test_a_teacher_as_an_output_layer_gives_what_its_logits_give(overlap: bool) 
     assert_equals_the_oracle(case, results, 1e-12)
 
 
-def test_no_gradient_means_no_gradient_pass() -> None:
+def test_the_gradient_pass_is_skipped_if_no_gradient_is_needed() -> None:
     for values in run_on_ranks(_values_without_gradient, 2, make_case("tp2-uneven")):
         for kind, value_T in values.items():
             assert value_T.isfinite().all(), kind

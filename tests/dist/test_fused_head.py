@@ -1,4 +1,4 @@
-"""The output layer inside the loss: no matrix of all logits, one all-reduce a chunk, what is known before an update."""
+"""The output layer inside the loss: no matrix of all logits, one all-reduce per chunk, values before an update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tropd_mcore.config.schema import OptimizerConfig
 from tropd_mcore.types import Rollout
 
 TOLERANCE = 1e-5
-"""Of a gradient, relative to its largest entry; float32 against float64."""
+"""Tolerance of a gradient relative to its largest entry, float32 against float64."""
 OVERLAPPED = OptimizerConfig(distributed=False, overlap_grad_reduce=True)
 OWN = reference.TOPK + 3
 
@@ -32,8 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("weight_gradient", ["deferred", "folded", "recompute"])
-def test_no_matrix_of_all_logits_is_made(folders: tuple[Path, Path], weight_gradient: str) -> None:
-    """Neither in scoring, forward only, nor in training, backward pass included."""
+def test_the_fused_form_never_makes_the_logits_of_all_rows(folders: tuple[Path, Path], weight_gradient: str) -> None:
+    """Neither in scoring (forward only) nor in training, including the backward pass."""
     rollouts = reference.make_rollouts(LENGTHS)
     case = Case(tokens_per_micro_batch=256, weight_gradient=weight_gradient)  # type: ignore[arg-type]
     found = run_on_ranks(fused_head_ranks.most_rows_of_logits, 1, *folders, rollouts, case, CONSTANTS)[0]
@@ -43,8 +43,8 @@ def test_no_matrix_of_all_logits_is_made(folders: tuple[Path, Path], weight_grad
         assert case.chunk_tokens <= found[phase] <= widest, phase
 
 
-def test_the_form_logits_makes_one(folders: tuple[Path, Path]) -> None:
-    """So that the test above sees what it is about."""
+def test_the_logits_form_makes_the_logits_of_all_rows(folders: tuple[Path, Path]) -> None:
+    """Shows that the test above would detect such a matrix."""
     rollouts = reference.make_rollouts(LENGTHS)
     case = Case(tokens_per_micro_batch=256, form="logits")
     found = run_on_ranks(fused_head_ranks.most_rows_of_logits, 1, *folders, rollouts, case, CONSTANTS)[0]
@@ -52,7 +52,7 @@ def test_the_form_logits_makes_one(folders: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_a_chunk_more_is_one_all_reduce_more_and_one_all_gather_in_scoring(
+def test_each_further_chunk_adds_one_all_reduce_and_one_all_gather_in_scoring(
     folders: tuple[Path, Path], sequence_parallel: bool
 ) -> None:
     rollouts = reference.make_rollouts(LENGTHS[:4])
@@ -83,7 +83,7 @@ def seen(folders: tuple[Path, Path]) -> list[dict[str, Tensor]]:
     return answers[0]
 
 
-def test_the_student_before_an_update_is_the_student_of_the_first_update(seen: list[dict[str, Tensor]]) -> None:
+def test_log_probs_of_the_pass_before_the_update_equal_those_of_the_first_update(seen: list[dict[str, Tensor]]) -> None:
     for batch in seen:
         torch.testing.assert_close(batch["pass_logp"], batch["student_logp"], rtol=0, atol=1e-5)
         torch.testing.assert_close(batch["own_logp"], batch["student_own_logp_TL"], rtol=0, atol=1e-5)
@@ -91,7 +91,7 @@ def test_the_student_before_an_update_is_the_student_of_the_first_update(seen: l
         torch.testing.assert_close(batch["pass_entropy"], batch["pass_entropy_alone"], rtol=0, atol=1e-5)
 
 
-def test_own_candidates_are_the_best_and_the_teacher_says_of_them_what_its_top_k_says(
+def test_student_candidates_are_sorted_and_their_teacher_log_probs_agree_with_the_teachers_top_k(
     seen: list[dict[str, Tensor]],
 ) -> None:
     for batch in seen:
@@ -104,7 +104,7 @@ def test_own_candidates_are_the_best_and_the_teacher_says_of_them_what_its_top_k
         torch.testing.assert_close(own_TLK[same_TLK], top_TLK[same_TLK], rtol=0, atol=1e-6)
 
 
-def test_what_was_known_before_the_update_reaches_the_objective_row_by_row(seen: list[dict[str, Tensor]]) -> None:
+def test_values_from_before_the_update_reach_the_objective_row_by_row(seen: list[dict[str, Tensor]]) -> None:
     for batch in seen:
         assert torch.equal(batch["old_logp_T"], batch["pass_logp"] - 0.25)
         assert torch.equal(batch["old_own_logp_TL"], batch["own_logp"] - 0.5)
@@ -117,7 +117,7 @@ def test_what_was_known_before_the_update_reaches_the_objective_row_by_row(seen:
         assert torch.equal(batch["trust_u_T"], batch["trust_u"])
 
 
-def test_overlap_from_the_own_candidates_is_that_of_a_pass_of_its_own(
+def test_top_k_overlap_from_the_students_candidates_equals_that_of_a_separate_pass(
     folders: tuple[Path, Path], seen: list[dict[str, Tensor]]
 ) -> None:
     rollouts = reference.make_rollouts(LENGTHS)
@@ -142,7 +142,7 @@ FULL_VOCABULARY = {
 def test_a_divergence_over_the_whole_vocabulary_trains_like_the_reference(
     folders: tuple[Path, Path], world_size: int
 ) -> None:
-    """Through the teacher's hidden states and output layer; the teacher has 30 ids that the student does not have."""
+    """Through the teacher's hidden states and output layer. The teacher has 30 ids that the student lacks."""
     rollouts, cases = reference.make_rollouts(LENGTHS[:4]), FULL_VOCABULARY[world_size]
     run = fused_head_ranks.full_vocabulary_step
     found = run_on_ranks(run, world_size, *folders, rollouts, cases, reference.TEMPERATURE)[0]
@@ -204,7 +204,7 @@ def _full_vocabulary_reference(
 def test_an_empty_data_rank_keeps_overlapped_reductions_in_step(
     folders: tuple[Path, Path], world_size: int, case: Case
 ) -> None:
-    """Every parameter, the output embedding too, must report its gradient although nothing was supervised."""
+    """Every parameter, including the output embedding, must report its gradient although no token was supervised."""
     rollouts = reference.make_rollouts(LENGTHS[:3])
     run = fused_head_ranks.steps_with_one_sample
     expected = run_on_ranks(run, 1, *folders, rollouts, Case(), CONSTANTS)[0][1]
@@ -215,13 +215,13 @@ def test_an_empty_data_rank_keeps_overlapped_reductions_in_step(
             assert relative_error(found[key], gradient) <= TOLERANCE, key
 
 
-def test_settings_that_cannot_make_the_gradient_are_refused(folders: tuple[Path, Path]) -> None:
+def test_settings_that_cannot_produce_the_gradient_are_refused(folders: tuple[Path, Path]) -> None:
     cases: dict[str, tuple[Case, dict[str, Any]]] = {
         "scaled": (Case(weight_gradient="folded"), {"scaled": True}),
         "recompute": (Case(weight_gradient="recompute"), {"divergence": "fkl"}),
         "right": (Case(weight_gradient="folded"), {}),
     }
     scaled, recompute, right = run_on_ranks(fused_head_ranks.refusals, 1, folders[0], cases, CONSTANTS)[0]
-    assert "loss.weight_gradient = folded needs a loss that nobody scales" in scaled
-    assert "loss.weight_gradient = recompute has no divergence over the whole vocabulary" in recompute
+    assert "loss.weight_gradient = folded needs an unscaled loss" in scaled
+    assert "loss.weight_gradient = recompute does not support a divergence over the whole vocabulary" in recompute
     assert right == ""

@@ -46,8 +46,8 @@ def test_a_non_finite_loss_names_the_sample_and_moves_no_parameter(folders: tupl
     assert all(untouched for _, _, untouched in answers)
 
 
-def test_a_teacher_log_prob_that_is_no_number_is_not_taken_for_distrust(folders: tuple[Path, Path]) -> None:
-    """The gate compares with NaN, which is false: without a check the token would be an outlier with a finite loss."""
+def test_a_nan_teacher_log_prob_is_not_treated_as_distrust(folders: tuple[Path, Path]) -> None:
+    """A comparison with NaN is false. Without a check, the token would be an outlier with a finite loss."""
     case = Case(optimizer=OptimizerConfig())
     rollouts = reference.make_rollouts(LENGTHS)
     ((loss_error, _, _),) = run_on_ranks(guard_ranks.non_finite_step, 1, *folders, rollouts, case, 16, False)
@@ -55,12 +55,12 @@ def test_a_teacher_log_prob_that_is_no_number_is_not_taken_for_distrust(folders:
     assert "teacher_logp nan" in loss_error
 
 
-def test_a_model_that_was_not_loaded_has_no_finite_logit(folders: tuple[Path, Path]) -> None:
+def test_a_model_without_loaded_weights_has_no_finite_logit(folders: tuple[Path, Path]) -> None:
     rollouts = reference.make_rollouts(LENGTHS)
     assert run_on_ranks(guard_ranks.logits_of_a_model_without_weights, 1, folders[0], rollouts) == [True]
 
 
-def test_dry_run_reaches_every_gradient_and_leaves_nothing(folders: tuple[Path, Path]) -> None:
+def test_the_dry_run_reaches_every_gradient_and_leaves_nothing_behind(folders: tuple[Path, Path]) -> None:
     cases = {
         "tp2": Case(tensor=2, sequence_parallel=True),
         "pp2-vpp2": Case(pipeline=2, virtual_pipeline=2),
@@ -70,7 +70,7 @@ def test_dry_run_reaches_every_gradient_and_leaves_nothing(folders: tuple[Path, 
         assert answers == dict.fromkeys(cases, (True, True, True))
 
 
-def test_sampled_log_probs_are_those_of_the_training_forward(folders: tuple[Path, Path]) -> None:
+def test_sampled_log_probs_equal_those_of_the_training_forward(folders: tuple[Path, Path]) -> None:
     rollouts = reference.make_rollouts(LENGTHS)
     constants = replace(CONSTANTS, temperature=1.0)
     step = run_on_ranks(run_cases, 1, *folders, rollouts, {"one": Case()}, constants)[0]["one"]
@@ -80,8 +80,8 @@ def test_sampled_log_probs_are_those_of_the_training_forward(folders: tuple[Path
     assert torch.equal(found.double().sort().values, step["columns"]["student_logp"].sort().values)
 
 
-def test_samples_that_the_teacher_failed_on_leave_loss_and_denominator(folders: tuple[Path, Path]) -> None:
-    """Dropping them before or after scoring is the same step; sample 2 carries a prefix, whose rows go as well."""
+def test_samples_without_teacher_scores_are_left_out_of_loss_and_denominator(folders: tuple[Path, Path]) -> None:
+    """Dropping them before or after scoring gives the same step. The prefix rows of sample 2 are dropped too."""
     rollouts = reference.make_rollouts(LENGTHS)
     assert len(rollouts[2].prefix_ids) and rollouts[2].carries_prefix_loss
     kept = [rollouts[index] for index in (0, 3, 4, 5, 6)]
@@ -94,7 +94,9 @@ def test_samples_that_the_teacher_failed_on_leave_loss_and_denominator(folders: 
         assert relative_error(gradients[name], gradient) <= 1e-5, name
 
 
-def test_a_teacher_without_a_token_does_not_score_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_tokens_that_the_teacher_lacks_are_not_scored_and_have_probability_zero_as_candidates(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     small = reference.write_model(reference.small_vocabulary(70), tmp_path / "small", seed=3)
     rollouts = reference.make_rollouts(LENGTHS)
     run = guard_ranks.teacher_of_smaller_vocabulary
@@ -103,7 +105,7 @@ def test_a_teacher_without_a_token_does_not_score_it(folders: tuple[Path, Path],
         assert candidates[:, [0, 2]].isfinite().all() and candidates[:, 1].isneginf().all()
 
 
-def test_bfloat16_trains_with_nearly_the_gradients_of_float32(folders: tuple[Path, Path]) -> None:
+def test_bfloat16_gradients_are_close_to_those_of_float32(folders: tuple[Path, Path]) -> None:
     rollouts = [replace(r, trust_u=0.0 * r.trust_u) for r in reference.make_rollouts(LENGTHS)]
     sharded = Case(tensor=2, sequence_parallel=True, dtype="bfloat16")
     cases = {
@@ -132,7 +134,7 @@ def test_bfloat16_trains_with_nearly_the_gradients_of_float32(folders: tuple[Pat
         ({"cross_entropy_loss_fusion": True}, "cross_entropy_loss_fusion must be False"),
     ],
 )
-def test_model_settings_that_train_wrongly_without_an_error_are_refused(changed: dict[str, bool], words: str) -> None:
+def test_model_settings_that_would_silently_train_wrongly_are_refused(changed: dict[str, bool], words: str) -> None:
     right = {
         "overlap_p2p_comm": True,
         "batch_p2p_comm": False,
@@ -160,7 +162,7 @@ def test_optimizer_settings_that_update_wrongly_are_refused() -> None:
         check_optimizer_config(MegatronOptimizerConfig(fp16=True), {})
 
 
-def test_sizes_that_do_not_cut_the_model_are_all_named(folders: tuple[Path, Path]) -> None:
+def test_every_parallel_size_that_does_not_divide_the_model_is_named(folders: tuple[Path, Path]) -> None:
     problems = "; ".join(
         cut_problems(read_architecture(folders[0]), ParallelConfig(tensor=4, pipeline=3), virtual_pipeline=None)
     )
@@ -168,7 +170,7 @@ def test_sizes_that_do_not_cut_the_model_are_all_named(folders: tuple[Path, Path
     assert "num_key_value_heads = 2 of qwen3 is not divisible by parallel.tensor = 4" in problems
 
 
-def test_a_rope_scaling_that_megatron_computes_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_rope_scaling_that_megatron_computes_differently_is_refused(tmp_path: Path) -> None:
     arch = read_architecture(reference.write_model(reference.STUDENTS["llama"], tmp_path / "llama", seed=1))
     assert _rope_scaling(arch) == {"rope_scaling": True, "rope_scaling_factor": 8.0}
     assert arch.rope_scaling is not None
@@ -177,7 +179,7 @@ def test_a_rope_scaling_that_megatron_computes_otherwise_is_refused(tmp_path: Pa
         _rope_scaling(other)
 
 
-def test_vocabulary_is_padded_to_128_columns_a_tensor_rank() -> None:
+def test_the_vocabulary_is_padded_to_128_columns_per_tensor_rank() -> None:
     assert [padded_vocabulary(151936, tp) for tp in (1, 2, 8)] == [151936, 152064, 152576]
 
 
@@ -187,7 +189,7 @@ def test_a_world_of_the_wrong_size_is_refused_before_any_group_is_made() -> None
         initialize(ParallelConfig(tensor=2, pipeline=2, data=3), choose("cpu"), seed=1, environment=environment)
 
 
-def test_a_missing_launcher_is_named() -> None:
+def test_a_job_started_without_torchrun_is_told_to_use_it() -> None:
     assert RankEnvironment.from_environ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == RankEnvironment(3, 4, 1)
     with pytest.raises(ConfigError, match="WORLD_SIZE is '', expected a number; launch the job with torchrun"):
         RankEnvironment.from_environ({"RANK": "3", "LOCAL_RANK": "1"})

@@ -19,7 +19,7 @@ UNTIED = next(name for name, config in reference.STUDENTS.items() if not config.
 @pytest.mark.parametrize(
     "case", [Case(), Case(tensor=2), Case(tensor=2, sequence_parallel=True)], ids=["tp1", "tp2", "tp2-sp"]
 )
-def test_a_megatron_loop_of_ones_own_has_the_gradient_of_a_softmax(tmp_path: Path, case: Case) -> None:
+def test_a_custom_megatron_loop_has_the_gradient_of_a_softmax(tmp_path: Path, case: Case) -> None:
     folder = reference.write_model(reference.STUDENTS[UNTIED], tmp_path / "student", seed=3)
     (expected,) = run_on_ranks(integration_ranks.by_softmax, 1, folder)
     every = run_on_ranks(integration_ranks.own_loop, case.tensor, folder, case)
@@ -57,7 +57,7 @@ def test_the_loss_function_of_nemo_rl_has_the_gradient_of_a_softmax(size: int) -
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_loss_in_the_place_of_verls_has_the_gradient_of_a_softmax(size: int) -> None:
+def test_the_loss_that_replaces_verls_has_the_gradient_of_a_softmax(size: int) -> None:
     each, gradient, *masses = integration_ranks.verl_by_softmax()
     every = run_on_ranks(integration_ranks.verl_loss, size, size)
     for found in every:
@@ -73,7 +73,7 @@ def test_an_adapter_has_at_most_fifty_lines() -> None:
 
 
 @pytest.mark.parametrize("patch", sorted(PATCHES.glob("*.patch")), ids=lambda patch: patch.stem)
-def test_a_patch_only_inserts_and_has_no_line_of_the_project(patch: Path) -> None:
+def test_a_patch_only_inserts_and_contains_no_line_of_the_other_project(patch: Path) -> None:
     lines = patch.read_text(encoding="utf-8").splitlines()
     assert all(line.startswith(("--- a/", "+++ b/", "@@ -", "+")) for line in lines)
     assert all(line.split()[1].endswith(",0") for line in lines if line.startswith("@@"))

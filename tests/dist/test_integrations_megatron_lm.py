@@ -1,7 +1,7 @@
 """examples/integrations/megatron_lm.py under Megatron's schedules: gradients of a whole model against float64.
 
 The schedules of the installed megatron-core always run. The training steps of Megatron-LM and Megatron-Bridge run with
-their sources (PEERS, tests/dist/peer_sources.py), on processes of their own, because their megatron-core is another.
+their sources (PEERS, tests/dist/peer_sources.py), in separate processes, because their megatron-core differs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_the_training_step_of_the_stack_gives_the_gradient_of_a_softmax(
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["installed", "megatron-lm"])
-def test_context_ranks_add_up(newer: bool) -> None:
+def test_loss_count_and_gradient_of_context_ranks_add_up_to_the_whole(newer: bool) -> None:
     loss, count, gradient = ranks.context_expected()
     if newer:
         with contextlib.closing(Pool()) as pool:

@@ -1,7 +1,7 @@
 """The adapters for NeMo-RL inside its own driver and Megatron worker: gradients of a whole model against float64.
 
-`nemo_rl.py` runs in the source as it is, `nemo_rl_full.py` in the source with our patch. PEERS names the sources
-(tests/dist/peer_sources.py); the worker needs Megatron-LM and Megatron-Bridge as well.
+`nemo_rl.py` runs in the unchanged source, `nemo_rl_full.py` in the source with our patch. PEERS names the sources
+(tests/dist/peer_sources.py). The worker also needs Megatron-LM and Megatron-Bridge.
 """
 
 from __future__ import annotations

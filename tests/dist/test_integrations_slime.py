@@ -1,7 +1,7 @@
 """Our losses in slime's own training actor, at TP 1 and 2: gradients against a float64 softmax over all ids.
 
-slime's source is run, not its contract (tests/dist/test_integrations.py has that): see integration_slime_ranks.py for
-what is slime's and what stands in for the rest. Skipped without PEERS.
+This runs slime's source. tests/dist/test_integrations.py checks only the contract. integration_slime_ranks.py says
+which parts are slime's and which are replaced. Skipped without PEERS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FULL = {"loss": "examples.integrations.slime_full.tropd_loss", "full": True}
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    """Ranks of their own: slime changes Megatron and the accelerator when it is imported."""
+    """Separate ranks, because slime changes Megatron and the accelerator when it is imported."""
     source("slime")
     ranks_of_slime = Pool({"TRITON_INTERPRET": "1"})
     yield ranks_of_slime

@@ -1,8 +1,8 @@
 """Our losses in verl's own distillation path, at TP 1 and 2: gradients against a float64 softmax over all ids.
 
-verl's source is run, not its contract (tests/dist/test_integrations.py has that): see integration_verl_ranks.py for
-what is verl's and what stands in for the rest. Skipped without PEERS, and without tensordict and omegaconf, which may
-lie in a folder that PEERS_PACKAGES names.
+This runs verl's source. tests/dist/test_integrations.py checks only the contract. integration_verl_ranks.py says which
+parts are verl's and which are replaced. Skipped without PEERS, and without tensordict and omegaconf, which may be in a
+folder named by PEERS_PACKAGES.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TROPD_VLLM = {"loss_mode": "tropd", "engine": "vllm"}
 
 
 def _packages() -> list[str]:
-    """The folder in which tensordict and omegaconf are, or the test is skipped."""
+    """The folder of tensordict and omegaconf. Skips the test if there is none."""
     folder = os.environ.get("PEERS_PACKAGES")
     for name in ("tensordict", "omegaconf"):
         if importlib.util.find_spec(name) is None and not (folder and (Path(folder) / name).is_dir()):
@@ -39,7 +39,7 @@ def _packages() -> list[str]:
 
 @pytest.fixture(scope="module")
 def original() -> Iterator[tuple[Pool, list[str]]]:
-    """Ranks of their own, because verl changes what it imports, and where verl is."""
+    """Separate ranks, because verl changes the modules that it imports, and the path to verl."""
     roots = [str(source("verl")), *_packages()]
     pool = Pool({"TRITON_INTERPRET": "1", "VERL_USE_EXTERNAL_PLUGINS": "none"})
     yield pool, roots
@@ -48,7 +48,7 @@ def original() -> Iterator[tuple[Pool, list[str]]]:
 
 @pytest.fixture(scope="module")
 def with_our_patch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pool, list[str]]]:
-    """The same of a patched copy."""
+    """The same for a patched copy."""
     source("verl")
     roots = [str(patched("verl", tmp_path_factory.mktemp("patched"), "verl")), *_packages()]
     pool = Pool({"TRITON_INTERPRET": "1", "VERL_USE_EXTERNAL_PLUGINS": "none"})
@@ -77,7 +77,7 @@ def _check(where: tuple[Pool, list[str]], size: int, options: dict[str, Any]) ->
 @pytest.mark.parametrize("packed", [True, False], ids=["thd", "bshd"])
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_function_in_the_place_of_verls_has_the_gradient_of_a_softmax(
+def test_the_function_that_replaces_verls_has_the_gradient_of_a_softmax(
     original: tuple[Pool, list[str]], size: int, reduction: str, packed: bool
 ) -> None:
     _check(original, size, {**FORWARD_KL, "reduction": reduction, "packed": packed, "alone": packed})

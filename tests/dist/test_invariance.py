@@ -1,4 +1,4 @@
-"""What must not change a training step: packing, order, padding and recomputation. Logits equal transformers'."""
+"""Packing, order, padding and recomputation must not change a training step. Logits equal those of transformers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def found(folders: tuple[Path, Path]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*list(VARIANTS)[1:], "reordered", *SHARDED_RECOMPUTE])
-def test_step_does_not_depend_on(found: dict[str, Any], name: str) -> None:
+def test_loss_and_gradients_do_not_depend_on_packing_order_padding_or_recomputation(
+    found: dict[str, Any], name: str
+) -> None:
     expected, step = found["whole"], found[name]
     assert step["token_count"] == expected["token_count"]
     assert step["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
@@ -68,7 +70,7 @@ def test_step_does_not_depend_on(found: dict[str, Any], name: str) -> None:
 def test_a_data_rank_whose_packs_are_empty_adds_nothing(
     folders: tuple[Path, Path], world_size: int, case: Case
 ) -> None:
-    """One sample: the second replica has packs of padding only, and collectives stay in step."""
+    """One sample: the second replica has packs of only padding, and collectives stay in step."""
     rollouts = reference.make_rollouts(LENGTHS[:1])
     expected = run_on_ranks(run_cases, 1, *folders, rollouts, {"one": Case()}, CONSTANTS)[0]["one"]
     answers = run_on_ranks(run_cases, world_size, *folders, rollouts, {"one": case}, CONSTANTS)
@@ -80,7 +82,7 @@ def test_a_data_rank_whose_packs_are_empty_adds_nothing(
         assert relative_error(found["gradients"][key], gradient) <= TOLERANCE, key
 
 
-def test_variants_differ_in_what_they_are_about(found: dict[str, Any]) -> None:
+def test_the_packing_and_padding_variants_really_differ(found: dict[str, Any]) -> None:
     assert found["whole"]["micro_batches"] == 1
     assert found["split"]["micro_batches"] > 3
     assert found["padding-tail"]["pack_length"] >= found["whole"]["pack_length"] + 20
@@ -89,7 +91,7 @@ def test_variants_differ_in_what_they_are_about(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("family", list(reference.STUDENTS))
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_logits_equal_those_of_transformers(tmp_path: Path, family: str, world_size: int) -> None:
-    """Every position, also those that are no row in training; uneven samples in one pack."""
+    """Every position, including those that are not rows in training, with uneven samples in one pack."""
     folder = reference.write_model(reference.STUDENTS[family], tmp_path / family, seed=23)
     rollouts = reference.make_rollouts(LENGTHS)
     model = reference.reference_model(folder)

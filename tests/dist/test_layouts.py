@@ -14,7 +14,7 @@ from tests.dist.layouts import Case, Constants, run_cases
 from tests.ranks import run_on_ranks
 
 TOLERANCE = 1e-5
-"""Relative to the largest gradient of a tensor; float32 against float64."""
+"""Tolerance relative to the largest gradient of a tensor, float32 against float64."""
 COLUMN_TOLERANCE = 2e-5
 """nats"""
 LENGTHS = [(3, 4, 9), (5, 0, 12), (2, 6, 3), (7, 3, 17), (1, 0, 5), (4, 2, 1), (3, 1, 8)]
@@ -53,11 +53,11 @@ MODES: list[dict[str, Any]] = [
     {"form": "fused", "weight_gradient": "folded"},
     {"form": "fused", "weight_gradient": "deferred", "overlap_chunks": True},
 ]
-"""How the loss is made. Each layout meets three of these, each family thirteen: see `cases_of`."""
+"""Forms of the loss. Each layout is tested with three of these, each family with thirteen: see `cases_of`."""
 
 
 def cases_of(family: str, world_size: int) -> dict[str, Case]:
-    """The layouts with a mode each, which differs between the families."""
+    """The layouts, each with one mode, which differs between the families."""
     shift = 2 * FAMILIES.index(family)
     names = [name for cases in CASES.values() for name in cases]
     return {
@@ -67,7 +67,7 @@ def cases_of(family: str, world_size: int) -> dict[str, Case]:
 
 
 class Outcomes:
-    """Steps by family and case, run when first asked for: all cases of one world size in one call."""
+    """Steps by family and case, run on first use: all cases of one world size in one call."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +90,7 @@ class Outcomes:
         key = (family, world_size)
         if key not in self._found:
             arguments = (self.student(family), self.teacher, self.rollouts, cases_of(family, world_size), CONSTANTS)
-            self._found[key] = {}  # a failure is met once, not by every test again
+            self._found[key] = {}  # a failure is raised once, not by every test again
             self._found[key] = run_on_ranks(run_cases, world_size, *arguments)[0]
         return self._found[key]
 
@@ -110,7 +110,7 @@ def every_case() -> list[Any]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference by largest expected value, or by 1e-2 where that is less.
+    """Largest difference divided by the largest expected value, or by 1e-2 if that is larger.
 
     Some gradients cancel to almost nothing and keep the rounding of their parts (key bias: softmax ignores a shift).
     """
@@ -143,7 +143,7 @@ def test_log_probs_entropies_and_trust_of_every_token_equal_the_reference(
 
 
 def test_the_reference_has_trusted_tokens_outliers_and_foreign_teacher_ids(outcomes: Outcomes) -> None:
-    """Else the comparison would not exercise what it claims."""
+    """Otherwise the comparison would not cover these cases."""
     for family in FAMILIES:
         trusted = outcomes.expected(family).columns["trusted"]
         assert 0.2 < float(trusted.mean()) < 0.9

@@ -1,5 +1,5 @@
-"""The front door on ranks that split the vocabulary: the same bits on each, the numbers of one process, and who notices
-that they were given different things."""
+"""The library on ranks that split the vocabulary: the same bits on each, the results of one process, and detection of
+inputs that differ between ranks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _alone(name: str, form: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("form", ["logits", "hidden"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_have_the_same_bits_and_the_numbers_of_one_process(ranks: int, form: str) -> None:
+def test_all_ranks_have_the_same_bits_and_equal_one_process(ranks: int, form: str) -> None:
     every = run_on_ranks(_losses, ranks, form)
     for name in NAMES:
         value, gradient = _alone(name, form)
@@ -93,7 +93,7 @@ def _scores() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logp.detach(), entropy.detach(), top.ids_TK, top.logp_TK
 
 
-def test_scores_and_candidates_are_those_of_the_whole_vocabulary() -> None:
+def test_scores_and_candidates_equal_those_of_the_whole_vocabulary() -> None:
     log_p = Case().logits().log_softmax(-1)
     for logp, entropy, ids, values in run_on_ranks(_scores, 3):
         torch.testing.assert_close(logp, log_p.gather(-1, Case().x[..., None]), rtol=1e-12, atol=1e-13)
@@ -104,7 +104,7 @@ def test_scores_and_candidates_are_those_of_the_whole_vocabulary() -> None:
 
 
 def _different(what: str) -> str:
-    """What this rank says where rank 1 was given something else."""
+    """The error on this rank if rank 1 was given a different value."""
     vp, columns = _shard()
     case, tropd = Case(), objectives.tropd()
     arguments = {"student_mask_T": case.mask, "trust_u_T": case.given["trust_u_T"], "weight_T": case.weights}
@@ -126,7 +126,7 @@ def _different(what: str) -> str:
 
 
 @pytest.mark.parametrize("what", ["trust_u_T", "student_mask_T", "teacher_topk_logp_TK"])
-def test_debug_names_on_every_rank_what_the_ranks_were_given_differently(what: str) -> None:
+def test_with_debug_every_rank_names_the_argument_that_differs_between_ranks(what: str) -> None:
     for said in run_on_ranks(_different, 2, what):
         assert "the ranks of the group were given different" in said and what in said
 
@@ -137,7 +137,7 @@ def _uniforms() -> tuple[Tensor, Tensor]:
     return trust_uniforms((9,), generator=generator, vp=vp), trust_uniforms((9,), seed=3)
 
 
-def test_uniforms_are_equal_on_all_ranks_also_where_generators_are_not() -> None:
+def test_uniforms_are_equal_on_all_ranks_even_if_generators_differ() -> None:
     one, two = run_on_ranks(_uniforms, 2)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert torch.equal(one[0], torch.rand(9, generator=torch.Generator().manual_seed(0)))

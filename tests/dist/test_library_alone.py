@@ -1,6 +1,6 @@
-"""TrOPD in an environment that holds torch and nothing else: on two ranks, the trainer's loss and gradient bit for bit.
+"""TrOPD in an environment with only torch: on two ranks, the trainer's loss and gradient bit for bit.
 
-`TORCH_ONLY_PYTHON=/path/to/python` runs it in such an environment; else the other modules are refused to this one.
+`TORCH_ONLY_PYTHON=/path/to/python` runs it in such an environment. Otherwise the other modules are hidden in this one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tropd_mcore.types import Rollout
 def _record(
     student_folder: Path, teacher_folder: Path, rollouts: list[Rollout], case: Case, constants: Constants, folder: Path
 ) -> int:
-    """One step of the trainer; what each call of the loss was given and gave is written to a file per rank."""
+    """One step of the trainer. The inputs and outputs of each loss call are written to a file per rank."""
     calls: list[dict[str, Any]] = []
     distill_loss = trainers.distill_loss
 
@@ -60,7 +60,7 @@ def _record(
     return len(calls)
 
 
-def test_the_front_door_alone_gives_the_bits_of_the_trainer(tmp_path: Path) -> None:
+def test_the_library_with_torch_alone_gives_the_bits_of_the_trainer(tmp_path: Path) -> None:
     student = reference.write_model(next(iter(reference.STUDENTS.values())), tmp_path / "student", seed=3)
     teacher = reference.write_model(reference.TEACHER, tmp_path / "teacher", seed=11)
     record = tmp_path / "record"

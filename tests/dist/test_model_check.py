@@ -1,4 +1,4 @@
-"""Every Megatron model of a job against transformers' reading of its folder: right ones pass, each wrong one stops."""
+"""Every Megatron model of a job against transformers' reading of its folder: right ones pass, wrong ones stop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
-def test_a_model_that_is_read_rightly_passes_at_every_layout(folder: Path, ranks: int, tmp_path: Path) -> None:
+def test_a_correctly_read_model_passes_at_every_layout(folder: Path, ranks: int, tmp_path: Path) -> None:
     for said in run_on_ranks(model_check_ranks.differences, ranks, folder, tmp_path, LAYOUTS[ranks], Fault()):
         assert said == dict.fromkeys(LAYOUTS[ranks], "passed")
 
@@ -73,7 +73,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_model_that_is_read_wrongly_stops_with_the_key_the_number_and_the_likely_cause(
+def test_a_wrongly_read_model_stops_with_the_key_the_number_and_the_likely_cause(
     folder: Path, name: str, tmp_path: Path
 ) -> None:
     fault, cause = FAULTS[name]
@@ -92,7 +92,7 @@ def test_a_model_that_is_read_wrongly_stops_with_the_key_the_number_and_the_like
         (4, "tp2 cp2 sp", FAULTS["another base"][0]),
     ],
 )
-def test_every_rank_meets_the_error_of_a_fault_on_one_stage_or_one_replica(
+def test_a_fault_on_one_stage_or_one_replica_raises_on_every_rank(
     folder: Path, ranks: int, name: str, fault: Fault, tmp_path: Path
 ) -> None:
     cases = {name: LAYOUTS[ranks][name]}
@@ -112,14 +112,14 @@ OVERLAPPED = OptimizerConfig(learning_rate=3e-3, overlap_grad_reduce=True, overl
         pytest.param(Setup(ParallelConfig(tensor=2)), id="tp2"),
     ],
 )
-def test_a_student_trains_bit_for_bit_as_if_nobody_had_looked(folder: Path, setup: Setup) -> None:
+def test_checking_the_student_does_not_change_a_bit_of_its_training(folder: Path, setup: Setup) -> None:
     plain = run_on_ranks(model_check_ranks.trained, 2, folder, setup, False)
     compared = run_on_ranks(model_check_ranks.trained, 2, folder, setup, True)
     assert compared == plain and len(plain[0]) > 30
 
 
-def test_a_wrong_rotary_scaling_is_seen_through_the_rounding_of_bfloat16(tmp_path: Path) -> None:
-    """A folder whose config.json was given a factor that Megatron did not read, in bfloat16 files and computation."""
+def test_a_wrong_rotary_scaling_is_detected_despite_bfloat16_rounding(tmp_path: Path) -> None:
+    """A folder whose config.json has a factor that Megatron did not read, with bfloat16 files and computation."""
     sharp = write_tiny_model(tmp_path / "m", rope_parameters=LINEAR, dtype=torch.bfloat16, seed=5)
     case = replace(Case(), dtype="bfloat16")
     fault = FAULTS["no scaling"][0]

@@ -1,7 +1,7 @@
-"""What bfloat16 costs, against float64: log-probs, and the gradient of a student that almost equals its teacher.
+"""The error of bfloat16 against float64: log-probs, and the gradient of a student that almost equals its teacher.
 
-There dz on the support is a small difference of p and q, and every rounding of p before q is subtracted shows. Sizes:
-those of docs/numerics.md, smaller.
+Near convergence, dz on the support is a small difference of p and q, so every rounding of p before the subtraction of q
+is visible. The sizes are smaller than those of docs/numerics.md.
 
 Shapes: T tokens (64), V vocabulary (4096), K teacher top-k (64), D hidden (128).
 """
@@ -108,7 +108,7 @@ def _log_prob_errors(form: str) -> float:
     return float(np.abs(logp_TK.double().numpy() - right).max())
 
 
-def test_log_probs_of_the_fused_layer_are_exact_and_those_of_bfloat16_logits_err_by_percents() -> None:
+def test_log_probs_of_the_fused_layer_are_exact_and_those_of_bfloat16_logits_are_off_by_percents() -> None:
     assert run_on_ranks(_log_prob_errors, 1, "fused")[0] <= 1e-5
     assert run_on_ranks(_log_prob_errors, 1, "logits")[0] >= 2e-2
 
@@ -125,16 +125,16 @@ def _errors_of_the_mutant() -> tuple[float, float]:
     return relative_errors(mutant_losses("kernel.eager", ADDED_BEFORE_ROUNDING, ADDED_AFTER_ROUNDING), "eager")
 
 
-def test_gradients_near_convergence_are_right_to_3_in_1000() -> None:
+def test_gradients_near_convergence_have_a_relative_error_below_3_in_1000() -> None:
     ((hidden_error, weight_error),) = run_on_ranks(relative_errors_on_this_rank, 1, "eager")
     assert hidden_error <= 3e-3 and weight_error <= 3e-3
 
 
-def test_two_ranks_add_the_rounding_of_their_parts_of_the_hidden_gradient() -> None:
+def test_on_two_ranks_the_hidden_gradient_has_a_relative_error_below_4_in_1000() -> None:
     for hidden_error, weight_error in run_on_ranks(relative_errors_on_this_rank, 2, "eager"):
         assert hidden_error <= 4e-3 and weight_error <= 3e-3
 
 
-def test_a_support_that_is_added_after_the_rounding_is_off_by_more_than_2_in_100() -> None:
+def test_adding_the_support_after_rounding_is_off_by_more_than_2_in_100() -> None:
     for hidden_error, weight_error in run_on_ranks(_errors_of_the_mutant, 2):
         assert hidden_error > 2e-2 and weight_error > 2e-2

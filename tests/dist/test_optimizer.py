@@ -18,7 +18,7 @@ CONSTANT = OptimizerConfig(learning_rate=3e-3, eps=reference.EPS, clip_grad_norm
 OVERLAPPED = CONSTANT.model_copy(update={"overlap_grad_reduce": True, "overlap_param_gather": True})
 UNSHARDED = CONSTANT.model_copy(update={"distributed": False})
 BATCHES = [[(3, 4, 9), (5, 0, 12), (2, 6, 3)], [(7, 3, 17), (1, 0, 5), (4, 2, 1), (3, 1, 8)], [(2, 2, 6)]]
-"""The last one has a single sample: with two data ranks, one of them has nothing."""
+"""The last batch has a single sample: with two data ranks, one of them has none."""
 CASES = {
     1: {"one": Case(optimizer=CONSTANT), "one-unsharded-logits": Case(optimizer=UNSHARDED, form="logits")},
     2: {
@@ -67,7 +67,7 @@ def test_weights_after_three_steps_equal_plain_adamw(
     trained: dict[str, Trained], expected: tuple[list[float], dict[str, torch.Tensor]], folders: tuple[Path, Path],
     name: str,
 ) -> None:  # fmt: skip
-    """Compared is the movement, not the weight, which hides an error of an update of 1e-3."""
+    """Compares the change and not the weight, which would hide an error in an update of 1e-3."""
     norms, weights = expected
     start = reference.reference_model(folders[0]).state_dict()
     assert max(norms) > CONSTANT.clip_grad_norm > min(norms), "one step is clipped and one is not"
@@ -90,7 +90,7 @@ def test_weights_after_three_steps_equal_plain_adamw(
 def test_rate_warms_up_from_the_first_step_and_follows_the_schedule(
     folders: tuple[Path, Path], schedule: str, expected_rates: list[float]
 ) -> None:
-    """6 steps of which 2 warm up; the first 5 are run."""
+    """6 steps with 2 steps of warm-up. The first 5 are run."""
     optimizer = OptimizerConfig(learning_rate=1e-3, schedule=schedule, warmup_steps=2)  # type: ignore[arg-type]
     batches = [reference.make_rollouts([(2, 0, 3)])] * len(expected_rates)
     cases = {"one": Case(optimizer=optimizer)}

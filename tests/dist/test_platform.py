@@ -1,4 +1,4 @@
-"""The CPU platform: what it replaces behaves as on a GPU, and it is refused where it must not be used."""
+"""The CPU platform: its replacements behave as on a GPU, and it is refused if it must not be used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNEVEN = [0, 4, 16, 20, 28]
 """Lengths 4, 12, 4 and 8: each divisible by 2 * 2 context ranks."""
 
 
-def test_auto_is_cpu_without_a_gpu() -> None:
+def test_platform_auto_means_cpu_without_a_gpu() -> None:
     assert choose("auto").name == "cpu"
 
 
@@ -41,7 +41,7 @@ def test_cpu_beside_a_gpu_is_refused_by_key(monkeypatch: pytest.MonkeyPatch) -> 
         choose("cpu")
 
 
-def test_an_unvalidated_megatron_is_refused_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unvalidated_megatron_version_is_refused_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
     with pytest.raises(
         ConfigError, match=r"platform\.kind = cpu: validated with megatron-core 0\.16\.x, found 0\.17\.0"
@@ -51,7 +51,7 @@ def test_an_unvalidated_megatron_is_refused_by_key(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("kind", [CpuPlatform, CudaPlatform])
 def test_fusion_defaults_are_fields_of_the_model_config(kind: type[CpuPlatform | CudaPlatform]) -> None:
-    """The cuda module can be imported and asked without a GPU, but not used."""
+    """The cuda module can be imported and queried without a GPU, but not used."""
     platform = kind.__new__(kind)
     assert set(platform.config_defaults()) <= {field.name for field in dataclasses.fields(TransformerConfig)}
 
@@ -78,7 +78,7 @@ def test_cuda_literals_run_on_the_cpu_also_in_backward() -> None:
     }
 
 
-def test_random_states_are_separate_and_differ_between_tensor_ranks_only_inside() -> None:
+def test_random_states_differ_between_tensor_ranks_only_inside_the_fork() -> None:
     zero, one = run_on_ranks(platform_ranks.random_states, 2, Case(tensor=2))
     assert torch.equal(zero["outside"], one["outside"])
     assert not torch.equal(zero["inside"], one["inside"])

@@ -1,4 +1,4 @@
-"""Replayed guided rollouts: the objective decides whether prefixes are rows, the teacher's failures in which sample.
+"""Replayed guided rollouts: the objective decides if prefixes are rows, teacher failures decide in which sample.
 
 The reference is a loop over tokens in float64 on the plain model. It imports nothing that decides a carrier.
 """
@@ -125,7 +125,7 @@ def assert_equals(outcome: Outcome, expected: tuple[float, int, dict[str, Tensor
 
 
 def requests(rollouts: list[Rollout], *, carriers: Sequence[int]) -> list[tuple[int, int]]:
-    """One request a sample, from the prefix on for the carriers and from the response on for the others."""
+    """One request per sample, scored from the prefix on for the carriers and from the response on for the others."""
     return [
         (index, len(rollout.prompt_ids) + (0 if index in carriers else len(rollout.prefix_ids)))
         for index, rollout in enumerate(rollouts)
@@ -159,7 +159,7 @@ def test_guided_rollouts_replayed_without_a_prefix_loss_have_the_gradient_of_the
 
 
 @pytest.mark.parametrize("carriers", [[], [1, 3, 8]], ids=["sampled-without-prefix-loss", "with"])
-def test_guided_rollouts_replayed_with_a_prefix_loss_have_one_carrier_a_prompt(
+def test_guided_rollouts_replayed_with_a_prefix_loss_have_one_carrier_per_prompt(
     student: Path, tmp_path: Path, carriers: list[int]
 ) -> None:
     rollouts = guided_rollouts(carriers)
@@ -173,7 +173,8 @@ def test_guided_rollouts_replayed_with_a_prefix_loss_have_one_carrier_a_prompt(
 def test_another_scored_sample_of_the_prompt_supplies_the_prefix_loss(
     student: Path, tmp_path: Path, layout: str
 ) -> None:
-    """0 fails. So does 3, and 4, which should take over, on its prefix. The third prompt has no scored sample."""
+    """Sample 0 fails. Sample 3 fails too, and sample 4, which should take over, on its prefix. The third prompt has no
+    scored sample."""
     rollouts = guided_rollouts(carriers=[0, 3, 6])
     failing = [(0, "always"), (3, "always"), (4, "prefix"), (6, "always"), (7, "always"), (8, "always")]
     (outcome,) = run(student, tmp_path, rollouts, GUIDED, Launch(failing), layout=layout)
@@ -185,8 +186,8 @@ def test_another_scored_sample_of_the_prompt_supplies_the_prefix_loss(
     assert_equals(outcome, expected_step(student, rollouts, unscored=[0, 3, 6, 7, 8], carriers=[1, 5], trust=False))
 
 
-def test_a_killed_step_is_repeated_with_the_carriers_that_it_had(student: Path, tmp_path: Path) -> None:
-    """Killed before the scores were stored, it asks again, of a server that is well. After that it asks for nothing."""
+def test_a_killed_step_is_repeated_with_the_same_carriers(student: Path, tmp_path: Path) -> None:
+    """Killed before the scores were stored, it asks a working server again. After that it sends no request."""
     rollouts = guided_rollouts(carriers=[0, 3, 6])
     killed = Launch([(0, "always")], killed_before_scores=True)
     first, second, third = run(student, tmp_path, rollouts, GUIDED, killed, Launch(), Launch())
@@ -202,7 +203,7 @@ def test_a_killed_step_is_repeated_with_the_carriers_that_it_had(student: Path, 
 def test_the_share_of_samples_without_scores_is_bounded_over_all_replicas(
     student: Path, tmp_path: Path, layout: str
 ) -> None:
-    """Two of nine. The bound is one of the step: a replica may lose more than that share of its own samples."""
+    """Two of nine. The bound applies to the step: one replica may lose a larger share of its own samples."""
     rollouts = guided_rollouts(carriers=[])
     lost = [(0, "always"), (4, "always")]
     wanted = [Launch(lost, masked_share=0.3), Launch(lost, masked_share=0.2)]

@@ -19,7 +19,7 @@ from tropd_mcore.types import Rollout
 
 LENGTHS = [(3, 4, 9), (5, 0, 12), (2, 6, 3), (7, 3, 17), (1, 0, 5), (4, 2, 1), (3, 1, 8)]
 CONTEXTS = [11, None, 2, 6, 17, None, 1]
-"""Tokens that the teacher reads in the place of the prompts; None: it does not teach."""
+"""Tokens that the teacher reads instead of the prompts. None: the sample has no teacher."""
 ONE_PACK = 256
 FAST = {"tp2": Case(tensor=2), "cp2": Case(context=2), "dp2": Case()}
 SLOW: dict[int, dict[str, Case]] = {
@@ -49,10 +49,10 @@ def found_in(
 
 
 @pytest.mark.parametrize(("size", "cases"), LAYOUTS)
-def test_in_the_students_own_context_the_scores_are_those_of_any_teacher(
+def test_a_self_teacher_given_the_original_prompts_scores_like_any_teacher(
     folder: Path, size: int, cases: dict[str, Case]
 ) -> None:
-    """Bit for bit where the packs are the same, which they are with one data rank and one pack."""
+    """Bit for bit if the packs are the same, as with one data rank and one pack."""
     rollouts = reference.make_rollouts(LENGTHS)
     contexts = [rollout.prompt_ids for rollout in rollouts]
     whole = {name: replace(case, tokens_per_micro_batch=ONE_PACK) for name, case in cases.items()}
@@ -102,7 +102,7 @@ def test_rows_after_another_context_equal_the_reference_and_the_others_are_left_
 
 
 def rows_of(folder: Path, sample: int, rollout: Rollout, context: Any) -> dict[int, dict[str, Tensor] | None]:
-    """{token: scores} of the supervised tokens of a sample, float64; None where it has no teacher."""
+    """{token: scores} of the supervised tokens of a sample, float64. None if it has no teacher."""
     start, end = len(rollout.prompt_ids), len(rollout.token_ids)
     first = start if rollout.carries_prefix_loss else start + len(rollout.prefix_ids)
     tokens = [token for token in range(first, end) if rollout.token_ids[token] != IGNORED]

@@ -1,4 +1,4 @@
-"""Small decisions: what a verification calls a difference, what the GPU platform asks for, what scores after a load."""
+"""Small decisions: differences in a verification, requirements of the GPU platform, the average after a load."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def tensors_of(reader: HfReader) -> dict[str, Tensor]:
 
 
 def compared(reader: HfReader, found: dict[str, Tensor]) -> tuple[list[bool], list[str]]:
-    """(names the same, bytes equal) and what is found of each."""
+    """(names equal, bytes equal) and the finding of each."""
     names, contents = compare_tensors("copy", reader, found.items())
     assert (names.name, contents.name) == ("copy: names", "copy: bytes")
     return [names.passed, contents.passed], [names.found, contents.found]
 
 
-def test_a_copy_of_a_model_passes(reader: HfReader) -> None:
+def test_an_identical_copy_of_a_model_passes_verification(reader: HfReader) -> None:
     assert compared(reader, tensors_of(reader)) == ([True, True], ["the same", "equal"])
 
 
-def test_zero_and_minus_zero_differ_and_a_nan_equals_itself(tmp_path: Path) -> None:
+def test_zero_and_minus_zero_differ_and_a_nan_equals_itself_in_a_verification(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny", num_hidden_layers=1, with_tokenizer=False)
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -64,7 +64,7 @@ def test_zero_and_minus_zero_differ_and_a_nan_equals_itself(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("change", ["one bit", "dtype"])
-def test_one_changed_tensor_is_named_alone(reader: HfReader, change: str) -> None:
+def test_a_single_changed_tensor_is_the_only_one_named(reader: HfReader, change: str) -> None:
     found = tensors_of(reader)
     if change == "dtype":
         found[NORM] = found[NORM].double()
@@ -73,7 +73,7 @@ def test_one_changed_tensor_is_named_alone(reader: HfReader, change: str) -> Non
     assert compared(reader, found) == ([True, False], ["the same", f"1 differ: {NORM}"])
 
 
-def test_a_missing_and_an_unknown_tensor_are_no_difference_of_bytes(reader: HfReader) -> None:
+def test_a_missing_and_an_unknown_tensor_differ_in_names_and_not_in_bytes(reader: HfReader) -> None:
     found = tensors_of(reader) | {"zzz.weight": torch.zeros(2)}
     del found[NORM]
     assert compared(reader, found) == ([False, True], [f"2 differ: {NORM}, ...", "equal"])
@@ -104,14 +104,14 @@ def test_the_gpu_platform_needs_transformer_engine(machine: Any) -> None:
     assert CudaPlatform(local_rank=1).device == torch.device("cuda", 1)
 
 
-def test_a_local_rank_without_a_gpu_of_its_own_is_refused(machine: Any) -> None:
+def test_a_local_rank_without_its_own_gpu_is_refused(machine: Any) -> None:
     machine(modules={"transformer_engine"}, gpus=2)
     with pytest.raises(ConfigError, match=r"local rank 2 has no GPU, this machine has 2; .*--nproc-per-node=2"):
         CudaPlatform(local_rank=2)
 
 
 @pytest.mark.parametrize("has_apex", [True, False])
-def test_weight_gradients_are_fused_exactly_where_the_extension_is_installed(machine: Any, has_apex: bool) -> None:
+def test_weight_gradients_are_fused_if_and_only_if_the_extension_is_installed(machine: Any, has_apex: bool) -> None:
     machine(modules={"transformer_engine"} | ({"fused_weight_gradient_mlp_cuda"} if has_apex else set()), gpus=1)
     assert CudaPlatform(local_rank=0).config_defaults()["gradient_accumulation_fusion"] is has_apex
 
@@ -136,7 +136,7 @@ def test_layers_of_the_engine_add_their_weight_gradients_themselves_without_apex
 
 
 def saved_and_loaded(folder: Path, directory: Path) -> list[dict[str, str]]:
-    """Digests of student and average: saved after a step, of new parts, and of those once they are loaded."""
+    """Digests of student and average: as saved, of new objects, and of these after the load."""
     setup = Setup()
     job = open_layout(setup.parallel)
     state = average_ranks.averaged(folder, job, setup, 0.5)
@@ -151,7 +151,7 @@ def saved_and_loaded(folder: Path, directory: Path) -> list[dict[str, str]]:
     return found
 
 
-def test_after_a_load_the_average_scores_as_when_it_was_saved_before_any_step(tmp_path: Path) -> None:
+def test_an_average_saved_before_any_step_scores_the_same_after_a_load(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "tiny", num_hidden_layers=1, with_tokenizer=False)
     (saved, new, loaded) = run_on_ranks(saved_and_loaded, 1, folder, tmp_path / "checkpoints")[0]
     assert len([name for name in saved if name.startswith("rounded") and saved[name] != new[name]]) > 5

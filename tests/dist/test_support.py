@@ -113,7 +113,7 @@ def run_kernel(case: Case, borders: tuple[int, ...], with_entropy_gradient: bool
 
 
 def oracle(case: Case, with_entropy_gradient: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log-probs [T, J], entropy [T] and gradient [T, V] of the case, from its logits as they are after rounding."""
+    """log-probs [T, J], entropy [T] and gradient [T, V] of the case, from its rounded logits."""
     logits, ids = case.logits_TV[:, :VOCABULARY].double().numpy(), case.ids_TJ.numpy()
     grad_entropy = case.grad_entropy_T.numpy() if with_entropy_gradient else np.zeros(len(logits))
     logp, entropy = oracles.support(logits, ids, case.temperature)
@@ -183,7 +183,7 @@ def test_gradient_without_an_entropy_term_equals_the_oracle(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("layout", ["tp2-uneven", "tp3-support-wider-than-shard", "tp3-padding-only-shard"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_values_are_bit_identical_on_all_ranks(layout: str, dtype: torch.dtype) -> None:
+def test_log_probs_and_entropy_are_bit_identical_on_all_ranks(layout: str, dtype: torch.dtype) -> None:
     first, *others = run_kernel(make_case(LAYOUTS[layout], dtype=dtype, scale=9.0), LAYOUTS[layout])
     for other in others:
         assert torch.equal(first.logp_TJ, other.logp_TJ)
@@ -192,7 +192,7 @@ def test_values_are_bit_identical_on_all_ranks(layout: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-uneven", "tp3-empty-shard"])
 @pytest.mark.parametrize(("chunk_tokens", "chunks"), [(1, 37), (8, 5), (37, 1), (1000, 1)])
-def test_one_all_reduce_a_chunk_in_the_forward_and_no_collective_in_the_backward(
+def test_the_forward_runs_one_all_reduce_per_chunk_and_the_backward_no_collective(
     layout: str, chunk_tokens: int, chunks: int
 ) -> None:
     for result in run_kernel(make_case(LAYOUTS[layout], chunk_tokens=chunk_tokens), LAYOUTS[layout]):
@@ -216,7 +216,7 @@ def test_chunk_size_does_not_change_a_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_rows_are_legal_and_run_no_collective(layout: str) -> None:
+def test_zero_rows_are_accepted_and_run_no_collective(layout: str) -> None:
     for result in run_kernel(make_case(LAYOUTS[layout], tokens=0), LAYOUTS[layout]):
         assert result.logp_TJ.shape == (0, SUPPORT) and result.entropy_T.shape == (0,)
         assert result.gradient_TW.shape[0] == 0
@@ -254,7 +254,7 @@ def test_extreme_logits_stay_finite_and_exact() -> None:
     assert largest_error(whole_gradient(results), gradient) <= 1e-11
 
 
-def test_no_group_is_refused_because_it_would_mean_the_world() -> None:
+def test_a_group_of_none_is_refused_because_it_would_mean_the_world() -> None:
     nobody: Any = None
     with pytest.raises(AssertionError, match="group of None"):
         Kernel(VocabShard(0, 5, 5), nobody, EagerBackend(), Scaling(), chunk_tokens=1)

@@ -1,4 +1,4 @@
-"""The loss whose gradient is made chunk by chunk, against the float64 oracle, on one, two and three uneven shards.
+"""The loss with a gradient computed chunk by chunk, against the float64 oracle, on one, two and three uneven shards.
 
 Shapes as in `kernel_cases`.
 """
@@ -59,7 +59,7 @@ def test_loss_and_gradients_equal_the_oracle_in_every_form_and_mode(layout: str,
         assert_equals_the_oracle(results, case, DTYPES[dtype])
 
 
-def test_chunk_size_and_temperature_do_not_matter() -> None:
+def test_the_loss_equals_the_oracle_at_any_chunk_size_and_temperature() -> None:
     cases = [
         make_case("tp2-uneven", chunk_tokens=chunk_tokens, temperature=temperature, **FORMS[form])
         for form in FORMS
@@ -70,7 +70,7 @@ def test_chunk_size_and_temperature_do_not_matter() -> None:
 
 
 def test_overlap_does_not_change_a_bit() -> None:
-    """Two logits buffers in turn: a gradient from the wrong one would show."""
+    """Two alternating logits buffers. A gradient from the wrong one would be detected."""
     cases = [
         make_case("tp2-uneven", dtype, **changes)
         for dtype in (torch.float32, torch.bfloat16)
@@ -100,7 +100,7 @@ def _assert_same_bits(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("chunk_tokens", "chunks"), [(8, 5), (37, 1), (1000, 1)])
-def test_one_all_reduce_a_chunk_and_none_in_the_backward_but_that_of_the_hidden_gradient(
+def test_the_forward_runs_one_all_reduce_per_chunk_and_the_backward_one_for_the_hidden_gradient(
     overlap: bool, chunk_tokens: int, chunks: int
 ) -> None:
     cases = [make_case("tp2-uneven", chunk_tokens=chunk_tokens, overlap=overlap, **FORMS[form]) for form in FORMS]
@@ -110,7 +110,7 @@ def test_one_all_reduce_a_chunk_and_none_in_the_backward_but_that_of_the_hidden_
             assert result.backward_calls == ({"all_reduce": 1} if case.form == "fused" else {})
 
 
-def test_the_hidden_gradient_is_left_to_the_caller_who_sums_it() -> None:
+def test_without_its_reduction_the_hidden_gradient_is_a_part_that_the_caller_sums() -> None:
     cases = [
         make_case("tp2-uneven", reduce_hidden_gradient=False, **FORMS[form])
         for form in ("fused, deferred", "fused, recompute")
@@ -121,7 +121,7 @@ def test_the_hidden_gradient_is_left_to_the_caller_who_sums_it() -> None:
         assert_close(torch.stack(parts).sum(0), oracle(case).hidden_gradient_TD, 1e-12)
 
 
-def test_no_rows_are_legal_on_all_ranks() -> None:
+def test_zero_rows_are_accepted_on_all_ranks() -> None:
     for form in FORMS:
         for result in run_case(make_case("tp2-uneven", tokens=0, **FORMS[form])):
             assert float(result.loss) == 0.0 and result.forward_calls == {}
@@ -140,7 +140,7 @@ def test_an_id_outside_the_vocabulary_makes_the_loss_nan() -> None:
         assert result.row_TX.isnan().nonzero().tolist() == [[3, 2]]
 
 
-def test_what_is_frozen_gets_no_gradient() -> None:
+def test_frozen_inputs_get_no_gradient() -> None:
     cases = [
         make_case("tp2-uneven", frozen=frozen, **{**FORMS[form], "with_main_grad": True})
         for form in FORMS
@@ -161,7 +161,7 @@ def _without_autograd(case: Case) -> list[Any]:
         return results_on_this_rank([case])
 
 
-def test_without_autograd_there_is_the_value_and_main_grad_is_not_touched() -> None:
+def test_without_autograd_the_value_is_computed_and_main_grad_is_not_touched() -> None:
     for form in FORMS:
         case = make_case("tp2-uneven", **{**FORMS[form], "with_main_grad": True})
         for (result,) in run_on_ranks(_without_autograd, 2, case):
@@ -170,8 +170,8 @@ def test_without_autograd_there_is_the_value_and_main_grad_is_not_touched() -> N
             assert torch.equal(result.weight_gradient_WD, torch.ones_like(result.weight_gradient_WD))
 
 
-def test_main_grad_receives_the_gradient_in_float32_beside_what_it_holds() -> None:
-    """float32 parameters to the tolerance of float32; for bfloat16 ones, dz is rounded once and the sum is not."""
+def test_the_gradient_is_added_to_main_grad_in_float32() -> None:
+    """float32 parameters within the tolerance of float32. With bfloat16 ones, dz is rounded once and the sum is not."""
     forms = ("fused, deferred", "fused, folded", "fused, recompute")
     cases = [
         make_case("tp2-uneven", dtype, **{**FORMS[form], "with_main_grad": True})
@@ -210,7 +210,7 @@ def _tied_weight(case: Case) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["deferred", "folded", "recompute"])
-def test_a_tied_weight_has_its_embedding_gradient_apart_from_main_grad(mode: str) -> None:
+def test_a_tied_weight_keeps_its_embedding_gradient_separate_from_main_grad(mode: str) -> None:
     case = make_case("tp1", mode=mode, factor=1.0)
     ((main_grad, grad),) = run_on_ranks(_tied_weight, 1, case)
     expected = oracle(replace(case, hidden_TD=case.hidden_TD + case.weight_VD[0]))
@@ -220,7 +220,7 @@ def test_a_tied_weight_has_its_embedding_gradient_apart_from_main_grad(mode: str
     assert_close(grad, embedding, 1e-12)
 
 
-def test_a_folded_gradient_stops_where_the_loss_was_scaled() -> None:
+def test_a_folded_gradient_raises_if_the_loss_was_scaled() -> None:
     for with_main_grad in (True, False):
         case = make_case("tp1", **{**FORMS["fused, folded"], "factor": 2.0, "with_main_grad": with_main_grad})
         with pytest.raises(RuntimeError, match="weight_gradient=folded: the loss was scaled"):
@@ -270,7 +270,7 @@ WIDE, ROWS, CHUNK, SLOTS = 8192, 384, 96, 9
 
 
 def _peak_bytes(form: str, mode: str, chunk_tokens: int, dtype: torch.dtype) -> int:
-    """Most bytes alive at once, beside hidden states, weight and given logits."""
+    """Most bytes alive at once, besides hidden states, weight and given logits."""
     random = torch.Generator().manual_seed(1)
     hidden_TD = torch.randn(ROWS, 8, generator=random).to(dtype).requires_grad_()
     weight_WD = torch.randn(WIDE, 8, generator=random).to(dtype).requires_grad_()
@@ -302,12 +302,12 @@ def _peak_bytes(form: str, mode: str, chunk_tokens: int, dtype: torch.dtype) -> 
         ("fused", "deferred", CHUNK, 1, torch.bfloat16),  # the gradient lies over the float32 logits of its chunk
     ],
 )
-def test_memory_is_the_logits_of_a_chunk_and_three_blocks(
+def test_peak_memory_is_the_logits_of_one_chunk_and_three_blocks(
     form: str, mode: str, chunk_tokens: int, chunk_logits: int, dtype: torch.dtype
 ) -> None:
-    """Beside a few times the gradients of weight and hidden states, and some tens of numbers a token and slot.
+    """Besides a few times the gradients of weight and hidden states, and some tens of numbers per token and slot.
 
-    Of given logits, which are one chunk here, not even one copy would fit.
+    Given logits are one chunk here. The bound would not allow even one copy of them.
     """
     (peak,) = run_on_ranks(_peak_bytes, 1, form, mode, chunk_tokens, dtype)
     small = 4 * (3 * WIDE * 8 + 3 * ROWS * 8 + 40 * ROWS * SLOTS)

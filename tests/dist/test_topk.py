@@ -104,7 +104,7 @@ def test_topk_equals_the_sort_of_the_whole_vocabulary(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_ties_go_to_the_lower_id_also_across_shards(layout: str, dtype: torch.dtype) -> None:
+def test_ties_go_to_the_lower_id_even_across_shards(layout: str, dtype: torch.dtype) -> None:
     """Rounded so coarsely that most entries tie, with both zeros among them."""
     logits_TV = random_logits(LAYOUTS[layout], torch.float64).round()
     logits_TV[:, ::3] *= 0.0
@@ -125,7 +125,7 @@ def test_bfloat16_rounding_of_large_logits_is_ordered_exactly() -> None:
 
 
 @pytest.mark.parametrize("layout", ["tp2-uneven", "tp3-padding-only-shard"])
-def test_result_is_bit_identical_on_all_ranks(layout: str) -> None:
+def test_the_top_k_is_bit_identical_on_all_ranks(layout: str) -> None:
     logits_TV = random_logits(LAYOUTS[layout], torch.bfloat16)
     (first, _), *others = run_topk(logits_TV, LAYOUTS[layout], 16)
     for other, _ in others:
@@ -133,7 +133,7 @@ def test_result_is_bit_identical_on_all_ranks(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("chunk_tokens", "chunks"), [(1, 37), (8, 5), (1000, 1)])
-def test_one_all_gather_a_chunk_and_chunk_size_does_not_change_a_bit(chunk_tokens: int, chunks: int) -> None:
+def test_each_chunk_runs_one_all_gather_and_chunk_size_does_not_change_a_bit(chunk_tokens: int, chunks: int) -> None:
     borders = LAYOUTS["tp2-uneven"]
     logits_TV = random_logits(borders, torch.float32)
     expected = run_topk(logits_TV, borders, 16, chunk_tokens=5)[0][0]
@@ -142,14 +142,14 @@ def test_one_all_gather_a_chunk_and_chunk_size_does_not_change_a_bit(chunk_token
         assert_same_bits(result, expected)
 
 
-def test_no_rows_are_legal() -> None:
+def test_the_top_k_of_zero_rows_is_empty() -> None:
     borders = LAYOUTS["tp2-uneven"]
     for result, calls in run_topk(random_logits(borders, torch.float32, tokens=0), borders, 16):
         assert result.ids_TK.shape == (0, 16) and result.tail_mass_T.shape == (0,)
         assert calls == {}
 
 
-def test_more_entries_than_the_vocabulary_has_is_an_error_that_names_the_key() -> None:
+def test_a_k_above_the_vocabulary_size_is_an_error_that_names_the_key() -> None:
     borders = LAYOUTS["tp2-uneven"]
     with pytest.raises(ValueError, match=r"102 candidates .* has 101 tokens; set objective\.topk, .* <= 101"):
         run_topk(random_logits(borders, torch.float32), borders, 102)
@@ -191,14 +191,14 @@ def test_log_probs_of_given_ids_come_from_the_same_pass_and_all_gather(layout: s
         assert torch.equal(result.logp_TJ.nan_to_num(), logp_TJ.nan_to_num())
 
 
-def test_without_given_ids_there_are_no_log_probs_of_them() -> None:
+def test_without_given_ids_no_log_probs_are_returned() -> None:
     borders = LAYOUTS["tp2-uneven"]
     assert all(result.logp_TJ is None for result, _ in run_topk(random_logits(borders, torch.float32), borders, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [0.2, 4.0])
-def test_looking_into_the_best_tiles_finds_what_a_sort_finds(dtype: torch.dtype, scale: float) -> None:
+def test_searching_only_the_best_tiles_gives_the_same_top_k_as_a_sort(dtype: torch.dtype, scale: float) -> None:
     """Wide shards, one that ends in a part of a tile; at scale 0.2, rounded, whole tiles tie and are zeros."""
     width, k = 20 * TILE + 5, 5
     assert SMALLEST_CUT * k * TILE < width - 8
@@ -214,7 +214,7 @@ def test_looking_into_the_best_tiles_finds_what_a_sort_finds(dtype: torch.dtype,
             assert result.ids_TK[token].tolist() == oracles.top_ids(z, k)
 
 
-def test_logits_that_only_the_scaling_makes_equal_keep_their_order() -> None:
+def test_logits_that_become_equal_only_by_scaling_keep_their_order() -> None:
     """tanh of both is 1 in float32: the larger logit still comes first, with the same log-prob."""
     logits_TV = torch.zeros(1, VOCABULARY)
     logits_TV[0, 3], logits_TV[0, 70] = 200.0, 201.0
@@ -229,7 +229,7 @@ def test_logits_that_only_the_scaling_makes_equal_keep_their_order() -> None:
     k=st.integers(1, 5),
     cut=st.integers(0, 5),
 )
-def test_order_is_exact_for_any_float32_values(row: list[float], k: int, cut: int) -> None:
+def test_the_order_is_exact_for_any_float32_logits(row: list[float], k: int, cut: int) -> None:
     """Denormals, both zeros, huge values, repeated values; two shards cut anywhere."""
     logits_TV = torch.tensor([row], dtype=torch.float32)
     for result, _ in run_topk(logits_TV, (0, cut, len(row)), k, vocabulary=len(row)):

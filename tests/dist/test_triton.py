@@ -41,7 +41,7 @@ class Case:
     mode: WeightGradientMode
     backend: str = "triton"
     factor: float = 1.0
-    """Of the loss, in the backward pass"""
+    """Factor of the loss in the backward pass"""
     overlap: bool = False
 
 
@@ -70,7 +70,7 @@ def make_case(form: str, mode: WeightGradientMode, dtype: torch.dtype = torch.fl
 
 
 def loss_on_this_rank(case: Case) -> Result:
-    """A loss that is linear in log-probs and entropies, so that its gradient is what the case says."""
+    """A loss that is linear in log-probs and entropies, so that the case determines its gradient."""
 
     def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
         terms_C = (case.grad_logp_TJ[rows].to(logp_CJ.dtype) * logp_CJ).sum(dim=1)
@@ -111,7 +111,7 @@ def run(case: Case) -> list[Result]:
 
 
 def whole(results: list[Result]) -> dict[str, np.ndarray]:
-    """Gradients with both shards side by side, padding and all; loss and hidden gradient are those of every rank."""
+    """Gradients with both shards joined, including padding. Loss and hidden gradient are equal on every rank."""
     first, second = results
     assert first.loss == second.loss
     if first.logits_gradient_TW is not None and second.logits_gradient_TW is not None:
@@ -126,7 +126,7 @@ def whole(results: list[Result]) -> dict[str, np.ndarray]:
 
 
 def oracle(case: Case) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradients, from operands as they are after rounding."""
+    """Loss and gradients from the rounded operands."""
     hidden, weight = case.hidden_TD.double().numpy(), case.weight_VD.double().numpy()
     logits, ids = hidden @ weight[:VOCABULARY].T, case.ids_TJ.numpy()
     grad_logp, grad_entropy = case.grad_logp_TJ.numpy(), case.grad_entropy_T.numpy()
@@ -165,7 +165,7 @@ def test_loss_and_gradients_equal_the_oracle_in_float32(form: str) -> None:
 
 @pytest.mark.parametrize("mode", ["deferred", "folded", "recompute"])
 def test_bfloat16_weights_cost_one_rounding_of_the_logits_gradient(mode: WeightGradientMode) -> None:
-    """The interpreter cuts off where a GPU rounds, and the gradients themselves are bfloat16: 2^-7 each."""
+    """The interpreter truncates where a GPU rounds, and the gradients themselves are bfloat16: 2^-7 each."""
     case = make_case("fused", mode, torch.bfloat16)
     loss, gradients = oracle(case)
     results = run(case)
@@ -180,7 +180,7 @@ def test_overlapped_chunks_change_no_bit() -> None:
     assert all(np.array_equal(whole(plain)[name], gradient) for name, gradient in whole(overlapped).items())
 
 
-def test_a_second_run_has_the_same_bits() -> None:
+def test_loss_and_gradients_are_bit_identical_in_a_second_run() -> None:
     case = make_case("fused", "deferred", torch.bfloat16)
     first, second = run(case), run(case)
     assert first[0].loss == second[0].loss

@@ -1,4 +1,4 @@
-"""The front door inside PyTorch's DDP and FSDP2, and with the parameters of Megatron's wrappers."""
+"""The library inside PyTorch's DDP and FSDP2, and with the parameters of Megatron's wrappers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tropd_mcore import OutputLayer, VocabParallel, distill_loss, objectives
 
 @pytest.mark.parametrize("head", ["own", "tied", "frozen"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_gradients_in_pytorchs_wrappers_are_those_of_one_process_with_a_softmax(wrapper: str, head: str) -> None:
+def test_gradients_in_pytorchs_wrappers_equal_those_of_one_process_with_a_softmax(wrapper: str, head: str) -> None:
     arguments = (head == "tied", head == "frozen")
     (expected,) = run_on_ranks(wrapper_ranks.gradients, 1, "none", *arguments)
     for found in run_on_ranks(wrapper_ranks.gradients, 2, wrapper, *arguments):
@@ -37,7 +37,7 @@ def _numbers() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("mode", ["deferred", "folded", "recompute"])
 def test_a_parameter_of_megatron_fsdp_gets_an_ordinary_gradient_and_its_old_buffer_stays(mode: str) -> None:
-    """Megatron-FSDP leaves the buffer of the step before under main_grad and copies `grad` when the hook has run."""
+    """Megatron-FSDP keeps the buffer of the previous step in main_grad and copies `grad` after the hook has run."""
     weight, hidden = _numbers()
     plain, owned = (torch.nn.Parameter(weight.clone()) for _ in range(2))
     _call(plain, hidden.requires_grad_(), mode if mode != "folded" else "deferred")

@@ -1,9 +1,9 @@
 """A small GPTModel of whichever megatron-core comes first on the path, on gloo, for tests inside other stacks.
 
-Not for our trainer's own tests (`layouts`): it uses Megatron's own attention and norm, and of ours only what makes the
-CPU stand where Megatron writes "cuda". Imported by rank processes alone. Weights are the same at every tensor-parallel
-size: each rank cuts its part of a whole weight drawn from the name of the parameter. Megatron is imported when it is
-used, so that a rank may put another one first on its path.
+Our trainer's own tests use `layouts` instead. This module uses Megatron's own attention and norm. From our code it uses
+only the replacement of "cuda" by the CPU. Only rank processes import it. Weights are the same at every tensor-parallel
+size: each rank takes its part of a whole weight that is drawn from the name of the parameter. Megatron is imported on
+use, so that a rank may put another version first on its path.
 
 Also here: batches with a teacher, and the TrOPD of these in float64.
 """
@@ -33,11 +33,11 @@ def layout(tensor: int = 1, context: int = 1) -> Iterator[None]:
     from tropd_mcore.mcore.platform import choose, cpu_device, cpu_random
 
     if megatron.core.__version__.startswith("0.16."):
-        choose("cpu").activate()  # all of it, since other tests use these processes
+        choose("cpu").activate()  # remove all of it, because other tests use these processes
     elif not cpu_device.is_active():
         cpu_random.install()
         cpu_device.install()
-        torch.cuda.current_stream = lambda device=None: None  # asked for where nothing waits for it
+        torch.cuda.current_stream = lambda device=None: None  # requested although no code waits for it
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     try:
@@ -85,7 +85,7 @@ def model(seed: int, *, per_token: bool = False) -> Any:
 
 
 class Loose(SimpleNamespace):
-    """Settings of another stack's run: what is not named is None."""
+    """Settings of another stack's run. Missing attributes are None."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -99,20 +99,20 @@ class IdleOptimizer:
     param_groups, grad_norms_by_group = ({},), {}
 
     def zero_grad(self) -> None:
-        """They are looked at after the step."""
+        """They are read after the step."""
 
     def step(self, **options: Any) -> Any:
-        """(done, norm, zeros), as Megatron's optimizers answer."""
+        """(done, norm, zeros), the result of Megatron's optimizers."""
         return True, 1.0, 0
 
 
 Gradients = dict[str, tuple[Any, int]]
-"""{name: (gradient of this rank, the dimension it is cut along, or -1)}, in NumPy, since Megatron-Core 0.20 pickles a
-tensor in a form that only it reads."""
+"""{name: (gradient of this rank, the dimension that is split, or -1)}, in NumPy, because Megatron-Core 0.20 pickles a
+tensor in a form that only it can read."""
 
 
 def gradients(wrapped: Any) -> Gradients:
-    """What backward left in `main_grad`."""
+    """The gradient in `main_grad` after the backward pass."""
     return {
         name: (
             parameter.main_grad.double().numpy().copy(),
@@ -134,12 +134,12 @@ def error_of(every: list[Gradients], expected: Gradients) -> float:
 
 
 def batches(count: int = 2) -> list[dict[str, Tensor]]:
-    """Micro-batches with different numbers of student tokens and a teacher that knows more than its candidates."""
+    """Micro-batches with different numbers of student tokens, and a teacher with mass outside its candidates."""
     return [batch(seed, VOCABULARY, spread=2.0, kept=0.4 + 0.4 * seed) for seed in range(count)]
 
 
 def batch(seed: int, vocabulary: int, *, spread: float, kept: float) -> dict[str, Tensor]:
-    """A micro-batch of random tokens: `spread` of the teacher's logits, `kept` the fraction of student tokens."""
+    """A micro-batch of random tokens. `spread` scales the teacher's logits, `kept` is the share of student tokens."""
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocabulary, (BATCH, LENGTH), generator=random)
     log_q = (spread * torch.randn(BATCH, LENGTH, vocabulary, generator=random)).log_softmax(-1)

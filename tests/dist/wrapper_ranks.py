@@ -1,6 +1,6 @@
-"""A small language model whose loss is the front door's, inside PyTorch's data-parallel wrappers; for `run_on_ranks`.
+"""A small language model with the loss of the library, in PyTorch's data-parallel wrappers, for `run_on_ranks`.
 
-The loss is called in the forward pass of the root module, where the weight of the head is whole.
+The loss is called in the forward pass of the root module, where the head's weight is not sharded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Model(nn.Module):
         self.head.weight.requires_grad_(not frozen)
 
     def forward(self, tokens: Tensor, labels: Tensor, teacher: TeacherTopK, u: Tensor, plain: bool) -> Tensor:
-        """The sum of TrOPD's loss, by the front door or by a softmax over the whole vocabulary."""
+        """The sum of TrOPD's loss, by the library or by a softmax over the whole vocabulary."""
         hidden = torch.tanh(self.layer(self.embedding(tokens)))
         if not plain:
             layer = OutputLayer(hidden, self.head.weight)
@@ -42,7 +42,7 @@ class Model(nn.Module):
 
 
 def batch(rank: int) -> tuple[Tensor, Tensor, TeacherTopK, Tensor]:
-    """What one data rank has."""
+    """The data of one data rank."""
     random = torch.Generator().manual_seed(rank)
     tokens = torch.randint(V, (B, S), generator=random)
     log_q = torch.randn(B, S, V, generator=random, dtype=torch.float64).log_softmax(-1)
@@ -52,7 +52,7 @@ def batch(rank: int) -> tuple[Tensor, Tensor, TeacherTopK, Tensor]:
 
 
 def gradients(wrapper: str, tied: bool, frozen: bool) -> dict[str, Tensor]:
-    """Mean over data ranks of the gradients of two micro-batches; `none` is one process with softmaxes."""
+    """Mean over data ranks of the gradients of two micro-batches. `none` means one process with softmaxes."""
     torch.manual_seed(7)
     model = Model(tied=tied, frozen=frozen).double()
     ranks = [dist.get_rank()] if wrapper != "none" else [0, 1]

@@ -1,4 +1,4 @@
-"""The tiny example, made once, and one finished run of it that several tests compare with."""
+"""The tiny example, built once, and one finished run of it with which several tests compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 6
 
 @pytest.fixture(scope="session")
 def example() -> Path:
-    """Folder of the tiny example; kept between test runs, made again when its code changes."""
+    """Folder of the tiny example. It is kept between test runs and rebuilt when its code changes."""
     folder = jobs.REPOSITORY / "models" / "arithmetic-tiny"
     folder.parent.mkdir(exist_ok=True)
     with (folder.parent / ".tiny.lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""Starts training jobs as a user does, waits for them, and reads what they left."""
+"""Start training jobs as a user does, wait for them, and read their results."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "quickstart-cpu.yaml"
 NOT_REPRODUCIBLE = ("time/", "throughput/", "gates/")
-"""Metrics of the machine, and of what a launch has seen since it began."""
+"""Metrics that a repeated run does not reproduce: of the machine, and of events since the start of a launch."""
 LIMIT_S = 1200.0
-"""Longest time of one job, or of one wait for it. It is there to end a hang, not to tell a slow machine."""
+"""Longest time of one job, or of one wait for it. It only ends a hang and does not judge a slow machine."""
 TEST_LIMIT_S = 4 * LIMIT_S
-"""Longest time of a test: that of the jobs that it runs one after the other, and of those that it shares."""
+"""Longest time of a test: the jobs that it runs one after the other, and the shared ones."""
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a user: ours without what a test runner or torchrun put there."""
+    """The environment of a user: ours without the variables of a test runner or torchrun."""
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **extra}
 
 
 def start(run_dir: Path, *overrides: str, ranks: int = 2, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """`examples/tropd_pretrain.sh` with overrides, in a process group of its own; output to `log`."""
+    """`examples/tropd_pretrain.sh` with overrides, in its own process group, with output to `log`."""
     log = log or run_dir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = ["bash", "examples/tropd_pretrain.sh", str(CONFIG), f"run.dir={run_dir}", *overrides]
@@ -49,7 +49,7 @@ def start(run_dir: Path, *overrides: str, ranks: int = 2, log: Path | None = Non
 
 
 def run(run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = LIMIT_S) -> str:
-    """Run a job to its end; returns its output. Fails the test where it does not end well."""
+    """Run a job to its end and return its output. Fails the test if the exit code is not 0."""
     code, output = attempt(run_dir, *overrides, ranks=ranks, timeout_s=timeout_s)
     assert code == 0, f"exit code {code}\n{output[-6000:]}"
     return output
@@ -58,7 +58,7 @@ def run(run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = LIMIT
 def attempt(
     run_dir: Path, *overrides: str, ranks: int = 2, timeout_s: float = LIMIT_S, log: Path | None = None
 ) -> tuple[int, str]:
-    """Run a job to its end, good or bad; returns (exit code, output)."""
+    """Run a job to its end, successful or not. Returns (exit code, output)."""
     log = log or run_dir.with_suffix(".log")
     written = log.stat().st_size if log.exists() else 0
     process = start(run_dir, *overrides, ranks=ranks, log=log)
@@ -70,13 +70,13 @@ def attempt(
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the job with all its descendants, as a machine that goes away would."""
+    """SIGKILL the job with all its descendants, as if the machine failed."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     for member in family:
-        # Servers are not shot: the kernel has to end them when their parent goes.
+        # Servers are not killed here: the kernel has to end them when their parent ends.
         if "sglang" not in " ".join(_command_line(member)):
             _signal(member, signal.SIGKILL)
     process.wait()
@@ -94,7 +94,7 @@ def server_processes(run_dir: Path) -> list[psutil.Process]:
 def wait_for(
     condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, timeout_s: float = LIMIT_S
 ) -> None:
-    """Wait until `condition` holds; fails where the process ends or the time is up before."""
+    """Wait until `condition` holds. Fails if the process ends or the time is up before that."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "not in time"
@@ -109,7 +109,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics that a repetition has to reproduce."""
+    """The metrics that a repeated run has to reproduce."""
     return [
         {name: value for name, value in line.items() if not name.startswith(NOT_REPRODUCIBLE)}
         for line in metrics(run_dir)

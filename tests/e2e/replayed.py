@@ -25,14 +25,14 @@ from tropd_mcore.types import OptimizerReport, Rollout
 
 STEPS, PROMPTS, SAMPLES, LONGEST = 2, 4, 2, 11
 JOB_LIMIT_S = 300.0
-"""Longest time of one job. It is there to end a hang: on an idle machine a job takes a few seconds."""
+"""Longest time of one job. It only ends a hang: on an idle machine a job takes a few seconds."""
 REAL_TOKENS = 280
-"""Ids below have a text in the tiny tokenizer."""
+"""Ids below this one have a text in the tiny tokenizer."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where the models and the rollouts of the replays are."""
+    """The folders of the models and the rollouts of the replays."""
 
     root: Path
 
@@ -47,12 +47,12 @@ class Stage:
         return self.root / "runs" / name
 
     def rollouts(self) -> list[list[Rollout]]:
-        """Those of each step."""
+        """The rollouts of each step."""
         return [load_rollouts(self.run("sampled") / "rollouts" / f"step_{step:06d}.npz") for step in range(STEPS)]
 
 
 def overrides(stage: Stage, name: str, wanted: list[str], places: Mapping[str, Path]) -> list[str]:
-    """The overrides of a job: its run directory, and `wanted` with each word of `places` replaced by its path."""
+    """The overrides of a job: its run directory, and `wanted` with each name in `places` replaced by its path."""
     filled = []
     for text in wanted:
         for word, place in places.items():
@@ -69,7 +69,7 @@ def run_jobs(config: Path, jobs: list[list[str]]) -> None:
 
 
 def replay(config: Path, jobs: list[list[str]]) -> None:
-    """One job after the other with these overrides, on the same two processes, each with a bound of its own."""
+    """One job after the other with these overrides, on the same two processes, each with its own time limit."""
     for overrides in jobs:
         run_on_ranks(run_jobs, 2, config, [overrides], timeout_s=JOB_LIMIT_S)
 
@@ -104,7 +104,7 @@ def log_probs(folder: Path, rollout: Rollout) -> torch.Tensor:
 def set_stage(root: Path, *, steps: int = STEPS, dtype: torch.dtype = torch.float32) -> Stage:
     """Write a student, a teacher, a reference (stored in `dtype`), prompts with answers, and rollouts of `steps` steps.
 
-    The answer of a prompt is the text of its first sample, so that the verifier finds one of two samples right.
+    The answer of a prompt is the text of its first sample, so that the verifier accepts one of two samples.
     """
     from tests.tiny_models import tiny_tokenizer, write_tiny_model
 
@@ -130,7 +130,7 @@ def set_stage(root: Path, *, steps: int = STEPS, dtype: torch.dtype = torch.floa
 
 
 def _sample(stage: Stage, prompt_id: str, prompt_ids: np.ndarray, index: int, generator: torch.Generator) -> Rollout:
-    """Tokens drawn uniformly, with the log-probs that the student gives them."""
+    """Tokens drawn uniformly, with the student's log-probs."""
     count = LONGEST - int(torch.randint(0, 5, (), generator=generator))
     response = torch.randint(3, REAL_TOKENS, (count,), generator=generator)
     rollout = Rollout(

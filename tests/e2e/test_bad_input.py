@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that names the key, exit code 2, and nothing half-written."""
+"""User mistakes give one line that names the key, exit code 2, and no partial files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def refused(run_dir: Path, *overrides: str, log: Path | None = None) -> str:
     return errors[0]
 
 
-def test_a_missing_model_folder_is_named(settings: list[str], tmp_path: Path) -> None:
+def test_a_missing_model_folder_is_named_in_the_error(settings: list[str], tmp_path: Path) -> None:
     error = refused(tmp_path / "run", *settings, f"student.path={tmp_path / 'nowhere'}")
     assert "nowhere" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_a_truncated_weight_file_is_named(settings: list[str], example: Path, tmp_path: Path) -> None:
+def test_a_truncated_weight_file_is_named_in_the_error(settings: list[str], example: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(example / "student", damaged)
     weights = damaged / "model.safetensors"
@@ -53,7 +53,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(settings: list[str], examp
     assert "teacher.path" in error
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(settings: list[str], tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_written_is_named_in_the_error(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     assert "run.dir" in refused(tmp_path / "file" / "run", *settings, log=tmp_path / "run.log")
 
@@ -71,7 +71,7 @@ def test_a_teacher_with_a_context_shorter_than_a_rollout_is_refused(
     assert "rollout.max_new_tokens" in error
 
 
-def test_a_taken_port_is_named(settings: list[str], tmp_path: Path) -> None:
+def test_a_taken_port_is_named_in_the_error(settings: list[str], tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -80,15 +80,13 @@ def test_a_taken_port_is_named(settings: list[str], tmp_path: Path) -> None:
     assert "rollout.server.port" in error
 
 
-def test_a_server_that_dies_at_start_is_told_with_its_last_words_and_its_log(
-    settings: list[str], tmp_path: Path
-) -> None:
+def test_a_server_that_dies_at_start_is_reported_with_its_key_and_its_log(settings: list[str], tmp_path: Path) -> None:
     error = refused(tmp_path / "run", *settings, "rollout.server.extra_args=[--no-such-option]")
     assert "rollout.server" in error
     assert "log" in error
 
 
-def test_every_problem_of_a_configuration_is_told_at_once(settings: list[str], tmp_path: Path) -> None:
+def test_all_problems_of_a_configuration_are_reported_at_once(settings: list[str], tmp_path: Path) -> None:
     code, output = jobs.attempt(
         tmp_path / "run", *settings, "optimizer.learning_rat=1", "rollout.temperature=-1", ranks=1
     )

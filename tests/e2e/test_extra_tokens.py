@@ -1,4 +1,4 @@
-"""Whole jobs with a teacher that only adds tokens: refused with the key, or trained on without them, and counted."""
+"""Whole jobs with a teacher that only adds tokens: refused with the key, or trained without them and counted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(stage: Stage, teacher: str, *more: str) -> list[str]:
 
 
 def refusal(config: Path, overrides: list[str]) -> str:
-    """What the job says."""
+    """The output of the job."""
     try:
         replayed.run_jobs(config, [overrides])
     except DataError as error:
@@ -48,13 +48,13 @@ def refusal(config: Path, overrides: list[str]) -> str:
     return "trained"
 
 
-def test_a_teacher_that_adds_tokens_is_refused_on_every_rank_with_the_key(stage: Stage) -> None:
+def test_a_teacher_that_adds_tokens_is_refused_on_every_rank_and_the_error_names_the_key(stage: Stage) -> None:
     found = run_on_ranks(refusal, 2, stage.config, settings(stage, "further"), timeout_s=replayed.JOB_LIMIT_S)
     assert len(set(found)) == 1 and "adds 4 tokens ('<a>' 3" in found[0]
     assert "teacher.extra_tokens=exclude" in found[0] and not (stage.run("further") / "metrics.jsonl").exists()
 
 
-def test_with_exclude_it_trains_without_them_and_their_places_among_the_best_are_counted(stage: Stage) -> None:
+def test_with_exclude_the_run_trains_without_the_added_tokens_and_counts_their_top_k_places(stage: Stage) -> None:
     excluded = torch.tensor(excluded_ids(stage))
     wanted = [settings(stage, "further", "teacher.extra_tokens=exclude"), settings(stage, "teacher")]
     replayed.replay(stage.config, wanted)

@@ -1,4 +1,4 @@
-"""Whole jobs that replay stored rollouts: a new run from a checkpoint, and a run that goes on with another schedule."""
+"""Whole jobs that replay stored rollouts: a new run from a checkpoint, and a run resumed with another schedule."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def by_transformers(folder: Path, rollouts: list[Rollout]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["weights", "weights_dp", "optimizer"])
-def test_the_first_step_of_a_new_run_is_made_with_the_weights_of_the_checkpoint(
+def test_the_first_step_of_a_new_run_uses_the_weights_of_the_checkpoint(
     runs: dict[str, Path], stage: Stage, name: str
 ) -> None:
     rollouts = stage.rollouts()[0]
@@ -83,7 +83,7 @@ def test_the_first_step_of_a_new_run_is_made_with_the_weights_of_the_checkpoint(
     assert np.abs(found - by_transformers(stage.model("student"), rollouts)).max() > 1e-3
 
 
-def test_the_steps_and_the_schedule_of_a_new_run_are_its_own(runs: dict[str, Path]) -> None:
+def test_a_new_run_counts_its_own_steps_and_has_its_own_schedule(runs: dict[str, Path]) -> None:
     for name in ("weights", "optimizer"):
         (line,) = jobs.metrics(runs[name])
         assert (line["step"], line["optimizer/learning_rate"]) == (0, 1e-3)
@@ -91,8 +91,8 @@ def test_the_steps_and_the_schedule_of_a_new_run_are_its_own(runs: dict[str, Pat
         assert info.step == 1 and info.scheduler is not None and info.scheduler["num_steps"] == 1
 
 
-def test_with_the_optimizer_the_next_step_is_another_one(runs: dict[str, Path]) -> None:
-    """The same weights, rollouts and rate: what differs are the moments."""
+def test_loading_the_optimizer_state_changes_the_next_step(runs: dict[str, Path]) -> None:
+    """The same weights, rollouts and rate. Only the moments differ."""
     plain, kept = (jobs.metrics(runs[name])[0] for name in ("weights", "optimizer"))
     assert plain["optimizer/grad_norm"] == kept["optimizer/grad_norm"]
     one, two, before = (
@@ -123,7 +123,7 @@ def test_the_average_that_teaches_starts_from_the_weights_of_the_checkpoint(
     assert info.average
 
 
-def test_what_a_run_began_with_is_recorded(runs: dict[str, Path], stage: Stage) -> None:
+def test_the_checkpoint_that_a_run_started_from_is_recorded(runs: dict[str, Path], stage: Stage) -> None:
     for name, with_optimizer in (("weights", False), ("optimizer", True)):
         inputs = load_inputs(RunDir(runs[name]))
         assert inputs is not None and inputs.init_from is not None
@@ -139,14 +139,14 @@ def refused(stage: Stage, name: str, wanted: list[str]) -> Any:
     return caught.value
 
 
-def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(runs: dict[str, Path], stage: Stage) -> None:
+def test_a_run_started_from_a_checkpoint_resumes_from_its_own(runs: dict[str, Path], stage: Stage) -> None:
     replayed.replay(stage.config, [overrides(stage, "weights", [*BEGUN, "run.steps=2"])])
     assert [line["step"] for line in jobs.metrics(runs["weights"])] == [0, 1]
     error = refused(stage, "first", [*BEGUN, "run.steps=2"])
     assert isinstance(error, ConfigError) and "run.init_from" in error.problems[0]
 
 
-def test_a_run_goes_on_with_another_rate_and_more_steps_and_not_with_another_seed(
+def test_a_run_resumes_with_another_rate_and_more_steps_but_not_with_another_seed(
     runs: dict[str, Path], stage: Stage
 ) -> None:
     record = (runs["optimizer"] / "config.resolved.yaml").read_bytes()

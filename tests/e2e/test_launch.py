@@ -36,7 +36,7 @@ def test_every_recipe_has_a_plan_and_at_most_60_lines(recipe: Path) -> None:
     assert str(yaml.safe_load(recipe.read_text())["student"]["path"]) in plan
 
 
-def test_help_is_that_of_tropd_train() -> None:
+def test_the_launch_script_prints_the_help_of_tropd_train() -> None:
     code, text = printed(["bash", "examples/tropd_pretrain.sh", "--help"])
     assert code == 0 and text.startswith("usage: tropd train") and "--dry-run" in text
 
@@ -50,7 +50,7 @@ def test_the_dry_run_of_a_recipe_for_several_nodes_needs_no_other_node(monkeypat
     assert "--nnodes 4 --node-rank R --master-addr 127.0.0.1 --master-port 29500" in plan.splitlines()[-1]
 
 
-def test_torchrun_starts_the_same_script(tmp_path: Path) -> None:
+def test_torchrun_can_start_the_launch_script(tmp_path: Path) -> None:
     recipe, run_dir = str(jobs.CONFIG), tmp_path / "run"
     arguments = ["examples/tropd_pretrain.sh", recipe, "--dry-run", f"run.dir={run_dir}"]
     code, plan = printed([*TORCHRUN, *arguments])

@@ -1,7 +1,7 @@
-"""Whole jobs whose servers lie: nothing that a liar said is trained on, and the user gets one line that says so.
+"""Whole jobs whose servers lie: no false answer is trained on, and the user gets one line that says so.
 
-The servers are real; the liar is a proxy before one of them. What single answers are refused for, one by one, is in
-`tests/sglang/test_liars.py`; the table of all lies is in docs/borders.md.
+The servers are real, and the liar is a proxy in front of one of them. `tests/sglang/test_liars.py` tests each kind of
+refused answer alone. The table of all lies is in docs/borders.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def servers(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 device="cpu",
                 run_dir=logs,
                 name=name,
-                extra_env={"TROPD_SERVER_KEY": ""},  # jobs use them as servers that run elsewhere, without a key
+                extra_env={"TROPD_SERVER_KEY": ""},  # jobs use them by URL, without a key
             )
         )
         for name in ("student", "teacher")
@@ -103,10 +103,10 @@ def last_line(output: str) -> str:
     return next(line for line in output.splitlines() if line.startswith("error:"))
 
 
-def test_samples_that_are_lied_about_are_left_out_of_every_step(
+def test_samples_that_the_server_lies_about_are_left_out_of_every_step(
     short: list[str], servers: dict[str, SupervisedServer], example: Path, tmp_path: Path
 ) -> None:
-    """Each lie about all samples of one prompt, so many prompts a step as may be left out."""
+    """Each lie about all samples of one prompt, for as many prompts per step as may be left out."""
     width = read_architecture(example / "student").vocab_size
     lies = list(sampling_lies(vocab_size=width, end=2).values())
     steps = -(-len(lies) // VICTIMS)
@@ -150,7 +150,7 @@ def test_samples_that_are_lied_about_are_left_out_of_every_step(
 def test_samples_whose_scores_are_lies_are_left_out_of_the_loss(
     short: list[str], servers: dict[str, SupervisedServer], example: Path, tmp_path: Path
 ) -> None:
-    """Each lie about the scores of one sample, one that no other sample of its step equals."""
+    """Each lie about the scores of one sample that differs from all other samples of its step."""
     lies = list(scoring_lies(vocab_size=read_architecture(example / "teacher").vocab_size).values())
     most = PROMPTS * SAMPLES // 4
     run_dir = tmp_path / "run"
@@ -198,7 +198,7 @@ def loads_nothing(proxy: Liar) -> None:
 
 
 def loads_nothing_and_forges_checksums(proxy: Liar) -> None:
-    """The same, and every checksum moves with the number of updates, as if they had been loaded."""
+    """The same, and every checksum changes with the number of updates, as if they had been loaded."""
     loads_nothing(proxy)
 
     def forged(value: Any) -> Any:
@@ -224,7 +224,9 @@ def loads_half(proxy: Liar) -> None:
 
     async def lie(body: Body, forward: Forward) -> Any:
         payloads = [
-            base64.b64encode(pickle.dumps(pickle.loads(base64.b64decode(payload))[::2])).decode()  # our own bytes
+            base64.b64encode(
+                pickle.dumps(pickle.loads(base64.b64decode(payload))[::2])
+            ).decode()  # bytes that this project wrote
             for payload in body["serialized_named_tensors"]
         ]
         return await forward(body | {"serialized_named_tensors": payloads})
@@ -238,7 +240,7 @@ def keeps_its_cache(proxy: Liar) -> None:
 
 
 def shifts_log_probs(proxy: Liar) -> None:
-    """Every log-prob is half a nat too low from the second step on: possible numbers, and wrong."""
+    """From the second step on, every log-prob is half a nat too low: possible values, but wrong."""
 
     def lower(answer: Body) -> None:
         for entry in answer["meta_info"]["output_token_logprobs"]:
@@ -265,7 +267,7 @@ def lies_about_every_sample(proxy: Liar) -> None:
 def _after(
     proxy: Liar, honest: int, path: str, lie: Callable[..., Any], about: Callable[[Body], bool] = lambda _: True
 ) -> None:
-    """Tell `lie` about the requests to `path` that `about` picks, after the first `honest` ones."""
+    """Tell `lie` about the requests to `path` that `about` selects, after the first `honest` ones."""
     count = 0
 
     def is_late(body: Body) -> bool:
@@ -322,7 +324,7 @@ def test_a_teacher_url_that_serves_the_student_is_refused_before_the_first_step(
     assert "gates.teacher_identity" in last_line(output) and steps_trained(tmp_path / "run") == 0
 
 
-def test_a_teacher_that_becomes_another_model_in_mid_run_stops_it(
+def test_a_teacher_that_becomes_another_model_in_mid_run_stops_the_run(
     short: list[str], servers: dict[str, SupervisedServer], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

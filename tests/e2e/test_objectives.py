@@ -1,4 +1,4 @@
-"""Whole jobs that replay stored rollouts: updates within a step, and what objectives need beside teacher scores."""
+"""Whole jobs that replay stored rollouts: updates within a step, and inputs of objectives besides teacher scores."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def by_transformers(stage: Stage, name: str, rollouts: list[Rollout]) -> np.ndar
     return torch.cat(pieces).numpy()
 
 
-def test_every_step_makes_its_updates_and_the_first_has_a_ratio_of_one(runs: dict[str, Path]) -> None:
+def test_every_step_makes_all_its_updates_and_the_first_has_a_ratio_of_one(runs: dict[str, Path]) -> None:
     first, second = jobs.metrics(runs["updates"])
     assert first["optimizer/updates"] == second["optimizer/updates"] == 4
     assert first["tokens/student"] * 2 == first["optimizer/token_count"]  # two epochs
@@ -137,12 +137,12 @@ def test_the_baseline_of_vopd_is_the_divergence_on_the_students_own_candidates(
     np.testing.assert_allclose(tokens(runs["vopd"])["advantage"], torch.cat(expected).numpy(), atol=2e-3)
 
 
-def test_rethinking_trains_on_candidates(runs: dict[str, Path]) -> None:
+def test_rethinking_trains_on_the_students_candidates(runs: dict[str, Path]) -> None:
     for line in jobs.metrics(runs["rethinking"]):
         assert math.isfinite(line["loss/total"]) and line["optimizer/grad_norm"] > 0
 
 
-def test_kdrl_raises_the_sample_that_the_verifier_finds_right(runs: dict[str, Path]) -> None:
+def test_kdrl_gives_a_positive_advantage_to_samples_that_the_verifier_accepts(runs: dict[str, Path]) -> None:
     columns = tokens(runs["kdrl"])
     right = columns["sample_index"] % SAMPLES == 0
     np.testing.assert_allclose(columns["advantage"], np.where(right, 1.0, -1.0), atol=1e-6)
@@ -166,7 +166,7 @@ def test_gkd_measures_the_divergence_over_the_whole_vocabulary(runs: dict[str, P
     assert not list((runs["gkd"] / "scores").glob("*"))
 
 
-def test_truncated_responses_and_ignored_tokens_are_no_rows(runs: dict[str, Path], stage: Stage) -> None:
+def test_tokens_beyond_the_truncation_and_ignored_tokens_are_not_trained(runs: dict[str, Path], stage: Stage) -> None:
     vocabulary = json.loads((stage.model("student") / "tokenizer.json").read_text())["model"]["vocab"]
     ignored = {vocabulary["a"], vocabulary["Ġapple"]}
     for step, rollouts in enumerate(stage.rollouts()):
@@ -186,9 +186,7 @@ def refused(stage: Stage, *overrides: str) -> Any:
     return str(caught.value)
 
 
-def test_a_prompt_without_an_answer_is_named_where_the_objective_learns_from_answers(
-    stage: Stage, tmp_path: Path
-) -> None:
+def test_a_prompt_without_an_answer_is_named_if_the_objective_learns_from_answers(stage: Stage, tmp_path: Path) -> None:
     lines = (stage.root / "prompts.jsonl").read_text().splitlines()
     record = json.loads(lines[2])
     del record["answer"]
@@ -197,6 +195,6 @@ def test_a_prompt_without_an_answer_is_named_where_the_objective_learns_from_ans
     assert record["id"] in message and "answer" in message
 
 
-def test_a_token_that_does_not_exist_is_named(stage: Stage) -> None:
+def test_an_unknown_token_to_ignore_is_named_in_the_error(stage: Stage) -> None:
     message = refused(stage, "loss.ignore_first_of=['no such token']")
     assert message.startswith("loss.ignore_first_of: 'no such token' is not one token")

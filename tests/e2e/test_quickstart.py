@@ -18,7 +18,7 @@ MARGIN = 0.05
 
 
 def quickstart(run_dir: Path) -> str:
-    """Run it; returns what it printed."""
+    """Run it and return its output."""
     done = subprocess.run(
         ["bash", "examples/quickstart.sh", *SHORT],
         cwd=jobs.REPOSITORY,
@@ -34,11 +34,11 @@ def quickstart(run_dir: Path) -> str:
 
 
 def server_logs(run_dir: Path) -> dict[Path, bytes]:
-    """What the servers of this run have written; one that starts writes."""
+    """The logs of the servers of this run. Every server that starts writes one."""
     return {path: path.read_bytes() for path in run_dir.rglob("*.log")}
 
 
-def test_the_quickstart_lifts_the_student_and_a_second_run_does_nothing(example: Path, tmp_path: Path) -> None:
+def test_the_quickstart_improves_the_student_and_a_second_run_does_nothing(example: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "quickstart"
     printed = quickstart(run_dir)
     assert "Everything is in" in printed

@@ -1,4 +1,4 @@
-"""Whole jobs that replay guided rollouts: prefixes are rows where the objective has a loss for them, and only there."""
+"""Whole jobs that replay guided rollouts: prefixes are rows only if the objective has a loss for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tropd_mcore.records.replay import load_rollouts, save_rollouts
 from tropd_mcore.types import Rollout
 
 PREFIX = 5
-"""Tokens of each teacher prefix: the beginning of what the first sample of the prompt was."""
+"""Tokens of each teacher prefix: the beginning of the first sample of the prompt."""
 GUIDED = "objective={kind: tropd, outlier: {topk: 9}, guidance: {loss: LOSS, min_continuation: 1}}"
 JOBS = {
     "opd": ["objective={kind: opd, topk: 9}", "run.replay=GUIDED"],
@@ -45,7 +45,7 @@ def guided(index: int, rollout: Rollout, first: Rollout) -> Rollout:
 
 
 def unmarked(index: int, rollout: Rollout, first: Rollout) -> Rollout:
-    """As a run with guidance.loss=none stores it."""
+    """The rollout as stored by a run with guidance.loss=none."""
     return dataclasses.replace(guided(index, rollout, first), carries_prefix_loss=False)
 
 
@@ -73,7 +73,7 @@ def runs(stage: Stage) -> dict[str, Path]:
     return {name: stage.run(f"of_{name}") for name in JOBS}
 
 
-def test_without_a_prefix_loss_guided_rollouts_train_as_their_responses(runs: dict[str, Path]) -> None:
+def test_without_a_prefix_loss_guided_rollouts_train_only_their_responses(runs: dict[str, Path]) -> None:
     for line, reference in zip(jobs.metrics(runs["opd"]), jobs.metrics(runs["opd_bare"]), strict=True):
         assert line["tokens/prefix"] == 0 and line["guidance/prefix_length"] == PREFIX
         assert line["optimizer/token_count"] == reference["optimizer/token_count"] == line["tokens/student"]
@@ -81,13 +81,15 @@ def test_without_a_prefix_loss_guided_rollouts_train_as_their_responses(runs: di
             assert line[metric] == reference[metric], metric
 
 
-def test_the_same_rollouts_have_prefix_rows_where_there_is_a_prefix_loss(runs: dict[str, Path]) -> None:
+def test_with_a_prefix_loss_the_same_rollouts_train_their_prefixes_too(runs: dict[str, Path]) -> None:
     for none, nll in zip(jobs.metrics(runs["none"]), jobs.metrics(runs["nll"]), strict=True):
         assert none["tokens/prefix"] == 0 and nll["tokens/prefix"] == PROMPTS * PREFIX
         assert nll["optimizer/token_count"] == none["optimizer/token_count"] + PROMPTS * PREFIX
 
 
-def test_rollouts_of_a_run_without_a_prefix_loss_get_their_carriers(runs: dict[str, Path]) -> None:
+def test_rollouts_sampled_without_a_prefix_loss_get_prefix_carriers_when_replayed_with_one(
+    runs: dict[str, Path],
+) -> None:
     assert jobs.curve(runs["nll_unmarked"]) == jobs.curve(runs["nll"])
     kept = load_rollouts(runs["nll_unmarked"] / "rollouts" / "step_000000.npz")
     assert not any(rollout.carries_prefix_loss for rollout in kept), "the run keeps what it was given"

@@ -1,4 +1,4 @@
-"""Whole jobs of objective.kind=sdpo that replay stored rollouts: who is taught, by which weights, and what is left."""
+"""Whole jobs of objective.kind=sdpo that replay stored rollouts: trained samples, teacher weights, stored files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def tokens(run: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def taught_by(stage: Stage, rollouts: list[Rollout]) -> np.ndarray:
-    """log q of the response tokens of the samples that are taught, which read the first sample of their prompt."""
+    """log q of the response tokens of the trained samples, whose teacher reads the first sample of their prompt."""
     tokenizer = tiny_tokenizer()
     pieces = []
     for index, rollout in enumerate(rollouts):
@@ -85,7 +85,9 @@ def taught_by(stage: Stage, rollouts: list[Rollout]) -> np.ndarray:
     return torch.cat(pieces).numpy()
 
 
-def test_only_samples_with_the_solution_of_another_are_taught(runs: dict[str, Path], stage: Stage) -> None:
+def test_only_samples_with_another_correct_sample_of_their_prompt_are_trained(
+    runs: dict[str, Path], stage: Stage
+) -> None:
     for step, line in enumerate(jobs.metrics(runs["followed"])):
         columns = tokens(runs["followed"], step)
         np.testing.assert_array_equal(columns["on"], columns["sample_index"] % SAMPLES != 0)
@@ -94,28 +96,30 @@ def test_only_samples_with_the_solution_of_another_are_taught(runs: dict[str, Pa
         assert math.isfinite(line["loss/total"]) and line["loss/objective"] > 0 and line["optimizer/grad_norm"] > 0
 
 
-def test_the_teacher_is_the_student_after_the_prompt_with_a_solution(runs: dict[str, Path], stage: Stage) -> None:
+def test_the_self_teacher_is_the_student_reading_the_prompt_with_a_solution(
+    runs: dict[str, Path], stage: Stage
+) -> None:
     for step, rollouts in enumerate(stage.rollouts()):
         columns = tokens(runs["fixed"], step)
         found = columns["teacher_logp"][columns["on"].astype(bool)]
         np.testing.assert_allclose(found, taught_by(stage, rollouts), atol=1e-4)
 
 
-def test_the_teacher_follows_the_student_at_its_rate(runs: dict[str, Path]) -> None:
+def test_the_self_teacher_follows_the_student_at_the_average_rate(runs: dict[str, Path]) -> None:
     first, second = ([tokens(runs[name], step)["teacher_logp"] for name in ("followed", "fixed")] for step in (0, 1))
     np.testing.assert_array_equal(*first)
     assert np.abs(second[0] - second[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["on_data_ranks", "on_context_ranks"])
-def test_the_layout_does_not_matter(runs: dict[str, Path], name: str) -> None:
+def test_self_teaching_does_not_depend_on_the_layout(runs: dict[str, Path], name: str) -> None:
     for line, reference in zip(jobs.metrics(runs[name]), jobs.metrics(runs["followed"]), strict=True):
         assert line["teacher/masked_samples"] == reference["teacher/masked_samples"]
         for metric in ("loss/total", "loss/objective", "optimizer/grad_norm", "entropy/student"):
             assert line[metric] == pytest.approx(reference[metric], rel=5e-3, abs=3e-4), (metric, line["step"])
 
 
-def test_a_step_that_nobody_solved_trains_nothing_and_the_next_goes_on(runs: dict[str, Path]) -> None:
+def test_a_step_without_a_solution_trains_nothing_and_the_next_step_trains(runs: dict[str, Path]) -> None:
     first, second = jobs.metrics(runs["unsolved"])
     assert first["teacher/masked_samples"] == PROMPTS * SAMPLES
     assert first["optimizer/token_count"] == 0 and first["loss/total"] == 0 and first["optimizer/grad_norm"] == 0
@@ -123,8 +127,8 @@ def test_a_step_that_nobody_solved_trains_nothing_and_the_next_goes_on(runs: dic
     assert (first["optimizer/updates"], second["optimizer/updates"]) == (0, 1)
 
 
-def test_a_step_that_nobody_solved_leaves_every_bit_of_the_weights(runs: dict[str, Path], stage: Stage) -> None:
-    """No weight decay and no step of the schedule: the next step has the weights and the rate of a first one."""
+def test_a_step_without_a_solution_changes_no_bit_of_the_weights(runs: dict[str, Path], stage: Stage) -> None:
+    """No weight decay and no step of the schedule: the next step has the weights and the rate of a first step."""
     found, before = (
         load_file(folder / "model.safetensors")
         for folder in (runs["unsolved_alone"] / "export", stage.model("student"))
@@ -134,7 +138,7 @@ def test_a_step_that_nobody_solved_leaves_every_bit_of_the_weights(runs: dict[st
     assert second["optimizer/learning_rate"] == jobs.metrics(runs["followed"])[0]["optimizer/learning_rate"]
 
 
-def test_a_killed_job_goes_on_with_the_average_it_had(runs: dict[str, Path], stage: Stage) -> None:
+def test_a_killed_job_resumes_with_the_same_average(runs: dict[str, Path], stage: Stage) -> None:
     wanted = overrides(stage, "killed", JOBS["followed"])
     run_on_ranks(replayed.run_until_killed, 2, stage.config, wanted, 1, timeout_s=replayed.JOB_LIMIT_S)
     assert len(jobs.metrics(stage.run("killed"))) == STEPS - 1
@@ -143,7 +147,7 @@ def test_a_killed_job_goes_on_with_the_average_it_had(runs: dict[str, Path], sta
     assert jobs.curve(stage.run("killed")) == jobs.curve(runs["followed"])
 
 
-def test_rollouts_are_kept_and_scores_are_not(runs: dict[str, Path], stage: Stage) -> None:
+def test_a_self_teacher_run_stores_its_rollouts_but_no_scores(runs: dict[str, Path], stage: Stage) -> None:
     assert not list((runs["followed"] / "scores").glob("*"))
     kept = load_rollouts(runs["followed"] / "rollouts" / "step_000001.npz")
     assert [rollout.sample_id for rollout in kept] == [rollout.sample_id for rollout in stage.rollouts()[1]]

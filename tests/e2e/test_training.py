@@ -1,4 +1,4 @@
-"""Whole jobs with the real rollout server: they finish, they can be killed, and their layout does not matter."""
+"""Whole jobs with the real rollout server: they finish, resume after a kill, and do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 SAME_STEP = {"rel": 5e-5, "abs": 1e-6}
-"""Difference of loss (nats) and gradient norm between layouts, float32. The rollouts are sampled anew in each session,
-and where the gradients of tokens cancel, their rounding stays: 3e-7 to 1.2e-5 of the norm were seen."""
+"""Difference of loss (nats) and gradient norm between layouts, float32. Each test session samples new rollouts. If
+token gradients cancel, their rounding remains: 3e-7 to 1.2e-5 of the norm were seen."""
 SAME_CURVE = {"rel": 5e-3, "abs": 3e-4}
 """The same after Adam steps, which turn rounding into whole steps where a gradient is near zero."""
 
@@ -53,7 +53,7 @@ def test_every_rollout_comes_from_the_version_of_its_step(finished_run: Path) ->
             assert {version.split("/")[1] for version in rollouts["policy_version"]} == {f"step-{step:06d}"}
 
 
-def test_a_killed_run_goes_on_and_equals_an_uninterrupted_replay_bit_for_bit(
+def test_a_killed_run_resumes_and_equals_an_uninterrupted_replay_bit_for_bit(
     settings: list[str], tmp_path: Path
 ) -> None:
     killed, replayed = tmp_path / "killed", tmp_path / "replayed"
@@ -131,7 +131,7 @@ def test_the_sglang_teacher_and_the_megatron_teacher_give_the_same_numbers(
     assert found["optimizer/grad_norm"] == pytest.approx(expected["optimizer/grad_norm"], rel=1e-4)
 
 
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
+def test_a_student_identical_to_its_teacher_has_nothing_to_learn(
     finished_run: Path, settings: list[str], example: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "own"
@@ -152,9 +152,7 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
     assert line["optimizer/grad_norm"] < 1e-4  # rounding; 0.01 to 3 with the real teacher
 
 
-def test_a_server_killed_in_mid_step_is_started_again_and_the_step_is_complete(
-    settings: list[str], tmp_path: Path
-) -> None:
+def test_a_server_killed_in_mid_step_is_restarted_and_the_step_is_complete(settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = jobs.start(run_dir, *settings, "run.steps=3")
     jobs.wait_for(lambda: len(jobs.metrics(run_dir)) >= 1, process)

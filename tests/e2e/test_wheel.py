@@ -16,14 +16,14 @@ from tropd_mcore.cli.main import COMMANDS
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 
-def test_the_wheel_runs_the_quickstart_and_every_command_in_a_folder_of_its_own(example: Path, tmp_path: Path) -> None:
+def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(example: Path, tmp_path: Path) -> None:
     site, folder = tmp_path / "site", tmp_path / "elsewhere"
     pip("install", "--quiet", "--no-deps", "--no-index", "--target", site, build(tmp_path))
     folder.mkdir()
     called: set[str] = set()
 
     def run(*command: str, **extra: str) -> str:
-        """A command in the folder; the environment knows the installed package and not the checkout."""
+        """Run a command in the folder. The environment has the installed package and not the checkout."""
         done = subprocess.run(
             command, cwd=folder, env=jobs.environment(PYTHONPATH=str(site), **extra), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=jobs.LIMIT_S,
@@ -40,9 +40,9 @@ def test_the_wheel_runs_the_quickstart_and_every_command_in_a_folder_of_its_own(
     listed = tropd("recipes")
     assert "configs/quickstart-cpu.yaml" in listed and "examples/tropd_pretrain.sh" in listed
     tropd("recipes", "--all")
-    assert "were there already" in tropd("recipes", "--all")
+    assert "exist already" in tropd("recipes", "--all")
 
-    shutil.copytree(example, folder / "models" / "arithmetic-tiny")  # what the script would make, in minutes
+    shutil.copytree(example, folder / "models" / "arithmetic-tiny")  # files that the script would need minutes to make
     printed = run(
         "bash", "examples/quickstart.sh", "run.steps=4", "run.checkpoint_every=2", "rollout.prompts_per_step=8",
         QUICKSTART_SIZE="tiny",

@@ -1,1 +1,1 @@
-"""Faults that a user meets, with real processes; and the long run that shows whether anything grows."""
+"""Faults that a user can experience, played with real processes, and a long run that shows whether anything grows."""

@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: play faults on real jobs and judge what a user gets; also kill-loop, consoles, table."""
+"""`python -m tests.faults`: play faults on real jobs and judge the outcome. Also kill-loop, consoles, table."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}\n", end="", flush=True)  # one write: workers do not mix their lines
+    print(f"[{time.strftime('%H:%M:%S')}] {text}\n", end="", flush=True)  # one write, so that workers' lines do not mix
 
 
 def main(arguments: list[str]) -> int:
-    """Play what is asked for; 0 where no fault is a MISS."""
+    """Play the requested faults. Returns 0 if no fault is a MISS."""
     # started in the background of a script, the jobs would ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments and arguments[0] in OTHERS:

@@ -1,7 +1,8 @@
-"""`python -m tests.faults consoles --out docs/consoles.md`: what commands print, with seconds and the longest silence.
+"""`python -m tests.faults consoles --out docs/consoles.md`: output of commands, with seconds and the longest silence.
 
-Not for verdicts (`verdict`). Invariants: every console is of a real command of this tree, in a pipe as in a log; no
-path of the machine is in it: $WORK is the folder of models and runs, `...` stands before the last part of others.
+This module does not judge (`verdict` does). Invariants: every console is that of a real command of this tree, in a pipe
+as in a log. It contains no path of the machine: $WORK is the folder of models and runs, and `...` replaces all but the
+last part of other paths.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.faults.stage import Stage, set_stage
 from tests.faults.table import as_shell
 
 LONGEST = 100
-"""Lines of one console; the middle of a longer one is left out."""
+"""Lines of one console. The middle of a longer one is left out."""
 LIMIT_S = 1200.0
 
 
@@ -37,13 +38,13 @@ class Console:
 
     title: str
     play: Callable[[Scene], tuple[Launch, float]]
-    """Runs it; the launch and the second at which something was done to it (0 = nothing)."""
+    """Runs it. Returns the launch and the second at which the fault happened (0 = no fault)."""
     what: str = ""
-    """What was done to it."""
+    """The fault, in words."""
 
 
 def plain(*words: object, extra: dict[str, str] | None = None) -> Callable[[Scene], tuple[Launch, float]]:
-    """A command to its end."""
+    """Run a command to its end."""
 
     def play(made: Scene) -> tuple[Launch, float]:
         values = {"LIVE": made.stage.live_config, "REPLAY": made.stage.replay_config, "RUN": f"run.dir={made.run_dir}"}
@@ -65,7 +66,7 @@ def quickstart(made: Scene) -> tuple[Launch, float]:
 
 
 def prefixes(made: Scene) -> tuple[Launch, float]:
-    """Teacher responses with a server of its own."""
+    """Teacher responses with its own server."""
     words = ["prefixes", made.stage.live_config, "--out", made.folder / "responses.jsonl", "--max-new-tokens", "16"]
     launch = made.start(tropd(*words, f"run.dir={made.run_dir}"))
     launch.ended(LIMIT_S)
@@ -73,7 +74,7 @@ def prefixes(made: Scene) -> tuple[Launch, float]:
 
 
 def evaluation(made: Scene) -> tuple[Launch, float]:
-    """Accuracy with a server of its own."""
+    """Accuracy with its own server."""
     words = ["eval", made.stage.live_config, "--prompts", made.stage.prompts, "--model", made.stage.model("student")]
     launch = made.start(tropd(*words, f"run.dir={made.run_dir}"))
     launch.ended(LIMIT_S)
@@ -81,7 +82,7 @@ def evaluation(made: Scene) -> tuple[Launch, float]:
 
 
 def replayed(edge: str, act: Callable[[Scene, Launch], None], *more: str) -> Callable[[Scene], tuple[Launch, float]]:
-    """A run of two ranks from stored rollouts, to which something is done when rank 0 is at `edge`."""
+    """A run of two ranks from stored rollouts, with a fault when rank 0 is at `edge`."""
 
     def play(made: Scene) -> tuple[Launch, float]:
         made.overrides = list(more)
@@ -99,7 +100,7 @@ def replayed(edge: str, act: Callable[[Scene, Launch], None], *more: str) -> Cal
 
 
 def server_stopped(made: Scene) -> tuple[Launch, float]:
-    """A run with its own server, which is stopped in a step."""
+    """A run with its own server, which is suspended during a step."""
     made.config = made.stage.live_config
     made.overrides = ["run.steps=4", "rollout.server.hang_timeout_s=20"]
     launch = made.job()
@@ -166,16 +167,18 @@ def page(sections: list[str]) -> str:
     """The whole page."""
     found = results.circumstances()
     head = [
-        "# What the consoles say",
+        "# What commands print",
         "",
-        "Each block is what a command printed into a pipe, as in a log, with the second of each line. `<<<` marks the",
-        "moment at which something was done to it. $WORK is the folder of the models and runs. Made by",
+        "This page shows what real commands print. To record it on your machine:",
         "",
         "```",
         "python -m tests.faults consoles --out docs/consoles.md",
         "```",
         "",
-        f"at commit {found['commit'][:12]}, {found['date']}, {found['machine']}.",
+        "Each block is the output of one command into a pipe, as in a log. The number before each line is the second",
+        "at which it was printed. `<<<` marks the moment at which the command was disturbed. From long output,",
+        "the lines in the middle are left out. $WORK is the folder of models and runs.",
+        f"Recorded at commit {found['commit'][:12]}, {found['date']}, {found['machine']}.",
         "",
     ]
     return "\n".join([*head, *sections]).rstrip("\n") + "\n"
@@ -186,7 +189,7 @@ def section(stage: Stage, console: Console) -> str:
     begun = time.monotonic()
     with scene(stage, f"console-{console.title[:30]}") as made:
         launch, at = console.play(made)
-        time.sleep(0.5)  # the reader may be a line behind
+        time.sleep(0.5)  # the reader may lag by one line
         end, code = launch.seconds - 0.5, as_shell(launch.process.poll())
         left = launch.left()
         lines = list(launch.lines)

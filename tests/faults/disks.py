@@ -1,6 +1,6 @@
-"""Small file systems that a fault fills: a tmpfs where the suite may mount one, else a limit on the size of files.
+"""Small file systems for faults to fill: a tmpfs if the suite may mount one, else a limit on file sizes.
 
-Invariant: what was mounted is unmounted.
+Invariant: every mounted file system is unmounted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Disk:
     root: Path
 
     def fill(self) -> None:
-        """Take every byte that is left."""
+        """Fill all remaining space."""
         with (self.root / "filler").open("ab", buffering=0) as stream:
             try:
                 while True:
@@ -30,7 +30,7 @@ class Disk:
                 pass
 
     def free(self) -> None:
-        """Give the room back."""
+        """Free the space."""
         (self.root / "filler").unlink(missing_ok=True)
 
 
@@ -41,7 +41,7 @@ def can_mount() -> bool:
 
 @contextmanager
 def small_disk(root: Path, mib: int = 64) -> Iterator[Disk]:
-    """A tmpfs at `root`; raises CalledProcessError where it cannot be mounted."""
+    """A tmpfs at `root`. Raises CalledProcessError if it cannot be mounted."""
     root.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tropd-faults", str(root)], check=True)
     try:

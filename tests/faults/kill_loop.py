@@ -1,10 +1,10 @@
-"""One run that is killed again and again, and then compared bit for bit with a run that nobody touched.
+"""One run that is killed repeatedly, and then compared bit for bit with an undisturbed run.
 
     python -m tests.faults kill-loop --kills 30 --out tests/faults/results/kill_loop.json
 
-Two ranks and a rollout server of their own. Every kill has a moment drawn by the seed: soon after a rank has passed a
-drawn edge of a phase (`phases`), while everything runs on. Victim and signal are drawn too. Then the same command
-follows. At the end a replay of the rollouts of the run, in one go, has to give the same metrics and the same weights.
+The run has two ranks and its own rollout server. The seed determines the moment of every kill: shortly after a rank has
+passed a random edge of a phase (`phases`), while all processes run. Victim and signal are random too. Then the same
+command is run again. At the end, an uninterrupted replay of the rollouts must give the same metrics and weights.
 """
 
 from __future__ import annotations
@@ -69,23 +69,23 @@ LATEST_S = 0.15
 
 @dataclass
 class Kill:
-    """One kill, and what became of it."""
+    """One kill and its outcome."""
 
     number: int
     victim: str
     signal: str
     edge: str
     points: dict[str, str]
-    """Where each rank was when the signal was sent: the edge that it had passed last."""
+    """The edge that each rank had passed last when the signal was sent."""
     steps_done: int
     exit_code: int | None = None
     seconds: float = 0.0
-    """Until everything was gone, or until the run had gone on."""
+    """Seconds until all processes had ended, or until the run had continued."""
     problems: list[str] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the loop; 0 where nothing was lost, left or different."""
+    """Run the loop. Returns 0 if no step was lost, no process left and no result different."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults kill-loop", description=(__doc__ or "").split("\n")[0]
     )
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def kill_loop(made: Scene, options: argparse.Namespace) -> tuple[list[Kill], list[str]]:
-    """Kill the run as often as asked for, then let it end; the kills, and what was wrong."""
+    """Kill the run as often as requested, then let it finish. Returns the kills and the problems."""
     draw = random.Random(options.seed)
     made.config = made.stage.live_config
     made.overrides = [f"run.steps={options.steps}", "run.checkpoint_every=2", "rollout.server.max_restarts=100"]
@@ -140,7 +140,7 @@ def _problems(kills: list[Kill]) -> list[str]:
 
 
 def one_kill(made: Scene, draw: random.Random, number: int, edge: str, victim: str, signum: signal.Signals) -> Kill:
-    """Wait for the moment, send the signal, and see that everything ends, or goes on where it should."""
+    """Wait for the moment, send the signal, and check that all processes end, or continue if they should."""
     launch = made.job()
     watcher = 0 if edge.partition(" ")[2] in ONLY_RANK_ZERO else draw.randrange(2)
     nth = 1 if edge.endswith(("start", "load model")) else draw.randint(1, 2)
@@ -179,7 +179,7 @@ def _send(made: Scene, launch: Launch, victim: str, signum: signal.Signals) -> N
 
 
 def summary(kills: list[Kill], problems: list[str], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """The result as JSON."""
+    """The kill's result as JSON."""
     at = Counter(point for kill in kills for point in kill.points.values())
     return {
         "command": f"python -m tests.faults kill-loop --kills {options.kills} --steps {options.steps} "
@@ -200,5 +200,5 @@ def summary(kills: list[Kill], problems: list[str], options: argparse.Namespace,
 
 
 def say(text: str) -> None:
-    """One line with the time."""
+    """Print one line with the time."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

@@ -1,7 +1,7 @@
-"""One command as a user starts it: its processes, every line that it printed with its second, and where its ranks are.
+"""One command as a user starts it: its processes, its output with times, and the positions of its ranks.
 
-Not for what it should have done (`verdict`). Invariants: the command runs the code of this repository; signals go to
-pids that descend from a process that was started here; `clear` leaves none of them.
+`verdict` judges whether the outcome is right. Invariants: the command runs the code of this repository. Signals go only
+to descendants of a process that was started here. `clear` leaves none of them running.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ STARTUP = Path(__file__).with_name("startup")
 POLL_S = 0.1
 WATCH_S = 0.25
 LIMIT_S = 240.0
-"""Longest wait for what has to happen. It is there to end a hang, not to tell a slow machine."""
+"""Longest wait for an expected event. It only ends a hang and does not judge a slow machine."""
 
 
 class TooLateError(Exception):
-    """Something did not happen in time."""
+    """An expected event did not happen in time."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of output and the second, since the start, at which it came."""
+    """One line of output, and the time of its arrival in seconds since the start."""
 
     at: float
     text: str
@@ -75,7 +75,7 @@ class Launch:
         self._reader.start()
         self._watcher.start()
 
-    # what it says
+    # output
 
     @property
     def seconds(self) -> float:
@@ -83,7 +83,7 @@ class Launch:
         return time.monotonic() - self.begun
 
     def text(self, since: float = 0.0) -> str:
-        """What was printed from second `since` on."""
+        """The output from second `since` on."""
         return "\n".join(line.text for line in list(self.lines) if line.at >= since)
 
     def _read(self) -> None:
@@ -91,21 +91,21 @@ class Launch:
         for raw in self.process.stdout:
             self.lines.append(Line(self.seconds, raw.decode(errors="replace").rstrip("\r\n")))
 
-    # who runs
+    # processes
 
     def _watch(self) -> None:
         while not self._over.wait(WATCH_S):
             self.look()
 
     def look(self) -> None:
-        """Note the processes that run now, and what of shared memory is theirs."""
+        """Record the processes that run now, and their files in shared memory."""
         with contextlib.suppress(psutil.Error):
             family = [psutil.Process(self.process.pid)]
             family += family[0].children(recursive=True)
             for process in family:
                 with contextlib.suppress(psutil.Error):
                     self._seen.setdefault((process.pid, process.create_time()), process)
-        for known in list(self._seen.values()):  # of those whose parents are gone
+        for known in list(self._seen.values()):  # processes whose parents have ended
             with contextlib.suppress(psutil.Error):
                 for child in known.children(recursive=True):
                     self._seen.setdefault((child.pid, child.create_time()), child)
@@ -113,11 +113,11 @@ class Launch:
             self.marks.read(0, self)  # type: ignore[arg-type]
 
     def pids(self) -> set[int]:
-        """Of all processes that were ever seen."""
+        """PIDs of all processes that were ever seen."""
         return {pid for pid, _ in list(self._seen)}
 
     def members(self) -> list[psutil.Process]:
-        """Processes of this launch that live, whoever their parent is now."""
+        """Running processes of this launch, whatever their current parent."""
         return [process for process in list(self._seen.values()) if lives(process)]
 
     def rank(self, number: int) -> psutil.Process:
@@ -132,17 +132,17 @@ class Launch:
         """The process of a server that the launch started."""
         return psutil.Process(int(json.loads((run_dir / "logs" / f"{name}.server.json").read_text())["pid"]))
 
-    # where it is
+    # positions of the ranks
 
     def point(self, rank: int) -> str:
-        """The edge that a rank passed last; empty where it passed none."""
+        """The edge that a rank passed last. Empty if it passed none."""
         try:
             return (self.notes / f"point.{rank}").read_text().strip()
         except FileNotFoundError:
             return ""
 
     def arm(self, edge: str, *, rank: int = 0, then: str = "wait", nth: int = 1) -> None:
-        """Let a rank do something (`startup/sitecustomize`) when it is at `edge` for the `nth` time from now on."""
+        """Make a rank act (`startup/sitecustomize`) when it reaches `edge` for the `nth` time from now on."""
         for name in ("reached", "go"):
             (self.notes / f"{name}.{rank}").unlink(missing_ok=True)
         fresh = self.notes / f"fresh.{rank}"
@@ -150,20 +150,20 @@ class Launch:
         fresh.replace(self.notes / f"wanted.{rank}")
 
     def reach(self, rank: int = 0) -> None:
-        """Wait until the rank is at the edge that it was armed for; the time of that is the time of the fault."""
+        """Wait until the rank reaches its armed edge. That time is the time of the fault."""
         self.wait((self.notes / f"reached.{rank}").exists, f"rank {rank} at its point")
 
     def halt(self, edge: str, *, rank: int = 0) -> None:
-        """Let a rank wait at the next `edge`, and wait for that."""
+        """Make a rank wait at the next `edge`, and wait until it is there."""
         self.arm(edge, rank=rank)
         self.reach(rank)
 
     def go(self, rank: int = 0) -> None:
-        """Let a waiting rank go on."""
+        """Let a waiting rank continue."""
         (self.notes / f"go.{rank}").touch()
 
     def wait(self, condition: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-        """Wait for `condition`; raises TooLateError where the launch ends or the time is up before."""
+        """Wait for `condition`. Raises TooLateError if the launch ends or the time is up before that."""
         deadline = time.monotonic() + limit_s
         while not condition():
             if self.process.poll() is not None and not condition():
@@ -173,17 +173,17 @@ class Launch:
             time.sleep(POLL_S / 4)
 
     def wait_for_line(self, text: str, *, since: float = 0.0, limit_s: float = LIMIT_S) -> None:
-        """Wait until a line with `text` comes."""
+        """Wait for a line with `text`."""
         self.wait(lambda: text in self.text(since), f"the line {text!r}", limit_s)
 
     def tail(self) -> str:
         """The last lines, as one."""
         return " / ".join(line.text for line in self.lines[-4:])[-600:]
 
-    # how it ends
+    # end
 
     def ended(self, limit_s: float = LIMIT_S) -> bool:
-        """Wait for the end of the command and of everything that it started; whether both came in time."""
+        """Wait for the end of the command and of all its processes. Returns whether they ended in time."""
         deadline = time.monotonic() + limit_s
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=limit_s)
@@ -192,11 +192,11 @@ class Launch:
         return self.process.poll() is not None and not [process for process in alive if lives(process)]
 
     def left(self) -> list[str]:
-        """What still runs, in words."""
+        """The processes that still run, in words."""
         return [_describe(process) for process in self.members()]
 
     def clear(self) -> None:
-        """Kill what still runs, and stop watching."""
+        """Kill all processes that still run, and stop watching."""
         self._over.set()
         self._watcher.join()
         for process in self.members():
@@ -215,14 +215,14 @@ def tropd(*arguments: object) -> list[str]:
 
 
 def job_environment(notes: Path, extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a user on a CPU host, with the suite's folder; `extra` wins."""
+    """The environment of a user on a CPU host, with the suite's folder. `extra` overrides it."""
     found = environment(CUDA_VISIBLE_DEVICES="", TROPD_FAULTS=str(notes))
     found["PYTHONPATH"] = f"{STARTUP}{os.pathsep}{REPOSITORY}"
     return found | dict(extra)
 
 
 def check_code(notes: Path) -> None:
-    """The commands import the package of this repository; raises RuntimeError where they would not."""
+    """Check that the commands import the package of this repository. Raises RuntimeError if they would not."""
     notes.mkdir(parents=True, exist_ok=True)
     program = "import tropd_mcore; print(tropd_mcore.__file__)"
     command = [sys.executable, "-c", program]
@@ -234,7 +234,7 @@ def check_code(notes: Path) -> None:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it runs, and is neither a zombie nor another process with its pid."""
+    """Whether the process runs, and is neither a zombie nor another process with its pid."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -242,7 +242,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
-    """A signal to one process; nothing where it is gone."""
+    """Send a signal to one process. Does nothing if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
 
@@ -255,7 +255,7 @@ def _variable(process: psutil.Process, name: str) -> str | None:
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    """Whether it is the process of a rank, and none that the rank started."""
+    """Whether it is the process of a rank itself, not one that the rank started."""
     try:
         parent = process.parent()
         command = " ".join(process.cmdline())

@@ -1,7 +1,7 @@
-"""A job of one rank whose servers stand behind a proxy that lies (`tests/liars.py`), and more lies than those there.
+"""A job of one rank whose servers are behind a lying proxy (`tests/liars.py`), and further lies.
 
-Not for what is right (`rows_servers`, `rows_teachers`). Invariant: the servers behind the proxies are real ones, shared
-by all faults, and nothing but the proxy lies.
+`rows_servers` and `rows_teachers` say what is right. Invariant: the servers behind the proxies are real, and shared by
+all faults. Only the proxy lies.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.liars import Body, Forward, Liar, Lie, liar
 
 Prepare = Callable[[Liar], None]
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\r\nerror: a second line that nobody wrote\x1b[31m"
-"""What takes over a terminal that prints it as it is."""
+"""Control sequences that take over a terminal that prints them unchanged."""
 HTML = "<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please sign in</body></html>"
 
 
 def one_rank(scene: Scene, steps: int, *more: str) -> None:
-    """Make the scene's command a short job of one rank whose rollout server is the shared one."""
+    """Make the scene's command a short job of one rank that uses the shared rollout server."""
     scene.config = scene.stage.live_config
     scene.overrides = [
         "parallel.tensor=1",
@@ -41,7 +41,7 @@ def one_rank(scene: Scene, steps: int, *more: str) -> None:
 
 
 def lying_sampler(scene: Scene, prepare: Prepare, *, steps: int = 2, more: tuple[str, ...] = ()) -> Liar:
-    """The same, with a lying proxy before the rollout server."""
+    """The same, with a lying proxy in front of the rollout server."""
     one_rank(scene, steps)
     proxy = _proxy(scene, scene.stage.outside("student").url)
     scene.overrides += [f"rollout.server.url={proxy.url}", *more]
@@ -50,7 +50,7 @@ def lying_sampler(scene: Scene, prepare: Prepare, *, steps: int = 2, more: tuple
 
 
 def lying_teacher(scene: Scene, prepare: Prepare, *, steps: int = 2, more: tuple[str, ...] = ()) -> Liar:
-    """A job whose teacher is served behind a lying proxy."""
+    """A job whose teacher server is behind a lying proxy."""
     one_rank(scene, steps)
     proxy = _proxy(scene, scene.stage.outside("teacher").url)
     scene.overrides += ["teacher.kind=sglang", f"teacher.server.url={proxy.url}", "objective.guidance.enabled=false"]
@@ -60,7 +60,7 @@ def lying_teacher(scene: Scene, prepare: Prepare, *, steps: int = 2, more: tuple
 
 
 def whole_run(scene: Scene) -> Seen:
-    """The job from its start to its end; the fault is there from the beginning."""
+    """The job from start to end. The fault is present from the beginning."""
     launch = scene.job()
     scene.struck = 0.0
     return scene.end(launch)
@@ -92,14 +92,14 @@ async def not_json(_body: Body, _forward: Forward) -> Any:
 
 
 class Reset(web.Response):
-    """An answer whose connection breaks: before it, or in its middle."""
+    """An answer whose connection breaks before it or in its middle."""
 
     def __init__(self, *, whole: bool) -> None:
         super().__init__(body=b"x" * 100, content_type="application/json")
         self._whole = whole
 
     async def prepare(self, request: web.BaseRequest) -> Any:
-        """Break the connection in place of the answer, or after its head."""
+        """Break the connection instead of the answer, or after its head."""
         transport = request.transport
         assert transport is not None
         if not self._whole:
@@ -109,12 +109,12 @@ class Reset(web.Response):
 
 
 async def reset(_body: Body, _forward: Forward) -> Any:
-    """No answer: the connection breaks before the work is done."""
+    """No answer. The connection breaks before the work is done."""
     return Reset(whole=True)
 
 
 async def reset_after(body: Body, forward: Forward) -> Any:
-    """No answer: the connection breaks after the work is done."""
+    """No answer. The connection breaks after the work is done."""
     await forward(body)
     return Reset(whole=True)
 
@@ -126,7 +126,7 @@ async def truncated(body: Body, forward: Forward) -> Any:
 
 
 async def abort(body: Body, forward: Forward) -> Any:
-    """The server gave the request up."""
+    """The server aborted the request."""
     answer = await forward(body)
     answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "aborted"}
     return answer
@@ -139,7 +139,7 @@ async def slow(body: Body, forward: Forward) -> Any:
 
 
 class Hang:
-    """No answer until the proxy is to end, which would wait for its answers."""
+    """No answer until the proxy has to end, because it would wait for its answers."""
 
     def __init__(self) -> None:
         self.over = threading.Event()
@@ -152,7 +152,7 @@ class Hang:
 
 
 hang = Hang()
-"""Of the proxy that runs: the faults of the shared servers are played one after the other."""
+"""State of the running proxy. The faults of the shared servers are played one after the other."""
 
 
 def _proxy(scene: Scene, upstream: str) -> Liar:
@@ -174,15 +174,15 @@ ONCE: dict[str, Lie] = {
     "abort": abort,
     "slow": slow,
 }
-"""What passes: told once, each is asked again."""
+"""Transient failures. Each happens once, and the request is repeated."""
 
 
 @dataclass
 class Told:
-    """What a proxy told about whom."""
+    """The lies of a proxy, and the requests that they are about."""
 
     times: Counter[str] = field(default_factory=Counter)
-    """Name of the lie -> requests that it was told about."""
+    """Name of the lie -> requests that it is about."""
     victims: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Name of the lie -> token ids of the request."""
 
@@ -203,7 +203,7 @@ def each_once(proxy: Liar, lies: dict[str, Lie], about: Callable[[Body], bool]) 
 
 
 def each_always(proxy: Liar, lies: dict[str, Lie], about: Callable[[Body], bool], *, of: int, victims: int) -> Told:
-    """Tell each lie about one sequence of token ids whenever that is asked for; `victims` of each `of` sequences."""
+    """Tell each lie about one sequence of token ids in every request for it; `victims` of each `of` sequences."""
     left, told = list(lies), Told()
     chosen: dict[tuple[int, ...], str] = {}
     seen: set[tuple[int, ...]] = set()

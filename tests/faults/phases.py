@@ -1,7 +1,7 @@
-"""The moments of a step at which the fault suite can act: each is a function of the product, before or after it.
+"""The moments of a step at which the fault suite can act: before or after a function of the product.
 
-Not for the acting (`startup/sitecustomize.py` in the job's processes, `launch` outside). Invariant: a name that the
-product does not have is an error in the job's process, so that no fault is played at a moment that never comes.
+This module does not act (`startup/sitecustomize.py` does in the job's processes, `launch` outside). Invariant: a name
+that the product lacks is an error in the job's process, so that no fault waits for a moment that never comes.
 """
 
 from __future__ import annotations

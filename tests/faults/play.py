@@ -1,6 +1,7 @@
-"""Plays chosen faults, one chain after the other on so many workers as are asked for.
+"""Play chosen faults, one chain after the other, on the requested number of workers.
 
-Not for what a fault is or what is right. Invariant: a fault that could not be played is a MISS, never left out.
+This module does not define faults or judge them. Invariant: a fault that could not be played is a MISS and is never
+left out.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Played:
 
 
 def play_all(stage: Stage, faults: list[Fault], *, jobs: int, say: Say) -> list[Played]:
-    """Play the faults; chains in the order of their rows, and all that use the shared servers by one worker."""
+    """Play the faults. Chains keep the order of their rows. One worker plays all that use the shared servers."""
     chains: dict[str, list[Fault]] = {}
     for fault in faults:
         chains.setdefault(fault.chain or fault.id, []).append(fault)
@@ -64,7 +65,7 @@ def play_all(stage: Stage, faults: list[Fault], *, jobs: int, say: Say) -> list[
 
 
 def play_chain(stage: Stage, name: str, faults: list[Fault], say: Say) -> list[Played]:
-    """Play the faults of one chain in one run, then look at what came out of it."""
+    """Play the faults of one chain in one run, then check the run's result."""
     seen: dict[str, Seen] = {}
     with scene(stage, name) as made:
         made.shared["faults"] = len(faults)
@@ -95,7 +96,7 @@ def _play(fault: Fault, made: Scene) -> Seen:
 
 
 def _add_shared_memory(seen: Seen, made: Scene) -> None:
-    """A fault without a chain has no next launch, so nothing of an orderly end may stay."""
+    """A fault without a chain has no next launch, so an orderly end must leave nothing behind."""
     if seen.code in (0, 2, 130):
         seen.left_in_shm += made.left_in_shm()
 
@@ -108,7 +109,7 @@ def _finish(made: Scene) -> list[str]:
 
 
 def without_paths(text: str, root: Path) -> str:
-    """`text` without the machine: the suite's folder is $WORK, other absolute paths keep their last part."""
+    """`text` without paths of the machine: the suite's folder is $WORK, other absolute paths keep their last part."""
     text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "HOST", text.replace(str(root), "$WORK"))
     text = re.sub(r"\bpid \d+", "pid N", text)
     text = re.sub(r"(?<![\w$])/(?:root|home|tmp|work|usr|opt|var|srv|mnt)(?:/[\w.@+-]+)*/([\w.@+-]+)", r".../\1", text)

@@ -11,7 +11,7 @@ MODULES = sorted(path.stem for path in Path(__file__).parent.glob("rows_*.py"))
 
 
 def all_faults() -> list[Fault]:
-    """Every row; raises ValueError where two have one id."""
+    """Every row. Raises ValueError if two have the same id."""
     found = [fault for name in MODULES for fault in importlib.import_module(f"tests.faults.{name}").FAULTS]
     ids = [fault.id for fault in found]
     if len(ids) != len(set(ids)):
@@ -20,7 +20,7 @@ def all_faults() -> list[Fault]:
 
 
 def chosen(names: list[str], *, representative: bool = False) -> list[Fault]:
-    """The faults with these ids, or whose id begins with one of them; all where there is none. Raises KeyError."""
+    """The faults with these ids, or whose id starts with one of them. All if none is given. Raises KeyError."""
     faults = all_faults()
     for name in names:
         if not any(fault.id.startswith(name) for fault in faults):

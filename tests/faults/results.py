@@ -1,4 +1,4 @@
-"""What a run of the suite leaves: one JSON file that is committed, without host names and paths of the machine."""
+"""The result of a run of the suite: one JSON file that is committed, without host names and paths of the machine."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def machine() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git says of the repository; `unknown` where it cannot."""
+    """The output of git for the repository. `unknown` if git fails."""
     found = subprocess.run(["git", *arguments], cwd=REPOSITORY, check=False, capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 def places_in(result: dict[str, Any]) -> list[str]:
-    """Beginnings of absolute paths that stand in a result, which is read on other machines."""
+    """Prefixes of machine paths that occur in a result. Results are read on other machines."""
     text = json.dumps(result)
     return [place for place in ("/root/", "/home/", "/tmp/", "/work/") if place in text]

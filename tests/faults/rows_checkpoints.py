@@ -1,4 +1,4 @@
-"""Faults: checkpoints and stored files of a run that were damaged, replaced or made by somebody hostile."""
+"""Faults: checkpoints and stored files of a run that are damaged, replaced or malicious."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Damage = Callable[[Path, Scene], None]
 
 
 class Hostile:
-    """A pickle that writes a file when it is loaded as any pickle would be."""
+    """A pickle that writes a file when it is loaded normally."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -28,7 +28,7 @@ class Hostile:
 
 
 def half_done(scene: Scene) -> Path:
-    """A copy of a run that stopped after step 4 of 8; made once per stage."""
+    """A copy of a run that stopped after step 4 of 8. It is made once per stage."""
     with scene.stage.once:
         source = scene.stage.root / "played" / "half" / "run"
         if not source.exists():
@@ -44,7 +44,7 @@ def half_done(scene: Scene) -> Path:
 
 
 def damaged(damage: Damage, *, resumes: bool = False, more: tuple[str, ...] = ()) -> Callable[[Scene], Seen]:
-    """Damage the run directory, then the same command; `resumes` where that must not matter."""
+    """Damage the run directory, then run the same command. `resumes` if the damage must not matter."""
 
     def play(scene: Scene) -> Seen:
         run_dir = half_done(scene)
@@ -134,7 +134,7 @@ def torn_middle(run_dir: Path, _scene: Scene) -> None:
 
 
 def repeated_line(run_dir: Path, _scene: Scene) -> None:
-    """A line beyond the checkpoint, as a crash after the line leaves it: it is dropped and written again."""
+    """A metrics line beyond the checkpoint, as left by a crash. It is dropped and written again."""
     path = run_dir / "metrics.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])
     with path.open("a") as stream:
@@ -147,7 +147,7 @@ def torn_rollouts(run_dir: Path, scene: Scene) -> None:
 
 
 def other_rollouts(run_dir: Path, scene: Scene) -> None:
-    """Sampled by another model: their log-probs are not the student's."""
+    """Rollouts sampled by another model. Their log-probs are not the student's."""
     import dataclasses
 
     from tropd_mcore.records.replay import load_rollouts, save_rollouts

@@ -1,4 +1,4 @@
-"""Faults: no room, no right to write, no run directory, no flock, and two jobs in one run directory."""
+"""Faults: no disk space, no write permission, no run directory, no flock, and two jobs in one run directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FULL = r"(?i)error.*(no space left|file too large).*"
 
 
 def disk_of(scene: Scene) -> Disk | None:
-    """The small disk of the scene with its run directory on it; None where this user may mount none."""
+    """The small disk of the scene, with its run directory on it. None if this user may not mount one."""
     if "disk" not in scene.shared:
         scene.shared["disk"] = None
         if can_mount():
@@ -31,7 +31,7 @@ def disk_of(scene: Scene) -> Disk | None:
 
 
 def no_room(launch: Launch, disk: Disk | None) -> None:
-    """From now on the processes of the launch can write no byte more."""
+    """From now on the processes of the launch cannot write another byte."""
     if disk is not None:
         disk.fill()
         return
@@ -40,7 +40,7 @@ def no_room(launch: Launch, disk: Disk | None) -> None:
 
 
 def full_at(edge: str) -> Play:
-    """The disk is full from `edge` on; room is made after the launch has ended."""
+    """The disk is full from `edge` on. Space is freed after the launch has ended."""
 
     def play(scene: Scene) -> Seen:
         disk = disk_of(scene)
@@ -58,7 +58,7 @@ def full_at(edge: str) -> Play:
 
 
 def full_for(command: Callable[[Scene, Path], list[str]]) -> Play:
-    """Any command whose output goes to a full disk; nothing half-written may stay."""
+    """Any command whose output goes to a full disk. No partial file may remain."""
 
     def play(scene: Scene) -> Seen:
         disk = disk_of(scene)
@@ -106,7 +106,7 @@ def _models(scene: Scene, place: Path) -> list[str]:
 
 
 def full_at_rollouts(scene: Scene) -> Seen:
-    """The disk is full when sampled rollouts are to be stored."""
+    """The disk is full when sampled rollouts are about to be stored."""
     scene.config = scene.stage.live_config
     scene.overrides = ["parallel.tensor=1", "run.steps=2", f"rollout.server.url={scene.stage.outside('student').url}",
                        "rollout.server.max_total_tokens=null"]  # fmt: skip
@@ -116,7 +116,7 @@ def full_at_rollouts(scene: Scene) -> Seen:
 
 
 def removed(scene: Scene) -> Seen:
-    """The run directory is removed in mid-run, and is not made again."""
+    """The run directory is removed in mid-run and not created again."""
     launch = scene.job()
     launch.halt("before optimizer")
     scene.strike(launch)
@@ -129,7 +129,7 @@ def removed(scene: Scene) -> Seen:
 
 
 def second_job(extra: dict[str, str] | None = None) -> Play:
-    """The same command while it runs; then the first goes on to its end."""
+    """The same command while it runs. The first one then runs to its end."""
 
     def play(scene: Scene) -> Seen:
         scene.environment = extra or {}
@@ -164,7 +164,7 @@ def no_flock(*overrides: str) -> Play:
 
 
 def read_only(scene: Scene) -> Seen:
-    """A run directory in which this user may not write: a file stands where a folder above it should be."""
+    """A run directory that cannot be written: a file is in place of one of its parent folders."""
     (scene.folder / "file").write_text("in the way")
     scene.run_dir = scene.folder / "file" / "run"
     return scene.play_to_the_end(scene.command())

@@ -1,4 +1,4 @@
-"""Faults: model folders and data files that are not what they should be, for a launch and for `tropd doctor`."""
+"""Faults: wrong model folders and data files, for a launch and for `tropd doctor`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.faults.stage import write_lines
 from tests.faults.verdict import Fault, Seen
 
 Make = Callable[[Scene, Path], list[str]]
-"""Writes something wrong into a folder; the overrides that name it."""
+"""Writes a wrong file into a folder. Returns the overrides that name it."""
 LFS = (
     "version https://git-lfs.github.com/spec/v1\n"
     "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 1234567\n"
@@ -23,7 +23,7 @@ LFS = (
 
 
 def launched(make: Make, *, doctor: bool = True, ranks: int = 1) -> Callable[[Scene], Seen]:
-    """The job itself, and before it `tropd doctor`, which has to find the same; what the job said is judged."""
+    """The job, preceded by `tropd doctor`, which has to find the same problem. The job's output is judged."""
 
     def play(scene: Scene) -> Seen:
         overrides = [*make(scene, scene.folder), f"parallel.tensor={ranks}"]
@@ -113,7 +113,7 @@ def paths_as_ids(path: Path, scene: Scene) -> None:
 
 
 def hostile_ids(scene: Scene) -> Seen:
-    """A run of prompts whose ids would leave their place, and its report."""
+    """A run of prompts whose ids contain `../`, control characters and a script tag, and its report."""
     path = scene.folder / "prompts.jsonl"
     paths_as_ids(path, scene)
     one_rank(scene, 1, f"data.prompts={path}", "objective.guidance.enabled=false")

@@ -1,4 +1,4 @@
-"""Faults: processes that are killed, at a named moment of a step."""
+"""Faults: processes that are killed at a named moment of a step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def at(edge: str, *victims: int, waits: int = 0) -> Play:
 
 
 def kill_launcher(edge: str, start: Callable[[Scene], Launch] = Scene.job) -> Play:
-    """SIGKILL the launcher that `start` started, while rank 0 is at `edge`; ranks and servers are not touched."""
+    """SIGKILL the launcher that `start` started, while rank 0 is at `edge`. Ranks and servers get no signal."""
 
     def play(scene: Scene) -> Seen:
         launch = start(scene)
@@ -67,7 +67,7 @@ def _has_rank(launch: Launch) -> bool:
 
 
 def bug(scene: Scene) -> Seen:
-    """An exception that is no TropdError on rank 0."""
+    """An exception other than TropdError on rank 0."""
     launch = scene.job()
     launch.arm("before optimizer", then="raise")
     launch.reach()

@@ -1,6 +1,6 @@
-"""Faults of a run with a rollout server of its own: server and ranks killed and stopped, other users, other commands.
+"""Faults of a run with its own rollout server: killed and suspended processes, other users, other commands.
 
-All are played in one run of two ranks, one after the other; at its end a replay of its rollouts has to give the same
+All are played in one run of two ranks, one after the other. At its end, a replay of its rollouts has to give the same
 metrics and weights.
 """
 
@@ -27,7 +27,7 @@ from tests.http_server import serving
 Play = Callable[[Scene], Seen]
 CHAIN = "own-server"
 STEPS_PER_FAULT = 4
-"""More than a fault takes: the run goes on between them."""
+"""Steps planned per fault. A fault needs fewer, but the run continues between the faults."""
 HANG_S = 10.0
 """rollout.server.hang_timeout_s of this run; 60 by default."""
 CHECKER = """
@@ -52,7 +52,7 @@ ATTACKS = [
     ("/server_info", None),
     ("/abort_request", {"abort_all": True}),
 ]
-"""What must be refused without the key."""
+"""Requests that must be refused without the key."""
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 
 
@@ -73,7 +73,7 @@ def running(scene: Scene) -> Launch:
 
 
 def proxies(scene: Scene) -> dict[str, str]:
-    """Environment variables of a proxy that counts who asks it and refuses everybody."""
+    """Environment variables of a proxy that counts its requests and refuses all of them."""
     from aiohttp import web
 
     asked: list[str] = []
@@ -93,18 +93,18 @@ def proxies(scene: Scene) -> dict[str, str]:
 
 
 def on(scene: Scene, seen: Seen) -> Seen:
-    """What was seen of a fault after which the run goes on."""
-    seen.left_running = []  # it is to run
+    """The observations of a fault after which the run continues."""
+    seen.left_running = []  # it must still run
     return seen
 
 
 def step_after(scene: Scene, launch: Launch, done: int) -> Seen:
-    """Wait until a step is through that was not when the fault came."""
+    """Wait until a step finishes that was unfinished when the fault happened."""
     return on(scene, scene.goes_on(launch, lambda: scene.steps() > done))
 
 
 def proxy(scene: Scene) -> Seen:
-    """Proxies in the environment of the launch: nobody may ask them for what is on loopback."""
+    """Proxies in the environment of the launch. They must get no request for a loopback address."""
     launch = running(scene)
     scene.struck = 0.0
     seen = on(scene, scene.goes_on(launch, lambda: scene.steps() >= 1))
@@ -114,7 +114,7 @@ def proxy(scene: Scene) -> Seen:
 
 
 def other_user(scene: Scene) -> Seen:
-    """Another user of the machine asks the server for everything that changes or tells something."""
+    """Another user of the machine sends every request that changes or reveals something."""
     launch = running(scene)
     launch.halt("before generate")
     server, done = launch.server(scene.run_dir), scene.steps()
@@ -133,7 +133,7 @@ def other_user(scene: Scene) -> Seen:
 
 
 def as_another_user(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run Python as `nobody`; as this user, who has no key either, where that is not possible."""
+    """Run Python as `nobody`, or as this user, who has no key either, if that is not possible."""
     for interpreter in (sys.executable, "/usr/bin/python3"):
         with contextlib.suppress(OSError):
             if (
@@ -147,7 +147,7 @@ def as_another_user(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def key_in_sight(scene: Scene, server: psutil.Process) -> list[str]:
-    """Where the key of the server can be read by others: command lines, files of the run directory."""
+    """Places where others could read the server's key: command lines, files of the run directory."""
     keys = set()
     for process in (server, *server.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
@@ -166,7 +166,7 @@ def key_in_sight(scene: Scene, server: psutil.Process) -> list[str]:
 
 
 def listeners(scene: Scene) -> Seen:
-    """Where the processes of a job on one machine listen."""
+    """The addresses on which the processes of a job on one machine listen."""
     launch = running(scene)
     launch.halt("before generate")
     done = scene.steps()
@@ -185,7 +185,7 @@ def listeners(scene: Scene) -> Seen:
 
 
 def second_command(scene: Scene) -> Seen:
-    """`tropd eval` on the run directory while the job runs: both have their server to themselves."""
+    """`tropd eval` on the run directory while the job runs. Each has its own server."""
     launch = running(scene)
     launch.halt("before generate")
     server, done = launch.server(scene.run_dir), scene.steps()
@@ -226,7 +226,7 @@ def server_gets(number: signal.Signals, edge: str) -> Play:
 
 
 def in_flight(number: signal.Signals) -> Play:
-    """A signal to the server while it works on samples."""
+    """A signal to the server while it samples."""
 
     def play(scene: Scene) -> Seen:
         launch = running(scene)
@@ -271,7 +271,7 @@ def terminate(edge: str) -> Play:
 
 
 def kill_rank(edge: str, *, managers: bool = False) -> Play:
-    """SIGKILL rank 0, with `managers` also what would clean its shared memory up."""
+    """SIGKILL rank 0, and with `managers` also the processes that would clean up its shared memory."""
 
     def play(scene: Scene) -> Seen:
         launch = running(scene)

@@ -22,7 +22,7 @@ FIRST_LINE_S = 2.0
 
 
 def said(words: Words, *, extra: Mapping[str, str] | None = None, starts: bool = False) -> Callable[[Scene], Seen]:
-    """A command to its end; unless `starts`, no rank and no server may be started for it."""
+    """Run a command to its end. Unless `starts`, it may start no rank and no server."""
 
     def play(scene: Scene) -> Seen:
         seen = scene.play_to_the_end(words(scene), extra=extra)
@@ -48,7 +48,7 @@ def _train(*overrides: str, live: bool = False) -> Words:
 
 
 def two_objectives(scene: Scene) -> Seen:
-    """objective.kind on the command line over a file with keys of another kind."""
+    """objective.kind on the command line with a file that has keys of another kind."""
     seen = scene.play_to_the_end(tropd("config", scene.config, "objective.kind=gkd", f"run.dir={scene.run_dir}"))
     if seen.code == 0 and "gkd" not in seen.output:
         seen.lost.append("the objective is another one")
@@ -61,7 +61,7 @@ def without_package(package: str, *overrides: str) -> Callable[[Scene], Seen]:
 
 
 def taken_port(scene: Scene) -> Seen:
-    """rollout.server.port is somebody else's."""
+    """rollout.server.port is used by another process."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -72,7 +72,7 @@ def taken_port(scene: Scene) -> Seen:
 def nodes(
     port: str, *, address: str = "127.0.0.1", ranks: tuple[int, ...] = (0, 1), interrupt_s: float = 0.0
 ) -> Callable[[Scene], Seen]:
-    """One agent per node, all on this machine; what node 0 said is judged."""
+    """One agent per node, all on this machine. The output of node 0 is judged."""
 
     def play(scene: Scene) -> Seen:
         chosen = _free_port() if port == "free" else port
@@ -117,7 +117,7 @@ def _broken_file(scene: Scene) -> list[str]:
 
 
 def quickstart_without_venv(scene: Scene) -> list[str]:
-    """`VENV=/abs/path bash examples/quickstart.sh` with a size that there is not."""
+    """`VENV=/abs/path bash examples/quickstart.sh` with an unknown size."""
     return ["bash", str(REPOSITORY / "examples" / "quickstart.sh")]
 
 

@@ -1,4 +1,4 @@
-"""Faults: a rollout server at a URL that fails, lies, hangs, or is used by somebody else."""
+"""Faults: a rollout server at a URL that fails, lies, hangs, or is used by another job."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from tests.liars import Body, Forward, Liar, Lie, is_sampling, nothing_done, sam
 
 Play = Callable[[Scene], Seen]
 MANY = 16
-"""Prompts of a step in which single samples are lied about; a quarter of them may be."""
+"""Prompts of a step with lies about single samples. At most a quarter of the samples may be affected."""
 LIES = sampling_lies(vocab_size=VOCABULARY, end=END)
 PROOF_UPDATES = 2
 """Updates before the first step, which prove that an update sets every weight."""
 
 
 def once(name: str) -> Play:
-    """One transient failure; all of them are told in one run, each about one request."""
+    """One transient failure. All of them happen in one run, each for one request."""
 
     def play(scene: Scene) -> Seen:
         if "told" not in scene.shared:
@@ -55,7 +55,7 @@ def once(name: str) -> Play:
 
 
 def always(name: str) -> Play:
-    """One lie about all samples of a prompt; all lies are told in one run."""
+    """One lie about all samples of a prompt. All lies are told in one run."""
 
     def play(scene: Scene) -> Seen:
         if "told" not in scene.shared:
@@ -77,7 +77,7 @@ def always(name: str) -> Play:
 
 
 def _copy(scene: Scene, problems: list[str], *, masked: int) -> Seen:
-    """What was seen of the run, for one of its faults."""
+    """The observations of the run for one of its faults."""
     seen: Seen = scene.shared["seen"]
     left_out = sum(line["rollout/masked_samples"] for line in metrics(scene.run_dir))
     if left_out != masked:
@@ -96,7 +96,7 @@ def _trained_on(scene: Scene, ids: tuple[int, ...] | None) -> list[str]:
 
 
 def for_ever(prepare: Prepare, *more: str, steps: int = 2) -> Play:
-    """A failure that does not pass; nothing of it may be trained on."""
+    """A permanent failure. None of its answers may be trained on."""
 
     def play(scene: Scene) -> Seen:
         lying_sampler(scene, prepare, more=more, steps=steps)
@@ -111,7 +111,7 @@ def for_ever(prepare: Prepare, *more: str, steps: int = 2) -> Play:
 
 
 def after(count: int, path: str, lie: Lie, about: Callable[[Body], bool] = lambda _: True) -> Prepare:
-    """Be honest about the first `count` requests."""
+    """Answer the first `count` requests honestly."""
 
     def prepare(proxy: Liar) -> None:
         asked = 0
@@ -129,7 +129,9 @@ def after(count: int, path: str, lie: Lie, about: Callable[[Body], bool] = lambd
 async def half(body: Body, forward: Forward) -> Any:
     """An update that loses every second tensor on the way."""
     payloads = [
-        base64.b64encode(pickle.dumps(pickle.loads(base64.b64decode(payload))[::2])).decode()  # our own bytes
+        base64.b64encode(
+            pickle.dumps(pickle.loads(base64.b64decode(payload))[::2])
+        ).decode()  # bytes that this project wrote
         for payload in body["serialized_named_tensors"]
     ]
     return await forward(body | {"serialized_named_tensors": payloads})
@@ -145,7 +147,7 @@ def _relabel(answer: Body) -> None:
 
 
 def hangs(proxy: Liar) -> None:
-    """From the first sample on the server answers nothing, not even that it is healthy."""
+    """From the first sample on the server answers no request, not even for its health."""
 
     async def first(body: Body, forward: Forward) -> Any:
         proxy.lies["/health"] = proxy.lies["/model_info"] = hang
@@ -155,7 +157,7 @@ def hangs(proxy: Liar) -> None:
 
 
 def another_job(scene: Scene) -> Seen:
-    """While a step samples, another job puts its weights on the same server."""
+    """While a step samples, another job publishes its weights to the same server."""
     one_rank(scene, 3)
     launch = scene.job()
     launch.halt("before generate")

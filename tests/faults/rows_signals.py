@@ -1,4 +1,4 @@
-"""Faults: signals of a user, a terminal or a scheduler, which ask a run or another command to end."""
+"""Faults: signals from a user, a terminal or a scheduler that ask a run or another command to end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_terminal(launch: Launch, number: signal.Signals) -> None:
 
 
 def to_all(launch: Launch, number: signal.Signals) -> None:
-    """A signal as a scheduler sends it: to every process of the job; servers have a session of their own."""
+    """A signal as a scheduler sends it: to every process of the job. Servers have their own session."""
     for process in launch.members():
         if "sglang" not in _name(process):
             send(process, number)
@@ -67,7 +67,7 @@ def _in_time(seen: Seen) -> Seen:
 
 
 def to_launcher(launch: Launch, number: signal.Signals) -> None:
-    """A signal to the launcher alone."""
+    """A signal only to the launcher."""
     launch.process.send_signal(number)
 
 
@@ -85,7 +85,7 @@ def early(number: signal.Signals) -> Play:
 
 
 def making_models(scene: Scene) -> Seen:
-    """SIGTERM while the models of the quickstart are made."""
+    """SIGTERM while the models of the quickstart are created."""
     out = scene.folder / "models"
     launch = scene.start([sys.executable, "-m", "examples.make_models", str(out), "--tiny"])
     launch.wait(lambda: any(scene.folder.glob(".models*")) or out.exists(), "the first file")
@@ -98,7 +98,7 @@ def making_models(scene: Scene) -> Seen:
 
 
 def subcommand(name: str, number: signal.Signals, *arguments: str) -> Play:
-    """A signal to a command that starts a server, while that starts."""
+    """A signal to a command while its server starts."""
 
     def play(scene: Scene) -> Seen:
         config = scene.stage.live_config

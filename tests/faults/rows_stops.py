@@ -1,4 +1,4 @@
-"""Faults: ranks and servers that stand still (SIGSTOP, a frozen machine), and those that only seem to."""
+"""Faults: ranks and servers that are suspended (SIGSTOP, a frozen machine), and those that only seem to be."""
 
 from __future__ import annotations
 

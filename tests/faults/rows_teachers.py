@@ -1,4 +1,4 @@
-"""Faults: a teacher at a URL that fails, lies, is another model, or becomes one."""
+"""Faults: a teacher at a URL that fails, lies, is a different model, or becomes one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Play = Callable[[Scene], Seen]
 LIES = scoring_lies(vocab_size=VOCABULARY)
 PASSING = {name: lie for name, lie in ONCE.items() if name not in ("abort", "slow")}
 OF = 16
-"""Samples of a step in which single ones are lied about; a quarter of them may be."""
+"""Samples of a step with lies about single samples. At most a quarter of them may be affected."""
 
 
 def scored_rollout(scene: Scene) -> Callable[[Body], bool]:
-    """Requests for the scores of a step: others are probes of who the teacher is."""
+    """Selects requests for the scores of a step. Other requests check the teacher's identity."""
     rollouts = scene.run_dir / "rollouts"
 
     def about(body: Body) -> bool:
@@ -41,7 +41,7 @@ def scored_rollout(scene: Scene) -> Callable[[Body], bool]:
 
 
 def once(name: str) -> Play:
-    """One transient failure; all are told in one run."""
+    """One transient failure. All happen in one run."""
 
     def play(scene: Scene) -> Seen:
         if "told" not in scene.shared:
@@ -55,7 +55,7 @@ def once(name: str) -> Play:
 
 
 def always(name: str) -> Play:
-    """One lie about the scores of one sample; all are told in one run."""
+    """One lie about the scores of one sample. All are told in one run."""
 
     def play(scene: Scene) -> Seen:
         if "told" not in scene.shared:
@@ -84,7 +84,7 @@ def _copy(scene: Scene, problems: list[str], *, masked: int) -> Seen:
 
 
 def for_ever(prepare: Callable[[Scene], Prepare], *more: str, steps: int = 2) -> Play:
-    """A failure that does not pass."""
+    """A permanent failure."""
 
     def play(scene: Scene) -> Seen:
         lying_teacher(scene, prepare(scene), steps=steps, more=more)
@@ -102,7 +102,7 @@ def tells(lie: object) -> Callable[[Scene], Prepare]:
 
 
 def student_as_teacher(scene: Scene) -> Seen:
-    """The URL of the teacher is that of the student's server, by another name of the same address."""
+    """The teacher's URL is that of the student's server, under another name of the same address."""
     lying_teacher(scene, lambda proxy: None)
     url = scene.stage.outside("student").url.replace("127.0.0.1", "localhost")
     scene.overrides.append(f"teacher.server.url={url}")

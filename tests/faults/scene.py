@@ -1,7 +1,7 @@
-"""One run to which faults happen: its folder, the same command again and again, and what is seen at each fault.
+"""One run with faults: its folder, its repeated command, and the observations at each fault.
 
-Not for judging (`verdict`). Invariant: the clock of a fault begins at `strike` and ends with the command, or with the
-step that comes after it, so that start-up never counts as silence of a fault.
+This module does not judge (`verdict` does). Invariant: the clock of a fault starts at `strike` and ends with the
+command or with the next step, so that start-up never counts as silence of a fault.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.faults.stage import STEPS, Reference, Stage, step_problems, train
 from tests.faults.verdict import Seen
 
 OPEN: list[Scene] = []
-"""Scenes that run now, for a suite that is given up."""
+"""Scenes that run now, to clear them if the suite is aborted."""
 
 
 @dataclass
@@ -42,9 +42,9 @@ class Scene:
     struck: float = 0.0
     launches: list[Launch] = field(default_factory=list)
     cleanup: ExitStack = field(default_factory=ExitStack)
-    """What goes with the scene: proxies, mounted disks."""
+    """Resources that end with the scene: proxies, mounted disks."""
     shared: dict[str, Any] = field(default_factory=dict)
-    """What the faults of a chain keep for each other."""
+    """Values that the faults of a chain pass to each other."""
 
     def __post_init__(self) -> None:
         self.config = self.stage.replay_config
@@ -61,7 +61,7 @@ class Scene:
         return self.current
 
     def start(self, command: Sequence[str], *, extra: Mapping[str, str] | None = None) -> Launch:
-        """Start any command; the scene kills what is left of it at its end."""
+        """Start any command. The scene kills its remaining processes at its end."""
         notes = self.folder / f"notes-{len(self.launches)}"
         launch = Launch(list(command), notes, extra=self.environment | dict(extra or {}))
         self.launches.append(launch)
@@ -69,11 +69,11 @@ class Scene:
         return launch
 
     def strike(self, launch: Launch) -> None:
-        """Now the fault happens."""
+        """Record that the fault happens now."""
         self.struck = launch.seconds
 
     def end(self, launch: Launch, limit_s: float = LIMIT_S) -> Seen:
-        """Wait for the end of the launch and say what was seen since the fault."""
+        """Wait for the end of the launch and return the observations since the fault."""
         ended = launch.ended(limit_s)
         until = launch.seconds
         if launch is self.current:
@@ -81,7 +81,7 @@ class Scene:
         return self._seen(launch, until, hung=not ended, code=launch.process.poll())
 
     def goes_on(self, launch: Launch, done: Callable[[], bool], limit_s: float = LIMIT_S) -> Seen:
-        """Wait until the run has gone on after the fault (`done`); what was seen meanwhile."""
+        """Wait until the run has continued after the fault (`done`). Returns the observations until then."""
         try:
             launch.wait(done, "the run to go on", limit_s)
         except TooLateError as error:
@@ -94,7 +94,7 @@ class Scene:
         until = launch.seconds if until is None else until
         times = [self.struck, *(line.at for line in list(launch.lines) if self.struck <= line.at <= until), until]
         silence = max(later - earlier for earlier, later in itertools.pairwise(times))
-        time.sleep(0.2)  # the reader may be a line behind
+        time.sleep(0.2)  # the reader may lag by one line
         return Seen(
             code=code,
             output=launch.text(self.struck),
@@ -105,7 +105,7 @@ class Scene:
         )
 
     def play_to_the_end(self, command: Sequence[str], *, extra: Mapping[str, str] | None = None) -> Seen:
-        """A command whose fault lies in what it reads, from its start to its end."""
+        """A command whose inputs contain the fault, from its start to its end."""
         launch = self.start(command, extra=extra)
         self.struck = 0.0
         return self.end(launch)
@@ -117,7 +117,7 @@ class Scene:
         return -1
 
     def finish(self, *, limit_s: float = LIMIT_S) -> list[str]:
-        """The same command until the run is done; problems, in words, of what came out."""
+        """Repeat the command until the run is complete. Returns the problems of its result, in words."""
         launch = self.job()
         ended = launch.ended(limit_s)
         code, self.current = launch.process.poll(), None
@@ -134,7 +134,7 @@ class Scene:
         return problems
 
     def replay_problems(self) -> list[str]:
-        """In what the run differs from a replay of its rollouts in one go, to which nothing happens."""
+        """The differences between the run and an undisturbed replay of its rollouts."""
         with scene(self.stage, f"{self.folder.name}-replay") as again:
             again.config = self.config
             again.overrides = [*self.overrides, f"run.replay={self.run_dir}"]
@@ -149,21 +149,21 @@ class Scene:
         return int(named[-1].partition("=")[2]) if named else STEPS if self.config == self.stage.replay_config else 6
 
     def left_in_shm(self) -> list[str]:
-        """Names of all launches so far that are in /dev/shm still."""
+        """Names in /dev/shm that remain from all launches so far."""
         return sorted({name for launch in self.launches for name in launch.marks.left()})
 
     def close(self) -> None:
-        """Kill whatever still runs, and make room."""
+        """Kill all processes that still run, and free disk space."""
         for launch in self.launches:
             launch.clear()
-        for name in self.left_in_shm():  # told of already; not ours to leave
+        for name in self.left_in_shm():  # reported already, and must not remain
             (Path("/dev/shm") / name).unlink(missing_ok=True)
         self.cleanup.close()
 
 
 @contextmanager
 def scene(stage: Stage, name: str) -> Iterator[Scene]:
-    """A scene that leaves nothing."""
+    """A scene that leaves no process or file behind."""
     made = Scene(stage, stage.place(name))
     OPEN.append(made)
     try:
@@ -174,7 +174,7 @@ def scene(stage: Stage, name: str) -> Iterator[Scene]:
 
 
 def end_with_the_suite(stage: Stage) -> None:
-    """Let SIGTERM and SIGINT end this process, with all that it started and mounted. From the main thread."""
+    """Make SIGTERM and SIGINT end this process and everything that it started and mounted. Call in the main thread."""
 
     def end(number: int, _frame: object) -> None:
         for made in list(OPEN):

@@ -1,9 +1,9 @@
-"""How long a command says nothing: runs it, writes what it says with the second at which it says it.
+"""Measure how long a command is silent: run it and write its output with the time of each line.
 
     python -m tests.faults.silence [--terminal] [--send SIGINT:"step 3"] [--limit 30] [--out FILE] -- COMMAND ...
 
-Not for what a command says: that is read by whoever keeps the text. Invariant: every second of the command is counted,
-from its start to the end of its output, whatever it does to its terminal.
+This module does not judge the output. Invariant: every second of the command is counted, from its start to the end of
+its output, whatever it does to its terminal.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pathlib import Path
 COLUMNS, ROWS = 100, 40
 """Size of the terminal."""
 LEFT_OPEN_S = 5.0
-"""Output that another process still holds is read for this time after the end of the command."""
+"""Seconds for which output held open by another process is read after the end of the command."""
 REDRAWN_EVERY_S = 10.0
-"""Of the pictures of a progress bar, one is kept in this time."""
+"""Seconds in which at most one state of a progress bar is kept."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07")
 
 
 @dataclass(frozen=True)
 class Order:
-    """A signal that is sent once: `seconds` after the start, or after a line with `text`."""
+    """A signal that is sent once, `seconds` after the start or after a line with `text`."""
 
     number: signal.Signals
     seconds: float | None
@@ -55,7 +55,7 @@ class Order:
             raise argparse.ArgumentTypeError(f"{given}: expected SIGINT:12.5 or SIGTERM:some text") from error
 
     def is_due(self, seconds: float, line: str | None) -> bool:
-        """Whether it is to be sent at this second, where this line (if any) has just come."""
+        """Whether to send it at this second, given the line that has just arrived, if any."""
         if self.seconds is not None:
             return seconds >= self.seconds
         return line is not None and self.text in line
@@ -63,7 +63,7 @@ class Order:
 
 @dataclass
 class Said:
-    """Lines with their seconds, and when anything at all came."""
+    """Lines with their times, and the times of all output."""
 
     lines: list[tuple[float, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -76,12 +76,12 @@ class Said:
         return self.times[0] if self.times else self.seconds
 
     def longest(self) -> tuple[float, float]:
-        """(seconds of the longest silence, the second at which it began), with those before and after all output."""
+        """(seconds of the longest silence, second of its start), including silence before and after all output."""
         marks = [0.0, *self.times, self.seconds]
         return max(((after - before, before) for before, after in pairwise(marks)))
 
     def text(self, command: Sequence[str]) -> str:
-        """All of it for a reader, and the sums at the end."""
+        """All lines for a reader, with totals at the end."""
         silence, at = self.longest()
         ends = "" if self.code >= 0 else f" ({signal.Signals(-self.code).name})"
         rows = sorted([*self.lines, *((second, f"<- {name}") for second, name in self.sent)], key=lambda row: row[0])
@@ -97,7 +97,7 @@ class Said:
 
 
 class Reader:
-    """Makes lines of what a terminal would show: a line that is drawn over counts as drawn, not as a new line."""
+    """Converts output to the lines that a terminal would show. A redrawn line is not a new line."""
 
     def __init__(self, said: Said) -> None:
         self._said = said
@@ -106,7 +106,7 @@ class Reader:
         self._drawn = -REDRAWN_EVERY_S
 
     def feed(self, data: bytes, second: float) -> list[str]:
-        """Take what has come at `second`; returns the lines that it ended."""
+        """Take the output that arrived at `second`. Returns the lines that it completes."""
         self._said.times.append(second)
         *whole, self._line = (self._line + self._decoder.decode(data)).replace("\r\n", "\n").split("\n")
         ended = [shown for line in whole if (shown := _last_picture(line)) or not line.strip()]
@@ -117,23 +117,23 @@ class Reader:
         return ended
 
     def close(self, second: float) -> None:
-        """Take what has no end of line."""
+        """Take the rest, which has no end of line."""
         if rest := _last_picture(self._line):
             self._said.lines.append((second, rest))
 
 
 def _last_picture(line: str) -> str:
-    """What stands on a line after all carriage returns, without colours."""
+    """The content of a line after all carriage returns, without colours."""
     pictures = [picture for picture in _ESCAPES.sub("", line).split("\r") if picture]
-    return pictures[-1].rstrip() if pictures else ""  # one of blanks alone wipes what was there
+    return pictures[-1].rstrip() if pictures else ""  # a line of only blanks wipes the previous content
 
 
 def watch(
     command: Sequence[str], *, terminal: bool = False, orders: Sequence[Order] = (), folder: Path | None = None
 ) -> Said:
-    """Run `command` to its end, on a terminal of its own or with a pipe for both outputs.
+    """Run `command` to its end, on its own terminal or with one pipe for both outputs.
 
-    SIGINT goes to all processes of the command, as Ctrl-C does; other signals to the one that was started.
+    SIGINT goes to all processes of the command, as with Ctrl-C. Other signals go only to the started process.
     """
     said = Said()
     reader, waiting = Reader(said), list(orders)
@@ -175,7 +175,7 @@ def watch(
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
-    except OSError:  # of a terminal whose last process has gone
+    except OSError:  # raised by a terminal whose last process has ended
         return b""
 
 
@@ -194,7 +194,7 @@ def _send(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line; returns 1 where the silence was longer than --limit, else 0."""
+    """Run one command line. Returns 1 if the silence was longer than --limit, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.silence", description="How long is it silent?")
     parser.add_argument("--terminal", action="store_true", help="run it on a terminal (a pipe)")
     parser.add_argument("--send", type=Order.parse, action="append", default=[], metavar="SIGNAL:SECONDS|TEXT")

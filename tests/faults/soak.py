@@ -1,10 +1,10 @@
-"""A long run of tiny steps that shows whether anything grows: memory, handles, threads, shared memory, disk.
+"""A long run of tiny steps that shows whether memory, handles, threads, shared memory or disk use grow.
 
     python -m tests.faults.soak --steps 1500 --out tests/faults/results/soak.json [key=value ...]
 
 The job is a real one: the launcher, its ranks, and the rollout server that it starts. Further arguments are overrides
-of its configuration. Not for faults, and not for speed. Invariants: the job runs the code of the repository that this
-file is in; every process is followed from outside, by its pid; nothing that was started stays.
+of its configuration. The soak plays no faults and measures no speed. Invariants: the job runs the code of the
+repository that contains this file. Every process is measured from outside, by its pid. No started process remains.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tests.faults.soak_stage import Stage, set_stage
 SAY_S = 20.0
 """Seconds between two lines about how far the soak is."""
 STALL_S = 600.0
-"""Longest wait for a step; a start includes that of the server."""
+"""Longest wait for a step. The first one includes the start of the server."""
 GRACE_S = 5.0
-"""Longest wait for processes that end when the last of the others has ended."""
+"""Longest wait for processes that end after all others."""
 STOP_S = 60.0
 """Longest wait for a job that was asked to stop."""
 
 
 @dataclass
 class Soak:
-    """One job with all that is read of it."""
+    """One job with all of its readings."""
 
     stage: Stage
     process: subprocess.Popen[bytes]
@@ -54,7 +54,7 @@ class Soak:
         self.temporary = Folder(self.stage.temporary)
 
     def read(self, step: int) -> None:
-        """One reading of everything."""
+        """Take one reading of everything."""
         self.tree.read(step)
         self.shared.read(step, self.tree)
         self.run_dir.read(step)
@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the soak; 0 where the job ended well and left nothing."""
+    """Run the soak. Returns 0 if the job succeeded and left nothing behind."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="tropd-soak-") as spare:
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check_code(stage: Stage) -> None:
-    """The job's processes import the package from this repository; raises RuntimeError where they would not."""
+    """Check that the job's processes import this repository's package. Raises RuntimeError if they would not."""
     command = [sys.executable, "-c", "import tropd_mcore; print(tropd_mcore.__file__)"]
     answer = subprocess.run(
         command, cwd=REPOSITORY, env=job_environment(stage), check=True, capture_output=True, text=True
@@ -122,7 +122,7 @@ def job_environment(stage: Stage) -> dict[str, str]:
 
 
 def start(stage: Stage, options: argparse.Namespace) -> Soak:
-    """Start the job in a session of its own."""
+    """Start the job in its own session."""
     shared = SharedMemory()
     command = [sys.executable, "-m", "tropd_mcore.cli.main", "train", str(stage.config), *options.overrides]
     with stage.log.open("ab") as log:
@@ -140,7 +140,7 @@ def start(stage: Stage, options: argparse.Namespace) -> Soak:
 
 
 def follow(soak: Soak, options: argparse.Namespace) -> None:
-    """Read everything every `options.every` seconds until the job has ended; raises TimeoutError where it stalls."""
+    """Read everything every `options.every` seconds until the job has ended. Raises TimeoutError if it stalls."""
     begun = moved = said = time.monotonic()
     first_step_at: float | None = None
     step = -1
@@ -150,7 +150,7 @@ def follow(soak: Soak, options: argparse.Namespace) -> None:
         if reached > step:
             step, moved = reached, now
             first_step_at = first_step_at or now
-        if 0 <= step < options.steps - 1:  # after the last step parts of the job go one by one
+        if 0 <= step < options.steps - 1:  # after the last step, parts of the job end one by one
             soak.read(step)
         if now - moved > STALL_S:
             raise TimeoutError(f"no step for {STALL_S:g} s after step {step}; the log is {soak.stage.log}")
@@ -161,7 +161,7 @@ def follow(soak: Soak, options: argparse.Namespace) -> None:
 
 
 def where(step: int, steps: int, seconds: float) -> str:
-    """How far the soak is."""
+    """A line about the progress of the soak."""
     if step < 1:
         return f"waiting for the first steps, {seconds:.0f} s so far"
     each = seconds / step
@@ -169,7 +169,7 @@ def where(step: int, steps: int, seconds: float) -> str:
 
 
 def last_step(metrics: Path) -> int:
-    """The step of the last whole line of metrics.jsonl; -1 where there is none."""
+    """The step of the last complete line of metrics.jsonl. -1 if there is none."""
     try:
         with metrics.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -181,7 +181,7 @@ def last_step(metrics: Path) -> int:
 
 
 def end(soak: Soak) -> None:
-    """Ask a job that still runs to stop, and kill what does not."""
+    """Ask a job that still runs to stop, and kill processes that do not."""
     if soak.process.poll() is None:
         family = soak.tree.members()
         os.kill(soak.process.pid, signal.SIGTERM)
@@ -192,7 +192,7 @@ def end(soak: Soak) -> None:
 
 
 def left_behind(soak: Soak) -> dict[str, list[str]]:
-    """What the job left, once its last processes have had a moment to end."""
+    """What the job left behind, after its last processes have had time to end."""
     deadline = time.monotonic() + GRACE_S
     while (soak.tree.survivors() or soak.shared.left()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""What the processes of one job and its folders hold at a moment: memory, handles, threads, shared memory, disk.
+"""Current resource use of one job's processes and folders: memory, handles, threads, shared memory, disk.
 
-Not for what follows from the numbers (`soak_slopes`). Invariant: every process is a descendant of the launcher that we
-started, found by pid and start time; nothing is looked up by name.
+This module does not evaluate the numbers (`soak_slopes` does). Invariant: every process is a descendant of the launcher
+that we started, found by pid and start time. No process is looked up by name.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
 LARGE_FILE = 1 << 14
-"""Bytes from which on a file beside the sub-folders has a line of its own."""
+"""Bytes from which a file next to the sub-folders gets its own line."""
 PROCESS_QUANTITIES = ("anonymous", "rss", "handles", "threads", "written")
-"""Bytes of memory that no file stands behind, bytes with shared pages and mapped files, open handles, threads, and
-bytes that it had written to disk. The first is what grows where something leaks; unique pages (USS) would count the
-mapped libraries as soon as no other process of the machine has them mapped."""
+"""Bytes of anonymous memory, bytes with shared pages and mapped files, open handles, threads, and bytes that it had
+written to disk. A leak shows in the first. Unique pages (USS) would count mapped libraries as soon as no other process
+of the machine has them mapped."""
 
 
 @dataclass
 class Series:
-    """One process over time; `values` has a row of `PROCESS_QUANTITIES` for each entry of `steps`."""
+    """One process over time. `values` has a row of `PROCESS_QUANTITIES` for each entry of `steps`."""
 
     role: str
-    """Its place in the job: `rank 0`, `rollout server > sglang::scheduler`."""
+    """Its role in the job: `rank 0`, `rollout server > sglang::scheduler`."""
     pid: int
     steps: list[int] = field(default_factory=list)
     values: list[list[float]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Series:
 
 @dataclass
 class FolderSeries:
-    """Bytes of one part of a folder over time; a row is (bytes, bytes on disk with partly used blocks, files)."""
+    """Bytes of one part of a folder over time. A row is (bytes, bytes on disk with partly used blocks, files)."""
 
     steps: list[int] = field(default_factory=list)
     values: list[list[float]] = field(default_factory=list)
@@ -68,11 +68,11 @@ class ProcessTree:
             return []
 
     def survivors(self) -> list[Series]:
-        """Processes that were read once and live still."""
+        """Processes that were read before and still run."""
         return [series for key, series in self.series.items() if _lives(*key)]
 
     def pids(self) -> set[int]:
-        """Of all processes that were read so far."""
+        """PIDs of all processes that were read so far."""
         return {pid for pid, _ in self.series}
 
     def _role(self, process: psutil.Process, key: tuple[int, float]) -> str:
@@ -100,7 +100,7 @@ def _is_teacher(command: list[str]) -> bool:
 
 
 def _short_name(process: psutil.Process, command: list[str]) -> str:
-    """What a process calls itself, else the module or the script that it runs."""
+    """The name that a process gives itself, else the module or the script that it runs."""
     if command and command[0].startswith("sglang::"):
         return command[0].split()[0]
     for flag, word in pairwise(command):
@@ -123,7 +123,7 @@ def _readings(process: psutil.Process) -> list[float]:
 
 
 def _anonymous(pid: int) -> int:
-    """RssAnon of a process, bytes. Raises OSError where it is gone."""
+    """RssAnon of a process, in bytes. Raises OSError if it has ended."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
@@ -139,7 +139,7 @@ def _lives(pid: int, start_time: float) -> bool:
 
 
 class SharedMemory:
-    """Names in /dev/shm that came after the start and belong to the job; another job's names are not counted."""
+    """Names in /dev/shm that appeared after the start and belong to the job. Names of other jobs are not counted."""
 
     def __init__(self) -> None:
         self._before = self._names()
@@ -147,7 +147,7 @@ class SharedMemory:
         self.series = FolderSeries()
 
     def read(self, step: int, tree: ProcessTree) -> None:
-        """Add a reading: bytes and names that the job holds, and names that it has ever made."""
+        """Add a reading: bytes and names that the job holds, and names that it ever created."""
         new = self._names() - self._before
         if unknown := new - self._ours:
             known = {str(pid) for pid in tree.pids()}
@@ -158,7 +158,7 @@ class SharedMemory:
         self.series.values.append([float(sum(sizes)), float(len(sizes)), float(len(self._ours))])
 
     def left(self) -> list[str]:
-        """Names of the job that are still there."""
+        """Names of the job that still exist."""
         return sorted(self._names() & self._ours)
 
     @staticmethod
@@ -181,14 +181,14 @@ def _mapped(process: psutil.Process) -> set[str]:
 
 
 class Folder:
-    """A folder and its sub-folders, each measured with all that is in it."""
+    """A folder and its sub-folders, each measured with all of its content."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.parts: dict[str, FolderSeries] = {}
 
     def read(self, step: int) -> None:
-        """Add a reading of the whole, and of each sub-folder; one that is new has no readings before."""
+        """Add a reading of the whole and of each sub-folder. A new sub-folder has no earlier readings."""
         if self.root.is_dir():
             self._add("all", step, self.root)
             for entry in sorted(self.root.iterdir()):
@@ -205,7 +205,7 @@ def _weigh(path: Path) -> list[float]:
     """(bytes, bytes of the blocks that they take, files) of a file or a folder."""
     total = [0.0, 0.0, 0.0]
     for file in _files(path):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # removed meanwhile
             found = file.stat(follow_symlinks=False)
             total = [total[0] + found.st_size, total[1] + found.st_blocks * 512, total[2] + 1]
     return total

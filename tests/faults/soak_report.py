@@ -1,6 +1,7 @@
-"""The result of a soak as one dictionary, and as a table for the person who ran it.
+"""The result of a soak as one dictionary and as a table for the user.
 
-Not for the numbers themselves (`soak_slopes`). Invariant: a result holds no host name and no path of the machine.
+This module does not compute slopes (`soak_slopes` does). Invariant: a result has no host name and no path of the
+machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PACKAGES = ("torch", "megatron-core", "sglang", "numpy", "aiohttp")
 def result_of(
     tree: ProcessTree, shared: SharedMemory, folders: dict[str, Folder], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Everything that a soak has to tell; slopes are per step, over the second half of the steps."""
+    """The complete result of a soak. Slopes are per step, over the second half of the steps."""
     middle = options.steps // 2
     return {
         "command": _command(options),

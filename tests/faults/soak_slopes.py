@@ -1,6 +1,7 @@
-"""How fast a quantity grows per step: a slope that outliers do not move, with the range that it may be in.
+"""Growth of a quantity per step: a slope that is robust to outliers, with its confidence range.
 
-Not for measuring (`soak_readings`). Invariant: only the last part of a run is looked at, because caches fill at first.
+This module does not measure (`soak_readings` does). Invariant: only the last part of a run is used, because caches
+fill at first.
 """
 
 from __future__ import annotations
@@ -15,31 +16,31 @@ import numpy.typing as npt
 from tests.faults.soak_readings import PROCESS_QUANTITIES, Folder, FolderSeries, ProcessTree, Series
 
 LEAST_READINGS = 8
-"""Fewer readings in the part that is looked at give no slope."""
+"""With fewer readings in the used part there is no slope."""
 MOST_READINGS = 600
-"""More readings are thinned: the number of pairs grows with the square."""
+"""More readings are thinned, because the number of pairs grows quadratically."""
 CONFIDENCE = 1.96
 """Standard deviations of the 95 % range."""
 PLOT_POINTS = 40
-"""Readings of each series that the result keeps, so that a reader sees its form."""
+"""Readings of each series that the result keeps, to show its shape."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A quantity over the last part of a run; slopes are per step."""
+    """A quantity over the last part of a run. Slopes are per step."""
 
     first: float
     last: float
     largest: float
     slope: float | None
-    """Median of the slopes of all pairs of readings (Theil and Sen); None for too few readings."""
+    """Median of the slopes of all pairs of readings (Theil and Sen). None for too few readings."""
     low: float | None
     high: float | None
     """95 % range of the slope, for readings whose deviations are independent of each other (Sen 1968)."""
 
 
 def growth(steps: Sequence[int], values: Sequence[float], first_step: int) -> Growth:
-    """The growth of `values`, of which those of steps before `first_step` are left out."""
+    """The growth of `values`, without those of steps before `first_step`."""
     where = np.array(steps, dtype=np.float64)
     found = np.array(values, dtype=np.float64)
     kept = where >= first_step
@@ -53,7 +54,7 @@ def growth(steps: Sequence[int], values: Sequence[float], first_step: int) -> Gr
 def theil_sen(
     where: npt.NDArray[np.float64], values: npt.NDArray[np.float64]
 ) -> tuple[float | None, float | None, float | None]:
-    """(median slope of all pairs, its 95 % range); Nones where all readings are of one step."""
+    """(median slope of all pairs, its 95 % range). Nones if all readings are of one step."""
     if len(where) > MOST_READINGS:
         chosen = np.linspace(0, len(where) - 1, MOST_READINGS).round().astype(int)
         where, values = where[chosen], values[chosen]
@@ -71,7 +72,7 @@ def theil_sen(
 
 
 def process_rows(tree: ProcessTree, first_step: int) -> list[dict[str, Any]]:
-    """One entry for each process that lived long enough for a slope."""
+    """One entry for each process that ran long enough for a slope."""
     rows: list[dict[str, Any]] = []
     for series in sorted(tree.series.values(), key=lambda series: series.role):
         columns = list(zip(*series.values, strict=True))
@@ -94,7 +95,7 @@ def short_lived(tree: ProcessTree, first_step: int) -> dict[str, int]:
 
 
 def folder_rows(folder: Folder, first_step: int) -> dict[str, dict[str, object]]:
-    """{part: growth of its bytes, of the blocks that they take, and of the number of its files}; "all" is the whole."""
+    """{part: growth of its bytes, of the blocks that they take, and of the number of its files}. "all" is the total."""
     return {name: folder_growth(series, first_step) for name, series in folder.parts.items()}
 
 

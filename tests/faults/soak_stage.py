@@ -1,8 +1,9 @@
-"""What a soak trains: tiny models, prompts with answers, stored teacher responses, and a configuration.
+"""The inputs of a soak: tiny models, prompts with answers, stored teacher responses, and a configuration.
 
-Not for running it (`soak`). Invariants: every part of a default run is there (trust region, guidance, gates, its own
-server, checkpoints), and only sizes are small, so that a step takes a fraction of a second; what grows by default and
-has a key that bounds it (rollouts, the server's log) is bounded, so that a run of a thousand steps shows the bound.
+This module does not run the soak (`soak` does). Invariants: every part of a default run is used (trust region,
+guidance, gates, its own server, checkpoints). Only sizes are small, so that a step takes a fraction of a second.
+Things that grow by default and have a key that bounds them (rollouts, the server's log) are bounded, so that a run of a
+thousand steps shows the bound.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 PROMPTS = 64
 RESPONSE_TOKENS = 12
 REAL_TOKENS = 280
-"""Ids below have a text in the tiny tokenizer, ids from 3 on are no special tokens."""
+"""Ids below have a text in the tiny tokenizer. Ids from 3 on are not special tokens."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Stage:
 
 
 def set_stage(root: Path, *, steps: int, ranks: int) -> Stage:
-    """Write everything that the job reads; `ranks` are tensor-parallel."""
+    """Write everything that the job reads. `ranks` are tensor-parallel."""
     from tests.tiny_models import write_tiny_model
 
     stage = Stage(root)

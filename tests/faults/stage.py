@@ -1,7 +1,7 @@
-"""What the faults are played on: tiny models, prompts, stored rollouts, and the run that nothing happened to.
+"""The inputs of the fault suite: tiny models, prompts, stored rollouts, and an undisturbed run.
 
-Not for faults. Invariants: only sizes are small (about 300 tokens of vocabulary, 2 layers, short steps); gates, trust
-region, checkpoints and export are those of any run; the servers are started as a user starts one elsewhere.
+This module plays no faults. Invariants: only sizes are small (about 300 tokens of vocabulary, 2 layers, short steps).
+Gates, trust region, checkpoints and export are those of any run. Servers are started as a user starts one elsewhere.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROMPTS, SAMPLES, LONGEST = 4, 2, 11
 SPARE_PROMPTS = 64
 """Prompts without stored rollouts."""
 REAL_TOKENS = 280
-"""Ids below have a text in the tiny tokenizer, ids from 3 on are no special tokens."""
+"""Ids below have a text in the tiny tokenizer. Ids from 3 on are not special tokens."""
 VOCABULARY = 307
 END = 2
 """The end token."""
@@ -44,22 +44,22 @@ END = 2
 
 @dataclass
 class Stage:
-    """Folders of the suite, and what is made in them once and then shared."""
+    """Folders of the suite, and the shared items that are made in them once."""
 
     root: Path
     once: threading.RLock = field(default_factory=threading.RLock)
-    """Held while something is made that faults share."""
+    """Lock held while a shared item is made."""
     _reference: Reference | None = None
     _servers: dict[str, Outside] = field(default_factory=dict)
 
     @property
     def replay_config(self) -> Path:
-        """Two ranks that take the stored rollouts; no server."""
+        """Two ranks that replay the stored rollouts, without a server."""
         return self.root / "replay.yaml"
 
     @property
     def live_config(self) -> Path:
-        """Two ranks and a rollout server of their own."""
+        """Two ranks with their own rollout server."""
         return self.root / "live.yaml"
 
     def model(self, name: str) -> Path:
@@ -83,7 +83,7 @@ class Stage:
         return folder
 
     def reference(self) -> Reference:
-        """The run of `replay_config` that nothing happened to; made at the first call."""
+        """The undisturbed run of `replay_config`. It is made at the first call."""
         with self.once:
             if self._reference is None:
                 folder = self.place("reference")
@@ -113,11 +113,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a run has to reproduce bit for bit."""
+    """The results that a run has to reproduce bit for bit."""
 
     metrics: list[dict[str, Any]]
     weights: dict[str, str]
-    """SHA-256 of each file of the export that holds weights."""
+    """SHA-256 of each weight file of the export."""
 
     @classmethod
     def of(cls, run_dir: Path) -> Reference:
@@ -125,7 +125,7 @@ class Reference:
         return cls(curve(run_dir), digests(run_dir / "export"))
 
     def differences(self, other: Reference) -> list[str]:
-        """In what `other` differs, in words."""
+        """The differences from `other`, in words."""
         found = step_problems(other.metrics, len(self.metrics))
         for mine, its in zip(self.metrics, other.metrics, strict=False):
             names = [name for name in mine if mine[name] != its.get(name)]
@@ -200,7 +200,7 @@ def train(config: Path, *overrides: str) -> list[str]:
 
 
 def set_stage(root: Path) -> Stage:
-    """Write everything that is read; raises RuntimeError where the commands would run other code than this tree's."""
+    """Write all inputs. Raises RuntimeError if the commands would run code other than this tree's."""
     stage = Stage(root)
     check_code(root / "notes")
     if stage.live_config.exists():

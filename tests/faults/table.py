@@ -17,40 +17,41 @@ PAGE = REPOSITORY / "docs" / "faults.md"
 RESULT = RESULTS / "faults.json"
 KILL_LOOP = RESULTS / "kill_loop.json"
 HEAD = """\
-# What goes wrong, and what you get
+# Faults, and what a user sees
 
-To see what a fault does to a run, play it. The suite starts real ranks and real servers, breaks something, and judges
-what a user gets:
+To see what a fault does to a run, play it:
 
 ```
 python -m tests.faults --list                      # all faults
-python -m tests.faults kill-launcher stop-rank     # those whose id begins so
-python -m tests.faults --jobs 2 --out tests/faults/results/faults.json   # all of them
-python -m tests.faults kill-loop --kills 30        # one run, killed at 30 drawn moments
+python -m tests.faults kill-launcher stop-rank     # faults whose id begins with these words
+python -m tests.faults --jobs 2 --out tests/faults/results/faults.json   # all faults
+python -m tests.faults kill-loop --kills 30        # one run, killed at 30 random moments
 python -m tests.faults consoles --out docs/consoles.md
 ```
 
-`pytest tests/faults/test_representative.py` plays the part that CI plays.
+The suite starts real ranks and real servers, causes the fault, and judges what a user sees.
+`pytest tests/faults/test_representative.py` plays the faults that CI plays.
 """
 RULES = f"""\
 ## How a verdict is made
 
-A verdict is computed, never written. **MISS** is any of these:
+Verdicts are computed from what was seen, and never written by hand. A fault is a **MISS** if any of these happens:
 
-- *lost*: a step is missing or repeated in metrics.jsonl, the same command does not go on, metrics or exported weights
-  differ from those of the run without the fault, or a lie was trained on
+- *lost*: a step is missing or repeated in metrics.jsonl, the same command does not resume the run, metrics or exported
+  weights differ from those of the run without the fault, or the run trained on a wrong answer
 - *silent*: no line for {SILENCE_S:g} s while something waits, or an end without a line about its cause
-- *hung*: longer than the limit of the fault
-- *left running*: a process of the launch lives on
-- *left in /dev/shm*: shared memory that the next launch does not remove
+- *hung*: the run took longer than the limit of the fault
+- *left running*: a process of the launch is still alive
+- *left in /dev/shm*: the next launch does not remove the shared memory that is left
 
-**WEAK** is safe, but unclear or slow: another exit code or line than the one wanted, a traceback after a message. The
-rest is **ok**. Seconds run from the fault to the end of all processes, or to the step after it.
+A fault is **WEAK** if the result is safe, but unclear or slow: the exit code or the line is not the expected one, or a
+traceback follows the message. Otherwise it is **ok**. Seconds are counted from the fault to the end of all processes,
+or to the next step.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page, or with --check say whether it is the one that would be written."""
+    """Write the page, or with --check report whether it is up to date."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults table", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is another")
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -111,7 +112,7 @@ def _row(name: str, done: str, wanted: str, row: dict[str, Any] | None) -> str:
 
 
 def as_shell(code: int | None) -> int | None:
-    """What a shell shows: 128 + n for a process ended by signal n."""
+    """The exit code that a shell shows: 128 + n for a process ended by signal n."""
     return code if code is None or code >= 0 else 128 - code
 
 

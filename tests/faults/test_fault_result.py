@@ -27,38 +27,38 @@ def loop() -> dict[str, Any]:
     return found
 
 
-def test_every_fault_of_the_registry_was_played_and_none_else() -> None:
+def test_exactly_the_faults_of_the_registry_were_played() -> None:
     assert content()["whole"] and len(all_faults()) >= ENOUGH
     assert [row["id"] for row in content()["faults"]] == [fault.id for fault in all_faults()]
 
 
-def test_nothing_was_lost_silent_hung_or_left() -> None:
+def test_no_recorded_fault_was_lost_silent_hung_or_left_running() -> None:
     assert {name: content()[name] for name in COUNTERS} == dict.fromkeys(COUNTERS, 0)
     assert [row["id"] for row in content()["faults"] if row["verdict"] == MISS] == []
 
 
-def test_the_totals_are_those_of_the_rows() -> None:
+def test_the_totals_equal_the_counts_of_the_rows() -> None:
     verdicts = [row["verdict"] for row in content()["faults"]]
     assert content()["totals"] == {name: verdicts.count(name) for name in (OK, WEAK, MISS)}
 
 
-def test_the_results_name_their_commit_and_no_place_of_the_machine() -> None:
+def test_the_results_name_their_commit_and_no_path_of_the_machine() -> None:
     for result in (content(), loop()):
         assert len(result["commit"]) == 40
         assert places_in(result) == []
 
 
-def test_the_kill_loop_is_equal_bit_for_bit_after_enough_kills() -> None:
+def test_the_killed_run_equals_an_uninterrupted_one_bit_for_bit_after_enough_kills() -> None:
     assert loop()["equal_bit_for_bit"] and loop()["problems"] == [] and loop()["kills"] >= KILLS
 
 
-def test_the_page_is_that_of_registry_and_result() -> None:
+def test_the_page_of_faults_matches_registry_and_result() -> None:
     content()
     loop()
     assert PAGE.read_text(encoding="utf-8") == page(content(), loop())
 
 
-def test_the_representative_part_has_every_group_but_teacher_and_checkpoint() -> None:
+def test_the_representative_faults_cover_every_group_but_teacher_and_checkpoint() -> None:
     covered = {fault.group for fault in all_faults() if fault.representative}
     assert covered >= set(GROUPS) - {"teacher", "checkpoint"}
 
@@ -72,12 +72,12 @@ def seen(**changes: Any) -> Seen:
     return Seen(**({"code": 2, "output": "error: the cause", "seconds": 1.0, "silence": 1.0} | changes))
 
 
-def test_what_a_user_must_get_is_ok() -> None:
+def test_an_end_with_the_expected_code_and_line_is_judged_ok() -> None:
     assert judge(fault(), seen()).verdict == OK
     assert judge(fault(code=(None,), line="restart"), seen(code=None, output="restart 1 of 2")).verdict == OK
 
 
-def test_every_kind_of_miss_is_one() -> None:
+def test_each_kind_of_miss_is_counted_once_under_its_name() -> None:
     for name, changes in {
         "lost": {"lost": ["a step"]},
         "silent": {"silence": 31.0},
@@ -90,12 +90,12 @@ def test_every_kind_of_miss_is_one() -> None:
         assert verdict.counted == dict.fromkeys(COUNTERS, 0) | {name: 1}
 
 
-def test_a_lie_that_ends_well_is_lost_and_an_end_without_a_cause_is_silent() -> None:
+def test_an_unexpected_success_counts_as_lost_and_an_end_without_its_cause_as_silent() -> None:
     assert judge(fault(), seen(code=0)).counted["lost"] == 1
     assert judge(fault(), seen(output="step 3")).counted["silent"] == 1
 
 
-def test_another_line_another_code_and_a_traceback_are_weak() -> None:
+def test_another_line_another_code_or_a_traceback_is_judged_weak() -> None:
     assert judge(fault(), seen(output="error: another")).verdict == WEAK
     assert judge(fault(), seen(code=1)).verdict == WEAK
     assert judge(fault(), seen(output="Traceback (most recent call last)\nerror: the cause")).verdict == WEAK

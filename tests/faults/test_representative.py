@@ -25,7 +25,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         made.close()
 
 
-def test_nothing_is_lost_silent_hung_or_left_running_in_the_representative_faults(stage: Stage) -> None:
+def test_no_representative_fault_is_lost_silent_hung_or_left_running(stage: Stage) -> None:
     played = play_all(stage, chosen([], representative=True), jobs=2, say=print)
     assert [(each.fault.id, each.verdict.reasons) for each in played if each.verdict.verdict == MISS] == []
     assert len({each.fault.group for each in played}) >= 7

@@ -1,4 +1,4 @@
-"""The slope of a soak: that of the line below the noise, whatever outliers do, and none where there is too little."""
+"""The slope of a soak is that of the line below the noise, despite outliers. With too few readings there is none."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def test_a_leak_below_noise_is_found_and_is_in_its_range() -> None:
     assert found.low > 0, "the range of a leak does not hold 0"
 
 
-def test_one_jump_is_no_leak() -> None:
+def test_a_single_jump_is_not_a_leak() -> None:
     steps, values = readings(0.0, 100)
     jumped = [value + (4e6 if place > 20 else 0.0) for place, value in enumerate(values)]
     assert growth(steps, jumped, first_step=0).slope == 0.0
     assert growth(steps, jumped, first_step=0).largest == jumped[-1]
 
 
-def test_the_warm_up_is_not_looked_at() -> None:
+def test_readings_of_the_warm_up_are_ignored() -> None:
     steps, values = readings(0.0, 100)
     warming = [value - max(0, 350 - step) * 5e4 for step, value in zip(steps, values, strict=True)]
     assert growth(steps, warming, first_step=350).slope == 0.0
     assert growth(steps, warming, first_step=0).slope != 0.0
 
 
-def test_more_readings_than_are_compared_keep_the_slope() -> None:
+def test_thinning_many_readings_keeps_the_slope() -> None:
     steps, values = readings(-12.0, 3 * MOST_READINGS)
     found = growth(steps, values, first_step=0)
     assert found.slope is not None and abs(found.slope + 12.0) < 1e-3

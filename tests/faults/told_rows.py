@@ -1,6 +1,6 @@
-"""Rows of a server that fails once, or lies about a sample: one row per lie, all of them played in one run.
+"""Rows of a server that fails once or lies about a sample: one row per lie, all played in one run.
 
-Not for how a lie is told (`lies`) or seen (`rows_servers`, `rows_teachers`).
+`lies` says how a lie is told. `rows_servers` and `rows_teachers` say how it is observed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from tests.faults.scene import Scene
 from tests.faults.verdict import Fault, Seen
 
 PlayOf = Callable[[str], Callable[[Scene], Seen]]
-"""What plays the lie of this name."""
+"""The function that plays the lie of this name."""
 LIMIT_S = 180.0
 
 
 def told_once(group: str, who: str, names: Iterable[str], play: PlayOf, wanted: str) -> list[Fault]:
-    """Rows of failures that pass; `group` is also the beginning of their ids."""
+    """Rows of transient failures. `group` is also the beginning of their ids."""
     again = r"attempt \d+ follows|asked for once more"
     return [
         _row(group, "once", name, f"{who} answers once", wanted, play, "" if name == "slow" else again)
@@ -26,7 +26,7 @@ def told_once(group: str, who: str, names: Iterable[str], play: PlayOf, wanted: 
 
 
 def lied_about(group: str, who: str, names: Iterable[str], play: PlayOf, wanted: str, *, line: str = "") -> list[Fault]:
-    """Rows of answers about single samples that cannot be used; `group` is also the beginning of their ids."""
+    """Rows of unusable answers about single samples. `group` is also the beginning of their ids."""
     return [_row(group, "lie", name, f"{who} lies about a sample", wanted, play, line) for name in names]
 
 

@@ -1,7 +1,7 @@
-"""A fault of the suite, what was seen when it was played, and the verdict that follows from the two.
+"""A fault of the suite, the observations when it was played, and the verdict that follows from both.
 
-Not for playing it (`scene`, the `rows_*` files). Invariant: nobody writes a verdict by hand; it is computed from what
-was seen, by the rules of `judge` alone.
+This module does not play faults (`scene` and the `rows_*` files do). Invariant: no verdict is written by hand. It is
+computed from the observations, only by the rules of `judge`.
 """
 
 from __future__ import annotations
@@ -19,65 +19,65 @@ SILENCE_S = 30.0
 """Longest time without a line while something waits."""
 GROUPS = ("kill", "stop", "signal", "disk", "server", "teacher", "checkpoint", "file", "message", "security")
 CAUSE = re.compile(r"error|interrupted|stopped|SIGTERM|SIGINT|usage:|FAIL|refused", re.IGNORECASE)
-"""What a line has that tells why something ended."""
+"""Texts in a line that says why something ended."""
 NOISE = re.compile(
     r"Traceback \(most recent call last\)|^[WE]\d{4} .*(Sending process|failed \(exitcode|closing signal)"
 )
-"""Lines that a user should not have to read after a message."""
+"""Lines that should not follow a message to the user."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One row: what is done, and what a user must get."""
+    """One row: the fault, and the result that a user must get."""
 
     id: str
     group: str
     done: str
     """What happens to the run, for the table."""
     wanted: str
-    """What a user must get, for the table."""
+    """The result that a user must get, for the table."""
     play: Callable[[Scene], Seen]
     code: tuple[int, ...] = (2,)
-    """Exit codes that are right."""
+    """Correct exit codes."""
     line: str = ""
-    """Regular expression of the one line that a user must get; empty where nobody is left who could say it."""
+    """Regular expression of the one line that a user must get. Empty if no process is left to print it."""
     limit_s: float = 120.0
-    """Longest time from the fault to the end, or to the step after it."""
+    """Longest time from the fault to the end, or to the next step."""
     chain: str = ""
-    """Faults of one chain are played one after the other in one run; empty = a run of its own."""
+    """Faults of one chain are played one after the other in one run. Empty = its own run."""
     shared: bool = False
-    """Whether it uses the shared servers, which take one job at a time."""
+    """Whether it uses the shared servers, which serve one job at a time."""
     noise: bool = False
-    """Whether a traceback is right, as it is for a bug of our own."""
+    """Whether a traceback is correct, as for a bug in our code."""
     representative: bool = False
     """Whether it belongs to the part that CI plays."""
 
 
 @dataclass
 class Seen:
-    """What became of a fault."""
+    """The observed outcome of a fault."""
 
     code: int | None = None
-    """Exit code of the command; None where it still runs, as it should or not (`hung`)."""
+    """Exit code of the command. None if it still runs, as expected or not (`hung`)."""
     output: str = ""
-    """What was printed since the fault."""
+    """The output since the fault."""
     seconds: float = 0.0
-    """From the fault to the end, or to the step after it."""
+    """Seconds from the fault to the end, or to the next step."""
     silence: float = 0.0
     """Longest time without a line meanwhile."""
     hung: bool = False
     left_running: list[str] = field(default_factory=list)
     left_in_shm: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    """Work that is gone or wrong: steps that are missing or twice, other numbers than without the fault, a lie that was
-    taken."""
+    """Work that is lost or wrong: missing or repeated steps, numbers that differ from those without the fault, accepted
+    lies."""
     weak: list[str] = field(default_factory=list)
-    """What is safe, but costly or unclear."""
+    """Outcomes that are safe, but costly or unclear."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a row of the table says."""
+    """The content of a row of the table."""
 
     verdict: str
     reasons: list[str]
@@ -88,7 +88,7 @@ class Verdict:
 
 
 def judge(fault: Fault, seen: Seen) -> Verdict:
-    """The verdict about what was seen."""
+    """The verdict on the observations."""
     lost, weak = list(seen.lost), list(seen.weak)
     failed = seen.code not in (0, None)
     if not seen.hung and seen.code not in fault.code:
@@ -120,9 +120,9 @@ def judge(fault: Fault, seen: Seen) -> Verdict:
 
 
 def told(fault: Fault, output: str) -> str:
-    """The line that answers the fault: the last that fits what is wanted, else the last error, else the last line.
+    """The line that answers the fault: the last that matches the expected one, else the last error, else the last line.
 
-    Where none is wanted and there is no error, there is nothing to show.
+    If no line is expected and there is no error, there is no line to show.
     """
     lines = [text.strip() for text in output.splitlines() if text.strip()]
     fitting = [text for text in lines if fault.line and re.search(fault.line, text)]

@@ -1,4 +1,4 @@
-"""What a command asks its server, answered in this process."""
+"""Answers in this process to the requests that a command sends to its server."""
 
 from __future__ import annotations
 

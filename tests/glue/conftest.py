@@ -1,4 +1,4 @@
-"""Tiny models and what transformers makes of a text, for the tests of a served teacher."""
+"""Tiny models and log-probs of a text by transformers, for the tests of a served teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tropd_mcore.teacher.identity import text_ids
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from tests.tiny_models import write_tiny_model  # not at the top: the rank processes need no transformers
+    from tests.tiny_models import write_tiny_model  # not at the top, because the rank processes need no transformers
 
     root = tmp_path_factory.mktemp("models")
     names = {"teacher": 1, "student": 2, "third": 3}
@@ -24,7 +24,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def model_scores(model_folders: dict[str, Path]) -> dict[str, np.ndarray]:
-    """Log-probs of the text under each model, by transformers and nothing of ours but the ids."""
+    """Log-probs of the text under each model, by transformers. Only the ids come from our code."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Configurations and sites of jobs over real, tiny model folders, for the tests of what a job reads and makes."""
+"""Configurations and contexts of jobs over real, tiny model folders, for the tests of a job's inputs and components."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SDPO = {"kind": "sdpo", "student_topk": 5, "topk": 3}
 
 
 def config_of(run_dir: Path, folder: Path, **sections: Any) -> Config:
-    """Student and teacher are `folder` where `sections` do not say otherwise."""
+    """A configuration. Student and teacher are `folder` unless `sections` say otherwise."""
     for name in ("student", "teacher"):
         sections[name] = {"path": folder} | sections.get(name, {})
     return make_config(run_dir, **sections)
 
 
 def context_of(config: Config, layout: Any, **changes: Architecture) -> JobContext:
-    """`changes` replace what the folders say, by the first word of the key."""
+    """`changes` replace values from the folders, by the first word of the key."""
     models = {
         key: changes.get(key.partition(".")[0], read_architecture(path)) for key, path in model_paths(config).items()
     }
@@ -34,7 +34,7 @@ def context_of(config: Config, layout: Any, **changes: Architecture) -> JobConte
 
 
 def read_loaded_inputs(context: JobContext) -> LoadedInputs:
-    """What the checks of a start read, without those of the launch and of the run directory. Collective."""
+    """The loaded inputs of a start, without the checks of the launch and of the run directory. Collective."""
     state = State.of(context)
     left_out = ("launch", "run.dir", "weights", "tokenizer", "vocabulary")
     run_checks([check for check in INPUT_CHECKS if check.name not in left_out], state, context)

@@ -1,7 +1,7 @@
 """An HTTP server on loopback that behaves as SGLang does towards a sampler and a publisher, without a model.
 
-What it answers follows from what it holds: tokens from the input, log-probs from the weights that its KV cache was made
-with. The start of an input is cached until the cache is flushed, whatever weights come in between, as in SGLang.
+Its answers depend on its state: tokens follow from the input, log-probs from the weights with which its KV cache was
+computed. As in SGLang, the start of an input stays cached until the cache is flushed, even if the weights change.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ FIRST_ID = 6
 """Ids below this one are end tokens or padding, which are not sampled."""
 LONGEST = 500
 PAGE = 3
-"""Tokens at the start of an input that the cache knows it by."""
+"""Number of tokens at the start of an input that are its key in the cache."""
 
 
 @dataclass
 class FakeServer:
-    """`requests` are all bodies that came in, in order, by path."""
+    """`requests` are all request bodies, in order, by path."""
 
     url: str = ""
     requests: list[tuple[str, Body]] = field(default_factory=list)
@@ -41,20 +41,20 @@ class FakeServer:
     in_update: bool = False
     paused: bool = False
     die_after: int | None = None
-    """Continuations until the connection breaks; None = never."""
+    """Number of continuations until the connection breaks. None = never."""
     tokenize: Callable[[list[str]], Any] | None = None
-    """What /tokenize answers as tokens; None = there is no such path."""
+    """The tokens that /tokenize returns. None = the server has no such path."""
 
     def bodies(self, path: str) -> list[Body]:
-        """What was asked of a path."""
+        """The requests to a path."""
         return [body for asked, body in self.requests if asked == path]
 
     def paths(self) -> list[str]:
-        """What was asked, in order."""
+        """All requests, in order."""
         return [path for path, _ in self.requests]
 
     def checksum(self) -> str:
-        """Of the weights that it holds now."""
+        """Checksum of the current weights."""
         digest = hashlib.sha256()
         for name in sorted(self.weights):
             digest.update(name.encode() + self.weights[name])
@@ -123,7 +123,7 @@ def logp_of(checksum: str) -> float:
 
 @contextmanager
 def fake_server(tokenize: Callable[[list[str]], Any] | None = None) -> Iterator[FakeServer]:
-    """A running server, in a thread of its own."""
+    """A running server, in its own thread."""
     fake = FakeServer(tokenize=tokenize)
 
     def handler(path: str, answer: Callable[[Body], Any]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

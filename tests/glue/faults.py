@@ -1,8 +1,8 @@
 """Faults that a test plants in the product, in this process and in its rank processes.
 
-A fault is one text of one module's source, replaced by another. Planting compiles the changed source and swaps the code
-of the functions that exist already, so that every module that imported one of them by name runs the fault as well. A
-text that is not in the source exactly once is an error, as is one that is in no function. Nothing on disk changes.
+A fault replaces one text of one module's source by another. Planting compiles the changed source and swaps the code of
+the existing functions. So every module that imported one of them by name runs the fault too. A text that is not in the
+source exactly once is an error, and so is a text outside all functions. Files on disk do not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.ranks import run_on_ranks
 
 PACKAGE = "tropd_mcore"
 PLANTED: list[Fault] = []
-"""What is planted in this process now, in order."""
+"""The faults planted in this process now, in order."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Fault:
 
 @contextmanager
 def planted(*faults: Fault) -> Iterator[None]:
-    """Within, the product has these faults."""
+    """Within the block, the product has these faults."""
     with ExitStack() as undo:
         for fault in faults:
             undo.enter_context(_one(fault))
@@ -91,7 +91,7 @@ def _codes(source: str, path: str) -> dict[str, CodeType]:
 
 
 def _body(code: CodeType) -> tuple[Any, ...]:
-    """What the code does, whatever line it stands in."""
+    """The content of a code object, independent of its line numbers."""
     constants = tuple(_body(each) if isinstance(each, CodeType) else (type(each), each) for each in code.co_consts)
     return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
 

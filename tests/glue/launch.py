@@ -1,8 +1,8 @@
 """One launch of the trainer whose model, optimizer and servers are stubs, with a list of what it did in order.
 
-The student's log-prob of a row is the sampler's plus `gap`, and `drift` more after each optimizer step; the teacher's
-is the student's at the start of the step plus `log_ratio`. The objective, the packs, the token table, the metrics and
-the collectives are the product's own.
+The student's log-prob of a row is the sampler's plus `gap`, and grows by `drift` after each optimizer step. The
+teacher's is the student's at the start of the step plus `log_ratio`. The objective, the packs, the token table, the
+metrics and the collectives are those of the product.
 
 Shapes: T rows of a micro-batch, J support ids.
 """
@@ -45,7 +45,7 @@ def nothing(sample: int, token: int) -> float:
 
 @dataclass
 class Launch:
-    """`run` is the launch; everything else may be set before it. `rollouts`, `scores` and `monitor` replace a stub."""
+    """`run` is the launch. Other attributes may be set before it. `rollouts`, `scores` and `monitor` replace a stub."""
 
     config: Config
     layout: Layout
@@ -83,7 +83,7 @@ class Launch:
         return [event for event in self.events if event[0] in kinds]
 
     def student_logp(self, micro_batch: MicroBatch) -> Tensor:
-        """float32 [T], as the weights are now."""
+        """float32 [T], under the current weights."""
         return micro_batch.rollout_logp_T + self.gap + self.drift * self.updates
 
     def _parts(self) -> Components:
@@ -122,7 +122,7 @@ class Launch:
         return [self.score(micro_batch) for micro_batch in packed.micro_batches]
 
     def score(self, micro_batch: MicroBatch) -> TeacherScores:
-        """What the teacher says."""
+        """The teacher's scores."""
         teacher_logp_T = self.student_logp(micro_batch) + row_values(micro_batch, self.log_ratio)
         return make_scores(micro_batch, teacher_logp_T, unscored=self.unscored)
 

@@ -38,7 +38,7 @@ def write_models(root: Path) -> Path:
 
 
 def copy_inputs(models: Path, root: Path) -> None:
-    """What a run over `root` reads: the models, three prompts, three responses."""
+    """The files that a run over `root` reads: the models, three prompts, three responses."""
     for name in ("student", "teacher"):
         shutil.copytree(models / name, root / name)
     for name in ("prompts", "responses"):
@@ -47,7 +47,7 @@ def copy_inputs(models: Path, root: Path) -> None:
 
 
 def compared(context: JobContext) -> Start:
-    """Where a launch starts, whose configuration and contents were compared with the records. Collective."""
+    """The start of a launch, after comparing its configuration and contents with the records. Collective."""
     opened = open_launch(context)
     inputs = compare_contents(context, opened, read_inputs(context))
     check_replayed(context.config, inputs)
@@ -83,7 +83,7 @@ class Runs:
         return context, compared(context)
 
     def launch(self, **sections: Any) -> list[str]:
-        """A launch that is accepted; returns what it printed about the run directory."""
+        """A launch that is accepted. Returns the lines that it printed about the run directory."""
         self.caplog.clear()
         with self.caplog.at_level(logging.WARNING):
             context, start = self.compare(**sections)
@@ -91,7 +91,7 @@ class Runs:
         return [message.removeprefix(f"{context.run_dir.root}: ") for message in self.caplog.messages]
 
     def refuse(self, **sections: Any) -> list[str]:
-        """The lines of a launch that is refused, which leaves both records as they are."""
+        """The lines of a launch that is refused. Asserts that both records are unchanged."""
         before = self.records()
         with pytest.raises(ConfigError) as caught:
             self.compare(**sections)
@@ -102,7 +102,7 @@ class Runs:
         return [path.read_bytes() for path in (self.run_dir.config, self.run_dir.inputs) if path.exists()]
 
     def sampled(self) -> Runs:
-        """Rollouts of the first step are there."""
+        """Create the rollouts of the first step."""
         self.run_dir.rollouts(0).parent.mkdir(parents=True, exist_ok=True)
         self.run_dir.rollouts(0).touch()
         return self
@@ -125,7 +125,7 @@ def append(path: Path) -> None:
 
 
 def swap_two_tokens(folder: Path) -> None:
-    """The same words as before, two of them behind each other's id."""
+    """The same words as before, with the ids of two of them swapped."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary: dict[str, int] = content["model"]["vocab"]

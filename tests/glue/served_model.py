@@ -1,4 +1,4 @@
-"""A server with a model in it, as far as a teacher's identity goes: what it says of itself and how it scores a text."""
+"""A stand-in for a teacher server, for the identity check: its description of itself and its scores of a text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ URL = "http://elsewhere:1"
 
 @dataclass
 class Served:
-    """A server and its client in one: it scores with `logp`, and says of itself what the test says."""
+    """A server and its client in one. It scores with `logp` and describes itself as the test sets it."""
 
     logp: np.ndarray
     label: str = "default"
@@ -33,10 +33,10 @@ class Served:
     checksum: str | None = "aaaaaaaaaaaaaaaa"
     url: str = URL
     faults: list[Exception | None] = field(default_factory=list)
-    """Met by `info`, one after the other."""
+    """Errors that `info` raises, one after the other."""
     asked: list[str] = field(default_factory=list)
     restarted: Callable[[], None] | None = None
-    """What a restart changes."""
+    """Attributes that a restart changes."""
     after_restart: Callable[[], None] | None = None
     spec: Any = field(default_factory=lambda: SimpleNamespace(key="teacher.server"))
 

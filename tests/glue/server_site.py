@@ -17,7 +17,7 @@ from tropd_mcore.serving.process import ServerProcess, ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 
 LIMIT_S = 30.0
-"""Longest wait for what has to happen. It is there to end a hang."""
+"""Longest wait for an expected event, in seconds. It only ends a hang."""
 
 STAND_IN = """
 import json, os, signal, socket, subprocess, sys, time
@@ -49,7 +49,7 @@ for number in range(10**6):
 """
 """`sglang.launch_server`: answers every request with 200, the first `unready` ones with 503.
 
-It ends by itself after a minute, so that nothing stays behind where the product fails to stop it.
+It ends by itself after a minute, so that no process stays behind if the product fails to stop it.
 """
 
 
@@ -77,7 +77,7 @@ class ServerSite:
         extra_env: dict[str, str] | None = None,
         **fields: Any,
     ) -> ServerSpec:
-        """Of a server that `does` this; `config` and `fields` are changes."""
+        """The specification of a server that `does` this. `config` and `fields` are changes."""
         paths = [str(self.packages), os.environ.get("PYTHONPATH", "")]
         environment = {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -101,7 +101,7 @@ class ServerSite:
         return process
 
     def started(self, does: dict[str, Any] | None = None, **given: Any) -> ServerProcess:
-        """A process whose stand-in has told what it was given."""
+        """A process whose stand-in has reported its arguments."""
         process = self.process(does, **given)
         process.start()
         wait_for(lambda: self.notes.is_file() or not process.alive())

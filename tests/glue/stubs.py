@@ -1,7 +1,7 @@
-"""What the tests of the glue stand on: a configuration, rollouts, layouts with real groups, a student without weights.
+"""Shared stubs of the glue tests: a configuration, rollouts, layouts with real groups, a student without weights.
 
-Nothing here runs a model. The student's log-prob of a token is what the sampler said plus `gap`; the teacher's is what
-the test says. Imported by the rank processes, so it imports neither pytest nor transformers.
+No model is run. The student's log-prob of a token is the sampler's plus `gap`. The test sets the teacher's. The rank
+processes import this module, so it imports neither pytest nor transformers.
 
 Shapes: T rows of a micro-batch, K teacher top-k, L student top-k.
 """
@@ -33,7 +33,7 @@ RowValue = Callable[[int, int], float]
 
 
 def make_config(run_dir: Path | str = "nowhere", **sections: dict[str, Any]) -> Config:
-    """A configuration of small numbers; `sections` are merged into it key by key, the objective as a whole."""
+    """A configuration with small sizes. `sections` are merged into it key by key, the objective as a whole."""
     base: dict[str, dict[str, Any]] = {
         "run": {"dir": run_dir, "steps": 4, "checkpoint_every": 100},
         "student": {"path": "student", "dtype": "float32"},
@@ -51,7 +51,7 @@ def make_config(run_dir: Path | str = "nowhere", **sections: dict[str, Any]) -> 
 
 
 def make_rollouts(step: int = 0, *, prompts: int = 2, samples: int = 2, version: str = "v") -> list[Rollout]:
-    """Rollouts of unequal lengths without prefix, those of a prompt together; all numbers follow from their place."""
+    """Rollouts of unequal lengths without prefix, grouped by prompt. All values are determined by their position."""
     return [
         make_rollout(f"{step:06d}/p{prompt}/{index}", f"p{prompt}", 2 + (3 * prompt + 2 * index) % 5, version=version)
         for prompt in range(prompts)
@@ -60,7 +60,7 @@ def make_rollouts(step: int = 0, *, prompts: int = 2, samples: int = 2, version:
 
 
 def make_rollout(sample_id: str, prompt_id: str, count: int, *, version: str = "v") -> Rollout:
-    """`count` response tokens behind a prompt of three."""
+    """`count` response tokens after a prompt of three."""
     random = np.random.default_rng(list(sample_id.encode()))
     return Rollout(
         sample_id=sample_id,
@@ -144,7 +144,7 @@ def make_layout(axis: Axis = "data") -> Layout:
 
 
 def make_student(layout: Layout) -> Any:
-    """What the glue asks of a model: where it is, and on which device."""
+    """The part of a model that the glue uses: its stage and its device."""
     return SimpleNamespace(
         layout=layout, platform=SimpleNamespace(device="cpu"), trainable=True, model_chunks=[], modules=[]
     )
@@ -173,7 +173,7 @@ def row_values(micro_batch: MicroBatch, value: RowValue) -> Tensor:
 
 
 def by_place(micro_batches: Sequence[MicroBatch], columns: Sequence[Tensor]) -> dict[tuple[int, int], float]:
-    """{(rollout, token): value} of columns that have one entry a row of each micro-batch."""
+    """{(rollout, token): value} of columns that have one entry per row of each micro-batch."""
     found: dict[tuple[int, int], float] = {}
     for micro_batch, column in zip(micro_batches, columns, strict=True):
         places = zip(micro_batch.sample_index_T.tolist(), micro_batch.token_index_T.tolist(), strict=True)
@@ -191,7 +191,7 @@ def nowhere(sample: int, token: int) -> bool:
 def make_scores(
     micro_batch: MicroBatch, teacher_logp_T: Tensor, *, unscored: Callable[[int, int], bool] = nowhere
 ) -> TeacherScores:
-    """A teacher that gives these log-probs; its top-k is the same for every row."""
+    """A teacher with these log-probs. Its top-k is the same for every row."""
     rows = len(micro_batch.rows_T)
     return TeacherScores(
         logp_T=teacher_logp_T,

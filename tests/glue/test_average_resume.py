@@ -1,4 +1,4 @@
-"""The student's average after a resume: what scores is the restored average, before any further step."""
+"""The student's average after a resume: the restored average scores, before any further step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def student(seed: int = 0) -> Any:
 
 @contextmanager
 def stub_models() -> Iterator[None]:
-    """Models of the average are random ones of the dtype that is asked for."""
+    """Models of the average are random models of the requested dtype."""
 
     def build(*_: Any, dtype: Dtype, **__: Any) -> Any:
         chunks = [module.requires_grad_(False) for module in modules(DTYPES[dtype], seed=99)]
@@ -57,7 +57,7 @@ def moved(of: Any, steps: int) -> None:
 
 
 def state_of(seed: int) -> dict[str, dict[str, Tensor]]:
-    """Float32 numbers as a checkpoint holds them, none of which bfloat16 can hold."""
+    """Float32 numbers as in a checkpoint. None of them is representable in bfloat16."""
     return {
         str(index): {name: value.detach().clone() + 1e-4 for name, value in module.named_parameters()}
         for index, module in enumerate(modules(torch.float32, seed))
@@ -65,7 +65,7 @@ def state_of(seed: int) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_after_a_resume_what_scores_is_the_restored_average(dtype: Dtype) -> None:
+def test_after_a_resume_the_restored_average_scores(dtype: Dtype) -> None:
     average = make_average(student(), dtype)
     saved = state_of(seed=7)
     average.load_state(saved)
@@ -78,7 +78,7 @@ def test_after_a_resume_what_scores_is_the_restored_average(dtype: Dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_a_resumed_average_goes_on_from_the_float32_numbers(dtype: Dtype) -> None:
+def test_a_resumed_average_continues_from_its_float32_numbers(dtype: Dtype) -> None:
     learner = student()
     average = make_average(learner, dtype)
     saved = state_of(seed=7)
@@ -93,7 +93,7 @@ def test_a_resumed_average_goes_on_from_the_float32_numbers(dtype: Dtype) -> Non
             torch.testing.assert_close(value.double(), expected, rtol=rounded, atol=1e-7)
 
 
-def test_a_new_average_is_the_student_and_scores_as_it() -> None:
+def test_a_new_average_equals_the_student_and_scores_like_it() -> None:
     learner = student()
     average = make_average(learner, "bfloat16")
     for theirs, mine in zip(learner.modules, average.model.modules, strict=True):

@@ -1,4 +1,4 @@
-"""The statistic over a batch: from whose log-probs, of which rows, and back to the rows of the ranks they came from.
+"""The statistic over a batch: its log-probs, its rows, and its return to the ranks of the rows.
 
 The expected values are loops over samples and tokens in float64, written from the equations of the objectives.
 
@@ -47,7 +47,7 @@ REOPOLD = {"kind": "reopold", "stages": 2, "switch_at": 0.5, "entropy_fraction":
 
 
 def old_logp(sample: int, token: int) -> float:
-    """The trainer's log-prob before the update: not the sampler's."""
+    """The trainer's log-prob before the update, not the sampler's."""
     return -0.3 - 0.17 * ((3 * sample + 5 * token) % 7)
 
 
@@ -146,7 +146,7 @@ VERDICTS = (True, False, True, False, None, True)
 
 
 def student_pass(_model: Any, micro_batches: list[MicroBatch], *_: Any, **__: Any) -> list[StudentPass]:
-    """In the place of a forward pass."""
+    """Stands in for a forward pass."""
     return [
         StudentPass(
             logp_T=row_values(micro_batch, old_logp),
@@ -161,7 +161,7 @@ def student_pass(_model: Any, micro_batches: list[MicroBatch], *_: Any, **__: An
 def contexts(
     layout: Layout, objective: dict[str, Any], unscored: str, step: int = 0
 ) -> tuple[dict[Place, float] | None, dict[Place, float]]:
-    """(statistic, old log-prob) of this rank's rows; the statistic is None where no row has one."""
+    """(statistic, old log-prob) of this rank's rows. The statistic is None if no row has one."""
     config = make_config(objective=objective)
     source = BatchContextSource(config, make_student(layout), None)
     rollouts = make_rollouts(0, prompts=PROMPTS, samples=SAMPLES)
@@ -207,13 +207,13 @@ def statistic(objective: dict[str, Any], unscored: str = "none", step: int = 0) 
 
 
 @pytest.mark.parametrize("unscored", list(UNSCORED))
-def test_the_history_weight_is_of_the_samplers_log_prob(unscored: str) -> None:
+def test_the_history_weight_uses_the_samplers_log_prob(unscored: str) -> None:
     expected = Expected(unscored)
     assert_equal(statistic(IW_OPD, unscored), expected.everywhere(expected.history_weight()))
 
 
 @pytest.mark.parametrize("unscored", list(UNSCORED))
-def test_the_mixed_return_is_of_the_trainers_log_prob_before_the_update(unscored: str) -> None:
+def test_the_mixed_return_uses_the_trainers_log_prob_before_the_update(unscored: str) -> None:
     expected = Expected(unscored)
     assert_equal(statistic(TOPD, unscored), expected.everywhere(expected.mixed_return()))
 
@@ -225,12 +225,12 @@ def test_the_most_uncertain_tokens_are_chosen_among_the_scored_ones(unscored: st
 
 
 @pytest.mark.parametrize("unscored", list(UNSCORED))
-def test_the_advantage_of_a_token_is_that_of_its_sample(unscored: str) -> None:
+def test_every_token_gets_the_group_advantage_of_its_sample(unscored: str) -> None:
     expected = Expected(unscored)
     assert_equal(statistic(KDRL, unscored), expected.everywhere(expected.group_advantage(VERDICTS)))
 
 
-def test_the_old_log_prob_of_the_context_is_that_of_the_students_pass() -> None:
+def test_the_old_log_prob_of_a_row_is_that_of_the_students_scoring_pass() -> None:
     with one_rank() as layout:
         _, old = contexts(layout, IW_OPD, "none")
     assert_equal(old, {place: old_logp(*place) for place in old})
@@ -238,14 +238,14 @@ def test_the_old_log_prob_of_the_context_is_that_of_the_students_pass() -> None:
 
 
 @pytest.mark.parametrize(("step", "has_statistic"), [(0, False), (1, False), (2, True), (3, True)])
-def test_the_statistic_of_reopold_begins_with_its_second_phase(step: int, has_statistic: bool) -> None:
+def test_reopold_has_a_statistic_only_from_its_second_phase_on(step: int, has_statistic: bool) -> None:
     found = statistic(REOPOLD, step=step)
     assert (found is not None) is has_statistic
     if has_statistic:
         assert_equal(found, Expected().everywhere(Expected().most_uncertain()))
 
 
-def test_an_objective_without_a_statistic_looks_at_no_row_before_the_update() -> None:
+def test_an_objective_without_a_statistic_reads_no_row_before_the_update() -> None:
     with one_rank() as layout:
         assert contexts(layout, {"kind": "opd", "topk": 3}, "none") == (None, {})
 
@@ -263,7 +263,7 @@ def expected_of_cases() -> list[dict[Place, float]]:
     ]
 
 
-def test_the_rows_of_all_data_ranks_make_one_statistic_and_each_rank_gets_its_own_rows() -> None:
+def test_the_statistic_is_computed_over_all_data_ranks_and_each_rank_gets_its_own_rows() -> None:
     one, two = on_ranks(contexts_on_ranks, 2, "data", CASES)
     for mine, theirs, expected in zip(one, two, expected_of_cases(), strict=True):
         assert mine and theirs and not mine.keys() & theirs.keys()
@@ -271,14 +271,14 @@ def test_the_rows_of_all_data_ranks_make_one_statistic_and_each_rank_gets_its_ow
         assert {**mine, **theirs}.keys() == expected.keys()
 
 
-def test_rows_that_every_tensor_rank_holds_count_once() -> None:
+def test_rows_held_by_several_tensor_ranks_count_once() -> None:
     one, two = on_ranks(contexts_on_ranks, 2, "tensor", CASES)
     for mine, theirs, expected in zip(one, two, expected_of_cases(), strict=True):
         assert mine == theirs
         assert_equal(mine, expected)
 
 
-def test_the_last_stage_alone_has_a_context() -> None:
+def test_only_the_last_pipeline_stage_has_a_batch_context() -> None:
     first, last = on_ranks(contexts_on_ranks, 2, "pipeline", CASES)
     assert first == [None] * len(CASES)
     for found, expected in zip(last, expected_of_cases(), strict=True):

@@ -1,4 +1,4 @@
-"""A loss that is no number stops its step on every rank, with the sample named and before the optimizer moves."""
+"""A NaN loss stops its step on every rank. The error names the sample, and the optimizer makes no step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tropd_mcore.mcore.loss import LossResult
 from tropd_mcore.types import MicroBatch
 
 SAMPLE, TOKEN = 2, 4
-"""Of a step: where the loss is NaN."""
+"""(rollout, token) of a step at which the loss is NaN."""
 
 
 @dataclass
 class BrokenLaunch(Launch):
-    """From the update number `healthy_updates` on, the loss of one token is no number."""
+    """From update number `healthy_updates` on, the loss of one token is NaN."""
 
     healthy_updates: int = 0
 
@@ -45,7 +45,7 @@ class BrokenLaunch(Launch):
 
 
 def outcome(launch: BrokenLaunch, last_step: int) -> tuple[str, BrokenLaunch]:
-    """What stopped the launch."""
+    """The error that stopped the launch."""
     try:
         launch.run(0, last_step)
     except TrainingError as error:
@@ -54,7 +54,7 @@ def outcome(launch: BrokenLaunch, last_step: int) -> tuple[str, BrokenLaunch]:
 
 
 def on_this_rank(run_dir: Path) -> tuple[str, int, list[int]]:
-    """(what stopped the launch, optimizer steps, samples of this rank)"""
+    """(error that stopped the launch, optimizer steps, samples of this rank)"""
     error, launch = outcome(BrokenLaunch(make_config(run_dir), make_layout()), 1)
     return error, launch.updates, sorted({sample for _, samples in launch.did("gradients") for sample in samples})
 

@@ -1,4 +1,4 @@
-"""What a run reads is the same at every launch: prompts, responses, model folders, and the teacher of stored scores."""
+"""The inputs of a run are the same at every launch: prompts, responses, model folders, teacher of stored scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def runs(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iter
 
 
 @pytest.mark.parametrize("name", ["student", "teacher"])
-def test_a_moved_model_folder_is_the_same_and_another_one_is_refused(runs: Runs, name: str) -> None:
+def test_a_moved_model_folder_is_accepted_and_a_different_one_is_refused(runs: Runs, name: str) -> None:
     runs.launch()
     runs.sampled()
     moved = runs.root / "moved"
@@ -84,7 +84,7 @@ def test_moved_prompts_are_the_same_prompts(runs: Runs) -> None:
     assert line.startswith("data.prompts: ") and line.endswith("(moved, the same content)")
 
 
-def test_stored_responses_count_where_the_objective_continues_them_alone(runs: Runs) -> None:
+def test_changed_responses_are_refused_only_if_the_objective_continues_them(runs: Runs) -> None:
     given = {"data": {"prompts": runs.root / "prompts.jsonl", "teacher_responses": runs.root / "responses.jsonl"}}
     for objective, refused in ((GUIDED, True), ({"kind": "opd", "topk": 3}, False)):
         shutil.rmtree(runs.run_dir.root, ignore_errors=True)
@@ -98,7 +98,7 @@ def test_stored_responses_count_where_the_objective_continues_them_alone(runs: R
             assert "content changed" in line and "not used by this objective" in line
 
 
-def test_responses_that_are_not_given_any_more_are_said(runs: Runs) -> None:
+def test_responses_that_are_no_longer_configured_are_reported(runs: Runs) -> None:
     runs.launch(data={"teacher_responses": runs.root / "responses.jsonl"})
     runs.sampled()
     (line,) = runs.launch()
@@ -116,7 +116,7 @@ def test_the_reference_is_compared_by_content(runs: Runs) -> None:
     assert runs.refuse(**by_default)[0].startswith("objective.reference: ")
 
 
-def test_other_versions_and_another_number_of_ranks_are_printed(runs: Runs) -> None:
+def test_changed_package_versions_and_a_changed_number_of_ranks_are_printed(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     recorded = load_inputs(runs.run_dir)
@@ -129,7 +129,7 @@ def test_other_versions_and_another_number_of_ranks_are_printed(runs: Runs) -> N
     assert "apex: 1.0 -> none" in lines and len(lines) == 3
 
 
-def test_the_source_of_a_custom_objective_that_changed_is_printed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_source_of_a_custom_objective_is_printed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     (runs.root / "own_objective.py").write_text("def loss(): ...\n")
     monkeypatch.syspath_prepend(runs.root)
     custom = {"objective": {"kind": "custom", "function": "own_objective:loss", "topk": 3}}
@@ -149,7 +149,7 @@ def test_without_a_recorded_content_another_path_is_refused(runs: Runs) -> None:
     assert "no content was recorded before" in problems[0] and problems[0].startswith("student.path: ")
 
 
-def test_large_files_are_read_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_input_files_are_read_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tropd_mcore.weights.digest.REMEMBERED_BYTES", 1)
     monkeypatch.setattr("tropd_mcore.weights.digest.SETTLED_NS", -(10**18))
     read: list[Path] = []
@@ -181,7 +181,7 @@ def name_of(runs: Runs, **sections: Any) -> str:
     return teacher_name(*inputs_of(runs, **sections))
 
 
-def test_stored_scores_are_named_after_what_the_teacher_is_and_not_where(runs: Runs) -> None:
+def test_stored_scores_are_named_after_the_teachers_content_and_not_its_path(runs: Runs) -> None:
     name = name_of(runs)
     copy = shutil.copytree(runs.root / "teacher", runs.root / "copy")
     assert name_of(runs, teacher={"path": copy}) == name == name_of(runs, run={"steps": 9})
@@ -205,7 +205,7 @@ def test_a_teacher_that_was_replaced_in_place_has_another_name(runs: Runs) -> No
     assert name_of(runs) != name
 
 
-def test_the_student_that_teaches_itself_is_read_once(runs: Runs) -> None:
+def test_a_model_that_is_both_student_and_teacher_is_read_once(runs: Runs) -> None:
     itself: dict[str, Any] = {"objective": SDPO, "teacher": {"path": runs.root / "student"}}
     _, inputs = inputs_of(runs, **itself)
     assert inputs.models["student.path"] == inputs.models["teacher.path"]
@@ -226,7 +226,7 @@ def read_on_a_rank(root: Path) -> tuple[list[str], str]:
     return read, inputs.model_dump_json()
 
 
-def test_ranks_share_the_reading_and_have_one_record(runs: Runs) -> None:
+def test_ranks_share_the_reading_of_inputs_and_have_one_record(runs: Runs) -> None:
     alone = inputs_of(runs)[1]
     runs.run_dir.digests.unlink()
     (first, one), (second, two) = on_ranks(read_on_a_rank, 2, runs.root)
@@ -239,7 +239,7 @@ def test_ranks_share_the_reading_and_have_one_record(runs: Runs) -> None:
 
 
 def read_fails_on_a_rank(root: Path) -> str:
-    """What this rank meets where rank 1 cannot read a file."""
+    """The error on this rank if rank 1 cannot read a file."""
 
     layout = make_layout()
 

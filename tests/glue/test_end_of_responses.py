@@ -71,7 +71,7 @@ def test_rollouts_prefixes_and_evaluation_end_at_the_tokens_of_both_models(
         client.requests.clear()
 
 
-def test_the_key_takes_the_place_of_what_the_folders_say_in_all_of_them(
+def test_rollout_end_tokens_overrides_the_model_folders_in_rollouts_prefixes_and_evaluation(
     recipe: Path, client: Client, tmp_path: Path
 ) -> None:
     key = 'rollout.end_tokens=["<|endoftext|>","<|im_start|>"]'

@@ -1,4 +1,4 @@
-"""The sampler gate: each bound refuses alone, on the sampled tokens only, at every step, and says the likely cause."""
+"""The sampler gate: each bound refuses independently, on sampled tokens only, at every step, with the likely cause."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tropd_mcore.train.gates import (
 
 TOKENS = 1000
 Piece = tuple[int, int, float]
-"""Tokens first ... last - 1 differ by so many nats, in both directions."""
+"""Tokens first ... last - 1 differ by this many nats, in both directions."""
 
 
 def bounded(**changes: Any) -> Config:
@@ -62,7 +62,7 @@ def gate_of(config: Config, *, exact: bool = True) -> SamplerGate:
 
 
 def refused(config: Config, *steps: Columns | Sequence[Columns], first_step: int = 0, exact: bool = True) -> str:
-    """What the gate says at the last of the steps; it lets the others pass."""
+    """The error of the gate at the last of the steps. The other steps pass."""
     gate = gate_of(config, exact=exact)
     for number, step in enumerate(steps, start=first_step):
         parts = [step] if isinstance(step, dict) else list(step)  # type: ignore[arg-type]
@@ -88,18 +88,18 @@ SHARE_OFF = columns((0, 30, 0.2), tokens=LEAST_TOKENS - 1)
 MAXIMUM_OFF = columns((7, 8, 2.0))
 
 
-def test_the_first_step_refuses_where_the_percentile_alone_is_above_its_bound() -> None:
+def test_the_first_step_is_refused_if_only_the_percentile_is_above_its_bound() -> None:
     message = refused(bounded(), P99_OFF)
     assert "1.5e-02 nats (mean), 5.0e-01 (99th percentile)" in message and f"over {TOKENS} tokens" in message
     assert "allowed 5e-02, 1e-01, 1e+00" in message and "3.0% of the tokens" in message and "allowed 5%" in message
 
 
-def test_the_first_step_between_exact_engines_refuses_where_the_maximum_alone_is_above_its_bound() -> None:
+def test_with_exact_engines_the_first_step_is_refused_if_only_the_maximum_is_above_its_bound() -> None:
     message = refused(bounded(), MAXIMUM_OFF)
     assert "2.0e+00 (maximum)" in message and "0.1% of the tokens" in message
 
 
-def test_where_an_engine_rounds_the_maximum_of_the_first_step_is_a_warning_that_counts(
+def test_with_rounding_engines_a_maximum_above_its_bound_in_the_first_step_is_a_counted_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     gate = passes(bounded(), MAXIMUM_OFF, MAXIMUM_OFF, exact=False)
@@ -117,7 +117,7 @@ def test_where_an_engine_rounds_the_maximum_of_the_first_step_is_a_warning_that_
     ],
     ids=["percentile", "mean", "share"],
 )
-def test_where_an_engine_rounds_a_first_step_near_its_bound_is_the_first_of_a_row_and_a_far_one_stops(
+def test_with_rounding_engines_a_first_step_slightly_above_its_bound_counts_and_one_far_above_stops(
     near: Columns, far: Columns
 ) -> None:
     config = bounded(sampler_logprob_steps=2)
@@ -135,18 +135,18 @@ def test_the_maximum_of_a_first_step_of_several_updates_is_warned_about_once() -
     assert gate.state.warnings == 1
 
 
-def test_the_first_step_refuses_where_the_mean_alone_is_above_its_bound() -> None:
-    """Every token a little off: a temperature that is nearly right."""
+def test_the_first_step_is_refused_if_only_the_mean_is_above_its_bound() -> None:
+    """Every token differs slightly, as with an almost correct temperature."""
     message = refused(bounded(), MEAN_OFF)
     assert "7.0e-02 nats (mean), 7.0e-02 (99th percentile), 7.0e-02 (maximum)" in message
 
 
-def test_the_first_step_refuses_where_the_share_alone_is_above_its_bound() -> None:
+def test_the_first_step_is_refused_if_only_the_share_is_above_its_bound() -> None:
     message = refused(bounded(), SHARE_OFF)
     assert f"over {LEAST_TOKENS - 1} tokens" in message and "6.0% of the tokens" in message
 
 
-def test_a_percentile_of_few_tokens_is_not_judged_and_one_token_is_no_share() -> None:
+def test_few_tokens_are_not_judged_by_their_percentile_and_one_token_not_by_its_share() -> None:
     few = columns((0, 20, 0.9), tokens=LEAST_TOKENS - 1)
     assert passes(bounded(), few).passed
     assert "1.6% of the tokens" in refused(bounded(), columns((0, 8, 0.9), tokens=LEAST_TOKENS))
@@ -154,7 +154,7 @@ def test_a_percentile_of_few_tokens_is_not_judged_and_one_token_is_no_share() ->
     assert "33.3% of the tokens" in refused(bounded(), columns((0, 2, 0.12), tokens=6))
 
 
-def test_inside_all_bounds_the_gate_says_nothing_of_later_steps() -> None:
+def test_the_gate_is_silent_about_later_steps_inside_all_bounds() -> None:
     gate = passes(bounded(), FINE, columns((0, TOKENS, 0.03125), (3, 5, 0.9)), FINE)
     assert gate.state.off_in_a_row == gate.state.warnings == 0 and gate.state.p99_bound == 0.1
 
@@ -167,7 +167,7 @@ def test_a_log_prob_that_is_not_finite_stops_the_first_step_and_later_ones(value
     assert "inf nats (mean)" in refused(bounded(), FINE, step)
 
 
-def test_the_sign_of_a_difference_does_not_matter() -> None:
+def test_the_gate_compares_absolute_differences() -> None:
     for sign in (1.0, -1.0):
         step = dict(columns())
         step["old_logp"] = step["old_logp"].copy()
@@ -175,14 +175,14 @@ def test_the_sign_of_a_difference_does_not_matter() -> None:
         refused(bounded(), step)
 
 
-def test_only_tokens_that_were_sampled_are_compared() -> None:
+def test_the_gate_compares_only_sampled_tokens() -> None:
     everything = columns((0, 900, 5.0))
     assert "over 1000 tokens" in refused(bounded(), everything)
     assert passes(bounded(), columns((0, 900, 5.0), off=900)).passed
     assert "over 100 tokens" in refused(bounded(), columns((0, 901, 5.0), off=900))
 
 
-def test_rows_of_later_epochs_are_not_compared_and_those_of_all_ranks_are() -> None:
+def test_the_gate_compares_the_rows_of_all_ranks_but_not_of_later_epochs() -> None:
     moved = dict(columns((0, TOKENS, 5.0)))
     moved["epoch"] = np.ones(TOKENS, dtype=np.int64)
     gate = gate_of(bounded())
@@ -190,7 +190,7 @@ def test_rows_of_later_epochs_are_not_compared_and_those_of_all_ranks_are() -> N
     assert "over 2000 tokens" in refused(bounded(), (FINE, {}, P99_OFF))
 
 
-def test_a_step_without_sampled_tokens_has_nothing_to_compare_and_ends_no_row_of_failures() -> None:
+def test_a_step_without_sampled_tokens_is_not_compared_and_does_not_reset_the_failure_count() -> None:
     nothing = columns((0, TOKENS, 9.0), off=TOKENS)
     gate = gate_of(bounded())
     assert not gate.check(0, [nothing]) and not gate.check(1, [{}])
@@ -201,7 +201,9 @@ def test_a_step_without_sampled_tokens_has_nothing_to_compare_and_ends_no_row_of
 
 @pytest.mark.parametrize("wrong", [P99_OFF, MEAN_OFF, SHARE_OFF], ids=["percentile", "mean", "share"])
 @pytest.mark.parametrize("allowed", [1, 2, 5])
-def test_a_later_step_that_is_off_stops_the_run_once_as_many_in_a_row_are(wrong: Columns, allowed: int) -> None:
+def test_the_run_stops_after_the_configured_number_of_consecutive_later_steps_above_a_bound(
+    wrong: Columns, allowed: int
+) -> None:
     config = bounded(sampler_logprob_steps=allowed)
     message = refused(config, FINE, *[wrong] * allowed, first_step=40)
     assert message.startswith(f"gates.sampler_logprob: step {40 + allowed}: ")
@@ -222,7 +224,7 @@ def test_a_later_step_whose_mean_is_far_above_its_bound_stops_the_run_at_once() 
     )
 
 
-def test_the_message_names_the_stored_rollouts_that_would_be_used_again() -> None:
+def test_the_message_names_the_stored_rollouts_that_a_resume_would_use_again() -> None:
     assert "remove nowhere/rollouts/step_000041.npz to step 43" in refused(
         bounded(), FINE, *[P99_OFF] * 3, first_step=40
     )
@@ -239,12 +241,12 @@ def test_a_later_maximum_above_its_bound_is_warned_about_and_counted_and_stops_n
     assert f"({1 + WARN_EVERY} such steps)" in lines[1]
 
 
-def test_a_later_step_that_is_off_is_warned_about_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_later_step_above_a_bound_is_warned_about_at_once(caplog: pytest.LogCaptureFixture) -> None:
     passes(bounded(), FINE, P99_OFF)
     assert "step 1: 99th percentile above the bound, 1 of 3 steps in a row that stop the run" in caplog.text
 
 
-def test_the_rows_of_the_first_of_several_updates_have_to_pass_once_and_count_as_no_step() -> None:
+def test_the_rows_of_the_first_of_several_updates_must_pass_once_and_do_not_count_as_a_step() -> None:
     gate = gate_of(bounded(sampler_logprob_steps=1))
     with pytest.raises(GateError):
         gate.check(0, [P99_OFF], first_update=True)
@@ -254,7 +256,7 @@ def test_the_rows_of_the_first_of_several_updates_have_to_pass_once_and_count_as
         gate.check(0, [P99_OFF])
 
 
-def test_in_a_replay_of_another_run_the_first_step_alone_is_judged() -> None:
+def test_in_a_replay_of_another_run_only_the_first_step_is_judged() -> None:
     config = make_config(run={"dir": "nowhere", "steps": 4, "replay": "elsewhere"}, gates={"sampler_logprob_p99": 0.1})
     assert passes(config, FINE, *[P99_OFF] * 9).state.off_in_a_row == 0
     refused(config, P99_OFF)
@@ -287,13 +289,15 @@ def test_engines_are_exact_only_in_float32_on_a_cpu(student: str, server: str | 
         ({"dtype": "float32", "device": "cpu", "quantization": "fp8"}, False),
     ],
 )
-def test_of_a_server_at_a_url_counts_what_it_says_of_itself(said: dict[str, str], exact: bool) -> None:
+def test_a_server_at_a_url_is_exact_only_if_it_reports_unquantized_float32_on_a_cpu(
+    said: dict[str, str], exact: bool
+) -> None:
     info = read_server_info({"max_req_input_len": 99, "tp_size": 1, **said}, {"weight_version": "v1"})
     assert engines_are_exact(make_config(), "cpu", info) is exact
     assert not engines_are_exact(make_config(), "cuda", info)
 
 
-def test_a_rollout_server_at_a_url_is_asked_how_it_computes_and_a_started_one_is_not() -> None:
+def test_only_a_rollout_server_at_a_url_is_asked_how_it_computes() -> None:
     page = {"max_req_input_len": 99, "tp_size": 1, "dtype": "float32", "device": "cuda"}
     client = SimpleNamespace(info=lambda: read_server_info(page, {"weight_version": "v1"}))
     gates = {"sampler_logprob": True}
@@ -325,14 +329,12 @@ def test_default_bounds_are_tight_only_between_exact_engines(exact: bool) -> Non
         ({"sampler_logprob_share": 0.5, "sampler_logprob_steps": 9}, (FLOAT32_MEAN, *FLOAT32_BOUNDS, 0.5, 9)),
     ],
 )
-def test_a_bound_that_is_given_replaces_its_own_default_alone(
-    gates: dict[str, Any], expected: tuple[float, ...]
-) -> None:
+def test_a_configured_bound_replaces_only_its_own_default(gates: dict[str, Any], expected: tuple[float, ...]) -> None:
     bounds = SamplerBounds.of(make_config(gates=gates), exact=True)
     assert (bounds.mean, bounds.p99, bounds.largest, bounds.share, bounds.steps) == expected
 
 
-def test_the_documented_default_bounds_are_those_in_force() -> None:
+def test_the_documented_default_bounds_equal_those_of_the_code() -> None:
     assert (FLOAT32_MEAN, *FLOAT32_BOUNDS) == (2e-5, 1e-4, 1e-2)
     assert (BFLOAT16_MEAN, *BFLOAT16_BOUNDS) == (0.05, 0.25, 2.0)
 
@@ -352,7 +354,7 @@ def test_the_documented_default_bounds_are_those_in_force() -> None:
         (1, ["single tokens only: special tokens, or padded vocabulary columns in one of the two softmaxes"]),
     ],
 )
-def test_the_cause_follows_from_the_share_of_wrong_tokens(wrong: int, causes: list[str]) -> None:
+def test_the_likely_cause_follows_from_the_share_of_wrong_tokens(wrong: int, causes: list[str]) -> None:
     message = refused(bounded(), columns((0, wrong, 2.0)))
     assert all(cause in message for cause in causes) and message.startswith("gates.sampler_logprob: step 0: ")
     assert message.endswith("gates.sampler_logprob_share, gates.sampler_logprob_steps")
@@ -379,7 +381,7 @@ def look_at(parts: Sequence[Columns], config: Config, step: int) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 3e-7, 7e-3])
-def test_a_teacher_that_scores_the_first_rollouts_as_the_student_does_is_the_student(noise: float) -> None:
+def test_a_teacher_whose_scores_of_the_first_rollouts_match_the_students_is_refused(noise: float) -> None:
     config = served(student={"dtype": "float32" if noise < 1e-3 else "bfloat16"})
     for teacher in (0.0, 2.0 * noise):
         with pytest.raises(
@@ -389,9 +391,9 @@ def test_a_teacher_that_scores_the_first_rollouts_as_the_student_does_is_the_stu
     look_at([scored(noise, 10.0 * noise + 1e-4)], config, 0)
 
 
-def test_a_teacher_near_the_student_is_not_looked_for_where_that_says_nothing() -> None:
-    """A later step (the student may have learnt it all), another temperature, a replay, the same folder, a teacher that
-    no server serves, and where the gate is off."""
+def test_teacher_and_student_scores_are_not_compared_where_equality_would_prove_nothing() -> None:
+    """Cases: a later step (the student may have learnt everything), another temperature, a replay, the same folder, a
+    teacher without a server, and a gate that is off."""
     same = [scored(3e-7, 0.0)]
     with pytest.raises(GateError):
         look_at(same, served(), 0)

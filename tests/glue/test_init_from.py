@@ -1,4 +1,4 @@
-"""`run.init_from` before anything is loaded: what is no checkpoint, or does not fit, is one line with the remedy."""
+"""`run.init_from` before anything is loaded: a path that is no matching checkpoint gives one line with the remedy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def info_of(student: Path, **changes: Any) -> CheckpointInfo:
 
 
 def other_run(root: Path, student: Path, steps: tuple[int, ...] = (2,), **changes: Any) -> Path:
-    """A run directory whose checkpoints have a JSON and no tensors; returns the newest checkpoint."""
+    """A run directory whose checkpoints have a JSON and no tensors. Returns the newest checkpoint."""
     folder = root
     for step in steps:
         folder = step_folder(root / "checkpoints", step)
@@ -72,7 +72,7 @@ def refused(tmp_path: Path, student: Path, layout: Layout, path: Path, **section
     return caught.value
 
 
-def test_a_checkpoint_that_fits_is_taken_and_recorded(tmp_path: Path, student: Path, layout: Layout) -> None:
+def test_a_matching_checkpoint_is_used_and_recorded(tmp_path: Path, student: Path, layout: Layout) -> None:
     path = other_run(tmp_path / "other", student)
     source = found(tmp_path, student, layout, path)
     assert source is not None and source.path == path
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_fits_is_taken_and_recorded(tmp_path: Path, student: P
     assert found(tmp_path, student, layout, None) is None
 
 
-def test_a_run_directory_names_its_newest_checkpoint(tmp_path: Path, student: Path, layout: Layout) -> None:
+def test_init_from_a_run_directory_means_its_newest_checkpoint(tmp_path: Path, student: Path, layout: Layout) -> None:
     newest = other_run(tmp_path / "other", student, steps=(2, 10, 9)).with_name("step_000010")
     for place, what in ((tmp_path / "other", "a run directory"), (tmp_path / "other" / "checkpoints", "the folder of")):
         error = refused(tmp_path, student, layout, place)
@@ -91,13 +91,15 @@ def test_a_run_directory_names_its_newest_checkpoint(tmp_path: Path, student: Pa
         assert str(error).endswith(f"run.init_from={newest}")
 
 
-def test_a_hugging_face_folder_belongs_to_student_path(tmp_path: Path, student: Path, layout: Layout) -> None:
+def test_init_from_a_hugging_face_folder_is_refused_and_student_path_suggested(
+    tmp_path: Path, student: Path, layout: Layout
+) -> None:
     error = refused(tmp_path, student, layout, student)
     assert isinstance(error, ConfigError) and f"set student.path={student} and remove run.init_from" in str(error)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty", "step_000002.partial"])
-def test_what_is_no_checkpoint_is_refused_with_what_was_expected(
+def test_init_from_something_else_is_refused_with_what_was_expected(
     tmp_path: Path, student: Path, layout: Layout, name: str
 ) -> None:
     place = tmp_path / name
@@ -117,7 +119,7 @@ def test_what_is_no_checkpoint_is_refused_with_what_was_expected(
         ({"optimizer": "replicated"}, {"init_optimizer": True}, "set optimizer.distributed=false"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_does_not_fit_is_refused(
+def test_init_from_a_checkpoint_that_does_not_match_is_refused(
     tmp_path: Path, student: Path, layout: Layout, changes: dict[str, Any], run: dict[str, Any], words: str
 ) -> None:
     path = other_run(tmp_path / "other", student, **changes)
@@ -126,28 +128,28 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("optimizer", [None, "replicated"])
-def test_weights_alone_need_no_optimizer_state(
+def test_init_from_without_the_optimizer_needs_no_optimizer_state(
     tmp_path: Path, student: Path, layout: Layout, optimizer: str | None
 ) -> None:
     path = other_run(tmp_path / "other", student, optimizer=optimizer)
     assert found(tmp_path, student, layout, path) is not None
 
 
-def test_another_architecture_is_refused(tmp_path: Path, student: Path, layout: Layout) -> None:
+def test_init_from_another_architecture_is_refused(tmp_path: Path, student: Path, layout: Layout) -> None:
     deeper = replace(read_architecture(student), num_layers=9)
     path = other_run(tmp_path / "other", student, architecture=deeper)
     assert "num_layers is 9, expected 1" in str(refused(tmp_path, student, layout, path))
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path: Path, student: Path, layout: Layout) -> None:
-    """Same architecture, same width, other words behind two ids: nothing else would notice."""
+    """Same architecture and width, but two ids have other tokens. No other check would detect this."""
     path = other_run(tmp_path / "other", student)
     swap_two_tokens(path / HF_FOLDER)
     with pytest.raises(DataError, match=r"run\.init_from=.* differ in 2 of"):
         found(tmp_path, student, layout, path)
 
 
-def test_a_checkpoint_whose_tokens_cannot_be_compared_is_said(
+def test_a_checkpoint_without_a_tokenizer_to_compare_is_reported(
     tmp_path: Path, student: Path, layout: Layout, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = other_run(tmp_path / "other", student)
@@ -161,7 +163,7 @@ def test_a_checkpoint_whose_tokens_cannot_be_compared_is_said(
     ]
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, student: Path, layout: Layout) -> None:
+def test_init_from_a_damaged_checkpoint_gives_a_one_line_error(tmp_path: Path, student: Path, layout: Layout) -> None:
     path = other_run(tmp_path / "other", student)
     (path / INFO_FILE).write_text("torn {")
     with pytest.raises(ModelError, match=r"step_000002.*damaged"):
@@ -173,7 +175,7 @@ def problems(tmp_path: Path, run: dict[str, Any], **sections: Any) -> list[str]:
     return [problem for problem in problems_across_sections(config) if "init" in problem]
 
 
-def test_what_contradicts_a_beginning_is_found_in_the_configuration_alone(tmp_path: Path) -> None:
+def test_settings_that_contradict_init_from_are_found_without_reading_files(tmp_path: Path) -> None:
     elsewhere = {"init_from": tmp_path / "other" / "checkpoints" / "step_000002"}
     assert problems(tmp_path, elsewhere) == []
     assert problems(tmp_path, {"init_optimizer": True}) == [

@@ -1,4 +1,4 @@
-"""From a configuration to a finished run over stubs: which parts are made, what is refused, when a run is over."""
+"""From a configuration to a finished run over stubs: created components, refusals, and the end of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tropd_mcore.weights.publish import new_folder
 STEPS = 4
 MATERIAL = SimpleNamespace(prompts="the prompts")
 SOURCES: dict[str, str] = defaultdict(lambda: "test")
-"""Where every value of the configuration came from."""
+"""The source of every value of the configuration."""
 ALONE = RankEnvironment(rank=0, world_size=1, local_rank=0)
 GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
 
@@ -71,7 +71,7 @@ def start_at(first_step: int, **given: Any) -> Any:
 
 
 class Run:
-    """`run_job` whose parts only say that they were called."""
+    """`run_job` with components that only record their calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
         self.did: list[str] = []
@@ -122,7 +122,7 @@ def run(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Run:
         pytest.param(0, False, None, 0, id="new, no export asked for"),
     ],
 )
-def test_a_run_has_nothing_left_to_do_where_all_steps_and_the_export_that_was_asked_for_are_there(
+def test_a_run_with_all_steps_and_the_requested_export_has_nothing_left_to_do(
     run: Run,
     folder: Path,
     tmp_path: Path,
@@ -142,7 +142,7 @@ def test_a_run_has_nothing_left_to_do_where_all_steps_and_the_export_that_was_as
     assert run.did == ["initialize", "loaded", *trained, "destroy"]
 
 
-def test_the_lock_and_the_groups_go_where_training_fails(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_lock_and_process_groups_are_released_if_training_fails(run: Run, folder: Path, tmp_path: Path) -> None:
     run.fail = DataError("broken")
     config = config_of(tmp_path, folder)
     for _ in range(2):
@@ -159,7 +159,7 @@ def test_the_lock_and_the_groups_go_where_training_fails(run: Run, folder: Path,
     ],
     ids=["ranks", "backend"],
 )
-def test_what_does_not_fit_the_machine_is_refused_before_any_group_is_made(
+def test_a_configuration_that_does_not_fit_the_machine_is_refused_before_any_group_is_made(
     run: Run, folder: Path, tmp_path: Path, sections: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -168,7 +168,7 @@ def test_what_does_not_fit_the_machine_is_refused_before_any_group_is_made(
 
 
 class Components:
-    """`_make_components` over stubs; keeps what the parts were made with."""
+    """`_make_components` over stubs. Keeps the arguments of the components."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, teacher: Any = "scorer") -> None:
         self.dry_runs: list[Any] = []
@@ -264,7 +264,7 @@ def test_a_replay_has_no_sampler_and_reads_scores_of_the_replayed_run(
     assert sampled.made.rollouts.policy == "policy" and sampled.scores["replay"] is None
 
 
-def test_the_average_scores_only_where_it_has_prompts_with_solutions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_scores_only_if_there_are_prompts_with_solutions(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(objective=SDPO)
     both = Components(monkeypatch).make(config, average="average", solution_prompts="prompts with solutions")
     assert both.scorer == "self teacher of the average" and both.made.average == "average"
@@ -274,7 +274,7 @@ def test_the_average_scores_only_where_it_has_prompts_with_solutions(monkeypatch
 
 @pytest.mark.parametrize("loss", ["topk_fkl", "none"])
 @pytest.mark.parametrize("is_served", [True, False])
-def test_only_a_served_teacher_of_an_objective_with_a_prefix_loss_can_lose_a_carrier(
+def test_only_a_served_teacher_with_a_prefix_loss_is_treated_as_fallible(
     monkeypatch: pytest.MonkeyPatch, loss: str, is_served: bool
 ) -> None:
     nowhere: Any = SimpleNamespace()
@@ -286,7 +286,7 @@ def test_only_a_served_teacher_of_an_objective_with_a_prefix_loss_can_lose_a_car
     assert parts.fallible is (teacher if is_served and loss != "none" else None)
 
 
-def test_the_longest_pack_is_tried_first_where_the_gate_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_pack_is_tried_before_training_if_the_gate_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Components(monkeypatch).make(make_config(gates={"longest_sequence": False})).dry_runs == []
     (tried,) = Components(monkeypatch).make(make_config(objective=SDPO)).dry_runs
     assert tried == {"tokens_per_micro_batch": 24, "k": 3, "student_topk": 5, "teacher": None}
@@ -295,18 +295,18 @@ def test_the_longest_pack_is_tried_first_where_the_gate_is_on(monkeypatch: pytes
     assert tried["teacher"] == "frozen teacher"
 
 
-def test_the_metrics_of_repeated_steps_are_dropped_and_the_reference_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_repeated_steps_are_dropped_and_the_reference_model_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Components(monkeypatch).make(make_config()).made
     assert made.monitor.start_step == 2 and made.context.reference == "reference"
 
 
 def write_export(student: Any, layout: Any, out: Path, *, source_folder: Path) -> None:
-    """Like the real one, it refuses a folder that has something in it."""
+    """Like the real one, it refuses a folder that is not empty."""
     with new_folder(out) as partial:
         (partial / "config.json").write_text(json.dumps({"source": str(source_folder)}))
 
 
-def test_an_export_replaces_the_former_one_and_what_an_interrupted_one_left(
+def test_an_export_replaces_the_former_one_and_the_remains_of_an_interrupted_one(
     monkeypatch: pytest.MonkeyPatch, layout: Layout, folder: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(job, "export_hf", write_export)

@@ -1,4 +1,4 @@
-"""From a configuration to a finished run over stubs: in which order models, weights, records and steps come."""
+"""From a configuration to a finished run over stubs: the order of models, weights, records and steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Training:
-    """`_train` whose models, servers and loop only say what they were made from."""
+    """`_train` with models, servers and a loop that only record their arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.did: list[tuple[Any, ...]] = []
@@ -101,7 +101,7 @@ def test_a_launch_resumes_trains_and_exports_what_is_left(
     settings: dict[str, Any],
     expected: list[tuple[Any, ...]],
 ) -> None:
-    """An export alone needs neither servers nor the average."""
+    """A launch that only exports needs neither servers nor the average."""
     config = config_of(tmp_path, folder, run=settings)
     trains = any(event[0] == "fit" for event in expected)
     found = Training(monkeypatch).launched(config, SimpleNamespace(rank=0), first_step)
@@ -119,7 +119,7 @@ def test_the_schedule_has_as_many_steps_as_the_run_has_updates(
 
 
 @pytest.mark.parametrize("first_step", [0, 2, 4])
-def test_a_launch_is_recorded_after_all_that_can_refuse_it_and_before_its_first_step(
+def test_a_launch_is_recorded_after_all_checks_and_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, first_step: int
 ) -> None:
     training = Training(monkeypatch)
@@ -130,7 +130,7 @@ def test_a_launch_is_recorded_after_all_that_can_refuse_it_and_before_its_first_
 
 
 @pytest.mark.parametrize("moment", ["start_servers", "build_model", "load_hf", "load", "_make_components"])
-def test_a_launch_that_is_refused_on_the_way_to_its_first_step_is_not_recorded(
+def test_a_launch_that_is_refused_before_its_first_step_is_not_recorded(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, moment: str
 ) -> None:
     training = Training(monkeypatch)
@@ -144,7 +144,7 @@ def test_a_launch_that_is_refused_on_the_way_to_its_first_step_is_not_recorded(
     assert not [event for event in training.did if event[0] in ("accept", "fit")]
 
 
-def test_weights_to_begin_with_are_there_before_the_optimizer_copies_them_and_the_average_starts_from_them(
+def test_initial_weights_are_loaded_before_optimizer_and_average_copy_them(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
     training = Training(monkeypatch)
@@ -155,7 +155,7 @@ def test_weights_to_begin_with_are_there_before_the_optimizer_copies_them_and_th
     assert "begin with the optimizer" not in did
 
 
-def test_optimizer_state_to_begin_with_is_loaded_into_the_optimizer_before_the_average_is_made(
+def test_initial_optimizer_state_is_loaded_before_the_average_is_made(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
     training = Training(monkeypatch)

@@ -1,4 +1,4 @@
-"""`tropd train` before ranks start: where this node stands, and what the launcher says of ranks that ended."""
+"""`tropd train` before ranks start: the rank of this node, and the launcher's report on ranks that ended."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def nodes(config: Config, environ: dict[str, str], *arguments: str) -> train_com
     return train_command.read_nodes(options(*arguments), config, environ)
 
 
-def test_one_node_needs_nothing_and_takes_any_free_port(config: Config) -> None:
+def test_a_single_node_needs_no_settings_and_uses_any_free_port(config: Config) -> None:
     assert nodes(config, {}) == train_command.Nodes(1, 0, "127.0.0.1", 0, 8)
 
 
 @pytest.mark.parametrize("port", [{}, {"MASTER_PORT": ""}, {"MASTER_PORT": "0"}])
-def test_several_nodes_agree_on_a_port_without_a_word(config: Config, port: dict[str, str]) -> None:
+def test_several_nodes_use_a_fixed_default_port(config: Config, port: dict[str, str]) -> None:
     environ = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "first", **port}
     assert nodes(config, environ) == train_command.Nodes(4, 3, "first", 29500, 2)
 
@@ -59,7 +59,7 @@ def test_arguments_win_over_the_environment(config: Config) -> None:
     assert nodes(config, environ, *given) == train_command.Nodes(2, 1, "other", 5, 4)
 
 
-def test_inside_a_slurm_step_the_step_says_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_a_slurm_step_the_nodes_are_read_from_slurm(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_command, "_first_host", lambda hosts: f"first of {hosts}")
     slurm = {"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "node[1-4]"}
     assert nodes(config, slurm) == train_command.Nodes(4, 2, "first of node[1-4]", 29500, 2)
@@ -78,7 +78,7 @@ def test_inside_a_slurm_step_the_step_says_it(config: Config, monkeypatch: pytes
         ({"NPROC_PER_NODE": "3"}, r"3 ranks|world size of 3|WORLD_SIZE"),
     ],
 )
-def test_a_wrong_environment_is_one_line_before_any_rank_starts(
+def test_a_wrong_environment_gives_a_one_line_error_before_any_rank_starts(
     config: Config, environ: dict[str, str], line: str
 ) -> None:
     with pytest.raises(ConfigError, match=line) as met:
@@ -125,14 +125,14 @@ def test_the_plan_ends_with_the_line_that_starts_each_node(config: Config) -> No
     ],
     ids=["no file", "empty", "whole", "torn", "longer"],
 )
-def test_where_a_run_stands_is_read_from_its_metrics(tmp_path: Path, lines: str | None, said: str) -> None:
+def test_the_progress_of_a_run_is_read_from_its_metrics(tmp_path: Path, lines: str | None, said: str) -> None:
     if lines is not None:
         (tmp_path / "metrics.jsonl").write_text(lines)
     job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0)
     assert launch.where(job) == said
 
 
-def test_the_rank_that_explains_itself_is_blamed_before_one_that_was_killed_and_that_before_one_that_followed() -> None:
+def test_blame_goes_first_to_a_rank_with_an_error_then_to_a_killed_one_then_to_one_that_followed() -> None:
     codes = [BYSTANDER, STOPPED, -9, BUG, INTERRUPTED, EXPLAINED]
     ordered = sorted(codes, key=launch._blame)
     assert set(ordered[:2]) == {EXPLAINED, INTERRUPTED} and set(ordered[2:4]) == {-9, BUG}

@@ -1,6 +1,6 @@
-"""What killed processes leave in shared memory: removed by the next one, and nothing else is.
+"""Files that killed processes leave in shared memory are removed by the next process, and no other files are.
 
-The processes are real; what SGLang does is done here by a child that maps files of shared memory under random names.
+The processes are real. A child that maps files of shared memory under random names stands in for SGLang.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ time.sleep(600)
 
 @pytest.fixture
 def names() -> Iterator[list[Path]]:
-    """Names of shared memory that nobody has; what is left there after the test goes."""
+    """Unused names of shared memory. Files that remain there are removed after the test."""
     found = [SHARED_MEMORY / f"tropd-test-{uuid.uuid4().hex}" for _ in range(3)]
     yield found
     for path in found:
@@ -79,7 +79,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, and wait until the process runs no more; its parent may not have asked about it yet."""
+    """SIGKILL, and wait until the process no longer runs. Its parent may not have waited for it yet."""
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while start_of(pid) is not None and time.monotonic() < deadline:
@@ -92,7 +92,7 @@ def ledger_of(pid: int) -> Path:
     return path
 
 
-def test_what_a_killed_owner_and_its_killed_server_left_goes_with_the_next_launch(names: list[Path]) -> None:
+def test_the_next_launch_removes_what_a_killed_owner_and_its_killed_server_left(names: list[Path]) -> None:
     with running(OWNER, CHILD, *names[:2]) as owner:
         folder, child = Path(line(owner)), int(line(owner))
         names[2].touch()
@@ -112,7 +112,7 @@ def test_what_a_killed_owner_and_its_killed_server_left_goes_with_the_next_launc
     assert not folder.exists() and not ledger.exists()
 
 
-def test_nothing_of_a_living_owner_is_removed(names: list[Path]) -> None:
+def test_no_file_of_a_living_owner_is_removed(names: list[Path]) -> None:
     with running(OWNER, CHILD, *names) as owner:
         folder, child = Path(line(owner)), int(line(owner))
         for process in [*psutil.Process(child).children(), psutil.Process(child)]:
@@ -124,7 +124,7 @@ def test_nothing_of_a_living_owner_is_removed(names: list[Path]) -> None:
     assert not any(path.exists() for path in names) and not folder.exists()
 
 
-def test_a_file_that_another_process_maps_stays_until_that_has_ended(names: list[Path]) -> None:
+def test_a_file_mapped_by_another_process_is_kept_until_that_process_ends(names: list[Path]) -> None:
     with running(CHILD, names[0]) as other:
         line(other)
         with running(OWNER, CHILD, *names) as owner:
@@ -140,7 +140,7 @@ def test_a_file_that_another_process_maps_stays_until_that_has_ended(names: list
     assert not names[0].exists()
 
 
-def test_the_buffer_of_weight_updates_and_its_manager_folder_go_where_both_were_killed() -> None:
+def test_the_buffer_of_weight_updates_and_its_manager_folder_are_removed_after_both_were_killed() -> None:
     with running(SHARER) as sharer:
         socket = Path(line(sharer))
         (buffer,) = SHARED_MEMORY.glob(f"torch_{sharer.pid}_*")
@@ -177,7 +177,7 @@ LIARS: dict[str, Callable[[Path, Path], None]] = {
 
 
 @pytest.mark.parametrize("liar", LIARS)
-def test_a_ledger_that_lies_removes_nothing_elsewhere(tmp_path: Path, liar: str) -> None:
+def test_a_forged_ledger_removes_no_file_elsewhere(tmp_path: Path, liar: str) -> None:
     victim = tmp_path / "data" / "precious.npz"
     victim.parent.mkdir()
     victim.touch()
@@ -192,10 +192,10 @@ def test_a_ledger_that_lies_removes_nothing_elsewhere(tmp_path: Path, liar: str)
 
 
 @pytest.mark.parametrize("sees_all", [True, False])
-def test_a_file_that_only_carries_a_number_of_ours_goes_only_where_no_container_has_the_same_number(
+def test_a_file_matched_only_by_process_number_is_removed_only_if_no_container_can_share_the_number(
     monkeypatch: pytest.MonkeyPatch, sees_all: bool
 ) -> None:
-    """Containers that share /dev/shm count their processes each for itself."""
+    """Containers that share /dev/shm have separate process numbers."""
     namespace = Path("/proc/self/ns/pid").stat().st_ino
     monkeypatch.setattr(left_behind, "_WHOLE_MACHINE", namespace if sees_all else namespace + 1)
     gone = 2**22 - 2
@@ -224,7 +224,7 @@ def test_the_buffer_of_weight_updates_is_in_the_ledger_by_its_name() -> None:
     remove_left_over()
 
 
-def test_what_is_older_than_a_process_of_ours_that_maps_it_is_not_its_own(
+def test_a_mapped_file_older_than_its_process_is_not_recorded_as_its_own(
     names: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(left_behind, "_CLOCK_STEP_S", 0.0)
@@ -232,7 +232,7 @@ def test_what_is_older_than_a_process_of_ours_that_maps_it_is_not_its_own(
     monkeypatch.setattr(left_behind, "_write", lambda: None)
     old, new = names[:2]
     old.write_bytes(b"x" * 4096)
-    time.sleep(1.5)  # the start of the machine, and so of a process, is known by the second
+    time.sleep(1.5)  # the boot time, and so the start time of a process, is known to the second
     code = (
         "import mmap, sys, time\n"
         "old = open(sys.argv[1], 'rb+')\n"
@@ -251,7 +251,7 @@ def test_what_is_older_than_a_process_of_ours_that_maps_it_is_not_its_own(
         kill(process.pid)
 
 
-def test_a_folder_of_a_server_outlives_its_owner_in_the_ledger() -> None:
+def test_the_ledger_keeps_the_folder_of_a_server_after_its_owner_ended() -> None:
     with running("from tropd_mcore.serving import left_behind\nprint(left_behind.make_folder())") as process:
         folder = Path(line(process))
         process.wait(timeout=60)
@@ -269,7 +269,7 @@ def test_a_reused_process_number_is_another_process() -> None:
     assert start_of(ended.pid) is None
 
 
-def test_a_process_that_ends_by_itself_leaves_no_ledger() -> None:
+def test_a_process_that_ends_normally_leaves_no_ledger() -> None:
     code = "import os\nfrom tropd_mcore.serving import left_behind\nleft_behind.note_process(os.getpid())\nprint('on')"
     with running(code) as process:
         assert line(process) == "on"

@@ -1,4 +1,4 @@
-"""What a run reads before it builds anything: which folders, prompts and lengths are refused, by which key."""
+"""The inputs that a run reads before it builds anything: folders, prompts and lengths that are refused, by key."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_more_candidates_than_tokens_are_refused_by_key(
         assert found.startswith(expected), found
 
 
-def test_every_model_but_the_student_is_compared_with_it_where_the_gate_is_on(
+def test_every_other_model_is_compared_with_the_student_if_the_gate_is_on(
     monkeypatch: pytest.MonkeyPatch, layout: Layout, folder: Path, tmp_path: Path
 ) -> None:
     compared: list[tuple[Path, Path, str]] = []
@@ -123,7 +123,7 @@ def test_a_reference_that_knows_fewer_tokens_than_the_student_is_refused(
 
 
 def prompts_of(longest: int, **changes: Any) -> PromptSet:
-    """Two prompts, one of `longest` tokens; `changes` are of that one."""
+    """Two prompts, one of `longest` tokens. `changes` apply to that one."""
     short = Prompt("short", np.array([3, 4], np.int32), None, None)
     given = {"token_ids": np.full(longest, 5, np.int32), "answer": None, "teacher_response_ids": None} | changes
     return PromptSet([short, Prompt("long", **given)], shuffle=False, seed=0)
@@ -168,7 +168,7 @@ def written_prompts(path: Path, *, answer: str | None = "7") -> Path:
     return path
 
 
-def test_the_material_is_what_the_files_say(layout: Layout, folder: Path, tmp_path: Path) -> None:
+def test_the_loaded_inputs_match_the_files(layout: Layout, folder: Path, tmp_path: Path) -> None:
     data = {"prompts": written_prompts(tmp_path / "prompts.jsonl")}
     config = config_of(tmp_path, folder, data=data, batch={"tokens_per_micro_batch": 99})
     found = read_loaded_inputs(context_of(config, layout))
@@ -202,10 +202,8 @@ def test_an_objective_that_learns_from_solutions_reads_prompts_with_answers(
     assert "without.jsonl:2: prompt 'p1' has no `answer`" in second
 
 
-def test_all_that_the_run_will_ask_of_its_data_is_asked_at_the_start(
-    layout: Layout, folder: Path, tmp_path: Path
-) -> None:
-    """Ids, answers and stored responses, each with its line; guidance that is off asks for no response."""
+def test_all_requirements_on_the_data_are_checked_at_the_start(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    """Ids, answers and stored responses, each with its line. Without guidance no response is needed."""
     responses = tmp_path / "responses.jsonl"
     responses.write_text('{"id": "p0", "response_ids": [3, 307]}\n')
     data = {"prompts": written_prompts(tmp_path / "prompts.jsonl", answer="1\n2"), "teacher_responses": responses}
@@ -232,7 +230,7 @@ def test_all_that_the_run_will_ask_of_its_data_is_asked_at_the_start(
     read_loaded_inputs(context_of(config, layout))
 
 
-def test_a_resumed_run_renders_the_day_of_its_first_launch(
+def test_a_resumed_run_renders_the_date_of_its_first_launch(
     layout: Layout, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dated = write_tiny_model(tmp_path / "dated", num_hidden_layers=1)
@@ -264,14 +262,14 @@ def test_a_resumed_run_renders_the_day_of_its_first_launch(
 
 
 @pytest.mark.parametrize("content", ["", "yesterday", "2024-02-30"])
-def test_a_damaged_record_of_the_day_is_one_line(tmp_path: Path, content: str) -> None:
+def test_a_damaged_record_of_the_date_gives_a_one_line_error(tmp_path: Path, content: str) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.template_date.write_text(content)
     with pytest.raises(DataError, match=r"template_date: expected the date of the run's first launch [^\n]*"):
         run_dir.recorded_template_date()
 
 
-def test_what_one_rank_alone_cannot_read_is_met_by_all(folder: Path, tmp_path: Path) -> None:
+def test_an_input_that_one_rank_cannot_read_is_the_same_error_on_all_ranks(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "a", "prompt": "two pears"}\n')
     for change in ({"student": {"path": tmp_path / "missing"}}, {"loss": {"ignore_tokens": ["no such token"]}}):
@@ -280,7 +278,7 @@ def test_what_one_rank_alone_cannot_read_is_met_by_all(folder: Path, tmp_path: P
 
 
 def read_with_a_fault_on_rank_one(folder: Path, tmp_path: Path, prompts: Path, change: dict[str, Any]) -> str:
-    """What this rank meets, where the second alone has a disk, or a configuration, on which something is missing."""
+    """The error on this rank if only rank 1 has a disk or a configuration with something missing."""
     layout = make_layout()
     healthy = config_of(tmp_path / "run", folder, data={"prompts": prompts}, batch={"tokens_per_micro_batch": 99})
     context = context_of(healthy, layout)

@@ -24,7 +24,7 @@ LIE = sampling_lies(vocab_size=VOCABULARY, end=2)["an id outside the vocabulary"
 
 
 def about_nth(*numbers: int) -> Any:
-    """Picks requests by their place in the order of arrival, counted from 0."""
+    """Selects requests by their position in the order of arrival, counted from 0."""
     seen = iter(range(10**9))
     return lambda _: next(seen) in numbers
 
@@ -33,8 +33,8 @@ def tell(proxy: Liar, *numbers: int) -> None:
     proxy.tell("/generate", LIE, about=about_nth(*numbers))
 
 
-def test_the_carrier_of_a_prefix_loss_that_is_left_out_hands_it_to_the_next_sample(tmp_path: Path) -> None:
-    """Four samples one after the other: the second answer about the first one is the second request."""
+def test_if_a_prefix_carrier_is_left_out_the_next_sample_carries_the_prefix_loss(tmp_path: Path) -> None:
+    """Four samples one after the other. The second request is the retry of the first sample."""
     config = guided(tmp_path, gates={"masked_share": 0.5})
     config = config.model_copy(update={"rollout": one_at_a_time(config.rollout)})
     with fake_server() as server, liar(server.url) as proxy, launch(proxy, config) as (source, _):  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def one_at_a_time(rollout: Any) -> Any:
 
 
 @pytest.mark.parametrize(("share", "stops"), [(0.25, False), (0.24, True), (0.0, True), (1.0, False)])
-def test_the_share_of_samples_that_are_left_out_is_bounded(tmp_path: Path, share: float, stops: bool) -> None:
+def test_the_share_of_left_out_samples_is_bounded(tmp_path: Path, share: float, stops: bool) -> None:
     """One sample of four."""
     config = make_config(tmp_path, gates={"masked_share": share})
     config = config.model_copy(update={"rollout": one_at_a_time(config.rollout)})
@@ -69,7 +69,7 @@ def test_the_share_of_samples_that_are_left_out_is_bounded(tmp_path: Path, share
         assert not RunDir(tmp_path).rollouts(0).exists()
 
 
-def test_a_step_without_any_usable_answer_stops_whatever_the_bound(tmp_path: Path) -> None:
+def test_a_step_without_any_usable_answer_stops_the_run_whatever_the_bound(tmp_path: Path) -> None:
     config = make_config(tmp_path, gates={"masked_share": 1.0})
     with fake_server() as server, liar(server.url) as proxy, launch(proxy, config) as (source, _):  # type: ignore[arg-type]
         proxy.tell("/generate", LIE)
@@ -77,7 +77,7 @@ def test_a_step_without_any_usable_answer_stops_whatever_the_bound(tmp_path: Pat
             source.at_step(0)
 
 
-def test_a_sample_that_was_left_out_before_the_server_died_is_not_asked_for_again(
+def test_a_sample_left_out_before_the_server_died_is_not_requested_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(transport_module, "FIRST_WAIT_S", 0.01)
@@ -98,7 +98,7 @@ def test_a_sample_that_was_left_out_before_the_server_died_is_not_asked_for_agai
 def test_stored_rollouts_with_ids_that_the_student_lacks_are_refused_by_file(
     tmp_path: Path, bad: int, replayed: bool
 ) -> None:
-    """An id of -3 would end in the tokenizer, and one beyond the embedding in a row of zeros."""
+    """An id of -3 would reach the tokenizer, and one beyond the embedding a row of zeros."""
     rollouts = make_rollouts()
     rollouts[1].response_ids[0] = bad
     other = tmp_path / "other"
@@ -114,7 +114,7 @@ def test_stored_rollouts_with_ids_that_the_student_lacks_are_refused_by_file(
     assert replayed is False or not RunDir(config.run.dir).rollouts(0).exists()
 
 
-def test_what_is_left_of_a_step_is_what_the_server_sampled(tmp_path: Path) -> None:
+def test_the_remaining_samples_of_a_step_are_valid_rollouts(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config = config.model_copy(update={"rollout": one_at_a_time(config.rollout)})
     with fake_server() as server, liar(server.url) as proxy, launch(proxy, config) as (source, _):  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_what_is_left_of_a_step_is_what_the_server_sampled(tmp_path: Path) -> No
         assert np.isfinite(rollout.rollout_logp).all()
 
 
-def test_a_repetition_of_a_step_knows_how_many_samples_were_left_out(tmp_path: Path) -> None:
+def test_a_repeated_step_knows_how_many_samples_were_left_out(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config = config.model_copy(update={"rollout": one_at_a_time(config.rollout)})
     with fake_server() as server, liar(server.url) as proxy, launch(proxy, config) as (source, _):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""When a model of the job is compared with an independent reading, when not, and what the log says instead."""
+"""When a model of the job is compared with an independent reading, when not, and the log line in that case."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def layout() -> Iterator[Layout]:
 
 
 class Job:
-    """`check_model` whose two sides say what the test says; `readings` counts the independent ones."""
+    """`check_model` with results set by the test. `readings` counts the independent readings."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layout: Layout, root: Path) -> None:
         self.layout, self.root = layout, root
@@ -54,7 +54,7 @@ class Job:
         return EXPECTED
 
     def check(self, key: str = "teacher.path") -> list[Path]:
-        """Check once; returns what was read independently for it."""
+        """Check once. Returns the folders that were read independently."""
         before = len(self.readings)
         model: Any = SimpleNamespace(
             config=SimpleNamespace(params_dtype=self.dtype), platform=SimpleNamespace(name="cpu")
@@ -77,7 +77,7 @@ def job(monkeypatch: pytest.MonkeyPatch, layout: Layout, tmp_path: Path, caplog:
     return Job(monkeypatch, layout, tmp_path)
 
 
-def test_a_model_that_was_compared_is_not_compared_again_until_something_changes(
+def test_a_compared_model_is_not_compared_again_until_something_changes(
     job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert job.check() == [Path("teacher")]
@@ -95,7 +95,7 @@ def test_a_model_that_was_compared_is_not_compared_again_until_something_changes
     assert job.check() == [Path("teacher")]
 
 
-def test_another_layout_is_compared_again(job: Job) -> None:
+def test_a_model_at_another_layout_is_compared_again(job: Job) -> None:
     job.check()
     record = json.loads((job.root / "model_checks.json").read_text())
     record["teacher.path"]["of"]["layout"][0] = 2
@@ -105,7 +105,7 @@ def test_another_layout_is_compared_again(job: Job) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"teacher.path": 3}', '{"teacher.path": {"of": 1}}'])
-def test_a_damaged_record_costs_another_comparison(job: Job, text: str) -> None:
+def test_a_damaged_record_only_repeats_the_comparison(job: Job, text: str) -> None:
     (job.root / "model_checks.json").write_text(text)
     assert job.check() == [Path("teacher")]
 
@@ -126,13 +126,13 @@ def test_a_difference_stops_the_run_and_is_not_remembered(job: Job) -> None:
     assert all(word in message for word in ("gates.model_reading", "teacher.path=teacher", "2.0e-03", "1e-03"))
 
 
-def test_a_softcap_that_the_model_does_not_have_is_the_likely_cause(job: Job) -> None:
+def test_a_softcap_that_the_model_lacks_is_named_as_the_likely_cause(job: Job) -> None:
     job.found, job.sections = job.found + 1.0, {"loss": {"logit_softcap": 30.0}}
     with pytest.raises(GateError, match=r"loss\.logit_softcap = 30"):
         job.check()
 
 
-def test_an_unreadable_folder_is_the_error_of_the_reading(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_reading_a_folder_is_passed_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(folder: Path, ids: Any) -> Any:
         raise ModelError("transformers cannot load it")
 
@@ -155,7 +155,7 @@ def test_an_unreadable_folder_is_the_error_of_the_reading(job: Job, monkeypatch:
         ),
     ],
 )
-def test_where_the_host_is_too_small_the_log_says_why_and_what_else_compares_the_model(
+def test_if_the_host_is_too_small_the_log_says_why_and_what_else_compares_the_model(
     job: Job, caplog: pytest.LogCaptureFixture, key: str, sections: dict[str, Any], level: str, words: str
 ) -> None:
     job.missing, job.sections = "takes 60.0 GiB and 20.0 GiB are available", sections
@@ -165,12 +165,12 @@ def test_where_the_host_is_too_small_the_log_says_why_and_what_else_compares_the
     assert all(word in record.getMessage() for word in (key, "60.0 GiB", "20.0 GiB", words))
 
 
-def test_the_gate_can_be_switched_off(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_gate_of_the_model_check_can_be_switched_off(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     job.sections = {"gates": {"model_reading": False}}
     assert job.check() == [] and caplog.messages == []
 
 
-def test_bounds_follow_dtype_and_device() -> None:
+def test_the_bounds_of_the_model_check_depend_on_dtype_and_device() -> None:
     def of(dtype: torch.dtype, device: str) -> object:
         model: Any = SimpleNamespace(config=SimpleNamespace(params_dtype=dtype), platform=SimpleNamespace(name=device))
         return bounds_of(model)
@@ -179,7 +179,7 @@ def test_bounds_follow_dtype_and_device() -> None:
     assert of(torch.bfloat16, "cpu") is of(torch.float32, "cuda") is ROUNDED
 
 
-def test_the_worst_replica_counts_and_what_is_no_number_is_an_infinite_difference() -> None:
+def test_the_worst_replica_counts_and_a_nan_is_an_infinite_difference() -> None:
     expected = np.array([-1.0, -2.0], np.float32)
     found = np.array([[-1.0, -2.0], [-1.25, -2.0]])
     assert ReadingDifference.of(found, expected).largest == 0.25

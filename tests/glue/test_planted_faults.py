@@ -1,7 +1,7 @@
-"""Faults of statistics, schedules and the wire that once went unnoticed: each is planted, and a test has to fail.
+"""Faults of statistics, schedules and the wire that tests once missed: each is planted, and a test must fail.
 
-A row is (what goes wrong, where and how it is planted, the test that notices). The test runs as it stands, on its rank
-processes as well (`faults.on_ranks`); without the fault it passes in its own file.
+A row is (the fault in words, the planted change, the test that detects it). The test runs unchanged, also on its rank
+processes (`faults.on_ranks`). Without the fault it passes in its own file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tropd_mcore.rollout.uniforms import trust_uniforms
 
 Row = tuple[str, Fault, Callable[..., None], dict[str, Any]]
 NOTICED = (AssertionError, pytest.fail.Exception, TropdError)
-"""What a test raises that does not hold, or the product where it meets the fault itself; any other exception would say
-that the test broke."""
+"""Exceptions of a failing test, or of the product if it detects the fault itself. Any other exception means that the
+test is broken."""
 
 
 def row(what: str, fault: Fault, claim: Callable[..., None], **arguments: Any) -> Row:
@@ -52,27 +52,27 @@ GATES = (
     row(
         "the sampler gate never refuses on the percentile",
         Fault("train.gates", "self.p99 > bounds.p99", "False"),
-        test_gates.test_the_first_step_refuses_where_the_percentile_alone_is_above_its_bound,
+        test_gates.test_the_first_step_is_refused_if_only_the_percentile_is_above_its_bound,
     ),
     row(
         "the sampler gate never refuses on the mean",
         Fault("train.gates", "self.mean > bounds.mean", "False"),
-        test_gates.test_the_first_step_refuses_where_the_mean_alone_is_above_its_bound,
+        test_gates.test_the_first_step_is_refused_if_only_the_mean_is_above_its_bound,
     ),
     row(
         "the sampler gate never refuses on the share",
         Fault("train.gates", "self.share_above > bounds.share and above >= 2", "False"),
-        test_gates.test_the_first_step_refuses_where_the_share_alone_is_above_its_bound,
+        test_gates.test_the_first_step_is_refused_if_only_the_share_is_above_its_bound,
     ),
     row(
         "the sampler gate never refuses on the maximum",
         Fault("train.gates", GATE, "if found.off(first):"),
-        test_gates.test_the_first_step_between_exact_engines_refuses_where_the_maximum_alone_is_above_its_bound,
+        test_gates.test_with_exact_engines_the_first_step_is_refused_if_only_the_maximum_is_above_its_bound,
     ),
     row(
         "`and` for `or` between the bounds of the gate",
         Fault("train.gates", GATE, GATE.replace(" or ", " and ")),
-        test_gates.test_the_first_step_between_exact_engines_refuses_where_the_maximum_alone_is_above_its_bound,
+        test_gates.test_with_exact_engines_the_first_step_is_refused_if_only_the_maximum_is_above_its_bound,
     ),
     row(
         "the bounds of later steps hold at a first step where an engine rounds",
@@ -82,41 +82,41 @@ GATES = (
     row(
         "the percentile of a few tokens is judged",
         Fault("train.gates", "self.tokens >= LEAST_TOKENS and self.p99", "self.p99"),
-        test_gates.test_a_percentile_of_few_tokens_is_not_judged_and_one_token_is_no_share,
+        test_gates.test_few_tokens_are_not_judged_by_their_percentile_and_one_token_not_by_its_share,
     ),
     row(
         "one token is a share",
         Fault("train.gates", "bounds.share and above >= 2", "bounds.share"),
-        test_gates.test_a_percentile_of_few_tokens_is_not_judged_and_one_token_is_no_share,
+        test_gates.test_few_tokens_are_not_judged_by_their_percentile_and_one_token_not_by_its_share,
     ),
     row(
         "the gate compares tokens that were not sampled",
         Fault("train.gates", 'part["on"].astype(bool) & ', ""),
-        test_gates.test_only_tokens_that_were_sampled_are_compared,
+        test_gates.test_the_gate_compares_only_sampled_tokens,
     ),
     row(
         "the gate compares rows of later epochs",
         Fault("train.gates", ' & (part["epoch"] == 0)', ""),
-        test_gates.test_rows_of_later_epochs_are_not_compared_and_those_of_all_ranks_are,
+        test_gates.test_the_gate_compares_the_rows_of_all_ranks_but_not_of_later_epochs,
     ),
     row(
         "steps that are off are counted over the launch, not in a row",
         Fault("train.gates", ROW, "self._off = [*self._off, step] if off else self._off"),
-        test_gates.test_a_later_step_that_is_off_stops_the_run_once_as_many_in_a_row_are,
+        test_gates.test_the_run_stops_after_the_configured_number_of_consecutive_later_steps_above_a_bound,
         wrong=test_gates.P99_OFF,
         allowed=2,
     ),
     row(
         "later steps are never off",
         Fault("train.gates", ROW, "self._off = []"),
-        test_gates.test_a_later_step_that_is_off_stops_the_run_once_as_many_in_a_row_are,
+        test_gates.test_the_run_stops_after_the_configured_number_of_consecutive_later_steps_above_a_bound,
         wrong=test_gates.P99_OFF,
         allowed=2,
     ),
     row(
         "the rollouts of another run are judged at every step",
         Fault("train.gates", "if first_update or (self._replayed and not is_first):", "if first_update:"),
-        test_gates.test_in_a_replay_of_another_run_the_first_step_alone_is_judged,
+        test_gates.test_in_a_replay_of_another_run_only_the_first_step_is_judged,
     ),
     row(
         "the trainer never asks the gate",
@@ -131,17 +131,17 @@ GATES = (
     row(
         "the trainer asks the gate at the first step of a launch alone",
         Fault("train.trainer", FIRST, FIRST.replace("(whole or first)", "first")),
-        test_trainer.test_a_sampler_that_does_not_follow_the_student_stops_the_run_before_the_update_of_its_third_step,
+        test_trainer.test_a_sampler_with_stale_weights_stops_the_run_before_the_update_of_its_third_step,
     ),
     row(
         "with several updates, the trainer asks only once all of them have moved the student",
         Fault("train.trainer", FIRST, FIRST.replace("(whole or first)", "whole")),
-        test_trainer.test_the_gate_compares_what_the_student_was_before_the_first_of_several_updates,
+        test_trainer.test_the_gate_compares_the_student_before_the_first_of_several_updates,
     ),
     row(
         "a served teacher is not looked at before a checkpoint",
         Fault("train.trainer", "components.teacher_check.before_checkpoint(done)", "pass"),
-        test_trainer.test_a_served_teacher_is_looked_at_before_the_scores_of_a_step_and_before_a_checkpoint_is_written,
+        test_trainer.test_a_served_teacher_is_checked_before_each_scoring_and_before_each_checkpoint,
     ),
 )
 
@@ -149,29 +149,29 @@ SCHEDULES = (
     row(
         "progress fixed at 0 in the trainer: KDRL stays at beta_start",
         Fault("train.trainer", PROGRESS, "progress=0.0"),
-        test_trainer.test_the_objective_of_kdrl_gets_the_progress_of_every_step,
+        test_trainer.test_the_kdrl_objective_gets_the_progress_of_every_step,
     ),
     row(
         "progress fixed at 0 in the trainer: REOPOLD stays in phase 1",
         Fault("train.trainer", PROGRESS, "progress=0.0"),
-        test_trainer.test_the_objective_of_reopold_changes_its_phase_at_its_share_of_the_run,
+        test_trainer.test_the_reopold_objective_changes_its_phase_at_the_configured_share_of_the_run,
     ),
     row(
         "progress counts from the launch",
         Fault("train.trainer", PROGRESS, "progress=(batch.step - self.first_step) / components.config.run.steps"),
-        test_trainer.test_the_objective_of_kdrl_gets_the_progress_of_every_step,
+        test_trainer.test_the_kdrl_objective_gets_the_progress_of_every_step,
     ),
     row(
         "progress fixed at 0 for the statistic",
         Fault("train.batch_context", NEW_STATISTIC, "statistic_of(self._config.objective, 0.0)"),
-        test_batch_context.test_the_statistic_of_reopold_begins_with_its_second_phase,
+        test_batch_context.test_reopold_has_a_statistic_only_from_its_second_phase_on,
         step=2,
         has_statistic=True,
     ),
     row(
         "checkpoints one step late",
         Fault("train.trainer", "if done % self.components.config.run", "if step % self.components.config.run"),
-        test_trainer.test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch,
+        test_trainer.test_a_checkpoint_is_written_at_the_configured_interval_and_at_the_end_of_a_launch,
         first_step=0,
         last_step=7,
         every=3,
@@ -180,7 +180,7 @@ SCHEDULES = (
     row(
         "no checkpoint at the end of a launch",
         Fault("train.trainer", " == 0 or done == self.last_step:", " == 0:"),
-        test_trainer.test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch,
+        test_trainer.test_a_checkpoint_is_written_at_the_configured_interval_and_at_the_end_of_a_launch,
         first_step=3,
         last_step=5,
         every=3,
@@ -189,12 +189,12 @@ SCHEDULES = (
     row(
         "one epoch however many are asked for",
         Fault("train.trainer", "* self.components.config.objective.policy.epochs", "* 1"),
-        test_trainer.test_parts_of_the_batch_are_trained_in_turn_as_often_as_there_are_epochs,
+        test_trainer.test_mini_batches_are_trained_in_turn_in_every_epoch,
     ),
     row(
         "the average never follows",
         Fault("train.trainer", "components.average.update()", "pass"),
-        test_trainer.test_the_average_follows_once_after_every_optimizer_step,
+        test_trainer.test_the_average_is_updated_once_after_every_optimizer_step,
     ),
 )
 
@@ -202,19 +202,19 @@ STATISTICS = (
     row(
         "the statistic of IW-OPD from the trainer's log-prob instead of the sampler's",
         Fault("train.batch_context", ROLLOUT_LOGP, ROLLOUT_LOGP.replace("micro_batch.rollout_logp_T", "found.logp_T")),
-        test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
+        test_batch_context.test_the_history_weight_uses_the_samplers_log_prob,
         unscored="none",
     ),
     row(
         "the same, inside the statistic",
         Fault("objectives.parts.batch_statistics", "_gap(rows, rows.rollout_logp_T)", "_gap(rows, rows.old_logp_T)"),
-        test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
+        test_batch_context.test_the_history_weight_uses_the_samplers_log_prob,
         unscored="none",
     ),
     row(
         "the statistic of TOP-D from the sampler's log-prob instead of the trainer's",
         Fault("train.batch_context", OLD, OLD.replace("found.logp_T", "micro_batch.rollout_logp_T")),
-        test_batch_context.test_the_mixed_return_is_of_the_trainers_log_prob_before_the_update,
+        test_batch_context.test_the_mixed_return_uses_the_trainers_log_prob_before_the_update,
         unscored="none",
     ),
     *(
@@ -225,8 +225,8 @@ STATISTICS = (
             unscored=unscored,
         )
         for claim in (
-            test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
-            test_batch_context.test_the_mixed_return_is_of_the_trainers_log_prob_before_the_update,
+            test_batch_context.test_the_history_weight_uses_the_samplers_log_prob,
+            test_batch_context.test_the_mixed_return_uses_the_trainers_log_prob_before_the_update,
             test_batch_context.test_the_most_uncertain_tokens_are_chosen_among_the_scored_ones,
         )
         for unscored in ("a sample", "some rows")
@@ -234,12 +234,12 @@ STATISTICS = (
     row(
         "the statistic is of the rows of rank 0 alone",
         Fault("train.batch_context", "[part for part in parts if part]", "parts[:1]"),
-        test_batch_context.test_the_rows_of_all_data_ranks_make_one_statistic_and_each_rank_gets_its_own_rows,
+        test_batch_context.test_the_statistic_is_computed_over_all_data_ranks_and_each_rank_gets_its_own_rows,
     ),
     row(
         "a statistic goes to the row before",
         Fault("train.batch_context", "values[starts[sample] + token]", "values[starts[sample] + token - 1]"),
-        test_batch_context.test_the_history_weight_is_of_the_samplers_log_prob,
+        test_batch_context.test_the_history_weight_uses_the_samplers_log_prob,
         unscored="none",
     ),
 )
@@ -248,13 +248,13 @@ STORED = (
     row(
         "one rank's stored scores taken as everybody's",
         Fault("mcore.collective", "return all(_of_every_rank(", "return any(_of_every_rank("),
-        test_score_source.test_where_one_rank_has_no_scores_all_ranks_score_again,
+        test_score_source.test_all_ranks_score_again_if_one_rank_has_no_scores,
         rank=1,
     ),
     row(
         "the same, where the other rank has scores of other rows",
         Fault("mcore.collective", "return all(_of_every_rank(", "return any(_of_every_rank("),
-        test_score_source.test_where_one_rank_has_the_scores_of_other_rows_all_ranks_score_again,
+        test_score_source.test_all_ranks_score_again_if_one_rank_has_scores_of_other_rows,
         rank=0,
     ),
     row(
@@ -265,30 +265,30 @@ STORED = (
     row(
         "scores that must not be kept are kept",
         Fault("teacher.score_source", "if not self._on_disk:", "if False:"),
-        test_score_source.test_scores_that_are_not_kept_on_disk_are_neither_written_nor_read,
+        test_score_source.test_scores_of_a_source_without_storage_are_neither_written_nor_read,
     ),
     row(
         "the teacher's name is no part of what scores belong to",
         Fault("records.replay", '{"teacher": self.teacher,', '{"teacher": "",'),
-        test_score_source.test_scores_are_used_for_the_same_teacher_rows_and_candidates_alone,
+        test_score_source.test_stored_scores_are_used_only_for_the_same_teacher_rows_and_candidates,
         change={"name": "another teacher"},
     ),
     row(
         "the scoring copy of the student's average is not restored on resume",
         Fault("mcore.average", "rounded[name].copy_(value)", "pass"),
-        test_average_resume.test_after_a_resume_what_scores_is_the_restored_average,
+        test_average_resume.test_after_a_resume_the_restored_average_scores,
         dtype="bfloat16",
     ),
     row(
         "the float32 average is not restored on resume",
         Fault("mcore.average", "value.copy_(loaded[str(index)][name])", "pass"),
-        test_average_resume.test_a_resumed_average_goes_on_from_the_float32_numbers,
+        test_average_resume.test_a_resumed_average_continues_from_its_float32_numbers,
         dtype="bfloat16",
     ),
     row(
         "keep_rollouts keeps one step too few",
         Fault("records.run_dir", LIMIT, LIMIT.replace("+ 1", "+ 2")),
-        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_are_kept_and_scores_removed,
         keep_rollouts=2,
         last_step=3,
         rollouts=[1, 2],
@@ -297,7 +297,7 @@ STORED = (
     row(
         "keep_rollouts is not looked at",
         Fault("train.trainer", "rollouts=run.keep_rollouts,", "rollouts=None,"),
-        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_are_kept_and_scores_removed,
         keep_rollouts=2,
         last_step=3,
         rollouts=[1, 2],
@@ -306,7 +306,7 @@ STORED = (
     row(
         "without keep_rollouts none stay",
         Fault("records.run_dir", LIMIT, LIMIT.replace("0 if", "needed_from if")),
-        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_are_kept_and_scores_removed,
         keep_rollouts=None,
         last_step=7,
         rollouts=[0, 1, 2, 3, 4, 5, 6],
@@ -315,7 +315,7 @@ STORED = (
     row(
         "scores of checkpointed steps stay",
         Fault("train.trainer", "self.saved if served else step + 1", "0"),
-        test_trainer.test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go,
+        test_trainer.test_after_a_checkpoint_the_newest_rollouts_are_kept_and_scores_removed,
         keep_rollouts=None,
         last_step=7,
         rollouts=[0, 1, 2, 3, 4, 5, 6],
@@ -324,14 +324,14 @@ STORED = (
     row(
         "`forget` removes the step at its bound as well",
         Fault("records.run_dir", "if _step_of(path) < limit:", "if _step_of(path) <= limit:"),
-        test_run_dir.test_the_newest_steps_stay_and_those_that_a_resume_needs,
+        test_run_dir.test_stored_steps_that_are_newest_or_needed_by_a_resume_are_kept,
         kept=test_run_dir.KEPT[2][0],
         first=test_run_dir.KEPT[2][1],
     ),
     row(
         "`forget` takes the bound of the scores for the rollouts",
         Fault("records.run_dir", '"rollouts": _limit(step, kept.rollouts,', '"rollouts": _limit(step, kept.scores,'),
-        test_run_dir.test_the_newest_steps_stay_and_those_that_a_resume_needs,
+        test_run_dir.test_stored_steps_that_are_newest_or_needed_by_a_resume_are_kept,
         kept=test_run_dir.KEPT[2][0],
         first=test_run_dir.KEPT[2][1],
     ),
@@ -361,23 +361,23 @@ SERVED = (
     row(
         "the same, from the step to the sampler",
         Fault("rollout.policy_server", "collect(requests, step=step,", "collect(requests, step=0,"),
-        test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
+        test_wire.test_rollouts_of_every_step_use_its_weights_its_prefix_and_its_uniforms,
     ),
     row(
         "uniforms of another seed than the run's",
         Fault("train.components", "seed=config.run.seed,", "seed=0,"),
-        test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
+        test_wire.test_rollouts_of_every_step_use_its_weights_its_prefix_and_its_uniforms,
     ),
     row(
         "no publication is proven",
         Fault("train.components", "verify_sync=config.gates.weight_sync", "verify_sync=False"),
-        test_wire.test_the_first_publication_of_a_launch_is_proven_where_the_gate_is_on,
+        test_wire.test_the_first_publication_of_a_launch_is_proven_if_the_gate_is_on,
         weight_sync=True,
     ),
     row(
         "the prefix left out of the request",
         Fault("rollout.sampler", "[request.prompt_ids, request.prefix_ids]", "[request.prompt_ids]"),
-        test_wire.test_the_server_is_asked_to_continue_the_prompt_and_then_the_prefix,
+        test_wire.test_the_input_of_a_request_is_the_prompt_followed_by_the_prefix,
     ),
     row(
         "the prefix before the prompt",
@@ -386,36 +386,36 @@ SERVED = (
             "[request.prompt_ids, request.prefix_ids]",
             "[request.prefix_ids, request.prompt_ids]",
         ),
-        test_wire.test_the_server_is_asked_to_continue_the_prompt_and_then_the_prefix,
+        test_wire.test_the_input_of_a_request_is_the_prompt_followed_by_the_prefix,
     ),
     row(
         "the KV cache of old weights kept",
         Fault("rollout.publisher", "self._client.flush_cache()", "pass"),
-        test_wire.test_after_an_update_no_token_comes_from_the_cache_of_the_old_weights,
+        test_wire.test_after_an_update_no_token_is_sampled_from_the_cache_of_the_old_weights,
     ),
     row(
         "the KV cache of old weights kept, seen by a launch",
         Fault("rollout.publisher", "self._client.flush_cache()", "pass"),
-        test_wire.test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms,
+        test_wire.test_rollouts_of_every_step_use_its_weights_its_prefix_and_its_uniforms,
     ),
     row(
         "temperature 1 on the wire",
         Fault("serving.wire", '"temperature": request.temperature,', '"temperature": 1.0,'),
-        test_wire.test_every_request_samples_as_the_configuration_says,
+        test_wire.test_every_request_has_the_sampling_settings_of_the_configuration,
         rollout={"temperature": 0.7},
         expected={"temperature": 0.7},
     ),
     row(
         "temperature 1 in the request",
         Fault("rollout.sampler", "temperature=self._config.temperature,", "temperature=1.0,"),
-        test_wire.test_every_request_samples_as_the_configuration_says,
+        test_wire.test_every_request_has_the_sampling_settings_of_the_configuration,
         rollout={"temperature": 0.7},
         expected={"temperature": 0.7},
     ),
     row(
         "another length on the wire",
         Fault("rollout.sampler", "max_new_tokens=request.max_new_tokens,", "max_new_tokens=6,"),
-        test_wire.test_every_request_samples_as_the_configuration_says,
+        test_wire.test_every_request_has_the_sampling_settings_of_the_configuration,
         rollout={},
         expected={},
     ),
@@ -432,29 +432,29 @@ SERVED = (
     row(
         "every publication is proven",
         Fault("rollout.policy_server", "= version, False", "= version, self._verify_sync"),
-        test_policy_server.test_publication_is_proven_at_the_first_one_of_a_launch_alone,
+        test_policy_server.test_only_the_first_publication_of_a_launch_is_proven,
     ),
     row(
         "after a restart the weights of the folder are sampled from",
         Fault("rollout.policy_server", "on_rank_zero(recover, self._control)\n        self._published = None",
               "on_rank_zero(recover, self._control)"),
-        test_policy_server.test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for,
+        test_policy_server.test_after_a_server_death_weights_are_published_again_and_only_missing_samples_requested,
     ),
     row(
         "after a restart everything is sampled again",
         Fault("rollout.policy_server", "expected_version=version, found=found)",
               "expected_version=version, found=Collected())"),
-        test_policy_server.test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for,
+        test_policy_server.test_after_a_server_death_weights_are_published_again_and_only_missing_samples_requested,
     ),
     row(
         "a launch uses the labels of an earlier one",
         Fault("rollout.policy_server", "uuid.uuid4().hex[:8]", '"launch"'),
-        test_policy_server.test_a_version_label_tells_the_step_and_is_never_used_by_two_launches,
+        test_policy_server.test_a_version_label_contains_the_step_and_is_unique_to_its_launch,
     ),
     row(
         "rank 0 leaves a weight stream that failed before its end",
         Fault("rollout.policy_server", "streams.exhaust()", "self._layout.rank and streams.exhaust()"),
-        test_policy_server.test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero,
+        test_policy_server.test_every_rank_finishes_all_weight_streams_of_a_publication_that_fails_on_rank_zero,
         verify_sync=True,
         taken=2,
     ),
@@ -464,7 +464,7 @@ ROWS = (*GATES, *SCHEDULES, *STATISTICS, *STORED, *SERVED)
 
 
 @pytest.mark.parametrize(("fault", "claim", "arguments"), [pytest.param(*each[1:], id=each[0]) for each in ROWS])
-def test_the_planted_fault_is_noticed(
+def test_a_planted_fault_makes_its_glue_test_fail(
     fault: Fault, claim: Callable[..., None], arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     if "tmp_path" in inspect.signature(claim).parameters:
@@ -475,7 +475,7 @@ def test_the_planted_fault_is_noticed(
 
 
 @pytest.mark.parametrize("text", ["no such text", "p99"])
-def test_a_fault_whose_text_is_gone_or_stands_twice_is_refused(text: str) -> None:
+def test_a_fault_whose_text_is_missing_or_ambiguous_is_refused(text: str) -> None:
     message = f"tropd_mcore.train.gates has .* times {text!r}"
     with pytest.raises(AssertionError, match=message), planted(Fault("train.gates", text, "")):
         pass
@@ -487,7 +487,7 @@ def test_a_fault_outside_all_functions_is_refused() -> None:
         pass
 
 
-def test_a_fault_reaches_those_who_imported_the_function_by_name_and_leaves_with_its_block() -> None:
+def test_a_fault_reaches_importers_of_the_function_and_is_undone_at_the_end_of_its_block() -> None:
     def draw() -> list[float]:
         return trust_uniforms(1, 2, "s", 3).tolist()
 

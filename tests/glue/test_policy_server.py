@@ -1,4 +1,4 @@
-"""The rollout server seen by all ranks: when weights are published and proven, and what a death costs."""
+"""The rollout server seen by all ranks: when weights are published and proven, and the cost of a server death."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Stream = Iterator[tuple[str, Tensor]]
 
 @dataclass
 class PolicySite:
-    """A server, a publisher and a sampler that only take notes, and the weight streams of this rank.
+    """A server, a publisher and a sampler that only record their calls, and the weight streams of this rank.
 
-    `faults` are met one after the other: what `publish`, `verify_sync` or `collect` raises at its next call
-    (None: nothing).
+    `faults` are raised one after the other by the next calls of `publish`, `verify_sync` or `collect`
+    (None: no error).
     """
 
     layout: Layout
@@ -41,12 +41,12 @@ class PolicySite:
     publish_faults: list[Exception | None] = field(default_factory=list)
     sample_faults: list[Exception | None] = field(default_factory=list)
     unchanged_faults: list[Exception | None] = field(default_factory=list)
-    """Met after the sampler is done, where the server is asked whether its weights stayed."""
+    """Raised after sampling, when the server is asked whether its weights are unchanged."""
     read_before_fault: int = 0
     """Tensors that the publisher takes before it fails."""
     events: list[Event] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
-    """Tensors of each stream that this rank went through."""
+    """Number of tensors that this rank consumed of each stream."""
     connections: int = 0
     clock: StepClock = field(default_factory=StepClock)
 
@@ -67,7 +67,7 @@ class PolicySite:
         return [event for event in self.events if event[0] in kinds]
 
     def weights(self, _model: Any, _layout: Layout) -> Stream:
-        """In the place of `iterate_hf`: collective, so what counts is that a rank goes through all of it."""
+        """Stands in for `iterate_hf`. It is collective, so every rank must consume all of it."""
         self.streams.append(0)
         for index in range(TENSORS):
             self.streams[-1] += 1
@@ -114,7 +114,7 @@ class PolicySite:
     def _collect(
         self, connection: int, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected
     ) -> Collected:
-        """A death leaves half of what was missing."""
+        """After a server death, half of the missing samples have arrived."""
         assert connection == self.connections, "a client of the server that died was asked"
         missing = [request.sample_id for request in requests if request.sample_id not in found.rollouts]
         self.events.append(("sample", step, expected_version, missing))
@@ -132,7 +132,7 @@ def requests() -> list[SampleRequest]:
 
 
 def run(site: PolicySite, steps: list[int]) -> list[str]:
-    """The versions that the steps were sampled at, in one launch; every rollout of a step in the order asked for."""
+    """The versions that the steps were sampled at, in one launch. Rollouts of a step keep the order of the requests."""
     with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
         policy = site.policy()
         for step in steps:
@@ -159,7 +159,7 @@ def test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled() -> 
     assert [step for _, step, _, _ in sampled] == [0, 0, 1] and site.streams == [TENSORS] * 2
 
 
-def test_the_server_is_waited_for_and_connected_once_and_only_when_it_is_needed() -> None:
+def test_the_server_is_connected_once_and_only_when_it_is_needed() -> None:
     with one_rank() as layout:
         site = PolicySite(layout)
         with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
@@ -169,14 +169,14 @@ def test_the_server_is_waited_for_and_connected_once_and_only_when_it_is_needed(
     assert len(site.did("ready")) == site.connections == 1
 
 
-def test_publication_is_proven_at_the_first_one_of_a_launch_alone() -> None:
+def test_only_the_first_publication_of_a_launch_is_proven() -> None:
     site = site_of([3, 4, 5], verify_sync=True)
     assert [event[0] for event in site.did("verify_sync", "publish")] == ["verify_sync", "publish", "publish"]
     assert site.streams == [TENSORS] * 4
     assert site_of([0, 1], verify_sync=False).did("verify_sync") == []
 
 
-def test_a_proof_that_a_death_broke_off_is_made_again() -> None:
+def test_a_proof_interrupted_by_a_server_death_is_repeated() -> None:
     site = site_of([0, 1], verify_sync=True, publish_faults=[None, ServerDied("gone")])
     assert [event[0] for event in site.events] == [
         "ready", "verify_sync", "recover", "verify_sync", "sample", "publish", "sample",
@@ -193,14 +193,14 @@ def test_a_failed_proof_stops_the_launch() -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, TENSORS])
-def test_a_server_that_dies_of_a_publication_is_restarted_and_gets_the_weights_again(taken: int) -> None:
+def test_a_server_that_dies_during_a_publication_is_restarted_and_gets_the_weights_again(taken: int) -> None:
     site = site_of([0], publish_faults=[ServerDied("gone")], read_before_fault=taken)
     assert [event[0] for event in site.events] == ["ready", "publish", "recover", "publish", "sample"]
     assert site.did("recover") == [("recover", "gone")] and site.streams == [TENSORS] * 2
     assert len({event[1] for event in site.did("publish")}) == 1 and site.connections == 2
 
 
-def test_after_a_death_the_weights_are_published_again_and_only_missing_samples_are_asked_for() -> None:
+def test_after_a_server_death_weights_are_published_again_and_only_missing_samples_requested() -> None:
     site = site_of([7], sample_faults=[ServerDied("gone"), ServerDied("gone again")])
     assert [event[0] for event in site.events] == [
         "ready", "publish", "sample", "recover", "publish", "sample", "recover", "publish", "sample",
@@ -216,7 +216,7 @@ def test_rollouts_of_weights_that_changed_while_they_were_sampled_are_refused_on
     assert [event[0] for event in one[2]] == ["ready", "publish", "sample", "publish", "sample", "changed"]
 
 
-def test_a_server_that_dies_when_it_is_asked_what_it_holds_gets_its_weights_and_no_sample_is_asked_for_twice() -> None:
+def test_a_server_that_dies_while_its_weights_are_checked_gets_them_again_and_no_sample_is_requested_twice() -> None:
     site = site_of([0], unchanged_faults=[ServerDied("gone")])
     assert [event[0] for event in site.events] == [
         "ready",
@@ -230,7 +230,7 @@ def test_a_server_that_dies_when_it_is_asked_what_it_holds_gets_its_weights_and_
     assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"], []]
 
 
-def test_what_a_server_answered_before_it_died_is_kept() -> None:
+def test_answers_received_before_a_server_died_are_kept() -> None:
     with one_rank() as layout:
         site = PolicySite(layout, sample_faults=[ServerDied("gone")])
         with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
@@ -238,13 +238,13 @@ def test_what_a_server_answered_before_it_died_is_kept() -> None:
     assert [rollout.policy_version for rollout in rollouts] == ["answer 3"] * 2 + ["answer 6"] * 2
 
 
-def test_a_server_that_died_between_two_steps_is_not_taken_for_one_with_weights() -> None:
+def test_a_server_that_died_between_two_steps_gets_the_weights_again() -> None:
     site = site_of([0, 0], sample_faults=[None, ServerDied("gone")])
     assert [event[0] for event in site.did("publish", "sample")] == ["publish", "sample", "sample", "publish", "sample"]
 
 
 @pytest.mark.parametrize("where", ["publish_faults", "sample_faults"])
-def test_an_error_that_is_no_death_is_not_retried(where: str) -> None:
+def test_an_error_other_than_a_server_death_is_not_retried(where: str) -> None:
     with one_rank() as layout:
         site = PolicySite(layout, **{where: [ServerError("refused")]})
         with pytest.raises(ServerError, match="refused"):
@@ -252,7 +252,7 @@ def test_an_error_that_is_no_death_is_not_retried(where: str) -> None:
     assert site.did("recover") == [] and len(site.did("publish")) == 1
 
 
-def test_a_version_label_tells_the_step_and_is_never_used_by_two_launches() -> None:
+def test_a_version_label_contains_the_step_and_is_unique_to_its_launch() -> None:
     with one_rank() as layout:
         launches = [run(PolicySite(layout), [0, 1, 12]) for _ in range(3)]
     labels = [label for launch in launches for label in launch]
@@ -280,7 +280,7 @@ def run_everywhere(site: PolicySite, steps: list[int]) -> None:
             assert [rollout.sample_id for rollout in rollouts] == [f"s{i}" for i in range(SAMPLES)]
 
 
-def test_http_is_on_rank_zero_and_every_rank_takes_part_in_every_stream() -> None:
+def test_only_rank_zero_uses_http_and_every_rank_takes_part_in_every_weight_stream() -> None:
     given = {"verify_sync": True, "sample_faults": [None, ServerDied("gone")]}
     (error, streams, events, connections), *others = on_ranks(on_this_rank, 2, [0, 1], given)
     assert error == "" and streams == [TENSORS] * 4 and connections == 2
@@ -292,7 +292,7 @@ def test_http_is_on_rank_zero_and_every_rank_takes_part_in_every_stream() -> Non
 
 @pytest.mark.parametrize("verify_sync", [False, True])
 @pytest.mark.parametrize("taken", [0, 2])
-def test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank_zero(
+def test_every_rank_finishes_all_weight_streams_of_a_publication_that_fails_on_rank_zero(
     verify_sync: bool, taken: int
 ) -> None:
     given = {"verify_sync": verify_sync, "publish_faults": [ServerError("refused")], "read_before_fault": taken}
@@ -301,14 +301,14 @@ def test_every_rank_goes_through_all_streams_of_a_publication_that_fails_on_rank
     assert one[1] == two[1] == [TENSORS] * (2 if verify_sync else 1)
 
 
-def test_every_rank_goes_through_all_streams_again_after_a_death_on_rank_zero() -> None:
+def test_every_rank_repeats_all_weight_streams_after_a_server_death_seen_by_rank_zero() -> None:
     given = {"publish_faults": [ServerDied("gone")], "read_before_fault": 1}
     one, two = on_ranks(on_this_rank, 2, [0], given)
     assert one[0] == two[0] == "" and one[1] == two[1] == [TENSORS] * 2
 
 
-def test_waiting_for_the_server_publication_and_sampling_are_phases_of_their_own() -> None:
-    """Seconds are made up: whatever the server is asked for takes as many as nothing else does."""
+def test_waiting_for_the_server_publication_and_sampling_are_separate_phases() -> None:
+    """Artificial seconds: every call of the server takes a different number of them."""
     now, costs = [0.0], {"ready": 100.0, "recover": 1000.0, "publish": 10.0, "sample": 1.0}
 
     class Costly(list[Event]):

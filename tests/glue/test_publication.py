@@ -1,4 +1,4 @@
-"""Digests of what is sent, and the names under which a server holds it."""
+"""Digests of the sent weights, and the names under which a server holds them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tropd_mcore.serving.wire import Place, WeightChecksums, read_checksums
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 3, 5, 1001, 2 * CHUNK_WORDS + 7])
-def test_the_digest_tells_every_change_of_a_bit_and_every_change_of_order(dtype: torch.dtype, count: int) -> None:
+def test_the_digest_changes_with_every_bit_and_with_the_order(dtype: torch.dtype, count: int) -> None:
     tensor = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
     before = tensor_digest(tensor)
     assert tensor_digest(tensor.clone()) == before
@@ -28,7 +28,7 @@ def test_the_digest_tells_every_change_of_a_bit_and_every_change_of_order(dtype:
         assert tensor_digest(tensor.flip(0)) not in seen
 
 
-def test_changes_that_leave_the_sum_of_the_bits_as_it_is_are_told() -> None:
+def test_changes_that_leave_the_sum_of_the_bits_unchanged_are_detected() -> None:
     tensor = torch.zeros(64, dtype=torch.int16).view(torch.bfloat16)
     changed = torch.zeros(64, dtype=torch.int16)
     changed[3], changed[20] = 1, -1
@@ -36,7 +36,7 @@ def test_changes_that_leave_the_sum_of_the_bits_as_it_is_are_told() -> None:
     assert tensor_digest(changed.flip(0).view(torch.bfloat16)) != tensor_digest(changed.view(torch.bfloat16))
 
 
-def test_shape_and_dtype_are_part_of_the_digest_and_layout_in_memory_is_not() -> None:
+def test_the_digest_depends_on_shape_and_dtype_but_not_on_the_memory_layout() -> None:
     tensor = torch.arange(12.0).view(3, 4)
     assert tensor_digest(tensor) != tensor_digest(tensor.view(4, 3))
     assert tensor_digest(tensor) == tensor_digest(tensor.t().contiguous().t())
@@ -57,7 +57,7 @@ def test_shape_and_dtype_are_part_of_the_digest_and_layout_in_memory_is_not() ->
         ("lm_head.weight", "lm_head.weight"),
     ],
 )
-def test_projections_that_the_server_fuses_have_its_name(name: str, served: str) -> None:
+def test_projections_that_the_server_fuses_have_the_servers_name(name: str, served: str) -> None:
     assert served_name(name) == served
 
 
@@ -74,7 +74,7 @@ QKV = served_name(Q)
 
 
 def answer(*ranks: tuple[int, int, dict[str, str]]) -> WeightChecksums:
-    """What a server says whose ranks are at (pipeline, tensor) and hold these checksums, beside a draft model's."""
+    """The answer of a server whose ranks are at (pipeline, tensor) with these checksums, and a draft model's."""
     entries = []
     for pipeline, tensor, checksums in ranks:
         places = [{"role": role, "pp_rank": pipeline, "tp_rank": tensor} for role in ("target", "draft")]
@@ -88,7 +88,7 @@ def check_ranks(held: WeightChecksums) -> None:
     PublicationLedger("rollout.server").check(SENT, held, by_tensor=False)
 
 
-def test_a_replica_of_the_server_that_keeps_an_old_tensor_is_found() -> None:
+def test_a_server_replica_that_keeps_an_old_tensor_is_detected() -> None:
     new = {QKV: "q0", NORM: "n", EMBEDDING: "e0"}
     check_ranks(answer((0, 0, new), (0, 0, new)))
     for name in new:
@@ -96,15 +96,15 @@ def test_a_replica_of_the_server_that_keeps_an_old_tensor_is_found() -> None:
             check_ranks(answer((0, 0, new), (0, 0, new | {name: "old"})))
 
 
-def test_a_tensor_parallel_rank_that_keeps_an_old_norm_is_found_and_shards_may_differ() -> None:
+def test_a_tensor_parallel_rank_that_keeps_an_old_norm_is_detected_and_shards_may_differ() -> None:
     one, two = {QKV: "q0", NORM: "n", EMBEDDING: "e0"}, {QKV: "q1", NORM: "n", EMBEDDING: "e1"}
     check_ranks(answer((0, 0, one), (0, 1, two), (0, 0, one), (0, 1, two)))
     with pytest.raises(GateError, match=rf"first {NORM}: the update did not reach every rank"):
         check_ranks(answer((0, 0, one), (0, 1, two | {NORM: "old"})))
 
 
-def test_what_is_no_copy_of_what_was_sent_may_differ_between_ranks() -> None:
-    """Another stage, a tensor that no update sets (a draft model's), a server that does not tell its ranks."""
+def test_tensors_that_are_not_replicated_may_differ_between_ranks() -> None:
+    """Another stage, a tensor that no update sets (a draft model's), a server that does not report its ranks."""
     check_ranks(answer((0, 0, {NORM: "a"}), (1, 0, {NORM: "b"})))
     check_ranks(answer((0, 0, {f"draft.{NORM}": "a"}), (0, 0, {f"draft.{NORM}": "b"})))
     bare = read_checksums({"per_engine_checksum": "t", "ranks": [{"checksums": {NORM: c}} for c in "ab"]})
@@ -112,5 +112,5 @@ def test_what_is_no_copy_of_what_was_sent_may_differ_between_ranks() -> None:
     check_ranks(bare)
 
 
-def test_the_place_of_a_rank_is_that_of_the_served_model() -> None:
+def test_the_place_of_a_rank_is_its_pipeline_and_tensor_rank_in_the_served_model() -> None:
     assert answer((1, 3, {NORM: "a"})).places == {NORM: (Place(pipeline=1, tensor=3),)}

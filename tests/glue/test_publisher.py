@@ -1,4 +1,4 @@
-"""One weight update as the publisher sends it, and what a failure leaves behind; the client only takes notes."""
+"""One weight update by the publisher, and the state after a failure. The client only records its calls."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ class NotedServer:
     dtype: str = "float32"
     quantization: str | None = None
     loads: tuple[str, ...] = tuple(SHAPES)
-    """Names of tensors that an update sets; of the others it answers success."""
+    """Names of tensors that an update sets. For other names it only reports success."""
     has_checksum: bool = True
     label: str = "default"
     keeps_label: bool = False
     keeps_weights: bool = False
-    """When asked to destroy them."""
+    """Whether it ignores requests to overwrite its weights."""
     refused: dict[str, ServerError] = field(default_factory=dict)
-    """Call -> what it raises."""
+    """Call -> the error that it raises."""
     scores: list[Any] = field(default_factory=list)
     weights: dict[str, bytes] = field(default_factory=lambda: dict.fromkeys(SHAPES, b"from the folder"))
     calls: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    """Under which the updates came."""
+    """Labels of the updates."""
     payloads: list[list[bytes]] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     """Tensors of each update."""
     asked: list[ScoringRequest] = field(default_factory=list)
     checked: int = 0
-    """Times that it was asked for checksums."""
+    """Number of requests for checksums."""
     key: str = "rollout.server"
 
     def info(self) -> Any:
@@ -123,7 +123,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def weights(first: float = 0.0) -> dict[str, Tensor]:
-    """No two numbers are equal."""
+    """Tensors without two equal values."""
     sizes = [torch.Size(shape).numel() for shape in SHAPES.values()]
     pieces = torch.arange(first, first + sum(sizes)).split(sizes)
     return {name: piece.view(SHAPES[name]) for name, piece in zip(SHAPES, pieces, strict=True)}
@@ -142,7 +142,7 @@ def stream(first: float = 0.0) -> Stream:
 
 
 @pytest.mark.parametrize("transport", ["shared", "value"])
-def test_an_update_brings_the_bits_of_every_tensor_and_then_the_label(transport: Literal["shared", "value"]) -> None:
+def test_an_update_sends_every_tensor_bit_for_bit_and_then_the_label(transport: Literal["shared", "value"]) -> None:
     server = NotedServer()
     report = publisher_of(server, transport=transport).publish(stream(7.0), "v1")
     assert server.weights == held(7.0) and server.label == "v1"
@@ -178,7 +178,7 @@ def test_requests_are_filled_with_whole_tensors_in_order_up_to_the_limit(
     assert server.calls == ["pause", "begin", *["update"] * len(expected), "end", "flush", "label", "resume"]
 
 
-def test_a_request_holds_half_a_gibibyte_of_tensors_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_holds_at_most_half_a_gibibyte_of_tensors_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"a": 256 * MIB, "b": 256 * MIB, "c": 1}
     monkeypatch.setattr(
         publisher_module,
@@ -192,7 +192,7 @@ def test_a_request_holds_half_a_gibibyte_of_tensors_by_default(monkeypatch: pyte
     assert server.names == [["a", "b"], ["c"]]
 
 
-def test_every_rank_gets_a_payload_and_by_value_they_share_the_limit_of_a_request() -> None:
+def test_every_rank_gets_a_payload_and_payloads_by_value_share_the_limit_of_a_request() -> None:
     server = NotedServer(tensor_parallel=2)
     publisher_of(server, transport="value", bucket_bytes=2 * 46).publish(stream(), "v1")
     assert server.names == [["a", "b"], ["c"], ["d"]]
@@ -203,7 +203,7 @@ def test_every_rank_gets_a_payload_and_by_value_they_share_the_limit_of_a_reques
     assert all(len(payloads) == 2 for payloads in server.payloads)
 
 
-def test_weights_go_through_shared_memory_to_a_server_of_ours_and_by_value_to_any_other() -> None:
+def test_weights_go_through_shared_memory_to_a_server_that_we_started_and_by_value_to_any_other() -> None:
     def through_shared_memory(**given: Any) -> bool:
         server = NotedServer(**given)
         publisher_of(server).publish(stream(), "v1")
@@ -249,13 +249,15 @@ BROKEN = [
     (wrong_shape, r"rollout.server: a is torch.float32 \[2, 3\]; the plan says torch.float32 \[3, 2\]"),
     (wrong_dtype, r"rollout.server: b is torch.bfloat16 \[5\]; the plan says torch.float32 \[5\]"),
     (same_size_other_dtype, r"rollout.server: b is torch.int32 \[5\]; the plan says torch.float32 \[5\]"),
-    (missing, "rollout.server: the weights to publish end without 2 of 4 tensors, the first being c"),
+    (missing, "rollout.server: 2 of 4 tensors are missing from the weights to publish, the first is c"),
     (twice, "rollout.server: a comes twice in one update"),
 ]
 
 
 @pytest.mark.parametrize(("broken", "message"), BROKEN)
-def test_a_wrong_stream_of_one_request_leaves_the_server_alone(broken: Callable[[], Stream], message: str) -> None:
+def test_a_wrong_weight_stream_of_one_request_sends_nothing_to_the_server(
+    broken: Callable[[], Stream], message: str
+) -> None:
     server = NotedServer()
     publisher = publisher_of(server)
     publisher.publish(stream(), "v1")
@@ -266,7 +268,7 @@ def test_a_wrong_stream_of_one_request_leaves_the_server_alone(broken: Callable[
 
 
 @pytest.mark.parametrize("broken", [unknown, missing, twice])
-def test_a_stream_that_goes_wrong_after_some_requests_leaves_a_label_that_nobody_expects_and_can_be_repeated(
+def test_a_weight_stream_that_fails_after_some_requests_leaves_an_unexpected_label_and_can_be_repeated(
     broken: Callable[[], Stream],
 ) -> None:
     server = NotedServer()
@@ -281,7 +283,7 @@ def test_a_stream_that_goes_wrong_after_some_requests_leaves_a_label_that_nobody
     assert server.label == "v2" and server.weights == held(5.0)
 
 
-def test_a_server_that_does_not_take_the_label_is_an_error() -> None:
+def test_a_server_that_does_not_adopt_the_label_is_an_error() -> None:
     server = NotedServer(keeps_label=True)
     with pytest.raises(
         ServerError, match=r"rollout.server: the server reports weights 'v1:incomplete' after one to 'v1'"
@@ -300,7 +302,7 @@ def test_a_server_that_does_not_take_the_label_is_an_error() -> None:
         ("label", ["pause", "begin", "update", "end", "flush", "label", "resume"]),
     ],
 )
-def test_after_a_refusal_the_session_is_closed_and_sampling_goes_on_without_the_label(
+def test_after_a_refused_update_the_session_is_closed_and_sampling_continues_without_the_label(
     refused: str, calls: list[str]
 ) -> None:
     server = NotedServer(refused={refused: ServerError(f"no {refused}")})
@@ -312,7 +314,7 @@ def test_after_a_refusal_the_session_is_closed_and_sampling_goes_on_without_the_
     assert server.label == "v1" and server.weights == held(3.0)
 
 
-def test_a_failure_to_close_the_session_does_not_hide_what_led_to_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_to_close_the_session_does_not_hide_the_first_error(caplog: pytest.LogCaptureFixture) -> None:
     refused = {"update": ServerDied("gone"), "end": ServerError("cannot end"), "resume": ServerError("cannot resume")}
     server = NotedServer(refused=refused)
     with pytest.raises(ServerDied, match="gone"):
@@ -328,7 +330,7 @@ def test_a_server_that_hangs_in_an_update_is_not_asked_again() -> None:
     assert server.calls == ["pause", "begin", "update"]
 
 
-def test_of_a_server_that_is_gone_while_an_update_is_abandoned_nothing_more_is_asked() -> None:
+def test_a_server_that_is_gone_while_an_update_is_abandoned_gets_no_further_request() -> None:
     refused = {"update": ServerError("refused"), "end": ServerDied("gone")}
     server = NotedServer(refused=refused)
     with pytest.raises(ServerError, match="refused"):
@@ -336,7 +338,7 @@ def test_of_a_server_that_is_gone_while_an_update_is_abandoned_nothing_more_is_a
     assert server.calls == ["pause", "begin", "update", "end"]
 
 
-def test_an_error_of_the_trainer_while_it_gathers_closes_the_session_as_well() -> None:
+def test_an_error_of_the_trainer_while_gathering_weights_also_closes_the_session() -> None:
     def breaks() -> Stream:
         yield "a", weights()["a"]
         yield "b", weights()["b"]
@@ -361,7 +363,7 @@ def mebibytes(*sizes: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         ((100, 200, 50), 60, 200),  # a tensor that is larger than a bucket
     ],
 )
-def test_shared_memory_is_used_from_the_size_of_the_largest_bucket_on_and_else_weights_go_by_value_with_a_warning(
+def test_weights_go_by_value_with_a_warning_if_the_largest_bucket_does_not_fit_into_shared_memory(
     sizes: tuple[int, ...],
     bucket_mib: int,
     needed_mib: int,
@@ -379,7 +381,7 @@ def test_shared_memory_is_used_from_the_size_of_the_largest_bucket_on_and_else_w
     assert expected in caplog.text
 
 
-def test_without_room_in_shared_memory_an_update_is_whole_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_in_shared_memory_an_update_is_still_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher_module, "shared_memory_room", lambda: TOTAL_BYTES - 1)
     server = NotedServer(same_host=True)
     publisher_of(server).publish(stream(2.0), "v1")
@@ -387,7 +389,7 @@ def test_without_room_in_shared_memory_an_update_is_whole_all_the_same(monkeypat
     assert server.weights == held(2.0) and server.label == "v1"
 
 
-def test_the_probe_asks_for_the_scores_of_every_token_but_the_first() -> None:
+def test_the_probe_requests_the_scores_of_every_token_but_the_first() -> None:
     logp_N = np.array([-1.0, -2.0], np.float32)
     server = NotedServer(scores=[SimpleNamespace(logp_N=logp_N)])
     assert publisher_of(server).probe(np.array([5, 6, 7], np.int32)) is logp_N
@@ -398,7 +400,7 @@ def test_the_probe_asks_for_the_scores_of_every_token_but_the_first() -> None:
         publisher_of(server).probe(np.array([5, 6, 7], np.int32))
 
 
-def test_a_proof_destroys_the_weights_between_two_updates_and_ends_with_the_version() -> None:
+def test_a_proof_overwrites_the_weights_between_two_updates_and_ends_with_the_version() -> None:
     server = NotedServer()
     publisher_of(server).verify_sync(lambda: stream(4.0), "v1")
     assert server.calls == [*WHOLE_UPDATE, "randomize", *WHOLE_UPDATE]
@@ -406,21 +408,21 @@ def test_a_proof_destroys_the_weights_between_two_updates_and_ends_with_the_vers
     assert server.label == "v1" and server.weights == held(4.0)
 
 
-def test_a_proof_fails_where_the_server_has_a_weight_that_the_plan_does_not_name() -> None:
+def test_a_proof_fails_if_the_server_has_a_weight_that_the_plan_does_not_name() -> None:
     server = NotedServer()
     server.weights["not in the plan"] = b"from the folder"
     with pytest.raises(GateError, match="two updates with the same 4 tensors left different weights"):
         publisher_of(server).verify_sync(stream, "v1")
 
 
-def test_a_proof_fails_where_the_server_does_not_destroy_its_weights() -> None:
+def test_a_proof_fails_if_the_server_does_not_overwrite_its_weights() -> None:
     server = NotedServer(keeps_weights=True)
     with pytest.raises(GateError, match="rollout.server: the server kept its weights when asked to destroy them"):
         publisher_of(server).verify_sync(stream, "v1")
     assert server.label == "v1:first"
 
 
-def test_a_proof_fails_at_once_where_updates_load_nothing() -> None:
+def test_a_proof_fails_at_once_if_updates_load_nothing() -> None:
     server = NotedServer(loads=())
     with pytest.raises(GateError, match="two updates .* or an update did not arrive"):
         publisher_of(server).verify_sync(stream, "v1")
@@ -444,7 +446,7 @@ def test_an_update_that_loads_nothing_never_gets_its_label() -> None:
     assert server.weights == held(4.0)
 
 
-def test_an_update_that_loads_a_part_never_gets_its_label() -> None:
+def test_an_update_that_is_loaded_only_in_part_never_gets_its_label() -> None:
     server = NotedServer()
     publisher = proven(server)
     server.loads = ("a", "c", "d")
@@ -455,17 +457,17 @@ def test_an_update_that_loads_a_part_never_gets_its_label() -> None:
     assert server.label == "v2:incomplete"
 
 
-def test_a_tensor_that_moves_though_the_same_was_sent_is_an_error() -> None:
+def test_a_tensor_that_changes_although_the_same_values_were_sent_is_an_error() -> None:
     server = NotedServer()
     publisher = proven(server)
     server.loads = ("a", "b", "d")
     server.weights["c"] = b"somebody else's"
     changed = weights(4.0) | {"a": weights(5.0)["a"]}
-    with pytest.raises(GateError, match=r"1 of the server's 4 tensors changed though the same was sent, first c"):
+    with pytest.raises(GateError, match=r"1 of the server's 4 tensors changed although the same was sent, first c"):
         publisher.publish(iter(changed.items()), "v2")
 
 
-def test_updates_that_arrive_pass_whatever_part_of_them_is_new() -> None:
+def test_a_complete_update_passes_whichever_of_its_tensors_changed() -> None:
     server = NotedServer()
     publisher = proven(server)
     one_is_new = weights(4.0) | {"b": weights(9.0)["b"]}
@@ -475,18 +477,18 @@ def test_updates_that_arrive_pass_whatever_part_of_them_is_new() -> None:
         publisher.check_unchanged()
 
 
-def test_the_same_weights_have_to_be_the_same_again_after_a_restart() -> None:
+def test_weights_sent_again_after_a_restart_must_give_the_same_checksums() -> None:
     ledger, server = PublicationLedger("rollout.server"), NotedServer()
     publisher_of(server, ledger=ledger).verify_sync(lambda: stream(4.0), "v1")
     restarted = NotedServer()
     publisher_of(restarted, ledger=ledger).publish(stream(4.0), "v1")
     assert restarted.label == "v1"
     restarted = NotedServer(loads=("a",))
-    with pytest.raises(GateError, match="the same 4 tensors were sent as the last time and the server holds other"):
+    with pytest.raises(GateError, match="the same 4 tensors were sent as last time but the server holds other"):
         publisher_of(restarted, ledger=ledger).publish(stream(4.0), "v1")
 
 
-def test_weights_that_move_after_their_publication_are_noticed_and_two_readings_make_one_publication() -> None:
+def test_weights_that_change_after_their_publication_are_detected() -> None:
     server = NotedServer()
     publisher = proven(server)
     publisher.check_unchanged()
@@ -495,8 +497,8 @@ def test_weights_that_move_after_their_publication_are_noticed_and_two_readings_
         publisher.check_unchanged()
 
 
-def test_a_change_that_the_server_cannot_hold_is_no_change() -> None:
-    """Student float32, server bfloat16: a step below the server's precision leaves its weights as they are."""
+def test_a_change_below_the_precision_of_the_server_is_not_expected_to_show() -> None:
+    """Student float32, server bfloat16: a step below the server's precision does not change its weights."""
     server = NotedServer(dtype="bfloat16")
 
     def rounded(name: str, held: Tensor) -> Tensor:
@@ -505,14 +507,14 @@ def test_a_change_that_the_server_cannot_hold_is_no_change() -> None:
     publisher = publisher_of(server, ledger=PublicationLedger("rollout.server"))
     exact = {name: rounded(name, tensor) for name, tensor in weights(4.0).items()}
     publisher.verify_sync(lambda: iter(exact.items()), "v1")
-    server.loads = ()  # what it would load is what it has
+    server.loads = ()  # the values to load equal those that it has
     publisher.publish(((name, tensor * (1 + 1e-6)) for name, tensor in exact.items()), "v2")
     assert server.label == "v2"
     with pytest.raises(GateError, match="loaded nothing"):
         publisher.publish(((name, tensor * 1.5) for name, tensor in exact.items()), "v3")
 
 
-def test_of_a_server_that_quantizes_the_whole_has_to_move_and_no_tensor_alone() -> None:
+def test_on_a_quantizing_server_only_the_whole_update_must_change_the_checksum() -> None:
     server = NotedServer(quantization="fp8")
     publisher = proven(server)
     server.loads = ("a", "c", "d")
@@ -522,7 +524,7 @@ def test_of_a_server_that_quantizes_the_whole_has_to_move_and_no_tensor_alone() 
         publisher.publish(stream(6.0), "v3")
 
 
-def test_a_server_whose_dtype_is_not_known_may_round_a_float32_update_away_and_not_a_bfloat16_one(
+def test_a_server_of_unknown_dtype_may_round_away_a_float32_update_but_not_a_bfloat16_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server = NotedServer(dtype="auto")
@@ -531,7 +533,7 @@ def test_a_server_whose_dtype_is_not_known_may_round_a_float32_update_away_and_n
     publisher.publish(stream(5.0), "v2")
     server.loads = ()
     publisher.publish(stream(6.0), "v3")
-    assert server.label == "v3" and "4 of 4 tensors are new and the server's weights are those of before" in caplog.text
+    assert server.label == "v3" and "4 of 4 tensors are new but the server's weights did not change" in caplog.text
     server = NotedServer(dtype="auto")
     plan = [(name, shape, torch.bfloat16) for name, shape in SHAPES.items()]
     publisher = publisher_of(server, plan, ledger=PublicationLedger("rollout.server"))
@@ -545,19 +547,17 @@ def test_a_server_whose_dtype_is_not_known_may_round_a_float32_update_away_and_n
         publisher.publish(narrow(6.0), "v2")
 
 
-def test_a_server_without_checksums_is_not_proven_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_without_checksums_is_not_proven_which_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     server = NotedServer(has_checksum=False)
     with caplog.at_level(logging.WARNING):
         publisher = proven(server)
         publisher.publish(stream(5.0), "v2")
         publisher.check_unchanged()
     assert server.label == "v2" and "randomize" not in server.calls and server.labels[0] == "v1:first:incomplete"
-    assert (
-        caplog.text.count("has no /weights_checker; that the weights arrive is proven by the sampler gate alone") == 1
-    )
+    assert caplog.text.count("has no /weights_checker, so only the sampler gate shows that the weights arrive") == 1
 
 
-def test_without_a_ledger_no_checksum_is_asked_for() -> None:
+def test_without_a_ledger_no_checksum_is_requested() -> None:
     server = NotedServer(loads=())
     publisher = publisher_of(server)
     publisher.publish(stream(5.0), "v1")

@@ -38,20 +38,20 @@ def other(runs: Runs) -> RunDir:
 
 
 def replays(runs: Runs, **sections: Any) -> list[str]:
-    """What a launch that replays `other` says of it."""
+    """The lines of a launch that replays `other` about that run."""
     runs.caplog.clear()
     with runs.caplog.at_level(logging.WARNING):
         runs.compare(run={"replay": other(runs).root}, **sections)
     return [message.removeprefix(f"run.replay={other(runs).root}: ") for message in runs.caplog.messages]
 
 
-def test_a_run_with_the_same_student_prompts_and_sampling_is_replayed_without_a_word(runs: Runs) -> None:
+def test_a_run_with_the_same_student_prompts_and_sampling_is_replayed_without_a_message(runs: Runs) -> None:
     assert replays(runs) == []
     copy = shutil.copytree(runs.root / "student", runs.root / "copy")
     assert replays(runs, student={"path": copy}, teacher={"path": runs.root / "student"}) == []
 
 
-def test_other_prompts_and_another_student_are_said(runs: Runs) -> None:
+def test_other_prompts_and_another_student_are_reported(runs: Runs) -> None:
     append(runs.root / "prompts.jsonl")
     edit(runs.root / "student" / "model.safetensors")
     student, prompts = replays(runs)
@@ -59,11 +59,12 @@ def test_other_prompts_and_another_student_are_said(runs: Runs) -> None:
     assert prompts.startswith("its rollouts answer other prompts: ")
 
 
-def test_settings_that_decided_the_rollouts_and_differ_here_are_said(runs: Runs) -> None:
+def test_differing_settings_that_shaped_the_replayed_rollouts_are_reported(runs: Runs) -> None:
     changes = {"temperature": 0.7, "max_new_tokens": 5, "end_tokens": ["a"], "server": {"port": 7}}
     data = {"chat_template_kwargs": {"enable_thinking": False}, "template_date": "2024-02-29"}
     lines = replays(runs, rollout=changes, data=data)
-    assert all(re.fullmatch(r"its rollouts were sampled otherwise, here .*: .* -> .* has no effect", x) for x in lines)
+    pattern = r"its rollouts were sampled with other settings, so here .*: .* -> .* has no effect"
+    assert all(re.fullmatch(pattern, line) for line in lines)
     assert {line.split("here ")[1].split(":")[0] for line in lines} == {
         "rollout.temperature",
         "rollout.max_new_tokens",
@@ -73,7 +74,7 @@ def test_settings_that_decided_the_rollouts_and_differ_here_are_said(runs: Runs)
     }
 
 
-def test_a_run_without_records_is_said_not_to_be_known(runs: Runs) -> None:
+def test_a_replayed_run_without_records_is_reported_as_unknown(runs: Runs) -> None:
     other(runs).inputs.unlink()
     other(runs).config.unlink()
     (line,) = replays(runs)
@@ -96,7 +97,7 @@ def test_rollouts_of_another_tokenizer_that_is_gone_are_refused(runs: Runs) -> N
         replays(runs, student={"path": mine})
 
 
-def test_a_tokenizer_that_differs_in_its_settings_alone_is_said(runs: Runs) -> None:
+def test_a_tokenizer_that_differs_only_in_its_settings_is_reported(runs: Runs) -> None:
     mine = shutil.copytree(runs.root / "student", runs.root / "mine")
     file = mine / "tokenizer_config.json"
     file.write_text(file.read_text() + "\n")
@@ -104,14 +105,14 @@ def test_a_tokenizer_that_differs_in_its_settings_alone_is_said(runs: Runs) -> N
     assert line.startswith("settings of its student's tokenizer differ: ")
 
 
-def test_damaged_records_of_the_replayed_run_are_one_line(runs: Runs) -> None:
+def test_damaged_records_of_the_replayed_run_give_a_one_line_error(runs: Runs) -> None:
     other(runs).inputs.write_text("{")
-    with pytest.raises(ConfigError, match=r"other/inputs\.json: the record of what the run reads is damaged"):
+    with pytest.raises(ConfigError, match=r"other/inputs\.json: the record of the run's inputs is damaged"):
         replays(runs)
 
 
 @pytest.mark.parametrize(("section", "key"), [("models", "student.path"), ("data", "data.prompts")])
-def test_a_record_from_which_an_entry_was_removed_is_one_line(runs: Runs, section: str, key: str) -> None:
+def test_a_record_with_a_missing_entry_gives_a_one_line_error(runs: Runs, section: str, key: str) -> None:
     path = other(runs).inputs
     record = json.loads(path.read_text())
     del record[section][key]
@@ -120,7 +121,7 @@ def test_a_record_from_which_an_entry_was_removed_is_one_line(runs: Runs, sectio
         replays(runs)
 
 
-def test_a_recorded_configuration_from_which_a_key_was_removed_is_no_traceback(runs: Runs) -> None:
+def test_a_recorded_configuration_with_a_missing_key_gives_no_traceback(runs: Runs) -> None:
     path = other(runs).config
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "temperature:" not in line))
     replays(runs)

@@ -1,4 +1,4 @@
-"""Stored teacher responses are those of this teacher to these prompts: for `tropd prefixes`, and for training."""
+"""Stored teacher responses must come from this teacher and these prompts, for `tropd prefixes` and for training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
 
 
 class Interrupted(Client):
-    """Answers the first chunk alone."""
+    """Answers only the first chunk."""
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
         if self.requests:
@@ -72,7 +72,7 @@ class Recipe:
         return code, captured.out + captured.err + self.caplog.text
 
     def refused(self, *arguments: str) -> str:
-        """The one line of a call that asks nothing and changes nothing."""
+        """The one line of a call that sends no request and changes nothing."""
         before = {path: path.read_bytes() for path in self.root.glob("responses*")}
         code, text = self.prefixes(*arguments)
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -107,10 +107,10 @@ def layout() -> Iterator[Layout]:
         yield layout
 
 
-def test_a_second_call_asks_nothing_and_a_further_prompt_is_added(recipe: Recipe, client: Client) -> None:
+def test_a_second_call_requests_only_the_responses_of_new_prompts(recipe: Recipe, client: Client) -> None:
     assert recipe.prefixes()[0] == 0 and len(client.requests) == 3
     code, text = recipe.prefixes()
-    assert code == 0 and "all 3 responses are there" in text and "not known" not in text
+    assert code == 0 and "all 3 responses exist already" in text and "not known" not in text
     shutil.move(recipe.root / "teacher", recipe.root / "moved")
     recipe.write_prompts("one pear", "two pears", "three pears", "four pears")
     assert recipe.prefixes(f"teacher.path={recipe.root / 'moved'}")[0] == 0 and len(client.requests) == 4
@@ -128,12 +128,12 @@ def test_a_second_call_asks_nothing_and_a_further_prompt_is_added(recipe: Recipe
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_responses_that_were_sampled_otherwise_are_not_passed_off_as_these(
+def test_responses_sampled_with_other_settings_are_refused(
     recipe: Recipe, client: Client, arguments: tuple[str, ...], words: str
 ) -> None:
     recipe.prefixes()
     line = recipe.refused(*arguments)
-    assert f"responses.jsonl: its responses were made otherwise: {words}" in line
+    assert f"responses.jsonl: its responses were made differently: {words}" in line
     assert "--out" in line and "or remove" in line
     recipe.out.unlink()
     assert recipe.prefixes(*arguments)[0] == 0, "the way out"
@@ -148,7 +148,7 @@ def test_responses_of_another_teacher_or_to_another_text_are_refused(recipe: Rec
     assert "(sha256 of model.safetensors " in recipe.refused()
 
 
-def test_an_interrupted_call_goes_on_the_day_after_and_only_as_it_began(
+def test_an_interrupted_call_can_be_continued_the_next_day_but_only_with_the_same_settings(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Day(date):
@@ -172,7 +172,7 @@ def test_an_interrupted_call_goes_on_the_day_after_and_only_as_it_began(
     assert recipe.prefixes()[0] == 0 and len(client.requests) == 1
 
 
-def test_responses_of_unknown_origin_are_kept_and_said_in_one_line(recipe: Recipe, client: Client) -> None:
+def test_responses_of_unknown_origin_are_kept_and_reported_in_one_line(recipe: Recipe, client: Client) -> None:
     recipe.prefixes()
     origin_file(recipe.out).unlink()
     code, text = recipe.prefixes("--temperature", "0.5")
@@ -185,14 +185,14 @@ def test_responses_of_unknown_origin_are_kept_and_said_in_one_line(recipe: Recip
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "\udcff"])
-def test_a_damaged_record_is_one_line(recipe: Recipe, client: Client, content: str) -> None:
+def test_a_damaged_record_of_the_origin_gives_a_one_line_error(recipe: Recipe, client: Client, content: str) -> None:
     recipe.prefixes()
     origin_file(recipe.out).write_bytes(content.encode(errors="surrogateescape"))
     assert "responses.jsonl.origin.json: the record of who answered is damaged" in recipe.refused()
 
 
 def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
-    """What a launch says of the responses."""
+    """The lines of a launch about the responses."""
     data = {"prompts": recipe.root / "prompts.jsonl", "teacher_responses": recipe.out} | sections.pop("data", {})
     given = {"objective": GUIDED, "batch": {"tokens_per_micro_batch": 9000}, "rollout": {"max_new_tokens": 9}}
     merged = given | {"teacher": {"path": recipe.root / "teacher"}} | sections
@@ -201,7 +201,7 @@ def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
     check_responses(context, read_inputs(context).models["teacher.path"].digest, prompts)
 
 
-def test_training_takes_the_responses_of_its_teacher_without_a_word(
+def test_training_accepts_the_responses_of_its_teacher_without_a_message(
     recipe: Recipe, client: Client, layout: Layout, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe.prefixes()
@@ -230,7 +230,7 @@ def test_training_refuses_responses_of_another_teacher_or_to_another_text(
     trained(recipe, layout)
 
 
-def test_training_on_another_day_than_that_of_the_responses_names_the_key(
+def test_training_with_another_template_date_than_the_responses_names_the_key(
     recipe: Recipe, client: Client, layout: Layout, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = recipe.root / "student" / "chat_template.jinja"

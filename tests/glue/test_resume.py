@@ -27,7 +27,7 @@ def runs(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iter
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_launch_with_the_same_values_says_nothing(runs: Runs, begun: bool) -> None:
+def test_a_launch_with_unchanged_values_reports_nothing(runs: Runs, begun: bool) -> None:
     assert runs.launch() == []
     if begun:
         runs.sampled()
@@ -47,13 +47,13 @@ def test_a_launch_with_the_same_values_says_nothing(runs: Runs, begun: bool) -> 
             ["run.checkpoint_every: 100 -> 7",
              "rollout.server.url: none -> http://there:1 (the student's weights are published to it as before)"],
         ),
-        ({"teacher": {"kind": "sglang"}}, ["teacher.kind: megatron -> sglang (the same model behind another door)"]),
+        ({"teacher": {"kind": "sglang"}}, ["teacher.kind: megatron -> sglang (the same model, served differently)"]),
         ({"gates": {"vocabulary": False}}, ["gates.vocabulary: true -> false"]),
         ({"verifier": {"kind": "exact_match"}}, ["verifier.kind: none -> exact_match"]),
     ],
     ids=["learning rate", "two", "teacher.kind", "gates", "verifier that nothing learns from"],
 )  # fmt: skip
-def test_what_may_change_is_printed_with_its_old_and_new_value_and_recorded(
+def test_changes_that_are_allowed_are_printed_with_old_and_new_value_and_recorded(
     runs: Runs, sections: dict[str, Any], lines: list[str]
 ) -> None:
     runs.launch()
@@ -62,14 +62,14 @@ def test_what_may_change_is_printed_with_its_old_and_new_value_and_recorded(
     assert runs.launch(**sections) == []
 
 
-def test_other_steps_say_which_schedules_follow_them(runs: Runs) -> None:
+def test_a_changed_number_of_steps_is_reported_with_the_schedules_that_depend_on_it(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     (line,) = runs.launch(run={"steps": 9})
     assert line.startswith("run.steps: 4 -> 9 (") and "objective.guidance.total_steps" in line
 
 
-def test_fewer_steps_than_are_done_are_said(runs: Runs) -> None:
+def test_fewer_steps_than_are_already_done_are_reported(runs: Runs) -> None:
     runs.launch()
     runs.checkpoint(3)
     assert "run.steps = 2 but 3 steps are done: nothing is left to train" in runs.launch(run={"steps": 2})
@@ -90,7 +90,7 @@ def test_fewer_steps_than_are_done_are_said(runs: Runs) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_what_would_be_another_run_is_refused_with_the_reason_and_the_way_out(
+def test_changes_that_would_make_another_run_are_refused_with_reason_and_remedy(
     runs: Runs, sections: dict[str, Any], line: str
 ) -> None:
     runs.launch()
@@ -102,17 +102,17 @@ def test_what_would_be_another_run_is_refused_with_the_reason_and_the_way_out(
     assert f"run.init_from={checkpoint}" in runs.refuse(**sections)[-1]
 
 
-def test_every_key_that_is_refused_is_named_at_once(runs: Runs) -> None:
+def test_all_refused_keys_are_named_at_once(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     problems = runs.refuse(
         run={"seed": 1, "checkpoint_every": 3}, rollout={"top_p": 0.5}, teacher={"path": runs.root / "student"}
     )
     assert [problem.partition(":")[0] for problem in problems[:-1]] == ["run.seed", "rollout.top_p", "teacher.path"]
-    assert "was not looked at; it is free where both have the same content" in problems[2]
+    assert "was not checked; it is allowed if the content is the same" in problems[2]
 
 
-def test_the_verifier_may_not_change_where_the_objective_learns_from_it(runs: Runs) -> None:
+def test_the_verifier_may_not_change_if_the_objective_learns_from_it(runs: Runs) -> None:
     learns: dict[str, Any] = {"objective": {"kind": "kdrl", "topk": 3}}
     runs.launch(**learns, verifier={"kind": "exact_match"})
     runs.sampled()
@@ -120,7 +120,7 @@ def test_the_verifier_may_not_change_where_the_objective_learns_from_it(runs: Ru
     assert problems[0].startswith("verifier.pattern: ") and "other verdicts" in problems[0]
 
 
-def test_the_day_of_the_run_may_be_written_down_and_no_other(runs: Runs) -> None:
+def test_the_recorded_date_of_the_run_may_be_configured_but_no_other_date(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     assert runs.refuse(data={"template_date": "2024-03-01"})[0].startswith("data.template_date: none -> 2024-03-01 is")
@@ -129,7 +129,7 @@ def test_the_day_of_the_run_may_be_written_down_and_no_other(runs: Runs) -> None
     assert runs.refuse()[0].startswith("data.template_date: 2024-02-29 -> none is refused")
 
 
-def test_the_day_is_recorded_by_the_launch_that_is_accepted(runs: Runs) -> None:
+def test_the_date_is_recorded_by_the_first_accepted_launch(runs: Runs) -> None:
     runs.compare()
     assert not runs.run_dir.template_date.exists()
     runs.launch()
@@ -149,7 +149,7 @@ def test_the_day_is_recorded_by_the_launch_that_is_accepted(runs: Runs) -> None:
     ],
     ids=["named", "left to the other key", "no server", "another precision", "another precision by kind"],
 )
-def test_the_precision_in_which_the_teacher_computes_is_compared_not_the_key_that_says_it(
+def test_the_precision_of_the_teacher_is_compared_whichever_key_sets_it(
     runs: Runs, before: dict[str, Any], after: dict[str, Any], refused: str | None
 ) -> None:
     runs.launch(teacher=before)
@@ -163,14 +163,14 @@ def test_the_precision_in_which_the_teacher_computes_is_compared_not_the_key_tha
 
 
 @pytest.mark.parametrize("name", ["teacher", "rollout"])
-def test_other_arguments_of_a_server_are_said_with_what_they_may_hold(runs: Runs, name: str) -> None:
+def test_changed_server_arguments_are_reported_with_examples_of_their_effect(runs: Runs, name: str) -> None:
     runs.launch()
     runs.sampled()
     (line,) = runs.launch(**{name: {"server": {"extra_args": ["--quantization", "fp8"]}}})
     assert line.startswith(f"{name}.server.extra_args: [] -> ") and "arguments such as --quantization" in line
 
 
-def test_a_refused_launch_leaves_the_record_that_the_right_one_agrees_with(runs: Runs) -> None:
+def test_a_refused_launch_leaves_the_record_unchanged(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     for _ in range(2):
@@ -178,8 +178,8 @@ def test_a_refused_launch_leaves_the_record_that_the_right_one_agrees_with(runs:
     assert runs.launch() == []
 
 
-def test_a_first_launch_that_was_refused_leaves_nothing_to_compare_with(runs: Runs) -> None:
-    runs.compare(run={"seed": 9})  # and never accepted: a gate or a server stopped it
+def test_a_refused_first_launch_leaves_no_record(runs: Runs) -> None:
+    runs.compare(run={"seed": 9})  # never accepted, because a gate or a server stopped it
     assert runs.records() == []
     assert runs.launch() == []
 
@@ -190,7 +190,7 @@ def test_before_anything_was_sampled_every_change_is_printed_and_none_is_refused
     assert runs.launch(run={"seed": 9}) == []
 
 
-def test_a_run_directory_of_an_older_version_shows_no_changes_and_is_recorded_from_now_on(runs: Runs) -> None:
+def test_a_run_directory_of_an_older_version_reports_no_changes_and_is_recorded_from_then_on(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     text = runs.run_dir.config.read_text()
@@ -200,20 +200,20 @@ def test_a_run_directory_of_an_older_version_shows_no_changes_and_is_recorded_fr
     )
     runs.run_dir.inputs.unlink()
     (line,) = runs.launch()
-    assert "is not in the record, so contents were not compared" in line
+    assert "recorded no inputs, so contents were not compared" in line
     assert runs.launch() == []
 
 
-def test_a_begun_run_without_its_record_says_that_nothing_can_be_compared(runs: Runs) -> None:
+def test_a_started_run_without_its_record_reports_that_nothing_can_be_compared(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     runs.run_dir.config.unlink()
     (line,) = runs.launch(run={"seed": 9})
-    assert line.endswith("config.resolved.yaml is missing: what this launch changes in the run cannot be told")
+    assert line.endswith("config.resolved.yaml is missing, so changes made by this launch cannot be detected")
 
 
 @pytest.mark.parametrize("name", ["config.resolved.yaml", "inputs.json"])
-def test_a_torn_record_is_one_line(runs: Runs, name: str) -> None:
+def test_a_truncated_record_gives_a_one_line_error(runs: Runs, name: str) -> None:
     runs.launch()
     runs.sampled()
     path = runs.run_dir.root / name
@@ -222,7 +222,7 @@ def test_a_torn_record_is_one_line(runs: Runs, name: str) -> None:
     assert str(path) in problem and "restore it, or remove it" in problem and "\n" not in problem
 
 
-def test_a_moved_run_directory_goes_on_and_is_printed(runs: Runs) -> None:
+def test_a_moved_run_directory_resumes_and_the_move_is_printed(runs: Runs) -> None:
     runs.launch()
     runs.sampled()
     moved = runs.run_dir.root.rename(runs.root / "elsewhere")
@@ -237,7 +237,7 @@ def test_a_moved_run_directory_goes_on_and_is_printed(runs: Runs) -> None:
         ("init_optimizer", {"init_optimizer": False}),
     ],
 )
-def test_what_a_run_begins_with_may_not_change_before_its_first_checkpoint(
+def test_init_from_may_not_change_before_the_first_checkpoint(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, key: str, change: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("tropd_mcore.train.start.find_source", source_of)
@@ -251,14 +251,14 @@ def test_what_a_run_begins_with_may_not_change_before_its_first_checkpoint(
     assert [line.partition(":")[0] for line in runs.launch(run=changed)] == [f"run.{name}" for name in change]
 
 
-def test_a_run_that_has_begun_takes_no_other_beginning(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_checkpoint_refuses_a_new_init_from(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tropd_mcore.train.start.find_source", source_of)
     runs.launch()
     runs.checkpoint()
     assert "this one has begun" in runs.refuse(run={"init_from": runs.root / "one"})[0]
 
 
-def test_the_checkpoint_that_a_run_begins_from_may_not_change_before_its_first_own(
+def test_the_init_from_checkpoint_may_not_be_modified_before_the_first_own_checkpoint(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tropd_mcore.train.start.find_source", source_of)
@@ -277,7 +277,9 @@ def test_the_checkpoint_that_a_run_begins_from_may_not_change_before_its_first_o
     assert kept is not None and kept.init_from == other, "the record of the beginning stays as long as the run"
 
 
-def test_a_beginning_that_nothing_came_of_leaves_the_record(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_init_from_that_was_never_used_is_dropped_from_the_record(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tropd_mcore.train.start.find_source", source_of)
     runs.launch(run={"init_from": runs.root / "one"})
     runs.launch()

@@ -1,4 +1,4 @@
-"""Rollouts of a step: stored ones win over the server, and what is sampled is on disk before anybody gets it."""
+"""Rollouts of a step: stored ones take precedence, and sampled ones are on disk before they are returned."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP = 2
 
 @dataclass
 class Policy:
-    """Answers with rollouts that tell the launch; remembers what it was asked."""
+    """Answers with rollouts that identify the launch, and records its requests."""
 
     launch: str
     asked: list[tuple[int, list[SampleRequest]]] = field(default_factory=list)
@@ -42,7 +42,7 @@ def source(config: Config, policy: Any, layout: Layout) -> RolloutSource:
 
 
 def sampled(config: Config, launch: str, step: int = STEP) -> tuple[list[Rollout], Policy]:
-    """What one rank gets, and the policy that it may have asked."""
+    """The rollouts of one rank, and the policy that it may have asked."""
     policy = Policy(launch)
     with one_rank() as layout:
         return source(config, policy, layout).at_step(step), policy
@@ -72,7 +72,7 @@ def test_rollouts_that_cannot_be_stored_are_not_returned(tmp_path: Path, monkeyp
         sampled(make_config(tmp_path), "first")
 
 
-def test_the_requests_of_a_step_are_of_its_own_prompts_and_its_own_number(tmp_path: Path) -> None:
+def test_the_requests_of_a_step_have_its_prompts_and_its_step_number(tmp_path: Path) -> None:
     for step in (0, 1, 2):
         _, policy = sampled(make_config(tmp_path), "first", step)
         ((asked_step, requests),) = policy.asked
@@ -83,7 +83,7 @@ def test_the_requests_of_a_step_are_of_its_own_prompts_and_its_own_number(tmp_pa
         ]
 
 
-def test_the_prefix_and_the_budget_of_the_requests_are_those_of_the_step(tmp_path: Path) -> None:
+def test_prefix_and_token_budget_of_the_requests_are_those_of_the_step(tmp_path: Path) -> None:
     guidance = {"enabled": True, "schedule": "linear", "min_continuation": 1}
     config = make_config(
         tmp_path,
@@ -103,7 +103,7 @@ def replaying(tmp_path: Path, **sections: Any) -> Config:
     return make_config(tmp_path / "mine", run={"replay": tmp_path / "other"}, **sections)
 
 
-def test_a_replay_takes_the_rollouts_of_the_other_run_and_keeps_them(tmp_path: Path) -> None:
+def test_a_replay_uses_the_rollouts_of_the_other_run_and_stores_them(tmp_path: Path) -> None:
     save_rollouts(RunDir(tmp_path / "other").rollouts(STEP), make_rollouts(STEP, version="other"))
     config = replaying(tmp_path)
     with one_rank() as layout:
@@ -114,7 +114,7 @@ def test_a_replay_takes_the_rollouts_of_the_other_run_and_keeps_them(tmp_path: P
         assert rollout_key(source(config, None, layout).at_step(STEP)) == rollout_key(found)
 
 
-def test_the_stored_rollouts_of_the_own_run_go_before_those_of_the_replayed_one(tmp_path: Path) -> None:
+def test_stored_rollouts_of_the_run_itself_take_precedence_over_those_of_the_replayed_run(tmp_path: Path) -> None:
     for name in ("other", "mine"):
         save_rollouts(RunDir(tmp_path / name).rollouts(STEP), make_rollouts(STEP, version=name))
     with one_rank() as layout:
@@ -147,7 +147,7 @@ def on_this_rank(config: Config, step: int) -> tuple[Any, int]:
         return str(error), len(policy.asked)
 
 
-def test_all_ranks_of_a_replay_that_lacks_a_step_meet_one_clear_error(tmp_path: Path) -> None:
+def test_a_replay_that_lacks_a_step_raises_the_same_clear_error_on_all_ranks(tmp_path: Path) -> None:
     save_rollouts(RunDir(tmp_path / "other").rollouts(0), make_rollouts(0))
     path = RunDir(tmp_path / "other").rollouts(1)
     message = f"run.replay: {path} does not exist; expected the rollouts of step 1 there"

@@ -1,4 +1,4 @@
-"""What the passes before the first update hand to the loss, with and without the student's own candidates."""
+"""The values that the passes before the first update give to the loss, with and without student candidates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ K, VOCABULARY = 3, 300
 
 
 @pytest.mark.parametrize("candidates", [0, 2])
-def test_a_pass_without_candidates_asks_nothing_of_the_teacher_and_one_with_them_hands_all_on(candidates: int) -> None:
+def test_the_row_context_asks_the_teacher_about_student_candidates_only_if_there_are_any(candidates: int) -> None:
     (batch, *_) = pack([make_rollout(0, 3, 0, 5, False)], **options()).micro_batches
     rows = len(batch.rows_T)
     ids_TL = torch.arange(candidates).expand(rows, candidates)

@@ -1,4 +1,4 @@
-"""The run directory: what `forget` removes, who may hold the lock, what is recorded, when a run has begun."""
+"""The run directory: files removed by `forget`, the lock, the records, and when a run counts as started."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ KEPT = [
     (Kept(rollouts=1, scores=2, tokens=1, rollouts_needed_from=0, scores_needed_from=8), (0, 6, 7)),
     (Kept(rollouts=100, scores=100, tokens=100, rollouts_needed_from=8, scores_needed_from=8), (0, 0, 0)),
 ]
-"""What is kept after step 7, and the first step of which rollouts, scores and tokens then are there."""
+"""The limits after step 7, and the first step whose rollouts, scores and tokens then exist."""
 
 
 @pytest.mark.parametrize(("kept", "first"), KEPT, ids=str)
-def test_the_newest_steps_stay_and_those_that_a_resume_needs(
+def test_stored_steps_that_are_newest_or_needed_by_a_resume_are_kept(
     tmp_path: Path, kept: Kept, first: tuple[int, int, int]
 ) -> None:
     run_dir = filled(tmp_path)
@@ -74,7 +74,7 @@ def numbers(run_dir: RunDir) -> list[int]:
     return sorted(int(path.stem[5:]) for path in (run_dir.root / "rollouts").glob("step_[0-9]*.npz"))
 
 
-def test_a_file_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_removed_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = filled(tmp_path)
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_removed_is_one_line(tmp_path: Path, monkeypatch: 
         run_dir.forget(7, Kept(rollouts=1, rollouts_needed_from=8))
 
 
-def test_what_a_killed_launch_did_not_finish_goes_and_nothing_else(tmp_path: Path) -> None:
+def test_only_unfinished_files_of_a_killed_launch_are_removed(tmp_path: Path) -> None:
     run_dir = filled(tmp_path)
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -105,7 +105,7 @@ def test_forget_in_an_empty_directory_does_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-def test_the_directory_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
+def test_a_run_directory_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "new" / "run")
     lock = run_dir.lock()
     with pytest.raises(ConfigError, match=r"run.dir: .* is in use by another job; stop it or set another run.dir"):
@@ -114,13 +114,13 @@ def test_the_directory_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
     RunDir(run_dir.root).lock().release()
 
 
-def test_a_directory_that_cannot_be_made_is_named_with_its_key(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_named_with_its_key(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"run.dir: cannot write .*; choose another run.dir"):
         RunDir(tmp_path / "file" / "run").lock()
 
 
-def test_the_record_is_the_last_one_that_was_written_and_none_before_the_first(tmp_path: Path) -> None:
+def test_the_record_is_the_one_written_last_and_missing_before_the_first(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     assert run_dir.recorded_config() is None
     for text in ("run:\n  steps: 10  # default\n", "run:\n  steps: 20  # file\n"):
@@ -129,7 +129,7 @@ def test_the_record_is_the_last_one_that_was_written_and_none_before_the_first(t
     assert [path.name for path in tmp_path.iterdir()] == ["config.resolved.yaml"]
 
 
-def test_a_record_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+def test_a_record_that_is_not_text_gives_a_one_line_error(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.config.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"resolved\.yaml: .* cannot be read: not UTF-8 text; restore or remove"):
@@ -147,14 +147,14 @@ def test_a_record_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_run_has_begun_where_rollouts_or_checkpoints_are_there(tmp_path: Path, left: list[str], begun: bool) -> None:
+def test_a_run_counts_as_started_if_rollouts_or_checkpoints_exist(tmp_path: Path, left: list[str], begun: bool) -> None:
     for name in left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert RunDir(tmp_path).has_begun() is begun
 
 
-def test_an_export_counts_only_with_the_step_that_it_was_made_at(tmp_path: Path) -> None:
+def test_an_export_counts_only_if_its_step_is_recorded(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     assert run_dir.exported_at() is None
     run_dir.export_step.write_text("12\n")

@@ -37,7 +37,7 @@ def started(context: Any) -> Start:
     return make_start(context, opened, inputs, defaultdict(lambda: "test"))
 
 
-def test_the_name_is_drawn_once_and_kept_only_by_an_accepted_launch(layout: Layout, tmp_path: Path) -> None:
+def test_the_run_name_is_drawn_once_and_stored_only_by_an_accepted_launch(layout: Layout, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", num_hidden_layers=1)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"id": "a", "prompt": "add"}) + "\n")
@@ -51,7 +51,7 @@ def test_the_name_is_drawn_once_and_kept_only_by_an_accepted_launch(layout: Layo
     assert len(first.run) == 12
 
 
-def test_a_recorded_name_is_never_replaced(tmp_path: Path) -> None:
+def test_a_recorded_run_name_is_never_replaced(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     for name in ("first", "second"):
         run_dir.record_id(name)
@@ -60,13 +60,13 @@ def test_a_recorded_name_is_never_replaced(tmp_path: Path) -> None:
     assert run_dir.recorded_id() is None
 
 
-def test_a_name_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_run_name_that_cannot_be_written_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="cannot write"):
         RunDir(tmp_path / "file").record_id("a-run")
 
 
-def test_a_checkpoint_that_lost_its_json_is_left_out_with_a_warning(
+def test_a_checkpoint_without_its_json_is_skipped_with_a_warning(
     layout: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_tiny_model(tmp_path / "m", num_hidden_layers=1)

@@ -1,4 +1,4 @@
-"""Who holds a run directory: with flock, without it, on another machine, and what a job does that loses it."""
+"""Holding a run directory: with flock, without it, on another machine, and the reaction of a job that loses it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def held(root: Path, kind: run_lock.Kind = "auto") -> RunLock:
 
 
 def killed_holder(root: Path) -> int:
-    """A process that took the directory by a file and was killed; its number."""
+    """A process that held the directory by a lock file and was killed. Returns its pid."""
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -66,7 +66,7 @@ def killed_holder(root: Path) -> int:
 
 
 def move_to_another_machine(root: Path, *, untouched_s: float) -> None:
-    """Let the lease in `root` be of another machine, which touched it so many seconds ago."""
+    """Make the lease in `root` belong to another machine, which touched it this many seconds ago."""
     path = root / HOLDER_FILE
     text = path.read_text().replace(f"host={os.uname().nodename}", "host=elsewhere")
     assert "host=elsewhere" in text
@@ -75,7 +75,7 @@ def move_to_another_machine(root: Path, *, untouched_s: float) -> None:
 
 
 @pytest.mark.parametrize("number", NO_FLOCK, ids=errno.errorcode.get)
-def test_without_flock_a_file_keeps_others_out_and_one_line_says_so(
+def test_without_flock_a_lock_file_keeps_others_out_which_is_logged_in_one_line(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse(number))
@@ -92,13 +92,13 @@ def test_without_flock_a_file_keeps_others_out_and_one_line_says_so(
     held(tmp_path).release()
 
 
-def test_a_lock_that_was_asked_for_and_is_not_there_is_one_line(tmp_path: Path, no_flock: None) -> None:
+def test_a_requested_lock_that_is_not_available_gives_a_one_line_error(tmp_path: Path, no_flock: None) -> None:
     with pytest.raises(ConfigError, match=r"^run\.lock=flock: .*no flock .*; set run\.lock to auto or file$"):
         held(tmp_path, "flock")
 
 
 @pytest.mark.parametrize("kinds", [("flock", "file"), ("file", "flock"), ("auto", "file"), ("file", "auto")], ids=str)
-def test_a_job_with_a_lock_and_one_with_a_file_keep_each_other_out(
+def test_a_job_with_flock_and_one_with_a_lock_file_keep_each_other_out(
     tmp_path: Path, kinds: tuple[run_lock.Kind, run_lock.Kind]
 ) -> None:
     first = held(tmp_path, kinds[0])
@@ -108,7 +108,9 @@ def test_a_job_with_a_lock_and_one_with_a_file_keep_each_other_out(
     held(tmp_path, kinds[1]).release()
 
 
-def test_a_file_of_a_job_without_flock_keeps_out_one_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_file_of_a_job_without_flock_keeps_out_a_job_with_flock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
         first = held(tmp_path)
@@ -117,7 +119,7 @@ def test_a_file_of_a_job_without_flock_keeps_out_one_with_it(tmp_path: Path, mon
     first.release()
 
 
-def test_the_file_of_a_killed_job_of_this_machine_is_taken_over_with_one_line(
+def test_the_lock_file_of_a_killed_job_on_this_machine_is_taken_over_with_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pid = killed_holder(tmp_path)
@@ -130,14 +132,14 @@ def test_the_file_of_a_killed_job_of_this_machine_is_taken_over_with_one_line(
     lock.release()
 
 
-def test_a_file_that_another_machine_touched_lately_refuses_at_once(tmp_path: Path) -> None:
+def test_a_lock_file_recently_touched_by_another_machine_is_refused_at_once(tmp_path: Path) -> None:
     killed_holder(tmp_path)
     move_to_another_machine(tmp_path, untouched_s=10.0)
     with pytest.raises(ConfigError, match=r"process \d+ of elsewhere, last sign of life \d+ s ago"):
         held(tmp_path, "file")
 
 
-def test_a_file_that_another_machine_does_not_touch_any_more_is_taken_over(
+def test_a_lock_file_no_longer_touched_by_another_machine_is_taken_over(
     tmp_path: Path, short_lease: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = held(tmp_path, "file")
@@ -152,7 +154,7 @@ def test_a_file_that_another_machine_does_not_touch_any_more_is_taken_over(
     lock.release()
 
 
-def test_mount_options_that_keep_locks_on_one_machine_lead_to_a_file(
+def test_a_mount_with_machine_local_locks_uses_a_lock_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def mounts(all: bool) -> list[SimpleNamespace]:
@@ -164,7 +166,7 @@ def test_mount_options_that_keep_locks_on_one_machine_lead_to_a_file(
     monkeypatch.setattr(run_lock.psutil, "disk_partitions", mounts)
     with caplog.at_level(logging.INFO):
         lock = held(tmp_path / "run")
-    assert "flock reaches this machine only (mount option localflock)" in caplog.text
+    assert "flock excludes only jobs of this machine (mount option localflock)" in caplog.text
     assert (tmp_path / "run" / HOLDER_FILE).exists()
     lock.release()
     held(tmp_path / "run", "flock").release()
@@ -173,7 +175,9 @@ def test_mount_options_that_keep_locks_on_one_machine_lead_to_a_file(
 
 @pytest.mark.parametrize("kind", ["flock", "file"])
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced", "lock removed", "lock replaced"])
-def test_a_job_whose_directory_goes_stops_with_one_line(tmp_path: Path, how: str, kind: run_lock.Kind) -> None:
+def test_a_job_whose_run_directory_disappears_stops_with_one_line(
+    tmp_path: Path, how: str, kind: run_lock.Kind
+) -> None:
     root = tmp_path / "run"
     run_dir, other = RunDir(root), RunDir(root)
     lock = run_dir.lock(kind)
@@ -197,7 +201,7 @@ def test_a_job_whose_directory_goes_stops_with_one_line(tmp_path: Path, how: str
     run_dir.check_held()
 
 
-def test_a_job_whose_file_was_taken_over_stops(tmp_path: Path, no_flock: None) -> None:
+def test_a_job_whose_lock_file_was_taken_over_stops(tmp_path: Path, no_flock: None) -> None:
     lock = held(tmp_path)
     (tmp_path / HOLDER_FILE).unlink()
     (tmp_path / HOLDER_FILE).write_text("of another job")
@@ -207,7 +211,7 @@ def test_a_job_whose_file_was_taken_over_stops(tmp_path: Path, no_flock: None) -
     assert (tmp_path / HOLDER_FILE).read_text() == "of another job"
 
 
-def test_a_rank_that_does_not_see_the_directory_of_the_first_one_says_so(
+def test_a_rank_that_does_not_see_the_run_directory_of_rank_0_reports_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_lock, "WATCH_TRIES", 1)
@@ -215,7 +219,7 @@ def test_a_rank_that_does_not_see_the_directory_of_the_first_one_says_so(
         RunDir(tmp_path / "of-another-node").watch()
 
 
-def test_a_directory_that_cannot_take_a_lease_is_one_line(
+def test_a_directory_that_cannot_hold_a_lease_gives_a_one_line_error(
     tmp_path: Path, no_flock: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""Teacher scores of a step: stored ones are used by all ranks or by none, and only for what they were made of."""
+"""Teacher scores of a step: stored ones are used by all ranks or by none, and only for the same inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Found = tuple[int, Values]
 
 @dataclass
 class CountingTeacher:
-    """Its log-probs tell the launch that asked it."""
+    """A teacher whose log-probs identify the launch that asked it."""
 
     layout: Layout
     launch: int
@@ -61,7 +61,7 @@ class Ask:
     candidates: int | None = None
 
     def answer(self, layout: Layout) -> Found:
-        """What this rank gets. Collective."""
+        """The scores of this rank. Collective."""
         teacher = CountingTeacher(layout, self.launch)
         source = ScoreSource(
             teacher, RunDir(self.run_dir), layout, replay=self.replay, name=self.name, on_disk=self.on_disk
@@ -114,7 +114,7 @@ def test_scores_of_a_repeated_step_come_from_the_disk_on_every_rank(tmp_path: Pa
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_where_one_rank_has_no_scores_all_ranks_score_again(tmp_path: Path, rank: int) -> None:
+def test_all_ranks_score_again_if_one_rank_has_no_scores(tmp_path: Path, rank: int) -> None:
     Ask(tmp_path, 1).on_two()
     RunDir(tmp_path).scores(STEP, rank, 0).unlink()
     asked, values = Ask(tmp_path, 2).on_two()
@@ -124,14 +124,14 @@ def test_where_one_rank_has_no_scores_all_ranks_score_again(tmp_path: Path, rank
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_where_one_rank_has_the_scores_of_other_rows_all_ranks_score_again(tmp_path: Path, rank: int) -> None:
+def test_all_ranks_score_again_if_one_rank_has_scores_of_other_rows(tmp_path: Path, rank: int) -> None:
     Ask(tmp_path, 1).on_two()
     shutil.copy(RunDir(tmp_path).scores(STEP, 1 - rank, 0), RunDir(tmp_path).scores(STEP, rank, 0))
     asked, values = Ask(tmp_path, 2).on_two()
     assert asked == [1, 1] and all(made_by(2, found) for found in values)
 
 
-def test_where_one_rank_cannot_read_its_scores_all_ranks_stop_with_one_error(tmp_path: Path) -> None:
+def test_all_ranks_stop_with_one_error_if_one_rank_cannot_read_its_scores(tmp_path: Path) -> None:
     Ask(tmp_path, 1).on_two()
     RunDir(tmp_path).scores(STEP, 1, 0).write_bytes(b"no archive")
     with pytest.raises(DataError, match=r"cannot read .*step_000005.dp1.cp0.npz"):
@@ -139,7 +139,9 @@ def test_where_one_rank_cannot_read_its_scores_all_ranks_stop_with_one_error(tmp
 
 
 @pytest.mark.parametrize("change", [{"name": "another teacher"}, {"rollouts_of": STEP + 1}, {"candidates": 7}], ids=str)
-def test_scores_are_used_for_the_same_teacher_rows_and_candidates_alone(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_stored_scores_are_used_only_for_the_same_teacher_rows_and_candidates(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     assert Ask(tmp_path, 1).on_one()[0] == 1
     asked, values = Ask(tmp_path, 2, **change).on_one()
     assert asked == 1 and made_by(2, values)
@@ -150,13 +152,13 @@ def test_scores_are_used_for_the_same_teacher_rows_and_candidates_alone(tmp_path
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was said since the last call of why the teacher scores again."""
+    """The log lines since the last call about why the teacher scores again."""
     found = [message for message in caplog.messages if "the teacher scores again" in message]
     caplog.clear()
     return found
 
 
-def test_why_stored_scores_are_not_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reason_for_not_using_stored_scores_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Ask(tmp_path, 1).on_one()
     Ask(tmp_path, 2).on_one()
     assert told(caplog) == [], "a first scoring and a repeated step are no surprise"
@@ -167,7 +169,7 @@ def test_why_stored_scores_are_not_used_is_said(tmp_path: Path, caplog: pytest.L
     assert "of other rows" in told(caplog)[0]
 
 
-def test_scores_of_another_teacher_in_a_replayed_run_are_said_not_to_be_used(
+def test_unused_scores_of_another_teacher_in_a_replayed_run_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Ask(tmp_path / "other", 1).on_one()
@@ -177,14 +179,14 @@ def test_scores_of_another_teacher_in_a_replayed_run_are_said_not_to_be_used(
     assert "of another teacher (teacher, here replaced)" in line and str(tmp_path / "other" / "scores") in line
 
 
-def test_scores_of_the_students_own_candidates_depend_on_which_they_are(tmp_path: Path) -> None:
+def test_stored_scores_are_not_used_for_other_student_candidates(tmp_path: Path) -> None:
     assert Ask(tmp_path, 1, candidates=7).on_one()[0] == 1
     assert Ask(tmp_path, 2, candidates=7).on_one()[0] == 0
     asked, values = Ask(tmp_path, 3, candidates=8).on_one()
     assert asked == 1 and made_by(3, values)
 
 
-def test_scores_that_are_not_kept_on_disk_are_neither_written_nor_read(tmp_path: Path) -> None:
+def test_scores_of_a_source_without_storage_are_neither_written_nor_read(tmp_path: Path) -> None:
     assert Ask(tmp_path / "run", 1, on_disk=False).on_one()[0] == 1
     assert not (tmp_path / "run").exists()
     Ask(tmp_path / "run", 2).on_one()
@@ -204,7 +206,7 @@ def test_the_scores_of_a_replayed_run_are_read_on_every_rank_or_on_none(tmp_path
     assert asked == [1, 1] and all(made_by(3, found) for found in values)
 
 
-def test_the_scores_of_the_own_run_go_before_those_of_the_replayed_one(tmp_path: Path) -> None:
+def test_scores_of_the_run_itself_take_precedence_over_those_of_the_replayed_run(tmp_path: Path) -> None:
     Ask(tmp_path / "other", 1).on_one()
     Ask(tmp_path / "mine", 2).on_one()
     asked, values = Ask(tmp_path / "mine", 3, replay=tmp_path / "other").on_one()
@@ -213,14 +215,14 @@ def test_the_scores_of_the_own_run_go_before_those_of_the_replayed_one(tmp_path:
     assert asked == 1 and made_by(4, values)
 
 
-def test_the_last_stage_alone_stores_scores_and_decides_whether_they_are_there(tmp_path: Path) -> None:
+def test_only_the_last_pipeline_stage_stores_scores_and_decides_whether_they_exist(tmp_path: Path) -> None:
     for launch, expected in ((1, 1), (2, 0)):
         asked, (first, last) = Ask(tmp_path, launch, axis="pipeline").on_two()
         assert asked == [expected] * 2 and first is None and made_by(1, last)
     assert [path.name for path in (tmp_path / "scores").iterdir()] == ["step_000005.dp0.cp0.npz"]
 
 
-def test_tensor_ranks_share_one_file(tmp_path: Path) -> None:
+def test_tensor_ranks_share_one_file_of_scores(tmp_path: Path) -> None:
     for launch, expected in ((1, 1), (2, 0)):
         asked, values = Ask(tmp_path, launch, axis="tensor").on_two()
         assert asked == [expected] * 2 and values[0] == values[1] and made_by(1, values[0])

@@ -1,4 +1,4 @@
-"""What becomes of a server's answer at its edges: ids that the student lacks, samples without scores, lengths."""
+"""Edge cases of a teacher server's answer: ids that the student lacks, samples without scores, lengths."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_the_first_id_beyond_the_students_vocabulary_is_no_candidate_and_the_las
     assert sample.complete_N.all()
 
 
-def test_a_token_with_too_few_candidates_of_the_students_is_not_scored() -> None:
+def test_a_token_with_too_few_candidates_in_the_students_vocabulary_is_not_scored() -> None:
     (sample,) = scores([STUDENT_WIDTH, STUDENT_WIDTH + 1, 5], [0.5, 0.25, 0.125], topk=2).samples
     assert sample is not None and not sample.complete_N.any()
 
 
-def test_tokens_that_only_the_teacher_has_are_no_candidates_stay_in_the_tail_and_are_counted() -> None:
+def test_tokens_that_only_the_teacher_has_are_not_candidates_stay_in_the_tail_and_are_counted() -> None:
     ids, probabilities = [7, 9, STUDENT_WIDTH, 5, 3], [0.4, 0.2, 0.1, 0.1, 0.05]
     (sample,) = scores(ids, probabilities, topk=2, excluded=(9, 7)).samples
     assert sample is not None and sample.excluded_N is not None
@@ -85,7 +85,7 @@ def test_tokens_that_only_the_teacher_has_are_no_candidates_stay_in_the_tail_and
     assert to_micro_batch(SampleScores([none], topk=2), batch).excluded_T is None
 
 
-def test_more_entries_are_asked_for_where_tokens_are_excluded() -> None:
+def test_more_entries_are_requested_if_tokens_are_excluded() -> None:
     (sample,) = scores([7, 5, 3], [0.4, 0.2, 0.1], topk=2, excluded=(7, 5)).samples
     assert sample is not None and not sample.complete_N.any()
 
@@ -138,10 +138,10 @@ def test_a_prompt_with_its_response_may_fill_the_context_of_the_server_and_no_mo
 
 
 @pytest.mark.parametrize("rank_zero_asks", [False, True])
-def test_a_replica_whose_few_samples_all_fail_does_not_stop_the_job_and_a_step_of_which_all_fail_does(
+def test_the_job_stops_if_all_samples_of_a_step_fail_but_not_if_all_of_one_replica_do(
     rank_zero_asks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`gates.masked_share` is of the step: with many replicas one of them may well have no usable answer at all."""
+    """`gates.masked_share` applies to the step. With many replicas, one of them may have no usable answer at all."""
     client = Scorer([5], [0.5])
     monkeypatch.setattr(client, "score", lambda requests: [ServerError("no") for _ in requests])
     server: Any = SimpleNamespace(client=client, spec=SimpleNamespace(key="teacher.server"))

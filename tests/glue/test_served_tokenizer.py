@@ -1,4 +1,4 @@
-"""A server's tokenizer is compared over HTTP: what is no answer is said, and another answer stops the launch."""
+"""A server's tokenizer is compared over HTTP. An unusable answer is reported, a different one stops the launch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def check(folder: Path, tokenize: Callable[[list[str]], Any] | None) -> None:
         check_served_tokenizer(supervised, folder)
 
 
-def test_an_honest_server_passes_in_one_request_without_a_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_matching_served_tokenizer_passes_with_one_request_and_no_message(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     asked: list[list[str]] = []
     check(folder, lambda texts: (asked.append(texts), honest(texts))[1])
     assert len(asked) == 1 and len(asked[0]) > 10 and not caplog.records
@@ -64,7 +66,7 @@ def test_a_server_that_drops_spaces_is_refused_by_name(folder: Path) -> None:
     ],
     ids=["older", "too few", "no ids", "no list"],
 )
-def test_what_cannot_be_compared_is_said_and_passes(
+def test_a_served_tokenizer_that_cannot_be_compared_is_reported_and_passes(
     folder: Path, answer: Callable[[list[str]], Any] | None, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -74,7 +76,7 @@ def test_what_cannot_be_compared_is_said_and_passes(
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
-def test_a_server_that_we_start_gets_corrected_files_where_the_folder_needs_them(
+def test_a_server_that_we_start_gets_corrected_tokenizer_files_if_the_folder_needs_them(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
     path = folder / "tokenizer_config.json"

@@ -29,7 +29,7 @@ Answer = tuple[int, Any]
 
 
 class Scripted:
-    """A server that gives the `answers` of a path in turn, then the last one for ever, else 200; notes what came."""
+    """A server that gives the `answers` of a path in turn, then repeats the last, else 200. Records all requests."""
 
     def __init__(self, answers: dict[str, list[Answer]]) -> None:
         self.answers = answers
@@ -86,19 +86,19 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (202, False), (404, False), (500, False), (503, False)])
-def test_only_a_server_whose_health_is_200_is_healthy_and_it_is_asked_once(status: int, healthy: bool) -> None:
+def test_only_a_health_status_of_200_means_healthy_and_it_is_requested_once(status: int, healthy: bool) -> None:
     with scripted(health=[(status, {})]) as server:
         assert client_of(server.url).healthy() is healthy
     assert server.asked == [("GET", "/health", b"")]
 
 
-def test_a_server_that_is_not_there_is_not_healthy() -> None:
+def test_a_server_that_is_not_running_is_not_healthy() -> None:
     with scripted() as server:
         pass
     assert client_of(server.url).healthy() is False
 
 
-def test_an_update_brings_the_tensors_to_the_server_under_the_label_given() -> None:
+def test_an_update_sends_the_tensors_to_the_server_under_the_given_label() -> None:
     weight = torch.arange(6.0).view(2, 3)
     with fake_server() as server:
         client = client_of(server.url)
@@ -139,7 +139,7 @@ def test_a_session_that_an_earlier_update_left_open_is_closed_first(caplog: pyte
     assert "closing the weight-update session that an earlier update left open" in caplog.text
 
 
-def test_another_refusal_to_open_a_session_is_an_error() -> None:
+def test_any_other_refusal_to_open_a_session_is_an_error() -> None:
     with (
         scripted(begin_weight_update=[(400, {"error": {"message": "not now"}})]) as server,
         pytest.raises(ServerError, match="rollout.server: /begin_weight_update answered 400: not now"),
@@ -159,7 +159,7 @@ def test_an_answer_without_a_checksum_is_an_error(answer: Any) -> None:
         assert client_of(server.url).weights_checksum() == WeightChecksums("abc", {})
 
 
-def test_checksums_of_a_tensor_are_those_of_all_ranks_that_have_it() -> None:
+def test_the_checksums_of_a_tensor_come_from_every_rank_that_has_it() -> None:
     ranks = [{"checksums": {"a": "1", "b": "2"}}, {"checksums": {"a": "3"}}, {"checksums": None}, None]
     with scripted(weights_checker=[(200, {"per_engine_checksum": "abc", "ranks": ranks})]) as server:
         found = client_of(server.url).weights_checksum()
@@ -167,7 +167,7 @@ def test_checksums_of_a_tensor_are_those_of_all_ranks_that_have_it() -> None:
 
 
 @pytest.mark.parametrize(("said", "dtype"), [("float", "float32"), ("half", "float16"), ("bfloat16", "bfloat16")])
-def test_what_a_server_serves_is_read_from_both_of_its_pages(said: str, dtype: str) -> None:
+def test_the_served_model_is_read_from_both_info_pages(said: str, dtype: str) -> None:
     page = {"max_req_input_len": 99, "tp_size": 2, "version": "0.5.23", "dtype": said, "quantization": "fp8"}
     model = {"weight_version": "v1", "model_path": "hub/model", "model_type": "qwen3"}
     info = read_server_info(page, model)
@@ -177,13 +177,13 @@ def test_what_a_server_serves_is_read_from_both_of_its_pages(said: str, dtype: s
     assert (bare.model_path, bare.model_type, bare.dtype, bare.quantization) == ("?", "?", "?", None)
 
 
-def test_a_server_without_checksums_has_none_and_is_no_error() -> None:
+def test_a_server_without_checksums_gives_none_and_no_error() -> None:
     with scripted(weights_checker=[(404, {})]) as server:
         assert client_of(server.url).weights_checksum() is None
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405])
-def test_a_refused_checksum_is_an_error_of_a_server_that_takes_weights_and_one_warning_of_another(
+def test_a_refused_checksum_is_an_error_if_the_server_takes_weights_and_otherwise_one_warning(
     status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with scripted(weights_checker=[(status, {"error": "admin only"})]) as server:
@@ -195,7 +195,7 @@ def test_a_refused_checksum_is_an_error_of_a_server_that_takes_weights_and_one_w
     assert f"answered {status}" in line and "let rollout.server.api_key_env name that" in line
 
 
-def test_a_path_that_the_server_lacks_tells_the_version_that_has_it() -> None:
+def test_an_endpoint_that_the_server_lacks_gives_an_error_with_the_required_version() -> None:
     with (
         scripted(flush_cache=[(404, {})]) as server,
         pytest.raises(ServerError, match=r"has no /flush_cache: expected SGLang 0\.5\.23 or newer"),
@@ -203,7 +203,7 @@ def test_a_path_that_the_server_lacks_tells_the_version_that_has_it() -> None:
         client_of(server.url).flush_cache()
 
 
-def test_a_server_that_is_gone_is_told_apart_from_one_that_refuses() -> None:
+def test_a_dead_server_is_distinguished_from_one_that_refuses() -> None:
     with scripted(flush_cache=[(500, {})]) as server, pytest.raises(ServerError) as refused:
         client_of(server.url, max_retries=0).flush_cache()
     assert not isinstance(refused.value, ServerDied)
@@ -229,7 +229,7 @@ def test_a_model_config_without_an_integer_width_is_refused(tmp_path: Path, cont
         read_width(tmp_path)
 
 
-def test_the_width_of_a_model_is_that_of_its_config(tmp_path: Path) -> None:
+def test_the_vocabulary_width_of_a_model_is_read_from_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 307, "hidden_size": 8}')
     assert read_width(tmp_path) == 307
     (tmp_path / "config.json").write_text("{")

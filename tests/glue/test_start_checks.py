@@ -1,4 +1,4 @@
-"""The job and `tropd doctor` make the same checks of a start, and say the same of the same fault."""
+"""The job and `tropd doctor` run the same start checks and report the same fault in the same words."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def layout() -> Iterator[Layout]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Callable[[Config], State | None]:
-    """A job up to its first server and model; returns the state of its checks. Raises as the job does."""
+    """A job up to its first server and model. Returns the state of its checks. Raises like the job."""
     trained: list[State] = []
     state_of = State.of.__func__  # type: ignore[attr-defined]
 
@@ -97,9 +97,7 @@ def config_in(root: Path, *overrides: str) -> Config:
     return load(root / "recipe.yaml", [override.replace("{root}", str(root)) for override in overrides])[0]
 
 
-def test_doctor_and_job_run_every_check_of_the_list_and_no_other(
-    root: Path, started: Callable[[Config], State | None]
-) -> None:
+def test_doctor_and_job_run_exactly_the_listed_checks(root: Path, started: Callable[[Config], State | None]) -> None:
     with_records(root)
     config = config_in(root)
     state = State(config, RunDir(config.run.dir))
@@ -116,7 +114,7 @@ def test_doctor_and_job_run_every_check_of_the_list_and_no_other(
 
 
 def with_records(root: Path) -> None:
-    """Rollouts and a record of the launch before, so that contents are compared."""
+    """Rollouts and a record of the previous launch, so that contents are compared."""
     run = RunDir(root / "run")
     run.rollouts(0).parent.mkdir(parents=True)
     run.rollouts(0).touch()
@@ -204,11 +202,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list[str], str, str]] =
         "monitor.wandb_project", "needs the package wandb",
     ),
 }  # fmt: skip
-"""Fault -> how it is planted, the overrides, the key under which doctor tells it, words of the line."""
+"""Fault -> how it is planted, the overrides, the key under which doctor reports it, words of the line."""
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_told_by_doctor_as_by_the_job(
+def test_doctor_and_the_job_report_a_planted_fault_in_the_same_way(
     root: Path,
     started: Callable[[Config], State | None],
     monkeypatch: pytest.MonkeyPatch,
@@ -233,7 +231,7 @@ def test_a_planted_fault_is_told_by_doctor_as_by_the_job(
     assert words in failed[0].detail
 
 
-def test_warnings_of_a_check_are_findings_and_not_log_lines(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_of_a_check_become_findings_instead_of_log_lines(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
     found: list[Finding] = list(start_checks(config_in(root)))
     warning, *_ = [finding for finding in found if finding.level == "warn" and finding.name == "run.dir"]

@@ -1,4 +1,4 @@
-"""What the launcher sees of a rank that is stopped before it has begun to beat."""
+"""How the launcher detects a rank that is suspended before its first heartbeat."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the launcher believes have gone by."""
+    """The clock of the launcher, in seconds."""
     now = [0.0]
     monkeypatch.setattr(stopped_ranks.time, "monotonic", lambda: now[0])
     return now
@@ -47,7 +47,7 @@ def looked(ranks: StoppedRanks, clock: list[float], pid: int, seconds: int) -> t
     return None
 
 
-def test_a_rank_that_is_stopped_is_told_of_and_then_ends_the_job(
+def test_a_suspended_rank_is_reported_first_and_later_ends_the_job(
     process: subprocess.Popen[bytes], clock: list[float]
 ) -> None:
     said: list[str] = []
@@ -59,7 +59,9 @@ def test_a_rank_that_is_stopped_is_told_of_and_then_ends_the_job(
     assert found == (3, f"has been stopped (SIGSTOP) for {LIMIT_S + GRACE_S + 1:.0f} s (run.rank_timeout_s)")
 
 
-def test_a_rank_that_goes_on_begins_anew(process: subprocess.Popen[bytes], clock: list[float]) -> None:
+def test_the_waiting_time_of_a_suspended_rank_restarts_after_it_continued(
+    process: subprocess.Popen[bytes], clock: list[float]
+) -> None:
     ranks = StoppedRanks(LIMIT_S, lambda line: None)
     stop(process)
     assert looked(ranks, clock, process.pid, 50) is None
@@ -71,7 +73,7 @@ def test_a_rank_that_goes_on_begins_anew(process: subprocess.Popen[bytes], clock
     assert looked(ranks, clock, process.pid, 50) is None
 
 
-def test_a_launcher_that_was_stopped_itself_accuses_nobody(
+def test_a_launcher_that_was_itself_suspended_blames_no_rank(
     process: subprocess.Popen[bytes], clock: list[float]
 ) -> None:
     ranks = StoppedRanks(LIMIT_S, lambda line: None)
@@ -80,7 +82,9 @@ def test_a_launcher_that_was_stopped_itself_accuses_nobody(
     assert ranks.look({3: process.pid}) is None
 
 
-def test_a_rank_that_has_ended_is_not_stopped(process: subprocess.Popen[bytes], clock: list[float]) -> None:
+def test_a_rank_that_has_ended_does_not_count_as_suspended(
+    process: subprocess.Popen[bytes], clock: list[float]
+) -> None:
     ranks = StoppedRanks(LIMIT_S, lambda line: None)
     process.kill()
     process.wait()

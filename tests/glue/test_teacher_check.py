@@ -1,4 +1,4 @@
-"""A served teacher while a run asks it: what is looked at when, and what a change costs."""
+"""A served teacher during a run: what is checked when, and the cost of a change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def readings(model_scores: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatc
 
 
 def run(server: Served, config: Config, steps: list[int], *, change: Callable[[int], None] = lambda step: None) -> str:
-    """The steps of one launch, each after `change`; returns the error that ends it."""
+    """The steps of one launch, each after `change`. Returns the error that ends it."""
     with one_rank() as layout:
         check = TeacherCheck(server, config, layout.groups.control)  # type: ignore[arg-type]
         for step in steps:
@@ -41,7 +41,7 @@ def run(server: Served, config: Config, steps: list[int], *, change: Callable[[i
     return ""
 
 
-def test_between_two_checks_the_label_alone_is_asked_for(
+def test_between_two_checks_only_the_label_is_requested(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     server = Served(model_scores["teacher"])
@@ -75,7 +75,7 @@ def test_between_two_checks_the_label_alone_is_asked_for(
         ({"logp": None}, "scores of a text by ", 3),
     ],
 )
-def test_a_teacher_that_changes_in_mid_run_stops_it_with_old_and_new(
+def test_a_teacher_that_changes_in_mid_run_stops_the_run_with_old_and_new_value(
     model_folders: dict[str, Path],
     model_scores: dict[str, np.ndarray],
     tmp_path: Path,
@@ -96,7 +96,7 @@ def test_a_teacher_that_changes_in_mid_run_stops_it_with_old_and_new(
     assert said in message and f"the scores of steps 0 to {noticed}" in message
 
 
-def test_no_checkpoint_is_written_of_steps_that_another_teacher_scored(
+def test_no_checkpoint_is_written_from_steps_that_another_teacher_scored(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     server = Served(model_scores["teacher"])
@@ -111,7 +111,7 @@ def test_no_checkpoint_is_written_of_steps_that_another_teacher_scored(
     )
 
 
-def test_what_another_teacher_may_have_scored_is_removed_so_that_the_same_command_repeats_it(
+def test_scores_that_may_be_from_another_teacher_are_removed_so_that_a_resume_repeats_them(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     run_dir, server = RunDir(tmp_path), Served(model_scores["teacher"])
@@ -137,10 +137,10 @@ def stored(root: Path, folder: str) -> list[int]:
     return sorted({int(path.name[5:11]) for path in (root / folder).iterdir()})
 
 
-def test_a_killed_launch_leaves_its_scores_to_the_next_unless_that_finds_another_teacher(
+def test_scores_of_a_killed_launch_are_used_by_the_next_unless_the_teacher_changed(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """Kept, they repeat the step bit for bit; the last full check of the first launch was before step 3."""
+    """Kept scores repeat the step bit for bit. The last full check of the first launch was before step 3."""
     config, run_dir = config_of(model_folders, tmp_path, teacher={"check_every": 3}), RunDir(tmp_path)
 
     def launch(model: str, *steps: int) -> None:
@@ -160,10 +160,10 @@ def test_a_killed_launch_leaves_its_scores_to_the_next_unless_that_finds_another
     assert stored(tmp_path, "scores") == [0, 1, 2, 3, 4]
 
 
-def test_a_teacher_that_comes_back_as_another_while_it_scores_leaves_no_scores_of_before(
+def test_scores_made_before_a_teacher_restarts_as_another_model_are_dropped(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """The one that asks for scores restarts the server too."""
+    """The scoring call restarts the server, too."""
     run_dir, server = RunDir(tmp_path), Served(model_scores["teacher"], restarted=lambda: None)
     with one_rank() as layout:
         check = TeacherCheck(server, config_of(model_folders, tmp_path), layout.groups.control)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def test_a_teacher_that_comes_back_as_another_while_it_scores_leaves_no_scores_o
     assert stored(tmp_path, "scores") == [0, 1, 2] and stored(tmp_path, "rollouts") == [0, 1, 2, 3]
 
 
-def test_a_teacher_that_died_is_restarted_and_checked_before_anybody_asks_it(
+def test_a_dead_teacher_is_restarted_and_checked_before_it_is_used(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     server = Served(model_scores["teacher"], restarted=lambda: None)
@@ -198,7 +198,7 @@ def test_a_teacher_that_died_is_restarted_and_checked_before_anybody_asks_it(
     assert message.startswith("2: ") and "scores of a text by " in message
 
 
-def test_a_teacher_elsewhere_that_died_ends_the_run(
+def test_a_dead_teacher_at_a_url_ends_the_run(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     server = Served(model_scores["teacher"])
@@ -232,7 +232,7 @@ def on_this_rank(
     return name, ""
 
 
-def test_rank_zero_asks_and_every_rank_meets_the_error(
+def test_only_rank_zero_asks_the_teacher_and_every_rank_raises_the_error(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     one, two = on_ranks(on_this_rank, 2, model_folders, model_scores, "teacher", tmp_path / "a", False)

@@ -1,4 +1,4 @@
-"""A served teacher at the start of a launch: against its folder, the student's, and what the first launch found."""
+"""A served teacher at the start of a launch, compared with its folder, the student's, and the first launch's record."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def unreadable(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     monkeypatch.setattr(module, "fits", fits)
 
 
-def test_a_server_with_the_weights_of_teacher_path_passes_and_the_log_says_what_it_was_compared_with(
+def test_a_server_with_the_weights_of_teacher_path_passes_and_the_comparison_is_logged(
     model_folders: dict[str, Path],
     model_scores: dict[str, np.ndarray],
     tmp_path: Path,
@@ -100,7 +100,7 @@ def test_a_server_with_any_other_weights_is_refused(
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", FLOAT32_BOUND), ("bfloat16", ROUNDED_BOUND)])
-def test_the_bound_follows_the_dtype_of_the_server_or_the_key(
+def test_the_bound_depends_on_the_dtype_of_the_server_or_on_the_key(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path, dtype: str, bound: float
 ) -> None:
     for config, limit in (
@@ -123,7 +123,7 @@ def test_a_teacher_that_is_the_student_by_content_is_allowed(
         start(Served(model_scores["student"]), config)
 
 
-def test_a_server_with_the_students_weights_is_found_where_the_teacher_is_too_large_to_read(
+def test_a_server_with_the_students_weights_is_detected_even_if_the_teacher_is_too_large_to_read(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unreadable(monkeypatch, model_folders["teacher"])
@@ -155,7 +155,7 @@ def test_without_a_readable_folder_the_first_launch_records_and_later_ones_compa
     assert "it said model_path somewhere" in message and "says model_path hub/third" in message
 
 
-def test_another_checksum_at_the_same_layout_is_another_teacher_and_at_another_layout_the_scores_decide(
+def test_a_changed_checksum_means_another_teacher_at_the_same_layout_and_scores_decide_at_another(
     model_folders: dict[str, Path],
     model_scores: dict[str, np.ndarray],
     tmp_path: Path,
@@ -175,7 +175,7 @@ def test_another_checksum_at_the_same_layout_is_another_teacher_and_at_another_l
 @pytest.mark.parametrize(
     ("given", "expected"), [({"model_type": "llama"}, "with model_type llama; expected qwen3"), ({}, "vocab_size 300")]
 )
-def test_a_model_of_another_kind_is_refused_by_what_it_says_where_its_scores_cannot_be_compared(
+def test_a_model_of_another_kind_is_refused_by_its_own_description_if_scores_cannot_be_compared(
     model_folders: dict[str, Path],
     model_scores: dict[str, np.ndarray],
     tmp_path: Path,
@@ -190,7 +190,7 @@ def test_a_model_of_another_kind_is_refused_by_what_it_says_where_its_scores_can
     assert expected in refused(server, config_of(model_folders, tmp_path / "run"))
 
 
-def test_a_server_whose_vocabulary_lacks_the_text_is_refused_before_it_dies_of_it(
+def test_a_server_whose_vocabulary_lacks_the_test_text_is_refused_before_it_is_sent(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     (tmp_path / "served").mkdir()
@@ -200,7 +200,7 @@ def test_a_server_whose_vocabulary_lacks_the_text_is_refused_before_it_dies_of_i
     assert "score" not in server.asked
 
 
-def test_two_models_that_are_nearer_to_each_other_than_the_server_is_to_either_cannot_be_told_apart_and_that_is_said(
+def test_models_closer_to_each_other_than_to_the_server_are_reported_as_indistinguishable(
     model_folders: dict[str, Path],
     model_scores: dict[str, np.ndarray],
     tmp_path: Path,
@@ -212,10 +212,10 @@ def test_two_models_that_are_nearer_to_each_other_than_the_server_is_to_either_c
     monkeypatch.setattr(module, "independent_log_probs", lambda folder, ids: readings[folder])
     noise = 0.03 * np.where(np.arange(len(near)) % 2, 1.0, -1.0)
     start(Served(model_scores["teacher"] + noise, dtype="bfloat16"), config_of(model_folders, tmp_path))
-    assert "which of the two it serves cannot be told" in caplog.text
+    assert "it is unclear which of the two it serves" in caplog.text
 
 
-def test_a_folder_is_read_once_a_run_and_again_where_its_files_changed(
+def test_a_folder_is_read_once_per_run_and_again_if_its_files_changed(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -234,7 +234,7 @@ def test_a_folder_is_read_once_a_run_and_again_where_its_files_changed(
     assert read == ["teacher", "student", "teacher"]
 
 
-def test_a_launch_that_does_not_begin_to_train_leaves_no_record(
+def test_a_launch_that_does_not_start_training_leaves_no_record(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     TeacherIdentity(Served(model_scores["teacher"]), config_of(model_folders, tmp_path)).check_start()  # type: ignore[arg-type]
@@ -242,7 +242,7 @@ def test_a_launch_that_does_not_begin_to_train_leaves_no_record(
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"identity": 3}'])
-def test_a_damaged_record_is_one_line_that_names_the_file(
+def test_a_damaged_record_gives_a_one_line_error_that_names_the_file(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path, content: str
 ) -> None:
     RunDir(tmp_path).teacher.write_text(content)
@@ -250,7 +250,7 @@ def test_a_damaged_record_is_one_line_that_names_the_file(
         TeacherIdentity(Served(model_scores["teacher"]), config_of(model_folders, tmp_path))  # type: ignore[arg-type]
 
 
-def test_the_name_of_a_teacher_is_the_same_at_every_launch_and_another_for_another_teacher(
+def test_the_name_of_a_teacher_is_the_same_in_every_launch_and_differs_between_teachers(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     config = config_of(model_folders, tmp_path)
@@ -271,7 +271,7 @@ def test_the_name_of_a_teacher_is_the_same_at_every_launch_and_another_for_anoth
     assert len(digests | {first}) == 5
 
 
-def test_texts_of_different_length_are_compared_as_far_as_both_go_and_different_texts_are_infinitely_far() -> None:
+def test_texts_are_compared_over_their_common_length_and_different_texts_are_infinitely_far() -> None:
     long, short = Fingerprint((1, 2, 3, 4), (-1.0, -2.0, -3.0)), Fingerprint((1, 2, 3), (-1.5, -2.5))
     assert long.distance(short) == short.distance(long) == 0.5
     assert long.distance(Fingerprint((1, 9, 3, 4), (-1.0, -2.0, -3.0))) == float("inf")
@@ -279,8 +279,8 @@ def test_texts_of_different_length_are_compared_as_far_as_both_go_and_different_
     assert long.distance(Fingerprint((1, 2, 3), (-1.0, float("nan")))) == float("inf")
 
 
-def test_what_a_server_says_of_its_memory_and_a_file_that_cannot_be_read_are_no_other_model() -> None:
-    """On a GPU a restarted server has another amount of memory left; a file system may be away for a moment."""
+def test_a_different_amount_of_server_memory_or_an_unreadable_file_does_not_mean_another_model() -> None:
+    """On a GPU, a restarted server has a different amount of free memory. A file system may be briefly unavailable."""
     model = ServedModel("m", "default", "qwen3", "bfloat16", None, 1, "0.5.23", 90_000, 307, "a" * 16)
     assert changes(model, replace(model, longest_input=89_000, vocab_size=None, checksum=None)) == []
     assert changes(model, replace(model, device="cpu")) == []
@@ -288,7 +288,7 @@ def test_what_a_server_says_of_its_memory_and_a_file_that_cannot_be_read_are_no_
 
 
 def test_checksums_of_two_devices_are_not_compared() -> None:
-    """SGLang hashes with another function on a GPU than on a CPU."""
+    """SGLang uses different hash functions on GPU and CPU."""
     one = ServedModel("m", "default", "qwen3", "float32", None, 1, "0.5.23", 500, 307, "a" * 16, device="cpu")
     assert other_weights(one, replace(one, checksum="b" * 16)) is not None
     assert other_weights(one, replace(one, checksum="b" * 16, device="cuda")) is None
@@ -296,7 +296,7 @@ def test_checksums_of_two_devices_are_not_compared() -> None:
 
 @pytest.mark.parametrize("layout", ["data_parallel", "pipeline_parallel", "tensor_parallel"])
 def test_checksums_of_two_layouts_are_not_compared(layout: str) -> None:
-    """SGLang's checksum is of all ranks together, so that it is another one with two copies of the same weights."""
+    """SGLang's checksum covers all ranks together, so it differs with two copies of the same weights."""
     one = ServedModel("m", "default", "qwen3", "bfloat16", None, 1, "0.5.23", 500, 307, "a" * 16)
     other = replace(one, checksum="b" * 16)
     assert other_weights(one, other) is not None
@@ -304,7 +304,7 @@ def test_checksums_of_two_layouts_are_not_compared(layout: str) -> None:
     assert other_weights(one, replace(other, **setting)) is None
 
 
-def test_an_answer_that_cannot_be_used_stops_the_launch(
+def test_an_unusable_answer_of_the_teacher_stops_the_launch(
     model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Served(model_scores["teacher"])

@@ -1,4 +1,4 @@
-"""The training loop over stubs: what it does in which order, at which progress, and what it keeps."""
+"""The training loop over stubs: the order of its actions, its progress values, and the files that it keeps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def places(step: int) -> list[tuple[int, int]]:
     ]
 
 
-def test_the_objective_of_kdrl_gets_the_progress_of_every_step() -> None:
+def test_the_kdrl_objective_gets_the_progress_of_every_step() -> None:
     objective = {"kind": "kdrl", "beta_start": 0.8, "beta_end": 0.2, "topk": 3}
     config = make_config(objective=objective)
     given: dict[str, Any] = {"log_ratio": lambda *_: 0.5, "statistic": lambda *_: 0.0}
@@ -61,7 +61,7 @@ def test_the_objective_of_kdrl_gets_the_progress_of_every_step() -> None:
     assert two_launches == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_objective_of_reopold_changes_its_phase_at_its_share_of_the_run() -> None:
+def test_the_reopold_objective_changes_its_phase_at_the_configured_share_of_the_run() -> None:
     def log_ratio(sample: int, token: int) -> float:
         return -2.0 if (sample + token) % 3 == 0 else 0.1
 
@@ -88,7 +88,7 @@ def test_the_gate_refuses_before_the_first_optimizer_step_of_any_launch(tmp_path
 
 
 def test_the_gate_waits_for_the_first_update_with_sampled_tokens(tmp_path: Path) -> None:
-    """A teacher that could score nothing in the first step must not let the launch pass unseen."""
+    """If the teacher could score nothing in the first step, the launch must still be checked."""
     config, asked = make_config(tmp_path, gates={"sampler_logprob": True}), []
 
     def nothing_in_the_first_step(sample: int, token: int) -> bool:
@@ -102,8 +102,8 @@ def test_the_gate_waits_for_the_first_update_with_sampled_tokens(tmp_path: Path)
     assert launch.did("optimizer", "log") == [("log", 0)] and launch.did("sample")[-1] == ("sample", 1)
 
 
-def test_a_sampler_that_does_not_follow_the_student_stops_the_run_before_the_update_of_its_third_step() -> None:
-    """The student moves by half a nat a step, the rollouts stay those of the weights that it began with."""
+def test_a_sampler_with_stale_weights_stops_the_run_before_the_update_of_its_third_step() -> None:
+    """The student moves by half a nat per step, while the rollouts stay those of the initial weights."""
     for allowed in (1, 3):
         config = make_config(gates={"sampler_logprob": True, "sampler_logprob_steps": allowed})
         with one_rank() as layout:
@@ -119,7 +119,7 @@ def test_a_sampler_that_does_not_follow_the_student_stops_the_run_before_the_upd
     assert len(launched(make_config(gates={"sampler_logprob": False}), drift=0.5).did("optimizer")) == STEPS
 
 
-def test_the_gate_compares_what_the_student_was_before_the_first_of_several_updates() -> None:
+def test_the_gate_compares_the_student_before_the_first_of_several_updates() -> None:
     objective = {"kind": "opd", "topk": 3, "policy_gradient": RATIO}
     config = make_config(gates={"sampler_logprob": True, "sampler_logprob_steps": 1}, objective=objective)
     assert len(launched(config, 2, 3, drift=0.5).did("optimizer")) == 4
@@ -136,7 +136,7 @@ def test_the_gate_compares_what_the_student_was_before_the_first_of_several_upda
 
 
 class NotedCheck:
-    """In the place of the served teacher's check; `other_from` is the step from which another teacher is there."""
+    """Stands in for the served teacher's check. From step `other_from` on there is another teacher."""
 
     def __init__(self, launch: Launch, other_from: int) -> None:
         self.launch = launch
@@ -151,7 +151,7 @@ class NotedCheck:
             raise GateError("another model")
 
 
-def test_a_served_teacher_is_looked_at_before_the_scores_of_a_step_and_before_a_checkpoint_is_written() -> None:
+def test_a_served_teacher_is_checked_before_each_scoring_and_before_each_checkpoint() -> None:
     config = make_config(run={"steps": 4, "checkpoint_every": 2})
     with one_rank() as layout:
         launch = Launch(config, layout)
@@ -167,7 +167,7 @@ def test_a_served_teacher_is_looked_at_before_the_scores_of_a_step_and_before_a_
     ]
 
 
-def test_parts_of_the_batch_are_trained_in_turn_as_often_as_there_are_epochs() -> None:
+def test_mini_batches_are_trained_in_turn_in_every_epoch() -> None:
     config = make_config(objective={"kind": "opd", "topk": 3, "policy_gradient": RATIO})
     launch = launched(config, 0, 2, drift=0.01)
     halves = [("gradients", [0, 1]), ("gradients", [2, 3])]
@@ -190,7 +190,7 @@ def test_all_updates_of_a_step_see_one_sampling_and_one_scoring() -> None:
     ]
 
 
-def test_the_average_follows_once_after_every_optimizer_step() -> None:
+def test_the_average_is_updated_once_after_every_optimizer_step() -> None:
     config = make_config(objective={"kind": "opd", "topk": 3, "policy_gradient": RATIO})
     launch = launched(config, 0, 2, has_average=True)
     order = [event[0] for event in launch.did("gradients", "optimizer", "average")]
@@ -200,7 +200,7 @@ def test_the_average_follows_once_after_every_optimizer_step() -> None:
     assert launched(config, 0, 1).did("average", "save") == [("save", 1, False)]
 
 
-def test_a_step_without_a_scored_row_changes_no_weight_and_is_logged_all_the_same() -> None:
+def test_a_step_without_a_scored_row_changes_no_weight_but_is_logged() -> None:
     launch = launched(make_config(), 0, 2, has_average=True, unscored=lambda *_: True)
     assert launch.did("optimizer", "average") == [] and launch.did("log") == [("log", 0), ("log", 1)]
     assert token_counts(launch) == [0, 0]
@@ -213,7 +213,7 @@ def test_a_step_without_a_scored_row_changes_no_weight_and_is_logged_all_the_sam
     ("first_step", "last_step", "every", "expected"),
     [(0, 7, 3, [3, 6, 7]), (3, 5, 3, [5]), (0, 6, 3, [3, 6]), (6, 7, 100, [7]), (0, 2, 1, [1, 2])],
 )
-def test_a_checkpoint_is_made_every_so_many_steps_of_the_run_and_at_the_end_of_a_launch(
+def test_a_checkpoint_is_written_at_the_configured_interval_and_at_the_end_of_a_launch(
     first_step: int, last_step: int, every: int, expected: list[int]
 ) -> None:
     launch = launched(make_config(run={"steps": 7, "checkpoint_every": every}), first_step, last_step)
@@ -252,7 +252,7 @@ def kept(run_dir: RunDir, folder: str) -> list[int]:
         (None, 7, [0, 1, 2, 3, 4, 5, 6], []),
     ],
 )
-def test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go(
+def test_after_a_checkpoint_the_newest_rollouts_are_kept_and_scores_removed(
     tmp_path: Path, keep_rollouts: int | None, last_step: int, rollouts: list[int], scores: list[int]
 ) -> None:
     run = {"steps": 7, "checkpoint_every": 3, "keep_rollouts": keep_rollouts}
@@ -265,7 +265,7 @@ def test_after_a_checkpoint_the_newest_rollouts_stay_and_scores_go(
     ("teacher", "keep_scores", "scores"),
     [("sglang", 0, [3, 4]), ("sglang", 3, [1, 2, 3, 4]), ("megatron", 0, [4]), ("megatron", None, [0, 1, 2, 3, 4])],
 )
-def test_between_checkpoints_every_rollout_of_the_steps_since_stays_and_every_score_that_cannot_be_made_again(
+def test_between_checkpoints_all_rollouts_and_all_scores_that_cannot_be_recomputed_are_kept(
     tmp_path: Path, teacher: str, keep_scores: int | None, scores: list[int]
 ) -> None:
     run = {"steps": 7, "checkpoint_every": 3, "keep_rollouts": 1, "keep_scores": keep_scores}
@@ -280,7 +280,7 @@ def test_between_checkpoints_every_rollout_of_the_steps_since_stays_and_every_sc
 
 
 class StopAfter:
-    """A monitor that ends the process, as a signal would, once it has seen a step."""
+    """A monitor that ends the process after a step, as a signal would."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -290,7 +290,7 @@ class StopAfter:
             raise KeyboardInterrupt
 
 
-def test_nothing_is_forgotten_where_the_checkpoint_failed(tmp_path: Path) -> None:
+def test_no_stored_step_is_removed_if_the_checkpoint_failed(tmp_path: Path) -> None:
     run = {"steps": 7, "checkpoint_every": 3, "keep_rollouts": 1}
     run_dir = RunDir(tmp_path)
     with one_rank() as layout:
@@ -303,11 +303,11 @@ def test_nothing_is_forgotten_where_the_checkpoint_failed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("when", [0, 2])
-def test_a_run_directory_that_goes_in_mid_run_stops_the_job_before_it_writes_anything_more(
+def test_a_run_directory_that_disappears_in_mid_run_stops_the_job_before_it_writes_more(
     tmp_path: Path, when: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class RemoveDirectory:
-        """A monitor that stands for somebody who removes the directory."""
+        """A monitor that removes the run directory, as a user might."""
 
         def log(self, step: int, record: Any) -> None:
             if step == when:
@@ -326,7 +326,7 @@ def test_a_run_directory_that_goes_in_mid_run_stops_the_job_before_it_writes_any
 
 
 class CountingPolicy:
-    """Samples anew, with other numbers each time."""
+    """Samples again, with different numbers each time."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -336,7 +336,7 @@ class CountingPolicy:
         return make_rollouts(step, version=f"call {len(self.steps)}")
 
 
-def test_a_launch_after_a_stop_in_a_step_trains_on_the_rollouts_that_the_step_had(tmp_path: Path) -> None:
+def test_a_launch_after_an_interrupted_step_trains_on_the_stored_rollouts_of_that_step(tmp_path: Path) -> None:
     config = make_config(tmp_path, run={"steps": 4, "checkpoint_every": 2})
     policy = CountingPolicy()
     prompts = PromptSet(make_prompts(4), shuffle=False, seed=0)
@@ -356,7 +356,7 @@ def test_a_launch_after_a_stop_in_a_step_trains_on_the_rollouts_that_the_step_ha
     assert trained == [before[2], before[3]]
 
 
-def test_the_record_of_a_step_is_what_its_updates_did() -> None:
+def test_the_record_of_a_step_matches_its_updates() -> None:
     launch = launched(make_config(), log_ratio=lambda *_: 0.25)
     assert len(launch.records) == STEPS
     for step, record in enumerate(launch.records):
@@ -375,13 +375,13 @@ def test_the_record_of_a_step_is_what_its_updates_did() -> None:
         assert {"step"} <= set(record.timings) and all(seconds >= 0 for seconds in record.timings.values())
 
 
-def test_alpha_of_the_record_is_that_of_its_step() -> None:
+def test_the_record_of_a_step_has_the_alpha_of_that_step() -> None:
     guidance = {"enabled": True, "schedule": "linear"}
     launch = launched(make_config(objective={"kind": "tropd", "guidance": guidance, "outlier": {"topk": 3}}), 1, 4)
     assert [record.alpha for record in launch.records if record is not None] == pytest.approx([0.75, 0.5, 0.25])
 
 
-def test_the_metrics_file_has_one_line_for_each_step_also_after_a_repeated_one(tmp_path: Path) -> None:
+def test_the_metrics_file_has_one_line_per_step_even_after_a_repeated_one(tmp_path: Path) -> None:
     config = make_config(tmp_path, run={"steps": 4, "checkpoint_every": 2})
     for first_step, last_step in ((0, 3), (2, 4)):
         monitor = Monitor(config, tmp_path, rank=0, start_step=first_step)
@@ -396,7 +396,7 @@ def test_the_metrics_file_has_one_line_for_each_step_also_after_a_repeated_one(t
 
 
 @pytest.mark.parametrize("samples", [0, 2])
-def test_token_values_of_a_few_samples_are_kept_where_the_configuration_asks(tmp_path: Path, samples: int) -> None:
+def test_token_values_of_a_few_samples_are_stored_if_configured(tmp_path: Path, samples: int) -> None:
     launched(make_config(tmp_path, monitor={"token_samples": samples}), 1, 3)
     files = sorted((tmp_path / "tokens").glob("*")) if samples else []
     assert [path.name for path in files] == (["step_000001.npz", "step_000002.npz"] if samples else [])
@@ -409,7 +409,7 @@ def test_token_values_of_a_few_samples_are_kept_where_the_configuration_asks(tmp
 
 
 def on_two_ranks(run_dir: Path) -> tuple[list[Any], list[Any]]:
-    """What each data rank trained and logged."""
+    """The training steps and log lines of each data rank."""
     config = make_config(run_dir, monitor={"token_samples": 1})
     launch = Launch(config, make_layout("data"), log_ratio=step_by_place).run(0, 2)
     logged = [
@@ -438,7 +438,7 @@ def test_the_record_joins_the_rows_of_all_ranks_and_only_rank_zero_has_it(tmp_pa
 
 
 def gate_on_two_ranks(run_dir: Path, gap_on_rank: int) -> tuple[str, int]:
-    """The gate where the rows of one rank alone differ: (error, optimizer steps) of this rank."""
+    """The gate if only the rows of one rank differ: (error, optimizer steps) of this rank."""
     layout = make_layout("data")
     config = make_config(run_dir, gates={"sampler_logprob": True})
     launch = Launch(config, layout, gap=0.5 if layout.rank == gap_on_rank else 0.0)
@@ -450,6 +450,6 @@ def gate_on_two_ranks(run_dir: Path, gap_on_rank: int) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_gate_refuses_on_every_rank_where_the_rows_of_one_differ(tmp_path: Path, rank: int) -> None:
+def test_the_gate_refuses_on_every_rank_if_the_rows_of_one_rank_differ(tmp_path: Path, rank: int) -> None:
     found = on_ranks(gate_on_two_ranks, 2, tmp_path, rank)
     assert all("gates.sampler_logprob: step 0: " in message and updates == 0 for message, updates in found)

@@ -1,4 +1,4 @@
-"""Who watches the ranks: over a store in memory, with time that the test lets go by."""
+"""The watch of the ranks, over a store in memory, with a clock that the test advances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANK_LIMIT_S, STALL_LIMIT_S = 12.0, 600.0
 
 
 class Ranks:
-    """Watches of all ranks of a job on one store; `said` has what would have ended the job."""
+    """Watches of all ranks of a job on one store. `said` has the messages that would have ended the job."""
 
     def __init__(self, tmp_path: Path, count: int) -> None:
         limits = {"rank_timeout_s": RANK_LIMIT_S, "stall_timeout_s": STALL_LIMIT_S}
@@ -36,7 +36,7 @@ class Ranks:
         return lambda line: self.said.append((rank, line))
 
     def go_on(self, turns: int, *, but: tuple[int, ...] = (), seconds: float = 2.0) -> None:
-        """That many turns of every rank but those."""
+        """This many turns of every rank except those in `but`."""
         for _ in range(turns):
             for rank, watch in enumerate(self.all):
                 if rank not in but:
@@ -44,7 +44,7 @@ class Ranks:
 
 
 @pytest.mark.parametrize("silent", [0, 1, 2])
-def test_a_rank_without_a_beat_is_named_by_the_one_before_it_whichever_rank_it_is(tmp_path: Path, silent: int) -> None:
+def test_any_rank_without_a_heartbeat_is_named_by_the_rank_before_it(tmp_path: Path, silent: int) -> None:
     ranks = Ranks(tmp_path, 3)
     ranks.go_on(3)
     ranks.go_on(5, but=(silent,))
@@ -55,7 +55,7 @@ def test_a_rank_without_a_beat_is_named_by_the_one_before_it_whichever_rank_it_i
     assert line.startswith(f"rank {silent} (") and "no sign of life for 12 s" in line and "run.rank_timeout_s" in line
 
 
-def test_a_rank_that_beats_late_again_and_again_is_not_accused(tmp_path: Path) -> None:
+def test_a_rank_with_repeatedly_late_heartbeats_is_not_blamed(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2)
     for _ in range(5):
         ranks.go_on(5, but=(1,))
@@ -63,7 +63,7 @@ def test_a_rank_that_beats_late_again_and_again_is_not_accused(tmp_path: Path) -
     assert ranks.said == []
 
 
-def test_a_rank_that_begins_late_is_not_accused_and_one_that_never_does_is(tmp_path: Path) -> None:
+def test_a_rank_that_starts_late_is_not_blamed_but_one_that_never_starts_is(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2)
     ranks.go_on(299, but=(1,))
     assert ranks.said == []
@@ -71,7 +71,7 @@ def test_a_rank_that_begins_late_is_not_accused_and_one_that_never_does_is(tmp_p
     assert ranks.said[0][1].startswith("rank 1 has not begun 602 s after rank 0")
 
 
-def test_a_store_that_answers_nothing_is_noticed_and_does_not_stop_the_thread(tmp_path: Path) -> None:
+def test_a_store_that_does_not_answer_is_reported_and_does_not_block_the_thread(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2)
     held, missed = threading.Event(), threading.Event()
     watch = ranks.all[1]
@@ -85,7 +85,7 @@ def test_a_store_that_answers_nothing_is_noticed_and_does_not_stop_the_thread(tm
     assert not watch._thread.is_alive()
 
 
-def test_a_rank_that_has_left_is_not_accused(tmp_path: Path) -> None:
+def test_a_rank_that_has_left_is_not_blamed(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2)
     ranks.go_on(2)
     leaver = ranks.all[1]
@@ -96,7 +96,7 @@ def test_a_rank_that_has_left_is_not_accused(tmp_path: Path) -> None:
     assert ranks.said == []
 
 
-def test_a_job_in_which_nobody_gets_on_ends_with_a_line_that_names_who_is_waited_for(
+def test_a_job_without_progress_on_any_rank_ends_with_a_line_that_names_the_awaited_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = Ranks(tmp_path, 2)
@@ -106,11 +106,11 @@ def test_a_job_in_which_nobody_gets_on_ends_with_a_line_that_names_who_is_waited
         assert ranks.said == []
         ranks.go_on(4)
     (rank, line), *_ = ranks.said
-    assert rank == 0 and "no rank has got on with anything for 600 s" in line
+    assert rank == 0 and "no rank has made progress for 600 s" in line
     assert "the others wait for rank 1 (model forward)" in line and "run.stall_timeout_s" in line
 
 
-def test_a_job_in_which_one_rank_gets_on_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_with_progress_on_one_rank_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(tmp_path, 2)
     ticks = iter(range(10**6))
     monkeypatch.setattr(watch_module.progress, "ticks", lambda: next(ticks))
@@ -118,7 +118,7 @@ def test_a_job_in_which_one_rank_gets_on_does_not_end(tmp_path: Path, monkeypatc
     assert ranks.said == []
 
 
-def test_after_half_a_minute_rank_0_says_whom_it_waits_for_and_again_after_each_further_one(
+def test_rank_0_logs_every_half_minute_which_ranks_it_waits_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -1,4 +1,4 @@
-"""Tensors as a payload of an update holds them: the right bits, copies, and no more memory than there is."""
+"""Tensors in the payload of an update: correct bits, copies, and no more memory than available."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def assert_equal(found: list[tuple[str, Tensor]], expected: list[tuple[str, Tens
         assert torch.equal(got, wanted.detach()), name
 
 
-def test_tensors_of_every_dtype_and_layout_come_out_of_shared_memory_as_they_went_in() -> None:
+def test_tensors_of_every_dtype_and_layout_come_out_of_shared_memory_unchanged() -> None:
     buffer = SharedBuffer()
     payloads = buffer.payloads(many_kinds(), copies=2)
     assert len(payloads) == 2
@@ -50,20 +50,20 @@ def test_tensors_of_every_dtype_and_layout_come_out_of_shared_memory_as_they_wen
         assert all(tensor.data_ptr() % ALIGNMENT == 0 for _, tensor in loaded)
 
 
-def test_tensors_of_every_dtype_and_layout_come_out_of_a_payload_by_value_as_they_went_in() -> None:
+def test_tensors_of_every_dtype_and_layout_come_out_of_a_payload_by_value_unchanged() -> None:
     payloads = by_value(many_kinds(), copies=3)
     assert len(payloads) == 3 and len(set(payloads)) == 1
     assert_equal(pickle.loads(payloads[0]), many_kinds())
 
 
-def test_a_handle_names_its_memory_so_that_a_process_of_any_origin_can_open_it() -> None:
+def test_a_handle_names_its_shared_memory_so_that_any_process_can_open_it() -> None:
     before = torch.multiprocessing.get_sharing_strategy()
     (payload,) = SharedBuffer().payloads([("a", torch.zeros(100_000))], copies=1)
     assert BY_NAME in payload and len(payload) < 1000
     assert torch.multiprocessing.get_sharing_strategy() == before
 
 
-def test_one_piece_of_memory_carries_bucket_after_bucket_and_grows_where_one_needs_more() -> None:
+def test_one_shared_memory_buffer_is_reused_for_every_bucket_and_grows_if_needed() -> None:
     buffer = SharedBuffer()
 
     def handles_of(size: int) -> bytes:
@@ -92,7 +92,7 @@ def test_a_payload_holds_copies_of_the_weights(way: str) -> None:
     assert weight.tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_by_value_a_slice_goes_without_the_tensor_that_it_is_a_slice_of() -> None:
+def test_by_value_a_slice_is_sent_without_the_rest_of_its_tensor() -> None:
     whole = torch.zeros(100_000)
     (payload,) = by_value([("a", whole[7:9])], copies=1)
     assert len(payload) < 2000
@@ -111,7 +111,7 @@ def test_a_bucket_that_shared_memory_cannot_hold_is_refused_before_a_byte_is_wri
     assert len(pickle.loads(payload)) == 2, "what just fits is taken"
 
 
-def test_a_fifth_of_the_free_shared_memory_is_left_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fifth_of_the_free_shared_memory_is_left_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {str(tmp_path): 1000}
     monkeypatch.setattr(payload_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[str(path)]))
     monkeypatch.setattr(payload_module, "SHARED_MEMORY", tmp_path)

@@ -1,4 +1,4 @@
-"""What goes over the wire to sample a step and to publish weights, asked of a real HTTP server without a model."""
+"""The requests that sample a step and publish weights, sent to a real HTTP server without a model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_uniforms_of_two_samples_of_a_step_differ() -> None:
     assert not np.array_equal(one.trust_u, two.trust_u)
 
 
-def test_the_server_is_asked_to_continue_the_prompt_and_then_the_prefix() -> None:
+def test_the_input_of_a_request_is_the_prompt_followed_by_the_prefix() -> None:
     with fake_server() as server:
         rollout = sample(server, request(prefix=4), 0)
         sample(server, request(), 0)
@@ -98,7 +98,9 @@ def test_the_server_is_asked_to_continue_the_prompt_and_then_the_prefix() -> Non
         ({"temperature": 1.3, "top_p": 0.8}, {"temperature": 1.3, "top_p": 0.8, "top_k": -1}),
     ],
 )
-def test_every_request_samples_as_the_configuration_says(rollout: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_every_request_has_the_sampling_settings_of_the_configuration(
+    rollout: dict[str, Any], expected: dict[str, Any]
+) -> None:
     with fake_server() as server:
         sample(server, request(new=5), 0, **rollout)
     (body,) = server.bodies("/generate")
@@ -108,7 +110,7 @@ def test_every_request_samples_as_the_configuration_says(rollout: dict[str, Any]
     assert body["return_logprob"] is True
 
 
-def test_nothing_else_on_the_wire_bends_the_distribution() -> None:
+def test_no_other_field_of_a_request_changes_the_sampling_distribution() -> None:
     with fake_server() as server:
         sample(server, request(), 0)
     (body,) = server.bodies("/generate")
@@ -121,13 +123,13 @@ def test_nothing_else_on_the_wire_bends_the_distribution() -> None:
     assert body.keys() == {"input_ids", "sampling_params", "return_logprob"}
 
 
-def test_no_seed_is_sent_so_that_the_samples_of_a_prompt_differ() -> None:
+def test_no_seed_is_sent_because_samples_of_a_prompt_must_differ() -> None:
     with fake_server() as server:
         sampler_of(server).sample([request("one"), request("two")], step=3, expected_version="default")
     assert not [name for body in server.bodies("/generate") for name in body["sampling_params"] if "seed" in name]
 
 
-def test_after_an_update_no_token_comes_from_the_cache_of_the_old_weights() -> None:
+def test_after_an_update_no_token_is_sampled_from_the_cache_of_the_old_weights() -> None:
     with fake_server() as server:
         found, held = [], []
         for step, value in enumerate((1.0, 2.0, 3.0)):
@@ -139,7 +141,7 @@ def test_after_an_update_no_token_comes_from_the_cache_of_the_old_weights() -> N
         np.testing.assert_allclose(rollout.rollout_logp, logp_of(checksum), rtol=1e-6)
 
 
-def test_an_update_brings_every_tensor_and_gives_the_label_once_all_are_there() -> None:
+def test_an_update_sends_every_tensor_and_sets_the_label_after_the_last() -> None:
     with fake_server() as server:
         publish(server, 4.0, "v7")
         labels = [body["weight_version"] for body in server.bodies("/update_weights_from_tensor")]
@@ -152,11 +154,11 @@ def test_an_update_brings_every_tensor_and_gives_the_label_once_all_are_there() 
     assert paths.index("/update_weight_version") < paths.index("/continue_generation")
 
 
-def test_an_update_that_lacks_a_tensor_never_gets_its_label() -> None:
+def test_an_update_with_a_missing_tensor_never_gets_its_label() -> None:
     with fake_server() as server:
         publish(server, 1.0, "v1")
         publisher = WeightPublisher(client_of(server), PLAN, bucket_bytes=8)
-        with pytest.raises(ServerError, match="end without 1 of 2 tensors, the first being b"):
+        with pytest.raises(ServerError, match="1 of 2 tensors are missing from the weights to publish, the first is b"):
             publisher.publish(iter([("a", torch.zeros(3, 2))]), "v2")
         assert server.label != "v2" and not server.paused and not server.in_update
         with pytest.raises(ServerError, match="expected 'v2'"):
@@ -181,7 +183,7 @@ def test_tokens_under_another_label_than_the_one_published_are_refused() -> None
 
 @contextmanager
 def launch(server: FakeServer, config: Config) -> Iterator[tuple[RolloutSource, SimpleNamespace]]:
-    """Rollouts of one rank over HTTP: the product from the prompts to the wire, the student's weights ours to set."""
+    """Rollouts of one rank over HTTP: the product from the prompts to the wire. The test sets the student's weights."""
     learner = SimpleNamespace(value=0.0, recovered=[])
 
     def recover(died: ServerDied) -> None:
@@ -218,7 +220,7 @@ def guided(tmp_path: Path, **sections: Any) -> Config:
     )
 
 
-def test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_its_uniforms(tmp_path: Path) -> None:
+def test_rollouts_of_every_step_use_its_weights_its_prefix_and_its_uniforms(tmp_path: Path) -> None:
     config = guided(tmp_path)
     with fake_server() as server, launch(server, config) as (source, learner):
         for step, prefix in ((0, 5), (1, 4), (2, 3)):
@@ -239,7 +241,7 @@ def test_the_rollouts_of_every_step_come_from_its_weights_with_its_prefix_and_it
 
 
 @pytest.mark.parametrize("weight_sync", [True, False])
-def test_the_first_publication_of_a_launch_is_proven_where_the_gate_is_on(tmp_path: Path, weight_sync: bool) -> None:
+def test_the_first_publication_of_a_launch_is_proven_if_the_gate_is_on(tmp_path: Path, weight_sync: bool) -> None:
     config = guided(tmp_path, gates={"weight_sync": weight_sync})
     with fake_server() as server, launch(server, config) as (source, _):
         for step in (0, 1):
@@ -248,7 +250,7 @@ def test_the_first_publication_of_a_launch_is_proven_where_the_gate_is_on(tmp_pa
     assert destroyed == int(weight_sync)
 
 
-def test_a_server_that_dies_while_it_samples_gets_the_weights_again_and_finishes(
+def test_a_server_that_dies_while_sampling_gets_the_weights_again_and_finishes_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport_module, "FIRST_WAIT_S", 0.01)

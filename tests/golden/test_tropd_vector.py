@@ -22,11 +22,13 @@ def _check(claim: claims.Claim) -> None:
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 @pytest.mark.parametrize("claim", claims.CLAIMS + REWARD_CLAIMS, ids=lambda claim: claim.__name__)
-def test_golden_claim(claim: claims.Claim, tp_size: int) -> None:
+def test_every_claim_about_the_golden_vector_holds_on_one_two_and_three_ranks(
+    claim: claims.Claim, tp_size: int
+) -> None:
     run_on_ranks(_check, tp_size, claim)
 
 
-def test_worked_single_tokens_have_their_log_ratio_and_trust_probability() -> None:
+def test_the_worked_example_tokens_have_the_expected_log_ratio_and_trust_probability() -> None:
     for token in GOLDEN["single_tokens"]:
         log_ratio_T = torch.tensor([math.log(token["q"]) - math.log(token["p"])], dtype=torch.float64)
         trust_T = trust_gate(log_ratio_T, mode="soft", trust_u_T=torch.zeros(1), threshold=0.0)
@@ -35,7 +37,7 @@ def test_worked_single_tokens_have_their_log_ratio_and_trust_probability() -> No
 
 
 @pytest.mark.parametrize("norm", ["truncated", "tail", "renorm"])
-def test_the_oracle_itself_gives_the_golden_forward_kl(norm: str) -> None:
+def test_the_oracle_gives_the_golden_forward_kl(norm: str) -> None:
     log_p, log_q = log_softmax(GOLDEN["student_logits"]), log_softmax(GOLDEN["teacher_logits"])
     ids = top_ids(GOLDEN["teacher_logits"], GOLDEN["topk"])
     assert ids == GOLDEN["teacher_topk_ids"]

@@ -1,4 +1,4 @@
-"""The loss inside other people's autograd on a GPU: Triton writes by pointer, and save_on_cpu really copies.
+"""The loss inside other autograd code on a GPU: Triton writes by pointer, and save_on_cpu really copies.
 
 How to run: see test_kernel_on_cuda. The situations are those of tests/dist/test_autograd.py, on one rank through NCCL.
 """
@@ -26,7 +26,7 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_every_form_is_right_or_refused_in_every_situation_as_the_docs_say(backend: str) -> None:
+def test_on_cuda_every_form_is_right_or_refused_in_every_situation_as_documented(backend: str) -> None:
     found = autograd_cases.outcomes(backend, "cuda")
     assert wrong(found) == []
     stated = table_in_docs()

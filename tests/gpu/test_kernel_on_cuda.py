@@ -1,9 +1,10 @@
-"""The kernel on a GPU: what the interpreter cannot show. Run on a machine with an NVIDIA GPU and a CUDA build of torch:
+"""The kernel on a GPU, which the interpreter cannot replace. Run with an NVIDIA GPU and a CUDA build of torch:
 
     .venv/bin/python -m pytest tests/gpu
 
-One GPU, about 10 GiB of its memory, a minute or two. Elsewhere every test is skipped; tests/run.sh hides all GPUs.
-Nothing is compared with a clock. Eager in float64 is the oracle here: tests/dist checks it against equations.
+The tests need one GPU, about 10 GiB of its memory, and a minute or two. Without a GPU every test is skipped.
+tests/run.sh hides all GPUs. No time is measured. Eager in float64 is the oracle here: tests/dist checks it against
+equations.
 
 Shapes: T tokens, W width of a vocabulary shard, R its real columns, J support ids.
 """
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 DEVICE = "cuda"
 WIDTHS = {"aligned": 19_072, "odd": 19_061, "narrow": 7}
-"""Columns of a shard; all but five of them are real."""
+"""Columns of a shard. All but five of them are real."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Rows:
     scaling: Scaling
 
     def out(self, dtype: torch.dtype) -> Tensor:
-        """Room for a gradient that is not over the logits."""
+        """A buffer for a gradient that does not overwrite the logits."""
         return torch.full_like(self.logits_TW, torch.nan, dtype=dtype)
 
 
@@ -127,10 +128,10 @@ def test_both_passes_equal_eager_in_float64(
         (torch.float64, torch.float64),
     ],
 )
-def test_a_gradient_over_the_logits_has_the_bits_of_one_elsewhere(
+def test_a_gradient_written_over_the_logits_has_the_same_bits_as_one_written_elsewhere(
     width: str, with_entropy: bool, dtype: torch.dtype, output: torch.dtype
 ) -> None:
-    """A thread that stored before another had loaded would show: every program runs many times."""
+    """A thread that stores before another has loaded would be detected, because every program runs many times."""
     rows = make_rows(WIDTHS[width], dtype, tokens=2000, with_entropy=with_entropy)
     elsewhere = write_gradient(TritonBackend(), rows, rows.out(output))
     for _ in range(10):
@@ -138,7 +139,7 @@ def test_a_gradient_over_the_logits_has_the_bits_of_one_elsewhere(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_second_run_has_the_same_bits(dtype: torch.dtype) -> None:
+def test_both_passes_are_bit_identical_in_repeated_runs(dtype: torch.dtype) -> None:
     rows = make_rows(WIDTHS["odd"], dtype, tokens=2000)
     first = [*stats_and_support(TritonBackend(), rows), over_the_logits(rows, dtype)]
     for _ in range(5):
@@ -146,7 +147,7 @@ def test_a_second_run_has_the_same_bits(dtype: torch.dtype) -> None:
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_rows_beyond_two_to_the_31_elements_are_found() -> None:
+def test_rows_beyond_two_to_the_31_elements_are_addressed_correctly() -> None:
     width = 131_072
     tokens = 2**31 // width + 5
     few = make_rows(width, torch.bfloat16, tokens=8)
@@ -178,8 +179,8 @@ def test_rows_beyond_two_to_the_31_elements_are_found() -> None:
     assert torch.equal(logits_TW[-8:], over_the_logits(few, torch.bfloat16))
 
 
-def test_a_cuda_graph_holds_both_passes() -> None:
-    """What a graph captured can have no host sync in it, and gives the bits of a direct call on new numbers."""
+def test_both_passes_can_be_captured_in_a_cuda_graph() -> None:
+    """A captured graph contains no host sync, and on new inputs gives the same bits as a direct call."""
     backend, rows = TritonBackend(), make_rows(WIDTHS["odd"], torch.float32)
     others = make_rows(WIDTHS["odd"], torch.float32, seed=1)
     buffer_TW = rows.logits_TW.clone()

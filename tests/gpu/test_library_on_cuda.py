@@ -1,4 +1,4 @@
-"""The front door on a GPU: the numbers of the CPU, no host sync, and a CUDA graph that replays."""
+"""The library on a GPU: the results of the CPU, no host sync, and a CUDA graph that replays."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def on_gpu(value: Any, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_and_its_gradient_are_those_of_float64_on_the_cpu(name: str) -> None:
+def test_loss_and_gradient_on_cuda_equal_those_of_float64_on_the_cpu(name: str) -> None:
     case, objective = Case(), objectives.from_name(name)
     leaf = case.logits().requires_grad_()
     teacher = case.teacher_of(objective)
@@ -51,7 +51,7 @@ def test_the_loss_and_its_gradient_are_those_of_float64_on_the_cpu(name: str) ->
     torch.testing.assert_close(theirs.grad.cpu().double(), leaf.grad, rtol=2e-4, atol=5e-5 * scale)
 
 
-def test_uniforms_are_the_same_bits_on_both_devices() -> None:
+def test_uniforms_are_bit_identical_on_cpu_and_cuda() -> None:
     assert torch.equal(trust_uniforms((4, 1001), seed=77).to(DEVICE), trust_uniforms((4, 1001), seed=77, device=DEVICE))
 
 
@@ -87,7 +87,7 @@ class Step:
         return out.value
 
 
-def test_a_step_has_no_host_sync() -> None:
+def test_a_library_step_has_no_host_sync() -> None:
     step = Step()
     step()  # compiles
     torch.cuda.synchronize()
@@ -98,7 +98,7 @@ def test_a_step_has_no_host_sync() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_graph_of_the_step_replays_with_the_same_numbers() -> None:
+def test_a_cuda_graph_of_the_step_replays_with_the_same_numbers() -> None:
     step = Step()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""The whole loss on a GPU, through NCCL: no host sync, the same bits again, the numbers of a float64 run.
+"""The whole loss on a GPU, through NCCL: no host sync, repeatable bits, the results of a float64 run.
 
 How to run: see test_kernel_on_cuda. One rank, so that the collectives are real but have nothing to sum.
 
@@ -50,7 +50,7 @@ def one_rank() -> Iterator[None]:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """An operation that waits for the GPU raises; what compiles or initialises has to have run before."""
+    """An operation that waits for the GPU raises. Code that compiles or initialises must have run before."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -64,12 +64,12 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(1)
     hidden_TD = torch.randn(TOKENS, HIDDEN, generator=random)
     weight_VD = 3.0 * HIDDEN**-0.5 * torch.randn(WIDTH, HIDDEN, generator=random)
-    # What is rounded to bfloat16 is the same number in float64.
+    # Values rounded to bfloat16 are exact in float64.
     return hidden_TD.bfloat16().to(DEVICE, dtype), weight_VD.bfloat16().to(DEVICE, dtype)
 
 
 def constants(dtype: torch.dtype) -> TokenInputs:
-    """What teacher, sampler and the pass before the update say of each token."""
+    """The values of teacher, sampler and the pass before the update for each token."""
     given = Batch(tokens=TOKENS, moved=0.1).inputs()
     moved = {
         field.name: value.detach().to(DEVICE, dtype if value.is_floating_point() else value.dtype)
@@ -113,7 +113,7 @@ def prepared(
     backend: Backend | None = None,
     overlap: bool = False,
 ) -> Callable[[], Gradients]:
-    """A function that runs forward and backward pass on the GPU; each call begins from the same numbers."""
+    """A function that runs forward and backward pass on the GPU. Each call starts from the same values."""
     assert dist.group.WORLD is not None
     kernel = Kernel(
         shard=VocabShard(0, WIDTH, VOCABULARY),
@@ -164,14 +164,14 @@ def test_no_objective_waits_for_the_gpu(kind: str) -> None:
         run()
 
 
-def test_a_host_sync_would_be_noticed() -> None:
+def test_the_sync_check_detects_a_host_sync() -> None:
     with pytest.raises(RuntimeError, match="synchroniz"), no_host_sync():
         torch.ones((), device=DEVICE).item()
 
 
 @pytest.mark.parametrize("form", ["fused", "logits"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_second_run_has_the_same_bits(form: str, mode: WeightGradientMode) -> None:
+def test_loss_and_gradients_on_cuda_are_bit_identical_in_a_second_run(form: str, mode: WeightGradientMode) -> None:
     run = prepared(form=form, mode=mode)
     first, second = run(), run()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -182,10 +182,10 @@ def test_a_second_run_has_the_same_bits(form: str, mode: WeightGradientMode) -> 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2.0**-7)]
 )
-def test_loss_and_gradients_equal_eager_in_float64(
+def test_loss_and_gradients_on_cuda_equal_eager_in_float64(
     form: str, mode: WeightGradientMode, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Relative to the largest entry; an objective without a gate, which rounding could open or close."""
+    """Errors relative to the largest entry. The objective has no gate, because rounding could open or close it."""
     if form == "logits" and dtype == torch.bfloat16:
         pytest.skip("bfloat16 logits are other numbers than those of float64")
     found = prepared("vopd", form=form, mode=mode, dtype=dtype)()

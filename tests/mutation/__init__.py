@@ -1,4 +1,4 @@
-"""Plants faults in the files outside the loss, drawn by a seed, and lists those that no test notices.
+"""Plant faults, drawn by a seed, in the files outside the loss, and list those that no test detects.
 
-How to run it and what it plants: docs/mutation.md.
+docs/mutation.md says how to run it and which faults it plants.
 """

@@ -1,4 +1,4 @@
-"""`python -m tests.mutation`: draw faults, run the tests that cover each, list those that no test notices."""
+"""`python -m tests.mutation`: draw faults, run the tests that cover each, list those that no test detects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}\n", end="", flush=True)  # one write: workers do not mix their lines
+    print(f"[{time.strftime('%H:%M:%S')}] {text}\n", end="", flush=True)  # one write, so that workers' lines do not mix
 
 
 def main(arguments: list[str]) -> int:
@@ -78,7 +78,7 @@ def list_faults(copy: Path, faults: list[Fault]) -> None:
 def try_all(
     spare: list[Path], faults: list[Fault], records: list[Record], journal: Journal, limit_s: float
 ) -> list[Trial]:
-    """One trial per fault, in the order of the draw; those that the journal knows are not run again."""
+    """One trial per fault, in the order of the draw. Trials in the journal are not run again."""
     state = copies.digest_of_all(spare[0])
 
     def one(copy: Path, numbered: tuple[int, Fault]) -> Trial:

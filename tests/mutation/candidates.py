@@ -1,8 +1,8 @@
 """All faults that can be planted in a file, in the order of the file, and the draw among those of the packages.
 
-Left alone, because no test should have to notice: annotations, docstrings, decorators, log calls, what a `raise` or an
-`assert` says, f-strings (most are messages, and their positions are not exact before Python 3.12), `__all__`, and what
-is under `if TYPE_CHECKING`. Invariant: the draw depends on the sources, the seed and the rules, and on nothing else.
+Some code gets no faults, because no test should have to detect them: annotations, docstrings, decorators, log calls,
+messages of `raise` and `assert`, f-strings (most are messages, and their positions are not exact before Python 3.12),
+`__all__`, and code under `if TYPE_CHECKING`. Invariant: the draw depends only on the sources, the seed and the rules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def draw(root: Path, *, seed: int, count: int) -> list[Fault]:
-    """The first `count` of all candidates in an order that the seed decides; a larger count only adds faults."""
+    """The first `count` of all candidates in an order determined by the seed. A larger count only adds faults."""
     candidates = all_candidates(root)
     random.Random(seed).shuffle(candidates)
     return candidates[:count]
@@ -50,7 +50,7 @@ def candidates(file: str, content: bytes) -> list[Fault]:
 
 
 class _Where:
-    """Which lines have to run for a fault at this place to matter."""
+    """The lines that have to run for a fault at this place to have an effect."""
 
     def __init__(self, lines: tuple[int, int] = (1, 1), function: Function | None = None) -> None:
         self.lines = lines
@@ -66,7 +66,7 @@ class _Where:
 
 
 def _body(function: Function) -> tuple[int, int]:
-    """The lines of a function below its docstring: a default or a decorated name matters once one of them runs."""
+    """The lines of a function below its docstring. A default or decorated name has an effect once one of them runs."""
     first = function.body[1] if len(function.body) > 1 and ast.get_docstring(function) is not None else function.body[0]
     assert function.end_lineno is not None
     return first.lineno, function.end_lineno
@@ -115,7 +115,7 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _left_alone(node: ast.AST, field: str) -> bool:
-    """Annotations, decorators, base classes, the message of an assert, and what a reader or a shell needs."""
+    """Parts without faults: annotations, decorators, base classes, assert messages, texts for a reader or a shell."""
     if field in ("annotation", "returns", "decorator_list", "bases", "type_params"):
         return True
     if isinstance(node, ast.Assert):
@@ -136,6 +136,6 @@ def _defines_exports(node: ast.AST) -> bool:
 
 
 def is_log_call(node: ast.expr) -> bool:
-    """`log.info(...)` and its like."""
+    """`log.info(...)` and similar calls."""
     function = node.func if isinstance(node, ast.Call) else None
     return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id in LOGGERS

@@ -1,4 +1,4 @@
-"""Copies of the repository below the work folder, so that the user's checkout never holds a fault."""
+"""Copies of the repository below the work folder, so that the user's checkout never contains a fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy what git tracks, and what it neither tracks nor ignores, into an empty `folder`."""
+    """Copy tracked files, and untracked files that are not ignored, into an empty `folder`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=REPOSITORY,
@@ -42,7 +42,7 @@ def duplicate(copy: Path, folder: Path) -> Path:
 
 @contextmanager
 def planted(copy: Path, fault: Fault) -> Iterator[None]:
-    """Within, the file in the copy holds the fault."""
+    """Within the block, the file in the copy contains the fault."""
     path = copy / fault.file
     right = path.read_bytes()
     path.write_bytes(fault.planted(right))
@@ -53,13 +53,13 @@ def planted(copy: Path, fault: Fault) -> Iterator[None]:
 
 
 def environment(copy: Path, **extra: str) -> dict[str, str]:
-    """For a Python process that imports everything of ours from the copy, and so do the processes it starts."""
+    """The environment of a Python process that, with its child processes, imports our code from the copy."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MUTATION_", "COVERAGE_"))}
     paths = [str(copy / "tests" / "mutation" / "startup"), str(copy), *filter(None, [kept.get("PYTHONPATH")])]
     return {
         **kept,
         "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONDONTWRITEBYTECODE": "1",  # the bytecode of a fault would outlive it
+        "PYTHONDONTWRITEBYTECODE": "1",  # otherwise bytecode with the fault would remain
         "PYTHONUNBUFFERED": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -73,12 +73,12 @@ def pytest_command(*arguments: str) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """Of the content of a file; empty where there is none."""
+    """The digest of a file's content. Empty if there is no file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
 def digest_of_all(copy: Path) -> str:
-    """Of the product and its tests, without the mutation run itself."""
+    """The digest of the product and its tests, without the code of the mutation run."""
     found = hashlib.sha256()
     for folder in ("tropd_mcore", "tests"):
         for path in sorted((copy / folder).rglob("*.py")):
@@ -88,7 +88,7 @@ def digest_of_all(copy: Path) -> str:
 
 
 def reaches(copy: Path, file: str, packages: Iterable[str]) -> bool:
-    """Whether a test file can run code of these packages: it imports one, if indirectly, or starts a command."""
+    """Whether a test file can run code of these packages: it imports one, directly or not, or starts a command."""
     wanted = tuple(f"tropd_mcore.{package}." for package in packages)
     seen: set[str] = set()
     left = [module for name in imported_tests(copy, copy / file) for module in imports(copy / name)]
@@ -118,7 +118,7 @@ def imported_tests(copy: Path, path: Path) -> set[str]:
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """The modules that a file imports, at any depth, none without a file; `from a import b` counts as `a` and `a.b`."""
+    """The modules with a file that a file imports, at any depth. `from a import b` counts as `a` and `a.b`."""
     found: set[str] = set()
     if not path.is_file():
         return frozenset()

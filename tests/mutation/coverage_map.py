@@ -1,7 +1,7 @@
-"""Which test runs which line: each test file runs once under coverage, and the answer is kept until an input changes.
+"""The lines that each test runs. Each test file runs once under coverage. The result is kept until an input changes.
 
 Lines that run in rank processes and in commands that a test starts count for that test. A test file that fails without
-a fault is of no use here and is named.
+a fault cannot be used and is named.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Record:
-    """What the tests of one file and tier run."""
+    """The lines that the tests of one file and tier run."""
 
     file: str
     tier: str
@@ -45,11 +45,11 @@ class Record:
     tests: dict[str, float]
     """Seconds of each test with its fixtures, in the order of the file."""
     lines: dict[str, dict[str, list[int]]]
-    """{product file: {context: lines}}; a context is a test, or one of those of `plugin`."""
+    """{product file: {context: lines}}. A context is a test, or one of those of `plugin`."""
     inputs: dict[str, str]
-    """{file: digest} of everything of ours that the outcome depends on."""
+    """{file: digest} of all our files on which the outcome depends."""
     output: str
-    """The end of what pytest said, where it failed."""
+    """The end of pytest's output, if it failed."""
 
 
 def test_files(copy: Path, tier: str) -> list[str]:
@@ -61,7 +61,7 @@ def test_files(copy: Path, tier: str) -> list[str]:
 
 
 def build(spare_copies: list[Path], folder: Path, tiers: Iterable[str], say: Say) -> list[Record]:
-    """The records of all test files, measured where no stored one is valid; one process per copy at a time."""
+    """The records of all test files, measured if no stored record is valid. One process per copy at a time."""
     copy = spare_copies[0]
     wanted = [(file, tier) for tier in tiers for file in test_files(copy, tier)]
     stored = {key: _load(folder, *key) for key in wanted}
@@ -111,14 +111,14 @@ def measure(copy: Path, file: str, tier: str) -> Record:
 
 def _lines(copy: Path, data: Path) -> dict[str, dict[str, list[int]]]:
     """Union over the data files that the processes left."""
-    from coverage import CoverageData, CoverageException  # only a mutation run needs it, not what reads its results
+    from coverage import CoverageData, CoverageException  # needed only by a mutation run, not by readers of its results
 
     found: dict[str, dict[str, set[int]]] = {}
     for path in sorted(data.glob("lines.*")):
         one = CoverageData(basename=str(path))
         try:
             one.read()
-        except CoverageException:  # a rank that a test killed while it wrote: its lines count for nobody
+        except CoverageException:  # a rank that a test killed while it wrote: its lines are not counted
             continue
         for measured in one.measured_files():
             file = found.setdefault(Path(measured).relative_to(copy).as_posix(), {})
@@ -146,7 +146,7 @@ def _load(folder: Path, file: str, tier: str) -> Record | None:
 
 
 def _valid(record: Record | None, copy: Path) -> bool:
-    """Whether nothing changed since; a file that failed is run again."""
+    """Whether no input has changed since. A file that failed is run again."""
     return (
         record is not None
         and record.passed

@@ -20,9 +20,9 @@ class Fault:
     before: str
     after: str
     runs: tuple[int, int]
-    """Lines, both included, of which one has to run for the fault to matter."""
+    """First and last of the lines of which one has to run for the fault to have an effect."""
     at_import: bool
-    """Whether those lines run when the module is imported, and not when something is called."""
+    """Whether those lines run when the module is imported, not when a function is called."""
 
     @property
     def id(self) -> str:
@@ -31,7 +31,7 @@ class Fault:
         return f"{self.file}:{self.line}:{self.column} {self.operator} -> {after[:60]}"
 
     def planted(self, source: bytes) -> bytes:
-        """The source with the fault; AssertionError where the text is not at its place."""
+        """The source with the fault. Raises AssertionError if the text is not at its place."""
         before = self.before.encode()
         end = self.start + len(before)
         assert source[self.start : end] == before, f"{self.id}: {before!r} is not at byte {self.start}"
@@ -50,7 +50,7 @@ class Source:
             self._line_starts.append(self._line_starts[-1] + len(line))
 
     def span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
-        """First byte of the node and the byte after its last; parentheses around it are outside."""
+        """First byte of the node and the byte after its last. Parentheses around it are not included."""
         assert node.end_lineno is not None and node.end_col_offset is not None
         return self.at(node.lineno, node.col_offset), self.at(node.end_lineno, node.end_col_offset)
 

@@ -1,7 +1,7 @@
-"""The rules that make faults, one function per kind of node; each yields (first byte, byte after the last, new text).
+"""The rules that create faults, one function per kind of node. Each yields (first byte, byte after the last, new text).
 
-Not for deciding where a rule applies (`candidates`). Invariant: a rule changes one place, the result is still Python,
-and its name says what was done.
+`candidates` decides where a rule applies. Invariant: a rule changes one place, the result is still valid Python, and
+the name of the rule says what it changes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def negation(source: Source, node: ast.AST) -> Iterator[Change]:
 
 
 def arithmetic(source: Source, node: ast.AST) -> Iterator[Change]:
-    """`+` becomes `-`, `*` becomes `/`, `//` and `%` change too, `|` becomes `&`; also in `+=` and its like."""
+    """`+` becomes `-`, `*` becomes `/`, `//` and `%` change too, `|` becomes `&`. The same for `+=` and similar."""
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC and not _joins_text(node):
         pattern, text = ARITHMETIC[type(node.op)]
         yield from _between(source, node.left, node.right, pattern, text, "arithmetic")
@@ -81,7 +81,7 @@ def arithmetic(source: Source, node: ast.AST) -> Iterator[Change]:
 
 
 def constant(source: Source, node: ast.AST) -> Iterator[Change]:
-    """A number becomes one more, or 0; True becomes False and the reverse."""
+    """A number is increased by one or becomes 0. True becomes False and the reverse."""
     if not isinstance(node, ast.Constant):
         return
     start, end = source.span(node)
@@ -94,7 +94,7 @@ def constant(source: Source, node: ast.AST) -> Iterator[Change]:
 
 
 def condition(source: Source, node: ast.AST) -> Iterator[Change]:
-    """The condition of an `if`, a conditional expression or a filter is always true or never; `while` is never entered.
+    """The condition of an `if`, a conditional expression or a filter is always or never true. `while` is never entered.
 
     A loop that is always entered would not end, so it is not planted.
     """
@@ -118,7 +118,7 @@ def result(source: Source, node: ast.AST) -> Iterator[Change]:
 
 
 def removed_call(source: Source, node: ast.AST) -> Iterator[Change]:
-    """A call whose result nobody takes is left out."""
+    """A call whose result is not used is removed."""
     if isinstance(node, ast.Expr):
         value = node.value.value if isinstance(node.value, ast.Await) else node.value
         if isinstance(value, ast.Call):
@@ -126,7 +126,7 @@ def removed_call(source: Source, node: ast.AST) -> Iterator[Change]:
 
 
 def removed_raise(source: Source, node: ast.AST) -> Iterator[Change]:
-    """`raise` is left out."""
+    """`raise` is removed."""
     if isinstance(node, ast.Raise):
         yield "removed raise", *source.span(node), "pass"
 
@@ -148,7 +148,7 @@ def swapped_call(source: Source, node: ast.AST) -> Iterator[Change]:
 
 
 def bound(source: Source, node: ast.AST) -> Iterator[Change]:
-    """A slice starts or ends one later; bounds that are numbers belong to `constant`."""
+    """A slice starts or ends one later. Numeric bounds belong to `constant`."""
     if isinstance(node, ast.Slice):
         for limit in (node.lower, node.upper):
             if limit is not None and not isinstance(limit, ast.Constant):
@@ -156,7 +156,7 @@ def bound(source: Source, node: ast.AST) -> Iterator[Change]:
 
 
 def text_default(source: Source, node: ast.AST) -> Iterator[Change]:
-    """The default text of a parameter changes; default numbers belong to `constant`."""
+    """The default text of a parameter changes. Default numbers belong to `constant`."""
     if isinstance(node, ast.arguments):
         for default in (*node.defaults, *node.kw_defaults):
             if isinstance(default, ast.Constant) and isinstance(default.value, str):
@@ -183,7 +183,7 @@ RULES: tuple[Rule, ...] = (
 def _between(
     source: Source, left: ast.expr, right: ast.expr, pattern: str, text: str, operator: str
 ) -> Iterator[Change]:
-    """Replace the operator between two operands: besides it there are only parentheses, spaces and comments."""
+    """Replace the operator between two operands. Otherwise there are only parentheses, spaces and comments."""
     start, end = source.span(left)[1], source.span(right)[0]
     gap = re.sub(r"#[^\n]*", lambda comment: " " * len(comment[0].encode()), source.text(start, end))
     edge = r"\b" if pattern[0].isalpha() else ""
@@ -193,7 +193,7 @@ def _between(
 
 
 def _joins_text(node: ast.BinOp) -> bool:
-    """Whether an operand is a text or a list, for which no other operator exists."""
+    """Whether an operand is a text or a list, which has no other operator."""
     kinds = (ast.JoinedStr, ast.List, ast.Tuple)
     return any(
         isinstance(operand, kinds) or (isinstance(operand, ast.Constant) and isinstance(operand.value, str))

@@ -1,10 +1,10 @@
-"""What pytest does differently inside a mutation run; loaded with `-p tests.mutation.plugin`.
+"""A pytest plugin for mutation runs, loaded with `-p tests.mutation.plugin`.
 
-It runs the chosen tests only, writes how long each took and which failed first, and in the run that finds the covering
-tests it tells coverage which test is running, also in the rank processes. Everything it needs is in the environment.
+It runs only the chosen tests, and writes how long each took and which failed first. In the run that finds the covering
+tests, it tells coverage which test is running, also in the rank processes. It reads its settings from the environment.
 
-A test that plants faults of its own looks for a text in the source. Where the fault of the mutation run changed that
-text, the test fails without having noticed anything, so it is skipped.
+A test that plants faults itself looks for a text in the source. If the fault of the mutation run changed that text, the
+test would fail without detecting the fault, so it is skipped.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import pytest
 import tropd_mcore
 
 IMPORT = ""
-"""Context of what runs before the first test: the modules themselves."""
+"""Context of the lines that run before the first test: the module code."""
 FIXTURES = "fixtures"
 """Context of fixtures that several tests share."""
 TEXT_CHANGED = re.compile(r"has \d+ times ")
-"""Said by tests/mutants.py and tests/glue/faults.py about a text that is not in the source exactly once."""
+"""Message of tests/mutants.py and tests/glue/faults.py about a text that is not in the source exactly once."""
 
 _context = IMPORT
 _seconds: dict[str, float] = {}
@@ -125,11 +125,11 @@ def _switch(context: str) -> None:
 
 
 def _tell_ranks() -> None:
-    """Lines that `run_on_ranks` runs belong to the test that called it."""
+    """Lines that run in `run_on_ranks` belong to the test that called it."""
     from tests import ranks
 
     def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, **options: Any) -> list[Any]:
-        inherited = os.environ.pop("MUTATION_CONTEXT", None)  # what a new rank imports belongs to no test
+        inherited = os.environ.pop("MUTATION_CONTEXT", None)  # imports of a new rank belong to no test
         try:
             return original(in_context, world_size, _context, function, args, **options)
         finally:

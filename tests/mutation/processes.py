@@ -1,4 +1,4 @@
-"""Run pytest processes to their end or their deadline, never silent for long, and read what the plugin wrote."""
+"""Run pytest processes to their end or deadline, with regular output, and read the plugin's result."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ POLL_S = 0.1
 PASSED, NO_TESTS = 0, 5
 """Exit codes of pytest."""
 REFUSED = (3, 4, 97)
-"""Exit codes of an internal error, of wrong arguments and of startup/sitecustomize.py: nothing was tested."""
+"""Exit codes of an internal error, of wrong arguments and of startup/sitecustomize.py. No test was run."""
 
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _STOP = threading.Event()
-"""Set once the run is given up: no process outlives it."""
+"""Set when the run is aborted, so that no process outlives it."""
 
 
 def in_parallel(work: Callable[[Path, Item], Result], items: Sequence[Item], spare: Sequence[Path]) -> list[Result]:
-    """`work(copy, item)` for each item, at most once at a time per copy; results in order.
+    """Call `work(copy, item)` for each item, at most one at a time per copy. Returns the results in order.
 
-    The first error, or an interrupt, ends everything that runs and is raised.
+    The first error, or an interrupt, ends all running work and is raised.
     """
     free = list(spare)
 
@@ -61,23 +61,23 @@ class Ended:
     """How a pytest process ended."""
 
     code: int
-    """Exit code; negative for a signal."""
+    """Exit code. Negative for a signal."""
     late: bool
     """Whether it was killed at its deadline."""
     seconds: float
     output: str
     report: dict[str, Any] = field(default_factory=dict)
-    """What the plugin wrote; empty where it could not."""
+    """The plugin's output. Empty if it could not write."""
 
     def require_sound(self) -> None:
-        """RuntimeError where the outcome says nothing about the tests."""
+        """Raise RuntimeError if the outcome says nothing about the tests."""
         killed_by_others = self.code == -signal.SIGKILL and not self.late
         if self.code in REFUSED or killed_by_others or "WRONG SOURCES" in self.output:
             raise RuntimeError(f"pytest ended with code {self.code}:\n{self.output[-4000:]}")
 
 
 def run_pytest(copy: Path, arguments: list[str], *, name: str, deadline_s: float, **environment: str) -> Ended:
-    """Run pytest in the copy, in a process group that ends with it; `name` is for the heartbeat."""
+    """Run pytest in the copy, in a process group that ends with it. `name` appears in the heartbeat."""
     scratch = copy.with_name(f"{copy.name}-scratch")
     scratch.mkdir(exist_ok=True)
     report, log = scratch / "report.json", scratch / "output.txt"
@@ -123,7 +123,7 @@ def _wait(process: subprocess.Popen[bytes], name: str, start: float, deadline_s:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End whatever is left of the group that the process leads, ranks that hang included."""
+    """End all remaining processes of the group that the process leads, including hanging ranks."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

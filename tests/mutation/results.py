@@ -1,4 +1,4 @@
-"""What a mutation run leaves: one JSON file that is committed, and a table of what no test noticed."""
+"""The results of a mutation run: one JSON file that is committed, and a table of the faults that no test detected."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ VERSIONS = ("python", "torch", "coverage", "pytest")
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on; PackageNotFoundError where a package is missing."""
+    """Versions of the packages on which a result depends. Raises PackageNotFoundError if one is missing."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS[1:]}}
 
 
 def write(path: Path, trials: list[Trial], copy: Path, records: list[Record], settings: dict[str, Any]) -> None:
-    """Write the JSON file, and beside it the table as `<name>.md`."""
+    """Write the JSON file, and next to it the table as `<name>.md`."""
     found = Counter(fault.file.split("/")[1] for fault in all_candidates(copy))
     content = {
         "command": command(settings),
@@ -52,14 +52,14 @@ def write(path: Path, trials: list[Trial], copy: Path, records: list[Record], se
 
 
 def command(settings: dict[str, Any]) -> str:
-    """What repeats the run, without the folders of the one who ran it."""
+    """The command that repeats the run, without folders of the machine."""
     names = ("seed", "count", "tier", "limit_s", "workers")
     options = [f"--{name.replace('_', '-')} {settings[name]}" for name in names]
     return " ".join(["python -m tests.mutation", *options])
 
 
 def table(content: dict[str, Any]) -> str:
-    """A page with the totals and every fault that no test noticed."""
+    """A page with the totals and every fault that no test detected."""
     totals = ", ".join(f"{count} {verdict}" for verdict, count in sorted(content["totals"].items()))
     lines = [
         f"# Faults drawn by seed {content['seed']}",

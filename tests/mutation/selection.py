@@ -1,8 +1,7 @@
-"""The tests that can notice a fault, cheapest file first.
+"""The tests that can detect a fault, cheapest file first.
 
-A fault inside a function needs the tests that ran one of its lines. A fault in what a module does when it is imported
-(a constant, a class body) ran before any test, so it needs the tests that ran anything of that module or of a module
-that imports it.
+A fault inside a function needs the tests that ran one of its lines. A fault in code that runs at import (a constant, a
+class body) ran before any test, so it needs the tests that ran any line of that module or of a module that imports it.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from tests.mutation.plugin import FIXTURES, IMPORT
 
 @dataclass(frozen=True)
 class Covering:
-    """Tests of one file that can notice a fault, in the order of the file."""
+    """Tests of one file that can detect a fault, in the order of the file."""
 
     file: str
     tier: str
     tests: tuple[str, ...]
     seconds: float
-    """Of these tests together, as measured under coverage."""
+    """Seconds of these tests together, measured under coverage."""
     slowest_s: float
 
 
@@ -36,7 +35,7 @@ def covering(copy: Path, fault: Fault, records: list[Record]) -> list[Covering]:
 
 
 def within(limit_s: float, choices: list[Covering]) -> list[Covering]:
-    """The first of them that together take at most `limit_s`, and always the first."""
+    """As many of the first files as together take at most `limit_s`, and at least one."""
     taken: list[Covering] = []
     total = 0.0
     for choice in choices:

@@ -1,4 +1,4 @@
-"""The committed result of the mutation run is complete: drawn by its seed, and every open fault is answered for."""
+"""The committed result of the mutation run is complete: drawn by its seed, with a verdict on every open fault."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def test_the_result_has_enough_faults_drawn_by_its_seed() -> None:
     assert {fault["verdict"] for fault in found["faults"]} <= {CAUGHT, TIMEOUT, SURVIVED, NOT_COVERED}
 
 
-def test_every_test_file_could_be_used() -> None:
+def test_no_test_file_failed_without_a_fault() -> None:
     assert content()["not_used"] == [], "these test files failed without a fault"
 
 
-def test_every_open_fault_is_caught_by_a_named_test_or_said_to_change_nothing() -> None:
+def test_every_open_fault_names_a_test_that_catches_it_or_says_why_it_changes_nothing() -> None:
     unanswered = [
         fault["id"] for fault in content()["faults"] if fault["verdict"] in OPEN and fault["id"] not in answers()
     ]
     assert not unanswered, f"not in {VERDICTS.name}: {unanswered}"
 
 
-def test_every_answer_is_about_a_fault_of_the_result() -> None:
+def test_every_verdict_is_about_a_fault_of_the_result() -> None:
     unknown = sorted(answers().keys() - {fault["id"] for fault in content()["faults"]})
     assert not unknown, f"in {VERDICTS.name} but not in {PATH.name}: {unknown}"
 
 
-def test_every_answer_is_one_sentence_or_one_test_that_exists() -> None:
+def test_every_verdict_is_one_sentence_or_one_existing_test() -> None:
     for fault, answer in answers().items():
         assert len(answer) == 1 and set(answer) <= {"caught_by", "changes_nothing"}, (fault, answer)
         if "caught_by" in answer:
@@ -67,7 +67,7 @@ def test_every_answer_is_one_sentence_or_one_test_that_exists() -> None:
             assert len(answer["changes_nothing"].split()) >= 5, f"{fault}: say why it changes nothing"
 
 
-def test_the_table_is_that_of_the_result() -> None:
+def test_the_committed_table_matches_the_result() -> None:
     expected = table(content())
     assert PATH.with_suffix(".md").read_text(encoding="utf-8") == expected
 

@@ -1,4 +1,4 @@
-"""The rules plant what they say, where they say it, and the draw is the same for everybody."""
+"""The operators plant the faults that their names say, where they say, and the draw is reproducible."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def planted(text: str) -> dict[str, set[str]]:
         ("def f(*, a='x'): ...", "default", {"def f(*, a='xx'): ..."}),
     ],
 )
-def test_a_rule_changes_one_place(right: str, operator: str, wrong: set[str]) -> None:
+def test_each_operator_changes_exactly_one_place(right: str, operator: str, wrong: set[str]) -> None:
     assert planted(right)[operator] == wrong
 
 
@@ -74,11 +74,11 @@ def test_a_rule_changes_one_place(right: str, operator: str, wrong: set[str]) ->
         "if __name__ == '__main__':\n  main(1)",
     ],
 )
-def test_what_no_test_should_notice_is_left_alone(text: str) -> None:
+def test_code_that_no_test_should_check_gets_no_fault(text: str) -> None:
     assert planted(text) == {}
 
 
-def test_the_message_of_a_raise_is_left_alone_but_not_its_condition() -> None:
+def test_the_message_of_a_raise_gets_no_fault_but_its_condition_does() -> None:
     found = planted("if a < 1:\n  raise Error(f'{a}' + str(b + 2))")
     assert set(found) == {"comparison", "constant", "condition", "removed raise"}
 
@@ -91,7 +91,7 @@ def test_a_default_matters_once_the_function_runs_and_a_constant_once_the_module
     assert runs["a"] == ((4, 4), False)
 
 
-def test_the_draw_depends_on_the_seed_alone_and_a_larger_one_only_adds() -> None:
+def test_the_draw_of_faults_depends_only_on_the_seed_and_a_larger_draw_only_adds() -> None:
     few, many, other = (draw(REPOSITORY, seed=seed, count=count) for seed, count in ((0, 20), (0, 150), (1, 20)))
     assert few == many[:20]
     assert len({fault.id for fault in many}) == 150
@@ -105,13 +105,13 @@ def test_drawn_faults_are_python_and_differ_from_the_source() -> None:
         assert ast.dump(wrong) != ast.dump(ast.parse(content)), fault.id
 
 
-def test_every_package_outside_the_loss_has_candidates() -> None:
+def test_every_package_outside_the_loss_has_candidate_faults() -> None:
     found = Counter(fault.file.split("/")[1] for fault in all_candidates(REPOSITORY))
     assert set(found) == set(PACKAGES)
     assert min(found.values()) > 100, found
 
 
-def test_a_text_that_moved_is_not_replaced(tmp_path: Path) -> None:
+def test_a_fault_whose_text_has_moved_is_refused(tmp_path: Path) -> None:
     fault = candidates(FILE, b"x = a < b")[0]
     with pytest.raises(AssertionError, match="is not at byte"):
         fault.planted(b"xy = a < b")

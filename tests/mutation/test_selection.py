@@ -1,4 +1,4 @@
-"""The tests that are run for a fault are those that can notice it."""
+"""The tests that are run for a fault are those that can detect it."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def chosen(copy: Path, lines: dict[str, dict[str, list[int]]], *, at_import: boo
     return found[0].tests if found else ()
 
 
-def test_a_fault_in_a_function_needs_the_tests_that_ran_one_of_its_lines(copy: Path) -> None:
+def test_a_fault_in_a_function_selects_the_tests_that_ran_one_of_its_lines(copy: Path) -> None:
     assert chosen(copy, {FILE: {"t::a": [4, 7], "t::b": [6], "t::c": [5, 6]}}) == ("t::b", "t::c")
 
 
-def test_what_a_shared_fixture_ran_belongs_to_all_tests_of_the_file(copy: Path) -> None:
+def test_code_run_by_a_shared_fixture_counts_for_all_tests_of_the_file(copy: Path) -> None:
     assert chosen(copy, {FILE: {"fixtures": [5]}}) == ("t::a", "t::b", "t::c")
 
 
-def test_what_runs_at_import_needs_the_tests_that_use_the_module_or_an_importer(copy: Path) -> None:
+def test_a_fault_in_import_code_selects_the_tests_that_use_the_module_or_an_importer(copy: Path) -> None:
     lines = {FILE: {"": [5], "t::a": [9]}, USER: {"": [1], "t::c": [3]}, "tropd_mcore/other.py": {"t::b": [1]}}
     assert chosen(copy, lines, at_import=True) == ("t::a", "t::c")
 
@@ -60,7 +60,7 @@ def test_a_test_file_that_fails_without_a_fault_is_not_used(copy: Path) -> None:
     assert covering(copy, fault(at_import=False), [bad]) == []
 
 
-def test_the_cheapest_files_come_first_and_the_first_is_always_taken(copy: Path) -> None:
+def test_the_cheapest_test_files_are_selected_first_and_the_first_always(copy: Path) -> None:
     records = [
         replace(record({FILE: {test: [5]}}), file=name, tests={test: SECONDS[test]})
         for name, test in (("slow", "t::c"), ("quick", "t::a"), ("middle", "t::b"))

@@ -1,4 +1,4 @@
-"""Plant one fault in a copy, run the tests that can notice it, and say whether one did."""
+"""Plant one fault in a copy, run the tests that can detect it, and report whether one did."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tests.mutation.selection import Covering, covering, within
 
 SHORTEST_TIMEOUT_S = 60.0
 SLOWDOWN = 5.0
-"""A test or a process that takes this many times as long as without the fault, and the shortest timeout, hangs."""
+"""A test or process hangs if it takes this many times as long as without the fault, and the shortest timeout."""
 FOLDERS = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)+")
-"""Absolute folders in a message: they differ from machine to machine, and the result is committed."""
+"""Absolute folders in a message. They differ between machines, and the result is committed."""
 START_S = 15.0
-"""What a pytest process may need besides its tests, to import them."""
+"""Time that a pytest process may need, besides its tests, for imports."""
 
 CAUGHT, TIMEOUT, SURVIVED, NOT_COVERED = "caught", "timeout", "survived", "not covered"
 OPEN = (SURVIVED, NOT_COVERED)
-"""Verdicts that ask for a test, or for a sentence why the fault changes nothing."""
+"""Verdicts that need a test, or a sentence why the fault changes nothing."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one fault."""
+    """The outcome of one fault."""
 
     id: str
     file: str
@@ -40,13 +40,13 @@ class Trial:
     verdict: str
     """`caught`, `timeout` (counts as caught), `survived`, or `not covered` by a test of the tier."""
     by: str
-    """The test that failed first, and what it said."""
+    """The test that failed first, and its message."""
     tests: int
-    """Tests that were to run until one fails."""
+    """Tests that were run until one failed."""
     files: list[str]
     """Their files, in order."""
     untried: list[str]
-    """Files that cover the fault as well, beyond the limit of seconds."""
+    """Further files that cover the fault, beyond the time limit."""
     seconds: float
     source: str
     """Digest of the file without the fault."""
@@ -55,7 +55,7 @@ class Trial:
 
 
 def try_fault(copy: Path, fault: Fault, records: list[Record], *, limit_s: float, state: str) -> Trial:
-    """Run the fast tests that cover the fault; those of the full tier only where there are none."""
+    """Run the fast tests that cover the fault, or those of the full tier if there are none."""
     choices = covering(copy, fault, [record for record in records if record.tier == "fast"])
     if not choices:
         choices = covering(copy, fault, [record for record in records if record.tier == "full"])
@@ -81,7 +81,7 @@ def try_fault(copy: Path, fault: Fault, records: list[Record], *, limit_s: float
 
 
 def _run(copy: Path, fault: Fault, chosen: list[Covering]) -> Ended:
-    """One process for all files, so that imports are paid once; it ends with the first failure."""
+    """One process for all files, so that imports happen once. It ends with the first failure."""
     tests = [test for choice in chosen for test in choice.tests]
     listed = copy.with_name(f"{copy.name}-tests.json")
     listed.write_text(json.dumps(tests), encoding="utf-8")
@@ -103,7 +103,7 @@ def _timeout(usual_s: float) -> float:
 
 
 def _judge(ended: Ended) -> tuple[str, str]:
-    """(verdict, the test that noticed and what it said)."""
+    """(verdict, the test that detected the fault and its message)."""
     first = ended.report.get("first_failure", {})
     by = FOLDERS.sub("", f"{first['test']}: {first['message']}") if first else ""
     if ended.late:
@@ -116,7 +116,7 @@ def _judge(ended: Ended) -> tuple[str, str]:
 
 
 class Journal:
-    """The trials so far, one JSON line each, so that a run that was interrupted goes on."""
+    """The trials so far, one JSON line each, so that an interrupted run can be continued."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -127,7 +127,7 @@ class Journal:
                 self._known[row["id"]] = row
 
     def known(self, copy: Path, fault: Fault, state: str) -> Trial | None:
-        """An earlier trial that still holds: the file is the same, and so is everything else unless a test failed."""
+        """An earlier trial that is still valid: the file, and unless a test failed everything else, is the same."""
         row = self._known.get(fault.id)
         if row is None or row["source"] != copies.digest(copy / fault.file) or row["before"] != fault.before:
             return None

@@ -19,7 +19,7 @@ VOCABULARY = 307
 CONTEXT = 512
 
 ASKS_FOR_NO_KEY = {"TROPD_SERVER_KEY": ""}
-"""Environment of a started server that tests also use as one that runs elsewhere, at its URL and without a key."""
+"""Environment of a started server that tests also use by URL and without a key, like a server elsewhere."""
 
 Oracle = Callable[[Path, list[int]], np.ndarray]
 
@@ -27,7 +27,7 @@ Oracle = Callable[[Path, list[int]], np.ndarray]
 def cpu_server(
     folder: Path, run_dir: Path, *, name: str = "rollout", keyed: bool = True, **config: object
 ) -> ServerSpec:
-    """A small float32 server; its prefill chunks are shorter than the longest sequences of the tests."""
+    """A small float32 server. Its prefill chunks are shorter than the longest sequences of the tests."""
     settings: dict[str, object] = {
         "dtype": "float32",
         "max_total_tokens": 4096,
@@ -65,7 +65,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SupervisedServer]:
-    """The server that tests share; each test publishes the weights that it needs. It asks for no key."""
+    """The server that tests share. Each test publishes the weights that it needs. The server requires no key."""
     with SupervisedServer(cpu_server(qwen3_folder, tmp_path_factory.mktemp("run"), keyed=False)) as running:
         yield running
 

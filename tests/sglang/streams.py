@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder as the plan and the stream that a publisher takes."""
+"""The plan and the weight stream of a Hugging Face folder, in the form that a publisher takes."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def recipe(server: SupervisedServer, qwen3_folder: Path, prompts: Path, tmp_path
     return str(path)
 
 
-def test_eval_starts_a_server_for_the_model_and_does_not_evaluate_the_same_twice(
+def test_eval_starts_a_server_for_the_model_and_does_not_evaluate_the_same_model_twice(
     recipe: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, out = write_tiny_model(tmp_path / "run" / "export", seed=2), tmp_path / "after.json"
@@ -91,7 +91,7 @@ def test_eval_of_a_running_server_that_serves_another_model_is_refused(
     assert expected in capsys.readouterr().err
 
 
-def test_prefixes_writes_one_response_a_prompt_that_training_can_read(
+def test_prefixes_writes_one_response_per_prompt_that_training_can_read(
     server: SupervisedServer, recipe: str, qwen3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     WeightPublisher(server.client, plan(qwen3_folder)).publish(stream(qwen3_folder), "teacher")
@@ -103,10 +103,10 @@ def test_prefixes_writes_one_response_a_prompt_that_training_can_read(
     assert all(len(ids) <= 9 and not set(ids.tolist()) & set(eos_ids) for ids in responses.values())
     again = ["prefixes", recipe, "--max-new-tokens", "9", "teacher.server.url=http://127.0.0.1:1"]
     assert main(again) == 0, "nothing is asked of that server"
-    assert "all 4 responses are there" in capsys.readouterr().out
+    assert "all 4 responses exist already" in capsys.readouterr().out
 
 
-def test_prefixes_of_a_served_teacher_that_is_another_model_are_not_sampled(
+def test_prefixes_refuses_a_teacher_server_that_serves_another_model(
     server: SupervisedServer, recipe: str, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     WeightPublisher(server.client, plan(other_folder)).publish(stream(other_folder), "another")

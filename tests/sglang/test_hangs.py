@@ -1,4 +1,4 @@
-"""A real server that hangs: stopped while it samples, and while it takes weights."""
+"""A real server that hangs: suspended while it samples and while it takes weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving.supervisor import SupervisedServer
 
 HANG_S = 25.0
-"""Longer than SGLang takes to say that its engine gives nothing (20 s)."""
+"""Longer than SGLang takes to report that its engine is stalled (20 s)."""
 
 
-def test_a_server_stopped_while_it_samples_and_its_engine_stopped_in_an_update_are_restarted(
+def test_a_server_suspended_while_sampling_and_an_engine_suspended_in_an_update_are_restarted(
     llama_folder: Path, tmp_path: Path, log_softmax: Oracle, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The step that was under way is completed with the numbers that it would have had without."""
+    """The interrupted step is completed with the same numbers as without the hang."""
     spec = cpu_server(llama_folder, tmp_path, max_restarts=2, hang_timeout_s=HANG_S)
     requests = [request(f"{i}", [5, 9 + i], new=new) for i, new in enumerate((4, 8, 200, 220, 230, 240))]
     with SupervisedServer(spec) as server, caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""A liar in front of the real SGLang: a sample that it lies about is asked for again, then left out."""
+"""A lying proxy in front of the real SGLang: a sample with a lie is requested again, then left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ END = (2, *range(100, 160))
 SAMPLING = sampling_lies(vocab_size=VOCABULARY, end=END[0])
 SCORING = scoring_lies(vocab_size=VOCABULARY)
 VICTIM = 7
-"""First prompt token of the sample that the liar picks."""
+"""First prompt token of the sample that the liar selects."""
 
 ANSWERED = r"(SGLang |(rollout|teacher)\.server: /generate answered text/html)"
 """Of an answer that is JSON, or of one that is not."""
@@ -70,7 +70,7 @@ def is_victim(body: dict[str, Any]) -> bool:
 
 
 def honest(found: list[Any]) -> bool:
-    """Whether ids and log-probs are such as a server can sample."""
+    """Whether ids and log-probs are possible for a server."""
     return all(
         ((r.response_ids >= 0) & (r.response_ids < VOCABULARY)).all()
         and (r.rollout_logp <= 1e-3).all()
@@ -81,7 +81,7 @@ def honest(found: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize("lie", SAMPLING.values(), ids=SAMPLING.keys())
-def test_a_lie_that_is_told_once_is_asked_about_again(proxy: Liar, lie: Lie) -> None:
+def test_a_sample_with_a_single_lie_is_requested_again(proxy: Liar, lie: Lie) -> None:
     proxy.tell("/generate", lie, about=lambda body: is_sampling(body) and is_victim(body), times=1)
     sampler = sampler_of(proxy)
     found = sampler.sample(requests(), step=0, expected_version="v1")
@@ -90,7 +90,7 @@ def test_a_lie_that_is_told_once_is_asked_about_again(proxy: Liar, lie: Lie) -> 
 
 
 @pytest.mark.parametrize("lie", SAMPLING.values(), ids=SAMPLING.keys())
-def test_a_sample_that_is_lied_about_twice_is_left_out_and_counted(
+def test_a_sample_with_two_lies_is_left_out_and_counted(
     proxy: Liar, lie: Lie, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy.tell("/generate", lie, about=lambda body: is_sampling(body) and is_victim(body))
@@ -102,7 +102,7 @@ def test_a_sample_that_is_lied_about_twice_is_left_out_and_counted(
 
 
 @pytest.mark.parametrize("lie", SAMPLING.values(), ids=SAMPLING.keys())
-def test_a_sampler_that_is_lied_to_about_everything_stops(proxy: Liar, lie: Lie) -> None:
+def test_sampling_stops_if_every_answer_is_a_lie(proxy: Liar, lie: Lie) -> None:
     proxy.tell("/generate", lie, about=is_sampling)
     with pytest.raises(ServerError, match=r"^rollout\.server: 8 of 8 samples have no usable answer.*masked_share=0.25"):
         sampler_of(proxy).sample(requests(), step=0, expected_version="v1")
@@ -122,7 +122,7 @@ def is_first(body: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("lie", SCORING.values(), ids=SCORING.keys())
-def test_a_score_that_is_a_lie_once_is_asked_for_again(proxy: Liar, server: SupervisedServer, lie: Lie) -> None:
+def test_a_score_with_a_single_lie_is_requested_again(proxy: Liar, server: SupervisedServer, lie: Lie) -> None:
     truth = teacher_of(proxy).fetch(ROLLOUTS).samples
     proxy.tell("/generate", lie, about=lambda body: is_scoring(body) and is_first(body), times=1)
     found = teacher_of(proxy).fetch(ROLLOUTS).samples
@@ -134,7 +134,7 @@ def test_a_score_that_is_a_lie_once_is_asked_for_again(proxy: Liar, server: Supe
 
 
 @pytest.mark.parametrize("lie", SCORING.values(), ids=SCORING.keys())
-def test_a_score_that_is_a_lie_twice_masks_its_sample(proxy: Liar, lie: Lie) -> None:
+def test_a_score_with_two_lies_masks_its_sample(proxy: Liar, lie: Lie) -> None:
     proxy.tell("/generate", lie, about=lambda body: is_scoring(body) and is_first(body))
     teacher = teacher_of(proxy)
     found = teacher.fetch(ROLLOUTS).samples
@@ -143,13 +143,13 @@ def test_a_score_that_is_a_lie_twice_masks_its_sample(proxy: Liar, lie: Lie) -> 
 
 
 @pytest.mark.parametrize("lie", SCORING.values(), ids=SCORING.keys())
-def test_a_teacher_that_lies_about_everything_stops_the_step(proxy: Liar, lie: Lie) -> None:
+def test_scoring_stops_if_every_answer_of_the_teacher_is_a_lie(proxy: Liar, lie: Lie) -> None:
     proxy.tell("/generate", lie, about=is_scoring)
     with pytest.raises(TeacherError, match=rf"8 of 8 rollouts could not be scored; first: r0: {ANSWERED}"):
         teacher_of(proxy).fetch(ROLLOUTS)
 
 
-def test_honest_answers_pass_untouched(proxy: Liar) -> None:
+def test_honest_answers_pass_unchanged(proxy: Liar) -> None:
     found = sampler_of(proxy, masked_share=0.0).sample(requests(), step=0, expected_version="v1")
     assert len(found) == 8 and honest(found) and {r.finish_reason for r in found} <= {"stop", "length"}
     assert not any(sample is None for sample in teacher_of(proxy).fetch(ROLLOUTS).samples)

@@ -1,4 +1,4 @@
-"""Does a real server hold what was published, and is it the teacher that it should be? With a liar in between."""
+"""Checks that a real server holds the published weights, and that it is the right teacher, despite a lying proxy."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_servers_checksums_follow_the_weights_tensor_by_tensor(
     assert [name for name in before.tensors if before.tensors[name] != after.tensors[name]] == ["model.norm.weight"]
 
 
-def test_an_update_that_is_answered_and_not_made_stops_at_the_publication(
+def test_an_update_that_is_acknowledged_but_not_applied_stops_at_the_publication(
     proxy: Liar, server: SupervisedServer, qwen3_folder: Path, other_folder: Path
 ) -> None:
     publisher = publisher_of(proxy, qwen3_folder)
@@ -79,7 +79,7 @@ def test_an_update_that_is_answered_and_not_made_stops_at_the_publication(
     assert proxy.told and label(server) != "second" and server.client.healthy()
 
 
-def test_an_update_of_which_one_request_is_lost_stops_at_the_publication(
+def test_an_update_with_one_lost_request_stops_at_the_publication(
     proxy: Liar, server: SupervisedServer, qwen3_folder: Path, other_folder: Path
 ) -> None:
     publisher = publisher_of(proxy, qwen3_folder, bucket_bytes=20_000)
@@ -89,13 +89,13 @@ def test_an_update_of_which_one_request_is_lost_stops_at_the_publication(
     assert proxy.told == 1 and label(server) != "second"
 
 
-def test_a_first_update_that_is_not_made_fails_its_proof(proxy: Liar, qwen3_folder: Path) -> None:
+def test_a_first_update_that_is_not_applied_fails_its_proof(proxy: Liar, qwen3_folder: Path) -> None:
     proxy.tell("/update_weights_from_tensor", nothing_done)
     with pytest.raises(GateError, match="or an update did not arrive"):
         publisher_of(proxy, qwen3_folder)
 
 
-def test_an_update_by_somebody_else_that_keeps_the_label_is_noticed(
+def test_a_foreign_update_that_keeps_the_label_is_detected(
     proxy: Liar, server: SupervisedServer, qwen3_folder: Path
 ) -> None:
     publisher = publisher_of(proxy, qwen3_folder)
@@ -139,13 +139,13 @@ def check_of(server: SupervisedServer, config: Config, layout: Layout) -> Teache
 
 
 def act(server: SupervisedServer, path: str, body: dict[str, str]) -> None:
-    """What anybody who reaches the port can do."""
+    """Send a request to the server, as anyone who reaches the port can."""
     headers = {"Content-Type": "application/json"}
     ask = urllib.request.Request(f"{server.client.url}{path}", json.dumps(body).encode(), headers)
     urllib.request.urlopen(ask).read()
 
 
-def test_a_real_server_says_what_it_serves(teacher: SupervisedServer, other_folder: Path) -> None:
+def test_a_real_server_reports_the_model_that_it_serves(teacher: SupervisedServer, other_folder: Path) -> None:
     found = read_model(teacher.client, with_checksum=True)
     assert (found.model_path, found.weight_version, found.model_type) == (str(other_folder), "default", "qwen3")
     assert (found.dtype, found.quantization, found.tensor_parallel, found.vocab_size) == ("float32", None, 1, 307)
@@ -153,7 +153,7 @@ def test_a_real_server_says_what_it_serves(teacher: SupervisedServer, other_fold
     assert read_model(teacher.client, with_checksum=False).checksum is None
 
 
-def test_a_url_that_serves_the_student_is_refused_and_the_teachers_own_passes(
+def test_a_teacher_url_that_serves_the_student_is_refused_and_one_that_serves_the_teacher_passes(
     teacher: SupervisedServer,
     qwen3_folder: Path,
     other_folder: Path,
@@ -171,7 +171,7 @@ def test_a_url_that_serves_the_student_is_refused_and_the_teachers_own_passes(
         check_of(server, config_of(qwen3_folder, llama_folder, tmp_path / "other"), one_layout)
 
 
-def test_a_teacher_whose_weights_somebody_destroys_is_noticed_at_the_next_check_and_one_that_is_relabelled_at_once(
+def test_overwritten_teacher_weights_are_detected_at_the_next_check_and_a_changed_label_at_once(
     teacher: SupervisedServer, qwen3_folder: Path, other_folder: Path, one_layout: Layout, tmp_path: Path
 ) -> None:
     server = elsewhere(teacher.client.url, tmp_path)
@@ -191,7 +191,7 @@ def test_a_teacher_whose_weights_somebody_destroys_is_noticed_at_the_next_check_
         check.at_step(4)
 
 
-def test_a_teacher_that_changes_its_weights_under_a_forged_checksum_is_told_by_its_scores(
+def test_changed_teacher_weights_under_a_forged_checksum_are_detected_by_their_scores(
     server: SupervisedServer,
     qwen3_folder: Path,
     other_folder: Path,
@@ -199,7 +199,7 @@ def test_a_teacher_that_changes_its_weights_under_a_forged_checksum_is_told_by_i
     one_layout: Layout,
     tmp_path: Path,
 ) -> None:
-    """The proxy answers the checksum of the start for ever."""
+    """The proxy always answers with the checksum of the start."""
     WeightPublisher(server.client, plan(other_folder)).publish(stream(other_folder), "teacher")
     with liar(server.client.url) as proxy:
         forged: list[Any] = []

@@ -1,4 +1,4 @@
-"""Weight updates of a real server: what is loaded, under which label, and what never leaves us."""
+"""Weight updates of a real server: what is loaded, under which label, and what is never sent."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_log_probs_follow_the_published_weights_and_cached_prefixes_do_not_survi
         assert_log_probs(sample(server, version), folder, log_softmax, 1.0)
 
 
-def test_the_server_holds_exactly_the_bits_that_were_published(server: SupervisedServer, other_folder: Path) -> None:
+def test_the_server_holds_the_published_weights_bit_for_bit(server: SupervisedServer, other_folder: Path) -> None:
     publisher = WeightPublisher(server.client, plan(other_folder), bucket_bytes=20_000)
     publisher.publish(stream(other_folder), "bits")
     ask = urllib.request.Request(f"{server.client.url}/weights_checker", b'{"action": "checksum"}', JSON_HEADER)
@@ -89,7 +89,7 @@ def possible_checksums(parts: list[torch.Tensor]) -> set[str]:
     return found
 
 
-def test_proof_passes_for_a_whole_plan_and_fails_for_one_with_a_wrong_name(
+def test_the_proof_passes_for_a_complete_plan_and_fails_for_one_with_a_wrong_name(
     server: SupervisedServer, qwen3_folder: Path, log_softmax: Oracle
 ) -> None:
     def misnamed() -> Stream:
@@ -137,11 +137,11 @@ def twice(folder: Path) -> Stream:
         (unknown, "model.gnorm.weight is not a tensor of the plan"),
         (wrong_shape, r"model.norm.weight is torch.float32 \[47\]; the plan says torch.float32 \[48\]"),
         (wrong_dtype, r"model.norm.weight is torch.bfloat16 \[48\]; the plan says torch.float32"),
-        (missing, "end without 1 of 47 tensors, the first being model.norm.weight"),
+        (missing, "1 of 47 tensors are missing from the weights to publish, the first is model.norm.weight"),
         (twice, "comes twice"),
     ],
 )
-def test_a_wrong_stream_of_one_bucket_leaves_the_server_alone(
+def test_a_wrong_weight_stream_of_one_bucket_sends_nothing_to_the_server(
     server: SupervisedServer,
     qwen3_folder: Path,
     other_folder: Path,
@@ -157,12 +157,12 @@ def test_a_wrong_stream_of_one_bucket_leaves_the_server_alone(
     assert_serves(server, publisher, qwen3_folder, log_softmax)
 
 
-def test_a_stream_that_breaks_after_some_buckets_leaves_a_label_that_no_sampler_expects_and_can_be_repeated(
+def test_a_weight_stream_that_fails_after_some_buckets_leaves_an_unexpected_label_and_can_be_repeated(
     server: SupervisedServer, qwen3_folder: Path, other_folder: Path, log_softmax: Oracle
 ) -> None:
     publisher = WeightPublisher(server.client, plan(qwen3_folder), bucket_bytes=20_000)
     publisher.publish(stream(qwen3_folder), "whole")
-    with pytest.raises(ServerError, match="end without 1 of 47 tensors"):
+    with pytest.raises(ServerError, match="1 of 47 tensors are missing"):
         publisher.publish(missing(other_folder), "half")
     for version in ("whole", "half"):
         with pytest.raises(ServerError, match="has weights 'half:incomplete'"):

@@ -51,7 +51,7 @@ def assert_ended_by_itself_or_whole(rollout: Rollout, length: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_behaviour_log_probs_are_those_of_the_tempered_softmax(
+def test_rollout_log_probs_equal_those_of_the_softmax_at_the_sampling_temperature(
     server: SupervisedServer, qwen3_folder: Path, log_softmax: Oracle, version: str, temperature: float
 ) -> None:
     requests = [request(f"{i}", prompt, prefix=[40 + i] * i) for i, prompt in enumerate(PROMPTS)]
@@ -67,7 +67,7 @@ def test_behaviour_log_probs_are_those_of_the_tempered_softmax(
         )
 
 
-def test_the_stop_token_stays_in_the_response_with_its_log_prob(
+def test_the_stop_token_is_kept_in_the_response_with_its_log_prob(
     server: SupervisedServer, qwen3_folder: Path, log_softmax: Oracle, version: str
 ) -> None:
     sampler = make_sampler(server, eos_ids=HALF_OF_THE_VOCABULARY)
@@ -85,12 +85,12 @@ def test_equal_requests_are_sampled_independently(server: SupervisedServer, vers
     assert len({tuple(rollout.response_ids) for rollout in rollouts}) == 4
 
 
-def test_rollouts_of_other_weights_than_expected_are_refused(server: SupervisedServer, version: str) -> None:
+def test_rollouts_from_unexpected_weights_are_refused(server: SupervisedServer, version: str) -> None:
     with pytest.raises(ServerError, match=r"has weights 'sampling'; expected 'later'"):
         make_sampler(server).sample([request("a", [5])], step=0, expected_version="later")
 
 
-def test_a_sample_that_may_outgrow_the_server_is_refused_and_one_that_just_fits_is_whole(
+def test_a_sample_that_could_exceed_the_servers_context_is_refused_and_one_that_just_fits_is_complete(
     server: SupervisedServer, version: str
 ) -> None:
     sampler = make_sampler(server)

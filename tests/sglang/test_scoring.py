@@ -81,7 +81,7 @@ def rows_of(rollouts: list[Rollout]) -> MicroBatch:
 
 
 @pytest.mark.parametrize("topk", [TOPK, VOCABULARY])
-def test_scores_equal_the_whole_log_softmax_of_transformers(
+def test_scores_equal_the_full_log_softmax_of_transformers(
     server: SupervisedServer, other_folder: Path, log_softmax: Oracle, topk: int
 ) -> None:
     batch = rows_of(ROLLOUTS)
@@ -99,7 +99,7 @@ def test_scores_equal_the_whole_log_softmax_of_transformers(
         assert abs(1.0 - np.exp(np.sort(table)[::-1][:topk]).sum() - float(scores.tail_mass_T[row])) < 1e-4
 
 
-def test_padding_ids_of_a_wider_teacher_make_room_for_the_next_best(
+def test_ids_beyond_the_students_vocabulary_are_replaced_by_the_next_best_candidates(
     server: SupervisedServer, other_folder: Path, log_softmax: Oracle
 ) -> None:
     narrow = VOCABULARY - 7

@@ -1,4 +1,4 @@
-"""What another user of the machine gets from a started server: nothing but its health."""
+"""Another user of the machine gets nothing from a started server except its health status."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def key_of(server: SupervisedServer) -> str:
     return family(server)[0].environ()["TROPD_SERVER_KEY"]
 
 
-def test_a_proxy_of_the_environment_is_asked_nothing(guarded: tuple[SupervisedServer, list[str]]) -> None:
+def test_proxies_from_the_environment_get_no_request(guarded: tuple[SupervisedServer, list[str]]) -> None:
     server, asked = guarded
     assert server.client.info().weight_version == "v1" and asked == []
 
@@ -101,7 +101,7 @@ def test_every_listener_of_a_server_is_on_the_loopback_interface_or_a_private_so
     assert [path for path in sockets if path.parent.stat().st_mode & 0o077] == []
 
 
-def test_the_key_stands_in_no_file_and_on_no_command_line(guarded: tuple[SupervisedServer, list[str]]) -> None:
+def test_the_key_is_in_no_file_and_on_no_command_line(guarded: tuple[SupervisedServer, list[str]]) -> None:
     server, _ = guarded
     key = key_of(server)
     assert len(key) >= 43
@@ -115,7 +115,7 @@ def test_the_key_stands_in_no_file_and_on_no_command_line(guarded: tuple[Supervi
 
 
 def _as_nobody(check: Callable[..., None], *arguments: object) -> None:
-    """Run `check` in a process of the user nobody; it raises what it finds."""
+    """Run `check` in a process of the user nobody. It raises the errors of the check."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     nobody = pwd.getpwnam("nobody")
@@ -167,7 +167,7 @@ def _every_file(paths: list[str]) -> None:
         assert not opened, path
 
 
-def test_another_user_is_refused_at_every_door(guarded: tuple[SupervisedServer, list[str]]) -> None:
+def test_another_user_is_refused_at_every_endpoint(guarded: tuple[SupervisedServer, list[str]]) -> None:
     server, _ = guarded
     assert _status(f"{server.client.url}/model_info", None, key_of(server)) == 200, "the key opens them"
     before = server.client.weights_checksum()

@@ -1,4 +1,4 @@
-"""A real server that dies, or should: while it samples, at its start, with its parent, after an earlier launch."""
+"""A real server that dies or must die: while it samples, at its start, with its parent, after an earlier launch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 
 NEW_TOKENS = (4, 8, 200, 220, 230, 240)
 LIMIT_S = 300.0
-"""Longest wait for what has to happen. It is there to end a hang."""
+"""Longest wait for an expected event. It only ends a hang."""
 
 
 def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
@@ -45,7 +45,7 @@ def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
     return thread
 
 
-def test_a_server_killed_while_it_samples_is_restarted_gets_the_weights_again_and_finishes(
+def test_a_real_server_killed_while_sampling_is_restarted_with_its_weights_and_finishes(
     llama_folder: Path, tmp_path: Path, log_softmax: Oracle, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = cpu_server(llama_folder, tmp_path, max_restarts=1)
@@ -113,7 +113,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_S) -> None:
         time.sleep(0.02)
 
 
-def test_a_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause_and_log(
+def test_a_real_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause_and_log(
     qwen3_folder: Path, tmp_path: Path
 ) -> None:
     spec = cpu_server(qwen3_folder, tmp_path, extra_args=("--no-such-argument",))
@@ -127,7 +127,7 @@ def test_a_server_that_dies_at_its_start_is_reported_in_one_line_with_code_cause
     assert "--no-such-argument" in message and str(tmp_path / "rollout.log") in message
 
 
-def test_a_taken_port_and_a_missing_model_folder_are_refused_before_anything_starts(
+def test_a_taken_port_and_a_missing_model_folder_are_refused_before_a_real_server_starts(
     qwen3_folder: Path, tmp_path: Path
 ) -> None:
     with socket.socket() as taken:
@@ -142,7 +142,7 @@ def test_a_taken_port_and_a_missing_model_folder_are_refused_before_anything_sta
     assert not (tmp_path / "rollout.log").exists()
 
 
-def test_a_server_that_is_not_ready_in_time_is_stopped_and_reported(qwen3_folder: Path, tmp_path: Path) -> None:
+def test_a_real_server_that_is_not_ready_in_time_is_stopped_and_reported(qwen3_folder: Path, tmp_path: Path) -> None:
     process = ServerProcess(cpu_server(qwen3_folder, tmp_path, start_timeout_s=0.5))
     process.start()
     pid = process.pid

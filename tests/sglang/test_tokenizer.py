@@ -1,4 +1,4 @@
-"""What a real server makes of text: started over a folder that the library misreads, and compared with another one."""
+"""How a real server tokenizes text: started over a folder that transformers misreads, and compared with another."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def misread(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_server_that_we_start_has_the_tokenizer_of_the_file(misread: Path, tmp_path: Path) -> None:
+def test_a_server_that_we_start_uses_the_tokenizer_of_tokenizer_json(misread: Path, tmp_path: Path) -> None:
     corrected = tokenizer_for_server(misread, tmp_path, "rollout")
     assert corrected == tmp_path / "rollout.tokenizer"
     spec = replace(cpu_server(misread, tmp_path), tokenizer_path=corrected)
@@ -37,7 +37,7 @@ def test_a_server_that_we_start_has_the_tokenizer_of_the_file(misread: Path, tmp
         check_served_tokenizer(server, misread)
 
 
-def test_a_server_with_another_tokenizer_is_refused(
+def test_a_real_server_with_another_tokenizer_is_refused(
     server: SupervisedServer, qwen3_folder: Path, tmp_path: Path
 ) -> None:
     check_served_tokenizer(server, qwen3_folder)

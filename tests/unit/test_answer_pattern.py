@@ -1,4 +1,4 @@
-"""An answer that verifier.pattern can never hold is known before the first response; in doubt, it can be held."""
+"""An answer that verifier.pattern can never capture is detected before the first response. In doubt it is accepted."""
 
 import re
 
@@ -27,8 +27,8 @@ from tropd_mcore.data.verify import answer_problem, is_correct
         (r"(\d)(\d)?", "{}", "1"),
     ],
 )
-def test_what_a_response_can_have_is_never_refused(pattern, response, answer):
-    """The oracle is a response: it is judged right."""
+def test_an_answer_that_the_pattern_can_capture_is_never_refused(pattern, response, answer):
+    """The oracle is a response that is judged correct."""
     verifier = VerifierConfig(kind="exact_match", pattern=pattern)
     assert is_correct(verifier, response.format(answer), answer)
     assert can_be_captured(pattern, answer) and answer_problem(verifier, f" {answer} ") is None
@@ -46,7 +46,7 @@ def test_what_a_response_can_have_is_never_refused(pattern, response, answer):
         (r"(?:[(])(?P<found>\d+)", "x"),
     ],
 )
-def test_what_no_response_can_have_is_refused(pattern, answer):
+def test_an_answer_that_the_pattern_can_never_capture_is_refused(pattern, answer):
     verifier = VerifierConfig(kind="exact_match", pattern=pattern)
     assert not can_be_captured(pattern, answer)
     problem = answer_problem(verifier, answer)
@@ -57,7 +57,7 @@ def test_what_no_response_can_have_is_refused(pattern, answer):
     "pattern",
     [r"(['\"])(\w)\1", r"(\d+(?= pears))", r"((?<=\$)\d+)", r"(?i:answer: )(\d)", r"(?x)(\d) # (", r"(a)(?(1)b)"],
 )
-def test_a_pattern_that_is_not_understood_refuses_nothing(pattern):
+def test_a_pattern_that_cannot_be_analysed_refuses_no_answer(pattern):
     re.compile(pattern)
     assert can_be_captured(pattern, "anything")
 
@@ -67,7 +67,7 @@ def test_an_empty_answer_is_refused_whatever_the_pattern():
     assert "`answer` is empty" in answer_problem(verifier, " \n")
 
 
-def test_of_several_groups_the_first_is_the_answer_and_one_that_did_not_match_is_none():
+def test_the_first_group_of_a_pattern_is_the_answer_and_an_unmatched_group_gives_none():
     verifier = VerifierConfig(kind="exact_match", pattern=r"#### (?:(\d+)|(\w+))")
     assert is_correct(verifier, "#### 12", "12")
     assert not is_correct(verifier, "#### 12 #### none", "12")

@@ -1,4 +1,4 @@
-"""Statistics over a batch against loops over samples and tokens, in any order of rows, also where a group degenerates.
+"""Statistics over a batch against loops over samples and tokens, in any order of rows, with degenerate groups.
 
 Shapes: T rows, S samples.
 """
@@ -44,7 +44,7 @@ STATISTICS = {
 
 
 def batch(seed: int = 0) -> BatchRows:
-    """Samples of unequal length, each behind a teacher prefix of two rows, every eighth row out of the mask."""
+    """Samples of unequal length, each after a teacher prefix of two rows. Every eighth row is outside the mask."""
     random = np.random.default_rng(seed)
     samples = np.concatenate([np.full(length + 2, sample) for sample, length in enumerate(LENGTHS)])
     tokens = np.concatenate([np.arange(6, 6 + length + 2) for length in LENGTHS])
@@ -76,7 +76,7 @@ def tokens_of(rows: BatchRows, sample: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_the_order_of_the_rows_changes_no_bit(name: str) -> None:
+def test_the_order_of_the_rows_changes_no_bit_of_a_statistic(name: str) -> None:
     rows = batch()
     order = np.random.default_rng(1).permutation(len(rows.on_T))
     np.testing.assert_array_equal(STATISTICS[name](in_order(rows, order)), STATISTICS[name](rows)[order])
@@ -84,7 +84,7 @@ def test_the_order_of_the_rows_changes_no_bit(name: str) -> None:
 
 @pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf, 1e300])
 @pytest.mark.parametrize("name", STATISTICS)
-def test_rows_outside_the_mask_get_zero_and_take_no_part(name: str, fill: float) -> None:
+def test_rows_outside_the_mask_get_zero_and_do_not_influence_a_statistic(name: str, fill: float) -> None:
     rows = batch()
     expected = STATISTICS[name](rows)
     dirty = {
@@ -97,7 +97,7 @@ def test_rows_outside_the_mask_get_zero_and_take_no_part(name: str, fill: float)
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_a_batch_without_rows_has_none(name: str) -> None:
+def test_a_batch_without_rows_gives_an_empty_or_zero_statistic(name: str) -> None:
     rows = in_order(batch(), np.array([], dtype=np.int64))
     assert STATISTICS[name](rows).shape == (0,)
     nothing_on = replace(batch(), on_T=np.zeros(len(batch().on_T), dtype=np.bool_))
@@ -115,7 +115,7 @@ def test_the_most_uncertain_tokens_of_the_whole_batch_are_selected(fraction: flo
         assert rows.student_entropy_T[selected].min() > rows.student_entropy_T[left_out].max()
 
 
-def test_equal_entropies_are_taken_by_sample_and_token() -> None:
+def test_equal_entropies_are_ordered_by_sample_and_token() -> None:
     rows = batch()
     rows = replace(rows, student_entropy_T=np.where(rows.sample_index_T == 4, 1.0, 0.5))
     selected = most_uncertain(rows, fraction=10 / 27).astype(bool)
@@ -145,14 +145,14 @@ def test_the_mixed_return_equals_a_loop_over_tokens(future_mean: bool, normalise
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-def test_the_mixed_log_ratio_is_bounded_below_where_the_teacher_excludes_a_token() -> None:
+def test_the_mixed_log_ratio_is_bounded_below_if_the_teacher_excludes_a_token() -> None:
     rows = batch()
     rows = replace(rows, teacher_logp_T=np.full(len(rows.on_T), -math.inf))
     found = mixed_return(rows, mixing=0.9, future_mean=False, normalise=False)
     np.testing.assert_allclose(found[rows.on_T], math.log(0.1), rtol=1e-12)
 
 
-def test_the_history_weight_falls_from_one_plus_gamma_by_what_lies_before() -> None:
+def test_the_history_weight_falls_from_one_plus_gamma_with_the_advantage_before_the_token() -> None:
     rows, gamma = batch(3), 0.5
     found = history_weight(rows, gamma=gamma)
     for sample in range(len(LENGTHS)):
@@ -172,7 +172,7 @@ def test_a_sample_without_any_advantage_has_a_finite_history_weight() -> None:
 
 
 def test_the_group_advantage_compares_the_judged_samples_of_a_prompt() -> None:
-    """Prompt 0 has rewards 1, 0, 1; of the others no two samples are judged."""
+    """Prompt 0 has rewards 1, 0, 1. No other prompt has two judged samples."""
     rows = batch()
     found = group_advantage(rows)
     mean, deviation = 2 / 3, math.sqrt(2 / 9)
@@ -183,7 +183,7 @@ def test_the_group_advantage_compares_the_judged_samples_of_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("rewards", [(1.0,) * 7, (0.0,) * 7, (math.nan,) * 7, (0.1,) * 7])
-def test_a_group_that_agrees_has_no_advantage(rewards: tuple[float, ...]) -> None:
+def test_a_group_with_equal_rewards_has_no_advantage(rewards: tuple[float, ...]) -> None:
     assert not group_advantage(replace(batch(), reward_S=np.array(rewards))).any()
 
 
@@ -194,7 +194,7 @@ def test_a_group_whose_returns_are_equal_has_no_advantage() -> None:
     assert not found.any()
 
 
-def test_a_teacher_that_differs_by_rounding_only_gives_no_advantage() -> None:
+def test_a_teacher_that_differs_only_by_rounding_gives_no_advantage() -> None:
     rows = batch()
     rows = replace(rows, teacher_logp_T=rows.old_logp_T.astype(np.float32).astype(np.float64))
     assert (rows.teacher_logp_T != rows.old_logp_T)[rows.on_T].any()
@@ -208,7 +208,7 @@ def test_a_group_of_a_single_token_has_no_advantage() -> None:
     assert not mixed_return(rows, mixing=0.9, future_mean=True, normalise=True).any()
 
 
-def test_a_normalised_group_has_mean_zero_and_deviation_one() -> None:
+def test_a_normalised_group_has_mean_zero_and_standard_deviation_one() -> None:
     rows = batch(5)
     found = mixed_return(rows, mixing=0.9, future_mean=True, normalise=True)
     prompt_T = rows.prompt_index_S[rows.sample_index_T]
@@ -237,7 +237,7 @@ def test_a_normalised_group_has_mean_zero_and_deviation_one() -> None:
     ],
     ids=lambda value: getattr(value, "kind", None),
 )
-def test_an_objective_gets_its_statistic_with_its_own_constants(
+def test_each_objective_gets_its_statistic_with_its_own_constants(
     objective: object, progress: float, name: str | None
 ) -> None:
     statistic = statistic_of(objective, progress)  # type: ignore[arg-type]

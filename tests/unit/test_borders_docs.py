@@ -15,9 +15,9 @@ def first_cells(heading: str) -> list[str]:
     return [row.split("|")[1].strip() for row in table]
 
 
-def test_every_lie_about_a_sample_has_its_row() -> None:
+def test_every_tested_lie_about_a_sample_has_a_row_in_the_docs() -> None:
     assert first_cells("the rollout server answers with") == list(sampling_lies(vocab_size=50, end=2))
 
 
-def test_every_lie_about_a_score_has_its_row() -> None:
+def test_every_tested_lie_about_a_score_has_a_row_in_the_docs() -> None:
     assert first_cells("the teacher's server answers with") == list(scoring_lies(vocab_size=50))

@@ -1,4 +1,4 @@
-"""Charts: values where the ticks say, ticks that tell values apart, extremes and gaps that are kept."""
+"""Charts: values at the heights of the ticks, ticks that distinguish values, extremes and gaps that are kept."""
 
 import json
 import re
@@ -36,14 +36,14 @@ def test_values_are_drawn_at_the_height_that_the_ticks_give_them(values):
         assert y == pytest.approx(y_low + (y_high - y_low) * (value - low) / (high - low), abs=0.6)
 
 
-def test_a_logarithmic_chart_has_equal_distances_for_equal_factors_and_no_place_for_zero():
+def test_a_logarithmic_chart_has_equal_distances_for_equal_factors_and_omits_zero():
     svg = line_chart([0, 1, 2, 3], [Series("a", "plain", [0.01, 1.0, 100.0, 0.0])], description="d", scale=LOGARITHMIC)
     (line,) = points_of(svg)
     assert len(line) == 3
     assert line[0][1] - line[1][1] == pytest.approx(line[1][1] - line[2][1], abs=0.2)
 
 
-def test_a_missing_value_leaves_a_gap_and_a_lone_one_is_a_point():
+def test_a_missing_value_leaves_a_gap_and_an_isolated_value_is_a_point():
     svg = line_chart(
         list(range(7)), [Series("a", "plain", [1.0, 2.0, None, 3.0, float("nan"), 4.0, 5.0])], description="d"
     )
@@ -51,7 +51,7 @@ def test_a_missing_value_leaves_a_gap_and_a_lone_one_is_a_point():
     assert svg.count("<circle") == 1
 
 
-def test_a_chart_of_one_step_or_of_nothing_is_possible():
+def test_a_chart_of_one_step_or_of_no_values_can_be_drawn():
     assert "<circle" in line_chart([4], [Series("a", "plain", [0.5])], description="d")
     assert line_chart([4], [Series("a", "plain", [None])], description="d") == ""
     assert line_chart([], [], description="d") == ""
@@ -84,11 +84,11 @@ def test_numbers_have_three_significant_digits_and_whole_ones_no_decimals(value,
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0.0%"), (1.0, "100.0%"), (0.99999, "99.999%"), (0.5, "50.0%")])
-def test_a_share_is_shown_as_0_or_100_percent_only_where_it_is(value, text):
+def test_a_share_is_shown_as_0_or_100_percent_only_if_it_is_exactly_that(value, text):
     assert format_value(value, "share") == text
 
 
-def test_ticks_have_the_decimals_that_their_distance_needs_and_never_repeat():
+def test_ticks_have_as_many_decimals_as_their_distance_needs_and_never_repeat():
     """Ticks of 0.025 once had two decimals: 1.00, 0.97, 0.95, 0.93."""
     axis = Axis.over([0.88, 1.0], ANY)
     assert [axis.text(tick) for tick in axis.ticks] == ["0.875", "0.900", "0.925", "0.950", "0.975", "1.000"]
@@ -116,13 +116,13 @@ def test_a_tick_text_keeps_tiny_and_huge_numbers_apart():
     ("value", "scale", "ends"),
     [(0.0, SHARE, (0, 1)), (1.0, SHARE, (0, 1)), (0.3, SHARE, (0, 1)), (0.0, POSITIVE, (0, 1)), (0.0, ANY, (-1, 1))],
 )
-def test_a_flat_line_has_an_axis_of_values_that_can_be(value, scale, ends):
+def test_the_axis_of_a_flat_line_contains_only_possible_values(value, scale, ends):
     """A flat zero accuracy once had an axis from -1 to 1."""
     axis = Axis.over([value] * 5, scale)
     assert (axis.ticks[0], axis.ticks[-1]) == ends
 
 
-def test_a_flat_line_elsewhere_has_a_narrow_axis_around_it():
+def test_a_flat_line_away_from_the_limits_has_a_narrow_axis_around_it():
     axis = Axis.over([250.0] * 3, POSITIVE)
     assert 0 < axis.ticks[0] < 250 < axis.ticks[-1] < 500
 
@@ -147,7 +147,7 @@ def plot_of(svg: str) -> dict:
     return json.loads(unescape(re.search(r'data-plot="([^"]*)"', svg)[1]))
 
 
-def test_what_is_read_under_the_pointer_are_the_values():
+def test_the_values_shown_under_the_pointer_are_those_of_the_series():
     values = [0.123456789, None, float("nan"), -4e-9]
     plot = plot_of(line_chart([0, 5, 6, 9], [Series('a "<b>"', "plain", values)], description="d"))
     assert plot["steps"] == [0, 5, 6, 9] and plot["ends"] == [0, 9]

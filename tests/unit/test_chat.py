@@ -1,4 +1,4 @@
-"""Text to ids: the template is applied once, by the tokenizer's own rules, and ids come back as the same text."""
+"""Text to ids: the template is applied once, by the tokenizer's own rules, and ids decode to the same text."""
 
 import json
 
@@ -27,7 +27,7 @@ def renderer(folder) -> Renderer:
     return Renderer(folder)
 
 
-def test_a_chat_becomes_the_ids_of_its_template_up_to_the_answer(renderer):
+def test_a_chat_is_rendered_by_its_template_up_to_the_start_of_the_answer(renderer):
     text = "<|im_start|>system\nadd<|im_end|>\n<|im_start|>user\ntwo apples\nand one<|im_end|>\n<|im_start|>assistant\n"
     ids = renderer.prompt_ids(CHAT)
     assert ids.dtype == np.int32 and ids.ndim == 1
@@ -40,7 +40,7 @@ def test_a_chat_becomes_the_ids_of_its_template_up_to_the_answer(renderer):
 
 
 @given(st.text(min_size=1, max_size=40))
-def test_a_text_comes_back_as_it_was(renderer, text):
+def test_encoding_and_decoding_a_text_gives_it_back_unchanged(renderer, text):
     assert renderer.decode(renderer.prompt_ids(text)) == text
 
 
@@ -50,7 +50,7 @@ def test_a_plain_prompt_gets_no_special_tokens(renderer):
     assert renderer.decode(ids) == "seven pears"
 
 
-def test_decoding_leaves_special_tokens_out_and_token_texts_keep_them(renderer):
+def test_decoding_drops_special_tokens_and_token_texts_keep_them(renderer):
     ids = renderer.prompt_ids(CHAT)
     assert "<|" not in renderer.decode(ids) and "two apples\nand one" in renderer.decode(ids)
     texts = renderer.token_texts(ids)
@@ -80,7 +80,7 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
         Renderer(tmp_path)
 
 
-def test_a_tokenizer_without_template_takes_texts_only(tmp_path):
+def test_a_tokenizer_without_a_chat_template_accepts_only_texts(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def test_a_tokenizer_without_template_takes_texts_only(tmp_path):
         renderer.prompt_ids(CHAT)
 
 
-def test_a_chat_that_the_template_refuses_is_an_error_with_its_words(tmp_path):
+def test_a_chat_that_the_template_rejects_is_an_error_with_the_templates_message(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     tokenizer.save_pretrained(tmp_path)
@@ -103,7 +103,7 @@ def test_an_empty_prompt_is_refused(renderer):
         renderer.prompt_ids("")
 
 
-def test_a_token_is_found_by_its_vocabulary_entry_or_by_a_text_that_is_one_token(renderer):
+def test_a_token_can_be_named_by_its_vocabulary_entry_or_by_a_text_that_is_one_token(renderer):
     vocabulary = FOLDER_TOKENIZER.get_vocab()
     assert renderer.token_id("<|im_end|>") == vocabulary["<|im_end|>"]
     assert all(renderer.token_id(entry) == index for entry, index in vocabulary.items())

@@ -1,4 +1,4 @@
-"""Chats become text with nothing lost: what a template does not show is refused; its date is fixed, its BOS its own."""
+"""Chats become text without loss: content that a template hides is refused. Date and BOS are as specified."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from tropd_mcore.data.chat_template import Chat
 from tropd_mcore.data.prompts import load_prompts
 from tropd_mcore.errors import DataError
 
-# Templates in the manner of the families, reduced to what differs between them.
+# Templates like those of the families, reduced to their differences.
 QWEN = (
     "{%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
     "{%- for message in messages %}"
@@ -44,7 +44,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
 def renderer_of(folder: Path, template: Any, *, before: str | None = None, after: str | None = None) -> Renderer:
-    """A tokenizer that puts `before` and `after` around a text of its own accord."""
+    """A tokenizer that adds `before` and `after` around a text by itself."""
     tokenizer = tiny_tokenizer()
     if before or after:
         ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (before, after) if token]
@@ -67,22 +67,22 @@ def text_of(renderer: Renderer, chat: Chat) -> str:
     ("before", "after"),
     [(None, None), ("<|endoftext|>", None), ("<|endoftext|>", "<|im_end|>"), (None, "<|im_end|>")],
 )
-def test_a_text_begins_with_what_the_tokenizer_puts_before_a_text_and_ends_with_itself(tmp_path, before, after):
+def test_a_text_prompt_starts_with_the_tokenizers_prefix_once_and_gets_no_suffix(tmp_path, before, after):
     renderer = renderer_of(tmp_path, None, before=before, after=after)
     plain = tiny_tokenizer().encode("two pears", add_special_tokens=False)
     first = [tiny_tokenizer().convert_tokens_to_ids(before)] if before else []
     assert renderer.prompt_ids("two pears").tolist() == [*first, *plain]
-    # A text that was written with it has it once.
+    # A text that already starts with it gets it only once.
     assert renderer.prompt_ids(f"{before or ''}two pears").tolist() == [*first, *plain]
 
 
-def test_an_empty_text_is_no_prompt_although_something_stands_before_it(tmp_path):
+def test_an_empty_text_is_refused_even_if_the_tokenizer_adds_a_prefix(tmp_path):
     with pytest.raises(DataError, match="the prompt has no tokens"):
         renderer_of(tmp_path, None, before="<|endoftext|>").prompt_ids("")
 
 
 @pytest.mark.parametrize("template", [QWEN, "<|endoftext|>" + QWEN])
-def test_a_chat_has_the_special_tokens_of_its_template_alone(tmp_path, template):
+def test_a_chat_has_only_the_special_tokens_of_its_template(tmp_path, template):
     renderer = renderer_of(tmp_path, template, before="<|endoftext|>", after="<|im_end|>")
     ids = renderer.prompt_ids([USER])
     expected = renderer.tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -145,7 +145,7 @@ def test_tools_that_the_template_does_not_show_are_refused(tmp_path):
         renderer_of(tmp_path, LLAMA_3_1).prompt_ids(Chat([USER], TOOLS))
 
 
-def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_tools(tmp_path):
+def test_the_template_for_tools_is_used_if_there_are_tools(tmp_path):
     renderer = renderer_of(tmp_path, {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}" + QWEN})
     assert text_of(renderer, Chat([USER])) == USER["content"]
     assert text_of(renderer, Chat([USER], TOOLS, {"enable_thinking": False})).endswith("</think>\n\n")
@@ -153,7 +153,7 @@ def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_tools(t
         renderer.prompt_ids(Chat([USER], variables={"enable_thinking": False}))
 
 
-def test_a_template_with_the_block_of_transformers_and_loop_controls_is_read(tmp_path):
+def test_a_template_with_generation_blocks_and_loop_controls_is_accepted(tmp_path):
     template = "{% for m in messages %}{% generation %}{{ m.content }}{{ x }}{% endgeneration %}{% break %}{% endfor %}"
     assert text_of(renderer_of(tmp_path, template), Chat([USER], variables={"x": 5})) == USER["content"] + "5"
 
@@ -175,13 +175,13 @@ def test_a_message_that_the_template_does_not_show_is_refused_by_number(tmp_path
         renderer_of(tmp_path, template).prompt_ids(messages)
 
 
-def test_a_content_that_stands_elsewhere_by_accident_does_not_hide_a_lost_message(tmp_path):
+def test_a_lost_message_is_detected_even_if_its_text_also_occurs_elsewhere(tmp_path):
     lost = {"role": "human", "content": "user"}
     with pytest.raises(DataError, match="message 1 .role 'human'. is not shown"):
         renderer_of(tmp_path, QWEN).prompt_ids([lost, USER])
 
 
-def test_a_message_that_the_template_shows_in_part_or_in_another_form_is_shown(tmp_path):
+def test_a_message_that_the_template_shows_in_part_or_in_another_form_is_accepted(tmp_path):
     answer = {"role": "assistant", "content": "<think>two and one</think>three"}
     text = text_of(renderer_of(tmp_path / "qwen", QWEN), Chat([USER, answer, USER]))
     assert "three" in text and "think" not in text
@@ -211,7 +211,7 @@ def test_a_key_of_a_message_that_the_template_never_reads_is_refused(tmp_path):
         ("{{ strftime_now('%Y-%m-%d %H:%M') }}{{ messages[0].content }}", date(2024, 2, 29), "2024-02-29 00:00"),
     ],
 )
-def test_the_day_of_a_template_is_the_given_one_and_not_that_of_the_clock(tmp_path, template, day, printed):
+def test_a_template_gets_the_given_date_and_not_that_of_the_clock(tmp_path, template, day, printed):
     renderer = renderer_of(tmp_path, template)
     assert printed in text_of(renderer, Chat([USER], today=day))
     assert renderer.template.prints_date(Chat([USER])) is ("strftime_now" in template)
@@ -225,7 +225,7 @@ def written(folder: Path, *messages: list[dict[str, Any]], **line: Any) -> Path:
     return path
 
 
-def test_the_date_of_the_configuration_goes_before_the_day_of_the_run_and_reaches_date_string(tmp_path, caplog):
+def test_the_configured_date_overrides_the_date_of_the_run_and_reaches_date_string(tmp_path, caplog):
     path, day = written(tmp_path, [USER]), date(2024, 2, 29)
     for name, template, printed in (("3.2", LLAMA_3_2, "05 May 2021"), ("3.1", LLAMA_3_1, "05 May 2021")):
         renderer = renderer_of(tmp_path / name, template)
@@ -235,7 +235,7 @@ def test_the_date_of_the_configuration_goes_before_the_day_of_the_run_and_reache
         assert found.printed_date == date(2021, 5, 5) and not caplog.records
 
 
-def test_a_date_that_nobody_has_fixed_is_said_once_and_one_that_nothing_prints_is_refused(tmp_path, caplog):
+def test_a_date_that_is_not_configured_is_reported_once_and_one_that_no_template_prints_is_refused(tmp_path, caplog):
     path, day = written(tmp_path, [USER], [USER]), date(2024, 2, 29)
     with caplog.at_level(logging.WARNING):
         found = load_prompts(DataConfig(prompts=path), renderer_of(tmp_path / "llama", LLAMA_3_2), seed=1, today=day)
@@ -247,7 +247,7 @@ def test_a_date_that_nobody_has_fixed_is_said_once_and_one_that_nothing_prints_i
         load_prompts(DataConfig(prompts=path, template_date=day), qwen, seed=1)
 
 
-def test_variables_of_a_line_go_before_those_of_the_configuration(tmp_path):
+def test_variables_of_a_prompt_line_override_those_of_the_configuration(tmp_path):
     renderer = renderer_of(tmp_path, QWEN)
     data = {"chat_template_kwargs": {"enable_thinking": False}}
     (off,) = load_prompts(DataConfig(prompts=written(tmp_path, [USER]), **data), renderer, seed=1).prompts

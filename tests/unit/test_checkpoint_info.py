@@ -1,4 +1,4 @@
-"""tropd.json: its own digest, its step against its folder's name, and the format before digests."""
+"""tropd.json: its own digest, its step against its folder's name, and the format without digests."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_the_json_of_a_checkpoint_is_read_back_as_written(tmp_path: Path) -> None:
     assert read_info(write(tmp_path / "step_000040", INFO.to_json())) == INFO
 
 
-def test_no_bit_of_the_json_can_flip_unnoticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_the_json_is_detected(tmp_path: Path) -> None:
     """Every bit of format and digest, one of every byte of the rest."""
     file = write(tmp_path / "step_000040", INFO.to_json()) / "tropd.json"
     content = file.read_bytes()
@@ -71,28 +71,28 @@ def test_no_bit_of_the_json_can_flip_unnoticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"step": 41}, {"optimizer": None}, {"files": {}}, {"extra": {}}], ids=str)
-def test_a_value_that_was_edited_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_an_edited_value_of_the_json_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     values = json.loads(INFO.to_json()) | change
     path = write(tmp_path / "elsewhere", json.dumps(values, indent=2) + "\n")
     with pytest.raises(DamagedCheckpoint, match="not as it was written"):
         read_info(path)
 
 
-def test_a_folder_that_is_named_after_another_step_is_refused_with_both(tmp_path: Path) -> None:
+def test_a_folder_named_after_another_step_is_refused_with_both_steps(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint, match="step 41, its tropd.json step 40"):
         read_info(write(tmp_path / "step_000041", INFO.to_json()))
     assert read_info(write(tmp_path / "step_000040.damaged", INFO.to_json())).step == 40
     assert read_info(write(tmp_path / "converted", INFO.to_json())).step == 40
 
 
-def test_only_folders_that_are_named_after_a_step_count_and_more_digits_come_later(tmp_path: Path) -> None:
+def test_only_folders_named_after_a_step_count_as_checkpoints_and_are_sorted_by_number(tmp_path: Path) -> None:
     for name in ("step_1000000", "step_000040", "step_000040.damaged", "step_000050.partial", "converted"):
         write(tmp_path / name, "{}")
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000040", "step_1000000"]
     assert [step_of(Path(name)) for name in ("step_000040", "step_000040.damaged", "hf")] == [40, None, None]
 
 
-def test_the_format_before_digests_is_read_and_one_line_says_what_that_means(
+def test_the_format_before_digests_is_read_with_a_one_line_notice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = json.loads(INFO.to_json())
@@ -108,7 +108,9 @@ def test_the_format_before_digests_is_read_and_one_line_says_what_that_means(
 
 
 @pytest.mark.parametrize("stated", [0, 3])
-def test_another_format_is_refused(stated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_checkpoint_format_is_refused(
+    stated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoint_info, "_FORMAT", stated)
     text = INFO.to_json()
     monkeypatch.undo()
@@ -118,8 +120,8 @@ def test_another_format_is_refused(stated: int, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("text", ["0", "3", "6", "22", '"2"', "null", "[2]"])
-def test_a_format_that_was_not_written_is_damage_as_any_other(text: str, tmp_path: Path) -> None:
-    """So that the checkpoint before it is named."""
+def test_a_format_number_that_was_never_written_is_reported_as_damage(text: str, tmp_path: Path) -> None:
+    """It must be damage so that the message names the previous checkpoint."""
     for whole in (INFO.to_json(), INFO.to_json().replace('"sha256": ', '"sha356": ', 1)):
         path = write(tmp_path / str(len(list(tmp_path.iterdir()))), whole.replace('"format": 2', f'"format": {text}'))
         with pytest.raises(DamagedCheckpoint):

@@ -1,4 +1,4 @@
-"""The command line: quick help, one line for an error of the user, and what the subcommands print."""
+"""The command line: quick help, one line for a user error, and the output of the subcommands."""
 
 import argparse
 import re
@@ -36,12 +36,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def processor_time_of_children_s() -> float:
-    """Of the processes that we started and that have ended."""
+    """Processor time of the child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
-def test_help_takes_less_than_a_second_of_the_processor_and_lists_every_subcommand():
+def test_help_takes_less_than_a_second_of_processor_time_and_lists_every_subcommand():
     """Time on the processor, not on the clock: other processes may be busy."""
     fastest = 10.0
     for _ in range(3):
@@ -68,7 +68,7 @@ def test_the_help_of_a_subcommand_imports_no_tensor_library(name):
     assert f"usage: tropd {name}" in result.stdout
 
 
-def test_an_error_of_the_user_is_told_without_traceback_and_with_exit_code_2(capsys, recipe):
+def test_a_user_error_is_reported_without_traceback_and_with_exit_code_2(capsys, recipe):
     code, out, err = run(capsys, "config", recipe, "run.stps=4", "rollout.top_k=x")
     assert (code, out) == (2, "")
     assert err.startswith("error: command line: run.stps: unknown key; did you mean run.steps?\n")
@@ -83,20 +83,20 @@ def test_a_wrong_command_line_is_refused_with_the_usage(capsys, arguments):
     assert "usage: tropd" in capsys.readouterr().err
 
 
-def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(capsys):
+def test_a_mistyped_command_is_answered_with_the_likely_one(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["trian", "a.yaml"])
     assert caught.value.code == 2
     assert capsys.readouterr().err.endswith("tropd: error: trian: no such command; did you mean train?\n")
 
 
-def test_a_reader_who_has_seen_enough_ends_the_command_without_a_word():
+def test_a_closed_output_pipe_ends_the_command_silently():
     command = f"{sys.executable} -m tropd_mcore.cli.main config --explain | head -1"
     found = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
     assert found.stdout.count("\n") == 1 and found.stderr == "" and found.returncode in (0, 141)
 
 
-def test_config_prints_every_key_with_its_source_and_the_output_is_a_configuration(capsys, recipe, tmp_path):
+def test_config_prints_every_key_with_its_source_as_a_valid_configuration(capsys, recipe, tmp_path):
     code, out, _ = run(capsys, "config", recipe, "run.steps=3")
     assert code == 0 and "  steps: 3  # command line\n" in out
     again = tmp_path / "again.yaml"
@@ -104,7 +104,7 @@ def test_config_prints_every_key_with_its_source_and_the_output_is_a_configurati
     assert load(again, [])[0] == load(recipe, ["run.steps=3"])[0]
 
 
-def test_config_can_check_plan_and_count_ranks(capsys, recipe):
+def test_config_can_check_a_file_print_the_plan_and_count_ranks(capsys, recipe):
     assert run(capsys, "config", recipe, "--check") == (0, "", "")
     code, out, _ = run(capsys, "config", recipe, "--dry-run", "--world-size", "12")
     assert code == 0 and "dp 3 = 12 ranks" in out
@@ -116,7 +116,7 @@ def test_config_can_check_plan_and_count_ranks(capsys, recipe):
     assert code == 2 and "tp*pp*cp = 2*2*1 = 4 does not divide the 6 ranks of this launch" in err
 
 
-def test_an_interrupt_ends_with_130_and_no_traceback(capfd, recipe, monkeypatch):
+def test_an_interrupt_exits_with_130_and_no_traceback(capfd, recipe, monkeypatch):
     def interrupt(options: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
@@ -124,7 +124,7 @@ def test_an_interrupt_ends_with_130_and_no_traceback(capfd, recipe, monkeypatch)
     assert run(capfd, "config", recipe) == (130, "", "interrupted\n")
 
 
-def test_prefixes_of_a_teacher_in_the_training_job_come_from_a_server_of_their_own(recipe):
+def test_prefixes_starts_its_own_server_for_a_teacher_in_the_training_job(recipe):
     overrides = ["rollout.server.url=http://127.0.0.1:1", "teacher.dtype=float32", "rollout.server.max_retries=7"]
     server = teacher_server(load(recipe, overrides)[0])
     assert server.url is None and server.port is None and server.dtype is None and server.max_retries == 7
@@ -132,13 +132,13 @@ def test_prefixes_of_a_teacher_in_the_training_job_come_from_a_server_of_their_o
     assert served.port == 5
 
 
-def test_prefixes_without_a_file_to_write_names_the_key(capsys, recipe):
+def test_prefixes_without_an_output_file_names_the_key(capsys, recipe):
     overrides = ["data.teacher_responses=null", "objective.guidance.enabled=false"]
     code, _, err = run(capsys, "prefixes", recipe, *overrides)
     assert code == 2 and "set data.teacher_responses or give --out" in err
 
 
-def test_report_writes_one_file_into_the_run_directory_and_refuses_what_is_none(capsys, tmp_path):
+def test_report_writes_one_file_into_the_run_directory_and_refuses_a_missing_one(capsys, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 0, "loss/trusted": 0.5}\n{"step": 1, "loss/trusted": 0.25}\n')
@@ -158,7 +158,7 @@ def test_eval_needs_a_verifier_and_a_model(capsys, recipe, tmp_path):
     assert code == 2 and "none.json: not found; expected a result of `tropd eval`" in err
 
 
-def test_convert_refuses_a_comparison_with_nothing_and_a_layout_of_no_ranks(capsys):
+def test_convert_refuses_a_comparison_without_a_second_model_and_a_parallel_size_of_zero(capsys):
     code, _, err = run(capsys, "convert", "verify", "--hf", "x")
     assert code == 2 and "give --mcore, --other-hf or both" in err
     with pytest.raises(SystemExit):

@@ -20,7 +20,7 @@ def make_config(**sections) -> Config:
     return Config.model_validate(merged)
 
 
-def test_the_defaults_have_no_problem():
+def test_the_default_configuration_has_no_problem():
     assert problems_across_sections(make_config()) == []
 
 
@@ -48,7 +48,7 @@ def test_the_defaults_have_no_problem():
         ),
     ],
 )
-def test_world_size_arithmetic_is_spelled_out(layout, world_size, expected):
+def test_the_world_size_error_spells_out_the_arithmetic(layout, world_size, expected):
     tensor, pipeline, context, data = layout
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, data=data)
     assert layout_problems(parallel, world_size) == expected
@@ -165,21 +165,21 @@ def test_each_wrong_combination_gives_one_line(sections, expected):
     ("backend", "platform", "count"),
     [("triton", "cpu", 1), ("triton", "cuda", 0), ("triton", "auto", 0), ("eager", "cpu", 0), ("auto", "cpu", 0)],
 )
-def test_triton_is_refused_where_the_platform_is_known_to_be_a_cpu(backend, platform, count):
+def test_triton_is_refused_if_the_platform_is_known_to_be_a_cpu(backend, platform, count):
     assert len(backend_problems(backend, platform)) == count
 
 
-def test_given_logits_can_have_a_softcap():
+def test_the_logits_form_allows_a_softcap():
     assert problems_across_sections(make_config(loss={"form": "logits", "logit_softcap": 30.0})) == []
 
 
 @pytest.mark.parametrize("weight_gradient", ["deferred", "folded"])
-def test_chunks_of_several_tensor_ranks_can_overlap(weight_gradient):
+def test_overlapped_chunks_are_allowed_with_several_tensor_ranks(weight_gradient):
     loss = {"overlap_chunks": True, "weight_gradient": weight_gradient}
     assert problems_across_sections(make_config(loss=loss, parallel={"tensor": 2})) == []
 
 
-def test_a_warm_up_counts_optimizer_steps():
+def test_the_warm_up_counts_optimizer_steps():
     policy = {"ratio": "ppo_clip", "mini_batches": 3, "epochs": 2}
     config = make_config(optimizer={"warmup_steps": 600}, objective={"kind": "opd", "policy_gradient": policy})
     assert problems_across_sections(config) == []
@@ -190,7 +190,7 @@ def test_all_problems_of_all_sections_are_returned_together():
     assert len(problems_across_sections(config)) == 3
 
 
-def test_the_longest_sample_counts_prompt_prefix_and_new_tokens():
+def test_the_longest_sample_includes_prompt_prefix_and_new_tokens():
     config = make_config(batch={"tokens_per_micro_batch": 18000})
     (problem,) = data_problems(config, longest_prompt=1800, longest_response=8192)
     assert problem.startswith(

@@ -39,7 +39,7 @@ def problems(folder: Path, text: str = GOOD, overrides: tuple[str, ...] | list[s
     return [line.replace(str(folder), "DIR") for line in caught.value.problems]
 
 
-def test_another_objective_on_the_command_line_leaves_the_files_keys_of_the_old_one_out_and_says_so(
+def test_another_objective_on_the_command_line_drops_the_files_keys_of_the_old_one_and_reports_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="tropd_mcore"):
@@ -58,38 +58,38 @@ def test_the_same_kind_on_the_command_line_changes_nothing(tmp_path: Path, caplo
     assert config == load(write(tmp_path), [])[0] and caplog.messages == []
 
 
-def test_a_file_without_a_kind_has_the_default_one_to_leave(tmp_path: Path) -> None:
+def test_a_file_without_a_kind_counts_as_the_default_kind_when_the_command_line_sets_another(tmp_path: Path) -> None:
     config, _ = load(write(tmp_path, GOOD.replace("  kind: tropd\n", "")), ["objective.kind=gkd"])
     assert config.objective.kind == "gkd"
 
 
-def test_keys_of_another_kind_in_the_file_itself_stay_an_error(tmp_path: Path) -> None:
-    """Also where the command line chooses a third kind: they were wrong before."""
+def test_keys_of_another_kind_in_the_file_itself_are_still_an_error(tmp_path: Path) -> None:
+    """Even if the command line chooses a third kind, because they were wrong before."""
     text = GOOD.replace("kind: tropd", "kind: opd").replace("  guidance: {min_continuation: 8}\n", "")
     (line,) = problems(tmp_path, text)
     assert line == "DIR/recipe.yaml:7: objective.outlier: unknown key: not a key of the chosen objective.kind"
     assert problems(tmp_path, text, ["objective.kind=gkd"]) == [line]
 
 
-def test_keys_of_another_kind_on_the_command_line_stay_an_error(tmp_path: Path) -> None:
+def test_keys_of_another_kind_on_the_command_line_are_still_an_error(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, overrides=["objective.kind=opd", "objective.outlier.topk=3"])
     assert line == "command line: objective.outlier: unknown key: not a key of the chosen objective.kind"
 
 
-def test_a_key_that_no_kind_has_stays_an_error_when_the_kind_changes(tmp_path: Path) -> None:
+def test_a_key_that_no_kind_has_is_still_an_error_when_the_kind_changes(tmp_path: Path) -> None:
     text = GOOD.replace("  outlier:", "  outlyer: 3\n  outlier:")
     (line,) = problems(tmp_path, text, ["objective.kind=opd"])
     assert line.startswith("DIR/recipe.yaml:7: objective.outlyer: unknown key; did you mean objective.outlier?")
 
 
 @pytest.mark.parametrize("overrides", [["objective.outlier=null"], ["objective.kind=opd", "objective.outlier=null"]])
-def test_a_section_set_to_null_is_as_if_it_was_not_set(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_section_set_to_null_counts_as_not_set(tmp_path: Path, overrides: list[str]) -> None:
     config, _ = load(write(tmp_path), overrides)
     default, _ = load(write(tmp_path, GOOD.replace("  outlier: {topk: 16}\n", "")), overrides[:-1])
     assert config == default
 
 
-def test_null_stays_a_value_where_a_key_may_be_null(tmp_path: Path) -> None:
+def test_null_is_a_value_if_the_key_may_be_null(tmp_path: Path) -> None:
     config, _ = load(write(tmp_path), ["verifier.thinking=null", "rollout.truncate=null", "data.template_date=null"])
     assert config.verifier.thinking is None and config.rollout.truncate is None
 
@@ -133,12 +133,12 @@ def test_null_for_an_unknown_key_is_an_error(tmp_path: Path) -> None:
         ("rollout.server.gpu_memory_utilization", "rollout.server.mem_fraction"),
     ],
 )
-def test_a_key_of_other_trainers_is_answered_with_ours(tmp_path: Path, key: str, meant: str) -> None:
+def test_a_key_name_of_other_trainers_is_answered_with_ours(tmp_path: Path, key: str, meant: str) -> None:
     (line,) = problems(tmp_path, overrides=[f"{key}=1"])
     assert line == f"command line: {key}: unknown key; did you mean {meant}?"
 
 
-def test_every_alias_leads_to_a_key_and_is_none() -> None:
+def test_every_alias_leads_to_an_existing_key_and_is_not_a_key_itself() -> None:
     known = {".".join(key.split(".")[:end]) for key in schema_keys() for end in range(1, key.count(".") + 2)}
     for alias, keys in ALIASES.items():
         assert keys and set(keys) <= known, alias
@@ -146,7 +146,7 @@ def test_every_alias_leads_to_a_key_and_is_none() -> None:
     assert meant_by("optimizer.tp") == list(ALIASES["tp"]), "nothing in that section: all of them"
 
 
-def test_problems_across_sections_come_with_those_of_other_sections(tmp_path: Path) -> None:
+def test_problems_across_sections_are_reported_together_with_those_within_sections(tmp_path: Path) -> None:
     overrides = [
         "optimizer.beta1=7",
         "optimizer.warmup_steps=900",
@@ -168,8 +168,8 @@ def test_problems_across_sections_come_with_those_of_other_sections(tmp_path: Pa
     ]
 
 
-def test_a_wrong_value_brings_no_problem_that_it_alone_would_bring(tmp_path: Path) -> None:
-    """Nobody knows what was meant, so nothing is said of how it goes with others."""
+def test_a_wrong_value_causes_no_follow_up_problems(tmp_path: Path) -> None:
+    """The intended value is unknown, so its combination with other keys is not checked."""
     assert len(problems(tmp_path, overrides=["optimizer.lr=1e-5", "optimizer.min_learning_rate=1e-5"])) == 1
     assert len(problems(tmp_path, overrides=["batch.tokens_per_micro_batch=many"])) == 1
     assert len(problems(tmp_path, overrides=["objective.kind=nope", "data.teacher_responses=null"])) == 1
@@ -180,7 +180,7 @@ def test_a_wrong_value_brings_no_problem_that_it_alone_would_bring(tmp_path: Pat
     assert "run.steps" in line
 
 
-def test_looking_at_what_is_right_leaves_the_defaults_of_the_schema_alone(tmp_path: Path) -> None:
+def test_checking_the_valid_part_of_a_configuration_does_not_change_the_schemas_defaults(tmp_path: Path) -> None:
     """Defaults are shared between configurations."""
     problems(tmp_path, overrides=["platform.kind=gpu", "rollout.prompts_per_step=0", "batch.zzz=1"])
     fresh = Config.model_validate(
@@ -195,7 +195,7 @@ def test_every_check_across_sections_is_a_function_of_the_configuration_alone(tm
     assert [list(check(config)) for check in CHECKS] == [[] for _ in CHECKS]
 
 
-def test_limits_that_end_before_others_are_refused(tmp_path: Path) -> None:
+def test_time_limits_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, overrides=["run.rank_timeout_s=5000", "run.stall_timeout_s=5000"])
     assert line.startswith("run.rank_timeout_s = 5000 must be below run.stall_timeout_s = 5000")
     (line,) = problems(tmp_path, overrides=["run.stall_timeout_s=2000", "teacher.server.request_timeout_s=2000"])

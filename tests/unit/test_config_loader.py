@@ -1,4 +1,4 @@
-"""Loading a configuration: sources, every problem at once, and messages that say what to write instead."""
+"""Loading a configuration: sources, all problems at once, and messages that say what to write instead."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def problems(folder: Path, text: str = GOOD, overrides: list[str] | None = None)
     return [problem.replace(str(folder), "DIR") for problem in caught.value.problems]
 
 
-def test_a_file_gives_its_values_and_the_line_they_came_from(tmp_path):
+def test_a_file_gives_its_values_and_the_lines_they_came_from(tmp_path):
     path = write(tmp_path)
     config, sources = load(path, [])
     assert config.run.dir == Path("runs/a") and config.optimizer.learning_rate == 1e-5
@@ -78,7 +78,7 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path):
     assert sources["run.steps"] == sources["rollout.server.extra_args"] == "command line"
 
 
-def test_a_section_set_on_the_command_line_replaces_the_one_of_the_file(tmp_path):
+def test_a_section_set_on_the_command_line_replaces_that_of_the_file(tmp_path):
     text = GOOD + "objective:\n  kind: tropd\n  guidance:\n    beta: 0.5\n"
     config, sources = load(write(tmp_path, text), ["objective={kind: opd, topk: 8}"])
     assert isinstance(config.objective, OpdObjective) and config.objective.topk == 8
@@ -98,7 +98,7 @@ def test_scalars_follow_yaml_1_2(text, value):
     assert parsed == value and type(parsed) is type(value)
 
 
-def test_every_problem_is_reported_at_once_with_its_place(tmp_path):
+def test_all_problems_are_reported_at_once_with_their_places(tmp_path):
     text = (
         GOOD.replace("learning_rate: 1e-5", "lerning_rate: 1e-5\n  beta1: 7\n  eps: tiny") + "objctive: {}\nrun: {}\n"
     )
@@ -121,7 +121,7 @@ def test_an_unknown_key_inside_a_variant_is_found_without_the_variant_in_its_nam
     assert problem == "command line: objective.guidance.bta: unknown key; did you mean objective.guidance.beta?"
 
 
-def test_an_unknown_key_like_no_other_lists_the_section(tmp_path):
+def test_an_unknown_key_that_resembles_no_other_lists_the_keys_of_the_section(tmp_path):
     (problem,) = problems(tmp_path, overrides=["platform.zzz=1"])
     assert problem == "command line: platform.zzz: unknown key; platform has kind"
 
@@ -144,7 +144,7 @@ def test_an_objective_that_does_not_exist_lists_those_that_do(tmp_path):
     assert problem.endswith(", 'custom', found 'opt'")
 
 
-def test_a_key_of_another_objective_is_told_to_be_that(tmp_path):
+def test_a_key_of_another_objective_is_reported_as_such(tmp_path):
     (problem,) = problems(tmp_path, overrides=["objective.kind=opd", "objective.outlier.topk=3"])
     assert problem == "command line: objective.outlier: unknown key: not a key of the chosen objective.kind"
 
@@ -158,11 +158,11 @@ def test_a_key_of_another_objective_is_told_to_be_that(tmp_path):
         ("run: 3\n", "DIR/recipe.yaml:1: run: expected a section with keys, found 3"),
     ],
 )
-def test_a_file_that_is_no_configuration_says_where(tmp_path, text, expected):
+def test_the_error_for_a_file_that_is_not_a_configuration_gives_the_place(tmp_path, text, expected):
     assert re.match(expected, problems(tmp_path, text)[0])
 
 
-def test_an_override_into_a_value_says_that_it_has_no_keys(tmp_path):
+def test_an_override_below_a_plain_value_is_refused_because_it_has_no_keys(tmp_path):
     assert problems(tmp_path, overrides=["run.dir.x=1"])[0] == (
         "command line: run.dir.x: dir holds 'runs/a', which has no keys"
     )
@@ -227,7 +227,7 @@ def test_the_plan_shows_layout_samples_schedule_and_files(tmp_path):
     assert "dp ? = WORLD_SIZE ranks, a multiple of 4" in plan(config)
 
 
-def test_the_plan_of_plain_opd_with_a_running_teacher_server(tmp_path):
+def test_the_plan_of_plain_opd_names_a_running_teacher_server(tmp_path):
     overrides = ["objective={kind: opd}", "teacher={kind: sglang, path: t, server: {url: 'http://h:1'}}"]
     config, _ = load(write(tmp_path), overrides)
     text = plan(config)
@@ -244,7 +244,7 @@ def test_the_plan_of_plain_opd_with_a_running_teacher_server(tmp_path):
         ("{kind: power_opd}", "power_opd: topk 64, power 5"),
         (
             "{kind: exopd, policy_gradient: {ratio: ppo_clip, mini_batches: 4, epochs: 2}}",
-            "exopd: topk 64, scale 1.25; ratio ppo_clip; 8 updates a step (4 mini-batches x 2 epochs); "
+            "exopd: topk 64, scale 1.25; ratio ppo_clip; 8 updates per step (4 mini-batches x 2 epochs); "
             "reference models/student",
         ),
         (
@@ -269,7 +269,7 @@ def test_the_plan_has_one_line_for_an_objective_of_any_kind(tmp_path, objective,
     assert found.removeprefix("objective").strip() == line
 
 
-def test_the_plan_tells_the_form_of_the_loss_and_the_truncation(tmp_path):
+def test_the_plan_shows_the_form_of_the_loss_and_the_truncation(tmp_path):
     overrides = [
         "loss.form=logits",
         "loss.logit_softcap=30",
@@ -278,7 +278,7 @@ def test_the_plan_tells_the_form_of_the_loss_and_the_truncation(tmp_path):
     ]
     config, _ = load(write(tmp_path), overrides)
     text = plan(config)
-    assert "logits given, auto backend, 2,048 rows a chunk, token_mean, logits capped at 30, 2 tokens" in text
+    assert "logits given, auto backend, 2,048 rows per chunk, token_mean, logits capped at 30, 2 tokens" in text
     assert "responses cut at 256 tokens, 256 more every 5 steps" in text
 
 

@@ -1,4 +1,4 @@
-"""The recorded configuration against that of a launch: every change by its dotted key, and nothing else."""
+"""The recorded configuration compared with that of a launch: every change by its dotted key, and no others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def resolved(folder: Path, *overrides: str, text: str = FIRST) -> str:
 
 
 def changes(folder: Path, *overrides: str, before: str | None = None, text: str = FIRST) -> list[str]:
-    """What a launch with `overrides` changed since one with `before`."""
+    """The changes of a launch with `overrides` since one with `before`."""
     recorded = read_record(resolved(folder, text=text) if before is None else before, "record").values
     (folder / "config.yaml").write_text(text)
     return [str(change) for change in compare(recorded, leaves(load(folder / "config.yaml", list(overrides))[0]))]
@@ -49,36 +49,36 @@ def changes(folder: Path, *overrides: str, before: str | None = None, text: str 
         ),
     ],
 )
-def test_a_value_that_stood_elsewhere_in_the_record_is_still_a_change_of_its_key(
+def test_a_changed_value_is_reported_even_if_it_occurs_elsewhere_in_the_record(
     tmp_path: Path, override: str, line: str
 ) -> None:
-    """`models/large`, `bfloat16` and `float32` all stand in the record under another section."""
+    """`models/large`, `bfloat16` and `float32` all occur in the record under another section."""
     assert changes(tmp_path, override) == [line]
 
 
-def test_the_same_values_from_another_place_are_no_change(tmp_path: Path) -> None:
+def test_the_same_values_from_another_source_are_not_a_change(tmp_path: Path) -> None:
     assert changes(tmp_path) == []
     assert changes(tmp_path, "run.seed=3", "student.dtype=float32", "rollout.temperature=1.0") == []
 
 
-def test_a_key_that_an_older_version_did_not_know_had_its_default(tmp_path: Path) -> None:
+def test_a_key_unknown_to_an_older_version_counts_as_its_default(tmp_path: Path) -> None:
     old = "\n".join(line for line in resolved(tmp_path).splitlines() if "temperature" not in line)
     assert changes(tmp_path, before=old) == []
     assert changes(tmp_path, "rollout.temperature=0.7", before=old) == ["rollout.temperature: 1.0 -> 0.7"]
 
 
-def test_a_key_of_another_version_is_named_and_does_not_matter(tmp_path: Path) -> None:
+def test_a_key_of_another_version_is_named_and_otherwise_ignored(tmp_path: Path) -> None:
     old = resolved(tmp_path).replace("  seed: 3", "  seed: 3\n  fashion: old")
     found = read_record(old + "costume:\n  hat: red\n", "record")
     assert set(found.unknown) == {"run.fashion", "costume"} and found.values["run.seed"] == 3
 
 
-def test_another_objective_is_one_line_and_the_keys_that_both_have(tmp_path: Path) -> None:
+def test_another_objective_is_reported_as_one_line_and_the_keys_that_both_have(tmp_path: Path) -> None:
     found = changes(tmp_path, "objective={kind: lsm}")
     assert found[0] == "objective.kind: opd -> lsm" and found[1:] == ["objective.topk: 64 -> 32"]
 
 
-def test_a_section_that_comes_or_goes_is_told_by_its_keys(tmp_path: Path) -> None:
+def test_an_added_or_removed_section_is_reported_by_its_keys(tmp_path: Path) -> None:
     cut = "rollout.truncate={start: 3, increment: 2, every: 1}"
     keys = {"start": 3, "increment": 2, "every": 1}
     comes = [f"rollout.truncate.{key}: none -> {value}" for key, value in keys.items()]
@@ -87,12 +87,12 @@ def test_a_section_that_comes_or_goes_is_told_by_its_keys(tmp_path: Path) -> Non
     assert changes(tmp_path, before=resolved(tmp_path, cut)) == goes
 
 
-def test_an_entry_of_a_free_mapping_that_is_taken_away_is_a_change(tmp_path: Path) -> None:
+def test_a_removed_entry_of_a_free_mapping_is_a_change(tmp_path: Path) -> None:
     before = resolved(tmp_path, "data.chat_template_kwargs={enable_thinking: false}")
     assert changes(tmp_path, before=before) == ["data.chat_template_kwargs.enable_thinking: false -> none"]
 
 
-def test_a_truth_value_that_becomes_a_number_is_a_change(tmp_path: Path) -> None:
+def test_a_boolean_that_becomes_a_number_is_a_change(tmp_path: Path) -> None:
     """Python calls False and 0 equal; `is false` of a template does not."""
     before = resolved(tmp_path, "data.chat_template_kwargs={enable_thinking: false}")
     assert changes(tmp_path, "data.chat_template_kwargs={enable_thinking: 0}", before=before) == [
@@ -112,7 +112,7 @@ def test_a_truth_value_that_becomes_a_number_is_a_change(tmp_path: Path) -> None
         (FIRST.replace("kind: opd", "kind: unheard"), "objective"),
     ],
 )
-def test_a_torn_or_edited_record_is_one_line_that_says_what_to_do(text: str, words: str) -> None:
+def test_a_truncated_or_edited_record_gives_a_one_line_error_that_says_what_to_do(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_record(text, "run/config.resolved.yaml")
     (line,) = caught.value.problems
@@ -120,7 +120,7 @@ def test_a_torn_or_edited_record_is_one_line_that_says_what_to_do(text: str, wor
     assert "restore it, or remove it" in line
 
 
-def test_a_record_survives_every_kind_of_value(tmp_path: Path) -> None:
+def test_a_record_preserves_every_kind_of_value(tmp_path: Path) -> None:
     text = FIRST.replace("kind: opd", 'kind: sdpo, template: "{prompt}\\n\\n# {solution}"').replace("large", "small")
     text += "verifier: {kind: exact_match}\n"
     again = ("data.template_date=2025-01-02", "verifier.thinking=null", "rollout.end_tokens=['<|im_end|>', 'off']")
@@ -141,13 +141,13 @@ def test_a_record_survives_every_kind_of_value(tmp_path: Path) -> None:
     ],
     ids=repr,
 )
-def test_values_are_shown_on_one_line(value: Any, shown: str) -> None:
+def test_changed_values_are_shown_on_one_line(value: Any, shown: str) -> None:
     assert show(value) == shown
     assert len(show("x" * 1000)) < 200
     assert str(Change("a.b", new=value)) == f"a.b: none -> {shown}"
 
 
-def test_a_key_that_was_renamed_since_is_no_change(tmp_path: Path) -> None:
+def test_a_renamed_key_is_not_a_change(tmp_path: Path) -> None:
     text = FIRST.replace("{kind: opd}", "{kind: vopd, student_topk: 7}")
     before = resolved(tmp_path, text=text)
     assert "  student_topk: 7" in before

@@ -1,4 +1,4 @@
-"""What counts as a miss in `tropd conformance`: the judge on answers made by hand from the oracle's own gradients."""
+"""What counts as a miss in `tropd conformance`: the judge on answers derived from the oracle's own gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIVEN = replace(OURS, form="logits")
 
 
 def right_answers(cell: Cell, dtype: torch.dtype = torch.float64) -> list[Answer]:
-    """What ranks without a fault return, rounded to `dtype` where they store it."""
+    """The results of ranks without a fault, rounded to `dtype` where they are stored."""
     batch, entry = make_batch(cell.conditions()), BY_NAME[cell.objective]
     truth = evaluate(entry.objective, batch, entry.progress, cell.form)
     cuts, answers = cell.divided.cuts, []
@@ -52,13 +52,13 @@ def missed(errors: dict[str, Error]) -> set[str]:
 
 
 @pytest.mark.parametrize("cell", [OURS, GIVEN])
-def test_the_truth_misses_nothing(cell: Cell) -> None:
+def test_the_oracles_own_gradients_have_no_miss(cell: Cell) -> None:
     errors = verdict(cell, right_answers(cell))
     assert not missed(errors)
     assert set(errors) == {"loss", "count"} | ({"logits"} if cell.form == "logits" else {"hidden", "weight"})
 
 
-def test_a_gradient_too_large_by_the_number_of_ranks_is_a_miss_that_says_so() -> None:
+def test_a_gradient_multiplied_by_the_number_of_ranks_is_a_miss_that_says_so() -> None:
     answers = [replace(answer, logits_TW=2.0 * present(answer.logits_TW)) for answer in right_answers(GIVEN)]
     errors = verdict(GIVEN, answers)
     assert missed(errors) == {"logits"}
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[Cell, Callable[[Answer], Answer], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_the_last_rank_alone_is_a_miss(name: str) -> None:
+def test_a_fault_on_only_the_last_rank_is_a_miss(name: str) -> None:
     cell, plant, number = FAULTS[name]
     answers = right_answers(cell)
     assert missed(verdict(cell, [answers[0], plant(answers[1])])) == {number}
@@ -93,7 +93,7 @@ def test_one_rounding_to_bfloat16_is_allowed_and_truncation_is_not() -> None:
     assert not missed(verdict(cell, answers, truncates=True))
 
 
-def test_a_table_shows_the_largest_error_and_marks_a_miss() -> None:
+def test_the_table_shows_the_largest_error_and_marks_a_miss() -> None:
     good = Result(OURS, "ok", {"loss": Error(2e-16, 1e-12), "hidden": Error(3e-15, 1e-12)})
     bad = Result(replace(OURS, layout="tp1"), "miss", {"loss": Error(1e-3, 1e-12), "hidden": Error(1e-15, 1e-12)})
     absent = Result(replace(OURS, backend="triton"), "not run", reason="triton is not installed")
@@ -105,7 +105,7 @@ def test_a_table_shows_the_largest_error_and_marks_a_miss() -> None:
     assert "loss 1.0e-03 > 1e-12" in text
 
 
-def test_the_json_has_every_cell_and_no_number_that_json_lacks() -> None:
+def test_the_json_has_every_cell_and_only_numbers_that_json_allows() -> None:
     bad = Result(OURS, "miss", {"loss": Error(float("inf"), 1e-12)})
     document = as_json([bad, Result(GIVEN, "-")], "cpu")
     assert document["totals"] == {"miss": 1, "-": 1}
@@ -125,7 +125,7 @@ def present(gradient: Tensor | None) -> Tensor:
 
 
 def plus(gradient: Tensor | None) -> Tensor:
-    """The gradient with its last entry, which is padding where there is any, off by 1e-9."""
+    """The gradient with its last entry, which is padding if there is any, off by 1e-9."""
     wrong = present(gradient).clone()
     wrong[-1, -1] += 1e-9
     return wrong

@@ -33,7 +33,7 @@ IDS = torch.tensor(GOLDEN["teacher_topk_ids"])
 
 
 def golden_batch(x_T: Tensor, weight_T: Tensor, **changes: Tensor) -> CaseBatch:
-    """The golden state once for each x; the teacher samples none of them."""
+    """The golden state once for each x. None of them is sampled by the teacher."""
     tokens = len(x_T)
     nothing_T = torch.zeros(tokens, dtype=torch.float64)
     numbers = Tokens(
@@ -89,7 +89,7 @@ def assert_golden(found: Tensor, golden: list[float]) -> None:
     torch.testing.assert_close(found, torch.tensor(golden, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_nothing_of_the_oracle_comes_from_what_it_checks() -> None:
+def test_the_oracle_imports_nothing_that_it_checks() -> None:
     folder = Path(oracle_package.__file__).parent
     allowed = ("tropd_mcore.config", "tropd_mcore.conformance.oracle", "tropd_mcore.conformance.batch")
     for path in folder.glob("*.py"):
@@ -108,42 +108,42 @@ def test_the_catalogue_has_every_kind_of_objective() -> None:
 
 
 @pytest.mark.parametrize("norm", ["truncated", "tail", "renorm"])
-def test_the_forward_kl_is_golden(norm: str) -> None:
+def test_the_oracles_forward_kl_equals_the_golden_values(norm: str) -> None:
     truth = one({"kind": "gkd", "norm": norm, "topk": K})
     assert truth.loss == pytest.approx(GOLDEN["forward_kl_topk"][norm], abs=1e-9)
     assert_golden(truth.logits_TV[0], GOLDEN["forward_kl_topk_gradient"][norm])
 
 
-def test_the_divergences_over_the_whole_vocabulary_are_golden() -> None:
+def test_the_oracles_full_vocabulary_divergences_equal_the_golden_values() -> None:
     reverse = one({"kind": "gkd", "divergence": "rkl", "full_vocabulary": True})
     assert reverse.loss == pytest.approx(GOLDEN["reverse_kl"], abs=1e-9)
     assert_golden(reverse.logits_TV[0], GOLDEN["reverse_kl_gradient"])
     assert one({"kind": "gkd", "full_vocabulary": True}).loss == pytest.approx(GOLDEN["forward_kl"], abs=1e-9)
 
 
-def test_local_support_matching_is_golden() -> None:
+def test_the_oracles_local_support_matching_equals_the_golden_values() -> None:
     truth = one({"kind": "lsm", "topk": K})
     assert truth.loss == pytest.approx(0.9394879017, abs=1e-9)
     assert_golden(truth.logits_TV[0], [0.638140, -0.499427, 0, -0.138714, 0, 0, 0, 0])
 
 
-def test_the_expected_gradient_of_opd_is_that_of_the_reverse_kl() -> None:
+def test_the_oracles_expected_gradient_of_opd_is_that_of_the_reverse_kl() -> None:
     assert_golden(expected_gradient({"kind": "opd"}), GOLDEN["reverse_kl_gradient"])
 
 
-def test_importance_and_clipped_ratio_have_the_gradient_of_none_where_the_policy_has_not_moved() -> None:
+def test_all_ratios_have_the_same_expected_gradient_if_the_policy_has_not_moved() -> None:
     for ratio in ("importance", "ppo_clip"):
         found = expected_gradient({"kind": "opd", "policy_gradient": {"ratio": ratio}})
         assert_golden(found, GOLDEN["reverse_kl_gradient"])
 
 
 @pytest.mark.parametrize(("outlier", "name"), [("fkl_direct", "fkl_direct"), ("fkl_scalar", "fkl_scalar")])
-def test_the_expected_gradient_of_tropd_is_golden(outlier: str, name: str) -> None:
+def test_the_oracles_expected_gradient_of_tropd_equals_the_golden_one(outlier: str, name: str) -> None:
     keys = {"kind": "tropd", "trust": {"mode": "soft"}, "outlier": {"mode": outlier, "topk": K}}
     assert_golden(expected_gradient(keys), GOLDEN["expected_gradient"][name])
 
 
-def test_bernoulli_trusts_as_often_as_soft_weighs() -> None:
+def test_the_mean_gradient_of_the_bernoulli_gate_equals_that_of_the_soft_gate() -> None:
     draws = 501
     u_T = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     x_T = torch.full((draws,), 5)
@@ -154,7 +154,7 @@ def test_bernoulli_trusts_as_often_as_soft_weighs() -> None:
 
 
 @pytest.mark.parametrize("loss", ["nll", "scalar_adv"])
-def test_guidance_is_golden(loss: str) -> None:
+def test_the_oracles_prefix_losses_have_the_golden_gradient(loss: str) -> None:
     keys = {"kind": "tropd", "guidance": {"loss": loss, "beta": 1.0}, "outlier": {"topk": K}}
     off = torch.ones(V, dtype=torch.bool)
     batch = golden_batch(torch.arange(V), LOG_Q.exp(), student_mask_T=~off, prefix_mask_T=off)
@@ -174,7 +174,7 @@ REWARDS = {
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_a_reward_is_golden(name: str) -> None:
+def test_the_oracles_rewards_give_the_golden_advantages(name: str) -> None:
     """The gradient of -A log p(x) in the logit of x is -A (1 - p(x))."""
     keys, golden = REWARDS[name]
     truth = truth_of(keys, golden_batch(torch.arange(V), torch.ones(V, dtype=torch.float64)))
@@ -182,7 +182,7 @@ def test_a_reward_is_golden(name: str) -> None:
     assert_golden(advantage, golden)
 
 
-def test_the_expected_gradient_of_the_jsd_is_that_of_its_divergence() -> None:
+def test_the_oracles_expected_gradient_of_the_jsd_is_that_of_its_divergence() -> None:
     """With the whole vocabulary as the teacher's candidates."""
     ids, log_q = torch.arange(V).expand(V, V), LOG_Q.expand(V, V)
     batch = golden_batch(torch.arange(V), LOG_P.exp(), topk_ids_TK=ids, teacher_topk_logp_TK=log_q)
@@ -195,7 +195,7 @@ def test_the_expected_gradient_of_the_jsd_is_that_of_its_divergence() -> None:
     torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
 
 
-def test_the_gradient_of_a_case_is_that_of_finite_differences() -> None:
+def test_the_oracles_gradients_equal_finite_differences() -> None:
     """With everything on: softcap, temperature, candidates of both sides, tokens of all origins."""
     batch = make_batch(Conditions(temperature=0.8, softcap=6.0))
     step = 1e-5
@@ -214,7 +214,7 @@ def test_the_gradient_of_a_case_is_that_of_finite_differences() -> None:
 
 
 @pytest.mark.slow
-def test_the_cases_reach_both_sides_of_every_decision() -> None:
+def test_the_conformance_cases_reach_both_sides_of_every_decision() -> None:
     taken: dict[str, list[int]] = {}
     for temperature, softcap in ((1.0, None), (0.8, 6.0)):
         batch = make_batch(Conditions(temperature=temperature, softcap=softcap))
@@ -236,7 +236,7 @@ def test_the_cases_reach_both_sides_of_every_decision() -> None:
         key=repr,
     ),
 )
-def test_no_decision_of_a_case_is_as_close_as_the_rounding_of_float32(conditions: Conditions) -> None:
+def test_no_decision_in_a_conformance_case_is_within_float32_rounding_of_its_threshold(conditions: Conditions) -> None:
     batch = make_batch(conditions)
     for entry in ENTRIES:
         assert evaluate(entry.objective, batch, entry.progress, "fused").decisions.margin > LEAST_MARGIN, entry.name

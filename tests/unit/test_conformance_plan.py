@@ -1,4 +1,4 @@
-"""What `tropd conformance` runs and how it is asked: the plan, the names of objectives, the declaration of a peer."""
+"""The runs and options of `tropd conformance`: the plan, the names of objectives, the declaration of a peer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_plan_has_every_value_of_every_dimension_for_every_objective(full: b
     assert len(in_megatron) == (len(MEGATRON_LAYOUTS) if full else 3)
 
 
-def test_the_borders_of_the_cases_are_those_of_the_layouts() -> None:
+def test_the_border_ids_of_the_cases_are_the_shard_borders_of_the_layouts() -> None:
     for shape, layouts in ((SHAPES["small"], LAYOUTS), (SHAPES["megatron"], MEGATRON_LAYOUTS)):
         edges = set()
         for layout in layouts.values():
@@ -63,7 +63,7 @@ def test_the_borders_of_the_cases_are_those_of_the_layouts() -> None:
         assert max(layout.cuts[-1] for layout in layouts.values()) == shape.columns
 
 
-def test_a_shard_of_some_layout_is_narrower_than_the_support_and_one_has_no_real_column() -> None:
+def test_some_layout_has_a_shard_narrower_than_the_top_k_and_some_a_shard_of_padding_only() -> None:
     widths = [
         min(stop, SHAPES["small"].vocabulary) - start
         for layout in LAYOUTS.values()
@@ -73,7 +73,7 @@ def test_a_shard_of_some_layout_is_narrower_than_the_support_and_one_has_no_real
     assert min(widths) <= 0
 
 
-def test_a_case_has_what_a_wrong_loss_may_stumble_over() -> None:
+def test_a_conformance_case_contains_masks_padding_overlaps_and_both_signs_of_the_log_ratio() -> None:
     tokens = make_batch(Conditions()).tokens
     counted = tokens.student_mask_T | tokens.prefix_mask_T
     assert (
@@ -95,7 +95,7 @@ def test_a_case_has_what_a_wrong_loss_may_stumble_over() -> None:
             assert len(real) == len(set(real)), name
 
 
-def test_select_takes_kinds_names_and_patterns() -> None:
+def test_select_accepts_kinds_names_and_patterns() -> None:
     assert {entry.name for entry in select(("reopold",))} == {
         "reopold",
         "reopold/stage-1-of-2",
@@ -108,7 +108,7 @@ def test_select_takes_kinds_names_and_patterns() -> None:
         select(("opd", "nothing"))
 
 
-def test_what_cannot_run_here_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_cannot_run_here_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("opd", "tp1", "float64")
     assert machine.not_runnable(cell, "cpu") is None
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
@@ -117,7 +117,7 @@ def test_what_cannot_run_here_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     assert "C++ compiler" in str(machine.not_runnable(dataclasses.replace(cell, backend="compile"), "cpu"))
 
 
-def test_a_peer_declares_what_it_covers() -> None:
+def test_the_declared_coverage_of_a_peer_limits_its_cells() -> None:
     function, coverage = load_peer(f"{PEERS}:honest")
     assert callable(function)
     assert coverage.objective("gkd/fkl-tail") and not coverage.objective("gkd/fkl-renorm")
@@ -144,7 +144,9 @@ def test_a_peer_that_cannot_be_used_is_named(path: str, problem: str, capsys: py
     assert problem in errors
 
 
-def test_the_command_lists_the_objectives_and_refuses_what_names_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_the_objectives_and_refuses_a_selection_that_matches_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out, _ = run(capsys, "--list")
     assert (code, out.split()) == (0, [entry.name for entry in ENTRIES])
     code, _, errors = run(capsys, "--objective", "opd/nothing")
@@ -155,7 +157,7 @@ def test_the_command_lists_the_objectives_and_refuses_what_names_nothing(capsys:
     assert "leave no cell" in errors
 
 
-def test_the_documentation_has_the_sizes_of_the_plans() -> None:
+def test_the_documentation_states_the_sizes_of_the_plans() -> None:
     text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
     sizes = [
         f"{len(plan_ours(ENTRIES, full=False))} cells",

@@ -52,14 +52,14 @@ GOLDEN = """\
 """
 
 
-def test_the_line_of_a_long_run_has_a_hundred_columns():
+def test_the_console_line_of_a_long_run_is_100_columns_wide():
     stream, now = io.StringIO(), iter([0.0, 128.4])
     Console(stream, steps=99_999, now=lambda: next(now)).write(34_998, GOLDEN_METRICS)
     assert stream.getvalue() == GOLDEN
     assert {len(line) for line in stream.getvalue().splitlines()} == {100}
 
 
-def test_the_time_left_is_that_of_the_launch_at_the_speed_of_its_last_steps():
+def test_the_time_left_is_estimated_from_the_last_steps_of_the_launch():
     stream, now = io.StringIO(), [0.0]
     console = Console(stream, steps=600, last_step=200, now=lambda: now[0])
     for step in range(100, 112):
@@ -70,7 +70,7 @@ def test_the_time_left_is_that_of_the_launch_at_the_speed_of_its_last_steps():
     assert left[-1] == "88m"
 
 
-def test_the_start_of_a_server_does_not_count_for_the_time_left():
+def test_server_start_time_does_not_count_in_the_time_left():
     stream, now = io.StringIO(), [0.0]
     console = Console(stream, steps=60, now=lambda: now[0])
     for step, (seconds, waited) in enumerate([(45.0, 43.0), (2.0, 0.0)]):
@@ -79,7 +79,7 @@ def test_the_start_of_a_server_does_not_count_for_the_time_left():
     assert [line.split()[-1] for line in stream.getvalue().splitlines()[1:]] == ["2m", "2m"]
 
 
-def test_a_terminal_has_colours_that_take_no_room():
+def test_terminal_colours_do_not_change_the_text_or_its_width():
     plain, coloured = io.StringIO(), io.StringIO()
     for stream, colour in ((plain, False), (coloured, True)):
         Console(stream, steps=60, colour=colour, now=lambda: 0.0).write(3, GOLDEN_METRICS)
@@ -100,5 +100,5 @@ def test_a_terminal_has_colours_that_take_no_room():
         (1e12, "9999d"),
     ],
 )
-def test_time_left_fits_its_column(seconds, text):
+def test_the_time_left_fits_its_column(seconds, text):
     assert clock(seconds) == text and len(text) <= LEFT_WIDTH

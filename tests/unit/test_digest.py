@@ -1,4 +1,4 @@
-"""Digests of model folders and data files: they follow contents, not places, and large files are read once."""
+"""Digests of model folders and data files depend on contents, not paths, and large files are read once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_files_of_a_folder_are_those_that_a_run_reads(folder: Path) -> None:
+def test_the_digest_of_a_folder_covers_the_files_that_a_run_reads(folder: Path) -> None:
     assert model_files(folder) == [
         "additional_chat_templates/tool.jinja",
         "chat_template.jinja",
@@ -63,14 +63,14 @@ def test_the_files_of_a_folder_are_those_that_a_run_reads(folder: Path) -> None:
     assert folder_digest(folder).files["tokenizer.json"] == hashlib.sha256(b"tokens").hexdigest()
 
 
-def test_without_an_index_that_can_be_read_every_weight_file_counts(folder: Path) -> None:
+def test_without_a_readable_index_every_weight_file_counts(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("torn {")
     assert "consolidated.safetensors" in model_files(folder)
     (folder / "model.safetensors.index.json").unlink()
     assert "consolidated.safetensors" in model_files(folder)
 
 
-def test_a_moved_or_copied_folder_has_the_same_digest_and_an_unread_file_does_not_matter(
+def test_a_moved_or_copied_folder_has_the_same_digest_and_unread_files_do_not_count(
     folder: Path, tmp_path: Path
 ) -> None:
     before = folder_digest(folder)
@@ -95,7 +95,7 @@ def test_a_moved_or_copied_folder_has_the_same_digest_and_an_unread_file_does_no
     ],
 )
 @pytest.mark.parametrize("edit", ["rewritten", "removed"])
-def test_every_file_that_is_read_changes_the_digest_of_its_part(
+def test_a_change_of_any_file_that_is_read_changes_the_digest_of_its_part(
     folder: Path, name: str, changed: set[str], edit: str
 ) -> None:
     def parts() -> dict[str, str]:
@@ -111,7 +111,7 @@ def test_every_file_that_is_read_changes_the_digest_of_its_part(
     assert {part for part in before if before[part] != after[part]} == changed
 
 
-def test_two_files_that_swap_their_names_are_another_folder(folder: Path) -> None:
+def test_swapping_the_names_of_two_files_changes_the_digest(folder: Path) -> None:
     before = folder_digest(folder)
     one, two = folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
     first, second = one.read_bytes(), two.read_bytes()
@@ -123,13 +123,15 @@ def test_two_files_that_swap_their_names_are_another_folder(folder: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "lines"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\nb", 2), (b"a\n\nb\n", 3)], ids=repr
 )
-def test_a_data_file_has_the_digest_and_the_lines_of_its_bytes(tmp_path: Path, content: bytes, lines: int) -> None:
+def test_the_digest_and_line_count_of_a_data_file_are_those_of_its_bytes(
+    tmp_path: Path, content: bytes, lines: int
+) -> None:
     (tmp_path / "data.jsonl").write_bytes(content)
     found = data_digest(tmp_path / "data.jsonl", key="data.prompts")
     assert (found.sha256, found.lines) == (hashlib.sha256(content).hexdigest(), lines)
 
 
-def test_files_that_cannot_be_read_are_named(folder: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_named_in_the_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.prompts=.*absent: cannot be read: expected JSONL; not found"):
         data_digest(tmp_path / "absent", key="data.prompts")
     with pytest.raises(ModelError, match=r"absent: cannot be read: No such file"):
@@ -151,7 +153,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder: Path, monkeypat
 
 @pytest.fixture
 def memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], DigestMemory]:
-    """What a launch remembers of the shards, which count as large and as written long ago."""
+    """The cached digests of the shards, which count as large and as written long ago."""
     monkeypatch.setattr(digest, "REMEMBERED_BYTES", 5)
     monkeypatch.setattr(digest, "SETTLED_NS", -(10**18))
     remembered = DigestMemory()
@@ -160,16 +162,18 @@ def memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     return lambda: load_memory(tmp_path / "digests.json")
 
 
-def test_a_large_file_is_remembered_and_a_small_one_is_not(folder: Path, memory: Callable[[], DigestMemory]) -> None:
+def test_the_digest_of_a_large_file_is_cached_and_that_of_a_small_one_is_not(
+    folder: Path, memory: Callable[[], DigestMemory]
+) -> None:
     assert memory().recall(folder / "model-00002-of-00002.safetensors") == hashlib.sha256(b"second").hexdigest()
     assert memory().recall(folder / "config.json") is None
 
 
 @pytest.mark.parametrize("edit", ["longer", "same length", "same length and modification time", "replaced"])
-def test_a_file_that_was_written_again_is_not_recalled(
+def test_the_cached_digest_of_a_rewritten_file_is_not_used(
     folder: Path, memory: Callable[[], DigestMemory], edit: str
 ) -> None:
-    """The change time cannot be set back, so a copy that keeps the modification time is noticed as well."""
+    """The change time cannot be set back, so a copy that keeps the modification time is also detected."""
     path = folder / "model-00002-of-00002.safetensors"
     before = path.stat()
     text = "another length" if edit == "longer" else "SECOND"
@@ -184,7 +188,9 @@ def test_a_file_that_was_written_again_is_not_recalled(
     assert memory().recall(path) is None
 
 
-def test_a_file_that_was_just_written_is_not_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_of_a_file_that_was_just_written_is_not_cached(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(digest, "REMEMBERED_BYTES", 5)
     monkeypatch.setattr(digest, "SETTLED_NS", 10**18)
     remembered = DigestMemory()
@@ -192,14 +198,14 @@ def test_a_file_that_was_just_written_is_not_remembered(folder: Path, monkeypatc
     assert remembered.known == {}
 
 
-def test_a_memory_that_cannot_be_read_is_empty_and_costs_a_reading(tmp_path: Path) -> None:
+def test_an_unreadable_cache_of_digests_counts_as_empty(tmp_path: Path) -> None:
     for text in ("torn {", "[]", '{"a": [1, 2]}', '{"a": [[1, 2, "x"], "d"]}'):
         (tmp_path / "digests.json").write_text(text)
         assert load_memory(tmp_path / "digests.json").known == {}
     assert load_memory(tmp_path / "absent").known == {}
 
 
-def test_a_memory_forgets_files_of_folders_that_are_not_read_any_more(
+def test_the_cache_of_digests_drops_files_of_folders_that_are_no_longer_read(
     folder: Path, memory: Callable[[], DigestMemory]
 ) -> None:
     kept = str((folder / "model-00001-of-00002.safetensors").resolve())

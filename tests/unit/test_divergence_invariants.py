@@ -1,4 +1,4 @@
-"""What every objective with a divergence keeps: masks, detached constants, chunks, dtypes, and a way to the teacher.
+"""Properties of every objective with a divergence: masks, detached constants, chunks, dtypes, convergence.
 
 Shapes: T tokens, V vocabulary, K teacher top-k, L student top-k.
 """
@@ -36,7 +36,7 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("name", every_objective())
 @pytest.mark.parametrize("fill", [math.nan, -math.inf, 1e30])
-def test_a_token_outside_both_masks_has_no_influence_whatever_its_numbers_are(name: str, fill: float) -> None:
+def test_a_token_outside_both_masks_has_no_influence_whatever_its_values(name: str, fill: float) -> None:
     policy = PolicyGradient(ratio="importance", mismatch="icepop")
     objective, batch = every_objective(policy)[name], Batch(moved=0.2)
     inputs = batch.inputs()
@@ -53,7 +53,7 @@ def test_a_token_outside_both_masks_has_no_influence_whatever_its_numbers_are(na
     assert not soiled.columns["loss"][batch.uncounted_T].any()
 
 
-def test_an_uncounted_divergence_of_the_kernel_has_no_influence() -> None:
+def test_a_full_vocabulary_divergence_outside_both_masks_has_no_influence() -> None:
     batch = Batch()
     divergence_T = batch.z_TV.sum(dim=1).masked_fill(batch.uncounted_T, math.nan)
     inputs = replace(batch.inputs(), divergence_T=divergence_T)
@@ -64,7 +64,7 @@ def test_an_uncounted_divergence_of_the_kernel_has_no_influence() -> None:
 
 @pytest.mark.parametrize("name", every_objective())
 @pytest.mark.parametrize("policy", [PLAIN, MOVED], ids=["plain", "moved"])
-def test_gradients_flow_through_the_student_only(name: str, policy: PolicyGradient) -> None:
+def test_gradients_of_divergence_objectives_flow_only_through_the_student(name: str, policy: PolicyGradient) -> None:
     inputs = Batch(moved=0.2).inputs()
     live = {field: getattr(inputs, field).detach().clone().requires_grad_(True) for field in CONSTANTS}
     output = every_objective(policy)[name](replace(inputs, **live))
@@ -75,7 +75,7 @@ def test_gradients_flow_through_the_student_only(name: str, policy: PolicyGradie
 
 
 @pytest.mark.parametrize("name", every_objective())
-def test_chunks_add_up_and_columns_join(name: str) -> None:
+def test_chunk_losses_add_up_and_chunk_columns_concatenate(name: str) -> None:
     objective, batch = every_objective(MOVED)[name], Batch(moved=0.2)
     inputs = batch.inputs()
 
@@ -93,7 +93,7 @@ def test_chunks_add_up_and_columns_join(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", every_objective())
-def test_no_tokens_give_zero_and_a_gradient(name: str) -> None:
+def test_divergence_objectives_of_zero_tokens_give_loss_zero_and_an_empty_gradient(name: str) -> None:
     batch = Batch(tokens=0)
     output = every_objective()[name](batch.inputs())
     assert float(output.loss_sum.detach()) == 0.0 and int(output.token_count) == 0
@@ -101,7 +101,7 @@ def test_no_tokens_give_zero_and_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", every_objective())
-def test_float32_differs_from_float64_by_rounding_only(name: str) -> None:
+def test_divergence_objectives_in_float32_differ_from_float64_only_by_rounding(name: str) -> None:
     inputs = Batch(moved=0.2).inputs()
     values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
     narrow = {
@@ -131,7 +131,7 @@ def test_a_teacher_that_cannot_give_its_entropy_makes_the_loss_of_eopd_nan() -> 
 
 
 @pytest.mark.parametrize("name", ["eopd", "aopd", "jsd", "lsm", "gkd rkl tail", "sdpo 0.4 tail"])
-def test_a_tabular_student_approaches_its_teacher(name: str) -> None:
+def test_a_tabular_student_approaches_its_teacher_with_every_divergence_objective(name: str) -> None:
     """Eleven tokens, plain gradient descent on sampled tokens: the total variation on the candidates falls."""
     random = torch.Generator().manual_seed(23)
     batch = student_rows(Batch(seed=3, tokens=100, vocabulary=11, topk=6, student_topk=6))

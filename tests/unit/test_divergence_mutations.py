@@ -1,7 +1,7 @@
 """The claims about divergences are sharp: each fault, planted in a copy of our source, makes its claim fail.
 
-A mutant is the source of one module with one text replaced. The modules that import from it are executed again next to
-it, so that they use it; all others are the real ones. The real modules keep every claim.
+A mutant is the source of one module with one text replaced. The modules that import from it are executed again, so that
+they use it. All other modules are the real ones. The real modules keep every claim.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -43,7 +43,7 @@ MODULES = (
     "objectives.matching",
     "objectives.self_distillation",
 )
-"""In an order in which each is after those that it imports."""
+"""In an order in which each module comes after those that it imports."""
 UNCHANGED = "from __future__ import annotations"
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tropd_vector.json").read_text(encoding="utf-8"))
 LOG_P = oracles.log_softmax(np.array(GOLDEN["student_logits"]))
@@ -55,7 +55,7 @@ Claim = Callable[[Modules], None]
 
 
 def load(module: str, right: str, wrong: str) -> Modules:
-    """All modules, with `right` replaced by `wrong` in one of them; the text must be there exactly once."""
+    """All modules, with `right` replaced by `wrong` in one of them. The text must occur exactly once."""
     loaded: Modules = {}
     with mock.patch.dict(sys.modules):
         for name in MODULES:
@@ -67,7 +67,7 @@ def load(module: str, right: str, wrong: str) -> Modules:
                 source = source.replace(right, wrong)
             copy = ModuleType(original.__name__)
             sys.modules[copy.__name__] = copy  # what comes after imports from the copy
-            exec(compile(source, f"<mutant of {name}>", "exec"), copy.__dict__)  # our own source
+            exec(compile(source, f"<mutant of {name}>", "exec"), copy.__dict__)  # source of this project
             loaded[name] = copy
     return loaded
 
@@ -420,7 +420,7 @@ MUTATIONS = {
 
 
 def _message_of(mutation: Mutation) -> str:
-    """The claim's failure; an error of another kind is not a detection and passes through."""
+    """The claim's failure. An error of another kind is not a detection and is raised."""
     modules = load(mutation.module, mutation.right, mutation.wrong)
     try:
         mutation.claim(modules)
@@ -430,7 +430,7 @@ def _message_of(mutation: Mutation) -> str:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_planted_fault_breaks_its_claim(name: str) -> None:
+def test_a_planted_fault_in_a_divergence_breaks_its_claim(name: str) -> None:
     mutation = MUTATIONS[name]
     if mutation.claim is DENSE:
         assert all(run_on_ranks(_message_of, mutation.ranks, mutation))
@@ -445,7 +445,7 @@ def _keep_every_claim(module: str, claims: list[Claim]) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_an_unchanged_copy_keeps_every_claim(module: str) -> None:
+def test_an_unchanged_copy_of_the_divergences_keeps_every_claim(module: str) -> None:
     claims = {mutation.claim for mutation in MUTATIONS.values()}
     _keep_every_claim(module, [claim for claim in claims if claim is not DENSE])
     run_on_ranks(_keep_every_claim, 2, module, [DENSE])

@@ -60,7 +60,7 @@ def golden_log_probs() -> tuple[oracles.Array, oracles.Array]:
 
 
 def gradient_of(loss: Tensor, batch: Batch) -> Tensor:
-    """d loss / d z, [T, V]; the graph may be used again."""
+    """d loss / d z, [T, V]. The graph may be used again."""
     (gradient_TV,) = torch.autograd.grad(loss, batch.z_TV, retain_graph=True)
     return gradient_TV
 
@@ -78,7 +78,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = GOLDEN_TOLERANCE
 # ---- golden values and exact expectations ----
 
 
-def test_the_golden_aopd_gate_is_open_where_the_teacher_gives_more() -> None:
+def test_the_golden_aopd_gate_is_open_where_the_teachers_probability_is_higher() -> None:
     columns = aopd(golden_batch().inputs(), threshold=0.0, norm="truncated", policy=PLAIN).columns
     assert columns["trusted"].tolist() == [1 - closed for closed in AOPD_GATE]
     value = [
@@ -88,7 +88,7 @@ def test_the_golden_aopd_gate_is_open_where_the_teacher_gives_more() -> None:
     assert_close(columns["loss"], value)
 
 
-def test_the_golden_halves_of_the_jsd_add_up() -> None:
+def test_the_golden_halves_of_the_jsd_add_up_to_its_loss() -> None:
     columns = jsd(golden_batch().inputs(), beta=0.5, policy=PLAIN).columns
     assert_close(columns["loss"], TEACHER_HALF + np.array(STUDENT_HALF))
 
@@ -113,7 +113,7 @@ def test_lsm_has_the_golden_value_and_gradient() -> None:
 
 
 @pytest.mark.parametrize(("threshold", "adds"), [(0.8, 1.0), (1.2, 0.0)])
-def test_the_expected_gradient_of_eopd_is_the_reverse_kl_and_perhaps_the_forward_kl(
+def test_the_expected_gradient_of_eopd_is_the_reverse_kl_plus_the_forward_kl_at_high_entropy(
     threshold: float, adds: float
 ) -> None:
     """The golden teacher has an entropy of 1.10 nats."""
@@ -163,8 +163,8 @@ def test_the_expected_gradient_of_the_sampled_half_of_the_jsd_is_that_of_its_kl(
 @pytest.mark.parametrize(
     "name", [name for name in every_objective() if name not in ("gkd fkl truncated", "opsd truncated", "eopd", "jsd")]
 )
-def test_a_student_that_is_its_teacher_has_no_gradient(name: str) -> None:
-    """Except where a sum of q log(q / .) is truncated, which pulls towards the support."""
+def test_a_student_equal_to_its_teacher_has_no_gradient(name: str) -> None:
+    """Except if a sum of q log(q / .) is truncated, which pulls towards the support."""
     batch = student_rows(Batch())
     batch.log_q_TV = batch.z_TV.detach().log_softmax(dim=1)
     output = every_objective()[name](batch.inputs())
@@ -190,7 +190,7 @@ def test_eopd_is_opd_plus_the_forward_kl_of_uncertain_states(policy: PolicyGradi
 
 
 @pytest.mark.parametrize("policy", [PLAIN, MOVED], ids=["plain", "moved"])
-def test_aopd_ends_are_opd_and_the_forward_kl(policy: PolicyGradient) -> None:
+def test_aopd_equals_opd_with_its_gate_open_and_the_forward_kl_with_its_gate_closed(policy: PolicyGradient) -> None:
     batch = student_rows(Batch(moved=0.3))
     inputs = batch.inputs()
     always_open, always_closed = (
@@ -201,7 +201,7 @@ def test_aopd_ends_are_opd_and_the_forward_kl(policy: PolicyGradient) -> None:
     torch.testing.assert_close(always_closed.loss_sum, forward.loss_sum, rtol=1e-15, atol=0)
 
 
-def test_the_aopd_gate_looks_at_the_student_before_the_update() -> None:
+def test_the_aopd_gate_uses_the_student_before_the_update() -> None:
     batch = student_rows(Batch(moved=1.0))
     inputs = batch.inputs()
     columns = aopd(inputs, threshold=0.0, norm="truncated", policy=PLAIN).columns
@@ -244,7 +244,7 @@ def test_gkd_equals_the_oracle_on_student_tokens(divergence: str, norm: str) -> 
     )
 
 
-def test_lsm_appends_the_sampled_token_only_where_it_is_outside() -> None:
+def test_lsm_appends_the_sampled_token_only_if_it_is_outside_the_support() -> None:
     batch = Batch(topk=24)
     inside = [int(batch.x_T[token]) in ids(batch, token) for token in range(len(batch.origin))]
     assert 3 < sum(inside) < len(inside) - 3

@@ -1,4 +1,4 @@
-"""From the configuration to an objective with a divergence: keys, refused settings, a function of one's own.
+"""From the configuration to an objective with a divergence: keys, refused settings, a custom function.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -55,7 +55,7 @@ POLICY = PolicyGradientConfig(ratio="importance", mismatch="tis", tis_cap=1.2, a
     ],
     ids=["eopd", "aopd", "jsd", "sdpo"],
 )
-def test_keys_reach_the_objective(config: Any, expected: Callable[..., TokenLosses]) -> None:
+def test_keys_of_a_divergence_objective_reach_it(config: Any, expected: Callable[..., TokenLosses]) -> None:
     inputs = Batch(moved=0.2).inputs()
     policy = PolicyGradient(ratio="importance", mismatch="tis", tis_cap=1.2, advantage_clip=1.5)
     assert torch.equal(bind_objective(config)(inputs).loss_sum, expected(inputs, policy=policy).loss_sum)
@@ -77,13 +77,13 @@ def test_keys_reach_the_objective(config: Any, expected: Callable[..., TokenLoss
     ],
     ids=["gkd", "gkd over the vocabulary", "lsm", "opsd"],
 )
-def test_keys_without_a_policy_gradient_reach_the_objective(config: Any, expected: Objective) -> None:
+def test_keys_of_an_objective_without_a_policy_gradient_reach_it(config: Any, expected: Objective) -> None:
     batch = Batch()
     inputs = replace(batch.inputs(), divergence_T=batch.z_TV.square().sum(dim=1))
     assert torch.equal(bind_objective(config)(inputs).loss_sum, expected(inputs).loss_sum)
 
 
-def test_tropd_keys_and_its_own_reach_tropd_aopd() -> None:
+def test_keys_of_tropd_and_of_tropd_aopd_reach_tropd_aopd() -> None:
     keys: dict[str, Any] = {"trust": {"mode": "soft"}, "outlier": {"weight": 0.6, "norm": "tail"}}
     inputs = Batch(moved=0.2).inputs()
     bound = bind_objective(TropdAopdObjective(aopd_threshold=0.02, aopd_weight=0.3, **keys))(inputs)
@@ -96,7 +96,7 @@ def test_tropd_keys_and_its_own_reach_tropd_aopd() -> None:
 
 
 def problems(objective: dict[str, Any], **sections: dict[str, Any]) -> list[str]:
-    """The problems, keys without effect apart, of a configuration whose other keys are the defaults."""
+    """The problems, without those of ineffective keys, of a configuration whose other keys have their defaults."""
     base: dict[str, Any] = {
         "run": {"dir": "run", "steps": 100},
         "student": {"path": "student"},
@@ -110,7 +110,7 @@ def problems(objective: dict[str, Any], **sections: dict[str, Any]) -> list[str]
 
 
 @pytest.mark.parametrize("kind", ["eopd", "aopd", "tropd_aopd", "jsd", "gkd", "lsm", "sdpo", "opsd"])
-def test_the_defaults_of_every_kind_have_no_problem(kind: str) -> None:
+def test_the_defaults_of_every_divergence_kind_have_no_problem(kind: str) -> None:
     assert problems({"kind": kind}) == []
 
 
@@ -124,7 +124,7 @@ SGLANG = {"teacher": {"kind": "sglang"}}
         (
             {"kind": "gkd", "gradient": "advantage"},
             {},
-            "objective.gradient=advantage: a divergence is the same for whatever token was sampled",
+            "objective.gradient=advantage: a divergence does not depend on the sampled token",
         ),
         (
             {"kind": "gkd", "divergence": "rkl", "norm": "truncated"},
@@ -201,7 +201,7 @@ def test_a_setting_that_trains_is_not_refused(objective: dict[str, Any]) -> None
     assert problems(objective) == []
 
 
-def test_what_is_refused_has_indeed_no_gradient() -> None:
+def test_refused_settings_really_have_no_gradient() -> None:
     """Renormalised on one token the divergence is 0; the expected gradient of the K1 estimate is 0."""
     batch = Batch(topk=1, student_topk=1)
     for objective in (
@@ -215,12 +215,12 @@ def test_what_is_refused_has_indeed_no_gradient() -> None:
     assert batch.gradient(estimate).abs().max() <= 1e-16
 
 
-# ---- a function of one's own ----
+# ---- a custom function ----
 
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a module with functions that are right and wrong in all ways."""
+    """The name of a module with correct functions and with functions of every kind of fault."""
     (tmp_path / "own_objectives.py").write_text(
         "from dataclasses import replace\n"
         "import torch\n"
@@ -278,7 +278,7 @@ def test_a_custom_function_is_called_with_its_arguments_and_the_policy_gradient(
         ("own_objectives:plain", {}, {"mismatch": "tis"}, "has no keyword `policy`"),
     ],
 )
-def test_each_way_to_name_a_wrong_function_is_one_clear_line(
+def test_each_wrong_custom_function_gives_one_clear_line(
     module: str, function: str, arguments: dict[str, Any], policy: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -291,10 +291,12 @@ def test_each_way_to_name_a_wrong_function_is_one_clear_line(
     [
         ("a_number", "expected a TokenLosses, found float"),
         ("no_columns", r"missing: \['advantage', .*\], of another shape: \['loss'\]"),
-        ("summed", r"expected one number a token, \(37,\), found loss_T \(\)"),
+        ("summed", r"expected one number per token, \(37,\), found loss_T \(\)"),
     ],
 )
-def test_each_result_that_cannot_be_used_is_one_clear_line(module: str, function: str, expected: str) -> None:
+def test_each_unusable_result_of_a_custom_function_gives_one_clear_line(
+    module: str, function: str, expected: str
+) -> None:
     objective = custom(f"{module}:{function}")
     with pytest.raises(ConfigError, match=expected):
         objective(Batch().inputs())

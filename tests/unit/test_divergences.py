@@ -57,7 +57,7 @@ def random_pair(seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)
 @pytest.mark.parametrize("k", [2, 64])
-def test_value_and_gradient_equal_the_oracle(kind: str, norm: str, k: int) -> None:
+def test_candidate_divergences_and_gradients_equal_the_oracle(kind: str, norm: str, k: int) -> None:
     z_TV, log_q_TV = random_pair()
     z_TV.requires_grad_(True)
     log_p_TV = z_TV.log_softmax(dim=1)
@@ -89,7 +89,7 @@ def test_the_oracle_has_the_gradient_of_its_own_value(kind: str, norm: str) -> N
     np.testing.assert_allclose(gradient, differences, rtol=0, atol=1e-9)
 
 
-def test_the_golden_local_support_matching_value_and_gradient() -> None:
+def test_local_support_matching_has_the_golden_value_and_gradient() -> None:
     z_V = torch.tensor(GOLDEN["student_logits"], dtype=torch.float64, requires_grad=True)
     log_q_V = torch.tensor(GOLDEN["teacher_logits"], dtype=torch.float64).log_softmax(0)
     ids = GOLDEN["teacher_topk_ids"]
@@ -118,8 +118,8 @@ def test_on_the_whole_vocabulary_every_norm_is_the_exact_divergence(kind: str, n
     torch.testing.assert_close(gradient_TV, exact_gradient_TV, rtol=0, atol=1e-12)
 
 
-def test_truncated_can_be_negative_and_is_not_clamped() -> None:
-    """Student mass on the teacher's support above the teacher's: the value is negative, the gradient is alive."""
+def test_a_truncated_forward_kl_can_be_negative_and_is_not_clamped() -> None:
+    """If the student has more mass on the support than the teacher, the value is negative and has a gradient."""
     log_p_TK = torch.tensor([[0.6, 0.39]]).log().requires_grad_(True)
     divergence_T = topk_forward_kl(log_p_TK, torch.tensor([[0.4, 0.3]]).log(), norm="truncated")
     divergence_T.sum().backward()
@@ -129,8 +129,8 @@ def test_truncated_can_be_negative_and_is_not_clamped() -> None:
 
 
 @pytest.mark.parametrize("norm", ["truncated", "tail", "renorm"])
-def test_only_the_truncated_reverse_kl_pushes_a_student_away_from_a_teacher_that_it_equals(norm: str) -> None:
-    """Why a truncated reverse KL is refused as an objective: it takes probability from the top-k, whatever it is."""
+def test_only_the_truncated_reverse_kl_has_a_gradient_if_student_and_teacher_are_equal(norm: str) -> None:
+    """The reason why a truncated reverse KL is refused as an objective: it always takes probability from the top-k."""
     z_TV, _ = random_pair()
     z_TV.requires_grad_(True)
     log_q_TK, ids_TK = z_TV.detach().log_softmax(1).topk(7, dim=1)
@@ -173,7 +173,7 @@ def test_all_entries_absent_give_zero_and_a_finite_gradient(kind: str, norm: str
 
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)
-def test_a_certain_student_and_teacher_stay_finite_in_float32(kind: str, norm: str) -> None:
+def test_divergences_of_certain_distributions_stay_finite_in_float32(kind: str, norm: str) -> None:
     """All mass on the support, to the last bit: the tail's log is kept off -inf; log-probs far below the smallest."""
     log_p_TK = torch.tensor([[0.0, -120.0], [-90.0, 0.0], [-0.7, -0.7]], requires_grad=True)
     divergence_T = divergence(kind, norm)(log_p_TK, torch.tensor([[0.0, -90.0], [0.0, -200.0], [-300.0, 0.0]]))
@@ -183,8 +183,8 @@ def test_a_certain_student_and_teacher_stay_finite_in_float32(kind: str, norm: s
 
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)
-def test_float32_differs_from_float64_by_rounding_only(kind: str, norm: str) -> None:
-    """A tail is 1 minus a mass: of a tail of 1e-3, float32 knows four digits."""
+def test_divergences_in_float32_differ_from_float64_only_by_rounding(kind: str, norm: str) -> None:
+    """A tail is 1 minus a mass. For a tail of 1e-3, float32 has four digits."""
     z_TV, log_q_TV = random_pair(scale=4.0)
     log_q_TK, ids_TK = log_q_TV.topk(16, dim=1)
     log_p_TK = z_TV.log_softmax(1).gather(1, ids_TK)
@@ -230,7 +230,7 @@ def test_log_mixture_equals_its_definition_and_is_exact_where_both_agree(dtype: 
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-30)
 
 
-def test_a_wide_bound_leaves_the_renormalised_reverse_kl() -> None:
+def test_a_clipped_reverse_kl_with_a_wide_bound_equals_the_renormalised_reverse_kl() -> None:
     z_TV, log_q_TV = random_pair()
     z_TV.requires_grad_(True)
     log_q_TK, ids_TK = log_q_TV.topk(7, dim=1)
@@ -243,7 +243,7 @@ def test_a_wide_bound_leaves_the_renormalised_reverse_kl() -> None:
     torch.testing.assert_close(clipped_TV, plain_TV, rtol=0, atol=1e-14)
 
 
-def test_a_clamped_log_ratio_is_a_constant_factor() -> None:
+def test_a_clamped_log_ratio_acts_as_a_constant_factor() -> None:
     """d/dz_v = p~_v (clamp_v - value) on the candidates: nothing is taken from those that agree."""
     z_TV, log_q_TV = random_pair()
     z_TV.requires_grad_(True)

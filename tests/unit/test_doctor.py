@@ -1,4 +1,4 @@
-"""`tropd doctor`: what it finds on this machine and about a configuration, by level, key and exit code."""
+"""`tropd doctor`: its findings about this machine and a configuration, by level, key and exit code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def files(tmp_path: Path, models: Path) -> Path:
-    """Everything that the recipe names."""
+    """All files that the recipe names."""
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
         for file in (models / name).iterdir():
@@ -62,7 +62,7 @@ def files(tmp_path: Path, models: Path) -> Path:
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
-    """The exit code and the lines; nothing is said on stderr."""
+    """The exit code and the lines. Asserts that stderr is empty."""
     code = cli.main(["doctor", *arguments])
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -75,7 +75,7 @@ def at(level: str, lines: list[str]) -> dict[str, str]:
     return {match[1].strip(): match[2] for line in lines if (match := pattern.fullmatch(line))}
 
 
-def test_doctor_is_content_with_this_machine_and_with_files_that_exist(
+def test_doctor_passes_on_this_machine_with_files_that_exist(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     code, lines = doctor(capsys, recipe)
@@ -87,12 +87,12 @@ def test_doctor_is_content_with_this_machine_and_with_files_that_exist(
     assert not (files / "run").exists(), "it changes nothing"
 
 
-def test_doctor_without_a_configuration_looks_at_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_without_a_configuration_checks_only_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = doctor(capsys)
     assert code == 0 and lines[0] == "doctor: this machine" and "student.path" not in at("ok", lines)
 
 
-def test_doctor_says_something_before_it_imports_anything_heavy() -> None:
+def test_doctor_prints_a_line_before_it_imports_anything_heavy() -> None:
     """The first line comes before torch, whose import may take long on a busy machine."""
     code = (
         "import sys; from tropd_mcore.cli import doctor_command, main as cli\n"
@@ -107,7 +107,7 @@ def test_doctor_says_something_before_it_imports_anything_heavy() -> None:
     assert result.stdout.splitlines() == ["doctor: this machine", "[]"]
 
 
-def test_doctor_reads_every_tokenizer_and_says_what_is_wrong_with_one(
+def test_doctor_reads_every_tokenizer_and_reports_what_is_wrong(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     (files / "teacher" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -116,11 +116,11 @@ def test_doctor_reads_every_tokenizer_and_says_what_is_wrong_with_one(
     assert code == 2 and re.search(r"/teacher/tokenizer\.json.*Git LFS pointer", failed["tokenizer"])
 
 
-def test_doctor_does_not_read_tokenizers_where_the_gate_is_off(
+def test_doctor_does_not_read_tokenizers_if_the_gate_is_off(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     _, lines = doctor(capsys, recipe, "gates.tokenizer=false")
-    assert at("ok", lines)["tokenizer"] == "not looked at (gates.tokenizer=false)"
+    assert at("ok", lines)["tokenizer"] == "not checked (gates.tokenizer=false)"
 
 
 def test_doctor_names_the_lines_that_training_would_refuse(
@@ -137,7 +137,7 @@ def test_doctor_names_the_lines_that_training_would_refuse(
     assert failed[-1].endswith("... and 3 more")
 
 
-def test_a_wrong_end_token_is_told_by_its_key_and_the_prompts_are_skipped(
+def test_a_wrong_end_token_is_reported_by_its_key_and_the_prompts_are_skipped(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     code, lines = doctor(capsys, recipe, "rollout.end_tokens=[nope]")
@@ -155,7 +155,7 @@ def test_doctor_names_each_file_that_is_missing(capsys: pytest.CaptureFixture[st
     assert list(at("FAIL", lines)) == ["student.path", "teacher.path", "data.prompts"]
 
 
-def test_responses_that_prefixes_has_still_to_make_are_in_nobodys_way(
+def test_missing_responses_that_prefixes_will_write_are_only_a_warning(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     (files / "responses.jsonl").unlink()
@@ -168,7 +168,7 @@ def test_responses_that_prefixes_has_still_to_make_are_in_nobodys_way(
     assert "without the teacher responses" in at("ok", lines)["data.prompts"]
 
 
-def test_responses_that_nobody_continues_are_not_asked_for(
+def test_missing_responses_that_no_objective_continues_are_not_reported(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
     (files / "responses.jsonl").unlink()
@@ -206,7 +206,7 @@ def test_doctor_finds_packages_of_another_version(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_doctor_says_of_each_shipped_recipe_what_is_missing_here(
+def test_doctor_reports_for_each_shipped_recipe_what_is_missing_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     """In a folder without models or data, on a machine without GPUs."""
@@ -234,7 +234,7 @@ def read_tiny(folder: Path) -> Any:
     return read_architecture(folder)
 
 
-def test_the_disk_has_to_hold_one_checkpoint_more_than_is_kept_and_two_exports(
+def test_the_disk_must_hold_one_checkpoint_more_than_is_kept_and_two_exports(
     recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = state_of(recipe, "run.keep_checkpoints=3", "student.dtype=bfloat16")
@@ -252,7 +252,9 @@ def test_the_disk_has_to_hold_one_checkpoint_more_than_is_kept_and_two_exports(
         assert (found.name, found.level) == ("disk", level), found
 
 
-def test_weights_that_no_gpu_holds_are_in_the_way(recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_do_not_fit_the_gpu_are_a_failure(
+    recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Estimated per rank: 2 + 4 + (8 + 4)/2 bytes of the student, 2 of the teacher, over two by two ranks."""
     state = state_of(recipe, "student.dtype=bfloat16", "parallel.data=2", "rollout.server.mem_fraction=0.5")
     state.platform = "cuda"
@@ -264,10 +266,10 @@ def test_weights_that_no_gpu_holds_are_in_the_way(recipe: str, files: Path, monk
         assert (found.name, found.level) == ("GPU memory", level), found.detail
 
 
-def test_machines_that_the_ranks_do_not_divide_over_are_in_the_way(
+def test_ranks_that_do_not_divide_over_the_machines_are_a_failure(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
-    """With the line of `tropd train`, and the other checks go on."""
+    """With the same line as `tropd train`. The other checks still run."""
     code, lines = doctor(capsys, recipe, "parallel.data=2", "--nodes", "3")
     assert code == 2 and at("FAIL", lines) == {
         "parallel": "parallel: tp*pp*cp*dp = 8 ranks do not divide over 3 machines"
@@ -277,7 +279,7 @@ def test_machines_that_the_ranks_do_not_divide_over_are_in_the_way(
     assert code == 0 and at("ok", lines)["devices"].startswith("2 ranks here")
 
 
-def test_the_fewest_ranks_are_compared_with_the_gpus_where_their_number_is_left_open(
+def test_the_minimum_number_of_ranks_is_compared_with_the_gpus_if_the_number_is_left_open(
     recipe: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "dev").mkdir()
@@ -291,7 +293,7 @@ def test_the_fewest_ranks_are_compared_with_the_gpus_where_their_number_is_left_
     assert not any("GPUs are visible" in finding.detail for finding in found)
 
 
-def test_the_memory_of_this_machine_is_shared_by_its_own_ranks_only(
+def test_the_memory_of_this_machine_is_shared_only_by_its_own_ranks(
     recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = state_of(recipe, "parallel.data=2")
@@ -304,7 +306,7 @@ def test_the_memory_of_this_machine_is_shared_by_its_own_ranks_only(
     assert found.level == "warn" and ", 8 ranks here;" in found.detail
 
 
-def test_proxies_are_named_and_said_to_be_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_are_named_and_reported_as_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in tuple(os.environ):
         if name.lower() in checks_of_machine.PROXIES:
             monkeypatch.delenv(name)
@@ -339,8 +341,8 @@ def test_a_resumed_run_is_compared_with_its_record(
     assert not (run.root / "inputs.json").exists() and not (run.root / "digests.json").exists()
 
 
-def test_quick_checks_take_less_than_a_second_of_the_processor(recipe: str, files: Path) -> None:
-    """With the imports: what `tropd train` does before any rank starts, and no heavy module with it."""
+def test_quick_checks_take_less_than_a_second_of_processor_time(recipe: str, files: Path) -> None:
+    """Including imports: the checks of `tropd train` before any rank starts, without any heavy module."""
     code = (
         "import sys, time\n"
         "from tropd_mcore.config.loader import load\nfrom tropd_mcore.train.preflight import cheap\n"

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a command line is told at once, before anything heavy is imported or started."""
+"""Wrong files on a command line are reported at once, before anything heavy is imported or started."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ verifier: {kind: exact_match}
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe whose files are all there; a server that is started fails the test."""
+    """A recipe whose files all exist. Starting a server fails the test."""
     for name in ("student", "teacher"):
         write_tiny_model(tmp_path / name, num_hidden_layers=1)
     (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "two pears", "answer": "2"}\n')
@@ -41,7 +41,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], root: Path, command: str, *arguments: str) -> list[str]:
-    """The lines of a command that is refused, without what stands before each."""
+    """The lines of a refused command, without their prefixes."""
     assert cli.main([command, *(argument.replace("DIR", str(root)) for argument in arguments)]) == 2
     text = capsys.readouterr().err.removeprefix("error: ").replace(str(root), "DIR")
     return text.splitlines()
@@ -68,7 +68,7 @@ def with_option(arguments: list[str], option: str, value: str) -> list[str]:
         ("--url", "http://127.0.0.1:9", "rollout.server.api_key_env=NO_SUCH_KEY: this environment variable is unset"),
     ],
 )
-def test_eval_finds_what_is_wrong_before_it_starts_a_server(
+def test_eval_finds_wrong_options_before_it_starts_a_server(
     capsys: pytest.CaptureFixture[str], root: Path, option: str, value: str, line: str
 ) -> None:
     keys = (
@@ -78,7 +78,7 @@ def test_eval_finds_what_is_wrong_before_it_starts_a_server(
     assert found.startswith(line)
 
 
-def test_eval_tells_everything_at_once(capsys: pytest.CaptureFixture[str], root: Path) -> None:
+def test_eval_reports_all_problems_at_once(capsys: pytest.CaptureFixture[str], root: Path) -> None:
     arguments = ["DIR/recipe.yaml", "--prompts", "DIR/nope", "--out", "DIR/student", "--compare-with", "DIR/nope"]
     assert len(refused(capsys, root, "eval", *arguments, "teacher.path=DIR/nope", "verifier.kind=none")) == 6
 
@@ -112,7 +112,7 @@ def test_eval_finds_a_missing_verifier_before_it_starts_a_server(
         ("data.teacher_responses=DIR/recipe.yaml/x", "data.teacher_responses=DIR/recipe.yaml/x: is a file; choose"),
     ],
 )
-def test_prefixes_finds_what_is_wrong_before_it_starts_a_server(
+def test_prefixes_finds_wrong_options_before_it_starts_a_server(
     capsys: pytest.CaptureFixture[str], root: Path, override: str, line: str
 ) -> None:
     (found,) = refused(capsys, root, "prefixes", "DIR/recipe.yaml", override)
@@ -143,7 +143,7 @@ def test_prefixes_finds_what_is_wrong_before_it_starts_a_server(
         ]),
     ],
 )  # fmt: skip
-def test_convert_finds_what_is_wrong_before_it_loads_a_model(
+def test_convert_finds_wrong_paths_before_it_loads_a_model(
     capsys: pytest.CaptureFixture[str], root: Path, arguments: list[str], lines: list[str]
 ) -> None:
     for step in (2, 4):
@@ -162,7 +162,7 @@ def test_convert_finds_what_is_wrong_before_it_loads_a_model(
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_wrong_path_costs_no_heavy_import(root: Path, arguments: list[str]) -> None:
+def test_a_wrong_path_is_found_without_heavy_imports(root: Path, arguments: list[str]) -> None:
     code = (
         "import sys; from tropd_mcore.cli.main import main\n"
         "assert main(sys.argv[1:]) == 2\n"
@@ -176,7 +176,7 @@ def test_a_wrong_path_costs_no_heavy_import(root: Path, arguments: list[str]) ->
 def test_prefixes_names_the_teachers_server_and_the_section_of_its_settings(
     capsys: pytest.CaptureFixture[str], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher in the training job has no server section: the one that answers for it is made like the rollouts'."""
+    """A teacher in the training job has no server section. Its server is configured like that of the rollouts."""
     specs: list[ServerSpec] = []
 
     def started(spec: ServerSpec) -> SupervisedServer:

@@ -1,4 +1,4 @@
-"""A response ends where the student or the teacher ends one: in rollouts, prefixes and evaluation alike."""
+"""A response ends at the end tokens of the student and the teacher, in rollouts, prefixes and evaluation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(
 
 
 def wanted(*tokens: str) -> Any:
-    """The part of a configuration that is looked at."""
+    """The part of a configuration that is read."""
     return SimpleNamespace(rollout=SimpleNamespace(end_tokens=tokens or None))
 
 
@@ -75,7 +75,7 @@ def test_a_base_student_stops_at_the_end_of_turn_of_its_instructed_teacher(
     ],
 )
 @pytest.mark.parametrize("who", ["student", "teacher"])
-def test_each_place_that_names_an_end_counts_for_either_model(
+def test_every_source_of_end_tokens_counts_for_student_and_teacher(
     tmp_path: Path, place: dict[str, Any], value: str, who: str
 ) -> None:
     folders = {name: write(tmp_path / name, **(place if name == who else {})) for name in ("student", "teacher")}
@@ -84,7 +84,7 @@ def test_each_place_that_names_an_end_counts_for_either_model(
     assert f"{who} {value}" in ends.sources[TURN_END]
 
 
-def test_an_end_that_the_student_lacks_is_left_out_with_a_line(
+def test_an_end_token_that_the_student_lacks_is_left_out_with_a_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     student = write(tmp_path / "student")
@@ -92,16 +92,18 @@ def test_an_end_that_the_student_lacks_is_left_out_with_a_line(
     ends = found(student, teacher)
     assert ends.ids == (END_OF_TEXT,)
     assert "teacher ends a response with '<|return|>', which the student lacks: it is left out" in caplog.text
-    assert len(served_end_ids(ends.ids, teacher)) == 2  # the teacher's server stops there in any case
+    assert len(served_end_ids(ends.ids, teacher)) == 2  # the teacher's server always stops there
 
 
-def test_an_id_that_is_no_token_is_left_out_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_end_id_that_is_not_a_token_is_left_out_with_a_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     student = write(tmp_path, generation=[END_OF_TEXT, 5000])
     assert found(student, student).ids == (END_OF_TEXT,)
     assert "generation_config.json names end token 5000, which its tokenizer lacks" in caplog.text
 
 
-def test_the_key_sets_the_ends_and_a_template_that_closes_otherwise_is_warned_of(
+def test_the_key_sets_the_end_tokens_and_a_template_that_closes_differently_gives_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     student = write(tmp_path / "student")
@@ -112,7 +114,7 @@ def test_the_key_sets_the_ends_and_a_template_that_closes_otherwise_is_warned_of
     assert "add it to rollout.end_tokens" in caplog.text
 
 
-def test_a_key_that_the_server_would_not_follow_or_that_names_no_token_is_refused_with_every_problem(
+def test_a_key_with_end_tokens_that_are_unknown_or_ignored_by_the_server_is_refused_with_all_problems(
     tmp_path: Path,
 ) -> None:
     student = write(tmp_path, generation=[TURN_END])
@@ -139,7 +141,7 @@ def test_a_key_that_the_server_would_not_follow_or_that_names_no_token_is_refuse
         ("\n", None, False),
     ],
 )
-def test_a_turn_is_closed_by_the_first_added_token_behind_the_answer_or_by_no_single_token(
+def test_the_first_added_token_after_the_answer_ends_a_turn(
     tmp_path: Path, after: str, token: str | None, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}AFTER{% endif %}{% endfor %}"
@@ -151,20 +153,20 @@ def test_a_turn_is_closed_by_the_first_added_token_behind_the_answer_or_by_no_si
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0]['content'] }}"])
-def test_a_template_that_takes_or_shows_no_answer_says_nothing_of_ends(tmp_path: Path, template: str) -> None:
+def test_a_template_that_rejects_or_hides_an_answer_gives_no_end_token(tmp_path: Path, template: str) -> None:
     folder = write(tmp_path, template=template)
     assert closing_token(Renderer(folder).tokenizer) == (None, None)
     assert found(folder, folder).ids == (END_OF_TEXT,)
 
 
-def test_tokens_at_which_sglang_stops_by_itself_belong_to_the_set(tmp_path: Path) -> None:
+def test_tokens_at_which_sglang_stops_by_itself_are_end_tokens(tmp_path: Path) -> None:
     folder = write(tmp_path, added=("<|eom_id|>",))
     ends = found(folder, folder)
     assert [ends.texts[index] for index in ends.ids] == ["<|endoftext|>", "<|eom_id|>"]
     assert served_end_ids((), folder) == ends.ids
 
 
-def test_a_pair_that_names_no_end_at_all_is_refused_unless_the_key_sets_one(tmp_path: Path) -> None:
+def test_models_without_any_end_token_are_refused_unless_the_key_sets_one(tmp_path: Path) -> None:
     folder = write(tmp_path)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
@@ -174,7 +176,7 @@ def test_a_pair_that_names_no_end_at_all_is_refused_unless_the_key_sets_one(tmp_
 
 
 @pytest.mark.parametrize("eos", ["2", True, [2, None], -1, 2.5])
-def test_an_end_token_that_is_no_id_is_refused_with_its_file(tmp_path: Path, eos: Any) -> None:
+def test_an_end_token_that_is_not_an_id_is_refused_with_its_file(tmp_path: Path, eos: Any) -> None:
     folder = write(tmp_path, generation=eos)
     with pytest.raises(DataError, match=r"generation_config\.json: expected token ids as eos_token_id, found"):
         Renderer(folder)

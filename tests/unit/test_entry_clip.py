@@ -1,4 +1,4 @@
-"""`opsd`: what its bound does to value, gradient and count of the entries, without a second writing of the equation.
+"""`opsd`: the effect of its bound on value, gradient and count of the entries, without repeating the equation.
 
 Shapes: T tokens, V vocabulary, L student top-k.
 """
@@ -27,7 +27,7 @@ def entries_of(inputs: TokenInputs) -> Tensor:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_bound_far_above_every_entry_leaves_the_forward_kl_bit_for_bit(norm: str) -> None:
+def test_a_bound_far_above_every_entry_gives_the_forward_kl_bit_for_bit(norm: str) -> None:
     batch = Batch(moved=0.3)
     inputs = batch.inputs()
     output = opsd(inputs, entry_clip=1e6, norm=norm)
@@ -41,7 +41,7 @@ def test_a_bound_far_above_every_entry_leaves_the_forward_kl_bit_for_bit(norm: s
     assert output.columns["clipped_entries"][~batch.on_T].isnan().all()
 
 
-def test_a_clipped_entry_has_gradient_zero_and_the_others_that_of_the_forward_kl() -> None:
+def test_clipped_entries_have_gradient_zero_and_the_others_that_of_the_forward_kl() -> None:
     """With respect to the candidates' log-probs, of which `truncated` makes one entry each: -q, or 0."""
     batch, bound = student_rows(Batch()), 0.05
     inputs = batch.inputs()
@@ -57,7 +57,7 @@ def test_a_clipped_entry_has_gradient_zero_and_the_others_that_of_the_forward_kl
     assert torch.equal(output.columns["clipped_entries"], clipped_TL.sum(dim=1).double())
 
 
-def test_the_tail_is_clipped_as_every_other_entry() -> None:
+def test_the_tail_is_clipped_like_every_other_entry() -> None:
     """q is almost all outside the candidates and p is not: the tail is far above the bound, and the only such entry."""
     batch = student_rows(Batch(tokens=1))
     inputs = batch.inputs()
@@ -82,7 +82,7 @@ def test_the_loss_grows_with_the_bound_and_stays_below_the_bound_times_the_entri
         before_T = loss_T
 
 
-def test_an_absent_candidate_is_no_clipped_entry() -> None:
+def test_an_absent_candidate_does_not_count_as_clipped() -> None:
     inputs = student_rows(Batch()).inputs()
     absent = replace(inputs, teacher_own_logp_TL=torch.full_like(inputs.teacher_own_logp_TL, -math.inf))
     output = opsd(absent, entry_clip=1e-9, norm="truncated")

@@ -1,4 +1,4 @@
-"""Scoring a model: what is asked, what counts as right, and what the intervals promise."""
+"""Evaluating a model: the requests, the verdicts, and the coverage of the intervals."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def settings(tmp_path) -> EvaluationSettings:
 
 
 class Server:
-    """Answers the prompt `sum <i>` with `#### <texts[i]>`; the second sample of a prompt is always wrong."""
+    """Answers the prompt `sum <i>` with `#### <texts[i]>`. The second sample of a prompt is always wrong."""
 
     def __init__(self, texts: list[str], reason: str = "stop") -> None:
         self.texts, self.reason = texts, reason
@@ -70,7 +70,7 @@ def result_of(model: Path, settings: EvaluationSettings, texts: list[str]) -> Ev
     return evaluate(model, Server(texts), settings, today=TODAY)
 
 
-def test_greedy_asks_once_a_prompt_at_temperature_0_and_sampling_as_set(model, settings):
+def test_greedy_evaluation_requests_each_prompt_once_at_temperature_0_and_sampling_as_configured(model, settings):
     server = Server(ANSWERS)
     evaluate(model, server, settings, today=TODAY)
     greedy, sampled = server.calls
@@ -82,7 +82,7 @@ def test_greedy_asks_once_a_prompt_at_temperature_0_and_sampling_as_set(model, s
         assert request.max_new_tokens == 24 and request.stop_token_ids == renderer.eos_ids
 
 
-def test_right_answers_are_counted_by_prompt_and_by_sample(model, settings):
+def test_correct_answers_are_counted_by_prompt_and_by_sample(model, settings):
     result = result_of(model, settings, ["3", "4", "8", "10", "nothing"])
     assert result.greedy_correct == [True, True, False, True, False]
     assert (result.greedy.correct, result.greedy.total, result.greedy.accuracy) == (3, 5, 0.6)
@@ -91,7 +91,7 @@ def test_right_answers_are_counted_by_prompt_and_by_sample(model, settings):
     assert (result.sampled.low, result.sampled.high) == clustered_interval([0.5, 0.5, 0.0, 0.5, 0.0])
 
 
-def test_lengths_count_the_end_token_and_truncation_is_the_server_s_word(model, settings):
+def test_lengths_include_the_end_token_and_truncation_is_the_servers_finish_reason(model, settings):
     tokenizer = tiny_tokenizer()
     expected = np.mean([len(tokenizer.encode(f"#### {answer}")) + 1 for answer in ANSWERS])
     assert result_of(model, settings, ANSWERS).mean_length == pytest.approx(expected)
@@ -100,7 +100,7 @@ def test_lengths_count_the_end_token_and_truncation_is_the_server_s_word(model, 
     assert cut.truncated == 1.0
 
 
-def test_without_samples_only_the_greedy_answers_are_asked_for(model, settings):
+def test_without_samples_only_greedy_answers_are_requested(model, settings):
     server = Server(ANSWERS)
     result = evaluate(model, server, replace(settings, samples=0, limit=2), today=TODAY)
     assert [len(call) for call in server.calls] == [2] and result.sampled is None and result.greedy.total == 2
@@ -139,7 +139,7 @@ def test_a_damaged_result_is_refused(tmp_path, content):
         load_result(tmp_path / "r.json")
 
 
-def test_an_answer_that_was_cut_or_thought_is_none_unless_the_settings_say_so(model, settings):
+def test_truncated_or_unfinished_thinking_answers_count_as_wrong_unless_configured_otherwise(model, settings):
     cut = evaluate(model, Server(ANSWERS, reason="length"), settings, today=TODAY)
     assert cut.greedy.correct == 0 and cut.sampled.correct == 0
     lenient = replace(settings, unfinished="judge")
@@ -175,7 +175,7 @@ def test_the_prompts_are_rendered_with_the_date_and_the_variables_of_the_setting
     fixed = evaluate(folder, generate, replace(greedy, template_date="2024-02-29"), today=date(2024, 3, 1))
     assert asked == ["29 Feb 2024! sum ", "01 Mar 2024! sum ", "29 Feb 2024! sum "]
     assert (one.template_date, fixed.template_date) == ("2024-02-29", "2024-02-29")
-    with pytest.raises(DataError, match=r"print other dates \(2024-02-29 and 2024-03-01\)"):
+    with pytest.raises(DataError, match=r"print different dates \(2024-02-29 and 2024-03-01\)"):
         compare(one, other)
 
 
@@ -187,7 +187,7 @@ def test_a_result_names_its_weights_and_prompts_by_content(model, settings, tmp_
     assert before.prompts_sha256 == after.prompts_sha256
 
 
-def test_a_stored_result_is_used_again_for_the_same_model_prompts_and_settings_alone(settings, tmp_path):
+def test_a_stored_result_is_reused_only_for_the_same_model_prompts_and_settings(settings, tmp_path):
     model = write_tiny_model(tmp_path / "model", num_hidden_layers=1)
     result = result_of(model, settings, ANSWERS)
     result.save(tmp_path / "result.json")
@@ -215,11 +215,11 @@ def test_the_difference_of_two_models_is_paired_by_prompt(model, settings):
 
 def test_results_of_other_settings_or_prompts_are_not_compared(model, settings):
     before = result_of(model, settings, ANSWERS)
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="different settings"):
         compare(before, result_of(model, replace(settings, max_new_tokens=23), ANSWERS))
     path = Path(settings.prompts)
     path.write_text(path.read_text().replace("sum 4", "sum 3"))
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="different settings"):
         compare(before, result_of(model, settings, ANSWERS))
 
 
@@ -229,7 +229,7 @@ def test_a_result_is_described_in_one_line(model, settings):
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (3, 10), (10, 10), (101, 256), (1, 1)])
-def test_the_wilson_interval_ends_where_the_score_test_just_accepts(correct, total):
+def test_the_wilson_interval_ends_at_the_limits_of_the_score_test(correct, total):
     share = correct / total
     for edge in wilson_interval(correct, total):
         if edge in (pytest.approx(0.0, abs=1e-9), pytest.approx(1.0, abs=1e-9)):
@@ -252,7 +252,7 @@ def test_the_paired_interval_covers_the_true_difference_about_95_times_in_100(ga
 
 
 def test_samples_of_one_prompt_widen_the_interval():
-    """Two identical samples a prompt say no more than one."""
+    """Two identical samples per prompt carry no more information than one."""
     one = clustered_interval([1.0, 0.0] * 20)
     pooled = wilson_interval(40, 80)
     assert one[1] - one[0] > 1.3 * (pooled[1] - pooled[0])

@@ -1,4 +1,4 @@
-"""The checks of tests/run.sh reach every file: some tools pass over folders with certain names in silence."""
+"""The checks of tests/run.sh reach every file. Some tools silently skip folders with certain names."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_ruff_checks_every_file() -> None:
     assert expected - set(shown.stdout.splitlines()) == set()
 
 
-def test_a_run_of_all_tests_ends_where_a_folder_of_them_would_be_passed_over(tmp_path: Path) -> None:
-    """The hook of tests/conftest.py, in a project of two folders, of which pytest knows one as a build folder."""
+def test_a_run_of_all_tests_stops_if_a_test_folder_would_be_skipped(tmp_path: Path) -> None:
+    """The hook of tests/conftest.py, in a project of two folders. Pytest treats one of them as a build folder."""
     for folder in ("unit", "dist"):
         (tmp_path / "tests" / folder).mkdir(parents=True)
         (tmp_path / "tests" / folder / f"test_{folder}.py").write_text("def test_nothing() -> None:\n    pass\n")

@@ -1,4 +1,4 @@
-"""The arithmetic example: its task is right, its prompts are fair, and its tokenizer cuts nothing in two ways."""
+"""The arithmetic example: a correct task, separate training and held-out sums, and an unambiguous tokenizer."""
 
 import json
 import re
@@ -42,7 +42,7 @@ _STEP = re.compile(r"(\d)\+(\d)\+([01])=(\d\d)")
 def parse_steps(text: str) -> list[tuple[int, int, int, int]]:
     """The column lines of a worked answer as (x, y, carry, sum).
 
-    Raises ValueError where a line before the last is not a column line.
+    Raises ValueError if a line before the last is not a column line.
     """
     steps = []
     for line in text.split("\n")[:-1]:
@@ -63,7 +63,7 @@ def tokenizer():
 
 
 @given(OPERANDS, OPERANDS)
-def test_the_worked_answer_ends_with_the_sum(a, b):
+def test_the_worked_answer_of_the_example_ends_with_the_sum(a, b):
     assert worked_answer(a, b).split("\n")[-1] == f"#### {a + b}"
 
 
@@ -79,13 +79,13 @@ def test_every_column_line_adds_its_digits_and_the_carry_of_the_line_before(a, b
         carry = 1 if total > 9 else 0
 
 
-def test_a_line_that_is_no_column_is_refused():
+def test_a_line_that_is_not_a_column_is_refused():
     with pytest.raises(ValueError, match="expected a line like"):
         parse_steps("7+5+1=13\n7+5=12\n#### 12")
 
 
 @given(OPERANDS, OPERANDS, st.integers(0, 10**6))
-def test_after_a_slip_the_right_answer_goes_on_with_what_is_written(a, b, seed):
+def test_after_a_slip_the_right_answer_continues_from_the_written_digits(a, b, seed):
     answer = work(a, b, random_slips(Random(seed), 0.3))
     assert re.sub(r"\d", "0", answer.written) == re.sub(r"\d", "0", answer.right)
     written, right = parse_steps(answer.written), parse_steps(answer.right)
@@ -100,7 +100,7 @@ def test_after_a_slip_the_right_answer_goes_on_with_what_is_written(a, b, seed):
     assert answer.right.split("\n")[-1] == answer.written.split("\n")[-1]
 
 
-def test_the_student_s_habit_forgets_carries_of_large_sums_only_and_at_its_rate():
+def test_the_students_slips_forget_only_carries_of_large_sums_and_at_the_configured_rate():
     random = Random(8)
     habit = forgotten_carries(random, from_sum=12, probability=0.85)
     forgotten = kept = 0
@@ -118,7 +118,7 @@ def test_the_student_s_habit_forgets_carries_of_large_sums_only_and_at_its_rate(
 
 
 @given(st.integers(0, 10**6))
-def test_no_sum_is_in_both_splits_or_twice_in_one(seed):
+def test_no_sum_is_in_both_splits_or_twice_in_either(seed):
     splits = make_splits(Random(seed), min_digits=1, max_digits=2, train=60, heldout=40)
     keys = [frozenset((problem.a, problem.b)) for problem in splits.train + splits.heldout]
     assert len(set(keys)) == len(keys) == 100
@@ -143,18 +143,18 @@ def test_each_question_names_the_operands_in_order():
         assert re.findall(r"\d+", text) == ["12", "345"]
 
 
-def test_the_tokenizer_gives_back_every_text(tokenizer):
+def test_the_example_tokenizer_decodes_every_text_unchanged(tokenizer):
     for text in ("What is 731 + 882?", worked_answer(9876, 8765), "größer\n\t≥ 3", "#### 18641"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_every_digit_is_a_token_of_its_own(tokenizer):
+def test_every_digit_is_a_separate_token(tokenizer):
     ids = tokenizer.encode("Add 1234567890 and 17.")
     digits = [token for token in tokenizer.convert_ids_to_tokens(ids) if any(char.isdigit() for char in token)]
     assert digits == list("123456789017")
 
 
-def test_a_prompt_and_its_answer_have_the_ids_of_the_whole(tokenizer):
+def test_a_prompt_and_its_answer_tokenize_separately_as_they_do_together(tokenizer):
     random = Random(4)
     for _ in range(200):
         problem = draw_problem(random, 1, 5)
@@ -163,7 +163,7 @@ def test_a_prompt_and_its_answer_have_the_ids_of_the_whole(tokenizer):
         assert tokenizer.encode(prompt) + tokenizer.encode(answer) == tokenizer.encode(prompt + answer)
 
 
-def test_the_vocabulary_is_no_multiple_of_128_and_fits_both_paddings(tokenizer):
+def test_the_example_vocabulary_is_not_a_multiple_of_128_and_fits_both_paddings(tokenizer):
     assert len(tokenizer) % 128
     for settings in (FULL, TINY):
         assert len(tokenizer) < settings.student.vocab_size < settings.teacher.vocab_size
@@ -184,7 +184,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_library_reads_the_example(made):
+def test_the_example_files_are_read_by_the_library(made):
     from tropd_mcore.config.schema import DataConfig
     from tropd_mcore.data.chat import Renderer
     from tropd_mcore.data.prompt_file import read_prompt_file
@@ -202,7 +202,7 @@ def test_the_library_reads_the_example(made):
     assert len(read_prompt_file(made / "heldout.jsonl")) == 3
 
 
-def test_a_second_call_makes_nothing(made):
+def test_a_second_call_of_make_example_changes_nothing(made):
     from examples.make_models import make_example
 
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
@@ -210,7 +210,7 @@ def test_a_second_call_makes_nothing(made):
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
-def test_other_settings_make_the_example_anew(made, tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_other_settings_rebuild_the_example(made, tmp_path, monkeypatch: pytest.MonkeyPatch):
     from examples import make_models
 
     monkeypatch.setattr(make_models, "_build", lambda folder, settings, threads: {"made": settings.seed})
@@ -219,7 +219,7 @@ def test_other_settings_make_the_example_anew(made, tmp_path, monkeypatch: pytes
     assert json.loads((out / "example.json").read_text())["settings"]["seed"] == 2
 
 
-def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_call_of_make_example_leaves_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch):
     from examples import make_models
 
     def fail(folder: Path, settings: ExampleSettings, threads: int) -> dict:
@@ -232,7 +232,7 @@ def test_an_interrupted_call_leaves_nothing(tmp_path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+def test_a_folder_with_other_content_is_left_alone(tmp_path, capsys):
     from examples.make_models import main
 
     (tmp_path / "mine.txt").write_text("precious")
@@ -242,8 +242,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_models_are_made_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    """Also what a killed process left behind is gone at the next call."""
+def test_a_signal_during_make_example_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """The next call also removes files that a killed process left behind."""
     code = (
         "import sys, time; from pathlib import Path; from examples import make_models\n"
         "def build(folder, settings, threads):\n"
@@ -259,4 +259,4 @@ def test_a_signal_while_models_are_made_leaves_nothing(tmp_path: Path, number: s
         _, err = process.communicate(timeout=120)
         assert len(list(tmp_path.iterdir())) == left, sent
     assert process.returncode == 128 + number
-    assert f"stopped while {tmp_path / 'example'} was made; nothing is left" in err and "Traceback" not in err
+    assert f"stopped while making {tmp_path / 'example'}; nothing is left" in err and "Traceback" not in err

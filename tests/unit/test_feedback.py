@@ -1,4 +1,4 @@
-"""What a self-teacher reads: the filled template, the choice of the solution, and settings that leave none."""
+"""The input of a self-teacher: the filled template, the choice of the solution, and settings without one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_prompt_and_solution_are_filled_in_once_and_other_braces_are_text() -> N
     )
 
 
-def test_the_last_user_message_of_a_chat_is_replaced_and_the_others_stay() -> None:
+def test_the_template_replaces_only_the_last_user_message_of_a_chat() -> None:
     chat = [*CHAT, {"role": "assistant", "content": "begun"}]
     changed = with_solution(chat, "{prompt}:{solution}", "six")
     assert changed == [*CHAT[:3], {"role": "user", "content": "three {solution}:six"}, chat[4]]
@@ -69,7 +69,7 @@ def test_the_last_user_message_of_a_chat_is_replaced_and_the_others_stay() -> No
         with_solution(CHAT[:1], "{solution}", "six")
 
 
-def test_a_context_is_rendered_as_every_prompt_is(renderer: Renderer) -> None:
+def test_a_context_is_rendered_like_every_prompt(renderer: Renderer) -> None:
     prompts = SolutionPrompts({"chat": CHAT, "text": "count"}, renderer, "{prompt}{solution}", JUDGED)
     assert prompts.ids("text", " six").tolist() == ids("count six")
     chat = TOKENIZER.apply_chat_template(
@@ -83,7 +83,7 @@ def test_a_context_is_rendered_as_every_prompt_is(renderer: Renderer) -> None:
         SolutionPrompts({"system": CHAT[:1]}, renderer, "{solution}", JUDGED).longest_without_solution()
 
 
-def test_a_context_has_the_tools_the_variables_and_the_day_of_its_prompt(tmp_path: Path) -> None:
+def test_a_context_has_the_tools_the_variables_and_the_date_of_its_prompt(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d') }} {{ tools[0].name }} {{ mood }} {{ messages[-1].content }}"
     tokenizer.save_pretrained(tmp_path)
@@ -92,8 +92,8 @@ def test_a_context_has_the_tools_the_variables_and_the_day_of_its_prompt(tmp_pat
     assert tokenizer.decode(prompts.ids("a", " six")) == "29 count calm three {solution} six"
 
 
-def test_a_solution_is_what_the_verifier_looked_at(renderer: Renderer) -> None:
-    """The response of the other sample without what it thought."""
+def test_a_solution_is_the_part_of_a_response_that_the_verifier_judged(renderer: Renderer) -> None:
+    """The response of the other sample without its thinking."""
     rollouts = [rollout(0, "a", " one"), rollout(1, "a", " two</think> three", prefix="<think> four")]
     prompts = SolutionPrompts({"a": "sum"}, renderer, "{prompt}:{solution}", JUDGED)
     found = prompts.contexts(rollouts, [False, True], longest=200)
@@ -117,14 +117,14 @@ def test_the_solution_is_the_first_correct_other_sample_of_the_prompt(renderer: 
     assert list(other_solutions(rollouts, verdicts)) == [[2, 3], [], [3], [2], [1], [], []]
     prompts = SolutionPrompts(dict.fromkeys("abcd", "sum"), renderer, "{prompt}:{solution}", JUDGED)
     found = prompts.contexts(rollouts, verdicts, longest=100)
-    # The only correct sample of b has no teacher; the EOS of a solution is no text, its prefix is.
+    # The only correct sample of b has no teacher. A solution is shown with its prefix and without its EOS.
     expected = ["sum: three", None, "sum: seven four", "sum: three", "sum: two", None, None]
     assert [None if context is None else context.tolist() for context in found] == [
         None if text is None else ids(text) for text in expected
     ]
 
 
-def test_a_solution_that_leaves_no_room_gives_way_to_the_next_and_what_has_none_is_counted(
+def test_a_solution_that_is_too_long_is_replaced_by_the_next_and_samples_without_one_are_counted(
     renderer: Renderer, caplog: pytest.LogCaptureFixture
 ) -> None:
     rollouts = [
@@ -163,7 +163,7 @@ def config(objective: dict[str, Any] | None = None, **sections: dict[str, Any]) 
     return Config.model_validate({**base, **{name: base.get(name, {}) | keys for name, keys in sections.items()}})
 
 
-def test_sdpo_with_its_defaults_has_no_problem() -> None:
+def test_the_defaults_of_sdpo_have_no_problem() -> None:
     assert problems_across_sections(config()) == []
     assert "the student itself, bfloat16, weights averaged at rate 0.05" in plan(config())
 
@@ -178,7 +178,7 @@ def test_sdpo_with_its_defaults_has_no_problem() -> None:
         ({}, {"teacher": {"kind": "sglang"}}, "objective.kind=sdpo needs the teacher's log-probs"),
     ],
 )
-def test_what_leaves_the_student_without_a_teacher_is_one_line(
+def test_settings_that_leave_the_student_without_a_teacher_give_one_line(
     objective: dict[str, Any], sections: dict[str, dict[str, Any]], expected: str
 ) -> None:
     (problem,) = problems_across_sections(config(objective, **sections))
@@ -186,7 +186,7 @@ def test_what_leaves_the_student_without_a_teacher_is_one_line(
 
 
 @pytest.mark.parametrize("kind", ["sdpo", "opsd"])
-def test_every_self_teacher_has_to_read_the_solution(kind: str) -> None:
+def test_the_template_of_every_self_teacher_must_contain_the_solution(kind: str) -> None:
     (problem,) = problems_across_sections(config({"kind": kind, "template": "{prompt}"}))
     assert problem.startswith("objective.template: expected {solution}")
     assert problems_across_sections(config({"kind": kind})) == []

@@ -1,4 +1,4 @@
-"""What stands in the way of reading a file: told by its first bytes, without waiting, on one line with what to do."""
+"""Files of the wrong kind are recognised by their first bytes, without blocking, in one line with the remedy."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "utf-32": (content(LINE.encode("utf-32")), "text in UTF-32"),
     "web page": (content(b"<!DOCTYPE html><html>"), "a web page"),
 }
-"""How each kind is made, and what is said of it."""
+"""How each kind is made, and its message."""
 TEXTS: dict[str, tuple[bytes, str]] = {
     "bom": (b"\xef\xbb\xbf" + LINE.encode(), r"a byte order mark \(BOM\) at the start of line 1"),
     "array": (f"[{LINE}]".encode(), r"a JSON array; write its elements on a line each \(jq"),
@@ -80,11 +80,11 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "tsv": (b"id\tprompt\na\tone\n", "tab-separated values"),
     "latin-1": (f"{LINE}\n".encode() + b'{"id": "b", "prompt": "na\xefve"}\n', r"line 2 is not UTF-8 text .*0xef"),
 }
-"""Texts that are no JSONL."""
+"""Texts that are not JSONL."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_in_place_of_a_file_is_named(tmp_path: Path, kind: str) -> None:
+def test_the_kind_of_a_wrong_file_is_named(tmp_path: Path, kind: str) -> None:
     make, said = KINDS[kind]
     make(tmp_path / "file")
     found = in_the_way(tmp_path / "file")
@@ -109,7 +109,7 @@ def test_every_reader_of_lines_names_key_file_and_kind(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("empty", "zip", "link")])
-def test_readers_of_other_files_say_the_same(tmp_path: Path, kind: str) -> None:
+def test_readers_of_json_arrays_and_data_also_name_the_kind_of_a_wrong_file(tmp_path: Path, kind: str) -> None:
     make, said = KINDS[kind]
     path = tmp_path / "config.json"
     make(path)
@@ -122,7 +122,7 @@ def test_readers_of_other_files_say_the_same(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_that_is_no_jsonl_is_named(tmp_path: Path, name: str) -> None:
+def test_a_text_file_that_is_not_jsonl_is_named(tmp_path: Path, name: str) -> None:
     data, said = TEXTS[name]
     path = tmp_path / "lines.jsonl"
     path.write_bytes(data)
@@ -131,7 +131,7 @@ def test_a_text_that_is_no_jsonl_is_named(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_good_files_are_in_nobodys_way(tmp_path: Path) -> None:
+def test_valid_files_pass_the_check_of_their_kind(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     for text in (LINE, f"\n\n{LINE}\r\n", '{"id": "caf\u00e9, \u4e16", "prompt": "a, b"}'):
         path.write_text(text, encoding="utf-8")
@@ -140,7 +140,7 @@ def test_good_files_are_in_nobodys_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [*range(0x280, 0x2A0), 0x380, 0x480, 0x580, 0x8B1F])
-def test_no_size_of_a_safetensors_header_is_taken_for_another_kind(size: int) -> None:
+def test_a_safetensors_file_is_not_mistaken_for_another_kind_at_any_header_size(size: int) -> None:
     head = size.to_bytes(8, "little") + b'{"model.embed_tokens.weight":{"dtype":"F32"'.ljust(HEAD_BYTES - 8)
     assert kind_of(head) is None
 
@@ -151,7 +151,7 @@ def test_a_path_with_a_line_break_stays_on_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value) and r"two\nlines" in str(caught.value)
 
 
-def test_what_is_no_model_folder_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("gone")
     for name, said in (
@@ -169,7 +169,7 @@ def test_what_is_no_model_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
-def test_a_pipe_in_a_tokenizer_folder_keeps_nobody_waiting(tmp_path: Path, name: str) -> None:
+def test_a_pipe_in_a_tokenizer_folder_does_not_block_the_reader(tmp_path: Path, name: str) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
@@ -178,7 +178,7 @@ def test_a_pipe_in_a_tokenizer_folder_keeps_nobody_waiting(tmp_path: Path, name:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_the_right_to_read_it_is_named(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_named(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text(LINE)
     path.chmod(0)

@@ -1,4 +1,4 @@
-"""Text of others becomes one printable line, whatever is in it."""
+"""Foreign text becomes one printable line, whatever it contains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tropd_mcore.foreign_text import one_line, quoted
         ("", ""),
     ],
 )
-def test_what_is_not_printable_is_escaped_and_lines_are_joined(text: object, shown: str) -> None:
+def test_unprintable_characters_are_escaped_and_lines_joined(text: object, shown: str) -> None:
     assert one_line(text) == shown and one_line(text).isprintable()
 
 

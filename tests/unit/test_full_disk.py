@@ -1,8 +1,8 @@
-"""A disk that is full, broken or read-only, at every writer: one line with file and key, nothing half-written, and the
-same call works once there is room.
+"""A full, broken or read-only disk, for every writer: one line with file and key, no partial file, and the same call
+works once there is room.
 
 Three kinds of disk: a kernel that refuses to let a file grow (RLIMIT_FSIZE, which needs no rights), a real full file
-system where the tests run as root, and each error number at the moment of the flush.
+system if the tests run as root, and each error number at the moment of the flush.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ WRITERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "report": (lambda root: publish_text(root / "report.html", "x" * 999, key="--out"), "report.html", "--out"),
 }
-"""What each writes, a part of the file's name, and the key that the message has to name. All write over 512 bytes."""
+"""Each writer, a part of the file's name, and the key that the message must name. All write over 512 bytes."""
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def files_cannot_grow() -> Iterator[None]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one block; made by root alone."""
+    """A file system with room for one block. Only root can make it."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
@@ -105,7 +105,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file under `root`, those that are hidden too."""
+    """Every file under `root`, including hidden ones."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
@@ -117,7 +117,9 @@ def refused(write: Callable[[Path], object], root: Path, *, name: str, key: str)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing_half_written(tmp_path: Path, writer: str) -> None:
+def test_a_file_that_cannot_grow_gives_a_one_line_error_and_leaves_nothing_half_written(
+    tmp_path: Path, writer: str
+) -> None:
     write, name, key = WRITERS[writer]
     before = contents(tmp_path)
     with files_cannot_grow():
@@ -130,7 +132,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing_half_written(tm
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_file_system_is_one_line_and_the_same_call_goes_on_after_room_is_made(
+def test_a_full_file_system_gives_a_one_line_error_and_the_same_call_works_once_there_is_room(
     small_disk: Path, writer: str
 ) -> None:
     write, name, key = WRITERS[writer]
@@ -147,7 +149,7 @@ def test_a_full_file_system_is_one_line_and_the_same_call_goes_on_after_room_is_
 
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_error_of_a_disk_is_one_line_and_the_old_file_stays(
+def test_every_disk_error_gives_one_line_and_keeps_the_old_file(
     tmp_path: Path, writer: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, name, key = WRITERS[writer]
@@ -164,7 +166,7 @@ def test_every_error_of_a_disk_is_one_line_and_the_old_file_stays(
     write(tmp_path)
 
 
-def test_a_line_that_could_not_be_added_leaves_the_lines_before_it(tmp_path: Path) -> None:
+def test_a_line_that_could_not_be_appended_leaves_the_lines_before_it_intact(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonLines(path, 0)
     sink.write(0, {"loss": 0.5})
@@ -177,7 +179,7 @@ def test_a_line_that_could_not_be_added_leaves_the_lines_before_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 200_000])
-def test_the_beginning_of_a_line_that_a_crash_left_goes_before_the_next_one(tmp_path: Path, size: int) -> None:
+def test_a_partial_line_left_by_a_crash_is_removed_before_the_next_append(tmp_path: Path, size: int) -> None:
     path = tmp_path / "lines"
     path.write_bytes(b"whole\n" + b"x" * size)
     append_text(path, "next\n")
@@ -187,7 +189,7 @@ def test_the_beginning_of_a_line_that_a_crash_left_goes_before_the_next_one(tmp_
     assert path.read_bytes() == b"first\n"
 
 
-def test_an_exported_folder_that_finds_no_room_is_one_line_and_is_not_there(tmp_path: Path) -> None:
+def test_an_export_without_room_gives_a_one_line_error_and_leaves_no_folder(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "source")
     with HfReader(source) as reader:
         weights: list[tuple[str, torch.Tensor]] = [(name, reader.tensor(name)) for name in reader.names()]
@@ -198,7 +200,7 @@ def test_an_exported_folder_that_finds_no_room_is_one_line_and_is_not_there(tmp_
     write_hf_folder(tmp_path / "out", weights, source_folder=source)
 
 
-def test_a_file_system_that_does_not_flush_directories_is_said_once_and_files_still_have_to_be_flushed(
+def test_a_file_system_without_directory_flush_is_reported_once_and_file_flushes_stay_required(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     flush = os.fsync
@@ -219,7 +221,7 @@ def test_a_file_system_that_does_not_flush_directories_is_said_once_and_files_st
         publish_text(tmp_path / "4.txt", "x")
 
 
-def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_writers_are_removed_and_those_of_living_ones_kept(tmp_path: Path) -> None:
     mine = partial_name(tmp_path / "a.npz")
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -1,4 +1,4 @@
-"""The counter of false alarms: it judges as the product does, over records and over noise."""
+"""The counter of false alarms judges like the product, on records and on noise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_dir(tmp_path: Path, differences: list[tuple[float, float, float]], *, wi
 FINE, OFF, HIGH, FAR = (0.01, 0.1, 0.5), (0.01, 0.3, 0.5), (0.01, 0.1, 2.5), (0.01, 0.6, 0.9)
 
 
-def test_steps_that_are_off_maxima_and_stops_of_a_run_are_counted(
+def test_steps_above_a_bound_maxima_and_stops_of_a_run_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = run_dir(tmp_path, [FINE, OFF, OFF, FINE, HIGH, OFF, OFF, OFF, FINE])
@@ -49,20 +49,20 @@ def test_steps_that_are_off_maxima_and_stops_of_a_run_are_counted(
     assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "2", "1", "0", "0", "1"]
 
 
-def test_of_a_run_without_percentiles_mean_and_maximum_are_judged(tmp_path: Path) -> None:
+def test_a_run_without_percentiles_is_judged_by_mean_and_maximum(tmp_path: Path) -> None:
     found = run_dir(tmp_path, [FINE, OFF, OFF, OFF, HIGH, (0.06, 0.1, 0.5)], with_percentile=False)
     alarms = judge(bfloat16_config(), BOUNDS, recorded(found))
     assert (alarms.steps, alarms.off, alarms.warnings, alarms.stops) == (6, 1, 1, 0)
 
 
 @pytest.mark.parametrize("tokens", [5, 60, 700])
-def test_noise_of_two_bfloat16_engines_is_no_stop(tokens: int) -> None:
+def test_noise_between_two_bfloat16_engines_does_not_stop_a_run(tokens: int) -> None:
     alarms = judge(bfloat16_config(), BOUNDS, simulated(2000, tokens, BOUNDS, seed=3))
     assert alarms.steps == 2000 and alarms.stops == 0 and not alarms.refused
 
 
 @pytest.mark.parametrize(("launches", "tokens"), [(200, 2000), (5, 300_000)])
-def test_noise_of_two_bfloat16_engines_refuses_no_first_step_however_many_tokens_it_has(
+def test_noise_between_two_bfloat16_engines_does_not_refuse_a_first_step_of_any_size(
     launches: int, tokens: int
 ) -> None:
     noise = simulated(launches, tokens, BOUNDS, seed=3)
@@ -71,7 +71,7 @@ def test_noise_of_two_bfloat16_engines_refuses_no_first_step_however_many_tokens
     assert alarms.warnings > 0, "the maximum is above its bound"
 
 
-def test_the_bounds_of_a_finished_run_follow_the_platform_that_it_recorded(tmp_path: Path) -> None:
+def test_the_bounds_of_a_finished_run_depend_on_its_recorded_platform(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     assert bounds_of(config, tmp_path).exact
     (tmp_path / "inputs.json").write_text('{"launch": {"platform": "cuda"}}')

@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the machine, also where a block above it stays."""
+"""Freed memory is returned to the machine, even if a block above it stays in use."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from tropd_mcore.weights.host_memory import release_freed_memory
 
 BLOCK = 1 << 16
-"""Bytes; below the size from which the C library maps a block of its own, and so returns it by itself."""
+"""Bytes. Below the size from which the C library maps a block separately, and so returns it by itself."""
 BLOCKS = 1500
 
 
 def anonymous() -> int:
-    """Bytes of this process that no file stands behind."""
+    """Bytes of anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
-def test_memory_between_blocks_that_stay_is_given_back() -> None:
+def test_freed_memory_between_blocks_in_use_is_returned_to_the_machine() -> None:
     blocks = [bytearray(b"x" * BLOCK) for _ in range(BLOCKS)]
     kept = blocks[::100]
     kept.append(blocks[-1])

@@ -14,7 +14,7 @@ MODES = ("off", "tis", "icepop", "mask")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weight_equals_the_oracle(mode: str) -> None:
+def test_the_mismatch_weight_equals_the_oracle(mode: str) -> None:
     random = torch.Generator().manual_seed(9)
     student_T = -3.0 * torch.rand(301, generator=random, dtype=torch.float64)
     behav_T = -3.0 * torch.rand(301, generator=random, dtype=torch.float64)
@@ -27,13 +27,13 @@ def test_weight_equals_the_oracle(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_equal_engines_have_weight_one(mode: str) -> None:
+def test_the_mismatch_weight_is_one_if_the_engines_agree(mode: str) -> None:
     logp_T = -torch.rand(7)
     assert mismatch_weight(logp_T, logp_T.clone(), mode=mode, **LIMITS).tolist() == [1.0] * 7
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weight_is_detached_and_finite_for_any_gap(mode: str) -> None:
+def test_the_mismatch_weight_is_detached_and_finite_for_any_gap(mode: str) -> None:
     student_T = torch.tensor([0.0, -500.0, -1e-3], requires_grad=True)
     weight_T = mismatch_weight(student_T, torch.tensor([-500.0, 0.0, -1e-3]), mode=mode, **LIMITS)
     assert not weight_T.requires_grad

@@ -1,4 +1,4 @@
-"""The independent reading: equal to a forward pass by hand, from the folder alone, with the memory it says."""
+"""The independent reading equals a manual forward pass, uses only the folder, and needs the stated memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_are_those_of_each_token_given_those_before_it(family: str, tmp_path: Path) -> None:
+def test_each_log_prob_is_that_of_a_token_given_those_before_it(family: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", family=family)
     ids = np.array([5, 200, 17, 17, 306], np.int32)
     found = independent_log_probs(folder, ids)
@@ -43,19 +43,19 @@ def test_log_probs_are_those_of_each_token_given_those_before_it(family: str, tm
     assert found.dtype == np.float32 and found.shape == (4,)
 
 
-def test_the_threads_of_the_process_are_as_before(folder: Path) -> None:
+def test_the_independent_reading_restores_the_number_of_threads(folder: Path) -> None:
     before = torch.get_num_threads()
     independent_log_probs(folder, np.array([1, 2], np.int32))
     assert torch.get_num_threads() == before
 
 
-def test_bfloat16_is_near_and_not_equal(folder: Path) -> None:
+def test_log_probs_in_bfloat16_are_close_but_not_equal(folder: Path) -> None:
     ids = probe_ids(folder)
     gap = np.abs(independent_log_probs(folder, ids) - independent_log_probs(folder, ids, dtype="bfloat16"))
     assert 1e-4 < gap.max() < 0.2
 
 
-def test_a_tensor_that_is_missing_is_an_error_and_no_random_numbers(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_an_error_and_is_not_filled_with_random_numbers(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -64,7 +64,7 @@ def test_a_tensor_that_is_missing_is_an_error_and_no_random_numbers(tmp_path: Pa
         independent_log_probs(folder, np.array([1, 2], np.int32))
 
 
-def test_code_in_the_folder_does_not_run(tmp_path: Path) -> None:
+def test_code_in_a_model_folder_is_not_run(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m")
     (folder / "modeling_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
     config = json.loads((folder / "config.json").read_text())
@@ -74,7 +74,7 @@ def test_code_in_the_folder_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_probe_is_the_text_by_the_folders_tokenizer_cut_to_context_and_vocabulary(tmp_path: Path) -> None:
+def test_the_probe_is_a_text_in_the_folders_tokens_cut_to_context_and_vocabulary(tmp_path: Path) -> None:
     expected = tiny_tokenizer()(PROBE_TEXT, add_special_tokens=False)["input_ids"]
     folder = write_tiny_model(tmp_path / "m")
     assert probe_ids(folder).tolist() == expected[:128]
@@ -85,7 +85,7 @@ def test_the_probe_is_the_text_by_the_folders_tokenizer_cut_to_context_and_vocab
     assert probe_ids(narrow).tolist() == [index for index in expected if index < 200][:128]
 
 
-def test_a_folder_without_a_tokenizer_has_ids_from_a_fixed_seed(tmp_path: Path) -> None:
+def test_the_probe_of_a_folder_without_a_tokenizer_has_ids_from_a_fixed_seed(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", with_tokenizer=False)
     assert len(probe_ids(folder)) == 128
     assert probe_ids(folder).tolist() == probe_ids(folder).tolist()
@@ -99,13 +99,15 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
         probe_ids(folder)
 
 
-def test_memory_is_four_bytes_a_parameter_and_what_goes_with_it(folder: Path, tmp_path: Path) -> None:
+def test_the_estimated_memory_is_four_bytes_per_parameter_plus_overhead(folder: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert 4 * parameters < memory_needed(folder) - 512 * 2**20 < 8 * parameters + 4 * 5 * 128 * 307
 
 
-def test_a_host_that_is_too_small_is_said_with_both_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_with_too_little_memory_is_reported_with_both_sizes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(independent, "available_memory", lambda: 100 * GIB)
     assert fits(folder) is None
     monkeypatch.setattr(independent, "available_memory", lambda: GIB // 4)
@@ -113,7 +115,7 @@ def test_a_host_that_is_too_small_is_said_with_both_sizes(folder: Path, monkeypa
     assert reason is not None and "0.5 GiB" in reason and "0.2 GiB are available" in reason
 
 
-def test_the_tightest_limit_of_the_control_groups_counts_without_the_file_cache(tmp_path: Path) -> None:
+def test_available_memory_is_the_tightest_cgroup_limit_without_the_file_cache(tmp_path: Path) -> None:
     root, membership = tmp_path / "cgroup", tmp_path / "membership"
     membership.write_text("0::/job/step\n")
     (root / "job/step").mkdir(parents=True)
@@ -133,7 +135,7 @@ def test_the_tightest_limit_of_the_control_groups_counts_without_the_file_cache(
     assert cgroup_room(root, tmp_path / "absent") is None
 
 
-def test_the_memory_controller_of_version_1_counts_as_well(tmp_path: Path) -> None:
+def test_limits_of_cgroup_version_1_count_as_well(tmp_path: Path) -> None:
     membership = tmp_path / "membership"
     membership.write_text("4:cpu,cpuacct:/a\n5:memory:/a\n")
     folder = tmp_path / "cgroup/memory/a"
@@ -144,5 +146,5 @@ def test_the_memory_controller_of_version_1_counts_as_well(tmp_path: Path) -> No
     assert cgroup_room(tmp_path / "cgroup", membership) == 400
 
 
-def test_sizes_are_written_in_gib() -> None:
+def test_memory_sizes_are_written_in_gib() -> None:
     assert [gib(size) for size in (3 * GIB, GIB // 2, GIB // 1000)] == ["3.0 GiB", "0.5 GiB", "0.001 GiB"]

@@ -1,8 +1,8 @@
 """The claims about the kernel are sharp: each fault, planted in a copy of its source, breaks one of them.
 
 A mutant is the package with one text of one module replaced (`tests.mutants`). The loss of `dist.kernel_cases` must
-then differ from its oracle on some rank by more than 1000 times the tolerance that the real kernel keeps (1e-12, see
-tests/dist/test_support_loss.py). Faults that the golden vector finds: test_mutations.py.
+then differ from its oracle on some rank by more than 1000 times the tolerance of the real kernel (1e-12, see
+tests/dist/test_support_loss.py). test_mutations.py has the faults that the golden vector finds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.mutants import mutant_losses
 from tests.ranks import run_on_ranks
 
 FAULT = 1e-9
-"""Smallest relative error that counts as noticed."""
+"""Smallest relative error that counts as detected."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,14 @@ def results() -> dict[str, list[RankResult]]:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_planted_fault_is_seen_by_the_oracle(name: str, results: dict[str, list[RankResult]]) -> None:
+def test_a_planted_fault_in_the_kernel_is_detected_by_the_oracle(
+    name: str, results: dict[str, list[RankResult]]
+) -> None:
     with pytest.raises(AssertionError, match="error"):
         assert_equals_the_oracle(results[name], case_of(MUTATIONS[name]), FAULT)
 
 
-def test_an_unchanged_copy_equals_the_oracle() -> None:
+def test_an_unchanged_copy_of_the_kernel_equals_the_oracle() -> None:
     copies = [
         Mutation(module, UNCHANGED, UNCHANGED, RECOMPUTE if module == "support_log_probs" else DEFERRED)
         for module in MODULES

@@ -1,4 +1,4 @@
-"""The front door: one import, one call, the same numbers in every shape, and one line for whatever is missing."""
+"""The library: one import, one call, the same results in every shape, and one line for any missing input."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.registry import objective_of
 
 
-def test_the_public_names_are_these_and_no_others() -> None:
+def test_the_library_exports_exactly_the_listed_names() -> None:
     assert tropd_mcore.__all__ == [
         "DistillLoss", "LossInputError", "OutputLayer", "StudentTopK", "TeacherLogits", "TeacherTopK", "TokenInputs",
         "TokenLosses", "VocabParallel",
@@ -45,8 +45,8 @@ def test_the_public_names_are_these_and_no_others() -> None:
         _ = tropd_mcore.nope
 
 
-def test_torch_is_all_that_the_loss_imports() -> None:
-    """The others are refused to the importing process, numpy included, which torch can do without."""
+def test_the_library_imports_only_torch() -> None:
+    """Other packages are hidden from the importing process, including NumPy, which torch does not need."""
     code = """
     import sys, warnings
     warnings.simplefilter("ignore")
@@ -77,7 +77,7 @@ def test_torch_is_all_that_the_loss_imports() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_has_the_defaults_of_the_configuration(name: str) -> None:
+def test_every_objective_has_the_defaults_of_the_configuration(name: str) -> None:
     section: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": name})
     configured = objective_of(section)
     assert objectives.from_name(name).family == section.family
@@ -89,7 +89,7 @@ def test_every_name_has_the_defaults_of_the_configuration(name: str) -> None:
     }
 
 
-def test_a_name_that_is_none_is_one_line_with_those_that_are() -> None:
+def test_an_unknown_objective_gives_a_one_line_error_with_the_known_ones() -> None:
     with pytest.raises(LossInputError, match="no objective 'tropt'; there are aopd, .*tropd"):
         distill_loss(torch.zeros(2, V), torch.zeros(2, dtype=torch.int64), TeacherTopK(), "tropt", vp=VP)
 
@@ -123,8 +123,8 @@ def _flat(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_need_that_is_dropped_is_one_line(name: str) -> None:
-    """Without a group: nothing can have been sent."""
+def test_each_missing_input_gives_a_one_line_error(name: str) -> None:
+    """Without a process group, so no collective can have run."""
     case, objective = Case(), objectives.from_name(name)
     complete = case.all_of(objective)
     for need in sorted(objective.needs):
@@ -194,7 +194,7 @@ def test_log_probs_of_another_stack_give_the_same_loss_and_gradient(name: str) -
     torch.testing.assert_close(leaf.grad, gradient, rtol=1e-11, atol=1e-12)
 
 
-def test_a_function_of_ones_own_is_an_objective() -> None:
+def test_a_user_function_can_be_an_objective() -> None:
     def forward_kl(inputs: Any) -> TokenLosses:
         q = inputs.teacher_topk_logp_TK.exp()
         loss_T = (q * (inputs.teacher_topk_logp_TK - inputs.student_topk_logp_TK)).sum(dim=1)
@@ -209,7 +209,7 @@ def test_a_function_of_ones_own_is_an_objective() -> None:
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-12, atol=0)
 
 
-def test_a_function_of_ones_own_that_forgets_the_masks_trains_no_other_token() -> None:
+def test_a_user_function_that_ignores_the_masks_trains_no_other_token() -> None:
     case, plain = Case(), objectives.opd()
 
     def careless(inputs: Any) -> Any:
@@ -247,7 +247,7 @@ def test_a_function_of_ones_own_that_forgets_the_masks_trains_no_other_token() -
         ),
     ],
 )
-def test_a_function_of_ones_own_that_returns_something_else_is_one_line(returned: Any, line: str) -> None:
+def test_a_user_function_with_a_wrong_result_gives_a_one_line_error(returned: Any, line: str) -> None:
     case = Case()
     with pytest.raises(LossInputError, match=line):
         distill_loss(case.logits(), case.x, case.top, returned, vp=VP)
@@ -278,7 +278,7 @@ def test_an_objective_that_reads_no_target_needs_none(name: str) -> None:
     torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-15)
 
 
-def test_a_teacher_in_the_process_is_that_of_its_numbers() -> None:
+def test_a_teacher_given_as_logits_equals_one_given_as_top_k() -> None:
     case, objective = Case(), objectives.tropd()
     expected, gradient = run(case, objective)
     leaf = case.logits().requires_grad_()
@@ -290,7 +290,7 @@ def test_a_teacher_in_the_process_is_that_of_its_numbers() -> None:
 
 
 @pytest.mark.parametrize("divergence", ["fkl", "rkl", "jsd"])
-def test_a_divergence_over_the_whole_vocabulary_is_that_of_two_softmaxes(divergence: str) -> None:
+def test_a_divergence_over_the_whole_vocabulary_equals_that_of_two_softmaxes(divergence: str) -> None:
     case = Case()
     objective = objectives.gkd(divergence=divergence, beta=0.3, full_vocabulary=True)
     out, gradient = run(case, objective)
@@ -308,7 +308,7 @@ def test_a_divergence_over_the_whole_vocabulary_is_that_of_two_softmaxes(diverge
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-13)
 
 
-def test_what_is_outside_the_masks_has_no_influence_whatever_it_is() -> None:
+def test_inputs_outside_the_masks_have_no_influence_whatever_their_values() -> None:
     """Targets of -100, NaN in every number, ids that do not exist."""
     case, objective = Case(), objectives.tropd()
     clean, gradient = run(case, objective)
@@ -326,7 +326,7 @@ def test_what_is_outside_the_masks_has_no_influence_whatever_it_is() -> None:
     assert torch.equal(dirty.loss_sum, clean.loss_sum) and torch.equal(of_dirty, gradient)
 
 
-def test_logits_are_overwritten_unless_they_are_to_be_kept() -> None:
+def test_logits_are_overwritten_unless_keeping_them_is_requested() -> None:
     case, objective = Case(), objectives.opd()
     for preserve in (False, True):
         leaf = case.logits().requires_grad_()
@@ -343,7 +343,7 @@ def test_logits_are_overwritten_unless_they_are_to_be_kept() -> None:
     assert torch.equal(leaf.detach(), case.logits()), "a leaf is the caller's"
 
 
-def test_scores_and_candidates_are_those_of_the_whole_softmax() -> None:
+def test_scores_and_candidates_equal_those_of_a_full_softmax() -> None:
     case = Case()
     leaf = case.logits().requires_grad_()
     ids = torch.stack([case.x, (case.x + 1) % V], dim=-1)
@@ -369,7 +369,7 @@ def test_a_message_names_the_function_that_was_called() -> None:
         loss_from_log_probs(case.log_q_x, case.top, student_topk_logp_TK=case.top.logp_TK)
 
 
-def test_uniforms_are_flat_independent_between_seeds_and_those_of_the_token_ids() -> None:
+def test_trust_uniforms_are_uniform_independent_between_seeds_and_determined_by_token_ids() -> None:
     count = 200_000
     one, two = trust_uniforms((count,), seed=1), trust_uniforms((count,), seed=2)
     for uniforms in (one, two):

@@ -1,4 +1,4 @@
-"""docs/library.md: every snippet runs, in the order of the page, on one rank and on two; so does the script page."""
+"""docs/library.md: every snippet runs, in the order of the page, on one rank and on two, and so does the script."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = ROOT / "examples" / "loss_in_ten_minutes.py"
 
 
 def _run_page(text: str) -> dict[str, float]:
-    """Run all Python blocks in one namespace; the numbers of the first and of the split loss."""
+    """Run all Python blocks in one namespace. Returns the results of the first and of the split loss."""
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(compile(block, str(PAGE), "exec"), names)
@@ -36,7 +36,7 @@ def test_every_snippet_of_the_page_runs(ranks: int) -> None:
 
 
 def test_the_script_page_runs_with_torch_alone_and_its_gradient_is_that_of_autograd(tmp_path: Path) -> None:
-    """Its own assertions compare every number; the two processes that it starts are refused other packages as well."""
+    """Its own assertions compare every number. Other packages are also hidden from the two processes that it starts."""
     (tmp_path / "sitecustomize.py").write_text("from tests.library_alone import alone\nalone()\n")
     done = subprocess.run(
         [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300, cwd=tmp_path,

@@ -1,7 +1,8 @@
-"""What the front door refuses: one line for each mistake, and nothing for what is nobody's."""
+"""Refusals of the library: one line for each mistake, and none for values without influence."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tropd_mcore import (
     TeacherTopK,
     VocabParallel,
     distill_loss,
+    loss_from_log_probs,
     objectives,
 )
 
@@ -34,14 +36,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSALS)
-def test_what_would_be_another_loss_is_refused_in_one_line(what: str) -> None:
+def test_inputs_that_would_silently_give_another_loss_are_refused_in_one_line(what: str) -> None:
     case, (changes, line) = Case(), REFUSALS[what]
     with pytest.raises(LossInputError, match=line) as refused:
         distill_loss(case.logits(), case.x, case.top, objectives.opd(), vp=VP, **changes)
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_students_that_have_no_gradient_here_are_refused_in_one_line() -> None:
+def test_students_without_a_gradient_are_refused_in_one_line() -> None:
     case, opd = Case(), objectives.opd()
 
     def loss(student: Any, vp: VocabParallel = VP, **more: Any) -> Any:
@@ -95,14 +97,14 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "probabilities for log-probs": (
         lambda case: {"teacher": _top(case, logp_TK=case.top.logp_TK.exp())},
-        "teacher.logp_TK has numbers above 0, which no log-prob is; pass log q, not probabilities or logits",
+        "teacher.logp_TK has numbers above 0; pass log q, not probabilities or logits",
     ),
     "a probability of the target": (
         lambda case: {"teacher": _top(case, logp_T=case.log_q_x.exp())}, "teacher.logp_T has numbers above 0"
     ),
     "an id twice": (
         lambda case: {"teacher": _top(case, logp_TK=torch.full_like(case.top.logp_TK, -0.5))},
-        "teacher.logp_TK has more than probability 1 in a row; pass true log q of different ids",
+        "teacher.logp_TK has more than probability 1 for a token; pass true log q of different ids",
     ),
     "normal numbers for uniforms": (
         lambda case: {"trust_u_T": case.advantage()}, r"trust_u_T is not all in \[0, 1\)"
@@ -111,7 +113,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_a_mistake_that_would_look_like_a_run_is_one_line(what: str) -> None:
+def test_a_silent_mistake_gives_a_one_line_error(what: str) -> None:
     case = Case()
     changes, line = MISTAKES[what]
     given = {
@@ -122,7 +124,7 @@ def test_a_mistake_that_would_look_like_a_run_is_one_line(what: str) -> None:
         distill_loss(case.logits(), **given)
 
 
-def test_what_is_wrong_outside_the_masks_is_nobodys_mistake() -> None:
+def test_wrong_values_outside_the_masks_are_accepted() -> None:
     case = Case()
     inside = case.top.logp_TK.masked_fill(~case.mask[..., None], 3.0)  # type: ignore[union-attr]
     teacher = replace(case.top, logp_TK=inside)
@@ -139,14 +141,14 @@ def test_all_columns_on_each_of_several_ranks_are_refused() -> None:
     tiny.kernel(128, torch.device("cpu"), overlap=False)
 
 
-def test_a_word_that_no_equation_knows_is_refused_when_the_objective_is_made() -> None:
+def test_an_unknown_option_word_is_refused_when_the_objective_is_created() -> None:
     with pytest.raises(ValueError, match="tropd: trust_mode='sof', expected one of bernoulli, soft, threshold, none"):
         objectives.tropd(trust_mode="sof")
     with pytest.raises(ValueError, match="PolicyGradient: ratio='ppo', expected one of none, importance, ppo_clip"):
         objectives.PolicyGradient(ratio="ppo")
 
 
-def test_every_constant_that_is_a_word_has_a_list_of_words() -> None:
+def test_every_text_option_of_an_objective_has_a_list_of_allowed_words() -> None:
     from tropd_mcore.objectives.catalogue import CHOICES
 
     words: set[str] = set()
@@ -156,13 +158,13 @@ def test_every_constant_that_is_a_word_has_a_list_of_words() -> None:
     assert words <= CHOICES.keys(), "a constant that is a word, and has no list of words"
 
 
-def test_every_objective_has_a_name_in_the_module() -> None:
+def test_every_objective_is_a_name_of_the_objectives_module() -> None:
     for name in NAMES:
         assert str(getattr(objectives, name)()) == f"{name}()"
     assert {name for name in objectives.__all__ if name[0].islower()} == {*NAMES, "custom", "from_name"}
 
 
-def test_debug_says_what_the_numbers_cannot_be() -> None:
+def test_debug_reports_impossible_values() -> None:
     case, vp = Case(), VocabParallel.single(V, debug=True)
     tropd = objectives.tropd()
     arguments = {"student_mask_T": case.mask, "trust_u_T": case.given["trust_u_T"]}
@@ -178,3 +180,29 @@ def test_debug_says_what_the_numbers_cannot_be() -> None:
         distill_loss(broken, case.x, case.top, tropd, vp=vp, **arguments)
     with pytest.raises(LossInputError, match=r"trust_u_T is not all in \[0, 1\)"):
         distill_loss(case.logits(), case.x, case.top, tropd, vp=vp, **{**arguments, "trust_u_T": -case.weights})
+
+
+LOG_PROBS_OF_THE_CALLER: dict[str, tuple[Callable[[Case], dict[str, Any]], str]] = {
+    "a probability of the student": (lambda case: {"student_logp_T": case.log_q_x.exp()}, "student_logp_T has numbers"),
+    "probabilities of candidates": (
+        lambda case: {"student_topk_logp_TK": case.top.logp_TK.exp()}, "student_topk_logp_TK has numbers above 0"
+    ),
+    "probabilities of the teacher": (
+        lambda case: {"teacher": _top(case, logp_TK=case.top.logp_TK.exp())}, "teacher.logp_TK has numbers above 0"
+    ),
+    "normal numbers for uniforms": (
+        lambda case: {"trust_u_T": case.advantage()}, r"trust_u_T is not all in \[0, 1\)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LOG_PROBS_OF_THE_CALLER)
+def test_impossible_log_probs_give_a_one_line_error(what: str) -> None:
+    case = Case()
+    changes, line = LOG_PROBS_OF_THE_CALLER[what]
+    given = {
+        "student_logp_T": case.log_q_x, "student_topk_logp_TK": case.top.logp_TK, "teacher": case.top,
+        "objective": objectives.tropd(), "trust_u_T": case.given["trust_u_T"], **changes(case),
+    }  # fmt: skip
+    with pytest.raises(LossInputError, match=rf"^loss_from_log_probs: {line}"):
+        loss_from_log_probs(**given)

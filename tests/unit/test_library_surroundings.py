@@ -1,6 +1,6 @@
-"""The front door inside activation checkpoints, hooks and beside other readers: right, or refused.
+"""The library inside activation checkpoints and hooks, and next to other readers of the logits: right or refused.
 
-docs/autograd.md has the whole table, of the kernel that the door calls (tests/dist/test_autograd.py).
+docs/autograd.md has the whole table for the kernel that the library calls (tests/dist/test_autograd.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHUNKS = -(-B * S // VP.chunk_tokens)
 
 
 class Counting:
-    """A loss of the caller's own that counts its calls."""
+    """A custom loss that counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -51,7 +51,7 @@ def by_softmax(case: Case, logits: Tensor) -> Tensor:
 
 
 def expected_gradient(case: Case, form: dict[str, Any]) -> Tensor:
-    """In the leaf of the form: logits, or hidden states."""
+    """The gradient in the leaf of the form: logits or hidden states."""
     if "mode" not in form:
         leaf = case.logits().requires_grad_()
         by_softmax(case, leaf).backward()
@@ -63,7 +63,7 @@ def expected_gradient(case: Case, form: dict[str, Any]) -> Tensor:
 
 
 def loss_of(case: Case, form: dict[str, Any], objective: Callable[..., Any], z: Tensor) -> Tensor:
-    """The scalar loss of what was made of the leaf."""
+    """The scalar loss of a tensor computed from the leaf."""
     options = {name: value for name, value in form.items() if name != "mode"}
     student = OutputLayer(z, case.weight, weight_grad=form["mode"]) if "mode" in form else z
     out = distill_loss(student, case.x, case.top, objective, vp=VP, student_mask_T=case.mask, **options)
@@ -99,19 +99,19 @@ def scaled(loss: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor:
 
 
 RUNS = {plain: 1, hooks_that_clone: 1, offload: 1, in_a_checkpoint: 2, in_a_reentrant_checkpoint: 2, scaled: 1}
-"""Situation -> how often the forward pass runs."""
+"""Situation -> number of forward passes."""
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("situation", RUNS, ids=lambda situation: situation.__name__)
-def test_the_gradient_is_right_and_the_objective_is_called_no_more_often_than_it_runs(
+def test_the_gradient_is_right_in_every_situation_and_the_objective_is_never_called_needlessly(
     situation: Callable[..., Tensor], form: str
 ) -> None:
     case, objective = Case(), Counting()
     leaf = (case.hidden if "mode" in FORMS[form] else case.logits()).clone().requires_grad_()
     situation(lambda z: loss_of(case, FORMS[form], objective, z), leaf).backward()
     torch.testing.assert_close(leaf.grad, expected_gradient(case, FORMS[form]), rtol=1e-9, atol=1e-11)
-    # Where the gradient is made in the forward pass, a checkpoint that keeps its tensors has nothing to run again.
+    # If the gradient is computed in the forward pass, a checkpoint that keeps its tensors reruns nothing.
     made_at_once = "deferred" in form
     runs = 1 if made_at_once and situation is in_a_checkpoint else RUNS[situation]
     assert objective.calls == runs * (CHUNKS if made_at_once else 1)
@@ -133,7 +133,7 @@ def test_a_second_backward_pass_and_a_second_derivative_raise(form: str) -> None
         gradient.sum().backward()
 
 
-def test_value_survives_a_division_in_place() -> None:
+def test_the_reported_value_survives_an_in_place_division_of_the_loss() -> None:
     case = Case()
     out = distill_loss(case.logits().requires_grad_() * 1.0, case.x, case.top, objectives.opd(), vp=VP)
     before = float(out.value)

@@ -1,4 +1,4 @@
-"""Links of the documentation lead somewhere: files of the repository, and headings in them."""
+"""Links of the documentation lead to existing files of the repository and headings in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "be
 
 
 def links(text: str) -> list[str]:
-    """Targets of the links in prose; what stands in code is left out."""
+    """Targets of the links in prose. Code is left out."""
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     return re.findall(r"\]\(([^)\s]+)\)", prose)
 
@@ -24,7 +24,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_link_of_a_page_leads_to_a_file_or_a_heading(page: Path) -> None:
+def test_every_link_of_a_page_leads_to_an_existing_file_or_heading(page: Path) -> None:
     for target in links(page.read_text(encoding="utf-8")):
         if re.match(r"[a-z]+:", target):
             assert target.startswith("https://"), f"{page.name}: {target}"

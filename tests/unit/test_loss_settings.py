@@ -1,4 +1,4 @@
-"""From the section `loss` and the objective to how log-probs are made: every key arrives."""
+"""From the section `loss` and the objective to the computation of log-probs: every key has its effect."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_keys_of_the_loss_section_reach_the_kernel() -> None:
     assert (kernel.chunk_tokens, kernel.overlap) == (7, True)
 
 
-def test_the_mode_the_form_and_the_overlap_metric_are_those_of_the_configuration() -> None:
+def test_mode_form_and_overlap_metric_follow_the_configuration() -> None:
     found = settings(loss={"form": "logits", "weight_gradient": "recompute"}, monitor={"topk_overlap": False})
     assert (found.form, found.weight_gradient, found.topk_overlap) == ("logits", "recompute", False)
 
@@ -55,7 +55,7 @@ def test_the_mode_the_form_and_the_overlap_metric_are_those_of_the_configuration
         ({"kind": "tropd"}, (None, 0.5)),
     ],
 )
-def test_only_a_divergence_over_the_whole_vocabulary_is_the_kernel_s(
+def test_only_a_divergence_over_the_whole_vocabulary_is_computed_by_the_kernel(
     objective: dict[str, Any], expected: tuple[str | None, float]
 ) -> None:
     found = settings(objective=objective)

@@ -100,7 +100,7 @@ VERDICTS = (
 
 
 @pytest.mark.parametrize(("response", "answer", "right"), VERDICTS)
-def test_an_answer_is_judged_as_people_mean_it(response, answer, right, monkeypatch):
+def test_mathematically_equal_answers_are_judged_correct_and_others_wrong(response, answer, right, monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 300)  # a comparison takes milliseconds, but the machine may be busy
     assert is_correct(MATH, response, answer) is right
     assert answer_problem(MATH, answer) is None, "an answer that can be judged is not refused"
@@ -114,7 +114,7 @@ def test_an_answer_without_mathematics_is_refused(answer, monkeypatch):
 
 
 def test_an_answer_that_takes_too_long_to_read_is_refused(monkeypatch):
-    """The library raises this where its time is up; what takes minutes on one machine is soon done on another."""
+    """The library raises this at its time limit. Work that takes minutes on one machine may be quick on another."""
     limits = []
 
     def parse(text, *, parsing_timeout, **_):
@@ -127,8 +127,8 @@ def test_an_answer_that_takes_too_long_to_read_is_refused(monkeypatch):
     assert problem is not None and "in 1 s" in problem and limits == [1]
 
 
-def test_what_took_too_long_to_read_is_read_again_another_time_and_not_logged_in_full(monkeypatch, caplog):
-    """On an idle machine, or with more time: the first reading alone is stopped."""
+def test_an_answer_that_once_took_too_long_to_read_is_read_again_later_and_not_logged_in_full(monkeypatch, caplog):
+    """On an idle machine or with more time: only the first reading is stopped."""
     slow, times = TimeoutException("stopped"), []
 
     def parse(text, **options):
@@ -158,7 +158,7 @@ def test_what_took_too_long_to_read_is_read_again_another_time_and_not_logged_in
     ],
     ids=["box at the start", "box at the end", "last box", "torn delimiters", "early expression"],
 )
-def test_of_a_long_response_the_last_box_or_the_end_is_read(response, right, monkeypatch):
+def test_only_the_last_box_or_the_end_of_a_long_response_is_read(response, right, monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 300)
     assert is_correct(MATH, response, "7") is right
 
@@ -169,8 +169,8 @@ def test_an_answer_that_is_a_whole_solution_is_refused():
 
 
 @pytest.mark.parametrize("response", [r"0.%s\overline{3}", r"0.\overline{%s}", r"%s.\overline{3}", "%s"])
-def test_a_response_that_repeats_a_digit_is_wrong_in_linear_time_and_no_error(response):
-    """Python prints no integer of more than 4300 digits; a rollout that goes round in circles has more."""
+def test_a_response_that_repeats_a_digit_is_judged_wrong_in_linear_time_without_error(response):
+    """Python prints no integer of more than 4300 digits. A rollout that repeats itself has more."""
     digits = "1" * 5000
     assert not is_correct(MATH, response % digits, "7")
     begin = time.monotonic()

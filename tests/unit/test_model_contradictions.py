@@ -1,4 +1,4 @@
-"""Model folders that say two things at once: refused with both, or read as transformers reads them."""
+"""Model folders with contradictory settings: refused with both, or read as transformers reads them."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("family", "changes", "words"), REFUSED, ids=lambda value: str(value)[:60])
-def test_keys_that_say_different_things_are_refused_with_both(
-    family: str, changes: dict[str, Any], words: list[str]
-) -> None:
+def test_contradictory_keys_are_refused_and_both_named(family: str, changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ModelError) as caught:
         read(family, **changes)
     message = str(caught.value)
@@ -106,7 +104,7 @@ def test_keys_that_say_different_things_are_refused_with_both(
     assert all(word in message for word in words), message
 
 
-def test_all_contradictions_are_named_at_once() -> None:
+def test_all_contradictions_of_a_model_folder_are_named_at_once() -> None:
     with pytest.raises(ModelError) as caught:
         read(layer_types=["full_attention"], dtype="float32", torch_dtype="float16", is_causal=False)
     assert all(word in str(caught.value) for word in ("layer_types", "torch_dtype", "is_causal"))
@@ -133,7 +131,7 @@ HARMLESS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("family", "changes"), HARMLESS, ids=lambda value: str(value)[:60])
-def test_keys_that_agree_or_that_nobody_reads_are_read_as_transformers_reads_them(
+def test_keys_that_agree_or_are_unused_are_read_as_transformers_reads_them(
     family: str, changes: dict[str, Any]
 ) -> None:
     arch = read(family, **changes)
@@ -141,7 +139,7 @@ def test_keys_that_agree_or_that_nobody_reads_are_read_as_transformers_reads_the
     assert (kind, arch.rope_theta) == read_by_transformers(family, **changes)
 
 
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", with_tokenizer=False)
     path = folder / "config.json"
     path.write_text(path.read_text().replace("{", '{ "vocab_size": 306,', 1))
@@ -187,7 +185,7 @@ def change_config(folder: Path, **changes: object) -> None:
     ],
     ids=str,
 )
-def test_what_config_json_says_against_the_tensors_is_refused(
+def test_a_config_json_that_contradicts_the_tensors_is_refused(
     changes: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     folder = write_tiny_model(tmp_path / "m", tied=True, with_tokenizer=False)
@@ -210,7 +208,7 @@ def test_tensors_of_several_plain_dtypes_are_read_and_narrower_ones_are_refused(
     refused(lambda: check(folder), SINGLE, "flax", "pt")
 
 
-def test_files_of_which_each_loader_would_take_others_are_refused(tmp_path: Path) -> None:
+def test_weight_files_that_different_loaders_would_choose_differently_are_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", max_shard_size="100KB", with_tokenizer=False)
     check(folder)
     other = write_tiny_model(tmp_path / "other", seed=1, with_tokenizer=False)
@@ -224,13 +222,13 @@ def test_files_of_which_each_loader_would_take_others_are_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "hf_quant_config.json"])
-def test_a_folder_that_other_programs_take_for_another_kind_of_model_is_refused(file: str, tmp_path: Path) -> None:
+def test_a_folder_that_other_programs_would_read_as_another_kind_of_model_is_refused(file: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", with_tokenizer=False)
     (folder / file).write_text("{}")
     refused(lambda: check(folder), file, "first")
 
 
-def test_a_stale_tensor_in_a_shard_is_refused_and_stored_rotary_frequencies_are_not(tmp_path: Path) -> None:
+def test_a_stale_tensor_in_a_shard_is_refused_but_stored_rotary_frequencies_are_accepted(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", max_shard_size="100KB", with_tokenizer=False)
     first, second = sorted(folder.glob("model-*.safetensors"))[:2]
     held, others = load_file(first), load_file(second)
@@ -249,7 +247,7 @@ def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     refused(lambda: check(folder), INDEX, "model.norm.weight", "2 times")
 
 
-def test_an_export_states_its_dtype_under_both_keys_where_its_source_has_both(tmp_path: Path) -> None:
+def test_an_export_states_its_dtype_under_both_keys_if_its_source_has_both(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "source", with_tokenizer=False)
     change_config(source, torch_dtype="float32")
     with HfReader(source) as reader:

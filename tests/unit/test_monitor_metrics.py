@@ -43,7 +43,7 @@ ROLLOUTS = [make_rollout(0, 3, 4, 23, "stop"), make_rollout(1, 2, 4, 31, "length
 
 
 def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord:
-    """A step whose third sample the teacher could not score, with one update an epoch."""
+    """A step whose third sample the teacher could not score, with one update per epoch."""
     generator = np.random.default_rng(5)
     rows = []
     for sample, rollout in enumerate(ROLLOUTS):
@@ -89,7 +89,7 @@ def rows_of(record: StepRecord) -> list[dict]:
 
 
 def mean(pairs) -> float:
-    """Weighted mean of (value, weight), float64; NaN values left out; NaN without weight."""
+    """Weighted mean of (value, weight) in float64, without NaN values. NaN if there is no weight."""
     pairs = [(float(value), float(weight)) for value, weight in pairs if weight > 0 and not math.isnan(value)]
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else NAN
@@ -223,14 +223,14 @@ def report(grad_norm: float, token_count: int, learning_rate: float = 1e-3) -> O
     return OptimizerReport(grad_norm=grad_norm, learning_rate=learning_rate, loss=0.25, token_count=token_count)
 
 
-def test_a_part_without_a_token_is_no_optimizer_step_of_any_metric():
+def test_a_mini_batch_without_a_token_does_not_count_as_an_optimizer_step():
     found = compute_metrics(make_record(updates=[report(2.0, 30), report(0.0, 0), report(4.0, 10)]))
     assert found["optimizer/updates"] == 2 and found["optimizer/token_count"] == 40
     assert found["optimizer/grad_norm"] == 3.0 and found["optimizer/grad_norm_max"] == 4.0
     assert found["loss/total"] == 0.25
 
 
-def test_a_step_without_an_optimizer_step_has_the_numbers_of_nothing(tmp_path):
+def test_a_step_without_an_optimizer_step_reports_zero_updates_tokens_and_norms(tmp_path):
     found = compute_metrics(make_record(updates=[report(0.0, 0, 3e-4)] * 2))
     names = ("updates", "grad_norm", "grad_norm_max", "token_count", "learning_rate")
     assert [found[f"optimizer/{name}"] for name in names] == [0, 0, 0, 0, 3e-4] and found["loss/total"] == 0
@@ -277,12 +277,12 @@ def test_one_minus_the_trusted_fraction_agrees_with_the_tv_estimate_under_the_be
     assert 1 - found["trust/fraction"] == pytest.approx(found["trust/tv"], abs=0.01)
 
 
-def test_a_single_update_with_a_ratio_measures_it():
+def test_the_ratio_is_measured_even_with_a_single_update():
     ratio = PolicyGradientConfig(ratio="ppo_clip")
     assert not math.isnan(compute_metrics(make_record(policy_gradient=ratio))["ratio/mean"])
 
 
-def test_console_and_report_show_metrics_that_exist():
+def test_console_and_report_show_only_metrics_that_exist():
     known = {metric.name for metric in METRICS} | {"time/step"}
     assert {column.metric for column in COLUMNS_OF_CONSOLE} <= known
     drawn = {line.metric for chart in CHARTS for line in chart.lines}
@@ -295,7 +295,7 @@ def test_metric_names_are_unique_and_each_says_unit_denominator_and_meaning():
         assert metric.unit and metric.over and metric.description and metric.name.count("/") == 1
 
 
-def test_without_the_sampler_gate_its_metrics_are_unknown():
+def test_without_the_sampler_gate_its_metrics_are_nan():
     found = compute_metrics(make_record(sampler_gate=None))
     for name in ("gates/sampler_share", "gates/sampler_off", "gates/sampler_warnings"):
         assert math.isnan(found[name]), name

@@ -1,4 +1,4 @@
-"""Where metrics are written: on rank 0 only, nulls for what does not exist, and whole files after a crash or resume."""
+"""Sinks of metrics: on rank 0 only, null for missing values, and complete files after a crash or resume."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def make_config(**monitor) -> Config:
     )
 
 
-def test_rank_zero_writes_one_json_line_a_step_and_other_ranks_write_nothing(tmp_path, capsys):
+def test_rank_zero_writes_one_json_line_per_step_and_other_ranks_write_nothing(tmp_path, capsys):
     for rank in (1, 0):
         monitor = Monitor(make_config(), tmp_path / str(rank), rank)
         monitor.log(0, make_record() if rank == 0 else None)
@@ -52,7 +52,7 @@ def test_values_that_are_not_finite_become_null_and_the_file_is_strict_json(tmp_
     assert json.loads(line, parse_constant=refuse) == {"step": 3, "a": None, "b": None, "c": 0.5}
 
 
-def test_a_resume_drops_the_steps_it_repeats_and_a_line_cut_off_by_a_crash(tmp_path):
+def test_a_resume_drops_repeated_steps_and_a_line_cut_off_by_a_crash(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonLines(path, 0)
     for step in range(5):
@@ -69,7 +69,7 @@ def test_a_resume_drops_the_steps_it_repeats_and_a_line_cut_off_by_a_crash(tmp_p
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_truncation_leaves_the_old_file_where_it_cannot_be_replaced(tmp_path, monkeypatch):
+def test_dropping_steps_keeps_the_old_file_if_it_cannot_be_replaced(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n')
 
@@ -132,7 +132,7 @@ def test_all_launches_of_a_run_directory_write_to_one_wandb_run(tmp_path, monkey
     assert all(run.finished for run in runs)
 
 
-def test_tensorboard_gets_the_values_that_exist(tmp_path, monkeypatch):
+def test_tensorboard_gets_only_values_that_exist(tmp_path, monkeypatch):
     written: dict[str, float] = {}
 
     class SummaryWriter:

@@ -15,7 +15,7 @@ from tests.mutants import MODULES, mutant_losses, real_losses
 from tests.ranks import run_on_ranks
 
 UNCHANGED = "from __future__ import annotations"
-"""A text that every module has once: replaced by itself it gives a copy."""
+"""A text that occurs once in every module. Replacing it by itself gives an unchanged copy."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ SEVERAL_SHARDS_ONLY = {
 
 
 def _check_mutant(mutation: Mutation) -> str:
-    """The message of the claim's failure; an error of another kind is not a detection and passes through."""
+    """The message of the claim's failure. An error of another kind is not a detection and is raised."""
     losses = mutant_losses(mutation.module, mutation.right, mutation.wrong)
     try:
         mutation.claim(losses)
@@ -279,13 +279,13 @@ def test_an_unchanged_copy_keeps_every_claim() -> None:
     run_on_ranks(_check_unchanged_copy, 1)
 
 
-def test_a_mutant_is_known_to_nobody_else() -> None:
+def test_a_mutant_does_not_change_the_real_modules() -> None:
     before = real_losses().modules
     mutant_losses("objectives.parts.trust", "trust_u_T.log() < log_ratio_T", "trust_u_T.log() > log_ratio_T")
     after = real_losses().modules
     assert all(after[name] is before[name] for name in MODULES)
 
 
-def test_a_mutation_whose_text_is_gone_is_reported() -> None:
+def test_a_mutation_whose_text_is_missing_is_reported() -> None:
     with pytest.raises(AssertionError, match="has 0 times"):
         mutant_losses("objectives.parts.trust", "a text that is not in the source", "")

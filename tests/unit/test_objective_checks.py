@@ -1,4 +1,4 @@
-"""Degenerate settings of the objectives with a reward, and keys without effect: one line each, none for the rest."""
+"""Degenerate settings of reward objectives and keys without effect give one line each. Other settings give none."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_defaults_of_every_kind_have_no_problem(objective: Any) -> None:
         ("reopold", {"stages": 2}, {"loss": {"aggregation": "sequence_mean"}}, "set loss.aggregation=token_mean"),
     ],
 )
-def test_a_degenerate_setting_gives_one_line(
+def test_a_degenerate_objective_setting_gives_one_line(
     kind: str, objective: dict[str, Any], sections: dict[str, Any], expected: str
 ) -> None:
     (problem,) = problems_of(kind, objective, **sections)
@@ -132,7 +132,7 @@ PPO = {"ratio": "ppo_clip", "clip_low": 0.1, "clip_high": 0.3, "dual_clip": None
         ("gkd", {"full_vocabulary": True, "norm": "renorm"}, "objective.norm=renorm has no effect"),
     ],
 )
-def test_a_changed_key_that_nothing_reads_gives_one_line(kind: str, objective: dict[str, Any], expected: str) -> None:
+def test_a_changed_key_without_effect_gives_one_line(kind: str, objective: dict[str, Any], expected: str) -> None:
     (problem,) = problems_of(kind, objective)
     assert expected in problem and "\n" not in problem
 
@@ -151,5 +151,5 @@ def test_a_changed_key_that_nothing_reads_gives_one_line(kind: str, objective: d
         ("custom", {"function": "package.module:function", "policy_gradient": {"tis_cap": 3.0}}),
     ],
 )
-def test_a_changed_key_that_is_read_gives_none(kind: str, objective: dict[str, Any]) -> None:
+def test_a_changed_key_with_an_effect_gives_no_line(kind: str, objective: dict[str, Any]) -> None:
     assert problems_of(kind, objective) == []

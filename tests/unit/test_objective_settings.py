@@ -1,4 +1,4 @@
-"""Defaults of the objectives follow their sources: what docs/settings.md states is what the configuration has.
+"""Defaults of the objectives follow their sources: the configuration has the values stated in docs/settings.md.
 
 Also the one default that changes a gradient before any update: `rlad` has no dual clip.
 """
@@ -39,7 +39,7 @@ PARSE = TypeAdapter[ObjectiveConfig](ObjectiveConfig).validate_python
 
 
 def with_teacher_ratios(batch: Batch) -> Batch:
-    """The teacher gives the sampled tokens from 1/1000 to 4 times what the old policy gives them."""
+    """The teacher's probabilities of the sampled tokens are 1/1000 to 4 times those of the old policy."""
     log_q_T = at(batch.old_z_TV.log_softmax(dim=1), batch.x_T) + torch.linspace(
         math.log(1e-3), math.log(4.0), TOKENS, dtype=torch.float64
     )
@@ -50,7 +50,7 @@ def with_teacher_ratios(batch: Batch) -> Batch:
 
 @pytest.mark.parametrize("keys", [{}, {"clip_high": 0.3}], ids=["defaults", "another key given"])
 @pytest.mark.parametrize("moved", [0.0, 0.4])
-def test_rlad_has_the_gradient_of_the_grpo_surrogate_also_where_a_is_negative_and_q_is_below_a_ninth_of_p(
+def test_rlad_has_the_gradient_of_the_grpo_surrogate_even_where_the_teacher_finds_bad_tokens_unlikely(
     moved: float, keys: dict[str, float]
 ) -> None:
     """d/dz of -min(w A, clip(w) A), w = p / sqrt(p_old q), is -A w (e_x - p), or 0 where the clip holds w."""
@@ -75,7 +75,7 @@ def test_rlad_has_the_gradient_of_the_grpo_surrogate_also_where_a_is_negative_an
     assert far_below >= 5
 
 
-def test_with_a_dual_clip_of_three_rlad_would_drop_these_tokens() -> None:
+def test_with_a_dual_clip_of_three_rlad_would_drop_negative_tokens_that_the_teacher_finds_unlikely() -> None:
     """Why it has none: w = sqrt(p / q) > 3 where q < p / 9."""
     batch = with_teacher_ratios(Batch())
     inputs = replace(batch.inputs(), student_mask_T=torch.ones(TOKENS, dtype=torch.bool))
@@ -98,14 +98,14 @@ def default_of(kind: str) -> PolicyGradientConfig:
 
 
 @pytest.mark.parametrize("kind", WITH_POLICY_GRADIENT)
-def test_a_key_that_is_left_out_has_the_default_of_the_kind_also_beside_others(kind: str) -> None:
+def test_a_missing_policy_gradient_key_has_the_default_of_its_objective_kind(kind: str) -> None:
     function = {"function": "package.module:function"} if kind == "custom" else {}
     section = {"kind": kind, **function, "policy_gradient": {"epochs": 3}}
     assert PARSE(section).policy_gradient == default_of(kind).model_copy(update={"epochs": 3})
 
 
 @pytest.mark.parametrize("kind", WITH_POLICY_GRADIENT)
-def test_every_default_can_be_changed_back_to_that_of_the_class(kind: str) -> None:
+def test_every_kind_specific_default_can_be_overridden_with_the_general_one(kind: str) -> None:
     function = {"function": "package.module:function"} if kind == "custom" else {}
     plain = PolicyGradientConfig()
     assert PARSE({"kind": kind, **function, "policy_gradient": plain.model_dump()}).policy_gradient == plain
@@ -156,7 +156,7 @@ SHARED_ROWS = [row for row in rows("From an advantage to a gradient") if len(row
 POLICY_COLUMNS = ("ratio", "dual_clip", "mismatch", "tis_cap")
 
 
-def test_every_kind_has_one_row_and_every_key_of_the_policy_gradient_a_place() -> None:
+def test_the_page_has_one_row_per_kind_and_lists_every_policy_gradient_key() -> None:
     assert sorted(row[0].strip("`") for row in POLICY_ROWS) == KINDS
     assert {*POLICY_COLUMNS, *(row[0].strip("`") for row in SHARED_ROWS)} == set(PolicyGradientConfig.model_fields)
     sources = [kind for row in rows("Sources") for kind in re.findall(r"`(\w+)`", row[0])]
@@ -164,7 +164,7 @@ def test_every_kind_has_one_row_and_every_key_of_the_policy_gradient_a_place() -
 
 
 @pytest.mark.parametrize("row", POLICY_ROWS, ids=lambda row: row[0].strip("`"))
-def test_the_policy_gradient_of_a_kind_is_what_the_table_states(row: list[str]) -> None:
+def test_the_policy_gradient_defaults_of_a_kind_match_the_table(row: list[str]) -> None:
     kind, cells = row[0].strip("`"), row[1:5]
     if kind not in WITH_POLICY_GRADIENT:
         assert cells == ["-"] * 4
@@ -177,7 +177,7 @@ def test_the_policy_gradient_of_a_kind_is_what_the_table_states(row: list[str]) 
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"custom"}))
-def test_the_own_settings_of_a_kind_are_what_the_table_states(kind: str) -> None:
+def test_the_settings_specific_to_a_kind_match_the_table(kind: str) -> None:
     stated = {
         row[1].strip("`"): value_of(row[2]) for row in rows("The objective's own settings") if row[0] == f"`{kind}`"
     }
@@ -192,15 +192,15 @@ def test_the_own_settings_of_a_kind_are_what_the_table_states(kind: str) -> None
         assert_equal(found[name], value, f"{kind}.{name}")
 
 
-def test_the_sizes_of_a_custom_objective_are_what_the_text_states() -> None:
+def test_the_top_k_defaults_of_a_custom_objective_match_the_page() -> None:
     custom = CustomObjective(function="package.module:function")
     assert "`topk` is 64 and its `student_topk` 0" in TEXT
     assert (custom.topk, custom.student_topk) == (64, 0)
 
 
 @pytest.mark.parametrize("row", rows("Settings of other sections"), ids=lambda row: f"{row[0]} {row[1]}")
-def test_the_defaults_of_other_sections_are_what_the_table_states(row: list[str]) -> None:
-    """A value of the source that differs is bold, and only then."""
+def test_the_defaults_of_other_sections_match_the_table(row: list[str]) -> None:
+    """A source's value is bold if and only if it differs."""
     section, name = row[1].strip("`").split(".")
     default = getattr({"rollout": RolloutConfig(), "loss": LossConfig()}[section], name)
     assert row[0].strip("`") in KINDS
@@ -210,5 +210,5 @@ def test_the_defaults_of_other_sections_are_what_the_table_states(row: list[str]
     assert (of_source == row[2].strip("`")) == (bold is None)
 
 
-def test_the_page_is_linked_from_the_objectives() -> None:
+def test_the_settings_page_is_linked_from_the_objectives_page() -> None:
     assert "(settings.md)" in (REPOSITORY / "docs" / "objectives.md").read_text(encoding="utf-8")

@@ -134,7 +134,7 @@ def test_log_ratio_and_masses_are_reported() -> None:
     torch.testing.assert_close(columns["student_mass"][counted_T], student_mass_T[counted_T], rtol=0, atol=0)
 
 
-def test_an_unused_topk_slot_has_no_mass() -> None:
+def test_an_unused_top_k_slot_has_no_mass() -> None:
     inputs = Batch().inputs()
     unused_T1 = torch.zeros(TOKENS, 1, dtype=torch.float64)
     wider = replace(
@@ -181,7 +181,7 @@ def test_with_the_gate_closed_tropd_is_the_topk_forward_kl(norm: str) -> None:
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_an_uncounted_token_has_no_influence_whatever_its_numbers_are(ratio: str) -> None:
+def test_a_token_outside_both_masks_has_no_influence_on_tropd(ratio: str) -> None:
     batch = Batch(moved=0.3)
     clean, uncounted_T = run_tropd(batch.inputs(), SETTINGS), batch.uncounted_T
     for norm, mismatch in itertools.product(NORMS, MISMATCHES):
@@ -198,7 +198,7 @@ def test_an_uncounted_token_has_no_influence_whatever_its_numbers_are(ratio: str
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_prefix_token_carries_neither_ratio_nor_engine_weight(ratio: str) -> None:
-    """Whatever the sampler said of it (nothing) and however far the policy has moved, its gradient is the same."""
+    """Its gradient does not depend on the sampler, which has no value for it, or on how far the policy has moved."""
     batch = Batch(3, moved=0.5)
     batch.origin = ["prefix"] * TOKENS
     for prefix_loss in ("nll", "topk_fkl"):
@@ -222,7 +222,7 @@ def test_a_token_that_the_teacher_excludes_is_an_outlier_with_a_finite_loss() ->
         assert output.loss_sum.isfinite() and gradient_TV.isfinite().all()
 
 
-def test_no_tokens_give_zero_and_a_gradient() -> None:
+def test_tropd_of_zero_tokens_gives_loss_zero_and_an_empty_gradient() -> None:
     batch = Batch(tokens=0)
     output = run_tropd(batch.inputs(), SETTINGS)
     assert float(output.loss_sum.detach()) == 0.0 and int(output.token_count) == 0
@@ -235,7 +235,7 @@ CONSTANTS = ("teacher_logp_T", "teacher_topk_logp_TK", "old_logp_T", "rollout_lo
 
 
 def _detach_check(settings: dict[str, Any]) -> None:
-    """Only the student's log-probs may carry a gradient; a live teacher, sampler or uniform must get none."""
+    """Only the student's log-probs may get a gradient. A live teacher, sampler or uniform must get none."""
     inputs = Batch(moved=0.3).inputs()
     live = {name: getattr(inputs, name).detach().clone().requires_grad_(True) for name in CONSTANTS}
     output = run_tropd(replace(inputs, **live), settings)
@@ -254,7 +254,7 @@ def test_ratio_gate_advantage_and_columns_are_detached(trust_mode: str, outlier_
 
 
 @pytest.mark.parametrize("outlier_mode", ["fkl_scalar", "mask", "clip"])
-def test_an_advantage_reaches_the_student_through_the_sampled_log_prob_only(outlier_mode: str) -> None:
+def test_an_advantage_reaches_the_student_only_through_the_sampled_log_prob(outlier_mode: str) -> None:
     """d loss / d log p(x) is minus the advantage, and the top-k log-probs get no gradient."""
     batch = Batch()
     inputs = batch.inputs()
@@ -275,7 +275,7 @@ def test_direct_outlier_loss_reaches_tokens_other_than_the_sampled_one() -> None
     assert pulled_up_TK.float().mean() > 0.5
 
 
-def test_opd_has_a_live_path_through_log_p() -> None:
+def test_opd_has_a_gradient_through_the_students_log_prob() -> None:
     batch = Batch()
     assert batch.gradient(opd(batch.inputs(), policy=policy_of(SETTINGS)).loss_sum).abs().max() > 1e-3
 
@@ -289,7 +289,7 @@ def test_loss_and_gradient_are_proportional_to_the_row_weight() -> None:
     assert torch.equal(one.columns["loss"], two.columns["loss"])
 
 
-def test_float32_differs_from_float64_by_rounding_only() -> None:
+def test_tropd_in_float32_differs_from_float64_only_by_rounding() -> None:
     batch = Batch()
     inputs = batch.inputs()
     narrow = {
@@ -303,7 +303,7 @@ def test_float32_differs_from_float64_by_rounding_only() -> None:
         torch.testing.assert_close(narrow_loss.double(), wide_loss, rtol=1e-5, atol=1e-5)
 
 
-def test_mean_policy_gradient_of_a_million_draws_is_the_closed_form() -> None:
+def test_the_mean_policy_gradient_of_a_million_draws_equals_the_closed_form() -> None:
     """The trusted term and the whole of TrOPD, sampled over token and gate, against exact enumeration."""
     draws = 1_000_000
     random = torch.Generator().manual_seed(17)
@@ -333,7 +333,7 @@ def test_mean_policy_gradient_of_a_million_draws_is_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("method", ["opd", "tropd", "tropd_soft", "tropd_scalar"])
-def test_a_tabular_student_approaches_its_teacher(method: str) -> None:
+def test_a_tabular_student_approaches_its_teacher_with_tropd(method: str) -> None:
     """Five states, eleven tokens, plain gradient descent on sampled tokens: the total variation falls."""
     states, vocabulary, draws, steps = 5, 11, 100, 200
     random = torch.Generator().manual_seed(23)

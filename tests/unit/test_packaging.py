@@ -1,4 +1,4 @@
-"""Ranges in pyproject.toml, exact pins in requirements/, and a wheel that needs torch and replaces no vendor's."""
+"""Ranges in pyproject.toml, exact pins in requirements/, and a wheel that needs torch but keeps a vendor's torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LOCKED_EXTRAS = ("train", "eval", "docs", "dev")
 VENDOR = "2.9.0a0+145a3a7bda.nv25.10"
-"""A version as a vendor's container has it: a pre-release with a local part."""
+"""A version as in a vendor's container: a pre-release with a local part."""
 KEPT_OUT = (
     "sglang",
     "sglang-kernel",
@@ -68,7 +68,7 @@ def test_every_declared_package_is_locked_inside_its_range() -> None:
         assert item.specifier.contains(lock[canonicalize_name(item.name)][0]), item
 
 
-def test_the_lower_ends_are_the_versions_that_were_run() -> None:
+def test_the_lower_bounds_are_versions_that_were_tested() -> None:
     oldest = pins("oldest.txt")
     for item in declared("train"):
         (lower,) = [part.version for part in item.specifier if part.operator == ">="]
@@ -77,12 +77,12 @@ def test_the_lower_ends_are_the_versions_that_were_run() -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu.txt", "oldest.txt"])
-def test_every_pin_says_why_it_is_there(name: str) -> None:
+def test_every_pin_has_a_comment_that_says_why(name: str) -> None:
     assert not [package for package, (_, reason) in pins(name).items() if not reason]
 
 
 def needed_by(roots: list[tuple[str, frozenset[str]]]) -> dict[str, list[Requirement]]:
-    """Every package that these need, over the installed metadata -> what is asked of it."""
+    """Every package that these need, by the installed metadata -> its requirement."""
     found: dict[str, list[Requirement]] = {name: [] for name, _ in roots}
     queue = list(roots)
     while queue:
@@ -123,12 +123,12 @@ def test_the_sglang_version_is_the_same_everywhere(path: str) -> None:
     assert set(re.findall(r"--no-deps\S* sglang==([0-9.]*[0-9])", (ROOT / path).read_text())) == {"0.5.23"}
 
 
-def test_the_messages_about_a_missing_sglang_name_the_measured_version() -> None:
+def test_the_messages_about_a_missing_sglang_name_the_tested_version() -> None:
     for path in ("tropd_mcore/cli/early_checks.py", "tropd_mcore/train/preflight_machine.py"):
         assert re.findall(r"sglang==([0-9.]*[0-9])", (ROOT / path).read_text()) == ["0.5.23"], path
 
 
-def test_nothing_that_the_trainer_needs_would_replace_a_vendors_torch() -> None:
+def test_no_dependency_of_the_trainer_would_replace_a_vendors_torch() -> None:
     roots = [(canonicalize_name(item.name), frozenset(item.extras)) for item in declared("train")]
     for item in [*needed_by(roots)["torch"], *declared()]:
         if item.name == "torch":
@@ -144,7 +144,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pip_installs_the_wheel_beside_a_vendors_torch_and_nothing_else(
     wheel: Path, installed: str, replaced: bool, tmp_path: Path
 ) -> None:
-    """A venv that has only the metadata of a torch; a newer one lies ready, and is taken for one that is too old."""
+    """A venv with only the metadata of a torch. A newer torch is available and replaces one that is too old."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = tmp_path / "env" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"

@@ -20,7 +20,7 @@ from tropd_mcore.types import Rollout
 
 MAX_SAMPLE = 5 + 9 + 17
 VOCABULARY = 20
-"""Few ids, so that an ignored one stands in most samples, and often more than once."""
+"""Few ids, so that an ignored one occurs in most samples, and often more than once."""
 
 
 def make_rollout(index: int, prompt: int, prefix: int, response: int, carries: bool) -> Rollout:
@@ -73,7 +73,7 @@ def steps_to_pack(draw):
 
 
 def parts_of(samples: int) -> list[range]:
-    """Three uneven parts, of which some may be empty."""
+    """Three uneven mini-batches, some of which may be empty."""
     return [range(0, samples // 2), range(samples // 2, samples - samples // 5), range(samples - samples // 5, samples)]
 
 
@@ -121,7 +121,7 @@ def test_every_supervised_token_is_a_row_exactly_once_over_all_ranks(case):
 
 @settings(max_examples=100, deadline=None)
 @given(steps_to_pack())
-def test_each_row_predicts_its_token_and_carries_its_sampler_values(case):
+def test_each_row_predicts_its_token_and_has_its_sampler_values(case):
     for packed in pack_all(case).values():
         for micro in packed.micro_batches:
             for row in range(len(micro.rows_T)):
@@ -168,8 +168,8 @@ def test_packs_have_one_length_and_context_slices_tile_them(case):
 
 
 def means_of_ones_and_twos(case: dict) -> list[float]:
-    """Of each part: sum of weight * value over its number of rows, with value 1 on on rows and 2 on off rows, scaled by
-    sample + 1."""
+    """For each mini-batch: sum of weight * value over its number of rows, with value 1 on on rows and 2 on off rows,
+    scaled by sample + 1."""
     ranks = list(pack_all(case).values())
     means = []
     for part in range(len(ranks[0].mini_batches)):
@@ -185,7 +185,7 @@ def means_of_ones_and_twos(case: dict) -> list[float]:
 
 @settings(max_examples=100, deadline=None)
 @given(steps_to_pack())
-def test_weights_turn_the_sum_of_each_part_into_the_mean_asked_for(case):
+def test_row_weights_turn_the_sum_over_each_mini_batch_into_the_configured_mean(case):
     rows = expected_rows(case)
     found = means_of_ones_and_twos(case)
     parts = case["mini_batches"] or [range(len(case["rollouts"]))]
@@ -206,7 +206,7 @@ def test_weights_turn_the_sum_of_each_part_into_the_mean_asked_for(case):
 
 @settings(max_examples=60, deadline=None)
 @given(steps_to_pack())
-def test_no_pack_has_samples_of_two_parts(case):
+def test_no_pack_has_samples_of_two_mini_batches(case):
     parts = case["mini_batches"] or [range(len(case["rollouts"]))]
     for packed in pack_all(case).values():
         assert [index for part in packed.mini_batches for index in range(len(packed.micro_batches))[part]] == list(
@@ -232,7 +232,7 @@ def test_mini_batches_are_whole_groups_in_the_order_of_the_samples():
         mini_batches(rollouts, 7)
 
 
-def test_samples_of_a_prompt_that_comes_twice_are_one_group():
+def test_all_samples_of_a_repeated_prompt_are_one_group():
     assert prompt_indices(of_prompts("b", "b", "a", "b")).tolist() == [1, 1, 0, 1]
 
 
@@ -263,7 +263,7 @@ def options(**changes) -> dict:
     return base | changes
 
 
-def test_the_token_mean_weighs_every_row_exactly_one():
+def test_the_token_mean_gives_every_row_a_weight_of_exactly_one():
     packed = pack([make_rollout(i, 3, 4, 11, i == 0) for i in range(3)], **options())
     for micro in packed.micro_batches:
         assert torch.equal(micro.weight_T, torch.ones_like(micro.weight_T))
@@ -290,11 +290,11 @@ def test_samples_are_spread_evenly_over_the_data_ranks():
     assert [sum(map(len, rank)) for rank in placed] == [3, 3, 3, 3]
 
 
-def test_placement_falls_back_to_first_fit_where_spreading_exceeds_the_budget():
+def test_placement_falls_back_to_first_fit_if_spreading_exceeds_the_budget():
     lengths = [6, 6, 4, 4, 4]  # two packs of 12 hold them only as 6+6 and 4+4+4
     assert bin_pack(lengths, budget=12, ranks=1) == [[[0, 1], [2, 3, 4]]]
 
 
-def test_placement_does_not_depend_on_anything_but_the_lengths():
+def test_placement_depends_only_on_the_lengths():
     lengths = [7, 3, 9, 9, 1, 4, 4, 2]
     assert bin_pack(lengths, budget=12, ranks=2) == bin_pack(list(lengths), budget=12, ranks=2)

@@ -1,4 +1,4 @@
-"""Adapters of other projects' losses: without a checkout a clear line, with one (a fake, written here) its numbers."""
+"""Adapters of other projects' losses: a clear line without a checkout, and results with one (a fake, written here)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ALL = [(project, name) for project in PROJECTS for name in peers_of(project)]
 
 
 def make_case(group: Any, name: str = "log_prob", *, rank: int = 0) -> PeerCase:
-    """One rank's part of five tokens; row 1 and 4 are in neither mask."""
+    """One rank's part of five tokens. Rows 1 and 4 are in neither mask."""
     draw = torch.Generator().manual_seed(3)
     logits_TV = torch.randn(5, 2 * WIDTH, generator=draw)
     logits_TV[:, VOCABULARY:] = 30.0
@@ -78,7 +78,7 @@ def make_case(group: Any, name: str = "log_prob", *, rank: int = 0) -> PeerCase:
 
 
 def true_loss(case: PeerCase, logits_TV: Tensor) -> Tensor:
-    """Token by token; the divergence has no loss on the teacher's tokens."""
+    """Token by token. The divergence has no loss on the teacher's tokens."""
     total = torch.zeros((), dtype=torch.float64)
     for row in STUDENT_ROWS if case.name.startswith("gkd") else STUDENT_ROWS + TEACHER_ROWS:
         logp_V = torch.log_softmax(logits_TV[row, :VOCABULARY] / TEMPERATURE, dim=0)
@@ -209,15 +209,15 @@ def test_a_fake_project_is_loaded_by_path_and_run_on_two_ranks(tmp_path: Path) -
     run_on_ranks(assert_right_on_this_rank, 2, f"{ADAPTERS}.slime:entropy@{root}", "entropy")
 
 
-def test_naive_equals_the_oracle_on_two_ranks() -> None:
+def test_the_naive_peer_equals_the_oracle_on_two_ranks() -> None:
     run_on_ranks(naive_is_right_on_this_rank, 2)
 
 
-def test_a_composite_is_the_sum_of_its_terms_on_two_ranks() -> None:
+def test_a_composite_peer_is_the_sum_of_its_terms_on_two_ranks() -> None:
     run_on_ranks(composite_is_the_sum_of_its_terms_on_this_rank, 2)
 
 
-def test_loading_leaves_sys_modules_as_it_was(tmp_path: Path) -> None:
+def test_loading_a_peer_leaves_sys_modules_unchanged(tmp_path: Path) -> None:
     before_parent = ModuleType("fakeproject")
     root = fake_project(
         tmp_path,
@@ -250,14 +250,14 @@ def test_loading_leaves_sys_modules_as_it_was(tmp_path: Path) -> None:
     assert "fakeproject" not in sys.modules
 
 
-def test_a_stand_in_cannot_be_called() -> None:
+def test_a_stand_in_for_a_missing_class_cannot_be_instantiated() -> None:
     stand_in = StandIn("fakeproject.heavy")
     assert issubclass(stand_in.Base[int], stand_in.Base)
     with pytest.raises(RuntimeError, match=r"fakeproject\.heavy\.Base is a stand-in"):
         stand_in.Base()
 
 
-def test_an_import_that_no_one_foresaw_and_a_name_that_has_gone_are_peers_missing(tmp_path: Path) -> None:
+def test_an_unexpected_import_or_a_removed_name_raises_peer_missing(tmp_path: Path) -> None:
     root = fake_project(
         tmp_path, {"fakeproject/new.py": "import fakeproject.unforeseen\n", "fakeproject/old.py": "x = 1\n"}
     )

@@ -1,4 +1,4 @@
-"""From an advantage to a loss: the three ratios, PPO's clip case by case, and what a moved policy changes.
+"""From an advantage to a loss: the three ratios, PPO's clip case by case, and the effect of a moved policy.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -50,7 +50,9 @@ def loss_of(
         (0.0, 9.0, 0.0, 0.0, 0.0),
     ],
 )
-def test_ppo_clip_table(advantage: float, ratio: float, loss: float, slope: float, clipped: float) -> None:
+def test_the_clipped_ppo_loss_and_its_slope_equal_worked_values(
+    advantage: float, ratio: float, loss: float, slope: float, clipped: float
+) -> None:
     """The band is [0.8, 1.3], the dual clip 3."""
     logp_T = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
     result = loss_of(
@@ -93,7 +95,7 @@ def test_loss_slope_ratio_and_clip_equal_the_oracle(ratio: str, mismatch: str, d
 
 
 @pytest.mark.parametrize("mismatch", MISMATCHES)
-def test_where_the_policy_has_not_moved_all_ratios_have_the_same_gradient(mismatch: str) -> None:
+def test_all_ratios_have_the_same_gradient_if_the_policy_has_not_moved(mismatch: str) -> None:
     random = torch.Generator().manual_seed(4)
     logp_T = (-3.0 * torch.rand(101, generator=random)).requires_grad_(True)
     advantage_T, behav_T = torch.randn(101, generator=random), -3.0 * torch.rand(101, generator=random)
@@ -105,14 +107,14 @@ def test_where_the_policy_has_not_moved_all_ratios_have_the_same_gradient(mismat
 
 
 def _expected_gradient(z_V: Tensor, old_V: Tensor, advantage_V: Tensor, **changed: object) -> np.ndarray:
-    """d/dz of the loss's expectation over x drawn from the old policy, exactly: one token each x."""
+    """The exact d/dz of the loss's expectation over x from the old policy: one token per x."""
     live_V = z_V.clone().requires_grad_(True)
     result = loss_of(live_V.log_softmax(0), advantage_V, old_V.log_softmax(0), **changed)
     (gradient_V,) = torch.autograd.grad((old_V.softmax(0) * result.loss_T).sum(), live_V)
     return gradient_V.numpy()
 
 
-def test_the_importance_ratio_gives_the_moved_policy_s_own_gradient() -> None:
+def test_the_importance_ratio_gives_the_gradient_of_the_moved_policy() -> None:
     """Over x ~ p_old: importance has the gradient of -E_{x ~ p}[A] at the moved p, and no ratio has not."""
     random = torch.Generator().manual_seed(5)
     z_V, old_V, advantage_V = (torch.randn(11, generator=random, dtype=torch.float64) for _ in range(3))
@@ -124,7 +126,7 @@ def test_the_importance_ratio_gives_the_moved_policy_s_own_gradient() -> None:
     assert np.abs(plain - closed_form).max() > 0.05
 
 
-def test_ppo_drops_exactly_the_held_tokens_of_the_moved_policy_s_gradient() -> None:
+def test_ppo_drops_exactly_the_clipped_tokens_from_the_gradient_of_the_moved_policy() -> None:
     random = torch.Generator().manual_seed(6)
     z_V, old_V, advantage_V = (torch.randn(11, generator=random, dtype=torch.float64) for _ in range(3))
     p, old, a = z_V.softmax(0).numpy(), old_V.softmax(0).numpy(), advantage_V.numpy()
@@ -137,7 +139,7 @@ def test_ppo_drops_exactly_the_held_tokens_of_the_moved_policy_s_gradient() -> N
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_gradients_flow_through_log_p_alone(ratio: str) -> None:
+def test_gradients_flow_only_through_the_students_log_prob(ratio: str) -> None:
     random = torch.Generator().manual_seed(7)
     live = [torch.randn(9, generator=random).requires_grad_(True) for _ in range(4)]
     logp_T, advantage_T, old_T, behav_T = live
@@ -147,7 +149,7 @@ def test_gradients_flow_through_log_p_alone(ratio: str) -> None:
     assert not any(t.requires_grad for t in (result.ratio_T, result.clipped_T, result.advantage_T))
 
 
-def test_the_anchor_takes_the_place_of_the_old_policy_in_the_ratio_alone() -> None:
+def test_the_anchor_replaces_the_old_policy_only_in_the_ratio() -> None:
     random = torch.Generator().manual_seed(8)
     logp_T, advantage_T, old_T, behav_T, anchor_T = (torch.randn(9, generator=random) for _ in range(5))
     policy = PolicyGradient(ratio="ppo_clip", mismatch="tis")

@@ -1,4 +1,4 @@
-"""Which samples carry their prefix's loss: by the objective, and by which samples the teacher scored."""
+"""The samples that carry the prefix loss, by objective and by the samples that the teacher scored."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def objective(settings: dict[str, Any]) -> ObjectiveConfig:
 
 
 def step_of(groups: list[tuple[str, int, int]], carriers: set[int]) -> list[Rollout]:
-    """(prompt, prefix tokens, samples) of each run of samples; the same prompt always has the same ids."""
+    """(prompt, prefix tokens, samples) of each run of samples. The same prompt always has the same ids."""
     rollouts = []
     for name, prefix, samples in groups:
         first = make_rollout(ord(name), 3, prefix, 6, False)
@@ -60,7 +60,7 @@ def carriers_of(rollouts: list[Rollout]) -> set[int]:
 
 
 @pytest.mark.parametrize("settings", WITH_PREFIX_LOSS, ids=str)
-def test_an_objective_with_a_prefix_term_says_so(settings: dict[str, Any]) -> None:
+def test_an_objective_with_a_prefix_term_declares_it(settings: dict[str, Any]) -> None:
     assert objective(settings).has_prefix_loss
 
 
@@ -83,19 +83,19 @@ def test_every_other_objective_has_no_prefix_rows(settings: dict[str, Any]) -> N
                 )
 
 
-def test_stored_carriers_stay_and_a_group_without_one_gets_its_first_sample() -> None:
+def test_stored_carriers_are_kept_and_a_group_without_one_gets_its_first_sample() -> None:
     rollouts = step_of([("a", 4, 3), ("b", 2, 3), ("c", 0, 2), ("d", 5, 1)], {1})
     assert carriers_of(with_carriers(rollouts, prefix_loss=True)) == {1, 3, 8}
 
 
-def test_a_prompt_that_was_sampled_twice_keeps_a_carrier_for_each_time() -> None:
+def test_a_prompt_that_occurs_twice_keeps_a_carrier_for_each_occurrence() -> None:
     rollouts = step_of([("a", 4, 6)], {0, 3})
     assert carriers_of(with_carriers(rollouts, prefix_loss=True)) == {0, 3}
     moved = hand_over(rollouts, {0, 1})
     assert moved is not None and carriers_of(moved) == {2, 3}
 
 
-def test_a_truncated_replay_keeps_its_carriers() -> None:
+def test_a_truncated_replay_keeps_its_prefix_carriers() -> None:
     rollouts = [cut_response(rollout, 0) for rollout in step_of([("a", 4, 3)], set())]
     assert carriers_of(with_carriers(rollouts, prefix_loss=True)) == {0}
 
@@ -138,11 +138,11 @@ def test_each_prefix_is_carried_by_one_scored_sample_if_its_prompt_has_one(case)
 
 @given(failures())
 @settings(max_examples=30, deadline=None)
-def test_nothing_moves_where_all_are_scored(case):
+def test_no_carrier_moves_if_all_samples_are_scored(case):
     assert hand_over(case[0], set()) is None
 
 
-def test_a_prefix_that_was_scored_in_no_sample_is_no_scored_row() -> None:
+def test_a_prefix_that_no_sample_has_scores_for_is_not_trained() -> None:
     (rollout,) = step_of([("a", 4, 1)], {0})
     (batch,) = pack([rollout], **options()).micro_batches
     first = len(rollout.prompt_ids) + len(rollout.prefix_ids)
@@ -155,8 +155,10 @@ def test_a_prefix_that_was_scored_in_no_sample_is_no_scored_row() -> None:
     assert scores.scored_T.equal(batch.student_mask_T) and batch.prefix_mask_T.sum() == 4
 
 
-def test_all_that_a_step_computes_is_of_the_packs_with_the_final_carriers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The student's pass, the scores and the context: none of the packs from before the carriers moved."""
+def test_every_result_of_a_step_is_computed_on_the_packs_with_the_final_carriers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The student's pass, the scores and the context must not use the packs from before the carriers moved."""
     seen: list[Any] = []
 
     def note(*arguments: Any) -> str:

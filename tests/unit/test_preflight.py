@@ -1,4 +1,4 @@
-"""What is wrong with a launch is found without ranks, servers or heavy imports, all at once, each line by its key."""
+"""Problems of a launch are found without ranks, servers or heavy imports, all at once, each with its key."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ MODEL = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-"""A config.json that tensor or pipeline ranks up to 8 can cut."""
+"""A config.json that up to 8 tensor or pipeline ranks divide."""
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Everything that the recipe names, by name alone."""
+    """All files that the recipe names, without content."""
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(MODEL))
@@ -61,7 +61,7 @@ def found_in(root: Path, *overrides: str, world_size: int = 1, **environ: str) -
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int) -> None:
-    """Device files of NVIDIA's driver beside others of it, in a folder that stands for /dev; torch is one for CUDA."""
+    """Device files of NVIDIA's driver, and others of it, in a folder that stands for /dev. torch has CUDA."""
     folder.mkdir()
     for name in ("null", "nvidiactl", "nvidia-uvm", *(f"nvidia{index}" for index in range(count))):
         (folder / name).touch()
@@ -71,12 +71,12 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int) -> None
     monkeypatch.setattr(preflight_machine, "importable", lambda name: name == "transformer_engine" or importable(name))
 
 
-def test_nothing_is_said_of_a_launch_that_has_all_it_names(root: Path) -> None:
+def test_a_launch_whose_files_all_exist_reports_nothing(root: Path) -> None:
     assert found_in(root) == []
     assert not (root / "run").exists(), "nothing is made"
 
 
-def test_everything_that_is_wrong_is_told_at_once_each_line_by_its_key(root: Path) -> None:
+def test_all_problems_of_a_launch_are_reported_at_once_each_with_its_key(root: Path) -> None:
     (root / "prompts.jsonl").unlink()
     (root / "student" / "config.json").unlink()
     (root / "file").touch()
@@ -102,7 +102,7 @@ def test_everything_that_is_wrong_is_told_at_once_each_line_by_its_key(root: Pat
     ]
 
 
-def test_a_replay_needs_no_key_of_the_server_that_it_does_not_ask(root: Path) -> None:
+def test_a_replay_needs_no_api_key_of_the_rollout_server(root: Path) -> None:
     key = ["rollout.server.url=http://elsewhere:1", "rollout.server.api_key_env=NO_SUCH_KEY"]
     (line,) = found_in(root, *key)
     assert line.startswith("rollout.server.api_key_env=NO_SUCH_KEY: this environment variable is unset")
@@ -154,7 +154,7 @@ def test_a_replay_needs_no_key_of_the_server_that_it_does_not_ask(root: Path) ->
             "broken student/config.json",
             "",
             "student.path: {root}/student/config.json: not valid JSON (Expecting ',' delimiter: line 1 column 24 "
-            "(char 23)); mend it or fetch the file again",
+            "(char 23)); correct it or download the file again",
         ),
         (
             "",
@@ -173,9 +173,7 @@ def test_a_replay_needs_no_key_of_the_server_that_it_does_not_ask(root: Path) ->
         ),
     ],
 )
-def test_each_fault_of_a_path_is_one_line_that_says_what_to_do(
-    root: Path, change: str, override: str, line: str
-) -> None:
+def test_each_wrong_path_gives_one_line_that_says_what_to_do(root: Path, change: str, override: str, line: str) -> None:
     make(root, change)
     overrides = [override.replace("{root}", str(root))] if override else []
     assert found_in(root, *overrides) == [line.replace("{root}", str(root))]
@@ -204,7 +202,7 @@ def make(root: Path, change: str) -> None:
         (path / "tropd.json").touch()
 
 
-def test_the_lines_of_the_prompts_are_told_beside_a_model_that_is_missing(root: Path) -> None:
+def test_wrong_prompt_lines_are_reported_together_with_a_missing_model(root: Path) -> None:
     """Without a tokenizer the start cannot read them; the next launch would be the first to say it."""
     (root / "prompts.jsonl").write_text('{"id": "a", "prompt": "2 + 3 ="}\n{"id": "b", "question": "4 + 5 ="}\n')
     assert found_in(root) == [], "with models, the checks of the start read the prompts"
@@ -213,8 +211,8 @@ def test_the_lines_of_the_prompts_are_told_beside_a_model_that_is_missing(root: 
     assert line.startswith(f"{root}/prompts.jsonl:2: unknown key 'question'"), line
 
 
-def test_a_folder_without_rights_is_refused_by_its_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The question to the system is answered by the test: the superuser may write everywhere."""
+def test_a_folder_without_permissions_is_refused_by_its_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test replaces the system call, because the superuser may write everywhere."""
     closed, access = root / "closed", os.access
     closed.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
@@ -222,16 +220,14 @@ def test_a_folder_without_rights_is_refused_by_its_key(root: Path, monkeypatch: 
     assert line == f"run.dir={closed}/run: {closed} cannot be written; choose another run.dir"
 
 
-def test_a_checkpoint_that_the_run_no_longer_begins_from_may_be_gone(root: Path) -> None:
+def test_the_init_from_checkpoint_of_a_started_run_may_be_missing(root: Path) -> None:
     own = root / "run" / "checkpoints" / "step_000002"
     own.mkdir(parents=True)
     (own / "tropd.json").touch()
     assert found_in(root, f"run.init_from={root}/nope") == []
 
 
-def test_packages_that_are_missing_are_named_with_the_key_that_asks_for_them(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_are_named_with_the_key_that_needs_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight_machine, "importable", lambda name: False)
     lines = found_in(root, "verifier.kind=math_verify", "monitor.wandb_project=p", "monitor.tensorboard=true")
     found = {line.split()[-1].strip("`'"): line.split(":")[0] for line in lines}
@@ -252,7 +248,7 @@ def test_packages_that_are_missing_are_named_with_the_key_that_asks_for_them(
     assert not any("sglang" in line for line in lines), "a server that runs elsewhere needs no package here"
 
 
-def test_a_key_in_the_environment_is_asked_for_where_a_url_needs_it(root: Path) -> None:
+def test_the_api_key_variable_must_be_set_if_a_url_needs_it(root: Path) -> None:
     overrides = ["rollout.server.url=http://elsewhere:1", "rollout.server.api_key_env=KEY"]
     (line,) = found_in(root, *overrides)
     assert line.startswith("rollout.server.api_key_env=KEY: this environment variable is unset or empty")
@@ -290,9 +286,7 @@ def test_gpus_are_counted_as_torch_would_without_torch(
     assert preflight_machine.visible_gpus(environ) == gpus
 
 
-def test_gpus_that_do_not_exist_are_not_there_whatever_the_environment_says(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_listed_in_the_environment_count_only_if_they_exist(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, root / "dev", 0)
     assert preflight_machine.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
     (root / "dev" / "dxg").touch()
@@ -333,7 +327,7 @@ def test_a_machine_with_too_few_gpus_is_refused(
     )
 
 
-def test_ranks_are_counted_per_machine_where_the_number_of_machines_is_known(
+def test_ranks_are_counted_per_machine_if_the_number_of_machines_is_known(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpus(monkeypatch, root / "dev", 8)
@@ -343,9 +337,7 @@ def test_ranks_are_counted_per_machine_where_the_number_of_machines_is_known(
     assert line.startswith("parallel: 16 ranks on this machine but 8 GPUs are visible")
 
 
-def test_a_torch_without_cuda_is_refused_where_the_platform_is_cuda(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_torch_without_cuda_is_refused_if_the_platform_is_cuda(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, root / "dev", 1)
     monkeypatch.setattr(preflight_machine, "_torch_version", lambda: "2.13.0+cpu")
     (line,) = found_in(root, "platform.kind=cuda")
@@ -353,7 +345,7 @@ def test_a_torch_without_cuda_is_refused_where_the_platform_is_cuda(
     assert found_in(root, "platform.kind=cpu") == [], "nothing of that torch sees them"
 
 
-def test_a_warning_is_no_reason_to_refuse_a_launch(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warning_does_not_refuse_a_launch(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, root / "dev", 0)
     launch = Launch(config_in(root, "platform.kind=auto"), 8, 1, {})
     (fault,) = [fault for check in CHEAP_CHECKS for fault in check.find(launch)]
@@ -370,7 +362,7 @@ def write_model(folder: Path, *, layers: int, heads: int) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-def test_a_model_in_the_job_that_cannot_be_cut_is_refused_by_its_key(root: Path) -> None:
+def test_a_model_in_the_job_that_the_layout_does_not_divide_is_refused_by_its_key(root: Path) -> None:
     write_model(root / "student", layers=4, heads=4)
     write_model(root / "teacher", layers=6, heads=8)
     found = found_in(root, "parallel.tensor=8", "parallel.pipeline=2", world_size=16)
@@ -381,7 +373,7 @@ def test_a_model_in_the_job_that_cannot_be_cut_is_refused_by_its_key(root: Path)
     ]
 
 
-def test_only_the_student_is_cut_into_virtual_stages_and_a_served_teacher_not_at_all(root: Path) -> None:
+def test_only_the_student_is_split_into_virtual_stages_and_a_served_teacher_is_not_split(root: Path) -> None:
     write_model(root / "student", layers=8, heads=4)
     write_model(root / "teacher", layers=6, heads=4)
     assert found_in(root, "parallel.pipeline=2", "parallel.virtual_pipeline=2", world_size=2) == []

@@ -1,4 +1,4 @@
-"""Signs of life: what a line says, who speaks and when, that the thread ends, and that bars and lines keep apart."""
+"""Progress output: its lines, when they are logged, the end of the thread, and bars that do not mix with lines."""
 
 import io
 import logging
@@ -68,11 +68,11 @@ class Terminal(io.StringIO):
         ({"total": 4000, "done": 1}, "rollout.server: 1 of 4000, 77.8 h left"),
     ],
 )
-def test_a_line_says_how_far_how_fast_and_how_long(values, line):
+def test_a_progress_line_shows_count_speed_and_time_left(values, line):
     assert state(moved=69.0, **values).line(70.0) == line
 
 
-def test_what_has_not_moved_for_half_a_minute_says_so_in_place_of_a_guess():
+def test_work_without_progress_for_half_a_minute_reports_that_instead_of_an_estimate():
     moving = state(moved=50.0, total=8, done=4, unit="responses")
     assert moving.line(79.0) == "rollout.server: 4 of 8 responses, 79 s left"
     assert moving.line(95.0) == "rollout.server: 4 of 8 responses, nothing new for 45 s"
@@ -80,11 +80,11 @@ def test_what_has_not_moved_for_half_a_minute_says_so_in_place_of_a_guess():
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (99.4, "99 s"), (120, "2 min"), (5970, "1.7 h")])
-def test_durations_are_said_in_the_unit_that_a_reader_would_take(seconds, text):
+def test_durations_are_shown_in_a_readable_unit(seconds, text):
     assert duration(seconds) == text
 
 
-def test_work_that_is_over_soon_says_nothing(caplog):
+def test_work_that_ends_soon_logs_nothing(caplog):
     caplog.set_level(logging.INFO)
     with progress(LOG, "short") as found:
         found.advance()
@@ -92,7 +92,7 @@ def test_work_that_is_over_soon_says_nothing(caplog):
 
 
 @pytest.mark.usefixtures("quick")
-def test_only_the_innermost_work_that_has_lasted_speaks(caplog):
+def test_only_the_innermost_long_running_work_logs_progress(caplog):
     caplog.set_level(logging.INFO)
     with progress(LOG, "step"):
         with progress(LOG, "inner", total=2, unit="files") as inner:
@@ -102,7 +102,7 @@ def test_only_the_innermost_work_that_has_lasted_speaks(caplog):
         wait_for(lambda: caplog.messages[-1].startswith("step: "))
         seen = len(caplog.messages)
         longest = 0.0
-        for _ in range(30):  # each too short to speak, together not
+        for _ in range(30):  # each too short to log, together long enough
             begun = time.monotonic()
             with progress(LOG, "tiny"):
                 time.sleep(0.01)
@@ -114,7 +114,7 @@ def test_only_the_innermost_work_that_has_lasted_speaks(caplog):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_line_of_anybody_is_a_sign_of_life_too(caplog):
+def test_any_log_line_postpones_the_next_progress_line(caplog):
     caplog.set_level(logging.INFO)
     with progress(LOG, "step"):
         end = time.monotonic() + 0.5
@@ -125,13 +125,13 @@ def test_a_line_of_anybody_is_a_sign_of_life_too(caplog):
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_thread_ends_with_the_block_also_after_an_error():
+def test_the_progress_thread_ends_with_its_block_even_after_an_error():
     with pytest.raises(RuntimeError), progress(LOG, "outer"), progress(LOG, "inner"):
         raise RuntimeError
     assert activity() == ""
 
 
-def test_ticks_grow_with_everything_that_gets_on():
+def test_the_tick_count_grows_with_all_progress():
     before = ticks()
     with progress(LOG, "counting", total=3) as found:
         assert list(counted("abc", found)) == ["a", "b", "c"]
@@ -139,7 +139,7 @@ def test_ticks_grow_with_everything_that_gets_on():
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_rank_other_than_zero_is_silent_unless_something_is_wrong():
+def test_ranks_other_than_zero_are_silent_unless_something_is_wrong():
     script = (
         "import logging, time; from tropd_mcore import logs, progress as p\n"
         "p.FIRST_S, p.TICK_S = 0.01, 0.01; p.report_every(0.02)\n"
@@ -155,7 +155,7 @@ def test_a_rank_other_than_zero_is_silent_unless_something_is_wrong():
     assert [line.partition(" W ")[2] for line in said[3].splitlines()] == ["rank 3: it is wrong"]
 
 
-def test_a_bar_shows_what_a_line_says_and_is_gone_afterwards(monkeypatch):
+def test_a_bar_shows_the_text_of_a_progress_line_and_is_wiped_at_the_end(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     terminal = Terminal()
@@ -166,13 +166,13 @@ def test_a_bar_shows_what_a_line_says_and_is_gone_afterwards(monkeypatch):
     for part in ("rollout.server:  50%", "32 of 64 responses", "412 tok/s, longest 3102"):
         assert part in picture, picture
     assert "\x1b[32m" in picture
-    bar.clear(state())  # of other work: nothing happens
+    bar.clear(state())  # of other work: no effect
     assert terminal.getvalue().split("\r")[-1] == picture
     bar.clear(work)
     assert terminal.getvalue().split("\r")[-1] == "" and terminal.getvalue().split("\r")[-2].strip() == ""
 
 
-def test_a_bar_has_no_colour_where_none_is_wanted(monkeypatch):
+def test_a_bar_has_no_colour_if_colours_are_switched_off(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     terminal = Terminal()
@@ -184,7 +184,7 @@ def test_a_bar_has_no_colour_where_none_is_wanted(monkeypatch):
     ("term", "no_colour", "terminal", "colour"),
     [("xterm", "", True, True), ("xterm", "1", True, False), ("dumb", "", False, False), ("", "", False, False)],
 )
-def test_bars_are_for_terminals_and_colours_for_those_who_want_them(monkeypatch, term, no_colour, terminal, colour):
+def test_bars_are_shown_only_on_terminals_and_colours_only_if_wanted(monkeypatch, term, no_colour, terminal, colour):
     monkeypatch.setenv("TERM", term)
     monkeypatch.setenv("NO_COLOR", no_colour)
     assert (logs.is_terminal(Terminal()), logs.has_colour(Terminal())) == (terminal, colour)
@@ -192,8 +192,8 @@ def test_bars_are_for_terminals_and_colours_for_those_who_want_them(monkeypatch,
 
 
 @pytest.mark.usefixtures("quick")
-def test_lines_of_the_log_and_of_stdout_do_not_tear_the_bar(monkeypatch):
-    """All that a terminal gets, in order: a line begins where the one before ended or where the bar was wiped."""
+def test_log_lines_and_stdout_lines_do_not_mix_with_the_bar(monkeypatch):
+    """All terminal output, in order: a line starts where the previous one ended or where the bar was wiped."""
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -224,6 +224,6 @@ def test_lines_of_the_log_and_of_stdout_do_not_tear_the_bar(monkeypatch):
     assert text.rstrip(" \r").split("\r")[-1].strip() == "" or text.endswith("\r")
 
 
-def test_control_characters_of_a_foreign_text_do_not_reach_the_terminal():
+def test_control_characters_in_foreign_text_do_not_reach_the_terminal():
     assert logs.printable("last line: \x1b[2J\x07red\r\tend\n") == "last line: ?[2J?red?\tend\n"
     assert logs.printable("Devanagari क, 🎉") == "Devanagari क, 🎉"

@@ -1,4 +1,4 @@
-"""Lines of a prompt file: every problem is said with its line, and a prompt never holds its own answer."""
+"""Lines of a prompt file: every problem is reported with its line, and a prompt never contains its own answer."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def problems_of(path: Path) -> list[str]:
     return str(caught.value).split("\n")
 
 
-def test_a_file_is_read_with_chats_texts_answers_and_blank_lines(tmp_path):
+def test_a_prompt_file_may_contain_chats_texts_answers_and_blank_lines(tmp_path):
     chat = [{"role": "user", "content": "two\u2028lines"}]
     lines = [{"id": "a", "messages": chat, "answer": "4"}, "", {"id": "b", "prompt": "plain"}]
     path = tmp_path / "prompts.jsonl"
@@ -58,7 +58,7 @@ def test_every_problem_of_a_prompt_file_is_reported_with_its_line(tmp_path):
         assert words in problem
 
 
-def test_a_long_list_of_problems_is_cut_with_their_number(tmp_path):
+def test_a_long_list_of_problems_is_shortened_and_their_number_stated(tmp_path):
     problems = problems_of(write_lines(tmp_path / "bad.jsonl", ["nonsense"] * 14))
     assert len(problems) == 11 and problems[-1] == "... and 4 more"
 
@@ -72,7 +72,7 @@ def test_a_file_without_prompts_is_refused_and_the_key_is_named(tmp_path, conten
 
 
 def problem_of(tmp_path: Path, line: Any) -> str:
-    """What is said of a file whose second line is `line`, without its place."""
+    """The message for a file whose second line is `line`, without its place."""
     (problem,) = problems_of(write_lines(tmp_path / "bad.jsonl", [{"id": "good", "prompt": "x"}, line]))
     place = f"{tmp_path / 'bad.jsonl'}:2: "
     assert problem.startswith(place)
@@ -87,7 +87,7 @@ def test_messages_that_end_with_an_answer_are_refused(tmp_path, role):
     assert problem.startswith(f"prompt 'a': `messages` end with a turn of role '{role}', so the answer would be part")
 
 
-def test_a_call_of_a_tool_without_its_result_is_an_answer_too(tmp_path):
+def test_a_tool_call_without_its_result_counts_as_an_answer(tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     assert "end with a turn of role 'assistant'" in problem_of(tmp_path, {"id": "a", "messages": [USER, call]})
 
@@ -101,7 +101,7 @@ def test_a_call_of_a_tool_without_its_result_is_an_answer_too(tmp_path):
         [USER, GOLD | {"content": None, "tool_calls": [{}]}, {"role": "tool", "content": ""}],
     ],
 )
-def test_messages_that_ask_for_an_answer_are_read_as_they_are(tmp_path, messages):
+def test_messages_that_ask_for_an_answer_are_read_unchanged(tmp_path, messages):
     (record,) = read_prompt_file(write_lines(tmp_path / "p.jsonl", [{"id": "a", "messages": messages}]))
     assert [message["content"] for message in record.prompt] == [message["content"] or "" for message in messages]
 
@@ -122,7 +122,7 @@ def test_messages_that_ask_for_an_answer_are_read_as_they_are(tmp_path, messages
         ("x", "expected `messages`, a list"),
     ],
 )
-def test_a_message_without_a_text_is_refused_by_its_number(tmp_path, messages, words):
+def test_a_message_without_text_is_refused_by_its_number(tmp_path, messages, words):
     problem = problem_of(tmp_path, {"id": "a", "messages": messages})
     assert problem.startswith("prompt 'a': ") and words in problem
 
@@ -134,7 +134,7 @@ def test_a_key_of_a_message_without_a_value_is_left_out(tmp_path):
     assert record.prompt == [{"role": "user", "content": "hi"}]
 
 
-def test_a_content_that_is_one_text_part_is_that_text(tmp_path):
+def test_a_content_with_a_single_text_part_is_read_as_that_text(tmp_path):
     message = {"role": "user", "content": [{"type": "text", "text": "two pears"}]}
     (record,) = read_prompt_file(write_lines(tmp_path / "p.jsonl", [{"id": "a", "messages": [message]}]))
     assert record.prompt == [{"role": "user", "content": "two pears"}]
@@ -157,16 +157,16 @@ def test_a_blank_text_is_refused(tmp_path, prompt):
         ("source", "a line has id, messages, prompt, answer, tools, chat_template_kwargs; remove the others"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_one_that_was_meant(tmp_path, key, suggestion):
+def test_an_unknown_key_of_a_prompt_is_refused_with_the_likely_one(tmp_path, key, suggestion):
     problem = problem_of(tmp_path, {"id": "a", "prompt": "x", key: "5"})
     assert problem.startswith(f"unknown key {key!r}; {suggestion}")
 
 
-def test_a_key_that_stands_twice_is_refused_on_every_level(tmp_path):
+def test_a_duplicate_key_is_refused_on_every_level(tmp_path):
     twice = '{"id": "a", "prompt": "x", "answer": "1", "answer": "2"}'
-    assert problem_of(tmp_path, twice) == "key 'answer' stands twice in one object; keep one"
+    assert problem_of(tmp_path, twice) == "key 'answer' occurs twice in one object; keep one"
     nested = '{"id": "a", "messages": [{"role": "user", "content": "x", "content": "y"}]}'
-    assert problem_of(tmp_path, nested) == "key 'content' stands twice in one object; keep one"
+    assert problem_of(tmp_path, nested) == "key 'content' occurs twice in one object; keep one"
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_a_key_that_stands_twice_is_refused_on_every_level(tmp_path):
         {"id": "b\ud835", "prompt": "x"},
     ],
 )
-def test_half_of_a_surrogate_pair_is_refused_by_line_id_and_key(tmp_path, line):
+def test_a_lone_surrogate_is_refused_by_line_id_and_key(tmp_path, line):
     problem = problem_of(tmp_path, line)
     assert re.search(r"prompt 'b.*': `\w+` holds \\u(d835|dc99), half of a surrogate pair", problem)
     problem.encode()
 
 
-def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+def test_a_complete_surrogate_pair_is_read_as_one_character(tmp_path):
     (record,) = read_prompt_file(write_lines(tmp_path / "p.jsonl", ['{"id": "a", "prompt": "\\ud835\\udc99"}']))
     assert record.prompt == "\U0001d499"
 

@@ -1,4 +1,4 @@
-"""Prompts are checked for all that the run will ask of them; those of a step depend on seed and step alone."""
+"""Prompts are checked for all requirements of the run. The prompts of a step depend only on seed and step."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def write_lines(path: Path, lines: list[Any]) -> Path:
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32))
-def test_every_pass_is_a_permutation_and_passes_follow_without_a_gap(size, count, seed):
+def test_every_epoch_is_a_permutation_of_the_prompts_and_epochs_follow_without_a_gap(size, count, seed):
     prompts = prompt_set(size, seed=seed)
     steps = -(-3 * size // count)
     served = [name for step in range(steps) for name in names(prompts.at_step(step, count))]
@@ -49,14 +49,14 @@ def test_every_pass_is_a_permutation_and_passes_follow_without_a_gap(size, count
         assert Counter(served[number * size : (number + 1) * size]) == Counter(f"p{i}" for i in range(size))
 
 
-def test_the_prompts_of_a_step_do_not_depend_on_what_was_asked_before():
+def test_the_prompts_of_a_step_do_not_depend_on_earlier_calls():
     fresh, used = prompt_set(23), prompt_set(23)
     for step in (9, 0, 31, 4):
         used.at_step(step, 5)
     assert names(fresh.at_step(17, 5)) == names(used.at_step(17, 5))
 
 
-def test_passes_and_seeds_have_orders_of_their_own():
+def test_every_epoch_and_every_seed_has_a_different_order():
     orders = {tuple(names(prompt_set(50, seed=seed).at_step(step, 50))) for seed in (1, 2) for step in (0, 1)}
     assert len(orders) == 4
 
@@ -65,7 +65,7 @@ def test_without_shuffling_the_order_is_that_of_the_file():
     assert names(prompt_set(4, shuffle=False).at_step(1, 3)) == ["p3", "p0", "p1"]
 
 
-def test_prompts_that_are_too_long_or_empty_are_reported_together(tmp_path, renderer):
+def test_all_prompts_that_are_too_long_or_empty_are_reported_together(tmp_path, renderer):
     lines = [{"id": "short", "prompt": "ab"}, {"id": "long", "prompt": "zz " * 50}, {"id": "none", "prompt": ""}]
     config = DataConfig(prompts=write_lines(tmp_path / "prompts.jsonl", lines), max_prompt_tokens=20)
     with pytest.raises(DataError) as caught:
@@ -96,14 +96,14 @@ def test_responses_of_other_prompts_are_refused(tmp_path, renderer):
         )
 
 
-def test_responses_that_nothing_needs_may_be_of_other_prompts(tmp_path, renderer):
+def test_responses_that_are_not_needed_may_belong_to_other_prompts(tmp_path, renderer):
     prompts = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x"}])
     responses = write_lines(tmp_path / "r.jsonl", [{"id": "b", "response_ids": [1]}])
     found = load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1)
     assert found.prompts[0].teacher_response_ids is None
 
 
-def test_stored_responses_are_merged_by_id_without_their_eos(tmp_path, renderer):
+def test_stored_responses_are_matched_by_id_without_their_end_token(tmp_path, renderer):
     prompts = write_lines(tmp_path / "p.jsonl", [{"id": name, "prompt": name} for name in "abc"])
     eos = renderer.eos_ids[0]
     responses = [
@@ -128,7 +128,7 @@ def problems_with(needs: PromptNeeds, renderer: Renderer, prompts: Path, respons
     return str(caught.value).split("\n")
 
 
-def test_a_prompt_without_a_stored_response_is_refused_where_guidance_will_draw_it(tmp_path, renderer):
+def test_a_prompt_without_a_stored_response_is_refused_if_guidance_will_use_it(tmp_path, renderer):
     """One of 40: without the check, the run dies at the step that draws it."""
     prompts = write_lines(tmp_path / "p.jsonl", [{"id": f"p{i}", "prompt": "x"} for i in range(40)])
     lines = [{"id": f"p{i}", "response_ids": [5]} for i in range(40) if i != 27]
@@ -139,7 +139,7 @@ def test_a_prompt_without_a_stored_response_is_refused_where_guidance_will_draw_
     assert "(`tropd prefixes`) or set objective.guidance.enabled=false" in problem
 
 
-def test_all_that_a_run_would_miss_is_said_at_once_by_file_and_line(tmp_path, renderer):
+def test_everything_that_a_run_would_lack_is_reported_at_once_by_file_and_line(tmp_path, renderer):
     prompts = write_lines(
         tmp_path / "p.jsonl",
         [
@@ -175,7 +175,7 @@ def test_ids_beyond_the_vocabulary_are_refused_by_line(tmp_path, renderer):
     ("kind", "answer"),
     [("math_verify", ""), ("math_verify", "\\$"), ("exact_match", " "), ("exact_match", "?\n?")],
 )
-def test_an_answer_that_no_response_can_have_is_refused_by_line(tmp_path, renderer, kind, answer):
+def test_an_answer_that_no_response_can_match_is_refused_by_line(tmp_path, renderer, kind, answer):
     path = write_lines(
         tmp_path / "p.jsonl", [{"id": "a", "prompt": "x", "answer": "5"}, {"id": "b", "prompt": "x", "answer": answer}]
     )
@@ -184,7 +184,7 @@ def test_an_answer_that_no_response_can_have_is_refused_by_line(tmp_path, render
     load_prompts(DataConfig(prompts=path), renderer, seed=1, needs=PromptNeeds(verifier=VerifierConfig()))
 
 
-def test_only_the_first_prompts_are_looked_at_where_there_is_a_limit(tmp_path, renderer):
+def test_only_the_first_prompts_are_checked_if_there_is_a_limit(tmp_path, renderer):
     path = write_lines(tmp_path / "p.jsonl", [{"id": "a", "prompt": "x", "answer": "5"}, {"id": "b", "prompt": "x"}])
     needs = PromptNeeds(answers="it is judged", limit=1)
     assert names(load_prompts(DataConfig(prompts=path), renderer, seed=1, needs=needs).prompts) == ["a"]

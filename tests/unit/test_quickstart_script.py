@@ -1,4 +1,4 @@
-"""examples/quickstart.sh over steps that only say that they were called: environment, failures, signals."""
+"""examples/quickstart.sh with steps that only record their calls: environment, failures, signals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LIMIT_S = 120.0
 
 
 class Clone:
-    """A copy of the script beside an environment of stubs."""
+    """A copy of the script with an environment of stubs."""
 
     def __init__(self, root: Path, venv: str) -> None:
         self.root, self.calls = root / "a clone", root / "calls"
@@ -77,7 +77,7 @@ def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("venv", [".venv", "an environment/of mine"])
 @pytest.mark.parametrize("absolute", [False, True])
-def test_the_environment_may_be_anywhere(tmp_path: Path, venv: str, absolute: bool) -> None:
+def test_the_python_environment_of_the_quickstart_may_be_anywhere(tmp_path: Path, venv: str, absolute: bool) -> None:
     clone = Clone(tmp_path, venv)
     code, out, err = result(clone.start(venv=str(clone.root / venv) if absolute else None))
     assert (code, err) == (0, "") and "Everything is in runs/quickstart" in out
@@ -85,7 +85,7 @@ def test_the_environment_may_be_anywhere(tmp_path: Path, venv: str, absolute: bo
 
 
 @pytest.mark.parametrize(("step", "done", "words"), [("prefixes", 2, "teacher responses"), ("report", 6, "report")])
-def test_the_step_that_fails_is_named_and_the_next_ones_are_not_begun(
+def test_a_failing_quickstart_step_is_named_and_the_next_ones_are_not_started(
     tmp_path: Path, step: str, done: int, words: str
 ) -> None:
     clone = Clone(tmp_path, ".venv")
@@ -95,8 +95,8 @@ def test_the_step_that_fails_is_named_and_the_next_ones_are_not_begun(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_and_the_script(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """As `kill` sends it, to the script alone."""
+def test_a_signal_ends_the_running_step_and_the_quickstart(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """As `kill` sends it, only to the script."""
     clone = Clone(tmp_path, ".venv")
     process = clone.start(sleep=True)
     pid_file = Path(f"{clone.calls}.pid")

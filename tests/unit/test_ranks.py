@@ -1,4 +1,4 @@
-"""The rank harness itself: results by rank, failures with their rank, hangs bounded, groups kept where they should be.
+"""The rank harness: results by rank, failures with their rank, bounded hangs, and groups that are kept if needed.
 
 `run_on_ranks` is `Pool.run` on the pool of the tests.
 """
@@ -80,12 +80,12 @@ def _group() -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 2])
-def test_results_come_by_rank_after_a_real_collective(world_size: int) -> None:
+def test_results_are_ordered_by_rank_after_a_real_collective(world_size: int) -> None:
     expected = 2.0 * sum(range(1, world_size + 1))
     assert run_on_ranks(_rank_and_sum, world_size, 2.0) == [(rank, world_size, expected) for rank in range(world_size)]
 
 
-def test_workers_are_kept_between_calls_and_use_one_thread() -> None:
+def test_rank_workers_are_kept_between_calls_and_use_one_thread() -> None:
     assert run_on_ranks(_process_id, 2) == run_on_ranks(_process_id, 2)
     assert run_on_ranks(_threads, 2) == [(1, "1")] * 2
 
@@ -96,16 +96,16 @@ def test_an_exception_keeps_its_type_and_names_its_rank() -> None:
     assert any("rank 1 of 2" in note and "_fail_on" in note for note in caught.value.__notes__)
 
 
-def test_the_cause_is_raised_and_not_its_consequence_on_another_rank() -> None:
+def test_the_first_failure_is_raised_and_not_its_consequence_on_another_rank() -> None:
     for rank in (0, 1, 2):
         with pytest.raises(KeyError, match=f"only rank {rank}"):
             run_on_ranks(_fail_on, 3, rank)
 
 
 def test_a_hang_ends_at_the_timeout_with_the_stack_and_the_pool_recovers() -> None:
-    """On a busy machine the ranks may not be at the place where they hang in time: then the next bound is tried."""
+    """On a busy machine the ranks may not reach the hang in time. Then the next, longer bound is tried."""
     for timeout_s in (3.0, 15.0, 75.0):
-        run_on_ranks(_process_id, 2)  # the workers run: the timeout below is not spent on their start
+        run_on_ranks(_process_id, 2)  # start the workers, so that the timeout below does not include their start
         with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2") as caught:
             run_on_ranks(_hang_on, 2, 1, timeout_s=timeout_s)
         if "_hang_on" in caught.value.__notes__[0]:
@@ -140,7 +140,7 @@ def test_a_rank_has_the_environment_of_its_pool_and_this_process_keeps_its_own(m
     assert [_environment(name) for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "ONLY_HERE")] == ["7", None, None]
 
 
-def test_fresh_ranks_are_other_processes_in_each_call_and_end_with_it() -> None:
+def test_fresh_ranks_are_new_processes_in_each_call_and_end_with_it() -> None:
     first, second = (on_fresh_ranks(_process_id, 1) for _ in range(2))
     assert first != second
     assert not any(psutil.pid_exists(pid) for pid in first + second)
@@ -155,7 +155,7 @@ def ranks() -> Iterator[Ranks]:
         yield ranks
 
 
-def test_kept_ranks_keep_their_group_also_after_a_failure_of_all(ranks: Ranks) -> None:
+def test_kept_ranks_keep_their_group_even_after_a_failure_on_all(ranks: Ranks) -> None:
     group, processes = ranks.call(_group, timeout_s=60), ranks.call(_process_id, timeout_s=60)
     failure = ranks.call(_fail, ArithmeticError("everywhere"), timeout_s=60)
     assert isinstance(failure, Failure)
@@ -175,7 +175,7 @@ def test_kept_ranks_keep_their_group_also_after_a_failure_of_all(ranks: Ranks) -
     ],
     ids=["hangs", "dies", "fails alone"],
 )
-def test_kept_ranks_are_all_ended_where_one_is_lost(
+def test_all_kept_ranks_are_ended_if_one_is_lost(
     function: Callable[..., Any], reason: str, detail: str, ranks: Ranks
 ) -> None:
     processes = ranks.call(_process_id, timeout_s=60)

@@ -1,4 +1,4 @@
-"""docs/configuration.md and docs/metrics.md are what the code says, row for row."""
+"""docs/configuration.md and docs/metrics.md match the code, row for row."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def made() -> ModuleType:
     return module
 
 
-def test_the_pages_are_those_that_the_script_makes(made: ModuleType) -> None:
+def test_the_reference_pages_are_those_that_the_script_writes(made: ModuleType) -> None:
     for name in ("configuration", "metrics"):
         page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
         assert page == getattr(made, name)(), f"run python docs/make_references.py: docs/{name}.md is not of this code"
 
 
 def _group(names: list[str]) -> Callable[[str], int]:
-    """The order of the first name of a group; names of one group stay as they are."""
+    """The order of the first name of each group. Names within a group keep their order."""
     order = list(dict.fromkeys(re.split(r"[./]", name)[0] for name in names))
     return lambda name: order.index(re.split(r"[./]", name)[0])
 

@@ -32,9 +32,11 @@ from tropd_mcore.config.objectives.trust_region import (
     TrustConfig,
 )
 from tropd_mcore.config.objectives.verified import KdrlObjective, RladObjective
+from tropd_mcore.config.reference import reference
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives import catalogue
 from tropd_mcore.objectives.candidates import rethinking
+from tropd_mcore.objectives.catalogue import CHOICES
 from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient
 from tropd_mcore.objectives.registry import bind_objective
 from tropd_mcore.objectives.rewards import entropy_opd, exopd, iw_opd, power_opd, reopold, topd, vopd
@@ -69,7 +71,7 @@ def test_the_defaults_of_the_policy_gradient_are_those_of_the_configuration() ->
     assert PolicyGradientConfig().constants == PolicyGradient()
 
 
-def test_tropd_keys_reach_the_objective() -> None:
+def test_the_keys_of_tropd_reach_the_objective() -> None:
     config = TropdObjective(
         trust=TrustConfig(mode="threshold", threshold=-0.3),
         outlier=OutlierConfig(mode="fkl_scalar", weight=0.6, topk=5, norm="tail", clip_tau=-0.9),
@@ -130,7 +132,7 @@ def test_opd_is_tropd_with_the_gate_open_and_no_guidance() -> None:
     assert torch.equal(plain.loss_sum, bind_objective(open_gate)(batch().inputs()).loss_sum)
 
 
-def test_guidance_that_is_off_has_no_loss_on_prefix_tokens() -> None:
+def test_without_guidance_there_is_no_loss_on_prefix_tokens() -> None:
     rows = batch()
     objective = bind_objective(TropdObjective(guidance=GuidanceConfig(enabled=False, loss="nll", beta=1.0)))
     assert not rows.gradient(objective(rows.inputs()).loss_sum)[rows.off_T].any()
@@ -166,6 +168,24 @@ def test_every_kind_of_the_configuration_has_a_loss_function_and_constants_of_it
         if kind.__module__.endswith(("rewards", "verified", "candidates")) or kind in (TropdObjective, OpdObjective)
     ],
 )
-def test_every_default_has_a_finite_loss_at_any_time(kind: type) -> None:
+def test_every_objective_with_its_defaults_has_a_finite_loss_at_any_progress(kind: type) -> None:
     for progress in (0.0, 0.5, 0.999):
         assert bind_objective(kind(), progress)(batch().inputs()).loss_sum.isfinite()
+
+
+WORDS_OF_KEYS = {
+    "trust.mode": "trust_mode", "outlier.mode": "outlier_mode", "outlier.norm": "outlier_norm",
+    "guidance.loss": "prefix_loss", "policy_gradient.ratio": "ratio", "policy_gradient.mismatch": "mismatch",
+}  # fmt: skip
+"""Keys whose last part is not the constant's name."""
+
+
+def test_the_library_allows_the_same_option_words_as_the_configuration() -> None:
+    """The library refuses a word by CHOICES, the configuration by its own list. `train` is no key: stages sets it."""
+    words: dict[str, set[str]] = {}
+    for key in reference():
+        path = key.dotted.removeprefix("objective.")
+        name = WORDS_OF_KEYS.get(path, path)
+        if key.dotted.startswith("objective.") and name in CHOICES:
+            words.setdefault(name, set()).update(key.accepts.split(" | "))
+    assert words | {"train": set(CHOICES["train"])} == {name: set(known) for name, known in CHOICES.items()}

@@ -1,4 +1,4 @@
-"""The report as a page: self-contained, true to the run's files, and honest about what is missing."""
+"""The report as a page: self-contained, consistent with the run's files, and explicit about missing data."""
 
 import base64
 import hashlib
@@ -23,10 +23,10 @@ def run_dir(tmp_path) -> Path:
     return write_run(tmp_path)
 
 
-def test_the_page_is_well_formed_and_needs_nothing_from_outside(run_dir):
+def test_the_report_is_well_formed_and_self_contained(run_dir):
     page = page_of(run_dir)
     Tree(page)
-    outside = page.replace("http://www.w3.org/2000/svg", "")  # the name of SVG, which is no address
+    outside = page.replace("http://www.w3.org/2000/svg", "")  # the XML namespace of SVG, not a link
     assert not re.search(r"https?:|url\(|<link|<img|@import|\bsrc=|fetch\(|XMLHttp|import\(|localStorage", outside)
     charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     for svg in charts:
@@ -34,7 +34,7 @@ def test_the_page_is_well_formed_and_needs_nothing_from_outside(run_dir):
     assert len(charts) > len(CHARTS)
 
 
-def test_the_policy_allows_the_page_s_own_script_and_style_by_their_hashes_and_nothing_else(run_dir):
+def test_the_content_security_policy_allows_only_the_hashes_of_the_reports_script_and_style(run_dir):
     page = page_of(run_dir)
     policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)[1]
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "*" not in policy
@@ -45,7 +45,7 @@ def test_the_policy_allows_the_page_s_own_script_and_style_by_their_hashes_and_n
     assert not re.search(r"<[^>]* (style|on\w+)=", page), "what the policy forbids would be ignored"
 
 
-def test_names_and_texts_of_the_run_are_escaped(run_dir):
+def test_names_and_texts_of_the_run_are_escaped_in_the_report(run_dir):
     page = page_of(run_dir)
     assert "<h1>run &lt;1&gt;</h1>" in page and "run <1>" not in page
     evil = '</script><script>alert(1)</script><img src=x onerror="x">'
@@ -59,11 +59,11 @@ def test_names_and_texts_of_the_run_are_escaped(run_dir):
     assert evil not in page and page.count("<script>") == 1 and "<img" not in page
 
 
-def test_the_same_run_gives_the_same_page(run_dir):
+def test_the_same_run_gives_the_same_report(run_dir):
     assert page_of(run_dir) == page_of(run_dir)
 
 
-def test_the_words_of_the_page_are_defined_on_it(run_dir):
+def test_the_terms_of_the_report_are_defined_on_it(run_dir):
     text = section(page_of(run_dir), "Curves")
     for word in ("p, q", "log-ratio r", "trusted", "outlier", "prefix", "TV", "entropy H"):
         assert f"<dt>{word}</dt><dd>" in text
@@ -79,7 +79,7 @@ def test_every_metric_of_a_chart_is_in_the_catalogue():
     assert {"optimizer/learning_rate", "loss/objective", "loss/total"} <= drawn
 
 
-def test_the_named_phases_are_those_of_the_trainer():
+def test_the_phases_named_in_the_report_are_those_of_the_trainer():
     sources = (Path(__file__).parents[2] / "tropd_mcore").rglob("*.py")
     phases = {name for path in sources for name in re.findall(r'clock\.phase\("(\w+)"\)', path.read_text())}
     assert set(PHASES) <= phases
@@ -105,7 +105,7 @@ def with_times(run_dir: Path, **changes) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(lines))
 
 
-def test_every_phase_that_a_run_has_is_drawn_and_noise_of_one_that_it_has_not_is_none(run_dir):
+def test_every_phase_of_a_run_is_drawn_except_those_with_only_noise(run_dir):
     """Two milliseconds in some steps were once dots and dashes of a phase `student before`."""
     with_times(
         run_dir,
@@ -143,22 +143,22 @@ def test_evaluations_are_named_ordered_and_compared(run_dir):
     assert "+50.0 points" in text and "+72.5 points" in text
 
 
-def test_results_that_cannot_be_compared_are_said_to_be_so(run_dir):
+def test_evaluations_that_cannot_be_compared_are_marked_as_such(run_dir):
     result_of(str(run_dir / "export"), 30, prompts="other").save(run_dir / "evaluation_after.json")
     page = page_of(run_dir)
     text = section(page, "Held-out accuracy")
     assert "not comparable" in text and "+50.0" not in text
-    assert "measured in different ways" in page and "The student is better" not in page
+    assert "were measured differently" in page and "The student is better" not in page
 
 
-def test_settings_are_shown_as_they_are(run_dir):
+def test_the_report_shows_every_setting_with_its_value(run_dir):
     text = section(page_of(run_dir), "Settings")
     for key, value in (("run.seed", "0"), ("objective.guidance.enabled", "yes"), ("objective.kind", "tropd")):
         assert f"<th>{key}</th><td>{value}</td>" in text
     assert "seed: 0  # default" in text
 
 
-def test_a_run_that_has_just_begun_gives_a_report_of_what_is_missing(tmp_path):
+def test_the_report_of_a_run_that_has_just_started_lists_what_is_missing(tmp_path):
     (tmp_path / "config.resolved.yaml").write_text("run:\n  steps: 3\n")
     page = page_of(tmp_path)
     Tree(page)
@@ -166,19 +166,19 @@ def test_a_run_that_has_just_begun_gives_a_report_of_what_is_missing(tmp_path):
         assert words in page
 
 
-def test_a_run_with_evaluations_alone_shows_them(tmp_path):
+def test_the_report_of_a_run_with_only_evaluations_shows_them(tmp_path):
     result_of("m", 10).save(tmp_path / "evaluation_before.json")
     assert "10 of 40" in section(page_of(tmp_path), "Held-out accuracy")
 
 
-def test_a_folder_without_a_run_is_an_error(tmp_path):
+def test_a_report_of_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"found none of config\.resolved\.yaml, metrics\.jsonl, evaluation_\*\.json"):
         page_of(tmp_path)
     with pytest.raises(DataError, match="found no folder"):
         page_of(tmp_path / "missing")
 
 
-def test_a_line_cut_by_a_crash_is_left_out_and_a_damaged_one_is_an_error(run_dir):
+def test_a_metrics_line_cut_by_a_crash_is_skipped_and_a_damaged_one_is_an_error(run_dir):
     path = run_dir / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 3, "loss/tru')
     assert "over 3 steps" in page_of(run_dir)
@@ -188,14 +188,14 @@ def test_a_line_cut_by_a_crash_is_left_out_and_a_damaged_one_is_an_error(run_dir
 
 
 @pytest.mark.parametrize("text", [b"run: [1", b"\xff\xfe"])
-def test_a_damaged_configuration_is_an_error_of_one_line(run_dir, text):
+def test_a_damaged_configuration_gives_a_one_line_error(run_dir, text):
     (run_dir / "config.resolved.yaml").write_bytes(text)
     with pytest.raises(DataError, match=r"config\.resolved\.yaml: cannot be read as") as caught:
         page_of(run_dir)
     assert "\n" not in str(caught.value)
 
 
-def test_out_writes_elsewhere_and_nothing_into_the_run(run_dir, tmp_path, capsys):
+def test_the_out_option_writes_nothing_into_the_run_directory(run_dir, tmp_path, capsys):
     before = sorted(run_dir.rglob("*"))
     out = tmp_path / "page.html"
     assert main(["report", str(run_dir), "--out", str(out)]) == 0
@@ -206,13 +206,15 @@ def test_out_writes_elsewhere_and_nothing_into_the_run(run_dir, tmp_path, capsys
 @pytest.mark.parametrize(
     ("out", "words"), [(".", "found the folder"), ("run <1>/metrics.jsonl/c.html", "set --out to a place")]
 )
-def test_a_place_that_cannot_be_written_is_one_line_that_names_the_option(run_dir, tmp_path, capsys, out, words):
+def test_an_output_that_cannot_be_written_gives_a_one_line_error_that_names_the_option(
+    run_dir, tmp_path, capsys, out, words
+):
     assert main(["report", str(run_dir), "--out", str(tmp_path / out)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert words in line and "--out" in line
 
 
-def test_runs_are_compared_on_one_page(run_dir, tmp_path):
+def test_several_runs_are_compared_in_one_report(run_dir, tmp_path):
     other = write_run(tmp_path, "other")
     config = other / "config.resolved.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 7"))
@@ -232,7 +234,7 @@ def test_runs_are_compared_on_one_page(run_dir, tmp_path):
     assert page.count("25.0% → 75.0%") == 2 and "<h2>Rollouts of run &lt;1&gt;</h2>" in page
 
 
-def test_runs_of_one_name_are_told_apart_and_one_run_twice_is_refused(run_dir, tmp_path):
+def test_runs_of_the_same_name_are_distinguished_and_the_same_run_twice_is_refused(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "again" / run_dir.name)
     page = page_of(run_dir, compare=[tmp_path / "again" / run_dir.name])
     assert "again/run &lt;1&gt;" in page
@@ -242,7 +244,7 @@ def test_runs_of_one_name_are_told_apart_and_one_run_twice_is_refused(run_dir, t
         page_of(run_dir, compare=[tmp_path / str(index) for index in range(6)])
 
 
-def test_a_long_run_has_a_page_of_bounded_size_that_says_what_it_leaves_out(run_dir):
+def test_the_report_of_a_long_run_has_a_bounded_size_and_says_what_it_omits(run_dir):
     (first, *_) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     names = [name for name in first if name != "step"]
 
@@ -253,7 +255,7 @@ def test_a_long_run_has_a_page_of_bounded_size_that_says_what_it_leaves_out(run_
                 stream.write(json.dumps({"step": step, **values}) + "\n")
         page = page_of(run_dir)
         if count > 800:
-            assert f"Of {count} steps, about 800 are drawn" in page
+            assert f"Each chart draws about 800 of the {count} steps" in page
         return len(page)
 
     assert write(4000) < 1.3 * write(1600) < 3_000_000

@@ -1,4 +1,4 @@
-"""The numbers of the report, computed again from metrics.jsonl by other means than the report's."""
+"""The numbers of the report, recomputed from metrics.jsonl independently of the report."""
 
 import json
 import re
@@ -38,8 +38,8 @@ def lines_of(page: str, title: str) -> dict[str, list[float | None]]:
     return {line["label"]: line["values"] for line in plot["lines"]}
 
 
-def test_tiles_compare_windows_of_the_same_prefix_length_only(run_dir):
-    """Trust falls while the prefix shrinks and rises at each length: first against last would look like a loss."""
+def test_tiles_compare_only_windows_of_the_same_prefix_length(run_dir):
+    """Trust falls as the prefix shrinks but rises at each length. Comparing first with last would look like a loss."""
     generator = np.random.default_rng(0)
     prefix = np.array([30.0] * 10 + [20.0] * 5 + [0.0] * 35)
     trust = generator.random(STEPS)
@@ -52,7 +52,7 @@ def test_tiles_compare_windows_of_the_same_prefix_length_only(run_dir):
     assert value == f"{-np.mean(trust[15:20]):+.3f} → {-np.mean(trust[45:50]):+.3f}"
 
 
-def test_a_tile_that_has_nothing_to_compare_with_says_so_and_compares_nothing(run_dir):
+def test_a_tile_without_a_comparable_window_says_so(run_dir):
     prefix = np.linspace(40, 0, STEPS)
     accuracy = np.linspace(1.0, 0.7, STEPS)
     write_metrics(run_dir, prefix, verifier__accuracy=accuracy)
@@ -61,7 +61,7 @@ def test_a_tile_that_has_nothing_to_compare_with_says_so_and_compares_nothing(ru
     assert note == "steps 45 to 49, prefixes of 1.6 tokens; not comparable with the start (38.4 tokens given)"
 
 
-def test_a_run_without_guidance_is_compared_from_its_first_step_on(run_dir):
+def test_tiles_of_a_run_without_guidance_compare_from_its_first_step_on(run_dir):
     trust = np.linspace(0.5, 0.9, STEPS)
     write_metrics(run_dir, np.zeros(STEPS), trust__fraction=trust)
     value, note = tile(page_of(run_dir), "Trusted tokens")
@@ -70,7 +70,7 @@ def test_a_run_without_guidance_is_compared_from_its_first_step_on(run_dir):
     )
 
 
-def test_windows_never_overlap(run_dir):
+def test_the_windows_of_a_tile_never_overlap(run_dir):
     for count in (1, 2, 3, 19, 20, 21):
         write_metrics(run_dir, np.zeros(count), trust__fraction=np.zeros(count))
         windows = comparable_windows(read_run(run_dir, token_steps=0))
@@ -79,7 +79,7 @@ def test_windows_never_overlap(run_dir):
         assert windows.first is None or windows.first.stop <= windows.last.start
 
 
-def test_the_points_of_the_curves_are_the_values_of_the_file(run_dir):
+def test_the_points_of_the_curves_are_the_values_of_the_metrics_file(run_dir):
     generator = np.random.default_rng(1)
     tv, trust, rate = generator.random(STEPS), generator.random(STEPS), 1e-4 * generator.random(STEPS)
     write_metrics(run_dir, np.zeros(STEPS), trust__fraction=trust, trust__tv=tv, optimizer__learning_rate=rate)
@@ -89,7 +89,7 @@ def test_the_points_of_the_curves_are_the_values_of_the_file(run_dir):
     assert lines_of(page, "Learning rate")["learning rate"] == pytest.approx(rate, rel=1e-4)
 
 
-def test_held_out_accuracy_leads_and_the_sentence_says_no_more_than_its_interval(run_dir):
+def test_the_summary_starts_with_held_out_accuracy_and_claims_no_more_than_its_interval(run_dir):
     page = page_of(run_dir)
     value, note = tile(page, "Held-out accuracy")
     assert value == f"{10 / 40:.1%} → {30 / 40:.1%}" and note.endswith("10 of 40, then 30 of 40")
@@ -103,10 +103,10 @@ def test_held_out_accuracy_leads_and_the_sentence_says_no_more_than_its_interval
     assert "neither better nor worse beyond chance" in words(11)
     assert "The student is worse than before" in words(0)
     (run_dir / "evaluation_after.json").unlink()
-    assert "is not known" in " ".join(sentences(read_run(run_dir, token_steps=0)))
+    assert "is unknown" in " ".join(sentences(read_run(run_dir, token_steps=0)))
 
 
-def test_the_sentences_state_progress_and_troubles_that_were_measured(run_dir):
+def test_the_summary_states_measured_progress_and_problems(run_dir):
     write_metrics(
         run_dir,
         np.zeros(20),
@@ -118,7 +118,7 @@ def test_the_sentences_state_progress_and_troubles_that_were_measured(run_dir):
     (run_dir / "config.resolved.yaml").write_text(text.replace("steps: 3", "steps: 100"))
     words = " ".join(sentences(read_run(run_dir, token_steps=0)))
     for sentence in (
-        "20 of 100 steps are done: the run goes on, or it was stopped.",
+        "20 of 100 steps are done. The run is still going, or it was stopped.",
         "25.0% of the responses in steps 18 to 19 were cut by the token budget.",
         "2 samples were left out because the teacher gave no scores for them.",
         "In 3 steps, sampler and trainer differed by more than the bounds of the gate.",

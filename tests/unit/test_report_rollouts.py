@@ -1,4 +1,4 @@
-"""The rollouts of the report: a fair choice, their text wherever the tokenizer is, and what the verifier said."""
+"""The rollouts of the report: an unbiased choice, their text with any place of the tokenizer, and the verdicts."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def step_tokens(count: int = 9, prompts: int = 3, outliers: dict[int, list[int]]
     return StepTokens(4, table_of(rollouts, outliers or {}), rollouts)
 
 
-def test_tokens_are_marked_by_what_the_loss_made_of_them(run_dir):
+def test_tokens_are_marked_as_prefix_trusted_or_outlier(run_dir):
     page = page_of(run_dir)
     tree = Tree(figure_of(page, 1))
     tokenizer = tiny_tokenizer()
@@ -66,7 +66,7 @@ def test_a_sample_that_the_teacher_could_not_score_is_marked(run_dir):
     assert "not scored by the teacher" in figure_of(page_of(run_dir), 1)
 
 
-def test_the_middle_of_a_long_rollout_is_folded_and_its_end_is_in_sight(run_dir, monkeypatch):
+def test_the_middle_of_a_long_rollout_is_folded_and_its_end_is_visible(run_dir, monkeypatch):
     monkeypatch.setattr(rollout_view, "OPEN_TOKENS", 4)
     total = sum(len(tiny_tokenizer().encode(text)) for text in (PROMPT, PREFIX, RESPONSE))
     figure = figure_of(page_of(run_dir), 1)
@@ -74,7 +74,7 @@ def test_the_middle_of_a_long_rollout_is_folded_and_its_end_is_in_sight(run_dir,
     assert "".join(Tree(figure).text).replace(f"{total - 4} tokens in between", "").endswith(PROMPT + PREFIX + RESPONSE)
 
 
-def test_a_rollout_that_is_too_long_for_the_page_says_how_much_is_left_out(run_dir, monkeypatch):
+def test_a_rollout_that_is_too_long_for_the_report_says_how_much_is_omitted(run_dir, monkeypatch):
     monkeypatch.setattr(rollouts_section, "MOST_TOKENS", 0)
     monkeypatch.setattr(rollouts_section, "LEAST_TOKENS", 4)
     total = sum(len(tiny_tokenizer().encode(text)) for text in (PROMPT, PREFIX, RESPONSE))
@@ -83,7 +83,7 @@ def test_a_rollout_that_is_too_long_for_the_page_says_how_much_is_left_out(run_d
     assert "".join(Tree(figure).text).endswith(tiny_tokenizer().decode(tiny_tokenizer().encode(RESPONSE)[-1:]))
 
 
-def test_the_drawn_rollouts_do_not_depend_on_what_they_say_and_are_of_several_prompts():
+def test_the_drawn_rollouts_do_not_depend_on_their_content_and_cover_several_prompts():
     plain, rich = step_tokens(), step_tokens(outliers={0: [0], 7: [0, 1, 2]})
     choice = choose(plain)
     assert choose(rich).drawn == choice.drawn and choice.richest is None
@@ -92,7 +92,7 @@ def test_the_drawn_rollouts_do_not_depend_on_what_they_say_and_are_of_several_pr
     assert len({sample for draw in draws for sample in draw}) == 9, "every sample can be drawn"
 
 
-def test_every_rollout_of_a_step_is_in_one_of_the_lists():
+def test_every_rollout_of_a_step_is_in_exactly_one_list():
     tokens = step_tokens(outliers={3: [0, 1, 2], 5: [0]})
     kept = np.isin(tokens.table["sample_index"], [0, 3, 5, 8])
     columns = {name: values[kept] for name, values in tokens.table.columns.items()}
@@ -103,7 +103,7 @@ def test_every_rollout_of_a_step_is_in_one_of_the_lists():
     assert choice.plain == [1, 2, 4, 6, 7]
 
 
-def test_the_page_says_which_steps_and_samples_it_shows(run_dir):
+def test_the_report_says_which_steps_and_samples_it_shows(run_dir):
     text = section(page_of(run_dir, rollout_steps=2), "Rollouts")
     assert "Shown: 2 of 3 steps with token values (0, 2)" in text
     assert ">drawn<" in text and "3 rollouts, 1 of 2 judged right" in text
@@ -132,13 +132,15 @@ def test_the_stored_samples_are_spread_over_the_step(tmp_path):
         (True, Answer("41", False), "stop", "right"),
     ],
 )
-def test_the_verdict_is_the_stored_one_and_tells_wrong_from_no_answer_and_from_cut(stored, answer, reason, verdict):
+def test_the_stored_verdict_is_shown_and_distinguishes_wrong_missing_and_truncated_answers(
+    stored, answer, reason, verdict
+):
     tokens = step_tokens(1)
     tokens = replace(tokens, rollouts=[replace(tokens.rollouts[0], finish_reason=reason)], verdicts=[stored])
     assert verdict_of(tokens, 0, answer) == verdict
 
 
-def test_a_rollout_shows_its_verdict_and_its_answer_beside_the_expected_one(run_dir):
+def test_a_rollout_shows_its_verdict_and_its_answer_next_to_the_expected_one(run_dir):
     page = page_of(run_dir)
     assert '<span class="verdict right">right</span>' in figure_of(page, 0)
     figure = figure_of(page, 1)
@@ -147,7 +149,7 @@ def test_a_rollout_shows_its_verdict_and_its_answer_beside_the_expected_one(run_
     assert "ended by itself" in figure and "right answer" not in page
 
 
-def test_an_older_run_is_judged_by_its_own_verifier_and_the_page_says_so(run_dir, tmp_path):
+def test_an_older_run_is_judged_by_its_own_verifier_and_the_report_says_so(run_dir, tmp_path):
     tokenizer = tiny_tokenizer()
     response = np.array(tokenizer.encode(" four\n#### 4 < 5"), np.int32)
     size = len(response)
@@ -189,7 +191,7 @@ def test_a_relative_student_path_is_found_from_any_folder(run_dir, tmp_path, mon
     assert "".join(text for _, _, text in Tree(figure_of(page_of(run), 0)).tokens) == PROMPT + PREFIX + RESPONSE
 
 
-def test_the_export_of_a_run_that_was_moved_alone_gives_the_tokenizer(run_dir, tmp_path):
+def test_the_tokenizer_of_a_moved_run_is_read_from_its_export(run_dir, tmp_path):
     run = move_to_relative_paths(run_dir, tmp_path)
     shutil.move(run, tmp_path / "moved")
     shutil.rmtree(tmp_path / "project")
@@ -198,7 +200,7 @@ def test_the_export_of_a_run_that_was_moved_alone_gives_the_tokenizer(run_dir, t
     assert "Token ids in place of text" not in page_of(tmp_path / "moved")
 
 
-def test_without_a_tokenizer_the_ids_are_shown_and_page_and_console_say_why(run_dir, capsys):
+def test_without_a_tokenizer_the_ids_are_shown_and_report_and_console_say_why(run_dir, capsys):
     config = run_dir / "config.resolved.yaml"
     config.write_text(re.sub(r"path: .*student\n", "path: /nowhere\n", config.read_text()))
     assert main(["report", str(run_dir)]) == 0
@@ -210,7 +212,7 @@ def test_without_a_tokenizer_the_ids_are_shown_and_page_and_console_say_why(run_
     assert f">{ids[0]} </span>" in section(page, "Rollouts")
 
 
-def test_a_tokenizer_that_is_named_is_used_and_one_that_is_another_is_said_to_be(run_dir, tmp_path, capsys):
+def test_a_tokenizer_given_by_option_is_used_and_reported_if_it_differs_from_the_runs(run_dir, tmp_path, capsys):
     config = run_dir / "config.resolved.yaml"
     config.write_text(re.sub(r"path: .*student\n", "path: /nowhere\n", config.read_text()))
     assert "Token ids in place of text" not in page_of(run_dir, tokenizer=tmp_path / "student")
@@ -218,16 +220,16 @@ def test_a_tokenizer_that_is_named_is_used_and_one_that_is_another_is_said_to_be
         page_of(run_dir, tokenizer=tmp_path / "none")
     recorded = {"models": {"student.path": {"files": {"tokenizer.json": "0" * 64}}}}
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one than the run read" in page_of(run_dir, tokenizer=tmp_path / "student")
+    assert "is not the file that the run used" in page_of(run_dir, tokenizer=tmp_path / "student")
 
 
-def test_a_tokenizer_that_the_run_did_not_read_is_not_used_unasked(run_dir, tmp_path):
+def test_a_tokenizer_that_the_run_did_not_read_is_not_used_by_default(run_dir, tmp_path):
     recorded = {"models": {"student.path": {"files": {"tokenizer.json": "0" * 64}}}}
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one than the run read; give --tokenizer FOLDER" in page_of(run_dir)
+    assert "is not the file that the run used; give --tokenizer FOLDER" in page_of(run_dir)
     recorded["models"]["student.path"]["files"]["tokenizer.json"] = file_digest(tmp_path / "student" / "tokenizer.json")
     (run_dir / "inputs.json").write_text(json.dumps(recorded))
-    assert "is another one" not in page_of(run_dir)
+    assert "is not the file" not in page_of(run_dir)
 
 
 @pytest.mark.parametrize("name", ["tokens", "rollouts"])
@@ -249,7 +251,7 @@ def test_token_values_of_other_rollouts_are_an_error_with_the_file(run_dir):
         page_of(run_dir)
 
 
-def test_rollouts_that_a_running_job_has_just_removed_are_left_out(run_dir, monkeypatch):
+def test_rollouts_that_a_running_job_just_removed_are_skipped(run_dir, monkeypatch):
     from tropd_mcore.evaluation import run_records
     from tropd_mcore.evaluation.report import ReportOptions, write_report
 

@@ -48,7 +48,7 @@ def test_constant_alpha_is_one_at_every_step(step):
     assert alpha(step, make_config(guidance={"schedule": "constant"})) == 1.0
 
 
-def test_alpha_runs_over_total_steps_where_it_is_set_and_over_run_steps_otherwise():
+def test_alpha_is_scheduled_over_total_steps_if_set_and_over_run_steps_otherwise():
     assert alpha(10, make_config(steps=40)) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert alpha(10, make_config(steps=40, guidance={"total_steps": 20})) == pytest.approx(0.5)
     assert alpha(20, make_config(steps=40, guidance={"total_steps": 20})) == 0.0
@@ -62,7 +62,7 @@ def test_without_guidance_alpha_is_zero_and_no_response_is_needed(config):
     assert not any(request.carries_prefix_loss for request in requests)
 
 
-def test_prefix_is_the_floor_of_alpha_times_the_response():
+def test_the_prefix_length_is_the_floor_of_alpha_times_the_response_length():
     config = make_config(guidance={"min_continuation": 1})
     assert [prefix_length(1001, step, config, longest_response=5000) for step in (0, 50, 100, 150, 200)] == [
         1000,  # the whole response less one token for the student
@@ -121,7 +121,7 @@ def test_no_sample_carries_a_prefix_loss_that_is_switched_off():
     assert len(requests[0].prefix_ids) > 0 and not any(request.carries_prefix_loss for request in requests)
 
 
-def test_a_prompt_that_appears_twice_in_a_step_gets_ids_that_never_repeat():
+def test_samples_of_a_prompt_that_appears_twice_in_a_step_have_unique_ids():
     requests = build_requests([make_prompt("a", 200)] * 2, step=0, config=make_config(), longest_response=200)
     assert [request.sample_id[-1] for request in requests] == list("01234567")
     assert [request.carries_prefix_loss for request in requests] == [True, False, False, False] * 2
@@ -139,14 +139,14 @@ def truncated(**rollout) -> dict:
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 100), (2, 100), (3, 350), (5, 350), (6, 600), (9, 850), (12, 1000), (10**6, 1000)]
 )
-def test_truncated_responses_grow_by_stages_up_to_the_longest(step, expected):
+def test_the_response_limit_grows_by_stages_up_to_the_longest(step, expected):
     config = make_config(kind="opd", rollout=truncated())
     assert longest_response_at(step, config) == expected
     requests = build_requests([make_prompt("a", None)], step=step, config=config, longest_response=0)
     assert {request.max_new_tokens for request in requests} == {expected}
 
 
-def test_a_shared_budget_leaves_the_continuation_its_tokens_at_every_stage():
+def test_a_shared_budget_leaves_min_continuation_tokens_at_every_stage():
     config = make_config(guidance={"continuation_budget": "shared", "schedule": "constant"}, rollout=truncated())
     for step, longest in ((0, 100), (3, 350)):
         (request, *_) = build_requests([make_prompt("a", 5000)], step=step, config=config, longest_response=5000)

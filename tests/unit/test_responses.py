@@ -1,4 +1,4 @@
-"""Stored teacher responses: only tokens of the student before the end of a response, each problem with its line."""
+"""Stored teacher responses: only student tokens before the end of a response, and each problem with its line."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def problems_of(path: Path, lines: list[Any], vocab_size: int | None = None) -> 
     return str(caught.value).split("\n")
 
 
-def test_responses_are_read_without_the_end_tokens_at_their_end(tmp_path):
+def test_a_stored_response_is_cut_at_its_end_token(tmp_path):
     lines = [{"id": "c", "response_ids": [7, 8, 2, 9], "finished": True}, {"id": "a", "response_ids": [1]}]
     found = read_responses(write_lines(tmp_path / "r.jsonl", lines), EOS)
     assert {name: ids.tolist() for name, ids in found.items()} == {"c": [7, 8], "a": [1]}
@@ -67,12 +67,12 @@ def test_every_problem_of_a_response_file_is_reported_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["response", "output_ids", "respons_ids"])
-def test_an_unknown_key_of_a_response_is_refused_with_the_one_that_was_meant(tmp_path, key):
+def test_an_unknown_key_of_a_response_is_refused_with_the_likely_one(tmp_path, key):
     (problem,) = problems_of(tmp_path / "r.jsonl", [{"id": "a", key: [1]}])
     assert f"r.jsonl:1: unknown key {key!r}; did you mean 'response_ids'?" in problem
 
 
-def test_prefixes_says_which_responses_training_will_refuse(tmp_path, caplog):
+def test_prefixes_reports_which_responses_training_will_refuse(tmp_path, caplog):
     def generate(requests: list[Any]) -> list[Generation]:
         return [Generation(np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", ("x",)) for ids in ANSWERS]
 
@@ -87,6 +87,6 @@ def test_prefixes_says_which_responses_training_will_refuse(tmp_path, caplog):
         read_responses(tmp_path / "r.jsonl", EOS)
 
 
-def test_an_id_that_no_array_can_hold_is_a_line_and_no_traceback(tmp_path):
+def test_an_id_too_large_for_an_array_gives_one_line_and_no_traceback(tmp_path):
     (problem,) = problems_of(tmp_path / "r.jsonl", [{"id": "a", "response_ids": [10**10]}])
     assert "holds token id 10000000000" in problem

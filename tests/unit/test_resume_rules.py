@@ -1,4 +1,4 @@
-"""Every key of the schema is decided: may it change between two launches of a run, or why not?"""
+"""Every key of the schema has a rule: whether it may change between two launches of a run, or the reason why not."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DECIDED_AS_A_WHOLE = {
     "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
     "objective", "verifier", "monitor", "gates",
 }  # fmt: skip
-"""Sections of which a new key needs no decision of its own."""
+"""Sections in which a new key needs no rule of its own."""
 
 
 def named_by(key: str) -> str | None:
-    """The rule that a key falls under by its name: its own, or that of the nearest section decided as a whole."""
+    """The rule of a key by its name: its own, or that of the nearest section with a rule for the whole section."""
     if key in RULES:
         return key
     parts = key.split(".")
@@ -26,24 +26,24 @@ def named_by(key: str) -> str | None:
     return next((section for section in around if section in RULES and section in DECIDED_AS_A_WHOLE), None)
 
 
-def test_every_key_of_the_schema_is_decided_by_its_own_name_or_by_a_section_that_is_decided_as_a_whole() -> None:
+def test_every_key_of_the_schema_has_a_rule_of_its_own_or_of_its_section() -> None:
     undecided = [key for key in schema_keys() if named_by(key) is None]
     assert undecided == [], "give each of them a rule in train/resume_rules.py"
     assert all(rule_of(key) == RULES[str(named_by(key))] for key in schema_keys())
 
 
-def test_no_rule_is_for_a_key_that_does_not_exist() -> None:
+def test_every_resume_rule_is_for_an_existing_key() -> None:
     known = {".".join(key.split(".")[:end]) for key in schema_keys() for end in range(1, key.count(".") + 2)}
     assert set(RULES) - known == set()
     assert WHOLE_SECTIONS == DECIDED_AS_A_WHOLE
 
 
-def test_a_key_outside_those_sections_has_no_rule_before_it_is_given_one() -> None:
+def test_a_new_key_outside_those_sections_has_no_rule_until_one_is_added() -> None:
     for key in ("run.new", "optimizer.new", "student.new", "teacher.new", "data.new", "rollout.new", "loss.new", "new"):
         assert rule_of(key) is None
 
 
-def test_a_refusal_has_a_reason() -> None:
+def test_every_rule_that_refuses_has_a_reason() -> None:
     assert [key for key, rule in RULES.items() if rule.kind != "free" and not rule.reason] == []
 
 
@@ -65,7 +65,7 @@ def test_a_refusal_has_a_reason() -> None:
         ("beginning", "run.init_from run.init_optimizer"),
     ],
 )
-def test_the_decisions_are_these(kind: str, keys: str) -> None:
+def test_the_resume_rules_of_selected_keys_are_as_listed(kind: str, keys: str) -> None:
     found = {key: rule.kind for key in keys.split() if (rule := rule_of(key)) is not None}
     assert found == dict.fromkeys(keys.split(), kind)
 
@@ -74,12 +74,12 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "resume.md").read_text()
 
 
 def keys_in(part: str) -> set[str]:
-    """What stands in backticks in the first cells of the tables of a part of the page."""
+    """The names in backticks in the first cells of the tables of a part of the page."""
     cells = [line.split("|")[1] for line in part.splitlines() if line.startswith("|")]
     return {key for cell in cells for key in re.findall(r"`([\w.]+)`", cell)}
 
 
-def test_the_page_lists_every_rule_under_what_it_says() -> None:
+def test_the_resume_page_lists_every_rule_in_the_right_section() -> None:
     may = keys_in(PAGE.split("## What may change")[1].split("## What may not change")[0])
     not_ = PAGE.split("## What may not change")[1].split("## Beginning from a checkpoint")[0]
     by_content = set(re.findall(r"`([\w.]+)`", not_.split("are compared by")[0].split("\n\n")[-1]))

@@ -59,7 +59,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def a_batch(seed: int = 0) -> Batch:
-    """The policy has moved; a third of the tokens is not selected where the statistic selects."""
+    """The policy has moved. If the statistic selects tokens, a third of them is not selected."""
     batch = Batch(seed, moved=0.4)
     batch.statistic_T = torch.where(torch.arange(TOKENS) % 3 == 1, 0.0, batch.statistic_T)
     return batch
@@ -105,7 +105,7 @@ def expected_direct(name: str, batch: Batch, token: int) -> tuple[float, float, 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["ratio"])
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if not name.startswith("rethinking")])
-def test_loss_gradient_and_columns_equal_a_loop_over_tokens(name: str, mode: dict[str, str]) -> None:
+def test_rewards_give_the_loss_gradient_and_columns_of_a_loop_over_tokens(name: str, mode: dict[str, str]) -> None:
     batch, settings = a_batch(1), {**POLICY, **mode}
     output = OBJECTIVES[name](batch.inputs(), policy=PolicyGradient(**settings))
     gradient_TV = batch.gradient(output.loss_sum).numpy()
@@ -139,7 +139,7 @@ def test_loss_gradient_and_columns_equal_a_loop_over_tokens(name: str, mode: dic
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["ratio"])
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_candidates_equal_a_loop_over_the_support(support: str, mode: dict[str, str]) -> None:
-    """A teacher's candidate that is none of the student's has the ratio 1: the policy before the update is not kept."""
+    """A teacher candidate that is not a student candidate has ratio 1, because its old log-prob is not stored."""
     batch, settings = a_batch(2), {**POLICY, **mode, "mismatch": "off"}
     output = rethinking(batch.inputs(), support=support, policy=PolicyGradient(**settings))
     gradient_TV = batch.gradient(output.loss_sum).numpy()
@@ -170,7 +170,7 @@ def test_candidates_equal_a_loop_over_the_support(support: str, mode: dict[str, 
 
 @pytest.mark.parametrize("ratio", ["none", "ppo_clip"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_uncounted_token_has_no_influence_whatever_its_numbers_are(name: str, ratio: str) -> None:
+def test_a_token_outside_both_masks_has_no_influence_on_reward_objectives(name: str, ratio: str) -> None:
     batch, policy = a_batch(), PolicyGradient(ratio=ratio, mismatch="off" if "rethinking" in name else "tis")
     clean = OBJECTIVES[name](batch.inputs(), policy=policy)
     for fill in (math.nan, -math.inf, 1e30):
@@ -199,7 +199,7 @@ CONSTANTS = (
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradients_flow_through_the_student_alone(name: str) -> None:
+def test_gradients_of_reward_objectives_flow_only_through_the_student(name: str) -> None:
     for ratio in ("none", "ppo_clip"):
         inputs = a_batch().inputs()
         live = {field: getattr(inputs, field).detach().clone().requires_grad_(True) for field in CONSTANTS}
@@ -211,7 +211,7 @@ def test_gradients_flow_through_the_student_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_tokens_give_zero_and_a_gradient(name: str) -> None:
+def test_reward_objectives_of_zero_tokens_give_loss_zero_and_an_empty_gradient(name: str) -> None:
     batch = Batch(tokens=0)
     output = OBJECTIVES[name](batch.inputs(), policy=PolicyGradient())
     assert float(output.loss_sum.detach()) == 0.0 and int(output.token_count) == 0
@@ -219,7 +219,7 @@ def test_no_tokens_give_zero_and_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_chunks_add_up_to_the_whole(name: str) -> None:
+def test_the_losses_of_chunks_add_up_to_that_of_the_whole(name: str) -> None:
     batch, policy = a_batch(), PolicyGradient(ratio="ppo_clip")
     whole, inputs = OBJECTIVES[name](batch.inputs(), policy=policy), batch.inputs()
     parts = []
@@ -248,7 +248,7 @@ def _ones(batch: Batch) -> TokenInputs:
 
 
 @pytest.mark.parametrize("ratio", ["none", "importance", "ppo_clip"])
-def test_the_relatives_of_opd_meet_it_at_the_end_of_their_ranges(ratio: str) -> None:
+def test_variants_of_opd_equal_opd_at_the_limits_of_their_settings(ratio: str) -> None:
     batch = Batch(moved=0.4)
     batch.rollout_logp_T = batch.inputs().old_logp_T
     policy, plain = PolicyGradient(ratio=ratio), partial(_opd, batch, ratio=ratio)
@@ -260,7 +260,7 @@ def test_the_relatives_of_opd_meet_it_at_the_end_of_their_ranges(ratio: str) -> 
     _same_loss_and_gradient(batch, vopd(equal_teacher, policy=policy), plain(), 1e-13)
 
 
-def test_reopold_of_one_stage_is_trop_d_s_clip_outlier() -> None:
+def test_reopold_of_one_stage_is_tropd_with_clipped_outliers() -> None:
     batch = Batch(moved=0.4)
     settings = {**TROPD_SETTINGS, "outlier_mode": "clip", "clip_tau": FLOOR, "prefix_loss": "none"}
     clip = tropd(batch.inputs(), **settings, policy=PolicyGradient())
@@ -291,7 +291,7 @@ def test_a_teacher_that_excludes_the_token_leaves_a_bounded_reward_finite(name: 
 
 
 def test_rlad_anchored_at_the_old_policy_is_grpo() -> None:
-    """Also where the teacher excludes the token: log q has no weight in the anchor."""
+    """Even if the teacher excludes the token, because log q has no weight in the anchor."""
     batch = a_batch()
     for teacher in (batch.inputs().teacher_logp_T, torch.full((TOKENS,), -math.inf, dtype=torch.float64)):
         policy = PolicyGradient(ratio="ppo_clip")
@@ -301,14 +301,14 @@ def test_rlad_anchored_at_the_old_policy_is_grpo() -> None:
         _same_loss_and_gradient(batch, anchored, grpo, 0.0)
 
 
-def test_without_a_weight_the_reference_may_be_unknown() -> None:
+def test_rlad_with_reference_weight_zero_needs_no_reference() -> None:
     batch = a_batch()
     unknown = replace(batch.inputs(), reference_logp_T=torch.full((TOKENS,), math.nan, dtype=torch.float64))
     output = rlad(unknown, anchor=0.5, reference_weight=0.0, policy=PolicyGradient(ratio="ppo_clip"))
     assert output.loss_sum.isfinite() and batch.gradient(output.loss_sum).isfinite().all()
 
 
-def test_k3_is_never_negative_nor_pulls_away_from_the_reference_for_any_gap() -> None:
+def test_the_k3_penalty_is_never_negative_and_never_pulls_away_from_the_reference() -> None:
     """d = log ref - log p, so that dK3/dd has the sign of d, and is 0 beyond the guard."""
     gap_T = torch.tensor([-800.0, -30.0, -1.0, 0.0, 1e-4, 3.0, 30.0, 800.0], dtype=torch.float64, requires_grad=True)
     k3_T = k3(gap_T)
@@ -319,7 +319,7 @@ def test_k3_is_never_negative_nor_pulls_away_from_the_reference_for_any_gap() ->
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_a_state_without_candidates_has_no_loss_and_counts(support: str) -> None:
+def test_a_token_without_candidates_has_no_loss_but_counts_in_the_denominator(support: str) -> None:
     batch = a_batch()
     inputs = batch.inputs()
     nothing = replace(
@@ -332,7 +332,7 @@ def test_a_state_without_candidates_has_no_loss_and_counts(support: str) -> None
     assert int(output.token_count) == int((batch.on_T | batch.off_T).sum())
 
 
-def test_the_teacher_s_support_needs_no_candidates_of_the_student() -> None:
+def test_rethinking_on_the_teachers_support_needs_no_student_candidates() -> None:
     batch = Batch(student_topk=0)
     with_own = Batch()
     policy = PolicyGradient()
@@ -341,7 +341,7 @@ def test_the_teacher_s_support_needs_no_candidates_of_the_student() -> None:
     torch.testing.assert_close(batch.gradient(alone.loss_sum), with_own.gradient(both.loss_sum), rtol=0, atol=1e-13)
 
 
-def test_one_candidate_pulls_its_probability_to_the_teacher_s() -> None:
+def test_a_single_candidate_pulls_its_probability_towards_the_teachers() -> None:
     """Renormalised on one candidate its weight is 1, but its log-ratio is over the whole vocabulary: not degenerate."""
     batch = Batch(student_topk=1)
     output = rethinking(batch.inputs(), support="student", policy=PolicyGradient())
@@ -354,7 +354,7 @@ def test_one_candidate_pulls_its_probability_to_the_teacher_s() -> None:
 
 
 @pytest.mark.parametrize("name", ["exopd", "vopd", "iw_opd", "entropy_opd"])
-def test_the_advantage_clip_bounds_the_log_ratio_but_no_baseline_or_weight(name: str) -> None:
+def test_the_advantage_clip_bounds_the_log_ratio_but_not_baseline_or_weight(name: str) -> None:
     batch, bound = a_batch(), 0.3
     clipped = OBJECTIVES[name](batch.inputs(), policy=PolicyGradient(advantage_clip=bound)).columns
     free = OBJECTIVES[name](batch.inputs(), policy=PolicyGradient()).columns

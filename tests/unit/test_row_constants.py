@@ -1,4 +1,4 @@
-"""A token that the teacher gives no probability: a finite loss for every objective, distrusted, and counted.
+"""A token with teacher probability zero: a finite loss for every objective, distrusted, and counted.
 
 Shapes: T tokens, V vocabulary, J support ids.
 """
@@ -51,7 +51,7 @@ CASES = [(kind, settings) for kind in sorted(KINDS) for settings in SETTINGS.get
 
 
 def at_every_origin(batch: Batch) -> Tensor:
-    """bool [T]: two sampled tokens, one of a prefix and one of neither; the teacher gives them no probability."""
+    """bool [T]: two sampled tokens, one of a prefix and one of neither. The teacher gives them probability zero."""
     impossible_T = torch.zeros(len(batch.origin), dtype=torch.bool)
     for origin, count in (("student", 2), ("prefix", 1), ("none", 1)):
         places = [place for place, found in enumerate(batch.origin) if found == origin]
@@ -60,7 +60,7 @@ def at_every_origin(batch: Batch) -> Tensor:
 
 
 def constants_of(batch: Batch, config: ObjectiveConfig | None, logp_T: Tensor, u_T: Tensor | None = None) -> Constants:
-    """The constants of the batch's rows where the teacher says `logp_T` of the sampled tokens."""
+    """The constants of the batch's rows if the teacher's log-probs of the sampled tokens are `logp_T`."""
     inputs, rows = batch.inputs(), torch.arange(len(batch.origin))
     micro_batch = MicroBatch(
         input_ids_P=rows,
@@ -115,10 +115,8 @@ def run(batch: Batch, config: ObjectiveConfig, constants: Constants) -> TokenLos
 
 
 @pytest.mark.parametrize(("kind", "settings"), CASES)
-def test_a_token_the_teacher_gives_no_probability_counts_as_one_at_the_floor(
-    kind: str, settings: dict[str, Any]
-) -> None:
-    """Loss, gradient and columns are finite, and those of log q = -50 with a uniform that distrusts."""
+def test_a_token_with_teacher_probability_zero_counts_as_one_at_the_floor(kind: str, settings: dict[str, Any]) -> None:
+    """Loss, gradient and columns are finite, and equal those of log q = -50 with a uniform that distrusts."""
     config: ObjectiveConfig = TypeAdapter(ObjectiveConfig).validate_python({"kind": kind, **settings})
     batch = Batch(2, moved=0.3)
     impossible_T = at_every_origin(batch)
@@ -138,7 +136,7 @@ def test_a_token_the_teacher_gives_no_probability_counts_as_one_at_the_floor(
 
 
 @pytest.mark.parametrize("u", [0.0, 1e-30, 0.5, 1.0 - 2.0**-24])
-def test_the_bernoulli_gate_distrusts_an_impossible_token_whatever_was_drawn(u: float) -> None:
+def test_the_bernoulli_gate_distrusts_an_impossible_token_for_every_draw(u: float) -> None:
     config: ObjectiveConfig = TypeAdapter(ObjectiveConfig).validate_python({"kind": "tropd"})
     batch = Batch(2)
     impossible_T = at_every_origin(batch)
@@ -149,7 +147,7 @@ def test_the_bernoulli_gate_distrusts_an_impossible_token_whatever_was_drawn(u: 
     assert output.columns["trusted"][others_T].all() or u > 0, "a drawn 0 trusts every possible token"
 
 
-def test_only_minus_infinity_is_replaced_and_what_counts_is_reported() -> None:
+def test_only_minus_infinity_is_replaced_by_the_floor_and_replacements_are_counted() -> None:
     batch = Batch(2)
     impossible_T = at_every_origin(batch)
     logp_T = batch.inputs().teacher_logp_T.masked_fill(impossible_T, NEGATIVE_INFINITY)
@@ -167,7 +165,7 @@ def test_only_minus_infinity_is_replaced_and_what_counts_is_reported() -> None:
     assert int(constants.impossible_T.sum()) == 3
 
 
-def test_a_teacher_log_prob_that_is_no_number_stays_none() -> None:
+def test_a_nan_teacher_log_prob_stays_nan() -> None:
     assert without_neginf(torch.tensor([torch.nan, torch.inf, -50.5])).tolist()[1:] == [float("inf"), -50.5]
     assert without_neginf(torch.tensor([torch.nan])).isnan().all()
 

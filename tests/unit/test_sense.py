@@ -1,4 +1,4 @@
-"""A server that lies about values: whatever no softmax and no continuation could have given is refused by its field."""
+"""A server that lies about values: any value that no softmax and no continuation can give is refused by its field."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read(answer: dict[str, Any]) -> Generation:
 
 
 @pytest.mark.parametrize("value", [WIDTH, 10**10, -3, -1, 2.0, True, None, "7"], ids=str)
-def test_an_id_that_is_no_token_of_the_served_model_is_refused_before_it_becomes_a_number(value: object) -> None:
+def test_an_id_outside_the_served_vocabulary_is_refused_before_it_is_converted(value: object) -> None:
     with pytest.raises(AnswerError, match=r"in output_ids\[1\]; expected a token id in \[0, 50\)"):
         read(generation([7, value, 8, 9]))
 
@@ -57,14 +57,14 @@ def test_a_log_prob_above_0_is_refused(logp: float, place: int) -> None:
 
 
 @pytest.mark.parametrize("value", [-1e39, -(10**400), -float("inf"), float("nan"), True, None])
-def test_a_log_prob_that_float32_does_not_hold_is_refused(value: object) -> None:
+def test_a_log_prob_outside_float32_is_refused(value: object) -> None:
     answer = generation([7, 8, 9, 10])
     answer["meta_info"]["output_token_logprobs"][2][0] = value
     with pytest.raises(AnswerError, match=r"output_token_logprobs\[2\]; expected a finite number"):
         read(answer)
 
 
-def test_a_certain_token_may_round_to_a_log_prob_above_0() -> None:
+def test_a_log_prob_slightly_above_0_by_rounding_is_accepted() -> None:
     answer = generation([7, 8, 9, 10])
     answer["meta_info"]["output_token_logprobs"][0][0] = 1e-6
     assert read(answer).logp[0] == np.float32(1e-6)
@@ -77,7 +77,7 @@ def test_an_answer_that_stops_without_an_end_token_is_refused() -> None:
 
 @pytest.mark.parametrize("matched", ["NaN happened", 5, 7])
 def test_an_end_token_that_the_server_wrote_over_another_token_is_refused(matched: object) -> None:
-    """SGLang replaces a token that it could not sample (logits that are NaN) and says so in `matched` alone."""
+    """SGLang replaces a token that it could not sample (NaN logits) and reports this only in `matched`."""
     with pytest.raises(AnswerError, match="but the last token is 2; expected the same token"):
         read(generation([7, END], "stop", matched=matched))
 
@@ -90,12 +90,12 @@ def test_tokens_after_an_end_token_are_refused() -> None:
 @pytest.mark.parametrize(
     ("ids", "reason"), [([7, 8, 9], "length"), ([7, 8, 9, 10, 11], "length"), ([7, 8, 9, 10, END], "stop")]
 )
-def test_a_continuation_of_another_length_than_was_asked_for_is_refused(ids: list[int], reason: str) -> None:
+def test_a_continuation_of_another_length_than_requested_is_refused(ids: list[int], reason: str) -> None:
     with pytest.raises(AnswerError, match=rf"answered {len(ids)} tokens that ended by '{reason}'; expected 4"):
         read(generation(ids, reason))
 
 
-def test_a_prompt_that_the_server_cut_is_refused() -> None:
+def test_a_prompt_truncated_by_the_server_is_refused() -> None:
     answer = generation([7, 8, 9, 10])
     answer["meta_info"]["prompt_tokens"] = 2
     with pytest.raises(AnswerError, match="prompt_tokens 2; 3 were sent: the prompt was cut"):
@@ -103,8 +103,8 @@ def test_a_prompt_that_the_server_cut_is_refused() -> None:
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
-def test_an_end_token_that_uses_up_the_budget_is_an_end_all_the_same(reason: str) -> None:
-    """SGLang says `length` where the last token that was allowed is the end token."""
+def test_an_end_token_at_the_length_limit_counts_as_a_regular_end(reason: str) -> None:
+    """SGLang reports `length` if the last allowed token is the end token."""
     found = read(generation([7, 8, 9, END], reason))
     assert found.finish_reason == "stop" and found.output_ids.tolist() == [7, 8, 9, END]
 
@@ -156,17 +156,17 @@ def test_a_candidate_outside_the_teachers_vocabulary_is_refused(bad: int) -> Non
         scores(ids=changed(IDS, 1, 2, bad))
 
 
-def test_a_candidate_that_comes_twice_is_refused() -> None:
+def test_a_duplicate_candidate_is_refused() -> None:
     with pytest.raises(AnswerError, match="candidate 8 twice for one token"):
         scores(ids=changed(IDS, 1, 2, 8))
 
 
-def test_a_candidate_above_probability_1_is_refused() -> None:
+def test_a_candidate_with_probability_above_1_is_refused() -> None:
     with pytest.raises(AnswerError, match=r"log-prob \+2 in the top log-probs; expected at most 0"):
         scores(logp=changed(LOGP, 2, 1, 2.0))
 
 
-def test_candidates_that_add_up_to_more_than_1_are_refused() -> None:
+def test_candidates_with_total_probability_above_1_are_refused() -> None:
     with pytest.raises(AnswerError, match=r"3 candidates of probability 1\.300 together"):
         scores(logp=changed(LOGP, 1, 1, np.log(0.6)))
 
@@ -176,7 +176,7 @@ def test_a_score_above_0_is_refused() -> None:
         scores(own=[OWN[0], 3.0, OWN[2]])
 
 
-def test_a_score_that_its_own_candidate_contradicts_is_refused() -> None:
+def test_a_score_that_contradicts_its_own_candidate_is_refused() -> None:
     with pytest.raises(AnswerError, match=r"for token 6, but its top log-probs say -0\.105; expected the same"):
         scores(own=[OWN[0], OWN[1], OWN[2] - 0.5])
 

@@ -1,4 +1,4 @@
-"""examples/setup_env.sh with a stand-in interpreter: what it installs and when, and what it says where it cannot."""
+"""examples/setup_env.sh with a stand-in interpreter: what it installs and when, and its messages if it cannot."""
 
 import os
 import shutil
@@ -25,12 +25,12 @@ esac
 
 
 def surroundings() -> dict[str, str]:
-    """Our environment without the folder that VENV names: what is tested would install into it."""
+    """Our environment without VENV, because the tested script would install into that folder."""
     return {name: value for name, value in os.environ.items() if name != "VENV"}
 
 
 class Checkout:
-    """A copy of the files that the script reads, and an interpreter that only notes what it is asked to do."""
+    """A copy of the files that the script reads, and an interpreter that only records its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "checkout"
@@ -77,7 +77,7 @@ def test_a_first_run_installs_the_lock_then_sglang_without_dependencies_then_the
     ]
 
 
-def test_a_second_run_does_nothing_until_a_pin_changes(checkout):
+def test_a_second_installation_does_nothing_until_a_pin_changes(checkout):
     checkout.run()
     again = checkout.run()
     assert (again.returncode, again.stdout, checkout.calls) == (0, "", [])
@@ -88,7 +88,7 @@ def test_a_second_run_does_nothing_until_a_pin_changes(checkout):
 
 
 @pytest.mark.parametrize("marker_only", [False, True])
-def test_after_an_installation_that_did_not_finish_the_next_run_starts_over(checkout, marker_only):
+def test_after_an_unfinished_installation_the_next_run_starts_over(checkout, marker_only):
     if marker_only:
         checkout.run()
         (checkout.root / ".venv" / ".setup.unfinished").touch()
@@ -127,7 +127,7 @@ def test_each_missing_tool_is_one_line_that_says_what_to_install_or_set(checkout
 
 @pytest.fixture
 def no_flock(tmp_path: Path) -> dict[str, str]:
-    """An environment whose flock says what Lustre without `-o flock` says."""
+    """An environment whose flock fails like Lustre without `-o flock`."""
     folder = tmp_path / "no-flock"
     folder.mkdir()
     (folder / "flock").write_text("#!/bin/sh\necho 'flock: 9: Function not implemented' >&2\nexit 71\n")
@@ -135,13 +135,13 @@ def no_flock(tmp_path: Path) -> dict[str, str]:
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def test_without_flock_a_folder_keeps_others_out_and_goes_in_the_end(checkout, no_flock):
+def test_without_flock_a_lock_folder_keeps_others_out_and_is_removed_at_the_end(checkout, no_flock):
     result = checkout.run(**no_flock)
     assert (result.returncode, result.stderr) == (0, "") and checkout.calls[0] == "venv"
     assert not (checkout.root / ".venv/.setup.lock.d").exists()
 
 
-def test_the_folder_of_a_killed_installation_on_this_machine_is_taken_over(checkout, no_flock):
+def test_the_lock_folder_of_a_killed_installation_on_this_machine_is_taken_over(checkout, no_flock):
     ended = subprocess.Popen(["true"])
     ended.wait()
     folder = checkout.root / ".venv/.setup.lock.d"
@@ -151,7 +151,7 @@ def test_the_folder_of_a_killed_installation_on_this_machine_is_taken_over(check
     assert (result.returncode, result.stderr) == (0, "") and not folder.exists()
 
 
-def test_the_folder_of_a_running_installation_is_waited_for(checkout, no_flock):
+def test_an_installation_waits_for_the_lock_folder_of_a_running_one(checkout, no_flock):
     folder = checkout.root / ".venv/.setup.lock.d"
     folder.mkdir(parents=True)
     (folder / "owner").write_text(f"{os.uname().nodename} {os.getpid()}\n")
@@ -170,7 +170,7 @@ def test_the_folder_of_a_running_installation_is_waited_for(checkout, no_flock):
         assert waiting.wait(timeout=300) == 0
 
 
-def test_a_long_installation_says_every_few_seconds_that_it_is_at_it(checkout):
+def test_a_long_installation_prints_a_line_every_few_seconds(checkout):
     stand_in = checkout.python.read_text().replace(
         '"-m pip install"*)', '"-m pip install -qq"*-r*) sleep 3 ;;\n  "-m pip install"*)'
     )
@@ -181,7 +181,7 @@ def test_a_long_installation_says_every_few_seconds_that_it_is_at_it(checkout):
     assert result.stdout.rstrip().endswith("tropd --help"), "nothing speaks on after the end"
 
 
-def test_a_long_installation_that_fails_still_fails(checkout):
+def test_a_failing_long_installation_still_exits_with_an_error(checkout):
     stand_in = checkout.python.read_text().replace(
         'if [ -e "$STATE/broken" ]; then', 'if [ -e "$STATE/broken" ]; then sleep 2;'
     )

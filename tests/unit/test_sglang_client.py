@@ -1,4 +1,4 @@
-"""Faults on the wire, which a healthy server does not show: a small HTTP server that answers what it is told to."""
+"""Faults on the wire that a healthy server does not show: a small HTTP server with scripted answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECRET = "sk-not-in-any-log"
 
 @dataclass
 class Scripted:
-    """Answers /generate with `answers` in turn, then with the last one for ever."""
+    """Answers /generate with `answers` in turn, then repeats the last one."""
 
     answers: list[Answer]
     url: str = ""
@@ -46,7 +46,7 @@ class Scripted:
     most_in_flight: int = 0
     delay_s: float = 0.0
     together: int = 1
-    """Answers are held back until so many requests have been in flight at once."""
+    """Answers are held back until this many requests have been in flight at once."""
     released: bool = False
     """No answer is held back any more."""
 
@@ -125,7 +125,7 @@ def one(client: SglangClient) -> object:
     return answer
 
 
-def test_a_503_is_asked_again_and_a_400_is_not(serve: Callable[..., Scripted]) -> None:
+def test_a_503_is_retried_and_a_400_is_not(serve: Callable[..., Scripted]) -> None:
     server = serve(web.Response(status=503), web.Response(status=503), generation([7, 8]))
     client = make_client(server.url)
     assert one(client).output_ids.tolist() == [7, 8]  # type: ignore[attr-defined]
@@ -138,14 +138,14 @@ def test_a_503_is_asked_again_and_a_400_is_not(serve: Callable[..., Scripted]) -
     assert len(server.bodies) == 1
 
 
-def test_retries_are_bounded_and_named(serve: Callable[..., Scripted]) -> None:
+def test_retries_are_bounded_and_their_number_is_in_the_error(serve: Callable[..., Scripted]) -> None:
     server = serve(web.Response(status=500, body=b"boom"))
     error = one(make_client(server.url))
     assert str(error) == "rollout.server: /generate answered 500: boom (3 attempts; rollout.server.max_retries)"
     assert len(server.bodies) == 3
 
 
-def test_truncated_json_is_asked_again_and_then_an_error(serve: Callable[..., Scripted]) -> None:
+def test_truncated_json_is_retried_and_then_an_error(serve: Callable[..., Scripted]) -> None:
     whole = json.dumps(generation([7, 8])).encode()
     server = serve(web.Response(body=whole[:40]), generation([7, 8]))
     assert one(make_client(server.url)).output_ids.tolist() == [7, 8]  # type: ignore[attr-defined]
@@ -175,12 +175,12 @@ def test_an_incomplete_answer_is_an_error_and_never_filled_in(
         raise error
 
 
-def test_not_a_number_is_refused(serve: Callable[..., Scripted]) -> None:
+def test_a_nan_log_prob_is_refused(serve: Callable[..., Scripted]) -> None:
     body = json.dumps(broken({"output_token_logprobs": [[-0.5, 7, None], [float("nan"), 8, None]]})).encode()
     assert "expected a finite number" in str(one(make_client(serve(web.Response(body=body)).url)))
 
 
-def test_top_k_of_the_wrong_size_or_missing_is_an_error(serve: Callable[..., Scripted]) -> None:
+def test_a_missing_or_wrongly_sized_top_k_is_an_error(serve: Callable[..., Scripted]) -> None:
     values = base64.b64encode(np.zeros((1, 2), "<f4").tobytes()).decode()
     meta: dict[str, object] = {
         "input_token_logprobs": [[None, 4, None], [-1.0, 5, None]],
@@ -203,7 +203,7 @@ def test_top_k_of_the_wrong_size_or_missing_is_an_error(serve: Callable[..., Scr
             raise error
 
 
-def test_a_server_that_is_gone_is_told_apart_and_not_waited_for_once_its_process_has_ended() -> None:
+def test_a_dead_server_is_recognised_and_not_waited_for_once_its_process_has_ended() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     client = make_client(url)
@@ -223,7 +223,7 @@ def test_no_more_requests_are_in_flight_than_allowed(
     assert len(answers) == 20 and server.most_in_flight == 3
 
 
-def test_the_key_is_sent_and_never_logged(
+def test_the_api_key_is_sent_and_never_logged(
     serve: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MY_KEY", SECRET)
@@ -251,7 +251,7 @@ def sample_request(*, new: int = 2) -> SampleRequest:
 
 
 @pytest.mark.parametrize("versions", [("v2",), ("v1", "v2"), ("v1:incomplete",)])
-def test_tokens_of_another_policy_than_expected_are_refused(
+def test_tokens_of_an_unexpected_policy_version_are_refused(
     serve: Callable[..., Scripted], versions: tuple[str, ...]
 ) -> None:
     server = serve(generation([7, 8], versions=versions))
@@ -259,7 +259,7 @@ def test_tokens_of_another_policy_than_expected_are_refused(
         sampler(server.url).sample([sample_request()], step=0, expected_version="v1")
 
 
-def test_an_aborted_sample_is_asked_for_again_and_not_for_ever(serve: Callable[..., Scripted]) -> None:
+def test_an_aborted_sample_is_requested_again_but_not_endlessly(serve: Callable[..., Scripted]) -> None:
     partial = generation([7], reason="abort")
     server = serve(partial, generation([7, 8]))
     asking = sampler(server.url)
@@ -269,7 +269,7 @@ def test_an_aborted_sample_is_asked_for_again_and_not_for_ever(serve: Callable[.
         sampler(serve(partial).url).sample([sample_request()], step=0, expected_version="v1")
 
 
-def test_a_response_that_the_server_cut_is_refused(serve: Callable[..., Scripted]) -> None:
+def test_a_response_truncated_by_the_server_is_refused(serve: Callable[..., Scripted]) -> None:
     with pytest.raises(ServerError, match=r"answered 2 tokens that ended by 'length'; expected 5 \(max_new_tokens\)"):
         sampler(serve(generation([7, 8])).url).sample([sample_request(new=5)], step=0, expected_version="v1")
 
@@ -292,7 +292,7 @@ def test_teacher_responses_survive_an_interruption(serve: Callable[..., Scripted
     assert [line["finished"] for line in lines] == [False, True, True]
 
 
-def test_a_teacher_response_is_cut_before_an_id_that_is_no_token(
+def test_a_teacher_response_is_cut_before_an_id_that_is_not_a_token(
     serve: Callable[..., Scripted], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = [Prompt("p", np.array([3], np.int32), None, None)]
@@ -325,7 +325,7 @@ class Restarting:
         self.client = self._after
 
 
-def test_a_teacher_that_died_is_restarted_and_asked_again(serve: Callable[..., Scripted]) -> None:
+def test_a_teacher_that_died_is_restarted_and_its_requests_repeated(serve: Callable[..., Scripted]) -> None:
     top = base64.b64encode(np.log(np.array([[0.25, 0.5]], "<f4")).tobytes()).decode()
     ids = base64.b64encode(np.array([[9, 4]], "<i4").tobytes()).decode()
     meta = {
@@ -351,8 +351,8 @@ def test_a_teacher_that_died_is_restarted_and_asked_again(serve: Callable[..., S
         SglangTeacher(Restarting(gone, alive, restarts=0), **settings).fetch([rollout])  # type: ignore[arg-type]
 
 
-def test_rollouts_are_counted_as_they_come(serve: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Done of all, tokens, and the longest: of answers that are there while others are still awaited."""
+def test_rollouts_are_counted_as_they_arrive(serve: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completed of all, tokens, and the longest, for answers that have arrived while others are awaited."""
     lines: list[str] = []
     advance = Progress.advance
 

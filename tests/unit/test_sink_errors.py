@@ -1,4 +1,4 @@
-"""Sinks whose disk or service fails: one line that names the key, and a run that ends still closes all of them."""
+"""Sinks whose disk or service fails: one line that names the key, and all sinks are closed at the end of a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("call", ["__init__", "add_scalar", "flush", "close"])
-def test_a_full_disk_under_tensorboard_is_one_line(
+def test_a_full_disk_under_tensorboard_gives_a_one_line_error(
     tmp_path: Path, tensorboard: None, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Writer, "fails_at", call)
@@ -65,10 +65,10 @@ def test_a_full_disk_under_tensorboard_is_one_line(
 
 
 class Service:
-    """What stands for wandb."""
+    """A stand-in for wandb."""
 
     class Error(Exception):
-        """As wandb's own, the base of what it raises."""
+        """Like wandb's, the base class of its errors."""
 
     def __init__(self, error: Exception, at: str) -> None:
         self.error, self.at = error, at
@@ -90,18 +90,18 @@ class Service:
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
 @pytest.mark.parametrize("error", [FULL, Service.Error("api_key not configured\nsecond line")], ids=["disk", "service"])
-def test_what_wandb_cannot_do_is_one_line_that_names_the_key(
+def test_an_error_of_wandb_gives_one_line_that_names_the_key(
     tmp_path: Path, call: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", Service(error, call))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^monitor\.wandb_project: wandb says: .*; mend that, ") as caught:
+    with pytest.raises(ConfigError, match=r"^monitor\.wandb_project: wandb says: .*; fix that, ") as caught:
         sink = WeightsAndBiases("project", tmp_path, {})
         sink.write(0, {"loss": 0.5})
         sink.close()
     assert "\n" not in str(caught.value)
 
 
-def test_an_unreadable_id_of_the_wandb_run_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_wandb_run_id_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", Service(FULL, "never"))  # type: ignore[arg-type]
     (tmp_path / "wandb.id").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"wandb\.id: expected the id of the W&B run, .*; remove the file"):
@@ -129,7 +129,7 @@ def monitor_of(*sinks: Failing) -> Monitor:
     return monitor
 
 
-def test_every_sink_is_closed_and_what_one_cannot_write_at_the_end_is_a_warning(
+def test_every_sink_is_closed_and_an_error_while_closing_is_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     closed: list[str] = []
@@ -138,7 +138,7 @@ def test_every_sink_is_closed_and_what_one_cannot_write_at_the_end_is_a_warning(
     assert len(closed) == 2 and caplog.text.count("cannot write the last events") == 2
 
 
-def test_a_full_disk_under_the_output_of_the_job_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_the_output_of_the_job_gives_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tropd_mcore.monitor.monitor.compute_metrics", lambda record: {})
     record: Any = "a record"
     with pytest.raises(DataError, match="^cannot write standard output: No space left on device; make room"):
@@ -156,7 +156,9 @@ TORN: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("how", TORN)
-def test_a_torn_line_in_the_middle_of_the_metrics_is_one_line_with_its_number(tmp_path: Path, how: str) -> None:
+def test_a_damaged_line_inside_the_metrics_file_gives_a_one_line_error_with_its_number(
+    tmp_path: Path, how: str
+) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 0.5}).encode() for step in range(4)]
     lines[2] = TORN[how](lines[2])
@@ -171,7 +173,7 @@ def test_a_torn_line_in_the_middle_of_the_metrics_is_one_line_with_its_number(tm
     assert [record["step"] for record in read_step_lines(path)] == [0, 1, 3]
 
 
-def test_metrics_that_are_no_file_are_one_line(tmp_path: Path) -> None:
+def test_a_metrics_path_that_is_not_a_file_gives_a_one_line_error(tmp_path: Path) -> None:
     assert read_step_lines(tmp_path / "absent") == []
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         read_step_lines(tmp_path)

@@ -15,7 +15,7 @@ PAGES = sorted(path.relative_to(ROOT) for path in [*(ROOT / "docs").glob("*.md")
 
 
 def build(root: Path, destination: Path) -> subprocess.CompletedProcess[str]:
-    """Build as docs/conf.py says; Sphinx turns a missing page, a missing heading and bad Markdown into a failure."""
+    """Build as configured in docs/conf.py. A missing page, a missing heading or bad Markdown makes Sphinx fail."""
     command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "--keep-going", "-c", "docs", ".", str(destination)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
 
@@ -29,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the names in it that a link can lead to."""
+    """The links of a page, the files that it loads, and its link targets."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_every_page_is_in_the_side_bar_of_the_index(site: Path) -> None:
     assert [str(page) for page in PAGES if (site / page.with_suffix(".html")).resolve() not in linked] == []
 
 
-def test_a_link_to_a_page_or_a_heading_that_is_missing_ends_the_build(tmp_path: Path) -> None:
+def test_a_link_to_a_missing_page_or_heading_fails_the_build(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Index\n\n[a](other.md) [b](nowhere.md) [c](other.md#nothing)\n")
     (tmp_path / "docs" / "other.md").write_text("# Other\n\n## Something\n")

@@ -1,4 +1,4 @@
-"""Phases of a step: nothing is counted twice, and what follows a step's line is in the next one."""
+"""Phases of a step: no time is counted twice, and time after a step's line is in the next line."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_phase_inside_another_takes_its_time_from_it(seconds):
+def test_the_time_of_an_inner_phase_does_not_count_in_the_outer_one(seconds):
     clock = StepClock()
     with clock.phase("rollout"):
         seconds[0] += 2
@@ -32,7 +32,7 @@ def test_a_phase_inside_another_takes_its_time_from_it(seconds):
     assert clock.take() == {"rollout": 3.0, "publish": 5.0, "step": 12.0}
 
 
-def test_a_phase_that_comes_twice_is_added_up_and_one_that_did_nothing_is_not_there(seconds):
+def test_repeated_phases_are_added_up_and_empty_ones_left_out(seconds):
     clock = StepClock()
     for _ in range(2):
         with clock.phase("teacher"):
@@ -42,7 +42,7 @@ def test_a_phase_that_comes_twice_is_added_up_and_one_that_did_nothing_is_not_th
     assert clock.take() == {"teacher": 3.0, "step": pytest.approx(3.0005)}
 
 
-def test_what_follows_the_line_of_a_step_belongs_to_the_next_line(seconds):
+def test_time_after_the_line_of_a_step_counts_in_the_next_line(seconds):
     clock = StepClock()
     with clock.phase("metrics"):
         seconds[0] += 1
@@ -56,7 +56,7 @@ def test_what_follows_the_line_of_a_step_belongs_to_the_next_line(seconds):
     assert clock.take() == {"metrics": 2.0, "checkpoint": 30.0, "rollout": 7.0, "step": 39.0}
 
 
-def test_an_error_ends_its_phase(seconds):
+def test_an_exception_ends_its_phase(seconds):
     clock = StepClock()
     with pytest.raises(RuntimeError), clock.phase("rollout"), clock.phase("publish"):
         seconds[0] += 1
@@ -65,7 +65,7 @@ def test_an_error_ends_its_phase(seconds):
     assert clock.take() == {"publish": 1.0, "step": 10.0}
 
 
-def test_every_phase_that_is_measured_is_in_the_catalogue_and_the_other_way_round():
+def test_the_measured_phases_are_exactly_those_of_the_catalogue():
     sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
     measured = {name for source in sources for name in re.findall(r'clock\.phase\("(\w+)"\)', source)}
     assert measured == PHASES.keys() - {"step"}

@@ -1,4 +1,4 @@
-"""A request to stop: who sees it, and when it is held back."""
+"""A request to stop: where it is raised, and when it is held back."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def fresh() -> Iterator[None]:
     stopping.forget()
 
 
-def test_nobody_stops_unasked() -> None:
+def test_nothing_stops_without_a_request() -> None:
     stopping.check()
     assert stopping.requested() is None
 
 
-def test_the_first_reason_stays_and_is_what_is_raised() -> None:
+def test_the_first_stop_reason_is_kept_and_raised() -> None:
     stopping.request("SIGTERM")
     stopping.request("SIGHUP")
     assert stopping.requested() == "SIGTERM"
@@ -30,7 +30,7 @@ def test_the_first_reason_stays_and_is_what_is_raised() -> None:
         stopping.check()
 
 
-def test_what_is_held_is_finished_and_the_request_waits() -> None:
+def test_a_stop_request_waits_until_a_held_block_is_finished() -> None:
     stopping.request("SIGTERM")
     with stopping.held():
         with stopping.held():
@@ -41,7 +41,7 @@ def test_what_is_held_is_finished_and_the_request_waits() -> None:
         stopping.check()
 
 
-def test_a_stop_may_come_at_once_only_outside_blocks_that_have_something_to_save() -> None:
+def test_a_stop_is_immediate_only_outside_blocks_with_something_to_save() -> None:
     assert not stopping.waits()
     with stopping.safe_points():
         with stopping.safe_points():

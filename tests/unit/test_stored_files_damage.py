@@ -56,7 +56,7 @@ def renamed(path: Path, old: str, new: str) -> None:
     np.savez(path, **arrays)
 
 
-def test_rollouts_of_a_version_with_other_names_are_read_as_they_were(tmp_path: Path) -> None:
+def test_rollouts_of_a_version_with_other_field_names_are_read_unchanged(tmp_path: Path) -> None:
     path, rollouts = tmp_path / "step_000000.npz", make_rollouts(0)
     save_rollouts(path, rollouts)
     renamed(path, "behav_logp", "rollout_logp")

@@ -1,4 +1,4 @@
-"""Teacher scores on disk: the same numbers come back, and only to whom they belong."""
+"""Teacher scores on disk: they are read back unchanged, and only for the inputs that they belong to."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def candidates(batches: list[MicroBatch], first: int = 0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("own", "entropy"), [(True, True), (False, False)])
-def test_scores_come_back_as_they_were(tmp_path: Path, own: bool, entropy: bool) -> None:
+def test_stored_scores_are_read_back_unchanged(tmp_path: Path, own: bool, entropy: bool) -> None:
     batches = micro_batches()
     assert len(batches) > 1
     scores = [scores_of(batch, own=own, entropy=entropy) for batch in batches]
@@ -55,7 +55,7 @@ def test_scores_come_back_as_they_were(tmp_path: Path, own: bool, entropy: bool)
             assert value is None if getattr(one, name) is None else torch.equal(getattr(one, name), value), name
 
 
-def test_scores_of_another_teacher_of_other_rows_or_of_other_candidates_are_not_used_and_why_is_told(
+def test_scores_of_another_teacher_other_rows_or_other_candidates_are_not_used_and_the_reason_is_given(
     tmp_path: Path,
 ) -> None:
     batches = micro_batches()
@@ -71,7 +71,7 @@ def test_scores_of_another_teacher_of_other_rows_or_of_other_candidates_are_not_
     assert reason == "of other rows (rollouts, layout or packs)"
 
 
-def test_scores_of_a_release_that_did_not_say_whose_they_are_belong_to_nobody(tmp_path: Path) -> None:
+def test_scores_of_a_release_that_did_not_record_their_teacher_are_not_used(tmp_path: Path) -> None:
     batches = micro_batches()
     key = ScoreKey("teacher", batches, [None] * len(batches))
     path = tmp_path / "scores.npz"
@@ -82,7 +82,7 @@ def test_scores_of_a_release_that_did_not_say_whose_they_are_belong_to_nobody(tm
     assert mismatch(path, key) == "of an earlier version, which did not say what they belong to"
 
 
-def test_scores_of_a_version_with_other_names_are_read_as_they_were(tmp_path: Path) -> None:
+def test_scores_of_a_version_with_other_field_names_are_read_unchanged(tmp_path: Path) -> None:
     batches = micro_batches()
     scores = [scores_of(batch, own=True, entropy=True) for batch in batches]
     key, path = ScoreKey("teacher", batches, candidates(batches)), tmp_path / "scores.npz"
@@ -94,7 +94,7 @@ def test_scores_of_a_version_with_other_names_are_read_as_they_were(tmp_path: Pa
         assert torch.equal(one.logp_of_student_topk_TL, two.logp_of_student_topk_TL)
 
 
-def test_rows_cut_otherwise_are_other_rows(tmp_path: Path) -> None:
+def test_the_score_key_depends_on_how_rows_are_split_into_micro_batches(tmp_path: Path) -> None:
     """The same tokens in two micro-batches instead of one have other pack boundaries."""
     batches = micro_batches()
     whole, cut = ScoreKey("t", batches, [None] * len(batches)), ScoreKey("t", batches[:1], [None])
@@ -102,7 +102,7 @@ def test_rows_cut_otherwise_are_other_rows(tmp_path: Path) -> None:
     assert whole.parts()["candidates"] != cut.parts()["candidates"]
 
 
-def test_the_table_has_a_row_for_each_epoch_and_the_stored_sample_the_first_alone(tmp_path: Path) -> None:
+def test_the_token_table_has_one_row_per_epoch_and_stored_samples_only_the_first(tmp_path: Path) -> None:
     batches = micro_batches()
     outputs = [
         [{"student_logp": torch.full((len(batch.rows_T),), -1.0 - epoch)} for batch in batches] for epoch in range(2)
@@ -119,7 +119,7 @@ def test_the_table_has_a_row_for_each_epoch_and_the_stored_sample_the_first_alon
         assert len(stored["epoch"]) == 4 + 11 + 14
 
 
-def test_without_a_pass_before_the_update_the_old_log_prob_is_the_one_of_the_update() -> None:
+def test_without_a_pass_before_the_update_the_old_log_prob_is_that_of_the_update() -> None:
     batches = micro_batches()
     outputs = [{"student_logp": torch.rand(len(batch.rows_T))} for batch in batches]
     columns = local_columns(batches, [None] * len(batches), outputs, epoch=0)

@@ -1,4 +1,4 @@
-"""The questions that have no public answer in PyTorch are answered by the installed version."""
+"""Questions without a public PyTorch API are answered correctly for the installed version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tropd_mcore.kernel import surroundings
 
 
 class Probe(torch.autograd.Function):
-    """Notes what surrounds its forward pass."""
+    """Records the surroundings of its forward pass."""
 
     seen: list[tuple[bool, bool]]
 
@@ -44,7 +44,7 @@ def test_a_plain_forward_pass_has_no_hooks_and_is_in_no_backward_pass(leaf: Tens
     assert Probe.seen == [(False, False)]
 
 
-def test_hooks_are_seen_inside_an_autograd_function(leaf: Tensor) -> None:
+def test_hooks_are_detected_inside_an_autograd_function(leaf: Tensor) -> None:
     with torch.autograd.graph.save_on_cpu():
         Probe.apply(leaf).sum().backward()
     assert Probe.seen == [(True, False)]
@@ -53,14 +53,14 @@ def test_hooks_are_seen_inside_an_autograd_function(leaf: Tensor) -> None:
 @pytest.mark.parametrize(
     ("reentrant", "seen"), [(False, [(True, False), (True, True)]), (True, [(False, False), (False, True)])]
 )
-def test_a_checkpoint_runs_the_forward_pass_again_inside_the_backward_pass(
+def test_a_forward_pass_rerun_by_a_checkpoint_inside_the_backward_pass_is_detected(
     leaf: Tensor, reentrant: bool, seen: list[tuple[bool, bool]]
 ) -> None:
     checkpoint(lambda number: torch.sin(Probe.apply(number)), leaf, use_reentrant=reentrant).sum().backward()
     assert Probe.seen == seen
 
 
-def test_functional_transforms_are_seen() -> None:
+def test_functional_transforms_are_detected() -> None:
     seen: list[bool] = []
 
     def probed(number: Tensor) -> Tensor:
@@ -73,12 +73,12 @@ def test_functional_transforms_are_seen() -> None:
     assert seen == [True, True, False]
 
 
-def test_where_pytorch_cannot_tell_the_careful_answer_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_pytorch_cannot_tell_hooks_are_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
     assert surroundings.saved_tensor_hooks_are_active()
 
 
-def test_an_objective_that_changes_a_saved_number_in_place_is_refused_behind_hooks_too() -> None:
+def test_an_objective_that_changes_a_saved_tensor_in_place_is_refused_even_with_hooks() -> None:
     with torch.autograd.graph.save_on_cpu(), surroundings.shield():
         number = torch.ones(3, requires_grad=True)
         square = torch.exp(number * 1.0)

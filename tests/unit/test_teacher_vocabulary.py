@@ -28,7 +28,7 @@ def rename(folder: Path, old: str, new: str) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_widths_may_differ_by_padding(tmp_path: Path) -> None:
+def test_vocabulary_widths_may_differ_by_padding(tmp_path: Path) -> None:
     student = write_folder(tmp_path / "student", width=307, added=("<think>",))
     teacher = write_folder(tmp_path / "teacher", width=512, added=("<think>",))
     check_same_vocabulary(student, teacher)
@@ -43,7 +43,7 @@ def test_one_renamed_token_is_two_differences(tmp_path: Path) -> None:
         check_same_vocabulary(student, teacher)
 
 
-def test_added_tokens_count_and_only_the_first_differences_are_shown(tmp_path: Path) -> None:
+def test_added_tokens_are_compared_and_only_the_first_differences_shown(tmp_path: Path) -> None:
     student = write_folder(tmp_path / "student", added=("<a>", "<b>", "<c>", "<d>"))
     teacher = write_folder(tmp_path / "teacher", added=("<d>", "<c>", "<b>", "<a>", "<e>", "<f>"))
     with pytest.raises(DataError, match=r"differ in 6 of") as caught:
@@ -67,7 +67,7 @@ def test_a_folder_without_tokenizer_or_config_is_named(tmp_path: Path) -> None:
         check_same_vocabulary(tmp_path / "empty", teacher)
 
 
-def test_a_teacher_that_only_adds_tokens_is_told_apart_and_the_key_is_named(tmp_path: Path) -> None:
+def test_a_teacher_that_only_adds_tokens_gets_its_own_message_with_the_key(tmp_path: Path) -> None:
     student = write_folder(tmp_path / "student")
     added = tuple(f"<t{index}>" for index in range(7))
     teacher = write_folder(tmp_path / "teacher", added=added)
@@ -95,7 +95,7 @@ def test_only_a_teacher_may_add_tokens(tmp_path: Path) -> None:
     assert "extra_tokens" not in str(caught.value)
 
 
-def test_a_student_that_adds_tokens_is_told_apart(tmp_path: Path) -> None:
+def test_a_student_that_adds_tokens_gets_its_own_message(tmp_path: Path) -> None:
     student, teacher = write_folder(tmp_path / "student", added=("<own>",)), write_folder(tmp_path / "teacher")
     for allow_extra in (False, True):
         with pytest.raises(DataError, match=r"student.path=.* has 1 token \('<own>' \d+\) that teacher.path=.* lacks"):
@@ -109,7 +109,7 @@ def test_added_tokens_do_not_excuse_a_token_with_another_id(tmp_path: Path) -> N
         check_same_vocabulary(student, teacher, allow_extra=True)
 
 
-def test_a_token_without_a_row_of_the_embedding_is_named(tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_row_is_named(tmp_path: Path) -> None:
     student = write_folder(tmp_path / "student")
     first = len(tiny_tokenizer())
     teacher = write_folder(tmp_path / "teacher", width=first, added=("<out>",))

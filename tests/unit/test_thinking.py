@@ -1,4 +1,4 @@
-"""A response has an answer outside of its thinking, and none where it is no whole: written cases, and a slow oracle."""
+"""A response has an answer outside its thinking, and none if it is unfinished: written cases and a slow oracle."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +36,12 @@ LENIENT = VerifierConfig(kind="exact_match", unfinished="judge")
         ("<think></think>", False, "", False),
     ],
 )
-def test_what_is_said_is_outside_of_closed_blocks(response, opened, said, is_open):
+def test_the_answer_part_is_the_text_outside_closed_thinking_blocks(response, opened, said, is_open):
     assert outside_of_blocks(response, "<think>", "</think>", opened=opened) == (said, is_open)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "<think>", "</think>"]), max_size=12), st.booleans())
-def test_blocks_equal_a_walk_over_the_pieces(pieces, opened):
+def test_the_text_outside_thinking_blocks_equals_a_walk_over_the_pieces(pieces, opened):
     said: list[str] = []
     block: list[str] | None = [] if opened else None
     for piece in pieces:
@@ -70,18 +70,18 @@ def test_blocks_equal_a_walk_over_the_pieces(pieces, opened):
         ("#### 5<think>#### 6</think>", True, False, True, True),
     ],
 )
-def test_a_response_that_is_no_whole_has_no_answer_unless_the_rule_says_so(response, finished, opened, strict, lenient):
+def test_an_unfinished_response_has_no_answer_unless_configured(response, finished, opened, strict, lenient):
     assert is_correct(STRICT, response, "5", finished=finished, opened=opened) is strict
     assert is_correct(LENIENT, response, "5", finished=finished, opened=opened) is lenient
 
 
-def test_without_blocks_only_the_end_of_a_response_counts():
+def test_without_thinking_blocks_only_a_finished_response_has_an_answer():
     verifier = VerifierConfig(kind="exact_match", thinking=None)
     assert answer_part(verifier, "<think>#### 5", finished=True, opened=True) == "<think>#### 5"
     assert answer_part(verifier, "#### 5", finished=False, opened=False) is None
 
 
-def test_the_texts_of_a_block_are_the_user_s():
+def test_the_markers_of_a_thinking_block_are_configurable():
     verifier = VerifierConfig(kind="exact_match", thinking=("[THINK]", "[/THINK]"))
     assert answer_part(verifier, "[THINK]a[/THINK]b<think>c", finished=True, opened=False) == "b<think>c"
 
@@ -102,7 +102,9 @@ def test_the_texts_of_a_block_are_the_user_s():
         ("two?", "one ", "three", "stop", "one three"),
     ],
 )
-def test_prompt_prefix_and_end_of_a_rollout_decide(tmp_path: Path, special, prompt, prefix, response, reason, said):
+def test_prompt_prefix_and_finish_reason_decide_which_text_is_the_answer(
+    tmp_path: Path, special, prompt, prefix, response, reason, said
+):
     """Whether the texts of a block are special tokens, which a response is decoded without, or not."""
     tokenizer = tiny_tokenizer()
     if special:

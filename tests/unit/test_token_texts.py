@@ -1,4 +1,4 @@
-"""Tokens one by one: characters of several tokens are text, and the pieces are the whole."""
+"""Texts of single tokens: characters of several tokens are decoded, and the pieces add up to the whole."""
 
 import re
 
@@ -14,7 +14,7 @@ TEXTS = ("a\U0001f389b", "\U0001d6fc = 1", "\u0928\u092e\u0938\u094d\u0924\u0947
 
 @pytest.fixture(scope="module")
 def by_bytes() -> PreTrainedTokenizerFast:
-    """One token per byte, as a byte-level vocabulary has for what it seldom saw."""
+    """One token per byte, as in a byte-level vocabulary for rare text."""
     vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +33,7 @@ def test_a_character_of_several_tokens_is_the_text_of_its_last_token(by_bytes, t
     assert texts == expected and "\ufffd" not in "".join(texts)
 
 
-def test_bytes_that_are_no_character_do_not_delay_what_follows(by_bytes):
+def test_invalid_bytes_do_not_delay_the_text_of_later_tokens(by_bytes):
     emoji, letters = ids_of(by_bytes, "\U0001f389"), ids_of(by_bytes, "ab")
     texts = token_texts(by_bytes, emoji[:2] + letters + emoji)
     assert texts[2:] == ["a", "b", "", "", "", "\U0001f389"] and texts[1].strip("\ufffd") == ""
@@ -42,7 +42,7 @@ def test_bytes_that_are_no_character_do_not_delay_what_follows(by_bytes):
     assert any(stuck[:4]), "what can never become a character is shown after four tokens"
 
 
-def test_the_texts_are_together_the_text_of_the_sequence_whatever_it_is(by_bytes):
+def test_the_token_texts_concatenate_to_the_text_of_any_sequence(by_bytes):
     generator = np.random.default_rng(0)
     for _ in range(50):
         ids = generator.integers(0, 256, size=23).tolist()
@@ -62,5 +62,5 @@ def test_spaces_of_a_sentencepiece_vocabulary_are_kept_and_its_bytes_are_joined(
     assert token_texts(fast, [257, 258, *emoji, 258]) == ["two", " pears", "", "", "", "\U0001f389", " pears"]
 
 
-def test_no_tokens_have_no_texts(by_bytes):
+def test_an_empty_sequence_has_no_token_texts(by_bytes):
     assert token_texts(by_bytes, []) == []

@@ -1,4 +1,4 @@
-"""A tokenizer folder is read as its tokenizer.json says, or the gate says what differs before anything is trained."""
+"""A tokenizer folder is read as its tokenizer.json says, or the gate reports the difference before training."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_class_over_a_byte_level_file_gives_the_ids_of_the_file(
     assert renderer.decode(renderer.prompt_ids(TEXT)) == TEXT
 
 
-def test_the_library_alone_loses_the_spaces_of_such_a_folder_so_that_the_test_above_tests_something(
+def test_transformers_alone_loses_the_spaces_of_a_byte_level_folder(
     tmp_path: Path,
 ) -> None:
     folder = write(tmp_path, byte_level(), tokenizer_class="LlamaTokenizerFast")
@@ -99,7 +99,7 @@ def test_the_library_alone_loses_the_spaces_of_such_a_folder_so_that_the_test_ab
     )
 
 
-def test_what_was_corrected_is_said_with_the_class_and_the_first_difference(
+def test_a_corrected_tokenizer_is_reported_with_its_class_and_the_first_difference(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = write(tmp_path / "wrong", byte_level(), tokenizer_class="LlamaTokenizerFast")
@@ -119,7 +119,7 @@ def test_every_reader_of_the_project_reads_the_same_tokenizer(tmp_path: Path) ->
     assert decode(load_tokenizer(folder), ids.tolist()).startswith("A train leaves at 9:40 and arrives")
 
 
-def test_special_tokens_that_a_setting_would_split_stay_whole(tmp_path: Path) -> None:
+def test_special_tokens_are_not_split_whatever_the_settings(tmp_path: Path) -> None:
     folder = write(tmp_path, byte_level(), tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True)
     loaded = check_tokenizer(folder, key="student.path")
     assert encode(loaded.tokenizer, "a<|end|>") == ids_of_the_file(folder, "a<|end|>")
@@ -135,7 +135,7 @@ def test_a_length_limit_in_the_file_cuts_no_prompt(tmp_path: Path) -> None:
     assert decode(loaded.tokenizer, encode(loaded.tokenizer, TEXT * 9)) == TEXT * 9
 
 
-def test_a_normalizer_changes_the_text_once_and_the_gate_asks_for_exactly_that_text(tmp_path: Path) -> None:
+def test_a_normalizer_changes_the_text_once_and_the_gate_expects_exactly_that_text(tmp_path: Path) -> None:
     composed = "\u00e9"
     folder = write(tmp_path / "nfc", byte_level(normalizer=normalizers.NFC()), "qwen3", tokenizer_class=None)
     loaded = check_tokenizer(folder, key="student.path")
@@ -146,7 +146,7 @@ def test_a_normalizer_changes_the_text_once_and_the_gate_asks_for_exactly_that_t
     assert check_tokenizer(lower, key="student.path").file is not None
 
 
-def test_a_tokenizer_of_the_sentencepiece_kind_passes_with_its_spaces(tmp_path: Path) -> None:
+def test_a_tokenizer_converted_from_sentencepiece_passes_with_its_spaces(tmp_path: Path) -> None:
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     folder = write(tmp_path, sentencepiece_like(), tokenizer_class="LlamaTokenizer", **special)
     loaded = check_tokenizer(folder, key="student.path")
@@ -154,7 +154,7 @@ def test_a_tokenizer_of_the_sentencepiece_kind_passes_with_its_spaces(tmp_path: 
     assert decode(loaded.tokenizer, encode(loaded.tokenizer, "  two  spaces")) == "  two  spaces"
 
 
-def test_clean_up_of_spaces_is_never_done(tmp_path: Path) -> None:
+def test_decoding_never_cleans_up_spaces(tmp_path: Path) -> None:
     destroy = {
         "clean_up_tokenization_spaces": True,
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
@@ -176,7 +176,7 @@ def test_a_file_that_loses_text_by_itself_is_refused_by_the_gate(tmp_path: Path)
         check_tokenizer(folder, key="teacher.path")
 
 
-def test_text_that_a_small_tokenizer_has_no_tokens_for_is_said_and_passes(
+def test_text_that_a_small_tokenizer_cannot_encode_is_reported_and_passes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     characters = sorted({character for text in PROBE[:2] for character in text} | {"\u2581"})
@@ -191,7 +191,7 @@ def test_text_that_a_small_tokenizer_has_no_tokens_for_is_said_and_passes(
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
-def test_a_token_that_only_the_settings_name_comes_behind_the_file_and_is_said(
+def test_a_token_that_only_the_settings_name_is_appended_and_reported(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     added = {"292": {"content": "<later>", "special": True}}
@@ -210,14 +210,14 @@ def test_a_token_that_only_the_settings_name_comes_behind_the_file_and_is_said(
 def test_a_token_to_which_the_settings_give_another_id_is_refused_by_the_gate(tmp_path: Path) -> None:
     added = {"400": {"content": "<later>", "special": True}}
     folder = write(tmp_path, byte_level(), tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder=added)
-    with pytest.raises(
-        GateError, match=r"gives id 400 to token '<later>', which gets 292; mend tokenizer_config\.json"
-    ):
+    with pytest.raises(GateError, match=r"gives id 400 to token '<later>', which gets 292; fix tokenizer_config\.json"):
         check_tokenizer(folder, key="student.path")
 
 
 @pytest.mark.parametrize("part", ["model", "pre_tokenizer", "decoder"])
-def test_a_file_of_a_later_release_is_one_line_that_says_what_to_install(tmp_path: Path, part: str) -> None:
+def test_a_tokenizer_file_of_a_later_release_gives_one_line_that_says_what_to_install(
+    tmp_path: Path, part: str
+) -> None:
     folder = write(tmp_path, byte_level(), tokenizer_class="PreTrainedTokenizerFast")
     content = json.loads((folder / "tokenizer.json").read_text())
     content[part]["type"] = "OfALaterRelease"
@@ -242,14 +242,14 @@ def test_a_git_lfs_pointer_and_a_damaged_file_are_named(tmp_path: Path, name: st
         load_tokenizer(folder)
 
 
-def test_a_folder_with_sentencepiece_alone_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_folder_with_only_a_sentencepiece_model_is_refused_with_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(DataError, match=r"expected a tokenizer there \(tokenizer\.json\); .*save a tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
-def test_code_of_a_folder_is_not_run_and_nobody_is_asked(tmp_path: Path) -> None:
+def test_code_of_a_tokenizer_folder_is_not_run_and_no_prompt_is_shown(tmp_path: Path) -> None:
     folder = write(tmp_path, byte_level(), "no_such_model", tokenizer_class="Strange")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": ["strange.Strange", None]}
@@ -260,7 +260,7 @@ def test_code_of_a_folder_is_not_run_and_nobody_is_asked(tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_without_tokenizer_json_is_compared_with_nothing_and_that_is_said(
+def test_a_folder_without_tokenizer_json_is_reported_as_not_compared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     byte_level().model.save(str(tmp_path))
@@ -271,7 +271,7 @@ def test_a_folder_without_tokenizer_json_is_compared_with_nothing_and_that_is_sa
     assert "no tokenizer.json" in caplog.text
 
 
-def test_a_server_gets_files_that_a_plain_reader_reads_as_we_do(tmp_path: Path) -> None:
+def test_a_server_gets_tokenizer_files_that_a_plain_reader_reads_as_we_do(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", byte_level(), tokenizer_class="LlamaTokenizerFast")
     loaded = read_tokenizer(folder)
     written = write_for_server(loaded, folder, tmp_path / "served")

@@ -1,7 +1,7 @@
 """The Triton kernels against the float64 oracle and the eager backend, in Triton's interpreter.
 
-The interpreter runs a kernel in numpy, one program at a time: it shows what a kernel computes, not that its threads are
-in step (for that, see test_triton_ptx and tests/gpu). It cuts a float32 off to make a bfloat16, a GPU rounds it.
+The interpreter runs a kernel in NumPy, one program at a time. It shows what a kernel computes, but not that its threads
+are synchronised (for that, see test_triton_ptx and tests/gpu). It truncates a float32 to a bfloat16, a GPU rounds it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_every_variant_equals_the_oracle_in_float64(
     assert_close(interpreted(case), oracle(case), 1e-12)
 
 
-def test_softcap_in_float32_errs_by_a_few_rounding_steps_of_the_cap() -> None:
+def test_softcap_in_float32_is_off_by_a_few_rounding_steps_of_the_cap() -> None:
     case = make_case("uneven", torch.float32, scaling=Scaling(0.7, 30.0))
     assert_close(interpreted(case), oracle(case), 1e-5)
 
@@ -83,7 +83,9 @@ def test_bfloat16_gradient_in_the_first_half_of_float32_rows_is_the_float32_grad
 @pytest.mark.parametrize(
     ("runs", "tokens", "width"), [((1,), 0, 130), ((), 1, 130), ((1,), 1, 1), ((1,), 1, 130), ((1, 128, 128), 1, 130)]
 )
-def test_widths_and_supports_from_the_smallest_to_257_slots(runs: tuple[int, ...], tokens: int, width: int) -> None:
+def test_both_passes_equal_eager_for_supports_of_zero_to_257_slots(
+    runs: tuple[int, ...], tokens: int, width: int
+) -> None:
     slots = sum(runs)
     ids_TJ = torch.tensor([v for run in runs for v in range(run)], dtype=torch.int64).expand(tokens, slots)
     logits_TW = torch.linspace(-2.0, 2.0, width, dtype=torch.float64).expand(tokens, width).clone()
@@ -112,13 +114,13 @@ def small_passes(
     return results[0], results[1]
 
 
-def test_block_width_does_not_change_the_result_beyond_rounding() -> None:
+def test_the_block_width_changes_the_result_only_by_rounding() -> None:
     case = make_case("padded")
     assert_close(interpreted(replace(case, block=128)), interpreted(replace(case, block=8)), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_second_run_has_the_same_bits(dtype: torch.dtype) -> None:
+def test_the_interpreted_kernels_are_bit_identical_in_a_second_run(dtype: torch.dtype) -> None:
     first, second = (interpreted(make_case("uneven", dtype)) for _ in range(2))
     assert first.stats.tobytes() == second.stats.tobytes()
     assert first.support.tobytes() == second.support.tobytes()
@@ -135,7 +137,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_kernels_is_found(fault: str) -> None:
+def test_a_planted_fault_in_the_triton_kernels_is_detected(fault: str) -> None:
     case = make_case("padded")
     with pytest.raises(AssertionError):
         assert_close(interpreted(case, mutation=FAULTS[fault]), oracle(case), 1e-6)

@@ -1,6 +1,6 @@
-"""The Triton kernels compile for a GPU that is not there, and what threads must not do is not in the code.
+"""The Triton kernels compile for a GPU without having one, and the code has no forbidden memory accesses.
 
-The compiler needs no GPU: it goes as far as PTX text and, by the assembler that comes with Triton, machine code.
+The compiler needs no GPU. It produces PTX text and, with the assembler that comes with Triton, machine code.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Code:
     cubin: bytes
 
     def accesses(self) -> list[str]:
-        """What the code does to global memory, and its barriers, in the order of the text.
+        """The accesses of the code to global memory, and its barriers, in the order of the text.
 
         That of execution too, where a loop's body has no branches: not in float64, whose exponential has some.
         """
@@ -72,7 +72,7 @@ class Code:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What is compiled here is compiled anew."""
+    """Kernels are compiled again here, without a cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
@@ -135,7 +135,7 @@ def test_both_kernels_compile_for_sm_90_without_atomics(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_all_threads_have_loaded_before_any_stores_over_the_logits(name: str) -> None:
+def test_all_threads_load_their_logits_before_any_thread_stores_over_them(name: str) -> None:
     """And no load goes through a cache that does not see stores, or is started early and waited for later."""
     code = gradient_code(TRAINING[name])
     pairs = re.findall(r"ld\.global(?:bar\.sync)*st\.global", "".join(code.accesses()))
@@ -144,7 +144,7 @@ def test_all_threads_have_loaded_before_any_stores_over_the_logits(name: str) ->
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_the_support_is_stored_after_all_threads_have_stored_the_rest(name: str) -> None:
+def test_the_support_is_stored_after_all_threads_have_stored_the_other_columns(name: str) -> None:
     accesses = "".join(gradient_code(TRAINING[name]).accesses())
     assert re.search(r"st\.global(bar\.sync)+(st\.global)+$", accesses)
 
@@ -165,7 +165,7 @@ def test_logits_are_read_and_written_sixteen_bytes_at_a_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_two_programs_share_a_multiprocessor_and_spill_nothing(name: str, tmp_path: Path) -> None:
+def test_two_programs_fit_on_a_multiprocessor_without_spilling_registers(name: str, tmp_path: Path) -> None:
     for code in (stats_code(TRAINING[name]), gradient_code(TRAINING[name])):
         registers, stack = resources(code, tmp_path)
         assert registers <= REGISTERS_FOR_TWO_PROGRAMS

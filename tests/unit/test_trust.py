@@ -18,7 +18,7 @@ MODES = ("bernoulli", "soft", "threshold", "none")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gate_equals_the_oracle(mode: str) -> None:
+def test_the_trust_gate_equals_the_oracle(mode: str) -> None:
     random = torch.Generator().manual_seed(3)
     log_ratio_T = 3.0 * torch.randn(501, generator=random, dtype=torch.float64)
     u_T = torch.rand(501, generator=random, dtype=torch.float64)
@@ -45,18 +45,18 @@ def test_a_token_that_the_teacher_excludes_is_an_outlier() -> None:
         assert trust_gate(excluded_T, mode=mode, trust_u_T=u_T, threshold=-0.8473).tolist() == [0.0]
 
 
-def test_threshold_itself_is_not_trusted() -> None:
+def test_a_log_ratio_equal_to_the_threshold_is_not_trusted() -> None:
     log_ratio_T = torch.tensor([-0.5, -0.5 + 1e-6])
     assert trust_gate(log_ratio_T, mode="threshold", trust_u_T=torch.zeros(2), threshold=-0.5).tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weight_is_detached(mode: str) -> None:
+def test_the_trust_weight_is_detached(mode: str) -> None:
     log_ratio_T = torch.randn(5, requires_grad=True)
     assert not trust_gate(log_ratio_T, mode=mode, trust_u_T=torch.rand(5), threshold=0.0).requires_grad
 
 
-def test_outlier_fraction_of_a_million_draws_is_the_total_variation() -> None:
+def test_the_outlier_fraction_of_a_million_draws_is_the_total_variation() -> None:
     random = torch.Generator().manual_seed(5)
     log_p, log_q = (
         torch.log_softmax(torch.tensor(GOLDEN[name], dtype=torch.float64), 0)
@@ -76,7 +76,7 @@ def test_outlier_fraction_of_a_million_draws_is_the_total_variation() -> None:
     student=st.lists(st.floats(-8, 8), min_size=2, max_size=12),
     seed=st.integers(0, 2**16),
 )
-def test_expected_outlier_weight_is_the_total_variation_for_any_pair(student: list[float], seed: int) -> None:
+def test_the_expected_outlier_weight_is_the_total_variation_for_any_pair(student: list[float], seed: int) -> None:
     log_p = torch.log_softmax(torch.tensor(student, dtype=torch.float64), 0)
     random = torch.Generator().manual_seed(seed)
     log_q = torch.log_softmax(4.0 * torch.randn(len(student), generator=random, dtype=torch.float64), 0)

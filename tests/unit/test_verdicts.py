@@ -1,4 +1,4 @@
-"""The verifier's verdicts on the rollouts of a step: one each, and an error where an objective would miss one."""
+"""The verifier's verdicts on the rollouts of a step: one per rollout, and an error if an objective would lack one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tropd_mcore.errors import DataError
 
 
 class Speller:
-    """A renderer whose text of ids is their digits; id 9 opens a thinking block, id 8 closes one."""
+    """A renderer whose text of ids is their digits. Id 9 opens a thinking block, id 8 closes one."""
 
     def decode(self, ids: np.ndarray, *, keep: Sequence[str] = ()) -> str:
         assert tuple(keep) == ("<think>", "</think>")
@@ -33,7 +33,7 @@ def rollouts_of(*answers: str | None) -> list:
     return [replace(rollout, answer=answer) for rollout, answer in zip(made, answers, strict=True)]
 
 
-def test_prefix_and_response_together_are_judged() -> None:
+def test_prefix_and_response_are_judged_together() -> None:
     first = rollouts_of("x")[0]
     right = "".join(str(index) for index in [*first.prefix_ids, *first.response_ids])
     verdicts = verify_rollouts(rollouts_of(right, "x", None), Speller(), config_of("opd"))
@@ -54,7 +54,7 @@ def test_prefix_and_response_together_are_judged() -> None:
         ({"response_ids": [9, 3, 8, 1, 2]}, True),
     ],
 )
-def test_a_sample_that_was_cut_or_still_thinks_is_wrong_and_counted(changes: dict, right: bool) -> None:
+def test_a_truncated_sample_or_one_still_thinking_is_wrong_and_counted(changes: dict, right: bool) -> None:
     """Cut by rollout.truncate as by any other budget: the rollout says `length`."""
     base: dict = {"prompt_ids": [5], "prefix_ids": [], "response_ids": [1, 2]}
     ids = {name: np.array(value, np.int32) for name, value in (base | changes).items() if name != "finish_reason"}
@@ -68,12 +68,12 @@ def test_a_sample_that_was_cut_or_still_thinks_is_wrong_and_counted(changes: dic
     assert verify_rollouts([cut], Speller(), lenient).unfinished == 0.0
 
 
-def test_without_a_verifier_nothing_is_judged() -> None:
+def test_without_a_verifier_no_sample_is_judged() -> None:
     verdicts = verify_rollouts(rollouts_of("x", None), Speller(), config_of("opd", verifier="none"))
     assert verdicts == Verdicts([None, None], unfinished=None) and accuracy(verdicts.right) is None
 
 
 @pytest.mark.parametrize("kind", ["kdrl", "rlad"])
-def test_an_objective_that_learns_from_verdicts_names_the_prompt_without_an_answer(kind: str) -> None:
+def test_an_objective_that_learns_from_verdicts_refuses_a_prompt_without_an_answer_by_name(kind: str) -> None:
     with pytest.raises(DataError, match=rf"kind={kind} learns from a verifier, but prompt 'p1' \(and 1 more\) has no"):
         verify_rollouts(rollouts_of("x", None, None), Speller(), config_of(kind))

@@ -1,4 +1,4 @@
-"""Judging answers: the last match counts, mathematics is compared as such, and nothing but a right answer is right."""
+"""Judging answers: the last match counts, mathematics is compared by value, and only a correct answer is correct."""
 
 import threading
 
@@ -26,11 +26,11 @@ MATH = VerifierConfig(kind="math_verify")
         ("#### 012", False),
     ],
 )
-def test_exact_match_compares_the_last_match(response, right):
+def test_exact_match_compares_the_last_match_of_the_pattern(response, right):
     assert is_correct(EXACT, response, " 12 ") is right
 
 
-def test_the_pattern_is_the_user_s():
+def test_exact_match_uses_the_configured_pattern():
     verifier = VerifierConfig(kind="exact_match", pattern=r"<answer>(.*?)</answer>")
     assert is_correct(verifier, "<answer>1</answer> <answer>blue</answer>", "blue")
     assert not is_correct(verifier, "#### blue", "blue")
@@ -51,12 +51,12 @@ def test_the_pattern_is_the_user_s():
         (r"$\boxed{\frac{1}{}$", "7", False),
     ],
 )
-def test_mathematics_is_compared_as_such(response, answer, right, monkeypatch):
+def test_mathematical_answers_are_compared_by_value(response, answer, right, monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 300)  # a comparison takes milliseconds, but the machine may be busy
     assert is_correct(MATH, response, answer) is right
 
 
-def test_an_answer_that_takes_too_long_is_wrong(monkeypatch):
+def test_an_answer_that_takes_too_long_to_compare_is_wrong(monkeypatch):
     monkeypatch.setattr(verify, "MATH_TIMEOUT_S", 1)
     assert is_correct(MATH, r"$\boxed{9^{9^{9^{9}}}}$", "2") is False  # without the bound, this would not end
 

@@ -1,4 +1,4 @@
-"""Reading config.json: both generations of keys, and a one-line refusal of what would change the logits."""
+"""Reading config.json: both generations of keys, and a one-line refusal of options that would change the logits."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def read(**changes: Any) -> Any:
     return architecture_from_config(config(**changes), source="config.json")
 
 
-def test_every_field_is_read() -> None:
+def test_every_field_of_config_json_is_read() -> None:
     arch = read(rope_theta=1e6)
     assert (arch.num_layers, arch.hidden_size, arch.ffn_hidden_size) == (3, 48, 80)
     assert (arch.num_heads, arch.num_kv_heads, arch.head_dim, arch.vocab_size) == (4, 2, 16, 307)
@@ -53,7 +53,7 @@ def test_every_field_is_read() -> None:
 @pytest.mark.parametrize(
     ("family", "qk_norm", "qkv_bias"), [("qwen3", True, False), ("qwen2", False, True), ("llama", False, False)]
 )
-def test_family_decides_head_norms_and_biases(family: str, qk_norm: bool, qkv_bias: bool) -> None:
+def test_the_model_family_decides_head_norms_and_biases(family: str, qk_norm: bool, qkv_bias: bool) -> None:
     arch = read(model_type=family)
     assert (arch.family, arch.qk_norm, arch.qkv_bias) == (family, qk_norm, qkv_bias)
 
@@ -83,7 +83,7 @@ def test_plain_rope_has_no_scaling_and_the_default_base(keys: dict[str, Any]) ->
     assert (arch.rope_theta, arch.rope_scaling) == (10000.0, None)
 
 
-def test_dtype_of_older_releases_is_read() -> None:
+def test_the_dtype_key_of_older_releases_is_read() -> None:
     assert read(dtype=..., torch_dtype="float32").dtype == "float32"
 
 
@@ -109,7 +109,7 @@ def test_dtype_of_older_releases_is_read() -> None:
         ({"dtype": "int8"}, ["dtype", "int8"]),
     ],
 )
-def test_what_is_not_reproduced_is_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
+def test_options_that_are_not_reproduced_are_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ModelError) as caught:
         read(**changes)
     message = str(caught.value)
@@ -117,7 +117,7 @@ def test_what_is_not_reproduced_is_refused_in_one_line(changes: dict[str, Any], 
     assert all(word in message for word in ["config.json", *words]), message
 
 
-def test_missing_folder_missing_file_and_broken_json_are_told_apart(tmp_path: Path) -> None:
+def test_missing_folder_missing_file_and_broken_json_have_different_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not found; expected a directory"):
         read_architecture(tmp_path / "absent")
     with pytest.raises(ModelError, match="config.json not found"):
@@ -130,7 +130,7 @@ def test_missing_folder_missing_file_and_broken_json_are_told_apart(tmp_path: Pa
         read_architecture(tmp_path)
 
 
-def test_json_round_trip_keeps_every_field() -> None:
+def test_the_json_round_trip_of_an_architecture_keeps_every_field() -> None:
     arch = read(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 3e4})
     values = json.loads(json.dumps(architecture_to_json(arch)))
     assert architecture_from_json(values, source="x") == arch
@@ -138,7 +138,7 @@ def test_json_round_trip_keeps_every_field() -> None:
         architecture_from_json(values | {"depth": 1}, source="x")
 
 
-def test_a_different_architecture_is_refused_with_both_values_and_dtype_is_free() -> None:
+def test_a_different_architecture_is_refused_with_both_values_but_the_dtype_may_differ() -> None:
     arch = read()
     check_same_architecture(read(dtype="float32", max_position_embeddings=1024), arch, source="x")
     with pytest.raises(ModelError, match="num_layers is 5, expected 3"):

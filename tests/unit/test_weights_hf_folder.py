@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is written loads in transformers, and what is damaged is named in one line."""
+"""Hugging Face folders: written folders load in transformers, and damaged files are named in one line."""
 
 import json
 from collections.abc import Iterator
@@ -94,7 +94,7 @@ def test_sharded_and_single_file_folders_read_the_same(tmp_path: Path) -> None:
         assert torch.equal(left, right)
 
 
-def test_slices_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
+def test_slices_read_from_a_folder_equal_those_of_the_whole_tensor(tmp_path: Path) -> None:
     with HfReader(write_tiny_model(tmp_path / "m")) as reader:
         name = "model.layers.2.mlp.down_proj.weight"
         whole = reader.tensor(name)
@@ -103,7 +103,7 @@ def test_slices_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
         reader.check()
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_weight_files_are_named(tmp_path: Path) -> None:
     refused(lambda: HfReader(tmp_path / "absent"), "absent", "not found")
     folder = write_tiny_model(tmp_path / "m", max_shard_size="100KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
@@ -116,14 +116,14 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 5, 300, -1])
-def test_truncated_file_is_named(kept_bytes: int, tmp_path: Path) -> None:
+def test_a_truncated_weight_file_is_named(kept_bytes: int, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept_bytes])
     refused(lambda: HfReader(folder), "model.safetensors", "damaged or truncated" if kept_bytes else "an empty file")
 
 
-def test_index_that_promises_too_much_is_refused(tmp_path: Path) -> None:
+def test_an_index_that_lists_missing_tensors_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m", max_shard_size="100KB")
     path = folder / INDEX
     index = json.loads(path.read_text())
@@ -151,7 +151,7 @@ def test_names_and_shapes_are_checked_against_the_config(tmp_path: Path) -> None
     refused(lambda: HfReader(folder).check(), "unknown", "model.extra")
 
 
-def test_unknown_architecture_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "m")
     change_config(folder, model_type="gemma3")
     refused(lambda: HfReader(folder), "gemma3", "qwen3")
@@ -201,7 +201,7 @@ def test_incomplete_wrong_or_mixed_weights_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_leftover_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
+def test_the_remains_of_a_killed_export_are_replaced(tmp_path: Path) -> None:
     stale = tmp_path / ".out.partial"
     stale.mkdir()
     (stale / "old").write_text("old")

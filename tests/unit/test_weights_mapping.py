@@ -1,4 +1,4 @@
-"""Cutting and joining weights: byte-equal round trips, and Megatron's order of rows against an independent loop."""
+"""Splitting and joining weights: byte-equal round trips, and Megatron's order of rows against an independent loop."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -54,7 +54,9 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("family", "tied", "tp", "heads"), list(cases()))
-def test_round_trip_is_byte_equal(family: str, tied: bool, tp: int, heads: tuple[int, int]) -> None:
+def test_converting_to_megatron_and_back_is_byte_equal(
+    family: str, tied: bool, tp: int, heads: tuple[int, int]
+) -> None:
     arch = architecture(family, tied=tied, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=4)
     weights = random_weights(arch)
     back: dict[str, Tensor] = {}
@@ -104,7 +106,7 @@ def test_each_rank_has_its_gate_rows_then_its_up_rows(tp: int) -> None:
         assert torch.equal(shard, torch.stack([gate[row] for row in rows] + [up[row] for row in rows]))
 
 
-def test_output_projections_are_cut_by_columns() -> None:
+def test_output_projections_are_split_by_columns() -> None:
     arch = architecture("llama")
     weights = random_weights(arch, torch.float32)
     rule = next(r for r in rules(arch) if r.mcore_names == ("decoder.layers.0.mlp.linear_fc2.weight",))
@@ -114,7 +116,7 @@ def test_output_projections_are_cut_by_columns() -> None:
     assert torch.equal(second, down[:, 10:])
 
 
-def test_vocabulary_padding_is_zero_also_where_a_shard_has_nothing_else() -> None:
+def test_vocabulary_padding_is_zero_even_if_a_shard_has_nothing_else() -> None:
     arch = architecture("llama", vocab_size=37)
     weights = random_weights(arch, torch.float32)
     rule = rules(arch)[0]
@@ -179,7 +181,7 @@ def test_a_tied_model_may_store_its_output_layer() -> None:
     check_hf_names([*names, "lm_head.weight"], arch, source="x")
 
 
-def test_names_of_both_layer_specs_fill_a_model() -> None:
+def test_parameter_names_of_both_layer_specs_are_accepted() -> None:
     arch = architecture("qwen3")
     for spec in (0, -1):
         names = [rule.mcore_names[spec] for rule in rules(arch)]

@@ -1,1 +1,1 @@
-"""The command `tropd`: one file a subcommand, each imported when it is called."""
+"""The command `tropd`: one file per subcommand. Each is imported when it is called."""

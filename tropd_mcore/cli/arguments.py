@@ -1,4 +1,4 @@
-"""Arguments that several subcommands share."""
+"""Arguments shared by several subcommands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Add CONFIG and its dotted overrides."""
+    """Add CONFIG and the dotted overrides."""
     parser.add_argument("config", nargs="?" if optional else None, metavar="CONFIG", help="YAML file")
     parser.add_argument(
         "overrides",

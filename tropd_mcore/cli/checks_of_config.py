@@ -1,6 +1,7 @@
-"""Findings about what a configuration needs of this machine beyond the checks of a start, for `tropd doctor`.
+"""Findings of `tropd doctor` about the resources and servers that a configuration needs, beyond the checks of a start.
 
-Not for files and data (`checks_of_start`). Invariant: a number that is estimated is called so, with what it is made of.
+This module does not check files and data (`checks_of_start`). Invariant: an estimated number is marked as an estimate
+and says what it counts.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from tropd_mcore.weights.architecture import Architecture
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 MOMENT_BYTES = 8
-"""Of a parameter in the optimizer: two float32 moments."""
+"""Bytes per parameter in the optimizer: two float32 moments."""
 MAIN_BYTES = 4
-"""Of a parameter: the float32 main weight of a bfloat16 student, a float32 gradient, a float32 average."""
+"""Bytes per parameter of a float32 main weight (of a bfloat16 student), gradient or average."""
 CROWDED = 0.8
-"""Share of a GPU that weights and optimizer may take before there is little left for activations."""
+"""Share of the memory above which weights and optimizer leave little for activations."""
 
 
 def servers(config: Config) -> Iterator[Finding]:
-    """Servers at a URL answer /health."""
+    """Check that servers at a URL answer /health."""
     for key, server in used_servers(config).items():
         yield from _server(key, server)
 
@@ -43,7 +44,7 @@ def _server(key: str, server: ServerConfig) -> Iterator[Finding]:
     try:
         answers = SglangClient(server.url, server, key=key).healthy()
     except TropdError:
-        return  # an API key that is not set: told by the checks of a start
+        return  # an API key is not set: the checks of a start report it
     if answers:
         yield Finding("ok", key, f"{server.url} answers /health")
     else:
@@ -51,9 +52,10 @@ def _server(key: str, server: ServerConfig) -> Iterator[Finding]:
 
 
 def resources(state: State, nodes: int = 1) -> Iterator[Finding]:
-    """Disk for checkpoints and export, and memory of each of `nodes` machines for weights, gradients and optimizer.
+    """Check the disk for checkpoints and export, and the memory of this machine, one of `nodes`, for weights, gradients
+    and optimizer.
 
-    Nothing without models.
+    Yields nothing if the models could not be read.
     """
     if not state.has("models"):
         return
@@ -61,12 +63,12 @@ def resources(state: State, nodes: int = 1) -> Iterator[Finding]:
     try:
         here = ranks_per_node(state.config.parallel, nodes)
     except ConfigError:
-        return  # ranks that do not divide over the machines: told by the checks of a start
+        return  # ranks do not divide over the machines: the checks of a start report it
     yield from _memory(state, here, here * nodes)
 
 
 def parameters(arch: Architecture) -> int:
-    """Return how many parameters a model has."""
+    """Return the number of parameters of a model."""
     from tropd_mcore.weights.families import hf_weight_plan
 
     return sum(prod(shape) for _, shape in hf_weight_plan(arch))
@@ -82,7 +84,7 @@ def checkpoint_bytes(config: Config, count: int) -> int:
 
 def _disk(config: Config, count: int) -> Finding:
     one = checkpoint_bytes(config, count)
-    # The new checkpoint is complete before the oldest goes, and so is the new export.
+    # The new checkpoint is complete before the oldest is removed, and so is the new export.
     needed = one * (config.run.keep_checkpoints + 1)
     if config.run.export_at_end:
         needed += 2 * count * DTYPE_BYTES[config.student.dtype]
@@ -117,7 +119,7 @@ def rank_bytes(state: State, ranks: int) -> int:
 
 
 def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
-    """Of this machine with `here` of the job's `ranks`."""
+    """The memory of this machine, which runs `here` of the job's `ranks`."""
     config = state.config
     each = rank_bytes(state, ranks)
     what = f"about {each / GIB:.2f} GiB per rank for weights, gradients and optimizer, without activations"
@@ -132,7 +134,7 @@ def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
 
 
 def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:
-    detail = f"{what}; {room / GIB:.1f} GiB are there for it"
+    detail = f"{what}; {room / GIB:.1f} GiB available"
     if needed > room:
         return Finding("FAIL", name, f"{detail}; {remedy}, or choose smaller models")
     if needed > CROWDED * room:
@@ -141,7 +143,7 @@ def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:
 
 
 def gpu_bytes() -> int | None:
-    """Return the memory of the smallest GPU that torch sees; None where it sees none."""
+    """Return the memory of the smallest GPU that torch sees, in bytes; None if it sees none."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Findings about the machine and the environment, for `tropd doctor`."""
+"""Findings of `tropd doctor` about the machine and the environment."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ LEAST_FREE_DISK_GIB = 10.0
 LEAST_SHARED_MEMORY_GIB = 1.0
 """Collectives between the processes of one machine go through /dev/shm."""
 HARMFUL_WITHOUT_CUDA = ("torchvision", "torchaudio", "transformer-engine")
-"""Packages whose import fails beside a CPU build of torch and takes transformers or megatron-core with it."""
+"""Packages that cannot be imported with a CPU build of torch. Importing transformers or megatron-core fails with
+them."""
 
 
 def versions() -> Iterator[Finding]:
-    """Python, and every pinned package against the pin."""
+    """Check Python, and every pinned package against its pin."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield _pins()
     sglang = _version("sglang")
     if sglang is None:
-        yield Finding("warn", "sglang", "not installed: servers cannot be started here, only used by url")
+        yield Finding("warn", "sglang", "not installed: servers cannot be started here, only used by their url")
     else:
         yield Finding("ok", "sglang", sglang)
 
 
 def devices() -> Iterator[Finding]:
-    """What torch sees, and whether Megatron can be imported beside it."""
+    """Check which devices torch sees, and whether installed packages let Megatron be imported."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -58,7 +59,7 @@ def devices() -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
-    """A C++ compiler that works: torch.compile in the SGLang server needs one."""
+    """Check for a working C++ compiler, which torch.compile in the SGLang server needs."""
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     path = next((found for name in names if name and (found := shutil.which(name))), None)
     if path is None:
@@ -81,7 +82,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def network() -> Iterator[Finding]:
-    """Free ports on the loopback address, for servers and the rendezvous of ranks."""
+    """Check that the loopback address has free ports, for servers and the rendezvous of ranks."""
     try:
         with (
             socket.create_server(("127.0.0.1", 0)) as server,
@@ -96,7 +97,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def proxies() -> Iterator[Finding]:
-    """Proxies in the environment, which no request to a server goes through, here or elsewhere."""
+    """List the proxies of the environment. No request to a server uses them, wherever the server runs."""
     named = sorted(name for name in os.environ if name.lower() in PROXIES and os.environ[name])
     if not named:
         yield Finding("ok", "proxies", "none in the environment")
@@ -105,7 +106,7 @@ def proxies() -> Iterator[Finding]:
 
 
 def resources() -> Iterator[Finding]:
-    """Cores, memory, and space for checkpoints."""
+    """Check cores, memory, and disk space for checkpoints."""
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0))
     yield Finding("ok", "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {cores} cores")

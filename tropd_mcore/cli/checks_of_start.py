@@ -1,8 +1,8 @@
-"""Findings of the checks that a job makes before its first server and model, for `tropd doctor`.
+"""Findings of `tropd doctor` from the checks that a job makes before it starts its first server and model.
 
-Not for the checks: they are those of `train.start_checks`, all of them and no others. Invariants: nothing is written
-and no server is started; a check whose ground is missing is told as skipped, never as right; a line of a FAIL is the
-line with which the job would end.
+The checks themselves are in `train.start_checks`; all of them run here, and no others. Invariants: nothing is written
+and no server is started. A check that lacks its inputs is reported as skipped, never as ok. The text of a FAIL is the
+message with which the job would end.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from tropd_mcore.train.preflight import CHEAP_CHECKS, Launch
 from tropd_mcore.train.start_checks import BACKEND, CONTENT_CHECKS, INPUT_CHECKS, MODELS, StartCheck, State, take
 
 QUIET_S = 2.0
-"""A check that takes longer shows its log lines, so that nobody takes it for stuck."""
+"""A check that takes longer than this shows its log lines, so that it does not look stuck."""
 
 BLOCKED_BY: dict[str, tuple[str, ...]] = {
     "run.dir": ("run.dir", "run.init_from"),
     "data.prompts": ("data.prompts",),
     "run.replay": ("run.replay",),
 }
-"""Check -> keys that a cheap check has found wrong already; it would say the same again. See `_blocked`."""
+"""Check -> keys that a cheap check may have found wrong already. The check would then repeat it. See `_blocked`."""
 
 
 def start_checks(config: Config, *, nodes: int = 1, state: State | None = None) -> Iterator[Finding]:
-    """Yield what every check of a start finds. `nodes` is the number of machines; `state` is filled where given."""
+    """Yield the findings of all checks of a start. `nodes` is the number of machines. If `state` is given, it is
+    filled."""
     state = state or State(config, RunDir(config.run.dir))
-    wrong: set[str] = set()  # keys and lines that are told already
+    wrong: set[str] = set()  # keys and lines that were reported already
     ranks = None
     try:
         ranks = ranks_per_node(config.parallel, nodes) * nodes
@@ -73,19 +74,19 @@ def _cheap(state: State, launch: Launch, wrong: set[str]) -> Iterator[Finding]:
 
 
 def _blocked(check: StartCheck, config: Config, wrong: set[str]) -> str | None:
-    """The key that is wrong already, so that looking again would only say it twice."""
+    """The key that was found wrong already, so that the check would only report it twice; else None."""
     keys = tuple(model_paths(config)) if check is MODELS else BLOCKED_BY.get(check.name, ())
     return next((key for key in keys if key in wrong), None)
 
 
 def _look(check: StartCheck, state: State, wrong: set[str]) -> Iterator[Finding]:
-    """Run one check and tell what it says."""
+    """Run one check and yield its findings."""
     if (key := _blocked(check, state.config, wrong)) is not None:
-        yield Finding("skip", check.name, f"not looked at while {key} is wrong")
+        yield Finding("skip", check.name, f"not checked while {key} is wrong")
         return
     missing = next((name for name in check.needs if not state.has(name)), None)
     if missing is not None:
-        yield Finding("skip", check.name, f"not looked at: it needs {FIELDS[missing]}")
+        yield Finding("skip", check.name, f"not checked: it needs {FIELDS[missing]}")
         return
     with _said() as said:
         try:
@@ -97,7 +98,7 @@ def _look(check: StartCheck, state: State, wrong: set[str]) -> Iterator[Finding]
             problems = []
     yield from (Finding("warn", check.name, line) for line in said)
     if problems and set(problems) <= wrong:
-        yield Finding("skip", check.name, "it meets what is told above")
+        yield Finding("skip", check.name, "it fails for a reason reported above")
     yield from (Finding("FAIL", check.name, line) for line in problems if line not in wrong)
     wrong.update(problems)
     if not said and not problems:
@@ -105,7 +106,7 @@ def _look(check: StartCheck, state: State, wrong: set[str]) -> Iterator[Finding]
 
 
 def _contents(state: State, ranks: int | None, wrong: set[str]) -> Iterator[Finding]:
-    """The checks that need digests, which are read only where there is something to compare them with."""
+    """The checks that need digests. Digests are computed only if there is something to compare them with."""
     if state.has("models") and _has_records(state):
         try:
             state.inputs = read_inputs_alone(state, ranks=ranks, platform=state.platform)
@@ -121,7 +122,7 @@ def _contents(state: State, ranks: int | None, wrong: set[str]) -> Iterator[Find
 
 
 def _has_records(state: State) -> bool:
-    """Whether there is anything that contents are compared with."""
+    """Whether there are records to compare contents with."""
     config, responses = state.config, state.config.data.teacher_responses
     begun = state.opened is not None and state.opened.before.begun
     reads = reads_responses(config) and state.responses_there
@@ -134,7 +135,7 @@ def _has_records(state: State) -> bool:
 
 @contextmanager
 def _said() -> Iterator[list[str]]:
-    """Collect the warnings that are logged in the block; other lines are shown once the block takes QUIET_S seconds."""
+    """Collect the warnings logged in the block. Other lines are shown once the block has taken QUIET_S seconds."""
     warnings: list[str] = []
     begun = time.monotonic()
     logger = logging.getLogger("tropd_mcore")
@@ -165,37 +166,37 @@ FIELDS = {
     "prompts": "the prompts",
     "inputs": "what the run reads",
 }
-"""Field of the state -> what it is, for a check that could not look."""
+"""Field of the state -> its name in the message of a check that could not run."""
 
 
 def _run_dir(state: State) -> str:
     assert state.opened is not None
     run_dir, checkpoint = state.run_dir.root, state.opened.checkpoint
     if checkpoint is not None:
-        return f"{run_dir} holds a run, which goes on from {checkpoint.name}"
+        return f"{run_dir} holds a run, which resumes from {checkpoint.name}"
     return f"{run_dir} {'holds no checkpoint' if run_dir.exists() else 'will be created'}"
 
 
 def _prompts(state: State) -> str:
     assert state.prompts is not None
-    without = "" if state.responses_there else "; without the teacher responses, which are not yet made"
+    without = "" if state.responses_there else "; without the teacher responses, which do not exist yet"
     return f"{len(state.prompts.prompts)} of up to {state.prompts.longest_prompt} tokens{without}"
 
 
 def _resume(state: State) -> str:
     begun = state.opened is not None and state.opened.before.begun
-    return "the contents are those of the launches before" if begun else "nothing was trained here before"
+    return "contents are the same as at earlier launches" if begun else "nothing was trained here before"
 
 
 TOLD: dict[str, Callable[[State], str]] = {
     "config.json": lambda state: ", ".join(f"{key}: {arch.family}" for key, arch in state.models.items()),
     "loss.backend": lambda state: f"{state.config.loss.backend} on {state.platform}",
     "run.dir": _run_dir,
-    "weights": lambda state: "names and shapes are those of config.json",
+    "weights": lambda state: "names and shapes agree with config.json",
     "tokenizer": lambda state: (
-        "turns text into the ids that its tokenizer.json says"
+        "turns text into the ids given by its tokenizer.json"
         if state.config.gates.tokenizer
-        else "not looked at (gates.tokenizer=false)"
+        else "not checked (gates.tokenizer=false)"
     ),
     "vocabulary": lambda state: (
         "same id for the same token in every model"
@@ -208,13 +209,13 @@ TOLD: dict[str, Callable[[State], str]] = {
     "rollout.end_tokens": lambda state: state.ends.describe() if state.ends is not None else "",
     "data.template_date": lambda state: str(state.day),
     "data.prompts": _prompts,
-    "lengths": lambda state: f"a sample has at most {state.longest} tokens, which packs and contexts hold",
+    "lengths": lambda state: f"a sample has at most {state.longest} tokens, which fit into packs and contexts",
     "objective.template": lambda state: "fits every prompt" if state.solutions is not None else "not used",
-    "teacher.extra_tokens": lambda state: f"{len(state.excluded or ())} tokens of the teacher are no candidates",
+    "teacher.extra_tokens": lambda state: f"{len(state.excluded or ())} candidates of the teacher are excluded",
     "resume": _resume,
     "run.replay": lambda state: str(state.config.run.replay or "not used"),
     "data.teacher_responses": lambda state: (
-        "those of this teacher to these prompts" if reads_responses(state.config) else "not used"
+        "made by this teacher for these prompts" if reads_responses(state.config) else "not used"
     ),
 }
-"""Check -> the text of its ok line."""
+"""Check -> text of its ok line."""

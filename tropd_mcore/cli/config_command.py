@@ -1,6 +1,7 @@
-"""`tropd config`: the resolved configuration with the source of each key, the plan of the run, or what the keys mean.
+"""`tropd config` prints the resolved configuration with the source of each key, the plan of the run, or the meaning of
+keys.
 
-Not for reading models or data. Invariant: what it accepts, the trainer accepts too.
+It reads no models and no data. Invariant: a configuration that it accepts is accepted by the trainer too.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="KEY",
-        help="print what KEY, all keys of the section KEY, or without KEY all keys accept, default to and mean",
+        help="print type, default and meaning of KEY or of all keys of the section KEY (without KEY: of all keys)",
     )
     parser.add_argument("--world-size", type=positive, metavar="N", help="also check the layout against N ranks")
-    parser.add_argument("--check", action="store_true", help="print nothing but problems")
+    parser.add_argument("--check", action="store_true", help="print only problems")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run instead")
     parser.add_argument(
         "--ranks-per-node",
         type=positive,
         metavar="NODES",
-        help="print how many ranks each of NODES machines starts instead",
+        help="print only the number of ranks that each of NODES machines starts",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, then print what was asked for. Raises ConfigError."""
+    """Check, then print the requested output. Raises ConfigError."""
     if options.explain is not None:
         print(explain(options.explain), end="")
         return 0

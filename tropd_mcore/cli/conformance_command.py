@@ -1,7 +1,8 @@
-"""`tropd conformance`: a vocabulary-parallel distillation loss, ours or anybody's, against a float64 oracle.
+"""`tropd conformance` compares a vocabulary-parallel distillation loss, of this package or another, with a float64
+oracle.
 
-Not for training or for speed. Invariant: exit code 0 only where every cell that its subject claims and that this
-machine can run is within the stated tolerance; nothing that was not run is counted as passed.
+It neither trains nor measures speed. Invariant: the exit code is 0 only if every cell that the loss claims and that
+this machine can run is within the stated tolerance. A cell that was not run does not count as passed.
 """
 
 from __future__ import annotations
@@ -26,37 +27,57 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Run losses over the whole vocabulary in float64 and as training runs them, on several ranks, and compare loss "
-        "and gradients. Exit code 0: no miss, 1: at least one, 2: wrong arguments, or no cell was run."
+        "Compute losses on several ranks as in training and over the whole vocabulary in float64, and compare loss and "
+        "gradients. Exit code 0: no miss, 1: at least one miss, 2: wrong arguments or no cell was run."
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a minute and a half on two cores (default)")
-    size.add_argument("--full", action="store_true", help="every combination; about a quarter of an hour")
+    size.add_argument("--quick", action="store_true", help="takes a minute and a half on two cores (default)")
+    size.add_argument("--full", action="store_true", help="every combination; takes about a quarter of an hour")
     parser.add_argument(
-        "--objective", action="append", default=[], metavar="NAME", help="a kind, a name or a pattern; may be repeated"
+        "--objective",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a kind, a name or a pattern; may be repeated (default: all)",
     )
     parser.add_argument(
-        "--backend", action="append", default=[], choices=("eager", "compile", "triton"), help="who computes (all)"
+        "--backend",
+        action="append",
+        default=[],
+        choices=("eager", "compile", "triton"),
+        help="implementation of the loss (default: all)",
     )
     parser.add_argument(
-        "--form", action="append", default=[], choices=("fused", "logits"), help="what the loss is given (both)"
+        "--form", action="append", default=[], choices=("fused", "logits"), help="input of the loss (default: both)"
     )
     parser.add_argument(
-        "--tp", action="append", default=[], choices=("1", "2", "3"), help="ranks that share the vocabulary (all)"
+        "--tp",
+        action="append",
+        default=[],
+        choices=("1", "2", "3"),
+        help="number of ranks that share the vocabulary (default: all)",
     )
     parser.add_argument(
-        "--dtype", action="append", default=[], choices=("float64", "float32", "bfloat16"), help="of the tensors (all)"
+        "--dtype",
+        action="append",
+        default=[],
+        choices=("float64", "float32", "bfloat16"),
+        help="dtype of the tensors (default: all)",
     )
     parser.add_argument(
-        "--peer", action="append", default=[], metavar="MODULE:FUNCTION[@PATH]", help="another loss instead of ours"
+        "--peer",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION[@PATH]",
+        help="another loss instead of this package's",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors are (cpu)")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers; - prints them instead of the tables")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of the tensors (default: cpu)")
+    parser.add_argument("--json", metavar="PATH", help="write all numbers as JSON; - prints them instead of the tables")
     parser.add_argument("--list", action="store_true", help="print the names of the objectives and stop")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the matrix and report it; returns 1 where a cell misses. Raises TropdError."""
+    """Run the matrix and report it; returns 1 if a cell misses. Raises TropdError."""
     from tropd_mcore.conformance import matrix, report
     from tropd_mcore.conformance.entries import ENTRIES
 
@@ -80,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _planned(options: argparse.Namespace) -> list[Cell]:
-    """The cells that the arguments ask for. Raises TropdError where these name nothing, or leave nothing."""
+    """The cells selected by the arguments. Raises TropdError if they name nothing or leave no cell."""
     from tropd_mcore.conformance.cells import plan_ours, plan_peer
     from tropd_mcore.conformance.entries import select
     from tropd_mcore.conformance.peers import load_peer

@@ -1,6 +1,6 @@
-"""`tropd convert`: Hugging Face folders to Megatron checkpoints and back, and the comparison of the two.
+"""`tropd convert`: Hugging Face folders to Megatron checkpoints and back, and a comparison of the two.
 
-Not for checkpoints of other programs. With more than one rank, launch it with torchrun:
+It does not read checkpoints of other programs. To use more than one rank, launch it with torchrun:
 `torchrun --nproc-per-node 4 -m tropd_mcore.cli.main convert hf-to-mcore ... --tensor 2 --pipeline 2`.
 """
 
@@ -28,26 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forward.add_argument("--dtype", choices=("float32", "bfloat16"), help="round to this dtype (default: as stored)")
     _add_layout(forward)
 
-    back = directions.add_parser("mcore-to-hf", help="checkpoint, also of a training run -> Hugging Face folder")
-    back.add_argument("--mcore", type=Path, required=True, help="checkpoint folder (tropd.json is in it)")
+    back = directions.add_parser("mcore-to-hf", help="checkpoint (also of a training run) -> Hugging Face folder")
+    back.add_argument("--mcore", type=Path, required=True, help="checkpoint folder (with tropd.json)")
     back.add_argument("--out", type=Path, required=True, help="new Hugging Face folder")
-    back.add_argument("--hf", type=Path, help="folder with config.json and tokenizer, if not in the checkpoint")
-    back.add_argument("--max-shard-gb", type=float, default=5.0, help="largest safetensors file, 10^9 bytes")
+    back.add_argument("--hf", type=Path, help="folder with config.json and tokenizer, if the checkpoint has none")
+    back.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="size limit of one safetensors file, in 10^9 bytes (5)"
+    )
     _add_layout(back)
 
     compare = directions.add_parser("verify", help="compare a folder with a checkpoint or another folder")
     compare.add_argument("--hf", type=Path, required=True, help="the original Hugging Face folder")
     compare.add_argument("--mcore", type=Path, help="checkpoint to compare with it")
     compare.add_argument("--other-hf", type=Path, help="Hugging Face folder to compare with it")
-    compare.add_argument("--seed", type=int, default=0, help="of the random token ids")
+    compare.add_argument("--seed", type=int, default=0, help="seed of the random token ids (0)")
     _add_platform(compare)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert or compare; returns 1 where a comparison misses. Raises TropdError."""
+    """Convert or compare; returns 1 if a comparison fails. Raises TropdError."""
     if options.direction == "verify":
         return _verify(options)
-    if int(os.environ.get("RANK", "0")) == 0:  # another rank might already see the folder that rank 0 makes
+    if int(os.environ.get("RANK", "0")) == 0:  # another rank might already see the folder that rank 0 creates
         _check_folders(options)
     from tropd_mcore.mcore.conversion import hf_to_mcore, mcore_to_hf, open_job
 
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_folders(options: argparse.Namespace) -> None:
-    """Raise ConfigError with everything that is wrong with the folders, before anything heavy is imported."""
+    """Raise ConfigError with all problems of the folders, before anything heavy is imported."""
     mcore, other = getattr(options, "mcore", None), getattr(options, "other_hf", None)
     out = getattr(options, "out", None)
     refuse(
@@ -89,10 +91,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tensor", type=positive, default=1, metavar="N", help="tensor-parallel ranks to work with")
-    parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline stages to work with")
+    parser.add_argument("--tensor", type=positive, default=1, metavar="N", help="number of tensor-parallel ranks (1)")
+    parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="number of pipeline stages (1)")
     _add_platform(parser)
 
 
 def _add_platform(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), default="auto", help="where to work")
+    parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), default="auto", help="device to work on (auto)")

@@ -1,7 +1,7 @@
-"""`tropd doctor`: what this machine and environment have, and whether a job of a configuration would start here.
+"""`tropd doctor` checks this machine and environment, and whether a job with a configuration would start here.
 
-Not for checking numbers (the trainer's gates do). Invariants: it changes nothing and starts no server; with a
-configuration it makes every check of the job's start that needs no rank and no server; every finding that is not fine
+It does not check numbers (the trainer's gates do). Invariants: it changes nothing and starts no server. With a
+configuration it makes every check of the job's start that needs no rank and no server. Every finding that is not ok
 says what to do.
 """
 
@@ -17,17 +17,17 @@ from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config
 
 NAME_WIDTH = 26
-"""Of the longest key among the findings."""
+"""Width of the longest key among the findings."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser, optional=True)
-    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="machines of the job (1)")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="number of machines of the job (1)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one line per finding; returns 2 where one of them is in the way of training, else 0. Raises ConfigError."""
+    """Print one line per finding; returns 2 if one of them prevents training, else 0. Raises ConfigError."""
     config = load(options.config, options.overrides)[0] if options.config is not None else None
     print(f"doctor: this machine{f' and {options.config}' if config is not None else ''}", flush=True)
     levels: Counter[str] = Counter()
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
                 failed |= {finding.name} if finding.level == "FAIL" else set()
                 print(f"{finding.level:<4}  {finding.name:<{NAME_WIDTH}}  {finding.detail}", flush=True)
     if skipped := [name for name in skipped if name not in failed]:
-        print(f"skip  not looked at until what is marked FAIL is mended: {', '.join(skipped)}")
+        print(f"skip  not checked until every FAIL is fixed: {', '.join(skipped)}")
     warned = f", {levels['warn']} warn" if levels["warn"] else ""
     outcome = ": a run would not start" if levels["FAIL"] else ""
     print(f"doctor: {levels['FAIL'] or 'no'} FAIL{warned}{outcome}")

@@ -1,7 +1,7 @@
-"""What is wrong with the files and folders of a command line, found before anything heavy is imported or started.
+"""Checks of the files and folders of a command line, made before anything heavy is imported or started.
 
-Not for configurations (`config.checks`) or for what is in the files. Invariants: nothing is written; everything is told
-at once, each line with its option.
+This module does not check configurations (`config.checks`) or the contents of files. Invariants: nothing is written.
+All problems are reported at once, each on a line with its option.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def _named(option: str, path: Path) -> str:
 
 
 def input_file(option: str, path: Path, expected: str) -> Iterator[str]:
-    """`path` is a file that can be read; `expected` says of what kind."""
+    """Check that `path` is a readable file. `expected` describes it in the message."""
     if (problem := file_problem(path)) is not None:
         yield f"{_named(option, path)}: {problem}; expected {expected}"
 
 
 def model_folder(option: str, path: Path) -> Iterator[str]:
-    """`path` is a folder with a config.json."""
+    """Check that `path` is a folder with a config.json."""
     if not path.is_dir():
         found = "is a file" if path.exists() else "not found"
         yield f"{_named(option, path)}: {found}; expected a Hugging Face model folder"
@@ -44,7 +44,7 @@ def model_folder(option: str, path: Path) -> Iterator[str]:
 
 
 def checkpoint_folder(option: str, path: Path) -> Iterator[str]:
-    """`path` is a complete checkpoint."""
+    """Check that `path` is a complete checkpoint."""
     if not path.is_dir():
         yield f"{_named(option, path)}: {'is a file' if path.exists() else 'not found'}; expected a checkpoint folder"
     elif not (path / INFO_FILE).is_file():
@@ -54,7 +54,7 @@ def checkpoint_folder(option: str, path: Path) -> Iterator[str]:
 
 
 def output_file(option: str, path: Path) -> Iterator[str]:
-    """A file can be written at `path`."""
+    """Check that a file can be written at `path`."""
     if path.is_dir():
         yield f"{_named(option, path)}: is a folder; expected the name of a file"
     elif (problem := folder_problem(path.parent)) is not None:
@@ -64,7 +64,7 @@ def output_file(option: str, path: Path) -> Iterator[str]:
 
 
 def output_folder(option: str, path: Path) -> Iterator[str]:
-    """A new folder can be made at `path`, which is not there or empty."""
+    """Check that a new folder can be created at `path`, which must be absent or empty."""
     if path.exists() and not path.is_dir():
         yield f"{_named(option, path)}: a file of that name exists; expected a new or empty folder"
     elif path.is_dir() and any(path.iterdir()):
@@ -74,7 +74,7 @@ def output_folder(option: str, path: Path) -> Iterator[str]:
 
 
 def verifier_package(kind: str) -> Iterator[str]:
-    """What judges the answers is installed."""
+    """Check that the package that checks the answers is installed."""
     if kind == "math_verify" and not importable("math_verify"):
         yield (
             "verifier.kind=math_verify needs the package math_verify, which is not installed; run `pip install "
@@ -83,7 +83,7 @@ def verifier_package(kind: str) -> Iterator[str]:
 
 
 def server_package(server: ServerConfig) -> Iterator[str]:
-    """What starts a server is installed, where one is to be started."""
+    """If a server is to be started, check that SGLang is installed."""
     if server.url is None and not importable("sglang"):
         yield (
             "starting a server needs the package sglang, which is not installed; run `pip install sglang==0.5.23` "
@@ -92,7 +92,7 @@ def server_package(server: ServerConfig) -> Iterator[str]:
 
 
 def api_key(section: str, server: ServerConfig) -> Iterator[str]:
-    """The environment holds the key of a server at a url."""
+    """Check that the environment holds the API key of a server at a url."""
     variable = server.api_key_env
     if server.url is not None and variable is not None and not os.environ.get(variable):
         yield f"{section}.api_key_env={variable}: this environment variable is unset or empty; export it"

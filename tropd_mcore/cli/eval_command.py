@@ -1,7 +1,7 @@
 """`tropd eval`: accuracy of a model on prompts with answers, with its interval, and the difference to another result.
 
-Not for training metrics. Invariants: lengths, temperature, server and verifier are those of the configuration, so that
-results of one configuration can be compared; the server is started for the call and serves nothing but the model.
+It computes no training metrics. Invariants: lengths, temperature, server and verifier are those of the configuration,
+so results of one configuration can be compared. The server is started for this call and serves only this model.
 """
 
 from __future__ import annotations
@@ -35,12 +35,23 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL; every line has an answer")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL file of prompts; every line needs an `answer`",
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder (default: <run.dir>/export)")
-    parser.add_argument("--samples", type=natural, default=4, metavar="N", help="sampled answers a prompt (4)")
+    parser.add_argument(
+        "--samples", type=natural, default=4, metavar="N", help="number of sampled answers per prompt (4)"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the result as JSON; not evaluated again if there"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the result as JSON; if it is there already, it is not evaluated again",
     )
     parser.add_argument(
         "--compare-with",
@@ -48,15 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="print the difference to a result",
+        help="print the difference to an earlier result; may be repeated",
     )
     parser.add_argument("--url", help="base URL of a server that already serves the model")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, and print one line for the model and one for each comparison. Raises TropdError.
+    """Evaluate, then print one line for the model and one for each comparison. Raises TropdError.
 
-    What can be wrong with files and options is found before a server is started.
+    Problems of files and options are found before a server is started.
     """
     config, _ = load(options.config, options.overrides)
     report_every(config.monitor.progress_every_s)
@@ -87,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_options(config: Config, options: argparse.Namespace, model: Path) -> None:
-    """Raise ConfigError with everything that is wrong with the command line; nothing heavy is imported."""
+    """Raise ConfigError with all problems of the command line; nothing heavy is imported."""
     refuse(
         ["tropd eval: verifier.kind is none; set verifier.kind to exact_match or math_verify"]
         if config.verifier.kind == "none"
@@ -104,12 +115,12 @@ def _check_options(config: Config, options: argparse.Namespace, model: Path) -> 
 
 
 def _tokenizers(config: Config) -> dict[str, Path]:
-    """Folders whose end tokens end an answer."""
+    """The folders whose end tokens end an answer."""
     return {"student.path": config.student.path, "teacher.path": config.teacher.path}
 
 
 def _settings(config: Config, options: argparse.Namespace) -> EvaluationSettings:
-    """What decides the answers and their verdicts."""
+    """The settings that determine the answers and their verdicts."""
     from tropd_mcore.data.chat import Renderer
     from tropd_mcore.data.end_tokens import end_tokens
     from tropd_mcore.evaluation.evaluate import EvaluationSettings
@@ -133,7 +144,7 @@ def _settings(config: Config, options: argparse.Namespace) -> EvaluationSettings
 
 
 def _check_comparable(other: EvaluationResult, settings: EvaluationSettings) -> None:
-    """Raise DataError where a result to compare with was made otherwise than the one to come."""
+    """Raise DataError if the result to compare with was made with other settings."""
     if other.settings != settings:
         theirs, ours = asdict(other.settings), asdict(settings)
         changed = ", ".join(
@@ -145,7 +156,7 @@ def _check_comparable(other: EvaluationResult, settings: EvaluationSettings) -> 
 
 
 def _stored(out: Path | None, model: Path, settings: EvaluationSettings, today: date) -> EvaluationResult | None:
-    """The result in `out` where it is of this model folder, these prompts and settings."""
+    """The result in `out` if it was made with this model folder, these prompts and settings; else None."""
     from tropd_mcore.evaluation.evaluate import load_result
     from tropd_mcore.weights.digest import data_digest, folder_digest
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """`FAIL` is in the way of training, `warn` may be, `skip` was not looked at because of a FAIL; all say why."""
+    """One result. `FAIL` prevents training, `warn` may prevent it, `skip` was not checked because of a FAIL."""
 
     level: Literal["ok", "warn", "FAIL", "skip"]
     name: str
-    """The configuration key, or what of the machine it is about."""
+    """The configuration key, or the part of the machine that was checked."""
     detail: str

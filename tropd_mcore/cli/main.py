@@ -1,7 +1,7 @@
-"""`tropd`: finds the subcommand, parses its arguments, and turns errors of the user into one line and exit code 2.
+"""`tropd` finds the subcommand, parses its arguments, and turns errors of the user into one line and exit code 2.
 
-Not for the subcommands themselves. Invariants: `tropd --help` imports nothing heavy; Ctrl-C and SIGTERM end a command
-with one line and take its servers along, also where it does not come back from C code.
+This module does not implement subcommands. Invariants: `tropd --help` imports nothing heavy. Ctrl-C and SIGTERM end a
+command with one line and also end its servers, even if the command is stuck in C code.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ COMMANDS = {
 """Subcommand -> help; `tropd_mcore.cli.<subcommand>_command` implements it."""
 
 SHORT_COMMANDS = ("config", "recipes", "train")
-"""Commands that print at once and are over, or whose processes speak for themselves."""
+"""Commands that print at once and end, or whose processes write their own log."""
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "tropd_mcore.cli.main")
 
 EPILOG = "Training: tropd train CONFIG.yaml [key=value ...]; the same command again resumes it."
 
 GOES_ON = ("prefixes",)
-"""Commands that go on where they were, when they are run again."""
+"""Commands that continue where they stopped when they are run again."""
 
 LEAVE_S = 8.0
-"""Longest time from a signal to the end: then the process goes, and the kernel ends its servers with it."""
+"""Longest time from a signal to the end. After that the process exits, and the kernel ends its servers with it."""
 
 
 class Command(Protocol):
-    """What a subcommand's module offers."""
+    """Interface of a subcommand's module."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
 
     def run(self, options: argparse.Namespace) -> int:
-        """Do it; returns the exit code. Raises TropdError."""
+        """Run the command and return the exit code. Raises TropdError."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line (default: this process's) and return the exit code: 0 done, 2 an error of the user."""
+    """Run one command line (default: this process's) and return the exit code: 0 done, 2 user error."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="tropd", description="Trust-region on-policy distillation.", epilog=EPILOG)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(parser, arguments)
     assert command is not None, "argparse refuses a command line without a known subcommand"
     logs.configure(int(os.environ.get("RANK", "0")))  # not 0 in a conversion by several ranks
-    if called != "train":  # the launcher of a job decides itself
+    if called != "train":  # the launcher of a job handles signals itself
         _end_on_signals(str(called))
     try:
         if options.command in SHORT_COMMANDS:
@@ -100,13 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         signals.say("interrupted")
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of a pipe has seen enough: `tropd metrics | head`
+    except BrokenPipeError:  # the reader of the pipe has closed it: `tropd metrics | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
         return 128 + signal.SIGPIPE
 
 
 def _say_missing(command: str, error: ModuleNotFoundError) -> int:
-    """Say in one line which package the command needs; returns 2. An error of our own modules is raised again."""
+    """Print in one line which package the command needs; returns 2. A missing module of this package is raised
+    again."""
     package = (error.name or "").partition(".")[0]
     if not package or package == "tropd_mcore":
         raise error
@@ -119,7 +120,7 @@ def _say_missing(command: str, error: ModuleNotFoundError) -> int:
 
 
 class _Ended(BaseException):
-    """A signal: raised in the main thread, so that servers are stopped on the way out."""
+    """A signal, raised in the main thread so that servers are stopped on the way out."""
 
     def __init__(self, command: str, number: int) -> None:
         self.code = 128 + number
@@ -128,7 +129,8 @@ class _Ended(BaseException):
 
 
 def _end_on_signals(command: str) -> None:
-    """End the command on SIGINT, SIGTERM and SIGHUP: at the first by an exception, at the second at once."""
+    """End the command on SIGINT, SIGTERM and SIGHUP: the first one raises an exception, the second one exits at
+    once."""
     heard: list[float] = []
 
     def leave(number: int) -> None:
@@ -152,7 +154,7 @@ def _end_on_signals(command: str) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Parse, and let dotted overrides also stand after options, where argparse leaves them over."""
+    """Parse the command line. Dotted overrides may also follow options, where argparse does not accept them itself."""
     options, rest = parser.parse_known_args(arguments)
     if rest:
         if not hasattr(options, "overrides") or any(argument.startswith("-") for argument in rest):

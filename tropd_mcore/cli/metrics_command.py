@@ -1,6 +1,7 @@
-"""`tropd metrics`: every metric of `metrics.jsonl` with its unit, what it is taken over and its meaning.
+"""`tropd metrics` prints every metric of `metrics.jsonl` with its unit, what it is taken over and its meaning.
 
-Not for values of a run (`tropd report`). Invariant: all is read from the catalogue that computes the metrics.
+It does not print the values of a run (`tropd report`). Invariant: everything is read from the catalogue that computes
+the metrics.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ WIDTH = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "name", nargs="?", default="", metavar="NAME", help="one metric, or the first part of several (default: all)"
+        "name",
+        nargs="?",
+        default="",
+        metavar="NAME",
+        help="name of a metric, or the beginning of several names (default: all)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print. Raises ConfigError where no metric has that name."""
+    """Print the metrics. Raises ConfigError if no metric has that name."""
     from tropd_mcore.monitor.catalogue import METRICS
 
     found = [metric for metric in METRICS if metric.name.startswith(options.name)]

@@ -1,8 +1,9 @@
-"""`tropd prefixes`: the teacher answers every prompt once, and its responses become the prefixes of guidance.
+"""`tropd prefixes`: the teacher answers every prompt once. Guidance takes its prefixes from these responses.
 
-Not for training. Invariants: a served teacher is the one that training would take, before and after; prompts are
-rendered with the student's template, as in training; the file is whole or absent, and an interrupted call goes on where
-it stopped; responses that were made otherwise (teacher, prompts, sampling) are neither kept nor added to.
+It does not train. Invariants: a served teacher is checked before and after to be the one that training would use.
+Prompts are rendered with the student's template, as in training. The file is complete or absent, and an interrupted
+call continues where it stopped. Responses made with another teacher, other prompts or other sampling are neither kept
+nor added to.
 """
 
 from __future__ import annotations
@@ -31,20 +32,26 @@ if TYPE_CHECKING:
     from tropd_mcore.weights.digest import FolderDigest
 
 TITLE = "the teacher's server (settings of rollout.server)"
-"""Of the server that is started for a teacher in the training job, in messages."""
+"""Name, in messages, of the server that is started if the teacher of the configuration runs in the training job."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_config_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL to write (default: data.teacher_responses)")
-    parser.add_argument("--max-new-tokens", type=positive, default=8192, metavar="N", help="longest response (8192)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSONL file to write (default: data.teacher_responses)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=8192, metavar="N", help="longest response in tokens (8192)"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="sampling temperature (1.0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass (1.0)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="probability mass of nucleus sampling (1.0)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Sample what is missing and write the file. Raises TropdError."""
+    """Sample the missing responses and write the file. Raises TropdError."""
     config, _ = load(options.config, options.overrides)
     report_every(config.monitor.progress_every_s)
     out: Path | None = options.out or config.data.teacher_responses
@@ -66,20 +73,20 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be sampled, and how."""
+    """What to sample, and how."""
 
     prompts: list[Prompt]
     sampling: ResponseSampling
     origin: ResponseOrigin
-    """What decides the responses of this call"""
+    """What determines the responses of this call"""
     recorded: ResponseOrigin | None
-    """That of the responses in the file"""
+    """The origin of the responses in the file"""
     answered: Collection[str]
-    """Ids of the prompts whose responses are there"""
+    """Ids of the prompts that have a response already"""
 
 
 def _check_files(config: Config, out: Path, option: str) -> None:
-    """Raise ConfigError with everything that is wrong with files and folders, before anything heavy is imported."""
+    """Raise ConfigError with all problems of files and folders, before anything heavy is imported."""
     refuse(
         model_folder("student.path", config.student.path),
         model_folder("teacher.path", config.teacher.path),
@@ -89,7 +96,7 @@ def _check_files(config: Config, out: Path, option: str) -> None:
 
 
 def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | None:
-    """What is to be done; None, said on stdout, where all responses are there. Raises DataError, ConfigError."""
+    """What to do; None, with a line on stdout, if all responses exist already. Raises DataError, ConfigError."""
     from tropd_mcore.data.chat import Renderer
     from tropd_mcore.data.end_tokens import end_tokens, served_end_ids
     from tropd_mcore.data.prompts import PromptNeeds, load_prompts
@@ -119,7 +126,7 @@ def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | Non
     answered = stored & origin.prompts.keys()
     check_origin(out, recorded, origin, answered)
     if out.is_file() and origin.prompts.keys() <= read_responses(out, ends.ids).keys():
-        print(f"{out}: all {len(prompt_set.prompts)} responses are there")
+        print(f"{out}: all {len(prompt_set.prompts)} responses exist already")
         return None
     sampling = ResponseSampling(
         max_new_tokens=options.max_new_tokens,
@@ -134,7 +141,7 @@ def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | Non
 
 
 def _sample(config: Config, out: Path, work: _Work) -> ResponseReport:
-    """Ask the teacher, seen to be the right one before and after. Raises ServerError, GateError, DataError."""
+    """Sample from the teacher, whose identity is checked before and after. Raises ServerError, GateError, DataError."""
     from tropd_mcore.cli.server import open_server
     from tropd_mcore.rollout.prefixes import generate_responses
     from tropd_mcore.rollout.response_origin import save_origin
@@ -169,7 +176,7 @@ def _sample(config: Config, out: Path, work: _Work) -> ResponseReport:
 def _origin(
     config: Config, options: argparse.Namespace, prompts: PromptSet, end_ids: tuple[int, ...]
 ) -> ResponseOrigin:
-    """What decides the responses of this call."""
+    """What determines the responses of this call."""
     from tropd_mcore.rollout.response_origin import ResponseOrigin, prompt_digests
 
     return ResponseOrigin(
@@ -186,7 +193,7 @@ def _origin(
 
 
 def _teacher_files(config: Config) -> FolderDigest:
-    """The digests of the teacher's folder; those of large files are remembered in the run directory, as in training."""
+    """The digests of the teacher's folder. Those of large files are cached in the run directory, as in training."""
     from tropd_mcore.records.run_dir import RunDir
     from tropd_mcore.weights.digest import folder_digest, load_memory
 
@@ -202,8 +209,8 @@ def _teacher_files(config: Config) -> FolderDigest:
 
 
 def teacher_server(config: Config) -> ServerConfig:
-    """The server that answers for the teacher: its own section, or, for a teacher in the training job, one like the
-    students' that is started for this call."""
+    """Settings of the teacher's server: teacher.server, or, for a teacher in the training job, those of rollout.server
+    with a server that is started for this call."""
     if config.teacher.kind == "sglang":
         return config.teacher.server
     return config.rollout.server.model_copy(update={"url": None, "port": None, "dtype": None})

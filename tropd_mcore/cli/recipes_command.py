@@ -1,7 +1,8 @@
-"""`tropd recipes`: the configurations and scripts that come with the package, listed and copied.
+"""`tropd recipes` lists and copies the configurations and scripts that come with the package.
 
-An installation from a wheel has no checkout beside it. Not for the quickstart's models, which examples/make_models.py
-makes. Invariant: a file that is there already and differs is never written over.
+An installation from a wheel has no checkout beside it. The models of the quickstart are not among the files;
+examples/make_models.py makes them. Invariants: an existing file that differs is never overwritten. A copy is complete
+or absent.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import ast
 import difflib
 import os
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from tropd_mcore.cli import shipped
 from tropd_mcore.errors import ConfigError
+from tropd_mcore.files import publish_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,24 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help="what to copy: a path of the list, its last part, or a pattern such as 'configs/*'; none: print the list",
+        help="file to copy: a path of the list, its last part, or a pattern such as 'configs/*' (none: print the list)",
     )
-    parser.add_argument("--all", action="store_true", help="copy all of them, so that the examples run from there")
+    parser.add_argument("--all", action="store_true", help="copy all files; the examples then run from there")
     parser.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="folder to copy into (default: .)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """List or copy. Raises ConfigError for a name that is not there and before writing over a file that differs."""
+    """List or copy. Raises ConfigError for an unknown name, and if a file that differs would be overwritten."""
     root = shipped.root()
     files = shipped.files_of(root)
     if not files:
-        raise ConfigError([f"tropd recipes: nothing was found in {root}; install the package again"])
+        raise ConfigError([f"tropd recipes: no files found in {root}; install the package again"])
     if options.all:
         chosen = files
     elif options.names:
         chosen = sorted({path for name in options.names for path in _called(name, files)})
     elif options.to != Path():
-        raise ConfigError(["tropd recipes: --to copies, and no NAME says what; name some, or pass --all"])
+        raise ConfigError(["tropd recipes: --to needs files to copy; give a NAME, or pass --all"])
     else:
         for path in files:
             if path.name != "__init__.py":
@@ -61,7 +65,7 @@ def _called(name: str, files: list[Path]) -> list[Path]:
 
 
 def _about(path: Path) -> str:
-    """The first sentence of a file about itself."""
+    """The first line of a file's description of itself."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
@@ -69,6 +73,10 @@ def _about(path: Path) -> str:
         return "Lines to insert into the source of that stack (docs/integrations.md)."
     lines = (line for line in text.splitlines() if line.startswith("# "))
     return next(lines, "# ")[2:]
+
+
+def _write(source: Path, stream: BinaryIO) -> None:
+    stream.write(source.read_bytes())
 
 
 def _copy(root: Path, files: list[Path], target: Path) -> None:
@@ -82,16 +90,12 @@ def _copy(root: Path, files: list[Path], target: Path) -> None:
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ConfigError(
-            [f"tropd recipes: {', '.join(differing[:3])}{more} would be written over; give another folder with --to"]
+            [f"tropd recipes: {', '.join(differing[:3])}{more} would be overwritten; give another folder with --to"]
         )
     for path in new:
         place = target / path
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes((root / path).read_bytes())
-            place.chmod((root / path).stat().st_mode & 0o777 | 0o200)
-        except OSError as error:
-            raise ConfigError([f"tropd recipes: {place} cannot be written ({error.strerror}); set --to"]) from error
+        publish_file(place, partial(_write, root / path), key="--to")
+        place.chmod((root / path).stat().st_mode & 0o777 | 0o200)
         print(place)
     if len(new) < len(files):
-        print(f"{len(files) - len(new)} files were there already, the same")
+        print(f"{len(files) - len(new)} files exist already and are the same")

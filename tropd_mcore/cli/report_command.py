@@ -1,7 +1,7 @@
-"""`tropd report`: one HTML file that shows what a run directory holds, or how several runs differ.
+"""`tropd report` writes one HTML file that shows the contents of a run directory, or how several runs differ.
 
-Not for live monitoring. Invariant: it reads run directories and writes one file, in the first of them unless --out says
-otherwise; what the page lacks is told on the console too.
+It does not monitor a run live. Invariant: it reads run directories and writes one file, into the first of them unless
+--out names another place. Whatever the page lacks is reported on the console too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="where the page goes (default: RUN_DIR/report.html), for a run directory that cannot be written",
+        help="file to write (default: RUN_DIR/report.html), for example if the run directory cannot be written",
     )
     parser.add_argument(
         "--compare",
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="RUN_DIR",
-        help="run directories (at most 5) to compare with: curves over each other, settings that differ",
+        help="run directories to compare with, at most 5: their curves in the same charts, and settings that differ",
     )
     parser.add_argument(
         "--tokenizer",
@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=6,
         metavar="N",
-        help="steps whose rollouts are shown, spread evenly (default: 6)",
+        help="number of steps whose rollouts are shown, spread evenly (default: 6)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page, print its path, and on stderr what it lacks. Raises DataError."""
+    """Write the page and print its path; print on stderr what the page lacks. Raises DataError."""
     from tropd_mcore.evaluation.metrics_view import MetricNote
     from tropd_mcore.evaluation.report import ReportOptions, write_report
     from tropd_mcore.monitor.catalogue import METRICS

@@ -1,4 +1,4 @@
-"""An SGLang server for the length of one subcommand."""
+"""An SGLang server for the duration of one subcommand."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def open_server(
 ) -> SupervisedServer:
     """Return a context manager that starts the server of `config` (or uses its `url`) and stops what it started.
 
-    The arguments are those of `server_spec`. Where another live process has a server of that name, this one is called
-    `<name>-2` and so on: a command leaves the servers of a running job and of other commands alone. Raises ServerError
-    on entry.
+    The arguments are those of `server_spec`. If another live process has a server of that name, this one is called
+    `<name>-2` and so on, so a command never touches the servers of a running job or of other commands. Raises
+    ServerError on entry.
     """
     from tropd_mcore.mcore.platform import meant  # imports torch
 
@@ -49,6 +49,6 @@ def open_server(
 
 
 def free_name(logs: Path, name: str) -> str:
-    """Return `name`, or the first of `name-2`, `name-3`, ... whose record in `logs` is of no other live process."""
+    """Return the first of `name`, `name-2`, `name-3`, ... whose record in `logs` belongs to no other live process."""
     names = chain([name], (f"{name}-{number}" for number in count(2)))
     return next(each for each in names if not is_in_use(logs / f"{each}.server.json"))

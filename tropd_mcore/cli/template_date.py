@@ -1,6 +1,7 @@
-"""The day that chat templates print in a command beside training: that of the run, where it has one.
+"""The date that chat templates print in commands other than training: the date of the run, if it has one.
 
-Not for training (`train.loaded_inputs`). Invariant: a command changes nothing of what the run has recorded.
+Training does not use this module (see `train.loaded_inputs`). Invariant: a command does not change what the run has
+recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 def template_date(config: Config, stored: date | None = None) -> date:
     """Return data.template_date, else the day that the run in run.dir has recorded, else `stored`, else today.
 
-    `stored` is the day of work that the command goes on with. Raises DataError.
+    `stored` is the day of the work that the command continues. Raises DataError.
     """
     if config.data.template_date is not None:
         return config.data.template_date

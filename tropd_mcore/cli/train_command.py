@@ -1,8 +1,8 @@
-"""`tropd train`: checks what one process can check in a second, then starts the ranks of this node.
+"""`tropd train` makes the checks that one process can make in a second, then starts the ranks of this node.
 
-Not for the job itself (`tropd_mcore.train`). Invariants: nothing heavy is imported and nothing is written before the
-checks have passed; `--dry-run` starts nothing and needs no other node; what the environment says about nodes is read
-here alone, and arguments win over it.
+The job itself is in `tropd_mcore.train`. Invariants: nothing heavy is imported and nothing is written before the checks
+have passed. `--dry-run` starts nothing and needs no other node. Environment variables about nodes are read only here,
+and arguments override them.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tropd_mcore.errors import ConfigError
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 29500
-"""Of the first node, where a job has several: the same on all of them without a word between them."""
+"""Port on the first node of a job with several nodes. It is fixed, so all nodes know it without communication."""
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Where this launcher stands among those of the job."""
+    """The nodes of the job and the place of this launcher among them."""
 
     nodes: int
     node_rank: int
     address: str
     port: int
     ranks: int
-    """Ranks of each node."""
+    """Number of ranks per node."""
 
     @property
     def world_size(self) -> int:
@@ -115,7 +115,7 @@ def _launch(options: argparse.Namespace, config: Config, resolved: str, nodes: N
 
 
 def _as_rank(options: argparse.Namespace) -> int:
-    """torchrun has started this process as one of its ranks: be that rank."""
+    """torchrun started this process as one of its ranks. Replace the process by that rank."""
     command = [sys.executable, "-u", "-m", "tropd_mcore.train", options.config, *options.overrides]
     if options.dry_run:
         command.append("--dry-run")
@@ -124,15 +124,15 @@ def _as_rank(options: argparse.Namespace) -> int:
 
 
 def read_nodes(options: argparse.Namespace, config: Config, environ: Mapping[str, str]) -> Nodes:
-    """Where this launcher stands: arguments, else the environment, else Slurm's step, else one node.
+    """Return the nodes of the job, from the arguments, else the environment, else Slurm's step, else one node.
 
-    Raises ConfigError with everything that is wrong.
+    Raises ConfigError with all problems.
     """
     problems: list[str] = []
     environ = {**_slurm(environ, problems), **{name: value for name, value in environ.items() if value}}
 
     def named(argument: str) -> str:
-        """The argument where it was given, else the variable that it stands for."""
+        """The argument if it was given, else the variable that it stands for."""
         return argument.upper() if getattr(options, argument) is None else f"--{argument.replace('_', '-')}"
 
     def number(argument: int | None, name: str, default: int) -> int:
@@ -173,7 +173,7 @@ def read_nodes(options: argparse.Namespace, config: Config, environ: Mapping[str
 
 
 def launch_line(options: argparse.Namespace, nodes: Nodes) -> str:
-    """Return the line that starts the job, for the end of a plan."""
+    """Return the command that starts the job, for the end of a plan."""
     command = shlex.join(["tropd", "train", options.config, *options.overrides])
     ranks = f" --nproc-per-node {nodes.ranks}"
     if nodes.nodes == 1:
@@ -185,7 +185,7 @@ def launch_line(options: argparse.Namespace, nodes: Nodes) -> str:
 
 
 def _slurm(environ: Mapping[str, str], problems: list[str]) -> dict[str, str]:
-    """What Slurm says of this node inside `srun`; nothing in the shell of a batch job or outside Slurm."""
+    """Slurm's variables about this node inside `srun`; empty in the shell of a batch job or outside Slurm."""
     nodes = environ.get("SLURM_STEP_NUM_NODES", "")
     if not nodes.isdecimal() or int(nodes) < 2:
         return {}
@@ -198,7 +198,7 @@ def _slurm(environ: Mapping[str, str], problems: list[str]) -> dict[str, str]:
 
 
 def _first_host(hosts: str) -> str:
-    """The first name of a Slurm host list, by Slurm's own command; empty where that cannot be run."""
+    """The first name of a Slurm host list, by Slurm's own command; empty if that cannot be run."""
     command = ["scontrol", "show", "hostnames", hosts]
     try:
         names = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()

@@ -1,1 +1,1 @@
-"""One YAML, dotted overrides, every problem reported at once. Imports no torch."""
+"""The configuration: one YAML file and dotted overrides. All problems are reported at once. Imports no torch."""

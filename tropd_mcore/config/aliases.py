@@ -1,6 +1,7 @@
-"""Names that other trainers and users give to our keys, so that an unknown key can be answered with the right one.
+"""Names that other trainers and users give to the keys of this project. The error about an unknown key suggests the
+right key from this table.
 
-Not accepted as keys: a key has one name. Invariant: every alias leads to keys or sections of the schema.
+Aliases are not accepted as keys: a key has one name. Invariant: every alias leads to keys or sections of the schema.
 """
 
 from __future__ import annotations
@@ -165,11 +166,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "report_to": ("monitor.wandb_project", "monitor.tensorboard"),
     "log_every": ("monitor.progress_every_s",),
 }
-"""Name in lower case, with underscores -> the keys that it may mean, the likeliest first."""
+"""Name in lower case, with underscores -> the keys that it may mean, the most likely first."""
 
 
 def meant_by(dotted: str) -> list[str]:
-    """Return the keys that the unknown key `dotted` may mean: those of its own section where there are any."""
+    """Return the keys that the unknown key `dotted` may mean; only those of its own section if there are any."""
     section, _, name = dotted.rpartition(".")
     meant = ALIASES.get(name.lower().replace("-", "_"), ())
     inside = [key for key in meant if section and key.startswith(f"{section}.")]

@@ -1,7 +1,7 @@
-"""Checks that span sections, or that need the number of ranks or the data's lengths.
+"""Checks across sections, and checks that need the number of ranks or the lengths in the data.
 
-Not for the range of a single key (see `schema`). Invariant: each check returns its problems, one line each, naming the
-keys to change; nothing is raised, so that all problems can be reported together.
+The range of a single key is checked by `schema`. Invariant: each check returns its problems, one line each, with the
+keys to change. Nothing is raised, so all problems can be reported together.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MANAGED_SERVER_ARGS = {
     "--smg-grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
     "--grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
 }
-"""Arguments of the SGLang server that have a key of their own, and that key."""
+"""Arguments of the SGLang server that must not be in extra_args -> the key or value that sets them."""
 
 
 def problems_across_sections(config: Config) -> list[str]:
-    """Return every problem that needs no more than the configuration itself."""
+    """Return every problem that the configuration itself shows."""
     return [problem for check in CHECKS for problem in check(config)]
 
 
 def layout_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
-    """Return what is wrong between the parallel section and the number of launched ranks."""
+    """Return the conflicts between the parallel section and the number of launched ranks."""
     tensor, pipeline, context, data = parallel.tensor, parallel.pipeline, parallel.context, parallel.data
     model = tensor * pipeline * context
     if data is None:
@@ -62,14 +62,14 @@ def layout_problems(parallel: ParallelConfig, world_size: int) -> list[str]:
 
 
 def backend_problems(backend: str, platform: str) -> list[str]:
-    """Return what is wrong between loss.backend and the platform (`cpu`, `cuda`, or `auto` where it is not known)."""
+    """Return the conflicts between loss.backend and the platform (`cpu`, `cuda`, or `auto` if it is unknown)."""
     if backend == "triton" and platform == "cpu":
         return ["loss.backend=triton needs CUDA but the platform is cpu; set loss.backend=auto, eager or compile"]
     return []
 
 
 def data_problems(config: Config, *, longest_prompt: int, longest_response: int) -> list[str]:
-    """Return what does not fit between the configuration and the data: lengths in tokens, responses without EOS."""
+    """Return the conflicts between the configuration and the lengths in the data: tokens, responses without EOS."""
     needed = longest_sample(config, longest_prompt=longest_prompt, longest_response=longest_response)
     budget = config.batch.tokens_per_micro_batch
     if needed <= budget:
@@ -83,9 +83,9 @@ def data_problems(config: Config, *, longest_prompt: int, longest_response: int)
 
 
 def self_teacher_problems(config: Config, *, longest_prompt: int, context: int) -> list[str]:
-    """Return what leaves no room for a solution between prompt and response, lengths in tokens.
+    """Return the problems that leave no room for a solution between prompt and response, with lengths in tokens.
 
-    `longest_prompt` is what the teacher reads with an empty solution, `context` that of the student.
+    `longest_prompt` is the teacher's longest prompt with an empty solution. `context` is the student's context length.
     """
     needed = longest_prompt + config.rollout.max_new_tokens
     budget = config.batch.tokens_per_micro_batch
@@ -115,7 +115,10 @@ def _parallel(config: Config) -> Iterator[str]:
             f"found {parallel.pipeline}; remove it or set parallel.pipeline=2"
         )
     if parallel.virtual_pipeline == 1:
-        yield "parallel.virtual_pipeline = 1 is one chunk a stage, which is no interleaving; remove it or set 2 or more"
+        yield (
+            "parallel.virtual_pipeline = 1 is one chunk per stage, so nothing is interleaved; remove it or set 2 or "
+            "more"
+        )
     if parallel.sequence_parallel and parallel.tensor < 2:
         yield (
             "parallel.sequence_parallel needs parallel.tensor >= 2, found 1; "
@@ -186,7 +189,7 @@ def _loss(config: Config) -> Iterator[str]:
     loss = config.loss
     if loss.form == "logits" and loss.overlap_chunks:
         yield (
-            "loss.overlap_chunks has no effect with loss.form=logits, where no chunk's logits are left to be computed; "
+            "loss.overlap_chunks has no effect with loss.form=logits, which computes no logits chunk by chunk; "
             "remove it or set loss.form=fused"
         )
     elif loss.overlap_chunks and loss.weight_gradient == "recompute":
@@ -247,7 +250,7 @@ def _server(key: str, server: ServerConfig) -> Iterator[str]:
         given = [name for name in starting if getattr(server, name) != ServerConfig.model_fields[name].default]
         if given:
             yield f"{key}.url names a running server, so {key}.{{{','.join(given)}}} would have no effect; remove one"
-    default = ServerConfig.model_fields["hang_timeout_s"].default  # which a short request_timeout_s may be below
+    default = ServerConfig.model_fields["hang_timeout_s"].default  # a short request_timeout_s may be below the default
     if server.hang_timeout_s > server.request_timeout_s and server.hang_timeout_s != default:
         yield (
             f"{key}.hang_timeout_s = {server.hang_timeout_s:g} is above {key}.request_timeout_s = "
@@ -341,7 +344,7 @@ def _pattern(config: Config) -> Iterator[str]:
 
 
 def _home(key: str) -> Callable[[Config], Iterator[str]]:
-    """The check of one path: nobody expands `~` in it."""
+    """The check of one path, in which `~` is not expanded."""
 
     def check(config: Config) -> Iterator[str]:
         section, _, name = key.partition(".")
@@ -387,4 +390,4 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _pattern,
     *(_home(key) for key in PATHS),
 )
-"""Every check across sections, each about as few values as it can be: one that needs a wrong value is left out."""
+"""Every check across sections. Each reads few values, because a check that needs a wrong value is left out."""

@@ -1,6 +1,6 @@
 """Values that follow from the configuration alone.
 
-Not for anything that needs data, a model or a process. Invariant: pure functions of the config (and the step).
+Nothing here needs data, a model or a process. Invariant: pure functions of the configuration (and the step).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from tropd_mcore.errors import ConfigError
 
 
 def teacher_dtype(config: Config) -> Dtype:
-    """Return the dtype in which the teacher computes, in the job or in a server."""
+    """Return the dtype in which the teacher computes, in the job or on a server."""
     served = config.teacher.server.dtype if config.teacher.kind == "sglang" else None
     return served or config.teacher.dtype
 
 
 def alpha(step: int, config: Config) -> float:
-    """Return the guided fraction of the teacher response at `step` (from 0), in [0, 1]; 0 without guidance.
+    """Return the fraction of the teacher response that is a prefix at `step` (from 0), in [0, 1]; 0 without guidance.
 
     Source: TrOPD section 3.3 (annealed to zero with a cosine); docs/method.md, 6.
     """
@@ -37,10 +37,10 @@ def alpha(step: int, config: Config) -> float:
 
 
 def prefix_length(response_length: int, step: int, config: Config, *, longest_response: int) -> int:
-    """Return the number of teacher tokens that one prompt's samples continue.
+    """Return the number of teacher tokens in the prefix that one prompt's samples continue.
 
     `response_length` and `longest_response` count tokens without EOS. The result leaves `min_continuation` tokens of
-    the response to the student, and under a shared budget at least as many new tokens of what the step allows.
+    the response to the student. Under a shared budget it also leaves that many of the new tokens that the step allows.
     Source: docs/method.md, 5 and 6.
     """
     guidance = config.objective.active_guidance
@@ -58,10 +58,10 @@ def prefix_length(response_length: int, step: int, config: Config, *, longest_re
 
 
 def needs_student_pass(config: Config) -> bool:
-    """Return whether the trainer looks at the rollouts once without gradients before it trains on them.
+    """Return whether the trainer runs a forward pass over the rollouts, without gradients, before it trains on them.
 
-    That is for log p before the update where several updates or a ratio follow, for statistics over the batch or the
-    sample, and for the student's own candidates.
+    The pass computes log p before the update (if several updates or a ratio follow), statistics over the batch or the
+    sample, and the student's own candidates.
     """
     objective = config.objective
     return (
@@ -73,7 +73,7 @@ def needs_student_pass(config: Config) -> bool:
 
 
 def reference_path(config: Config) -> Path | None:
-    """Return the folder of the frozen reference model, None where the objective has none."""
+    """Return the folder of the frozen reference model; None if the objective has none."""
     return config.objective.reference_folder(config.student.path)
 
 
@@ -85,12 +85,13 @@ def model_paths(config: Config) -> dict[str, Path]:
 
 
 def reads_responses(config: Config) -> bool:
-    """Return whether the run reads data.teacher_responses: where guidance continues them, sampled here or replayed."""
+    """Return whether the run reads data.teacher_responses: if guidance continues them, in sampled or replayed
+    rollouts."""
     return config.objective.active_guidance is not None and config.data.teacher_responses is not None
 
 
 def longest_response_at(step: int, config: Config) -> int:
-    """Return how many new tokens the rollouts of `step` may have (rollout.truncate, else rollout.max_new_tokens)."""
+    """Return the largest number of new tokens at `step` (from rollout.truncate, else rollout.max_new_tokens)."""
     truncate = config.rollout.truncate
     if truncate is None:
         return config.rollout.max_new_tokens
@@ -98,16 +99,16 @@ def longest_response_at(step: int, config: Config) -> int:
 
 
 def new_token_budget(step: int, prefix_tokens: int, config: Config) -> int:
-    """Return how many new tokens a sample of `step` may have after a teacher prefix of `prefix_tokens`."""
+    """Return the largest number of new tokens of a sample at `step` after a teacher prefix of `prefix_tokens`."""
     guidance = config.objective.active_guidance
     shared = guidance is not None and guidance.continuation_budget == "shared"
     return longest_response_at(step, config) - (prefix_tokens if shared else 0)
 
 
 def longest_sample(config: Config, *, longest_prompt: int, longest_response: int) -> int:
-    """Return the most tokens a sample of this run can have: prompt + teacher prefix + new tokens.
+    """Return the largest number of tokens in a sample of this run: prompt + teacher prefix + new tokens.
 
-    `longest_prompt` and `longest_response` are of the data, in tokens.
+    `longest_prompt` and `longest_response` are lengths in the data, in tokens.
     """
     guidance = config.objective.active_guidance
     prefix = prefix_length(longest_response, 0, config, longest_response=longest_response)
@@ -116,9 +117,10 @@ def longest_sample(config: Config, *, longest_prompt: int, longest_response: int
 
 
 def ranks_per_node(parallel: ParallelConfig, nodes: int) -> int:
-    """Return how many ranks each of `nodes` machines starts; without parallel.data, the fewest that fill them evenly.
+    """Return the number of ranks that each of `nodes` machines starts.
 
-    Raises ConfigError where the ranks do not divide over the machines.
+    Without parallel.data it is the smallest number that fills the machines evenly. Raises ConfigError if the ranks do
+    not divide over the machines.
     """
     model = parallel.tensor * parallel.pipeline * parallel.context
     ranks = math.lcm(model, max(nodes, 1)) if parallel.data is None else model * parallel.data

@@ -1,6 +1,6 @@
-"""Keys of an objective that another key leaves without effect, where they are not at their default.
+"""Errors about keys of an objective that were changed although another key leaves them without effect.
 
-Not for which keys these are (`Objective.unused`). Invariant: each problem is one line that names both keys; nothing is
+`Objective.unused` says which keys these are. Invariant: each problem is one line that names both keys; nothing is
 raised.
 """
 
@@ -12,7 +12,7 @@ from tropd_mcore.config.objectives.base import Objective, Unused
 
 
 def keys_without_effect(objective: Objective) -> Iterator[str]:
-    """Return a line for each key that was changed and is not looked at."""
+    """Yield a line for each key that was changed and has no effect."""
     for unused in objective.unused():
         yield from _changed(unused)
 

@@ -1,6 +1,6 @@
-"""Validation errors -> one line each: the place, the key, what was expected, what was found, what to write instead.
+"""Turns validation errors into one line each: the place, the key, what was expected, what was found, what to write.
 
-Not for deciding what is wrong (see `schema`). Invariant: every error of the validator yields exactly one line.
+This module does not validate (see `schema`). Invariant: every error of the validator yields exactly one line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tropd_mcore.config.aliases import meant_by
 from tropd_mcore.config.schema import Config
 
 SHOWN_KEYS = 3
-"""Keys that one line suggests."""
+"""Largest number of keys that one line suggests."""
 
 
 def explain_validation_error(
@@ -37,7 +37,7 @@ def explain_validation_error(
 
 
 def wrong_keys(error: ValidationError) -> set[tuple[str, ...]]:
-    """Return (section,) or (section, field) of each value that is wrong, missing, or may be meant by an unknown key."""
+    """Return (section,) or (section, field) of each value that is wrong or missing, or that an unknown key may mean."""
     found: set[tuple[str, ...]] = set()
     for detail in error.errors(include_url=False):
         keys = _without_tags(detail["loc"])
@@ -54,7 +54,7 @@ def unknown_keys(error: ValidationError) -> list[str]:
 
 
 def schema_keys() -> dict[str, FieldInfo]:
-    """Return {dotted key: field} of every leaf the schema knows, over all variants."""
+    """Return {dotted key: field} of every leaf of the schema, in all variants."""
     return dict(_keys(Config, ""))
 
 
@@ -75,7 +75,7 @@ def _message(dotted: str, keys: list[str], detail: Mapping[str, Any], renamed: M
 
 
 def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str:
-    """The new name of a renamed key, else what it may mean, else what its section has."""
+    """The new name of a renamed key, else the keys that it may mean, else the keys of its section."""
     if dotted in renamed:
         return f": it was renamed; use {renamed[dotted]}"
     everything = _everything()
@@ -88,7 +88,7 @@ def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str
 
 
 def meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]:
-    """Return what an unknown key may mean: by an alias, by a close name in its section, or by its name in another."""
+    """Return the keys that an unknown key may mean: an alias, a similar name in its section, or its name in another."""
     if dotted in renamed:
         return [renamed[dotted]]
     everything, parent, name = _everything(), ".".join(keys[:-1]), keys[-1]
@@ -103,7 +103,7 @@ def meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]
 
 @cache
 def _everything() -> frozenset[str]:
-    """Every key and section of the schema, over all variants."""
+    """Every key and section of the schema, in all variants."""
     return frozenset(ancestor for key in schema_keys() for ancestor in _ancestors(key.split(".")))
 
 
@@ -118,7 +118,7 @@ def _ancestors(keys: list[str]) -> Iterator[str]:
 
 
 def _without_tags(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of an error's location; the validator puts the chosen `kind` in between, which is no key."""
+    """The keys of an error's location, without the chosen `kind`, which the validator inserts and which is no key."""
     keys: list[str] = []
     models: list[type[BaseModel]] = [Config]
     skip_tag = False

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: the base class and the types of numbers."""
+"""The building blocks of all sections of the configuration: the base class and the number types."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, the text under a field is its documentation."""
+    """Base of all sections. It is frozen, refuses unknown keys, and takes the text under a field as its description."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False

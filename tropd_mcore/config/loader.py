@@ -1,8 +1,8 @@
-"""A YAML file and dotted overrides -> one frozen `Config`, and where each of its values came from.
+"""Reads a YAML file and dotted overrides into one frozen `Config`, and records the source of each value.
 
-Not for checks across sections (see `checks`, which this calls). Invariants: the environment and argv are never read;
-a key that does not exist is an error; all problems are reported together, each with its place.
-Relative paths in the file or in an override are relative to the current directory, not to the file.
+The checks across sections are in `checks`, which this module calls. Invariants: the environment and argv are never
+read. An unknown key is an error. All problems are reported together, each with its place. Relative paths in the file or
+in an override are relative to the current directory, not to the file.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ COMMAND_LINE = "command line"
 DEFAULT = "default"
 
 RENAMED_KEYS: dict[str, str] = {"objective.own_topk": "objective.student_topk"}
-"""Old dotted key -> the key to use now. An old key stays an error; this table lets the error name the new one."""
+"""Old dotted key -> the key to use now. An old key is an error; this table lets the message name the new key."""
 
 
 def load(path: Path | str, overrides: list[str]) -> tuple[Config, dict[str, str]]:
     """Read `path`, apply `a.b=value` overrides in order (values are YAML), validate, and check across sections.
 
-    Returns the config and the source of each leaf key: `<file>:<line>`, `command line` or `default`. An override that
-    chooses another kind of a section leaves the file's keys of the old kind out, and says so in the log; one that sets
-    a section to null brings its defaults back. Raises ConfigError with every problem found in the file, the overrides
-    and the values, and with those across sections that need no wrong value.
+    Returns the config and the source of each leaf key: `<file>:<line>`, `command line` or `default`. If an override
+    chooses another kind of a section, the file's keys of the old kind are left out, which is logged. If an override
+    sets a section to null, the section gets its defaults back. Raises ConfigError with every problem of the file, the
+    overrides and the values, and with every problem across sections that can be checked without a wrong value.
     """
     name = str(path)
     document = parse_yaml(_read(Path(path)), name)
@@ -91,7 +91,7 @@ def _read(path: Path) -> str:
 
 
 def _apply(override: str, tree: dict[str, Any], places: dict[str, str]) -> list[str]:
-    """Set one override in `tree`; returns its problems."""
+    """Set one override in `tree` and return its problems."""
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
     if not equals or not all(dotted.split(".")):
@@ -117,7 +117,7 @@ def _apply(override: str, tree: dict[str, Any], places: dict[str, str]) -> list[
 
 
 def _fill_default_kinds(tree: dict[str, Any]) -> None:
-    """Name the default variant where a section gives keys of it but no `kind`."""
+    """Add the default `kind` to sections that give keys but no `kind`."""
     for name, field in Config.model_fields.items():
         section = tree.get(name)
         if field.discriminator == "kind" and field.default is not None and isinstance(section, dict):
@@ -127,7 +127,7 @@ def _fill_default_kinds(tree: dict[str, Any]) -> None:
 
 
 def _source(key: str, places: Mapping[str, str]) -> str:
-    """The place of the key itself, or of the nearest section that was set as a whole on the command line."""
+    """The source of the key itself, or of the nearest section that was set as a whole on the command line."""
     if key in places:
         return places[key]
     parts = key.split(".")

@@ -1,8 +1,8 @@
-"""Settings of an objective that would train nothing, the wrong thing, or something other than what the keys say.
+"""Errors about settings of an objective that would train nothing, the wrong thing, or not what the keys say.
 
-Not for ranges of single keys or for what one kind's keys say of each other (`config.objectives`: `Objective.problems`)
-or for other sections (`checks`). Invariants: no kind is named, only traits are asked for; each problem is one line that
-names the keys to change; nothing is raised.
+Elsewhere: ranges of single keys (`schema`), conflicts between the keys of one kind (`Objective.problems` in
+`config.objectives`), other sections (`checks`). Invariants: no kind is named here; only traits are read. Each problem
+is one line that names the keys to change. Nothing is raised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tropd_mcore.config.schema import Config
 
 
 def objective_problems(config: Config) -> Iterator[str]:
-    """Return every problem of the objective's own settings, and of what it needs of other sections."""
+    """Yield every problem of the objective's own settings and of its needs from other sections."""
     objective = config.objective
     yield from section_problems(objective)
     yield from _needs_other_sections(config)
@@ -26,18 +26,18 @@ def objective_problems(config: Config) -> Iterator[str]:
 
 
 def section_problems(objective: Objective) -> Iterator[str]:
-    """Return every problem of the objective's section that can be seen without the other sections."""
+    """Yield every problem of the objective's section that is visible without the other sections."""
     policy, updates, key = objective.policy, objective.updates_per_step, "objective.policy_gradient"
     if updates > 1 and policy.ratio == "none" and not objective.has_own_ratio:
         yield (
-            f"{key}: mini_batches * epochs = {policy.mini_batches} * {policy.epochs} = {updates} updates a rollout "
-            "batch with ratio=none, which ignores that the policy has moved since the rollout; "
+            f"{key}: mini_batches * epochs = {policy.mini_batches} * {policy.epochs} = {updates} updates per rollout "
+            "batch with ratio=none, which ignores that the policy has changed since the rollout; "
             "set ratio=ppo_clip or importance, or make one update"
         )
     if not objective.clips_log_ratio and policy.advantage_clip is not None:
         yield (
-            f"{key}.advantage_clip clamps a log-ratio, but the advantage of objective.kind={objective.kind} is none; "
-            "remove it"
+            f"{key}.advantage_clip clamps a log-ratio, but the advantage of objective.kind={objective.kind} is not a "
+            "log-ratio; remove it"
         )
     yield from objective.problems()
 
@@ -59,7 +59,7 @@ def _needs_other_sections(config: Config) -> Iterator[str]:
     if objective.counts_trained_only and config.loss.aggregation == "sequence_mean":
         yield (
             "loss.aggregation=sequence_mean divides by the number of all tokens of a sample, but objective.kind="
-            f"{objective.kind} by that of the tokens it trains; set loss.aggregation=token_mean"
+            f"{objective.kind} by the number of tokens that it trains; set loss.aggregation=token_mean"
         )
 
 
@@ -67,7 +67,7 @@ def _self_teacher(config: Config) -> Iterator[str]:
     kind = config.objective.kind
     if config.teacher.path != config.student.path:
         yield (
-            f"objective.kind={kind} has the student itself as teacher, but teacher.path={config.teacher.path} is not "
+            f"objective.kind={kind} uses the student as its own teacher, but teacher.path={config.teacher.path} is not "
             f"student.path={config.student.path}; set teacher.path={config.student.path}"
         )
     if config.rollout.samples_per_prompt < 2:

@@ -1,7 +1,7 @@
-"""What can be checked of a configuration some of whose values are wrong: everything that does not need those.
+"""Checks a configuration that has some wrong values: every check runs that does not need them.
 
-Not for deciding what is wrong (`schema`). Invariant: a value that is wrong, or that may be meant by an unknown key, is
-not there: whoever asks for it gets an AttributeError, so that no check judges a value that nobody gave.
+This module does not decide which values are wrong (`schema`). Invariant: a value that is wrong, or that an unknown key
+may mean, is removed. Reading it raises AttributeError, so no check judges a value that nobody gave.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tropd_mcore.config.schema import Config
 
 Check = Callable[[Config], Iterable[str]]
 Wrong = set[tuple[str, ...]]
-"""Keys as their parts; of a deeper key, section and field are enough."""
+"""Keys as tuples of their parts. A deeper key is given as section and field only."""
 
 
 def without(tree: dict[str, Any], wrong: Wrong) -> Config | None:
-    """Return the configuration of `tree` without the fields of `wrong`; None where the rest is wrong too."""
+    """Return the configuration of `tree` without the fields of `wrong`; None if the rest is wrong too."""
     pruned = copy.deepcopy(tree)
     absent: Wrong = set()
     for parts in wrong:
@@ -47,7 +47,7 @@ def without(tree: dict[str, Any], wrong: Wrong) -> Config | None:
 
 
 def _fill_required(name: str, kind: Any, section: dict[str, Any]) -> Wrong:
-    """Put something (every required field is a path) where a required field is missing; returns these fields."""
+    """Give each missing required field a dummy value (all required fields are paths) and return these fields."""
     fields = getattr(kind, "model_fields", {})
     missing = {key for key, field in fields.items() if field.default is PydanticUndefined and field.is_required()}
     missing -= section.keys()
@@ -56,7 +56,7 @@ def _fill_required(name: str, kind: Any, section: dict[str, Any]) -> Wrong:
 
 
 def _take_away(config: Config, absent: Wrong) -> None:
-    """Remove values from a frozen configuration; sections are copied first, because defaults are shared."""
+    """Remove values from a frozen configuration. Sections are copied first, because defaults are shared."""
     values = config.__dict__
     for parts in absent:
         if len(parts) == 2 and parts[0] in values:
@@ -69,7 +69,8 @@ def _take_away(config: Config, absent: Wrong) -> None:
 
 
 def problems_without(checks: Iterable[Check], config: Config) -> Iterator[str]:
-    """Yield what `checks` find in a configuration with values missing; each goes as far as it can."""
+    """Yield the problems that `checks` find in a configuration with missing values. Each check runs as far as it
+    can."""
     for check in checks:
         try:
             yield from check(config)

@@ -1,6 +1,6 @@
-"""What a run would do, from its configuration alone: the resolved file and the plan of `--dry-run`.
+"""The resolved configuration file and the plan of `--dry-run`, from the configuration alone.
 
-Not for reading models or data, or starting anything. Invariant: loading a resolved file gives the same config again.
+Nothing here reads models or data or starts anything. Invariant: loading a resolved file gives the same configuration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tropd_mcore.config.schema import Config, ServerConfig
 
 
 def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
-    """Return every key as YAML, one a line, each with the source of its value after two spaces and `# `."""
+    """Return every key as YAML, one per line, each with the source of its value after two spaces and `# `."""
     lines: list[str] = []
     open_sections: list[str] = []
     for dotted, value in leaves(config).items():
@@ -32,7 +32,7 @@ def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
 
 
 def plan(config: Config, world_size: int | None = None) -> str:
-    """Return the plan as aligned lines; `world_size` is the number of ranks where it is known."""
+    """Return the plan as aligned lines. `world_size` is the number of ranks, or None if it is unknown."""
     rows = {
         "layout": _layout(config, world_size),
         "student": _student(config),
@@ -40,7 +40,7 @@ def plan(config: Config, world_size: int | None = None) -> str:
         "teacher": _teacher(config),
         "objective": _objective(config),
         "loss": _loss(config),
-        "a step": _step(config),
+        "per step": _step(config),
         "guidance": _guidance(config),
         "optimizer": _optimizer(config),
         "run": f"{config.run.steps} steps, checkpoint every {config.run.checkpoint_every}, seed {config.run.seed}",
@@ -74,7 +74,7 @@ def _student(config: Config) -> str:
 
 def _rollouts(config: Config) -> str:
     if config.run.replay is not None:
-        return f"replayed from {config.run.replay}, with the teacher's scores where the layout is the same"
+        return f"replayed from {config.run.replay}, with the teacher's scores if the layout is the same"
     return _server(config.rollout.server, config.student.dtype, "started by rank 0 from the student's weights")
 
 
@@ -98,7 +98,7 @@ def _teacher(config: Config) -> str:
 
 
 def _objective(config: Config) -> str:
-    """Kind, constants, then what it needs beyond the teacher's scores."""
+    """Kind and constants, then everything that the objective needs besides the teacher's scores."""
     return "; ".join([f"{config.objective.kind}: {config.objective.description()}", *_needs(config)])
 
 
@@ -108,7 +108,7 @@ def _needs(config: Config) -> Iterator[str]:
     if correction.ratio != "none":
         yield f"ratio {correction.ratio}"
     if updates > 1:
-        yield f"{updates} updates a step ({correction.mini_batches} mini-batches x {correction.epochs} epochs)"
+        yield f"{updates} updates per step ({correction.mini_batches} mini-batches x {correction.epochs} epochs)"
     if objective.student_candidates:
         yield f"the student's own top-{objective.student_candidates}"
     if (reference := reference_path(config)) is not None:
@@ -125,7 +125,7 @@ def _loss(config: Config) -> str:
     softcap = f", logits capped at {loss.logit_softcap:g}" if loss.logit_softcap is not None else ""
     ignored = len(loss.ignore_tokens) + len(loss.ignore_first_of)
     return (
-        f"{form}, {loss.backend} backend, {loss.chunk_tokens:,} rows a chunk, {loss.aggregation}"
+        f"{form}, {loss.backend} backend, {loss.chunk_tokens:,} rows per chunk, {loss.aggregation}"
         f"{overlap}{softcap}{f', {ignored} tokens ignored' if ignored else ''}"
     )
 

@@ -1,7 +1,8 @@
-"""The resolved configuration of an earlier launch, read back and compared with that of this one, by dotted key.
+"""Reads the resolved configuration of an earlier launch and compares it with that of this launch, by dotted key.
 
-Not for whether a change is allowed (`train.resume_rules`). Invariants: a key that the earlier launch did not know has
-its default there, so that a run directory of an older version shows no changes; where a value came from is no change.
+This module does not decide whether a change is allowed (`train.resume_rules`). Invariants: a key that the earlier
+launch did not know counts as its default, so a run directory of an older version shows no changes. Another source of
+the same value is no change.
 """
 
 from __future__ import annotations
@@ -22,29 +23,30 @@ from tropd_mcore.errors import ConfigError
 
 
 class Nothing(Enum):
-    """The value of a key that a configuration does not have: of another variant, or of a section that is not there."""
+    """The value of a key that a configuration lacks, because the key belongs to another variant or an absent
+    section."""
 
     NOTHING = "none"
 
 
 NOTHING = Nothing.NOTHING
 LONGEST_VALUE = 120
-"""Characters of a value that are shown."""
+"""Number of characters of a value that are shown."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a resolved file says."""
+    """The contents of a resolved file."""
 
     values: Mapping[str, Any]
     """{dotted key: value}, defaults filled in"""
     unknown: tuple[str, ...] = ()
-    """Keys in it that this version does not have"""
+    """Keys of the file that this version does not have"""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key whose value is not the recorded one; `NOTHING` stands for a key that is not there."""
+    """One key whose value differs from the recorded one. `NOTHING` stands for an absent key."""
 
     key: str
     old: Any = field(default=NOTHING)
@@ -55,9 +57,9 @@ class Change:
 
 
 def read_record(text: str, name: str) -> Recorded:
-    """Read what `plan.resolved_yaml` wrote; `name` is the file in messages.
+    """Read a file that `plan.resolved_yaml` wrote. `name` is the file in messages.
 
-    Raises ConfigError, one line, where it is torn or holds what no launch can have had.
+    Raises ConfigError, one line, if the file is damaged or holds a configuration that no launch can have had.
     """
     document = parse_yaml(text, name)
     problems = list(document.problems)
@@ -90,19 +92,19 @@ def read_record(text: str, name: str) -> Recorded:
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Return the keys whose values differ, in the order of `after`, then those that only `before` has.
 
-    Where a section has another `kind`, that stands for the keys that only one of the two kinds has.
+    If a section has another `kind`, the change of the kind stands for all keys that only one of the two kinds has.
     """
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
         old, new = before.get(key, NOTHING), after.get(key, NOTHING)
-        # By their text: False is not 0 to a chat template, and Python calls them equal.
+        # Compared as text: Python says False == 0, but a chat template tells them apart.
         if repr(old) != repr(new) and not _is_told_elsewhere(key, old, new, before, after):
             found.append(Change(key, old, new))
     return found
 
 
 def show(value: Any) -> str:
-    """A value on one line: words as they are, no value as `none`."""
+    """A value on one line. Words are shown as they are, an absent value as `none`."""
     if value is NOTHING or value is None:
         return "none"
     text = value if isinstance(value, str) and value and value.isprintable() else json.dumps(value, ensure_ascii=False)
@@ -114,13 +116,13 @@ def _is_told_elsewhere(key: str, old: Any, new: Any, before: Mapping[str, Any], 
     kind = f"{section}.kind"
     if key != kind and NOTHING in (old, new) and kind in before and before[kind] != after.get(kind, NOTHING):
         return True
-    # An optional section is one key, without a value, where it is not there.
+    # An absent optional section is a single key without a value.
     absent, others = (new, after) if old is None else (old, before)
     return None in (old, new) and absent is NOTHING and any(other.startswith(f"{key}.") for other in others)
 
 
 def _remove(tree: dict[str, Any], dotted: str) -> Any:
-    """Take a key out; returns its value."""
+    """Remove a key and return its value."""
     *sections, leaf = dotted.split(".")
     for section in sections:
         tree = tree[section]

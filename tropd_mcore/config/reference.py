@@ -1,7 +1,7 @@
-"""Every key of the configuration with what it accepts, its default and its meaning, as text.
+"""Every key of the configuration with the values that it accepts, its default and its meaning, as text.
 
-Not for values of a run (`plan.resolved_yaml`). Invariant: everything here is read from the schema, so that it cannot
-differ from what the loader accepts.
+This module does not show the values of a run (`plan.resolved_yaml`). Invariant: everything is read from the schema, so
+it cannot differ from what the loader accepts.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _NO_DEFAULT = object()
 
 @dataclass(frozen=True)
 class Key:
-    """One key, as some kinds of its section have it."""
+    """One key, in the form that it has in some kinds of its section."""
 
     dotted: str
     kinds: tuple[str, ...]
-    """Kinds of the section that have the key so; empty where the section has no kinds"""
+    """Kinds of the section that have the key in this form; empty if the section has no kinds"""
     accepts: str
     """Type and range, or the values"""
     default: str
@@ -48,7 +48,7 @@ class Key:
 
 
 def reference() -> list[Key]:
-    """Return all keys in the order of the schema; one that several kinds have alike stands once."""
+    """Return all keys in the order of the schema. A key that is the same in several kinds is listed once."""
     schema = Config.model_json_schema()
     merged: dict[tuple[str, str, str, str], list[str]] = {}
     for key in _keys(schema, schema["$defs"], "", (), {}):
@@ -57,9 +57,9 @@ def reference() -> list[Key]:
 
 
 def explain(asked: str) -> str:
-    """Return the text about `asked`, a key or a section; of all keys where it is empty.
+    """Return the text about `asked`, a key or a section; about all keys if it is empty.
 
-    Raises ConfigError where there is no such key.
+    Raises ConfigError if there is no such key.
     """
     keys, asked = reference(), asked.partition("=")[0]
     found = [key for key in keys if not asked or key.dotted == asked or key.dotted.startswith(f"{asked}.")]
@@ -78,7 +78,7 @@ def explain(asked: str) -> str:
 
 
 def _keys(schema: Schema, models: Schema, prefix: str, kinds: tuple[str, ...], defaults: Schema) -> Iterator[Key]:
-    """The keys below `prefix`; `defaults` are those of the section above, which win over the class's own."""
+    """The keys below `prefix`. `defaults` come from the section above and override the defaults of the class."""
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
         dotted = f"{prefix}{name}"
@@ -101,7 +101,7 @@ def _keys(schema: Schema, models: Schema, prefix: str, kinds: tuple[str, ...], d
 
 
 def _sections(field: Schema, models: Schema) -> Iterator[Schema]:
-    """The sections that a field may be: one, or one per kind."""
+    """The section classes that a field may hold: one, or one per kind."""
     for option in (field, *field.get("oneOf", ()), *field.get("anyOf", ())):
         if (name := str(option.get("$ref", "")).rpartition("/")[2]) and "properties" in models[name]:
             yield models[name]

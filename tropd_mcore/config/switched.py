@@ -1,7 +1,7 @@
-"""What becomes of a file's keys where the command line chooses another kind of a section, or takes a section away.
+"""Removes keys of the file if the command line chooses another kind of a section or sets a section to null.
 
-Not for the file itself: there, a key that the chosen kind lacks is an error. Invariants: only keys of the file go, and
-only those that another kind of the section has; each is named.
+Within the file alone, a key that the chosen kind lacks is an error. Invariants: only keys of the file are removed, and
+only keys that another kind of the section has. Each removed key is named.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Tree = dict[str, Any]
 
 
 def kinds_of(tree: Tree) -> dict[str, str]:
-    """Return {path: kind} of every section of `tree` that has kinds; the default one where it names none."""
+    """Return {path: kind} of every section of `tree` that has kinds. If a section names no kind, its default counts."""
     return {path: section.get("kind", default) for path, section, _, default in _discriminated(Config, tree, "")}
 
 
 def drop_other_kinds(
     tree: Tree, before: Mapping[str, str], places: dict[str, str], from_command_line: str
 ) -> list[str]:
-    """Remove from `tree` what the kinds chosen on the command line do not have; returns one line per section.
+    """Remove from `tree` the keys that the kinds chosen on the command line lack; returns one line per section.
 
-    `before`: the kinds of the file (`kinds_of`); `places`: dotted key -> where it was set; `from_command_line` is that
-    of an override.
+    `before`: the kinds of the file (`kinds_of`). `places`: dotted key -> place where it was set. `from_command_line`:
+    the place of overrides.
     """
     lines = []
     for path, section, kinds, _ in _discriminated(Config, tree, ""):
@@ -40,7 +40,7 @@ def drop_other_kinds(
 
 
 def take_away(tree: Tree, nulls: list[str]) -> None:
-    """Remove the sections, and the keys of other kinds, that overrides set to null: their defaults hold again."""
+    """Remove the sections, and the keys of other kinds, that overrides set to null. Their defaults apply again."""
     for dotted in nulls:
         *above, last = dotted.split(".")
         node: Any = tree
@@ -78,7 +78,7 @@ def _strip(
     places: dict[str, str],
     from_command_line: str,
 ) -> Iterator[str]:
-    """Remove keys that `model` lacks and some other kind has, unless the command line set them or a key in them."""
+    """Remove keys that `model` lacks and another kind has, unless the command line set them or a key in them."""
     for key in list(section):
         dotted, inside = f"{path}.{key}", f"{below}{key}"
         on_command_line = any(
@@ -86,7 +86,7 @@ def _strip(
         )
         field = model.model_fields.get(key)
         if field is None and on_command_line:
-            places[dotted] = from_command_line  # where the error is, not where the file begins the section
+            places[dotted] = from_command_line  # the place of the error, not of the section in the file
         elif field is None and inside in known:
             del section[key]
             yield dotted
@@ -97,7 +97,7 @@ def _strip(
 def _discriminated(
     model: type[BaseModel], tree: Tree, prefix: str
 ) -> Iterator[tuple[str, Tree, dict[str, type[BaseModel]], str]]:
-    """(path, values, {kind: class}, default kind) of every section of `tree` that has kinds, nested ones too."""
+    """(path, values, {kind: class}, default kind) of every section of `tree` that has kinds, including nested ones."""
     for name, field in model.model_fields.items():
         section = tree.get(name)
         if not isinstance(section, dict):
@@ -112,7 +112,7 @@ def _discriminated(
 
 
 def _goes_by_null(tree: Tree, dotted: str) -> bool:
-    """Whether null can only mean "as if it was not set": a section that is never null, or a key of another kind."""
+    """Whether null can only mean "not set": for a section that is never null, or a key of another kind."""
     models: list[type[BaseModel]] = [Config]
     node: Any = tree
     parts = dotted.split(".")

@@ -1,7 +1,8 @@
-"""YAML text -> plain values, with the line of every key.
+"""Parses YAML text into plain values, with the line of every key.
 
-Not for meaning (see `loader`). Invariants: nothing is executed (safe loader); a key given twice is a problem, never a
-silent win of the last one; words and numbers are read as YAML 1.2 does, so `off` is a word and `5e-6` is a number.
+The meaning of the values is the `loader`'s task. Invariants: nothing is executed (safe loader). A key given twice is a
+problem; the last one never wins silently. Words and numbers are read as in YAML 1.2, so `off` is a word and `5e-6` is a
+number.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ for _tag, _pattern, _first in _SCALARS:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed document: its value, the line (from 1) of each dotted key, and what is wrong with it."""
+    """A parsed document: its value, the line (from 1) of each dotted key, and its problems."""
 
     value: Any
     lines: dict[str, int] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Document:
 
 
 def parse_yaml(text: str, name: str) -> Document:
-    """Parse one YAML document called `name` in messages; syntax errors and duplicate keys become problems."""
+    """Parse one YAML document, called `name` in messages. Syntax errors and duplicate keys become problems."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -66,7 +67,7 @@ def parse_yaml(text: str, name: str) -> Document:
 
 
 def _visit(node: yaml.Node, prefix: str, name: str, lines: dict[str, int], problems: list[str]) -> None:
-    """Note the line of each key; a key given again is a problem, and its first value stays for the other checks."""
+    """Record the line of each key. A key given again is a problem; its first value is kept for the other checks."""
     if not isinstance(node, yaml.MappingNode):
         return
     kept = []

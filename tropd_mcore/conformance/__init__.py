@@ -1,5 +1,6 @@
-"""The proof of a vocabulary-parallel distillation loss: any loss against an oracle over the whole vocabulary.
+"""Conformance tests of a vocabulary-parallel distillation loss, ours or a peer's, against an oracle.
 
-`oracle` says what is right, `cases` makes the inputs, `subject` and `peers` compute, `matrix` plans, runs and reports.
-Nothing here is imported by training.
+The oracle works over the whole vocabulary. `oracle` computes the correct results, `cases` makes the inputs, `our_loss`
+and `peers` run the losses under test, `cells` plans, `matrix` runs, `judge` compares and `report` prints. Training does
+not import this package.
 """

@@ -1,7 +1,6 @@
-"""What a case consists of: the inputs of a loss as one process sees them that holds the whole vocabulary.
+"""The data of a case: the inputs of a loss as seen by one process that holds the whole vocabulary.
 
-Not for how they are made (see `cases`) or split over ranks (see `layouts`). p is the student, q the teacher, x the
-sampled token.
+`cases` makes them and `layouts` splits them over ranks. p is the student, q the teacher, x the sampled token.
 
 Shapes: T tokens, V vocabulary, W >= V columns of the output layers with padding, D hidden, K teacher top-k, L student
 top-k, S samples.
@@ -17,8 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Student:
-    """The student's last layer. Logits are what its product gives, rounded to its dtype: a form of the loss that is
-    given logits is held to the logits that it is given."""
+    """The last layer of the student (or teacher). The logits are its product, rounded to its dtype. A form of the loss
+    that takes logits is compared with the oracle on these rounded logits."""
 
     hidden_TD: Tensor
     weight_WD: Tensor
@@ -29,21 +28,21 @@ class Student:
 class Tokens:
     """Per-token numbers, the same on every rank: float64, but representable in the dtype that the loss computes in.
 
-    Where `hostile`, rows outside both masks hold NaN in every number.
+    With `Conditions.hostile`, rows outside both masks hold NaN in every number except `weight_T`.
     """
 
     target_ids_T: Tensor
     """x"""
     topk_ids_TK: Tensor
-    """the teacher's top-k; -1 where absent"""
+    """the teacher's top-k; -1 if absent"""
     own_ids_TL: Tensor
     """the student's top-k before the update"""
     teacher_logp_T: Tensor
     """log q(x)"""
     teacher_topk_logp_TK: Tensor
-    """log q of the top-k, over the whole vocabulary; -inf where absent"""
+    """log q of the top-k, over the whole vocabulary; -inf if absent"""
     teacher_own_logp_TL: Tensor
-    """log q of the student's top-k; -inf where absent"""
+    """log q of the student's top-k; -inf if absent"""
     teacher_entropy_T: Tensor
     """entropy of q"""
     reference_logp_T: Tensor
@@ -55,7 +54,7 @@ class Tokens:
     old_entropy_T: Tensor
     """entropy of p before the update"""
     rollout_logp_T: Tensor
-    """log p(x) as the sampler saw it"""
+    """log p(x) as the sampler reported it"""
     trust_u_T: Tensor
     """uniform in [0, 1)"""
     student_mask_T: Tensor
@@ -74,7 +73,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class CaseBatch:
-    """Everything that a loss may look at."""
+    """Everything that a loss may read."""
 
     student: Student
     teacher: Student
@@ -88,7 +87,7 @@ class CaseBatch:
     group_S: Tensor
     """index of the prompt that the sample answers"""
     reward_S: Tensor
-    """what the verifier says of the sample"""
+    """the verifier's reward of the sample"""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,12 +1,13 @@
-"""Inputs on which a wrong loss cannot look right: random, small, odd, and hostile where real data may be.
+"""Inputs designed to expose a wrong loss: random, small, of odd sizes, and hostile where real data may be.
 
-In every case: unequal numbers of tokens a sample; sampled tokens inside and outside the teacher's top-k, of both signs
-of the log-ratio; student and teacher candidates that overlap; candidates on the borders of every layout's shards; large
-logits in the padding columns; absent candidates; tokens of all origins and of none, whose numbers are NaN; weights
-other than 1; a policy that has moved since the rollout, a sampler that differs from it; rewards that vary.
+Every case has: unequal numbers of tokens per sample; sampled tokens inside and outside the teacher's top-k, with both
+signs of the log-ratio; student and teacher candidates that overlap; candidates on the borders of every layout's shards;
+large logits in the padding columns; a policy that has moved since the rollout, and a sampler that differs from it;
+tokens of student, teacher and neither; rewards that vary. By default it also has weights other than 1, absent
+candidates, and NaN in the numbers of tokens in neither mask (`Conditions`).
 
-Invariant: a pure function of its arguments. Numbers are rounded to what the loss is given before anybody uses them, so
-that the oracle and the loss see the same.
+Invariant: a pure function of its arguments. Numbers are first rounded to the dtype that the loss is given, so that the
+oracle and the loss see the same numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tropd_mcore.conformance.batch import CaseBatch, Student, Tokens
 from tropd_mcore.conformance.entries import STUDENT_TOPK, TOPK
 
 SEED = 20_260_602
-"""One with which the decisions of the objectives come out both ways and none is close (see `oracle.decisions`)"""
+"""With this seed the objectives' decisions come out both ways and none is close (see `oracle.decisions`)"""
 LOGIT_SPREAD = 2.9
 """Standard deviation of the student's logits"""
 SAMPLE_LENGTHS = (8, 1, 6, 5, 7)
@@ -59,7 +60,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """What of a case can be chosen."""
+    """The options of a case."""
 
     dtype: str = "float64"
     shape: str = "small"
@@ -68,7 +69,7 @@ class Conditions:
     weighted: bool = True
     """Weights other than 1"""
     hostile: bool = True
-    """NaN where nothing may look, and absent candidates"""
+    """NaN in rows that no loss may read, and absent candidates"""
 
 
 @lru_cache(maxsize=16)
@@ -152,13 +153,13 @@ def exact_logits(layer: Student) -> Tensor:
 
 
 def scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """Return what the softmax is taken of: softcap * tanh(z / softcap) / temperature."""
+    """Return the argument of the softmax: softcap * tanh(z / softcap) / temperature."""
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
 
 
 def _output_layer(hidden_TD: Tensor, weight_WD: Tensor, dtype: torch.dtype) -> Student:
-    """In bfloat16 on a grid, on which the product is exact in float32 in any order of its terms: who makes logits and
-    rounds them to bfloat16 then finds the same ones everywhere."""
+    """For bfloat16 the numbers are on a grid, so that the product is exact in float32 in any order of its terms. Then
+    everyone who computes logits and rounds them to bfloat16 gets the same logits."""
     if dtype == torch.bfloat16:
         hidden_TD, weight_WD = ((number / GRID).round() * GRID for number in (hidden_TD, weight_WD))
     layer = Student(hidden_TD.to(dtype), weight_WD.to(dtype), torch.empty(0))
@@ -176,8 +177,8 @@ def _with_borders(teacher_TV: Tensor, shape: Shape, draw: torch.Generator) -> Te
 
 
 def _sampled(old_TV: Tensor, teacher_TV: Tensor, topk_ids_TK: Tensor, shape: Shape) -> Tensor:
-    """x of each row, in turn: the student's first, the teacher's first, its third candidate, what it thinks least of
-    among the student's likely tokens, and a border of a shard."""
+    """x of each row, in turn: the student's first, the teacher's first, the teacher's third candidate, the token that
+    the teacher rates lowest among the student's likely ones, and a border of a shard."""
     likely_TV = old_TV.topk(8, dim=1).indices
     sampled_T = likely_TV[:, 0].clone()
     for row in range(len(sampled_T)):
@@ -201,7 +202,7 @@ def _masks(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _hostile(tokens: Tokens) -> Tokens:
-    """The same tokens, with NaN in every number of the rows outside both masks, and absent candidates."""
+    """The same tokens with absent candidates, and with NaN in every number but the weight outside both masks."""
     outside, absent = torch.tensor(OUTSIDE_ROWS), torch.tensor(ABSENT_ROWS)
     numbers = {}
     for name, number in vars(tokens).items():

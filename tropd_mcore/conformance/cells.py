@@ -1,7 +1,7 @@
-"""One experiment of the matrix, and which of them a run makes.
+"""A cell of the matrix (one experiment), and the plan of the cells of a run.
 
-Not for running them (see `matrix`). Invariant: the plan depends on its arguments alone, not on what the machine can do;
-what cannot be run is reported, not left out.
+`matrix` runs them. Invariant: the plan depends only on its arguments and not on the machine. Cells that cannot run are
+reported, not left out.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DTYPES = ("float64", "float32", "bfloat16")
 SCALINGS = {"plain": (1.0, None), "scaled": (0.8, 6.0)}
 """(temperature, softcap)"""
 PROBES = ("log_prob", "entropy", "tropd", "gkd/rkl-tail", "gkd/rkl-full", "rethinking/union")
-"""Objectives that together use all a backend computes: a dense part alone, with the entropy's, with few and many
+"""Objectives that together use everything a backend computes: the dense part alone, with entropy, with few and many
 candidates, with a divergence over the whole vocabulary."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that a rank needs to know."""
+    """One experiment, with everything that a rank needs to know."""
 
     objective: str
     """name in the catalogue"""
@@ -46,14 +46,14 @@ class Cell:
     backend: str = "eager"
     form: Form = "logits"
     mode: str = "deferred"
-    """when the weight's gradient meets the factor of the backward pass (loss.weight_gradient)"""
+    """when the weight gradient is multiplied by the factor of the backward pass (loss.weight_gradient)"""
     schedule: Schedule = "whole"
     peer: str | None = None
-    """`module:function` of somebody else's loss; None: ours"""
+    """`module:function` of a peer's loss; None: ours"""
 
     @property
     def configuration(self) -> str:
-        """What is the same for every objective, in words."""
+        """Everything but the objective and the dtype, in words."""
         if self.peer is not None:
             return f"{self.layout} {self.scaling}"
         return f"{self.backend} {self.form}/{self.mode} {self.layout} {self.scaling} {self.schedule}"
@@ -89,7 +89,7 @@ QUICK: tuple[Settings, ...] = (
     ("bfloat16", "fused", "folded", "tp2-padded", "plain", "chunks"),
     ("bfloat16", "logits", "deferred", "tp2-uneven", "scaled", "whole"),
 )
-"""Each value of each is there, with more than one of the others."""
+"""Each value of each setting occurs, combined with several values of the others."""
 QUICK_PROBES: tuple[Settings, ...] = (
     ("float64", "fused", "deferred", "tp2-padded", "scaled", "chunks"),
     ("float32", "fused", "folded", "tp2-uneven", "plain", "overlap"),
@@ -99,7 +99,7 @@ QUICK_PROBES: tuple[Settings, ...] = (
 )
 """The same of the backends other than eager"""
 BACKEND_LAYOUTS = ("tp1", "tp2-padded", "tp3-uneven")
-"""Layouts of the backends other than eager in a full run: a shard is all they see"""
+"""Layouts of the backends other than eager in a full run; a backend sees only its shard"""
 QUICK_MEGATRON: tuple[Settings, ...] = (
     ("float32", "fused", "folded", "megatron-tp2-sp", "plain", "chunks"),
     ("float32", "fused", "deferred", "megatron-cp2", "scaled", "overlap"),
@@ -116,7 +116,7 @@ PEER_QUICK: tuple[tuple[str, str, str], ...] = (
     ("float32", "tp2-padded", "plain"),
     ("bfloat16", "tp2-padded", "plain"),
 )
-"""(dtype, layout, scaling) of somebody else's loss, which is given logits"""
+"""(dtype, layout, scaling) of a peer's loss, which is given logits"""
 
 
 def plan_ours(entries: tuple[Entry, ...], *, full: bool) -> list[Cell]:
@@ -153,7 +153,7 @@ def plan_peer(peer: str, entries: tuple[Entry, ...], *, full: bool) -> list[Cell
 
 
 def _everything(layouts: Iterable[str], modes: Iterable[str]) -> Iterator[Settings]:
-    """Every combination, the schedules in turn."""
+    """Yield every combination, with the schedules in turn."""
     turns: Iterator[Schedule] = itertools.cycle(("chunks", "overlap", "chunks", "whole", "chunks"))
     for dtype, form, mode, layout, scaling in itertools.product(DTYPES, FORMS, modes, layouts, SCALINGS):
         schedule = next(turns)
@@ -161,8 +161,8 @@ def _everything(layouts: Iterable[str], modes: Iterable[str]) -> Iterator[Settin
 
 
 def _exists(cell: Cell, entry: Entry) -> bool:
-    """A divergence over the whole vocabulary is made in the forward pass, and needs a teacher in the model's place;
-    Megatron builds no model in float64."""
+    """Whether the combination is possible. A divergence over the whole vocabulary is computed in the forward pass, not
+    with `recompute`, and the Megatron model here has no teacher for it. Megatron builds no model in float64."""
     if cell.divided.megatron:
         return cell.dtype != "float64" and entry.objective.full_vocabulary_divergence is None
     return not (cell.mode == "recompute" and (entry.objective.full_vocabulary_divergence is not None))

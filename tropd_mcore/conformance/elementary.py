@@ -1,7 +1,7 @@
-"""The two building blocks of every loss here, as objectives: the log-prob of the sampled token, and the entropy.
+"""The two building blocks of every loss, as objectives: the log-prob of the sampled token, and the entropy.
 
-They isolate what a vocabulary-parallel kernel does from what an objective does, and are an example of an objective of
-one's own (`objective.kind: custom`).
+They test a vocabulary-parallel kernel without an objective's own formula, and are examples of a custom objective
+(`objective.kind: custom`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tropd_mcore.objectives.inputs import TokenInputs, make_columns
 
 
 def negative_log_prob(inputs: TokenInputs) -> TokenLosses:
-    """-log p(x) of the tokens in either mask."""
+    """-log p(x) on the tokens in either mask."""
     return _summed(inputs, -inputs.student_logp_T)
 
 
 def negative_entropy(inputs: TokenInputs) -> TokenLosses:
-    """sum_v p log p of the tokens in either mask."""
+    """sum_v p log p on the tokens in either mask."""
     return _summed(inputs, -inputs.student_entropy_T)
 
 

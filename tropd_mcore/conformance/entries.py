@@ -1,7 +1,7 @@
-"""The objectives of the matrix: every kind of the configuration, in every form that takes another path to a gradient.
+"""The objectives of the matrix: every kind of the configuration, in every variant with its own path to a gradient.
 
-Not for inputs or layouts. Invariant: every kind of `ObjectiveConfig` is here
-(tests/unit/test_conformance_oracle.py). The support sizes are small, because the vocabulary of the cases is.
+Invariant: every kind of `ObjectiveConfig` is here (tests/unit/test_conformance_oracle.py). The support sizes are small,
+because the vocabulary of the cases is small.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 from tropd_mcore.config.objectives import KINDS, ObjectiveConfig
 
 TOPK = 5
-"""Teacher candidates of a token, more than the narrowest shard is wide"""
+"""Teacher candidates per token, more than the width of the narrowest shard"""
 STUDENT_TOPK = 4
-"""Student candidates of a token"""
+"""Student candidates per token"""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Entry:
 
 
 def select(patterns: tuple[str, ...]) -> tuple[Entry, ...]:
-    """Return the entries that one of `patterns` names: a kind, a full name or a shell pattern; all where none is given.
+    """Return the entries that match one of `patterns` (a kind, a full name or a shell pattern); all without patterns.
 
-    Raises KeyError with the pattern that names nothing.
+    Raises KeyError with the pattern that matches nothing.
     """
     if not patterns:
         return ENTRIES
@@ -59,7 +59,7 @@ def _entries() -> tuple[Entry, ...]:
 
 
 def _sizes(kind: str) -> dict[str, Any]:
-    """Small numbers of candidates, for the kinds that have such a key and by default use it."""
+    """Small numbers of candidates, for kinds that have such a key with a default other than 0."""
     fields, sizes = KINDS[kind].model_fields, {"topk": TOPK, "student_topk": STUDENT_TOPK}
     return {name: size for name, size in sizes.items() if name in fields and fields[name].default}
 

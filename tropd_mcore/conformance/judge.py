@@ -1,14 +1,18 @@
-"""From what the ranks found to errors and a verdict.
+"""From the answers of the ranks to errors and a verdict.
 
     loss       largest |loss - truth| of any rank, relative to the sum over tokens of |weight x loss|
     gradient   largest |entry - truth| over all entries of the whole matrix, relative to the largest |truth|; the truth
                of a padding column is 0
 
-Tolerances: float64 1e-12, float32 1e-5: the arithmetic of a softmax over given numbers, no more. bfloat16: 1e-5 beyond
-what rounding an entry to bfloat16 (2^-8 of it) costs where it is stored: once for the gradient of the logits dz; for
-dH = dz W and dW = dz.T H that of every dz in the sum, and for dH once more for each tensor rank's part and for each
-addition of such parts, and for dW, which we keep in float32, once more where Megatron's own layer makes it, a part for
-each micro-batch. Every entry is held to its own bound, so that a second rounding of a larger number shows.
+Tolerances: 1e-12 in float64 and 1e-5 in float32, which covers only the arithmetic of a softmax over given numbers. In
+bfloat16 it is 1e-5 beyond the cost of rounding each stored number once (2^-8 of it). Stored numbers, by gradient:
+
+    dz           the entry itself
+    dH = dz W    every dz in the sum; each tensor rank's part of dH, and each addition of such parts
+    dW = dz.T H  every dz in the sum. We keep dW in float32. If Megatron's own layer computes it, also its part for each
+                 micro-batch
+
+Every entry has its own bound, so that a second rounding of a larger number shows.
 
 Shapes: T tokens, V vocabulary, W columns of all ranks, D hidden.
 """
@@ -27,9 +31,9 @@ from tropd_mcore.conformance.oracle.truth import Truth
 from tropd_mcore.conformance.our_loss import Answer
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-5}
-"""of the arithmetic, beyond the rounding of what is stored"""
+"""of the arithmetic, beyond the rounding of stored numbers"""
 ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8}
-"""of what is stored, to nearest"""
+"""of stored numbers, to nearest"""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,11 @@ class Error:
     value: float
     allowed: float
     beyond_rounding: float | None = None
-    """gradients: `value` less what each entry may lose where it is stored; None where nothing is rounded"""
+    """gradients: `value` after subtracting each entry's allowance for rounding; None if nothing is rounded"""
     factor: float | None = None
-    """gradients: what the truth would have to be multiplied by to come closest (least squares)"""
+    """gradients: the factor that brings the truth closest to the answer (least squares)"""
     cosine: float | None = None
-    """gradients: with the truth"""
+    """gradients: cosine with the truth"""
 
     @property
     def ok(self) -> bool:
@@ -54,7 +58,7 @@ class Error:
 def judge(answers: list[Answer], truth: Truth, batch: CaseBatch, cell: Cell, *, truncates: bool) -> dict[str, Error]:
     """Return the errors by name: loss, count (ours), and logits or hidden and weight.
 
-    truncates: what is stored is rounded towards zero, which costs twice as much.
+    truncates: stored numbers are rounded towards zero, which costs twice as much.
     """
     allowed, tensor, columns = TOLERANCE[cell.dtype], cell.divided.tensor, cell.divided.cuts[-1]
     rounding = ROUNDING[cell.dtype] * (2.0 if truncates else 1.0)
@@ -88,7 +92,7 @@ def _worst(found: list[Tensor], truth: Tensor, lost: Tensor, allowed: float) -> 
 
 
 def _gradient_error(found: Tensor, truth: Tensor, lost: Tensor, allowed: float) -> Error:
-    """`lost` is what an entry may lose by rounding."""
+    """`lost` is each entry's allowance for rounding."""
     size, scale = float(truth.norm()), float(truth.abs().max())
     if scale == 0.0:
         return Error(_absolute(float(found.abs().max())), allowed)
@@ -108,7 +112,7 @@ def _padded(truth_TV: Tensor, columns: int) -> Tensor:
 
 
 def _absolute(value: float) -> float:
-    """|value|, infinite where it is no number."""
+    """|value|; infinite for NaN."""
     return math.inf if math.isnan(value) else abs(value)
 
 

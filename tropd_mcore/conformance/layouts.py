@@ -1,4 +1,4 @@
-"""How the vocabulary and the tokens of a case are divided over ranks.
+"""How the vocabulary and the tokens of a case are split over ranks.
 
 Invariant: `cases.SHAPES` names the first and last real columns of every shard here.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CaseLayout:
-    """The vocabulary over the tensor ranks, the tokens over micro-batches."""
+    """The split of the vocabulary over tensor ranks and of the tokens over context ranks."""
 
     name: str
     cuts: tuple[int, ...]
@@ -20,7 +20,7 @@ class CaseLayout:
     uneven: bool
     """shards of unequal width"""
     megatron: bool = False
-    """through Megatron's data-parallel wrapper, pipeline schedule and output layer, and our `mcore`"""
+    """run through Megatron's data-parallel wrapper, pipeline schedule and output layer, and our `mcore`"""
     sequence_parallel: bool = False
     context: int = 1
     """ranks that share the tokens of a sample"""
@@ -47,7 +47,7 @@ LAYOUTS = {
         CaseLayout("tp3-uneven", (0, 11, 14, 29), padded=False, uneven=True),
     )
 }
-"""The loss by itself."""
+"""The loss alone."""
 
 MEGATRON_LAYOUTS = {
     layout.name: layout

@@ -1,4 +1,4 @@
-"""What of the matrix this machine can run, and the environment that it takes."""
+"""Which cells of the matrix this machine can run, and the environment that they need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tropd_mcore.conformance.cells import Cell
 
 
 def not_runnable(cell: Cell, device: str) -> str | None:
-    """Return why a cell of our loss cannot be run here, None where it can."""
+    """Return why a cell of our loss cannot run here; None if it can."""
     if cell.divided.megatron and device != "cpu":
         return "the Megatron model of the matrix is built on a CPU; leave out --device"
     if cell.backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -21,9 +21,9 @@ def not_runnable(cell: Cell, device: str) -> str | None:
 
 
 def environment_of(cell: Cell, device: str) -> dict[str, str]:
-    """Return what must be in the environment of the ranks before they import anything; cells that agree share ranks.
+    """Return the environment variables that the ranks need before any import. Cells with equal ones share ranks.
 
-    Triton decides once, at its import, whether to interpret its kernels, which is the only way to run them on a CPU.
+    Triton decides at import whether to interpret its kernels, which is the only way to run them on a CPU.
     """
     if cell.backend == "compile" and cell.peer is None:
         return {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool of processes that would outlive a rank
@@ -31,7 +31,7 @@ def environment_of(cell: Cell, device: str) -> dict[str, str]:
 
 
 def truncates(cell: Cell, device: str) -> bool:
-    """Return whether what is stored in bfloat16 is truncated: Triton's interpreter does, where its compiler rounds."""
+    """Return whether numbers are truncated to bfloat16: Triton's interpreter truncates, while its compiler rounds."""
     return cell.peer is None and cell.backend == "triton" and device == "cpu"
 
 

@@ -1,7 +1,7 @@
 """Runs cells: ranks compute, this process judges.
 
-Cells of one world size share one set of processes, which is replaced where a cell breaks it. Not for what the cells are
-(`cells`), what is right (`oracle`) or how it is shown (`report`). Invariant: every cell of the plan has one result.
+Cells of one world size share one set of processes, which is replaced if a cell breaks it. `cells` makes the plan,
+`oracle` computes the correct results, `report` prints. Invariant: every cell of the plan has one result.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from tropd_mcore.conformance.ranks import Failure, Ranks, RanksLost
 from tropd_mcore.errors import TropdError
 
 CELL_LIMIT_S = 180.0
-"""The first cell of a compiled backend builds its kernels"""
+"""Long, because the first cell of a compiled backend builds its kernels"""
 PEER_LIMIT_S = 60.0
-"""The first cell of a peer imports it"""
+"""Long, because the first cell of a peer imports it"""
 LOST_SETS = 3
-"""Sets of processes that may be lost to one subject before the rest of its cells is given up"""
+"""Sets of processes that one subject may lose before the rest of its cells is given up"""
 TELL_EVERY_S = 30.0
 LEAST_MARGIN = 1e-4
-"""Comparisons of a case that are closer could come out otherwise in float32"""
+"""Closer comparisons could come out differently in float32"""
 
 Status = Literal["ok", "miss", "-", "not run"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a cell: within tolerance, a miss, nothing that its subject claims, or not run."""
+    """The result of a cell: within tolerance (ok), a miss, not claimed by its subject (-), or not run."""
 
     cell: Cell
     status: Status
     errors: dict[str, Error] = field(default_factory=dict)
     reason: str = ""
-    """of a miss without numbers, of a cell that was not run"""
+    """for a miss without numbers and for a cell that was not run"""
     traceback: str = ""
-    """where the subject raised, and the stacks of ranks that hung"""
+    """of the subject's exception, and the stacks of ranks that hung"""
 
 
 def run(cells: list[Cell], device: str, say: Callable[[str], None]) -> list[Result]:
-    """Return the results in the order of the plan. `say` is told what is going on.
+    """Return the results in the order of the plan. `say` receives progress lines.
 
-    Raises TropdError where `device` is cuda and there is none.
+    Raises TropdError if `device` is cuda and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise TropdError("tropd conformance: --device cuda, but PyTorch finds no CUDA device; use --device cpu")
@@ -67,11 +67,11 @@ def run(cells: list[Cell], device: str, say: Callable[[str], None]) -> list[Resu
         if ruled_out is not None:
             results[cell] = ruled_out
         else:
-            # Megatron's CPU platform changes what other cells would run on, so that its cells have ranks of their own.
+            # Megatron's CPU platform changes the process for other cells, so Megatron's cells have separate ranks.
             environment = tuple(sorted(environment_of(cell, device).items()))
             runnable.setdefault((cell.divided.world_size, cell.divided.megatron, environment), []).append(cell)
     for (world_size, megatron, environment), unsorted in sorted(runnable.items()):
-        # Layout by layout: a process keeps the groups of every layout that it has been through, with their threads.
+        # Sorted by layout, because a process keeps the groups of every layout it has run, with their threads.
         group = sorted(unsorted, key=lambda cell: (cell.layout, cell.dtype))
         words = ["Megatron"] * megatron + [f"{name}={value}" for name, value in environment]
         say(" ".join([f"{len(group)} cells on {world_size} ranks", *words]))
@@ -85,7 +85,7 @@ def run(cells: list[Cell], device: str, say: Callable[[str], None]) -> list[Resu
 
 
 def _ruled_out(cell: Cell, device: str) -> Result | None:
-    """What is known of a cell without running it."""
+    """The result of a cell that is known without running it; None if it must run."""
     if cell.peer is not None:
         try:
             _, coverage = load_peer(cell.peer)
@@ -108,7 +108,7 @@ def _ruled_out(cell: Cell, device: str) -> Result | None:
 
 
 def _run_group(cells: list[Cell], world_size: int, environment: dict[str, str], device: str) -> Iterator[Result]:
-    """The cells of one world size, with as many sets of processes as it takes."""
+    """Run the cells of one world size, with as many sets of processes as needed."""
     lost: dict[str | None, int] = {}
     ranks: Ranks | None = None
     try:
@@ -149,7 +149,7 @@ def run_on_rank(cell: Cell, device: str) -> Answer:
 
 
 def judged(cell: Cell, device: str, answers: list[Answer] | Failure) -> Result:
-    """Return the result of a cell that was run: what its ranks answered, or the failure that they all had."""
+    """Return the result of a cell that was run, from its ranks' answers or the failure common to all of them."""
     if isinstance(answers, Failure):
         status: Status = "not run" if answers.kind == PeerMissing.__name__ else "miss"
         return Result(cell, status, reason=answers.summary, traceback=answers.detail)
@@ -161,7 +161,7 @@ def judged(cell: Cell, device: str, answers: list[Answer] | Failure) -> Result:
 
 @lru_cache(maxsize=64)
 def _truth(objective: str, form: str, conditions: Conditions) -> Truth:
-    """The truth of a case, whose comparisons must not be too close for float32."""
+    """The truth of a case. Asserts that its comparisons are not too close for float32."""
     entry = BY_NAME[objective]
     truth = evaluate(entry.objective, make_batch(conditions), entry.progress, "fused" if form == "fused" else "logits")
     assert conditions.dtype == "float64" or truth.decisions.margin > LEAST_MARGIN, (

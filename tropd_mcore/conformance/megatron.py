@@ -1,8 +1,8 @@
 """Our loss at the end of a Megatron model on one rank: packs, pipeline schedule, head, loss, reduction of gradients.
 
-The hidden states of the case take the place of what the decoder made, at the entry of the output layer; all that comes
-after is the product's and Megatron's. Not for what comes before (tests/dist/test_layouts.py). A part of the matrix that
-needs float32 or bfloat16, because that is what models are built in.
+At the input of the output layer, the hidden states of the case replace the decoder's output. Everything after that is
+this package's and Megatron's real code; the code before is tested by tests/dist/test_layouts.py. This part of the
+matrix runs in float32 or bfloat16 only, because models are built in these.
 
 Shapes: T tokens of the case, P positions on this context rank, D hidden, W vocabulary shard.
 """
@@ -44,7 +44,7 @@ CHUNK_TOKENS = 4
 
 
 def run_megatron(cell: Cell, entry: Entry) -> Answer:
-    """Return what a Megatron model with our loss makes of a cell; on every rank."""
+    """Return the answer of a Megatron model with our loss to a cell; called on every rank."""
     batch = make_batch(cell.conditions())
     model = _model(cell.layout, cast(Dtype, cell.dtype))
     layout = model.layout
@@ -88,7 +88,7 @@ def run_megatron(cell: Cell, entry: Entry) -> Answer:
 
 
 class _Entrance:
-    """Puts the hidden states of the case at the entry of the output layer, and takes their gradients there."""
+    """Replaces the input of the output layer by the hidden states of the case, and collects their gradients."""
 
     def __init__(self, model: Model, batch: CaseBatch, micro_batches: list[MicroBatch]) -> None:
         self._layout, self._batch, self._micro_batches = model.layout, batch, micro_batches
@@ -96,7 +96,7 @@ class _Entrance:
         self._hook = model.modules[-1].output_layer.register_forward_pre_hook(self._enter)
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self._hook.remove()
 
     def gradient(self) -> Tensor:
@@ -126,7 +126,7 @@ class _Entrance:
         return len(micro_batch.input_ids_P)
 
     def _own_positions(self, micro_batch: MicroBatch) -> slice:
-        """With sequence parallelism a tensor rank has a part of the positions of its context rank."""
+        """With sequence parallelism, a tensor rank has only a part of the positions of its context rank."""
         if not self._layout.sequence_parallel:
             return slice(0, self._positions(micro_batch))
         share = self._positions(micro_batch) // self._layout.tp_size
@@ -135,7 +135,7 @@ class _Entrance:
 
 @lru_cache(maxsize=1)
 def _layout(name: str) -> Layout:
-    """The layout of this process; another one takes its place."""
+    """The layout of this process. A later call with another name replaces it."""
     environment = RankEnvironment(dist.get_rank(), dist.get_world_size(), local_rank=0)
     return initialize(_parallel(ALL_LAYOUTS[name]), choose("cpu"), seed=1, environment=environment)
 
@@ -192,7 +192,7 @@ def _settings(cell: Cell, batch: CaseBatch) -> LossSettings:
 
 
 def _rollouts(batch: CaseBatch) -> list[Rollout]:
-    """The samples of the case, after a prompt; the tokens that the teacher sampled are their prefixes."""
+    """The samples of the case, each after a prompt. The tokens that the teacher sampled are their prefixes."""
     target_ids, start, rollouts = batch.tokens.target_ids_T.numpy().astype(np.int32), 0, []
     for sample, length in enumerate(SAMPLE_LENGTHS):
         ids = target_ids[start : start + length]
@@ -218,13 +218,13 @@ def _rollouts(batch: CaseBatch) -> list[Rollout]:
 
 
 def _rows_of(micro_batch: MicroBatch) -> Tensor:
-    """The row of the case that each row of the micro-batch is."""
+    """For each row of the micro-batch, its row in the case."""
     starts_S = torch.tensor([0, *SAMPLE_LENGTHS[:-1]]).cumsum(0)
     return starts_S[micro_batch.sample_index_T] + micro_batch.token_index_T - PROMPT_TOKENS
 
 
 def _with_numbers(micro_batch: MicroBatch, batch: CaseBatch) -> MicroBatch:
-    """The micro-batch with what the sampler says in the case."""
+    """The micro-batch with the sampler's log-probs, the uniforms and the weights of the case."""
     tokens = batch.tokens.rows(_rows_of(micro_batch))
     return replace(
         micro_batch,
@@ -235,7 +235,7 @@ def _with_numbers(micro_batch: MicroBatch, batch: CaseBatch) -> MicroBatch:
 
 
 def _scores(micro_batch: MicroBatch, batch: CaseBatch) -> TeacherScores:
-    """What the teacher says in the case; it has not scored the tokens in neither mask."""
+    """The teacher's scores of the case. Tokens in neither mask count as not scored."""
     tokens = batch.tokens.rows(_rows_of(micro_batch))
     return TeacherScores(
         logp_T=tokens.teacher_logp_T.float(),
@@ -248,7 +248,7 @@ def _scores(micro_batch: MicroBatch, batch: CaseBatch) -> TeacherScores:
 
 
 def _context(micro_batch: MicroBatch, batch: CaseBatch, entry: Entry) -> RowContext:
-    """What is known from before the update."""
+    """The numbers from before the update."""
     rows = _rows_of(micro_batch)
     tokens = batch.tokens.rows(rows)
     context = RowContext(

@@ -1,7 +1,7 @@
-"""Our loss on one rank: the product's own path from the tensors of a case to a loss sum and its gradients.
+"""Our loss on one rank: the real path from the tensors of a case to a loss sum and its gradients.
 
-`objectives.registry` makes the objective, `objectives.parts.batch_statistics` computes what it needs of the batch,
-`distill_loss` does the rest. Not for the Megatron model around it (see `megatron`).
+`objectives.registry` makes the objective, `objectives.parts.batch_statistics` computes its batch statistic, and
+`distill_loss` does the rest. `megatron` tests the loss inside a Megatron model.
 
 Shapes: T tokens, W vocabulary shard, D hidden.
 """
@@ -38,16 +38,16 @@ from tropd_mcore.objectives.registry import objective_of
 MICRO_BATCHES = (11, 0, 9, 7)
 CHUNK_TOKENS = 4
 BACKWARD_FACTOR = 0.5
-"""What the loss is multiplied by before its backward pass; a power of two, so that it rounds nothing"""
+"""Factor of the loss before its backward pass; a power of two, so that it causes no rounding"""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one rank found; gradients in float64, of this rank's shard."""
+    """The result of one rank; gradients in float64, of this rank's shard."""
 
     loss: float
     token_count: int | None
-    """None of a peer, which returns none"""
+    """None for a peer, which returns no count"""
     logits_TW: Tensor | None = None
     hidden_TD: Tensor | None = None
     """summed over the ranks"""
@@ -55,7 +55,7 @@ class Answer:
 
 
 def run_ours(cell: Cell, entry: Entry, device: torch.device) -> Answer:
-    """Return what our loss makes of a cell; on every rank of the default group."""
+    """Return the answer of our loss to a cell; called on every rank of the default group."""
     batch = make_batch(cell.conditions())
     statistic_T = batch_statistic(entry, batch)
     leaves = _Leaves(cell, batch.student, device)
@@ -73,7 +73,7 @@ def run_ours(cell: Cell, entry: Entry, device: torch.device) -> Answer:
 
 
 class _Leaves:
-    """The tensors that gradients are wanted of, and these gradients, over all micro-batches."""
+    """The tensors to differentiate, and their gradients over all micro-batches."""
 
     def __init__(self, cell: Cell, student: Student, device: torch.device) -> None:
         self._fused = cell.form == "fused"
@@ -83,7 +83,7 @@ class _Leaves:
         self._hidden_TD = student.hidden_TD.to(device)
         self._logits_TW = student.logits_TW[:, columns].to(device)
         self.weight_WD = student.weight_WD[columns].to(device).clone().requires_grad_()
-        # As Megatron's data-parallel wrapper gives it to a parameter.
+        # Like Megatron's data-parallel wrapper, which gives a parameter its main_grad.
         self.weight_WD.main_grad = torch.zeros_like(  # type: ignore[attr-defined]
             self.weight_WD, dtype=math_dtype(self.weight_WD), requires_grad=False
         )
@@ -91,14 +91,14 @@ class _Leaves:
         self._gradient = torch.zeros_like(self._hidden_TD if self._fused else self._logits_TW, dtype=torch.float64)
 
     def source(self, rows: Tensor, cell: Cell) -> Tensor | OutputLayer:
-        """The output layer, or logits, of some rows."""
+        """Return the output layer or the logits of some rows."""
         values = (self._hidden_TD if self._fused else self._logits_TW)[rows.to(self._hidden_TD.device)]
         self._leaf = values.clone().requires_grad_()
         mode: Any = cell.mode
         return OutputLayer(self._leaf, self.weight_WD, weight_grad=mode) if self._fused else self._leaf
 
     def collect(self, rows: Tensor, factor: float) -> None:
-        """Keep the gradient of the rows that `source` gave last."""
+        """Store the gradient of the rows of the last `source` call."""
         assert self._leaf is not None
         self._factor = factor
         self.weight_WD.grad = None  # a placeholder: the gradient is in main_grad
@@ -106,7 +106,7 @@ class _Leaves:
             self._gradient[rows.to(self._gradient.device)] = self._leaf.grad.double() / factor
 
     def answer(self, loss: float, count: int) -> Answer:
-        """All of it."""
+        """Return loss, count and all gradients."""
         if not self._fused:
             return Answer(loss, count, logits_TW=self._gradient.cpu())
         weight_WD: Tensor = self.weight_WD.main_grad.double() / self._factor  # type: ignore[attr-defined]
@@ -164,7 +164,7 @@ def _loss_of(
 
 
 def _backend(name: str, device: torch.device) -> Backend:
-    """The backend; on a CPU also that of Triton, whose kernels are then interpreted (see `machine`)."""
+    """The backend. On a CPU also Triton, whose kernels are then interpreted (see `machine`)."""
     if name == "triton" and device.type == "cpu":
         from tropd_mcore.kernel.triton_backend import TritonBackend
 
@@ -175,7 +175,7 @@ def _backend(name: str, device: torch.device) -> Backend:
 def _whole(
     cell: Cell, batch: CaseBatch, top: TeacherTopK, vp: VocabParallel, rows: Tensor, device: torch.device
 ) -> TeacherLogits:
-    """The teacher over the whole vocabulary, this rank's columns."""
+    """The teacher's logits or output layer, this rank's columns."""
     shard = shard_of(cell)
     columns = slice(shard.start, shard.stop)
     source: Tensor | OutputLayer
@@ -188,7 +188,7 @@ def _whole(
 
 
 def batch_statistic(entry: Entry, batch: CaseBatch) -> Tensor:
-    """What the objective needs of the whole batch, before it is cut into micro-batches; 1 where it needs nothing."""
+    """The objective's statistic over the whole batch, before it is cut into micro-batches; 1 if it has none."""
     tokens = batch.tokens
     statistic = statistic_of(entry.objective, entry.progress)
     if statistic is None:

@@ -13,7 +13,7 @@ from tropd_mcore.conformance.peers import PeerCase, load_peer
 
 
 def run_peer(cell: Cell, entry: Entry, device: torch.device) -> Answer:
-    """Return what the peer of `cell` makes of it; on every rank of the default group."""
+    """Return the answer of the cell's peer; called on every rank of the default group."""
     assert cell.peer is not None
     function, _ = load_peer(cell.peer)
     case = make_case(cell, entry, device)

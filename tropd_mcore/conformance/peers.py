@@ -1,14 +1,14 @@
-"""How somebody else's loss goes through the same matrix: the inputs it gets, what it returns, what it says it covers.
+"""The interface for another project's loss (a *peer*): its inputs, its result, and its declared coverage.
 
-Not for our own loss (see `our_loss`) or for the code of a peer (see `adapters`). A peer is one function
+Our own loss is in `our_loss`; the code around peers is in `adapters`. A peer is one function
 
     @covers("opd", "gkd/fkl-*", without=("softcap",))
     def loss(case: PeerCase) -> Tensor: ...
 
-named on the command line as `--peer package.module:loss`, or `package.module:loss@PATH` where it takes the `root` of a
-checkout. It is called on every rank of the vocabulary group with that rank's shard. The matrix then calls `backward()`
-on what it returns, on every rank, and reads `case.logits_TW.grad`: the convention of Megatron, where each rank holds a
-replica of the loss and differentiates its own.
+named on the command line as `--peer package.module:loss`, or as `package.module:loss@PATH` if it takes the `root` of a
+checkout. It is called on every rank of the vocabulary group with that rank's shard. On every rank the matrix then calls
+`backward()` on its result and reads `case.logits_TW.grad`. This is Megatron's convention: each rank holds a replica of
+the loss and differentiates its own.
 
 Shapes: T tokens, W vocabulary shard of this rank, K teacher top-k, L student top-k.
 """
@@ -31,20 +31,20 @@ from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.errors import TropdError
 
 Feature = Literal["padding", "temperature", "softcap", "weights", "uneven"]
-"""What a case may have and a peer may decline: columns beyond the vocabulary, a rollout temperature, a logit softcap,
-weights other than 1, shards of unequal width."""
+"""Features of a case that a peer may decline: columns beyond the vocabulary (padding), a rollout temperature, a logit
+softcap, weights other than 1, shards of unequal width."""
 
 
 class PeerMissing(TropdError):
-    """Raised by a peer whose package is not installed here; its cells are listed as not run, with this reason."""
+    """A peer raises it if its package is not installed here. Its cells are listed as not run, with this reason."""
 
 
 @dataclass(frozen=True)
 class PeerCase:
-    """What one rank gets; equal on all ranks but for the tensors of the shard. p student, q teacher, x sampled token.
+    """The inputs of one rank; only the shard's tensors differ between ranks. p student, q teacher, x sampled token.
 
-    Per-token numbers are float64 for float64 logits, else float32. They are numbers in every row: rows outside both
-    masks hold values that must not matter.
+    Per-token numbers are float64 for float64 logits, else float32. No row holds NaN. Rows outside both masks hold
+    values that must not matter.
     """
 
     name: str
@@ -72,8 +72,8 @@ class PeerCase:
     teacher_logp_T: Tensor
     """log q(x)"""
     topk_ids_TK: Tensor
-    """int64, global, K different candidates: the teacher's top-k, but for the last two in every third row, which lie on
-    the borders of shards"""
+    """int64, global, K different candidates: the teacher's top-k, except that in every third row the last two are
+    borders of shards"""
     teacher_topk_logp_TK: Tensor
     """log q of them, over the whole vocabulary, not renormalised"""
     own_ids_TL: Tensor
@@ -83,7 +83,7 @@ class PeerCase:
     old_logp_T: Tensor
     """log p(x) before the update: the constant of the log-ratio and of importance ratios"""
     rollout_logp_T: Tensor
-    """log p(x) as the sampler saw it"""
+    """log p(x) as the sampler reported it"""
     trust_u_T: Tensor
     """uniform in [0, 1) of the Bernoulli gate"""
     student_mask_T: Tensor
@@ -95,12 +95,12 @@ class PeerCase:
 
 
 PeerLoss = Callable[[PeerCase], Tensor]
-"""Returns a scalar: the sum over the tokens of either mask of weight x loss, no mean, the same on every rank."""
+"""Returns a scalar, the same on every rank: the sum of weight x loss over the tokens in either mask, no mean."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a peer claims; everything else is `-` in its matrix, never a miss."""
+    """What a peer claims to compute. Everything else is shown as `-` and never counts as a miss."""
 
     objectives: tuple[str, ...]
     """names or shell patterns of objectives"""
@@ -116,7 +116,7 @@ class Coverage:
 def covers(
     *objectives: str, without: tuple[Feature, ...] = (), dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
 ) -> Callable[[PeerLoss], PeerLoss]:
-    """Declare what the decorated function computes: names or shell patterns of objectives, and what it declines."""
+    """Declare what the decorated function computes (names or shell patterns of objectives) and what it declines."""
     unknown = sorted(set(without) - set(get_args(Feature)))
     assert not unknown, f"unknown features {unknown}, expected some of {get_args(Feature)}"
 
@@ -130,7 +130,7 @@ def covers(
 def load_peer(path: str) -> tuple[PeerLoss, Coverage]:
     """Import the peer at `package.module:function`, or `package.module:function@PATH` for one that loads a checkout.
 
-    The latter is called with `root`, the path. Raises TropdError where it is missing or declares no coverage.
+    The latter is called with `root`, the path. Raises TropdError if the function is missing or declares no coverage.
     """
     location, _, root = path.partition("@")
     module_name, _, name = location.partition(":")

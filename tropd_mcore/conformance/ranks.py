@@ -1,9 +1,8 @@
-"""Processes of this machine that stand for the ranks of a job: one thread each, gloo over the loopback device.
+"""Processes on this machine that act as the ranks of a job: one thread each, gloo over the loopback device.
 
-`Pool` gives every call a process group of its own: tests share one pool, a measurement has one for itself
-(`on_fresh_ranks`). `Ranks` keeps one group for all calls, for the conformance matrix. Not for launching training (that
-is `torchrun`). Invariants: a call ends within its limit; a rank that hangs writes its stacks and is killed by its pid;
-no process outlives its pool.
+`Pool` gives every call a new process group. Tests share one pool; a measurement has its own (`on_fresh_ranks`). `Ranks`
+keeps one group for all calls, for the conformance matrix. Training is launched by `torchrun` instead. Invariants: a
+call ends within its limit; a rank that hangs writes its stacks and is killed by its pid; no process outlives its pool.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 300.0
-"""Longest call, unless the caller says otherwise. It is there to end a hang."""
+"""Default limit of a call. It is there to end a hang."""
 MEASUREMENT_TIMEOUT_S = 86400.0
 START_TIMEOUT_S = 180.0
-"""Time that the ranks of a kept group have to start and to find each other"""
+"""Limit for the ranks of a kept group to start and to connect"""
 GRACE_S = 5.0
-"""Time that the other ranks have to answer after the first failure, and that all have to end when the pool is closed"""
+"""Limit for the other ranks to answer after the first failure, and for all to end when the pool is closed"""
 STACKS_S = 30.0
 """Longest wait for the stacks of ranks that hang"""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-"""What every rank has in its environment before it imports anything"""
+"""Environment variables that every rank has before any import"""
 
 
 class RanksLost(Exception):
-    """The ranks did not all answer in the same way, and are gone; tracebacks and stacks are a note."""
+    """The ranks did not all answer in the same way, and have been ended. Tracebacks and stacks are a note."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,14 @@ class Failure:
     detail: str
     """rank and traceback; the stacks of ranks that hung or crashed"""
     pickled: bytes
-    """the exception; empty where it cannot be pickled"""
+    """the exception; empty if it cannot be pickled"""
     at_s: float
-    """the earliest failure is the cause, the others are often its consequence"""
+    """time of the failure: the earliest is the cause, the others are often its consequence"""
     gone: bool = False
-    """the rank died or hung; it has not raised anything"""
+    """the rank died or hung without raising an exception"""
 
     def exception(self) -> BaseException:
-        """The same exception, or a RuntimeError with its text where it cannot be rebuilt; the detail is a note."""
+        """Return the exception, or a RuntimeError with its text if it cannot be rebuilt. The detail is a note."""
         try:
             error: BaseException = pickle.loads(self.pickled)
         except Exception:  # an exception class may fail in any way when it is rebuilt
@@ -96,9 +95,9 @@ class Pool:
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """Call `function(*args)` on `world_size` ranks and return the results by rank.
 
-        `function` is at the top level of an importable module; arguments and results travel by pickle. The earliest
-        exception of any rank is raised here with its rank and traceback as a note. Raises RuntimeError where a rank
-        dies, and TimeoutError, with the stacks of the ranks that hang as a note, after `timeout_s`.
+        `function` must be at the top level of an importable module; arguments and results are pickled. The earliest
+        exception of any rank is raised here with its rank and traceback as a note. Raises RuntimeError if a rank dies,
+        and TimeoutError, with the stacks of the ranks that hang as a note, after `timeout_s`.
         """
         answers = self.ask(function, world_size, args, timeout_s)
         if failures := failures_of(answers):
@@ -108,7 +107,7 @@ class Pool:
     def ask(
         self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_s: float
     ) -> list[Any | Failure]:
-        """Call `function(*args)` on `world_size` ranks; by rank, the result or the failure."""
+        """Call `function(*args)` on `world_size` ranks and return, by rank, the result or the failure."""
         while len(self._ranks) < world_size:
             self._start()
         ranks = self._ranks[:world_size]
@@ -127,14 +126,14 @@ class Pool:
                     answers[number] = self._receive(ranks[number], number)
                     if isinstance(answers[number], Failure):
                         deadline = min(deadline, time.monotonic() + GRACE_S)
-        finally:  # also where the caller is interrupted: a late answer would be taken for that of the next call
+        finally:  # also if the caller is interrupted: a late answer would be taken for that of the next call
             stacks = self._end([ranks[number] for number in waiting.values()])
         silence = f"ranks {sorted(waiting.values())} of {world_size} gave no answer in {timeout_s:g} s"
         hung = Failure("TimeoutError", silence, stacks, pickle.dumps(TimeoutError(silence)), math.inf, gone=True)
         return [answers.get(number, hung) for number in range(world_size)]
 
     def close(self) -> None:
-        """End all ranks: those that wait for a call by closing their pipe, the others by their pid."""
+        """End all ranks: idle ones by closing their pipe, the others by their pid."""
         for rank in self._ranks:
             rank.connection.close()
         deadline = time.monotonic() + GRACE_S
@@ -163,7 +162,7 @@ class Pool:
         try:
             payload = rank.connection.recv_bytes()
         except (EOFError, OSError):
-            rank.process.join(STACKS_S)  # it has closed its pipe, and now it ends
+            rank.process.join(STACKS_S)  # it has closed its pipe and is ending
             death = f"rank {number} died with exit code {rank.process.exitcode}"
             return Failure("RuntimeError", death, self._end([rank]), b"", 0.0, gone=True)
         return pickle.loads(payload)
@@ -190,7 +189,7 @@ class Pool:
 
 
 class Ranks:
-    """`world_size` processes that keep their process group, and what they have built on it, from call to call."""
+    """`world_size` processes that keep their process group, and everything built on it, from call to call."""
 
     def __init__(self, world_size: int, environment: Mapping[str, str] | None = None) -> None:
         self._world_size = world_size
@@ -200,8 +199,8 @@ class Ranks:
     def call(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any] | Failure:
         """Call `function(*args)` on every rank and return the results by rank, or the failure that all ranks had.
 
-        Raises RanksLost where a rank does not answer in `timeout_s`, dies or fails alone: the others may wait for it
-        in a collective, so that all are ended.
+        Raises RanksLost if a rank does not answer in `timeout_s`, dies or fails alone. The others may then wait for it
+        in a collective, so all are ended.
         """
         answers = self._pool.ask(function, self._world_size, args, timeout_s)
         failures = failures_of(answers)
@@ -222,7 +221,7 @@ class Ranks:
 
 
 def on_fresh_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """`Pool.run` in processes that end with the call, so that a measurement inherits no memory peak."""
+    """`Pool.run` in processes that end with the call, so that a measurement does not inherit a memory peak."""
     with contextlib.closing(Pool()) as pool:
         return pool.run(function, world_size, *args, timeout_s=MEASUREMENT_TIMEOUT_S)
 
@@ -237,12 +236,12 @@ def _stack_file(folder: str, pid: int | None) -> Path:
 
 
 def _serve(connection: Connection, folder: str) -> None:
-    """The life of one rank: answer calls until the parent closes the pipe, or is gone."""
+    """The main loop of a rank: answer calls until the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us
     torch.set_num_threads(1)
     with open(_stack_file(folder, os.getpid()), "w", encoding="utf-8") as stacks:
         faulthandler.enable(stacks)  # for a crash
-        # chain: what follows the dump is the default action of the signal, which ends the process
+        # chain: after the dump comes the default action of the signal, which ends the process
         faulthandler.register(signal.SIGUSR1, file=stacks, chain=True)
         with contextlib.suppress(EOFError, OSError):
             while True:
@@ -252,11 +251,11 @@ def _serve(connection: Connection, folder: str) -> None:
 
 
 def _answer(call: bytes, rank: int, world_size: int, store_path: str, keeps_group: bool, timeout_s: float) -> bytes:
-    """The pickled result or `Failure`; whatever the function raises belongs to the caller."""
+    """The pickled result or `Failure`. Any exception of the function is sent to the caller."""
     try:
         function, args = pickle.loads(call)
         if not dist.is_initialized():
-            # Longer than the parent waits: a hang is reported there, with the stacks of all ranks that hang.
+            # Longer than the parent waits, so that the parent reports a hang, with the stacks of all ranks that hang.
             limit = timedelta(seconds=timeout_s + STACKS_S)
             store = dist.FileStore(store_path, world_size)
             store.set_timeout(limit)
@@ -265,7 +264,7 @@ def _answer(call: bytes, rank: int, world_size: int, store_path: str, keeps_grou
         answer = pickle.dumps(function(*args))
         if not keeps_group and dist.is_initialized():
             dist.barrier()  # all have finished before any disconnects
-    except BaseException as error:  # the border between processes: nothing may be lost here
+    except BaseException as error:  # the border between processes: no exception may be lost here
         answer = pickle.dumps(_failure(error, rank, world_size))
     if not keeps_group and dist.is_initialized():
         dist.destroy_process_group()

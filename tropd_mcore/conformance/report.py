@@ -1,6 +1,6 @@
 """The results as tables for people and as JSON for programs.
 
-Not for judging (`judge`). Invariant: a number in a table is the largest of its cells; a miss is never hidden behind it.
+Invariant: a number in a table is the largest of its cells, and a miss is always marked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMN = 8
 
 
 def tables(results: list[Result]) -> str:
-    """Return the whole report: of each subject the errors by objective and by configuration, and what went wrong."""
+    """Return the whole report: for each subject the errors by objective and by configuration, then the misses."""
     blocks = []
     subjects = list(dict.fromkeys(result.cell.peer for result in results))
     for subject in subjects:
@@ -34,7 +34,7 @@ def tables(results: list[Result]) -> str:
 
 
 def as_json(results: list[Result], device: str) -> dict[str, Any]:
-    """Return everything, one entry a cell; an error that is no finite number is null."""
+    """Return everything, one entry per cell; an error that is not finite is null."""
     return {
         "device": device,
         "totals": dict(Counter(result.status for result in results)),
@@ -61,7 +61,7 @@ def _counts(results: list[Result]) -> str:
 
 
 def _table(title: str, results: list[Result], row_of: Callable[[Result], str]) -> Iterator[str]:
-    """Largest errors, a row each value of `row_of` that a cell is claimed of, a column each dtype and number."""
+    """Largest errors: one row per value of `row_of` with a claimed cell, one column per dtype and number."""
     columns = [
         (dtype, number)
         for dtype in DTYPES
@@ -84,7 +84,7 @@ def _table(title: str, results: list[Result], row_of: Callable[[Result], str]) -
 
 
 def _shown(results: list[Result], number: str) -> str:
-    """The largest error, marked `!` where a cell misses by it; else what there is to say."""
+    """The largest error, marked `!` if a cell misses; without errors a word such as `not run`."""
     errors = [result.errors[number] for result in results if number in result.errors]
     if any(result.status == "miss" and not result.errors for result in results):
         return "failed!"

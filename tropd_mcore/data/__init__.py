@@ -1,1 +1,1 @@
-"""Prompts, requests and packing: what happens to tokens on the host, between the dataset and the model."""
+"""Prompts, answers and packing: all work on tokens on the host, between the data files and the model."""

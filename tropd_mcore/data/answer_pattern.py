@@ -1,7 +1,7 @@
-"""Can the group of verifier.pattern ever hold an answer?
+"""Checks whether the group of verifier.pattern can ever capture a given answer.
 
-Not for judging (`verify`). Invariant: False is said only where no response can be right; a pattern that is beyond what
-is looked at here (`_BEYOND`) can hold everything.
+This module does not check responses (`verify`). Invariant: the result is False only if no response can be right. A
+pattern with a construct that is not analysed here (`_BEYOND`) counts as able to capture everything.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from functools import lru_cache
 
 _BEYOND = re.compile(r"\\[1-9B]|\(\?P=|\(\?\(|\(\?[aiLmsux-]+:|\(\?<?[=!]|\(\?#")
-"""References to groups, conditions, flags for a part of the pattern, looks at what stands around, comments."""
+"""Constructs that are not analysed: group references, conditions, flags for a part, look-arounds, comments."""
 _AROUND = ("", " ", "\n")
-"""White space that a match may hold before and after the answer, which judging strips off."""
+"""White space that a match may have around the answer. The verifier strips it."""
 
 
 def can_be_captured(pattern: str, answer: str) -> bool:
@@ -25,7 +25,7 @@ def can_be_captured(pattern: str, answer: str) -> bool:
 
 @lru_cache(maxsize=16)
 def _first_group(pattern: str) -> re.Pattern[str] | None:
-    """What stands in the first group that captures, with the flags of the whole; None where it cannot stand alone."""
+    """The content of the first capturing group, with the flags of the pattern; None if it cannot be used alone."""
     flags = re.compile(pattern).flags
     if _BEYOND.search(pattern) or flags & re.VERBOSE:
         return None
@@ -37,7 +37,7 @@ def _first_group(pattern: str) -> re.Pattern[str] | None:
         elif character == "\\":
             escaped = True
         elif in_set:
-            # A bracket that comes first in a set is one of its characters.
+            # A closing bracket that comes first in a set is one of its characters.
             in_set = character != "]" or place == set_start
         elif character == "[":
             in_set, set_start = True, place + (2 if pattern[place + 1] == "^" else 1)

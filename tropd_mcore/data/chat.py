@@ -1,7 +1,7 @@
-"""Text to token ids and back: the only place where a tokenizer turns a prompt into ids.
+"""Text to token ids and back. This is the only place where a tokenizer turns a prompt into ids.
 
-Not for responses, which are sampled as ids and stay ids, or for what a chat template says (`chat_template`).
-Invariant: student, teacher and trainer see the same ids of a prompt, because they are made here once.
+Responses are not tokenized: they are sampled as ids and stay ids. Chat templates are in `chat_template`. Invariant:
+student, teacher and trainer see the same ids of a prompt, because the ids are made once, here.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from tropd_mcore.errors import DataError
 from tropd_mcore.types import IntArray
 
 RawPrompt = str | Sequence[Message] | Chat
-"""What is to be answered: a text, or a chat with or without what its template gets beside the messages."""
+"""A prompt before rendering: a text, the messages of a chat, or a `Chat` with the other inputs of its template."""
 
 TAIL_TOKENS = 32
-"""Tokens at the end of a prompt in which the opening of a thinking block is looked for."""
+"""Number of tokens at the end of a prompt that are searched for the opening of a thinking block."""
 
 
 class Renderer:
-    """Tokenizer and chat template of a Hugging Face folder. Raises DataError where there is none to be read."""
+    """Tokenizer and chat template of a Hugging Face folder. Raises DataError if there is no readable tokenizer."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = load_tokenizer(folder)
-        """transformers' tokenizer, for what is not a prompt (see `end_tokens`)."""
+        """transformers' tokenizer, for uses other than prompts (see `end_tokens`)."""
         self.folder = folder
         self.eos_ids = own_end_ids(folder, self.tokenizer)
-        """Ids that end a response of this model alone; a run stops at more (see `end_tokens`)."""
+        """Ids that end a response of this model. A run may stop at more ids (see `end_tokens`)."""
         self.special_ids = frozenset(int(index) for index in self.tokenizer.all_special_ids)
         """Ids of special tokens."""
         self.template = ChatTemplate(self.tokenizer, folder)
-        """How a chat becomes a text."""
+        """Turns a chat into a text."""
         self._special_names = dict(
             zip(self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)), sorted(self.special_ids), strict=True)
         )
@@ -45,9 +45,9 @@ class Renderer:
     def prompt_ids(self, prompt: RawPrompt) -> IntArray:
         """Return the ids of a text, or of a chat rendered up to the start of the answer; int32 [length].
 
-        A text begins with what the tokenizer puts before a text (BOS), once, and never ends with what it puts after
-        one. A chat has the special tokens of its template alone. Raises DataError where the template refuses the chat
-        or loses a part of it, or the result is empty.
+        A text begins with the tokens that the tokenizer puts before a text (BOS), exactly once, and never ends with
+        those that it puts after one. A chat has only the special tokens of its template. Raises DataError if the
+        template refuses the chat or loses a part of it, or if the result is empty.
         """
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -76,18 +76,19 @@ class Renderer:
         return "".join([*pieces, decode(self.tokenizer, between, skip_special_tokens=True)])
 
     def ends_with(self, prompt_ids: IntArray, text: str) -> bool:
-        """Return whether `text`, special token or not, is the last that a prompt says, white space aside."""
+        """Return whether a prompt ends with `text` (a special token or not), apart from trailing white space."""
         return decode(self.tokenizer, prompt_ids[-TAIL_TOKENS:]).rstrip().endswith(text)
 
     def token_texts(self, ids: Iterable[int]) -> list[str]:
         """Return the text that each id adds, special tokens included.
 
-        A character whose bytes are spread over several tokens is the text of the last of them, the others have none.
+        If the bytes of a character are spread over several tokens, it is the text of the last one; the others have
+        none.
         """
         return token_texts(self.tokenizer, [int(index) for index in ids])
 
     def token_id(self, text: str) -> int | None:
-        """Return the id of a vocabulary entry, or of a text that is a single token; None where it is neither."""
+        """Return the id of a vocabulary entry, or of a text that is a single token; None if `text` is neither."""
         vocabulary: dict[str, int] = self.tokenizer.get_vocab()
         if text in vocabulary:
             return vocabulary[text]
@@ -95,7 +96,7 @@ class Renderer:
         return int(ids[0]) if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else None
 
     def _ids_before_text(self) -> list[int]:
-        """What the tokenizer puts before a text of its own accord; [] where that is nothing."""
+        """The ids that the tokenizer puts before a text by itself; [] if there are none."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         marked = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         starts = range(len(marked) - len(plain) + 1)

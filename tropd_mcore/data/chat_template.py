@@ -1,7 +1,8 @@
-"""A tokenizer's chat template: a chat becomes the text before its answer, with nothing of the chat lost on the way.
+"""Renders a chat with a tokenizer's chat template into the text before the answer, and checks that nothing is lost.
 
-Not for ids (`chat`). Invariants: the text depends on the chat, its variables and the given day, never on the clock; a
-variable, a tool or a message that the template does not show is an error, because the model would not know of it.
+This module does not make ids (`chat`). Invariants: the text depends on the chat, its variables and the given day, never
+on the clock. A variable, a tool or a message that the template does not show is an error, because the model would not
+see it.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 Message = Mapping[str, Any]
-"""`role`, a text as `content`, and further keys"""
+"""`role`, a text as `content`, and other keys"""
 
 GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception"})
-"""Variables that are no business of chat_template_kwargs: they have a place of their own, or are functions."""
+"""Variables that chat_template_kwargs must not set: they are set elsewhere, or are functions."""
 PLAIN_KEYS = frozenset({"role", "content", "tool_call_id"})
-"""Keys of a message that a template may leave out: the last one only connects two messages."""
+"""Keys of a message that a template need not show. tool_call_id only connects two messages."""
 SURELY_SHOWN = 12
-"""Characters from which a content that stands in the text can be no accident."""
+"""Length in characters from which a content found in the text cannot be there by accident."""
 OTHER_CONTENT = "Zq7 kT4 other content"
-"""Takes the place of a message's content, to see whether the text changes."""
+"""Replaces a message's content to test whether the text changes."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat and what its template gets beside the messages."""
+    """A chat and the other inputs of its template."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
-    """JSON schemas"""
+    """JSON schemas of the tools"""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Such as enable_thinking"""
+    """Template variables, such as enable_thinking"""
     today: date | None = None
-    """The day that `strftime_now` of the template speaks of, at midnight; None = the day of the call"""
+    """The day that the template's `strftime_now` prints, at midnight; None = the day of the call"""
 
 
 class ChatTemplate:
@@ -55,14 +56,14 @@ class ChatTemplate:
         self._folder = folder
 
     def variables(self, *, with_tools: bool = False) -> frozenset[str]:
-        """Return the variables that the template reads. Raises DataError where there is no template."""
+        """Return the variables that the template reads. Raises DataError if there is no template."""
         return _undeclared(self._source(with_tools))
 
     def text(self, chat: Chat) -> str:
         """Return the chat up to the start of the answer.
 
-        Raises DataError where the template refuses the chat, reads a variable, the tools or a key of a message nowhere,
-        or leaves out a message.
+        Raises DataError if the template refuses the chat, never reads a variable, the tools or a key of a message, or
+        leaves out a message.
         """
         source = self._source(chat.tools is not None)
         read = _undeclared(source)
@@ -77,7 +78,7 @@ class ChatTemplate:
         return text
 
     def prints_date(self, chat: Chat) -> bool:
-        """Return whether the text of a chat that can be rendered depends on the day."""
+        """Return whether the text of a chat, which must be renderable, depends on the day."""
         if "strftime_now" not in _undeclared(self._source(chat.tools is not None)):
             return False
         days = (date(2001, 1, 1), date(2022, 12, 31))
@@ -87,7 +88,7 @@ class ChatTemplate:
     def _source(self, with_tools: bool) -> str:
         if not self._tokenizer.chat_template:
             raise DataError(f"{self._folder}: the tokenizer has no chat template; give `prompt` instead of `messages`")
-        # Of several templates, transformers takes `tool_use` where there are tools.
+        # Of several templates, transformers uses `tool_use` if there are tools.
         source: str = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
         return source
 
@@ -101,7 +102,7 @@ class ChatTemplate:
                 tools=list(chat.tools) if chat.tools is not None else None,
                 tokenize=False,
                 add_generation_prompt=True,
-                # A variable goes before the function of the same name, which would ask the clock.
+                # This overrides the function of the same name, which would read the clock.
                 **{**chat.variables, "strftime_now": day.strftime},
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -109,7 +110,7 @@ class ChatTemplate:
         return text
 
     def _check_message(self, chat: Chat, number: int, message: Message, source: str, text: str) -> None:
-        """Raise DataError where the text does not depend on the content, or on a further key, of the message."""
+        """Raise DataError if the text does not depend on the content or on another key of the message."""
 
         def unchanged(changed: Message) -> bool:
             messages = [*chat.messages[:number], changed, *chat.messages[number + 1 :]]
@@ -131,7 +132,7 @@ class ChatTemplate:
 
 
 def unread(variables: Mapping[str, Any], read: frozenset[str]) -> str | None:
-    """Return what is wrong with the first of the variables that a template cannot be given; None where all are fine."""
+    """Return the problem of the first variable that the template cannot use; None if all are fine."""
     for name in variables:
         if name in GIVEN:
             return f"{name!r} cannot be set there" + ("; it is a key of the line" if name == "tools" else "")
@@ -145,7 +146,7 @@ def unread(variables: Mapping[str, Any], read: frozenset[str]) -> str | None:
 
 @lru_cache(maxsize=1)
 def _own_arguments() -> frozenset[str]:
-    """Arguments of transformers' rendering, which take no variable of a template; `documents` are both."""
+    """Arguments of transformers' rendering function, which cannot be template variables, except `documents`."""
     from transformers import PreTrainedTokenizerBase
 
     return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"}
@@ -153,14 +154,14 @@ def _own_arguments() -> frozenset[str]:
 
 @lru_cache(maxsize=16)
 def _undeclared(source: str) -> frozenset[str]:
-    """Variables that the template may look up. Raises DataError where it is no template."""
+    """Variables that the template may read. Raises DataError if `source` is no valid template."""
     import jinja2
     from jinja2 import meta, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The block that transformers adds to the language, to mark what the assistant says."""
+        """The block that transformers adds to the template language to mark the assistant's text."""
 
         tags = {"generation"}  # noqa: RUF012 (the base class's contract)
 
@@ -176,12 +177,13 @@ def _undeclared(source: str) -> frozenset[str]:
         undeclared = meta.find_undeclared_variables(template)
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template cannot be read: {first_line(error)}") from error
-    # Jinja counts too much: also what every branch of an `if` sets before it is read, such as Llama's system_message.
+    # Jinja reports too many: also variables that every branch of an `if` sets first, such as Llama's system_message.
     return frozenset(undeclared & set(_read_unset(template, set())))
 
 
 def _read_unset(node: Node, known: set[str]) -> Iterator[str]:
-    """Yield the variables that `node` reads where nothing before has surely set them; adds to `known` what it sets."""
+    """Yield the variables that `node` reads and that nothing before has surely set; add those that it sets to
+    `known`."""
     from jinja2 import nodes
 
     if isinstance(node, nodes.Name):
@@ -196,7 +198,7 @@ def _read_unset(node: Node, known: set[str]) -> Iterator[str]:
             ends.append(set(known))
             for child in branch:
                 yield from _read_unset(child, ends[-1])
-        # Branches with `elif` count as if none of their names were set: too many reads, never too few.
+        # With `elif`, no name of the branches counts as set. This gives too many reads, never too few.
         known |= ends[0] & ends[2] if not node.elif_ else set()
     elif isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
         children = list(node.iter_child_nodes())

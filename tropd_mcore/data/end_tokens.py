@@ -1,8 +1,8 @@
-"""Which tokens end a response: one set for rollouts, teacher prefixes and evaluation.
+"""The tokens that end a response: one set for rollouts, teacher prefixes and evaluation.
 
-Not for what a model alone ends with (`Renderer.eos_ids`): a base student that learns from an instructed teacher never
-stops at the teacher's end of turn unless it is told to. Invariant: nobody samples with anything but this set, and every
-token in it is a token of the student.
+The end tokens of a single model are `Renderer.eos_ids`. They are not enough: a base student that learns from an
+instruction-tuned teacher never stops at the teacher's end of turn unless it is told to. Invariant: all sampling uses
+this set, and every token in it is a token of the student.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from tropd_mcore.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 SENTINEL = "tropdsentinel"
-"""An answer that no template changes; what follows it closes the turn."""
+"""An answer that no template changes. The text after it closes the turn."""
 SERVER_STOPS = ("<|eom_id|>", "<|content_model_end_sampling|>", "<|ifm|im_end|>")
-"""Tokens at which SGLang ends a response wherever a tokenizer has them, whatever the request says."""
+"""Tokens at which SGLang always ends a response if the tokenizer has them, whatever the request says."""
 
 
 @dataclass(frozen=True)
 class EndTokens:
-    """The end of a response."""
+    """The tokens that end a response."""
 
     ids: tuple[int, ...]
-    """Ascending, of the student's vocabulary"""
+    """Ids in the student's vocabulary, ascending"""
     sources: dict[int, tuple[str, ...]]
-    """By id, where it was found"""
+    """Id -> places where it is named"""
     texts: dict[int, str]
-    """By id, its entry in the vocabulary"""
+    """Id -> its entry in the vocabulary"""
 
     def describe(self) -> str:
-        """One line: each token with its id and where it comes from."""
+        """One line: each token with its id and its sources."""
         return ", ".join(f"{self.texts[index]!r} {index} ({'; '.join(self.sources[index])})" for index in self.ids)
 
 
 @dataclass
 class _Model:
-    """What one model ends a response with, by the entry of its vocabulary."""
+    """The tokens that end a response of one model, as entries of its vocabulary."""
 
     key: str
     sources: dict[str, list[str]] = field(default_factory=dict)
     own: list[str] = field(default_factory=list)
-    """Those at which a server of this model stops by itself"""
+    """Tokens at which a server of this model stops by itself"""
     closing: str | None = None
     """The token that its chat template puts after an answer"""
 
@@ -58,12 +58,12 @@ class _Model:
 
 
 def end_tokens(config: Config, student: Renderer, teacher_folder: Path) -> EndTokens:
-    """Return what ends a response: rollout.end_tokens, or all that ends one for the student or the teacher.
+    """Return the end tokens: rollout.end_tokens, or all tokens that end a response of the student or the teacher.
 
-    That is what generation_config.json, config.json and the tokenizer name, and the token that the chat template puts
-    after an answer. Says the set in the log, and warns of a template that closes a turn with a token that is no end.
-    Raises ConfigError where a token of the key is unknown, or where the key leaves out a token at which the server of
-    the student stops in any case; DataError where a folder cannot be read or nothing ends a response.
+    These are the tokens named in generation_config.json, config.json and the tokenizer, and the token that the chat
+    template puts after an answer. The set is logged. A warning is logged if a template closes a turn with a token that
+    is not in the set. Raises ConfigError if rollout.end_tokens has an unknown token or lacks a token at which the
+    student's server always stops; DataError if a folder cannot be read or if there is no end token.
     """
     vocabulary: dict[str, int] = student.tokenizer.get_vocab()
     models = [_read("student", student.folder, student.tokenizer)]
@@ -99,7 +99,7 @@ def end_tokens(config: Config, student: Renderer, teacher_folder: Path) -> EndTo
 
 
 def served_end_ids(ends: Iterable[int], folder: Path) -> tuple[int, ...]:
-    """Return `ends` and the ids at which a server of the model in `folder` stops whatever it is told, ascending."""
+    """Return `ends` and the ids at which a server of the model in `folder` always stops, ascending."""
     tokenizer = load_tokenizer(folder)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     forced = [vocabulary[token] for token in SERVER_STOPS if token in vocabulary]
@@ -107,10 +107,10 @@ def served_end_ids(ends: Iterable[int], folder: Path) -> tuple[int, ...]:
 
 
 def closing_token(tokenizer: Any) -> tuple[str | None, str | None]:
-    """Return (token, text) that the chat template puts after an answer.
+    """Return the (token, text) that the chat template puts after an answer.
 
-    The token is None where that is not one token of its own (white space before it aside), the text where there is no
-    template or it cannot be tried on a short chat.
+    The token is None if the text is not a single added token (after white space). The text is None if there is no
+    template or if it cannot render a short chat.
     """
     if not tokenizer.chat_template:
         return None, None
@@ -135,7 +135,7 @@ def closing_token(tokenizer: Any) -> tuple[str | None, str | None]:
 
 
 def _read(key: str, folder: Path, tokenizer: Any) -> _Model:
-    """What the files of one model say, with a line for each id that is no token."""
+    """The end tokens named by the files of one model. Logs a warning for each id that is no token."""
     model = _Model(key)
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     for source, index in end_id_sources(folder, tokenizer):
@@ -161,7 +161,7 @@ def _read(key: str, folder: Path, tokenizer: Any) -> _Model:
 
 
 def _all_sources(models: list[_Model], vocabulary: dict[str, int]) -> dict[str, list[str]]:
-    """{token: where it is named} over all models, without those that the student lacks."""
+    """{token: places where it is named} over all models, without tokens that the student lacks."""
     merged: dict[str, list[str]] = {}
     for model in models:
         for token, sources in model.sources.items():
@@ -179,7 +179,7 @@ def _check_key(wanted: dict[str, list[str]], vocabulary: dict[str, int], student
         if token not in vocabulary
     ]
     if not wanted:
-        problems.append("rollout.end_tokens is empty; give at least one token, or leave the key out")
+        problems.append("rollout.end_tokens is empty; give at least one token, or remove the key")
     problems += [
         f"rollout.end_tokens: the student's server stops at {token!r} in any case "
         f"({', '.join(student.sources[token])}); add it"

@@ -1,6 +1,6 @@
-"""The samples of one prompt, and the parts of a rollout batch that each make an optimizer step.
+"""The samples of each prompt, and the mini-batches of a rollout batch, each with its own optimizer step.
 
-Invariants: pure functions of the order of the rollouts; a prompt's samples stay together.
+Invariants: pure functions of the order of the rollouts; the samples of a prompt stay together.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from tropd_mcore.types import Rollout
 
 
 def prompt_indices(rollouts: Sequence[Rollout]) -> npt.NDArray[np.int64]:
-    """Return one number a rollout, int64 [S]; the samples of a prompt have the same one."""
+    """Return one number per rollout, int64 [S]. The samples of a prompt have the same number."""
     _, indices = np.unique([rollout.prompt_id for rollout in rollouts], return_inverse=True)
     return indices.astype(np.int64)
 
 
 def mini_batches(rollouts: Sequence[Rollout], count: int) -> list[range]:
-    """Return `count` consecutive ranges of the rollouts, with numbers of prompts that differ by one at most.
+    """Return `count` consecutive ranges of the rollouts. Their numbers of prompts differ by at most one.
 
-    Raises ConfigError where there are fewer prompts than that.
+    Raises ConfigError if there are fewer than `count` prompts.
     """
     if count == 1:
         return [range(len(rollouts))]

@@ -1,7 +1,7 @@
-"""JSONL files that users write: one object per line, and everything that is wrong with a file said at once.
+"""Reads JSONL files that users write: one object per line. All problems of a file are reported at once.
 
-Not for what the lines mean (`prompt_file`, `responses`). Invariants: every problem names its file and line; a key that
-is not known, or that stands twice in one object, is a problem; every text in an object can be written as UTF-8.
+The meaning of the lines is in `prompt_file` and `responses`. Invariants: every problem names its file and line. A key
+that is unknown, or that occurs twice in one object, is a problem. Every text in an object can be written as UTF-8.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tropd_mcore.file_kinds import Found, in_the_way
 from tropd_mcore.files import shown
 
 SHOWN_PROBLEMS = 10
-"""Problems of one file that a message lists; of the others it says how many there are."""
+"""Largest number of problems per file that a message lists. The others are counted."""
 _HEADER = re.compile(r"[A-Za-z_][\w .-]{0,40}")
-"""The name of a column in the first line of a table."""
+"""Name of a column in the first line of a table."""
 
 
 class Problem(NamedTuple):
-    """What is wrong with a line of a file; line 0 is the file as a whole."""
+    """A problem of one line of a file. Line 0 stands for the file as a whole."""
 
     line: int
     text: str
@@ -34,8 +34,8 @@ class Problem(NamedTuple):
 def read_lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, text) of every line that is not blank.
 
-    Raises DataError naming `key` where the file is missing, of another kind (parquet, gzip, CSV, one JSON array, a
-    pipe ...) or not UTF-8.
+    Raises DataError with `key` if the file is missing, of another kind (parquet, gzip, CSV, one JSON array, a pipe ...)
+    or not UTF-8.
     """
     place = f"{key}={shown(path)}"
     if (found := in_the_way(path)) is not None:
@@ -59,7 +59,7 @@ def read_lines(path: Path, key: str) -> Iterator[tuple[int, str]]:
 
 
 def _other_text(text: str) -> Found | None:
-    """What a text is of which no line can be an object; None where its first line may be one."""
+    """The kind of a text whose lines cannot be objects; None if its first line may be an object."""
     if text.startswith("\ufeff"):
         return Found("a byte order mark (BOM) at the start of line 1", "save the file as UTF-8 without it")
     first = next((line for line in text.split("\n") if line.strip()), "").strip()
@@ -75,9 +75,9 @@ def _other_text(text: str) -> Found | None:
 
 
 def parse_object(line: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Return the object of one line. Raises DataError, without a place, that says what is wrong with it.
+    """Return the object of one line. Raises DataError, without a place, with its problem.
 
-    `known`: the keys that it may have, each with the names that others give to the same thing.
+    `known`: the allowed keys, each with the names that other formats use for it.
     """
     repeated: list[str] = []
 
@@ -94,7 +94,7 @@ def parse_object(line: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, A
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, found {line[:60]!r}")
     if repeated:
-        raise DataError(f"key {repeated[0]!r} stands twice in one object; keep one")
+        raise DataError(f"key {repeated[0]!r} occurs twice in one object; keep one")
     for key in value:
         if key not in known:
             raise DataError(f"unknown key {key!r}; {_suggestion(key, known)}")
@@ -107,7 +107,7 @@ def parse_object(line: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, A
 
 
 def raise_problems(*of_files: Sequence[Problem]) -> None:
-    """Raise DataError where there is a problem: the first ones of each file by line, and how many more it has."""
+    """Raise DataError if there are problems: the first ones of each file, by line, and the number of the others."""
     lines = []
     for problems in of_files:
         ordered = sorted(problems, key=lambda problem: problem.line)

@@ -1,8 +1,8 @@
-r"""Answers compared as mathematics, by math_verify; what that library reads wrongly is rewritten before it sees it.
+r"""Compares answers as mathematics with math_verify. Notations that the library misreads are rewritten first.
 
-Not for responses without an answer (`thinking`). Invariants: a dollar sign that is money (`\$`) is no delimiter; answer
-and response are rewritten by the same rules; of a response, LONGEST_RESPONSE characters are read; parsing and
-comparing take a bounded time in the main thread, and what takes longer is not equal.
+Responses without an answer are handled in `thinking`. Invariants: a dollar sign that means money (`\$`) is no
+delimiter. Answer and response are rewritten by the same rules. LONGEST_RESPONSE characters of a response are read.
+Parsing and comparison take a bounded time in the main thread; if they take longer, the two are not equal.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 LONGEST_RESPONSE = 8000
-"""Characters of a response that are read: those at its end, or those from its last box on where that comes before."""
+"""Number of characters of a response that are read: its end, or from its last box on if that begins earlier."""
 
 _MONEY = re.compile(r"(?<!\\)((?:\\\\)*)\\\$")
 r"""`\$`, after whole pairs of backslashes (a line break of LaTeX)."""
 _DELIMITED = re.compile(r"\$.+\$|\\\(.+\\\)|\\\[.+\\\]|\\boxed\b", re.DOTALL)
-"""What math_verify finds mathematics by."""
+"""The delimiters by which math_verify finds mathematics."""
 _WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z][A-Za-z '-]*")
-"""A name or a statement; left alone, its letters would be the factors of a product, in any order."""
+"""A name or a statement. Without \\text, its letters would be read as the factors of a product, in any order."""
 _NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,30})?")
-"""Needs no trial, which takes milliseconds."""
+"""A number, which needs no trial (a trial takes milliseconds)."""
 _REPEATING = re.compile(r"(?<!\d)(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,30})\s*\}|(\d))")
-r"""`0.1\overline{6}`; math_verify reads 0.1, or nothing. The bounds keep the search linear and integers printable."""
+r"""`0.1\overline{6}`, which math_verify reads as 0.1 or not at all. The bounds keep the search linear and integers
+printable."""
 _REWRITTEN = (
     (_MONEY, r"\1"),
     # 1\,234 and 12\ 345\,678: digits in groups of three; math_verify reads 1 + 234.
@@ -42,9 +43,9 @@ _REWRITTEN = (
 def equal(response: str, answer: str, *, limit_s: int) -> bool:
     """Return whether the last expression in `response` equals `answer`, LaTeX with or without its delimiters.
 
-    The last LONGEST_RESPONSE characters of a response are read, and its last box wherever it stands. Parsing and
-    comparison may take `limit_s` seconds each; what takes longer is not equal. Units and words after a number are not
-    compared, and 50% equals both 50 and 0.5: that is how math_verify reads them.
+    The last LONGEST_RESPONSE characters of a response are read, and its last box wherever it is. Parsing and comparison
+    may take `limit_s` seconds each; if one takes longer, the result is False. Units and words after a number are not
+    compared, and 50% equals both 50 and 0.5, because math_verify reads them so.
     """
     from math_verify import verify
 
@@ -58,7 +59,7 @@ def equal(response: str, answer: str, *, limit_s: int) -> bool:
 
 
 def expression(response: str, *, limit_s: int) -> str | None:
-    """Return the text of the expression that is read in a response; None where none can be read in `limit_s`."""
+    """Return the text of the expression found in a response; None if none can be read in `limit_s` seconds."""
     try:
         found = _parse(_readable(_end(response)), _limit(limit_s))
     except _TooSlowError:
@@ -67,7 +68,7 @@ def expression(response: str, *, limit_s: int) -> str | None:
 
 
 def can_be_equal(answer: str, *, limit_s: int) -> bool:
-    """Return whether an expression can be read in `answer`, and equals itself."""
+    """Return whether an expression can be read in `answer` and equals itself."""
     if _NUMBER.fullmatch(answer.strip()):
         return True
     from math_verify import verify
@@ -82,9 +83,9 @@ def can_be_equal(answer: str, *, limit_s: int) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _parsed(answer: str, limit: int | None) -> list[Any]:
-    """What can be read in an answer; [] where that is nothing. Each of the samples of a prompt asks for it.
+    """The expressions in an answer; [] if there are none. Cached, because each sample of a prompt needs it.
 
-    Raises _TooSlowError, which is not remembered: another time, on an idle machine, the answer may be read.
+    Raises _TooSlowError, which is not cached: on an idle machine, a later attempt may succeed.
     """
     text = _readable(answer).strip()
     if not _DELIMITED.search(text):
@@ -95,25 +96,26 @@ def _parsed(answer: str, limit: int | None) -> list[Any]:
 
 
 class _TooSlowError(Exception):
-    """A text took longer to read than it may."""
+    """Reading a text took longer than the time limit."""
 
 
 def _parse(text: str, limit: int | None) -> list[Any]:
-    """What math_verify reads in `text`. Raises _TooSlowError; left to itself, the library would log the whole text."""
+    """The expressions that math_verify reads in `text`. Raises _TooSlowError; by itself the library would log the
+    text."""
     from math_verify import parse
-    from math_verify.errors import TimeoutException  # no Exception to Python
+    from math_verify.errors import TimeoutException  # not a subclass of Exception
 
     try:
         found: list[Any] = parse(text, parsing_timeout=limit, raise_on_error=True)
     except TimeoutException as error:
         raise _TooSlowError(f"{len(text)} characters took more than {limit} s, the last are {text[-60:]!r}") from error
-    except Exception:  # of many types, out of sympy; each means that there is no mathematics that it can read
+    except Exception:  # of many types, from sympy; each means that the library can read no mathematics here
         return []
     return found
 
 
 def _end(response: str) -> str:
-    """What is read of a response. It begins with a line where it can, so that no pair of delimiters is torn."""
+    """The part of a response that is read. If possible it starts at a line break, so it cuts no pair of delimiters."""
     begin, box = len(response) - LONGEST_RESPONSE, response.rfind(r"\boxed")
     if begin <= 0:
         return response
@@ -140,5 +142,5 @@ def _as_fraction(match: re.Match[str]) -> str:
 
 
 def _limit(limit_s: int) -> int | None:
-    """The time limit is a signal, which only the main thread can receive."""
+    """The time limit in the main thread, else None: it uses a signal, which only the main thread receives."""
     return limit_s if threading.current_thread() is threading.main_thread() else None

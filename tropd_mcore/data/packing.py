@@ -1,9 +1,9 @@
-"""Rollouts of one step -> packs of whole samples -> this rank's micro-batches.
+"""Packs the rollouts of one step: whole samples into packs, packs into this rank's micro-batches.
 
-Not for scoring or for the loss. Invariants: the plan is a pure function of the rollouts and the layout, so every rank
-computes the same one; a supervised token is a row of exactly one (data, context) rank; the shift by one is done here,
-before the context-parallel split; every pack of the step has the same length on every rank; no pack has samples of two
-optimizer steps.
+This module neither scores nor computes the loss. A row is a position whose prediction has a loss. Invariants: the plan
+is a pure function of the rollouts and the layout, so every rank computes the same plan. A supervised token is a row of
+exactly one (data, context) rank. The shift by one is done here, before the context-parallel split. Every pack of the
+step has the same length on every rank. No pack has samples of two optimizer steps.
 
 Legend: P positions on this context rank, T rows on this rank, N rows of the whole step, S samples of a pack.
 """
@@ -24,7 +24,7 @@ from tropd_mcore.errors import ConfigError
 from tropd_mcore.types import MicroBatch, Rollout
 
 PADDING_ID = 0
-"""Token id of padding positions: any legal id does, because nothing attends to them and no row reads them."""
+"""Token id of padding positions. Any valid id works, because nothing attends to them and no row reads them."""
 
 NOTHING_IGNORED = IgnoredTokens()
 
@@ -37,9 +37,9 @@ class PackedStep:
     pack_length: int
     """Positions of each pack over all context ranks; the same on all ranks of the step."""
     global_token_count: int
-    """Rows of the step over all ranks: N, the denominator of a single update where the teacher scored every sample."""
+    """Rows of the step over all ranks: N, the denominator of a single update if the teacher scored every sample."""
     mini_batches: list[slice]
-    """The micro-batches of each part of the rollouts, in their order."""
+    """Range of micro-batches of each mini-batch, in order."""
 
     @property
     def samples(self) -> set[int]:
@@ -49,14 +49,14 @@ class PackedStep:
 
 @dataclass(frozen=True)
 class RowWeights:
-    """Factor of a row's loss, for on rows and off rows of each rollout; the trainer divides the weighted sum by N."""
+    """Factor of the loss of on rows (response) and off rows (prefix), per rollout. The trainer divides the sum by N."""
 
     on: npt.NDArray[np.float64]
     off: npt.NDArray[np.float64]
 
     @classmethod
     def joined(cls, parts: Sequence[RowWeights]) -> RowWeights:
-        """The weights of consecutive parts as those of the whole."""
+        """Concatenate the weights of consecutive parts."""
         return cls(np.concatenate([part.on for part in parts]), np.concatenate([part.off for part in parts]))
 
 
@@ -78,12 +78,12 @@ def pack(
 ) -> PackedStep:
     """Pack the rollouts of a step and return the micro-batches of one (data, context) rank.
 
-    `tokens_per_micro_batch` bounds the length of a pack over all context ranks. Each sample is padded to a multiple of
-    2 * cp_size where cp_size > 1 (zigzag slices), each pack by one padding sample to `pack_length`, a multiple of
+    `tokens_per_micro_batch` bounds the length of a pack over all context ranks. If cp_size > 1, each sample is padded
+    to a multiple of 2 * cp_size (zigzag slices). One padding sample fills each pack up to `pack_length`, a multiple of
     2 * cp_size * tp_size. Every data rank gets the same number of packs, a multiple of `micro_batch_multiple` (the
-    pipeline size for interleaved schedules); packs may be empty (padding only, T = 0). `mini_batches` are consecutive
-    ranges of all rollouts, each packed and weighted on its own (none: all are one part); `ignored` tokens are no rows.
-    Raises ConfigError where the longest sample does not fit. Source: docs/method.md, 7.
+    pipeline size for interleaved schedules). Packs may be empty (padding only, T = 0). `mini_batches` are consecutive
+    ranges of all rollouts; each is packed and weighted separately (empty: all rollouts are one mini-batch). `ignored`
+    tokens are no rows. Raises ConfigError if the longest sample does not fit. Source: docs/method.md, 7.
     """
     assert all(len(rollout.prompt_ids) > 0 for rollout in rollouts), "a response token needs a token before it"
     sample_multiple = 2 * cp_size if cp_size > 1 else 1
@@ -117,17 +117,17 @@ def pack(
 
 
 def _place_part(part: range, lengths: list[int], *, budget: int, ranks: int, multiple: int) -> list[list[list[int]]]:
-    """`place` of the samples of one part, by their numbers in the step."""
+    """`bin_pack` of the samples of one mini-batch, as indices into the rollouts of the step."""
     placed = bin_pack([lengths[sample] for sample in part], budget=budget, ranks=ranks, multiple=multiple)
     return [[[part[sample] for sample in samples] for samples in rank] for rank in placed]
 
 
 def row_weights(tokens: Sequence[Supervised], *, aggregation: str, prefix_denominator: str) -> RowWeights:
-    """Return the factors that turn `sum / N` into the mean the config asks for, given each sample's supervised tokens.
+    """Return the factors that turn `sum / N` into the configured mean, given each sample's supervised tokens.
 
     `token_mean` + `joint`: 1. `separate`: the mean over on rows plus the mean over off rows. `sequence_mean`: the mean
-    over samples (that have rows) of the mean over their rows. Counts are of the step before any row is left out because
-    the teacher failed on it. Source: docs/method.md, 7.
+    over samples (with rows) of the mean over their rows. Counts are taken before rows are left out because the teacher
+    failed on them. Source: docs/method.md, 7.
     """
     on_counts = np.array([mask.response.sum() for mask in tokens], dtype=np.float64)
     off_counts = np.array([mask.prefix.sum() for mask in tokens], dtype=np.float64)
@@ -144,15 +144,15 @@ def row_weights(tokens: Sequence[Supervised], *, aggregation: str, prefix_denomi
 
 
 def pack_multiple(cp_size: int, tp_size: int) -> int:
-    """Return what every pack length is a multiple of: two zigzag slices per context rank, cut over tensor ranks."""
+    """Return the number that divides every pack length: two zigzag slices per context rank, split over tensor ranks."""
     return 2 * cp_size * tp_size
 
 
 def context_positions(cu_seqlens: npt.NDArray[np.int32], cp_size: int, cp_rank: int) -> npt.NDArray[np.int64]:
     """Return the positions of a pack that one context rank holds, int64 [P].
 
-    Each sample is cut into 2 * cp_size equal slices, of which rank r holds slices r and 2 * cp_size - 1 - r (zigzag):
-    the order that Megatron's rotary embedding and packed attention expect.
+    Each sample is cut into 2 * cp_size equal slices. Rank r holds slices r and 2 * cp_size - 1 - r (zigzag), the order
+    that Megatron's rotary embedding and packed attention expect.
     """
     if cp_size == 1:
         return np.arange(cu_seqlens[-1], dtype=np.int64)
@@ -168,9 +168,9 @@ def context_positions(cu_seqlens: npt.NDArray[np.int32], cp_size: int, cp_rank: 
 def one_sample(
     tokens: npt.NDArray[np.int64], rows: int, device: torch.device, *, cp_size: int = 1, cp_rank: int = 0
 ) -> MicroBatch:
-    """Return a pack of one sample, of which the first `rows` positions are rows; this context rank's part of it.
+    """Return this context rank's part of a pack with one sample, whose first `rows` positions are rows.
 
-    `tokens`, int64 [pack length + 1]: the tokens of the pack, and what its last position would predict.
+    `tokens`, int64 [pack length + 1]: the tokens of the pack, and the token that its last position would predict.
     """
     pack_length = len(tokens) - 1
     boundaries = np.array([0, pack_length], dtype=np.int32)
@@ -197,7 +197,7 @@ def one_sample(
 
 @dataclass
 class _PackArrays:
-    """Host arrays of one pack over all context ranks; every column is indexed by position."""
+    """Host arrays of one pack over all context ranks. Every column is indexed by position."""
 
     input_ids: npt.NDArray[np.int64]
     position_ids: npt.NDArray[np.int64]
@@ -212,7 +212,7 @@ class _PackArrays:
 
     @classmethod
     def padding(cls, length: int) -> _PackArrays:
-        """Nothing but padding: no position is supervised."""
+        """Padding only: no position is supervised."""
         return cls(
             input_ids=np.full(length, PADDING_ID, dtype=np.int64),
             position_ids=np.zeros(length, dtype=np.int64),
@@ -227,7 +227,7 @@ class _PackArrays:
         )
 
     def write(self, start: int, index: int, rollout: Rollout, tokens: Supervised, weights: RowWeights) -> None:
-        """Put one sample at positions [start, start + length): the token at `start + i` predicts token i + 1."""
+        """Write one sample to positions [start, start + length). The token at `start + i` predicts token i + 1."""
         token_ids = rollout.token_ids
         length = len(token_ids)
         prefix_start = len(rollout.prompt_ids)
@@ -254,7 +254,7 @@ class _HostMicroBatch:
     positions: npt.NDArray[np.int64]
 
     def on(self, device: torch.device | str) -> MicroBatch:
-        """Slice to this context rank, keep the supervised positions as rows, and copy to the device."""
+        """Take this context rank's positions, keep the supervised ones as rows, and copy to the device."""
         arrays = self.arrays
         supervised = (arrays.on | arrays.off)[self.positions]
         at = self.positions[supervised]
@@ -281,7 +281,7 @@ class _HostMicroBatch:
 
 @dataclass(frozen=True)
 class _Step:
-    """All samples of a step, one entry each, and the length of its packs."""
+    """All samples of a step, one entry per sample, and the length of its packs."""
 
     rollouts: Sequence[Rollout]
     tokens: list[Supervised]
@@ -290,7 +290,7 @@ class _Step:
     pack_length: int
 
     def micro_batch(self, samples: list[int], cp_size: int, cp_rank: int) -> _HostMicroBatch:
-        """The pack of `samples`, filled up with one padding sample."""
+        """The pack of `samples`, filled up by one padding sample."""
         sizes = [self.lengths[sample] for sample in samples]
         if (padding := self.pack_length - sum(sizes)) > 0:
             sizes.append(padding)

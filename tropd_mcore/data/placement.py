@@ -1,7 +1,7 @@
-"""Which sample goes into which pack on which data-parallel rank: bin packing, on lengths alone.
+"""Assigns samples to packs and packs to data-parallel ranks: bin packing on lengths alone.
 
-Not for tensors (see `packing`). Invariants: the same lengths give the same answer everywhere; no pack exceeds the
-budget; every rank gets the same number of packs.
+This module has no tensors (see `packing`). Invariants: the same lengths give the same result everywhere. No pack
+exceeds the budget. Every rank gets the same number of packs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 def bin_pack(lengths: list[int], *, budget: int, ranks: int, multiple: int = 1) -> list[list[list[int]]]:
     """Return, for each rank, its packs, each the ascending list of the samples (indices into `lengths`) in it.
 
-    First-fit decreasing finds how many packs of `budget` tokens are needed; the count is rounded up so that every rank
-    gets the same number, a multiple of `multiple` and at least that; then the samples are spread evenly over the packs,
-    because the longest pack of the step decides its cost. Every length must be within the budget.
+    First-fit decreasing finds the number of packs of `budget` tokens that are needed. The number is rounded up, so
+    every rank gets the same number of packs, a multiple of `multiple` and at least `multiple`. Then the samples are
+    spread evenly over the packs, because the longest pack of the step determines its cost. No length may exceed the
+    budget.
     """
     assert not lengths or max(lengths) <= budget, f"sample of {max(lengths)} tokens over the budget {budget}"
     order = sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
@@ -38,7 +39,7 @@ def _first_fit(lengths: list[int], order: list[int], budget: int) -> list[list[i
 
 
 def _spread(lengths: list[int], order: list[int], budget: int, count: int) -> list[list[int]] | None:
-    """Longest sample first into the emptiest of `count` packs; None where that exceeds the budget."""
+    """Put samples, longest first, into the emptiest of `count` packs; None if a pack would exceed the budget."""
     packs: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for sample in order:
@@ -51,7 +52,7 @@ def _spread(lengths: list[int], order: list[int], budget: int, count: int) -> li
 
 
 def _distribute(lengths: list[int], packs: list[list[int]], ranks: int) -> list[list[list[int]]]:
-    """Deal the packs out, heaviest first, to the rank with the least tokens among those that still need packs."""
+    """Give packs, heaviest first, to the rank with the fewest tokens among those that still need packs."""
     each = len(packs) // ranks
     dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
     loads = [0] * ranks

@@ -1,7 +1,7 @@
-"""The lines of `data.prompts`: what each asks, as it stands in the file.
+"""Reads the lines of `data.prompts`.
 
-Not for rendering (`chat`) or for what a run needs of its prompts (`prompts`). Invariant: a record that is returned asks
-for an answer; it does not hold one.
+This module does not render prompts (`chat`) or check the needs of a run (`prompts`). Invariant: a returned record asks
+for an answer; it does not end with one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ KEYS: dict[str, tuple[str, ...]] = {
     "tools": ("functions",),
     "chat_template_kwargs": ("template_kwargs", "chat_kwargs"),
 }
-"""The keys of a line, each with names that other formats give to it."""
+"""The keys of a line, each with the names that other formats use for it."""
 
 ANSWERING_ROLES = frozenset({"assistant", "model", "gpt", "bot", "chatbot", "ai"})
-"""Roles, in lower case, whose turn is an answer."""
+"""Roles, in lower case, whose turns are answers."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_prompt_file(path: Path) -> list[PromptRecord]:
 
 
 def scan_prompt_file(path: Path) -> tuple[list[PromptRecord], list[Problem]]:
-    """Return the good lines, and what is wrong with the others. Raises DataError where the file cannot be read."""
+    """Return the valid lines and the problems of the others. Raises DataError if the file cannot be read."""
     records: list[PromptRecord] = []
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
@@ -68,7 +68,7 @@ def scan_prompt_file(path: Path) -> tuple[list[PromptRecord], list[Problem]]:
 
 
 def _record(value: dict[str, Any], line: int) -> PromptRecord:
-    """Raises DataError, without a place, as everything below."""
+    """The record of one line. Raises DataError without a place, as all functions below."""
     prompt_id, answer = value.get("id"), value.get("answer")
     if not isinstance(prompt_id, str) or not prompt_id:
         raise DataError(f"expected a text `id`, found {prompt_id!r}")
@@ -98,7 +98,7 @@ def _record(value: dict[str, Any], line: int) -> PromptRecord:
 
 
 def _chat(messages: Any) -> list[Message]:
-    """The messages, with a text as the content of each."""
+    """The messages, each with a text as content."""
     if not isinstance(messages, list) or not messages:
         raise DataError(f"expected `messages`, a list with `role` and `content` in each, found {str(messages)[:60]!r}")
     chat = [_message(message, number) for number, message in enumerate(messages, start=1)]
@@ -114,7 +114,7 @@ def _chat(messages: Any) -> list[Message]:
 def _message(message: Any, number: int) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         raise DataError(f"message {number}: expected `role` and `content`, found {str(message)[:60]!r}")
-    # A null says nothing, but a template that looks for the key finds it, and may count what is behind it.
+    # A null has no meaning, but a template that tests for the key would find it, and may use its value.
     message = {key: value for key, value in message.items() if value is not None}
     role, calls = message["role"], bool(message.get("tool_calls"))
     content = message.get("content")

@@ -1,8 +1,9 @@
-"""Prompts and stored teacher responses, read once, checked for all that the run needs of them, and served by step.
+"""Reads prompts and stored teacher responses once, checks everything that the run needs of them, and serves them by
+step.
 
-Not for the lines of the files (`prompt_file`, `responses`) or for guidance (`requests`). Invariants: every problem of
-the files is reported at once, with its line; a prompt that is served has what its step will ask of it; the prompts of a
-step are a pure function of (file, seed, step), so a resumed run needs no cursor.
+The lines of the files are parsed in `prompt_file` and `responses`; guidance is in `requests`. Invariants: all problems
+of the files are reported at once, with their lines. A prompt that is served has everything that its step needs. The
+prompts of a step are a pure function of (file, seed, step), so a resumed run needs no cursor.
 """
 
 from __future__ import annotations
@@ -30,31 +31,31 @@ from tropd_mcore.progress import counted, progress
 from tropd_mcore.types import Prompt
 
 DATE_STRING = "%d %b %Y"
-"""How Llama's templates write the day."""
+"""Date format of Llama's templates."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PromptNeeds:
-    """What a run will ask of every prompt; the defaults ask for nothing but tokens."""
+    """What a run needs of every prompt. By default it needs only tokens."""
 
     responses: bool = False
-    """A stored teacher response (objective.guidance)"""
+    """Whether every prompt needs a stored teacher response (objective.guidance)"""
     answers: str | None = None
-    """Who judges every prompt by its answer, for the message; None = a prompt may have no answer"""
+    """Reason, for the message, why every prompt needs an answer; None = prompts may lack answers"""
     verifier: VerifierConfig | None = None
-    """How answers are judged: one that no response can have is a problem. None = answers are not looked at"""
+    """Settings by which answers are checked: an answer that no response can have is a problem. None = not checked"""
     vocab_size: int | None = None
-    """Ids are below it"""
+    """Ids must be below it; None = not checked"""
     end_ids: Collection[int] | None = None
-    """Ids that end a response; None = those of the renderer's model"""
+    """Ids that end a response; None = the end ids of the renderer's model"""
     limit: int | None = None
-    """Only the first prompts of the file; None = all"""
+    """Number of prompts to take from the start of the file; None = all"""
 
 
 class PromptSet:
-    """All prompts, in the order of each pass."""
+    """All prompts, with their order in each pass."""
 
     def __init__(
         self,
@@ -68,25 +69,25 @@ class PromptSet:
         assert prompts, "a prompt set without prompts"
         self.prompts = prompts
         self.raw_prompts = raw_prompts or {}
-        """What each prompt id stands for, before it was rendered."""
+        """Prompt id -> the prompt before rendering."""
         self.printed_date = printed_date
-        """The day that a prompt prints; None where none does."""
+        """The date that the prompts print; None if they print none."""
         self._shuffle = shuffle
         self._order = lru_cache(maxsize=2)(lambda number: _permutation(len(prompts), seed, number))
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
+        """Length of the longest prompt, in tokens."""
         return max(len(prompt.token_ids) for prompt in self.prompts)
 
     @property
     def longest_response(self) -> int:
-        """Tokens of the longest stored teacher response, without EOS; 0 where there are none."""
+        """Length of the longest stored teacher response, in tokens without EOS; 0 if there are none."""
         responses = (prompt.teacher_response_ids for prompt in self.prompts)
         return max((len(response) for response in responses if response is not None), default=0)
 
     def at_step(self, step: int, count: int) -> list[Prompt]:
-        """Return the `count` prompts of `step` (from 0); passes follow each other without a gap."""
+        """Return the `count` prompts of `step` (from 0). Passes through the file follow each other without a gap."""
         return [self._at(position) for position in range(step * count, (step + 1) * count)]
 
     def _at(self, position: int) -> Prompt:
@@ -95,7 +96,7 @@ class PromptSet:
 
 
 def needs_of(config: Config, *, vocab_size: int, end_ids: Collection[int]) -> PromptNeeds:
-    """Return what training with `config` asks of its prompts; `vocab_size` is the student's."""
+    """Return what training with `config` needs of its prompts. `vocab_size` is the student's."""
     kind = config.objective.kind
     return PromptNeeds(
         responses=config.objective.active_guidance is not None and config.run.replay is None,
@@ -111,10 +112,10 @@ def needs_of(config: Config, *, vocab_size: int, end_ids: Collection[int]) -> Pr
 def load_prompts(
     config: DataConfig, renderer: Renderer, *, seed: int, needs: PromptNeeds | None = None, today: date | None = None
 ) -> PromptSet:
-    """Read and render `data.prompts`, merge `data.teacher_responses` by id, and check what `needs` asks for.
+    """Read and render `data.prompts`, merge `data.teacher_responses` by id, and check `needs`.
 
-    `today`: the day that chat templates print where data.template_date is None; None = the day of the call. Raises
-    DataError with every problem of both files.
+    `today`: the day that chat templates print if data.template_date is None; None = the day of the call. Raises
+    DataError with all problems of both files.
     """
     needs = needs or PromptNeeds()
     records, problems = scan_prompt_file(config.prompts)
@@ -148,14 +149,14 @@ def load_prompts(
 
 
 def _raw_prompt(record: PromptRecord, variables: Mapping[str, Any], day: date) -> RawPrompt:
-    """The variables of the line go before those of the configuration."""
+    """The prompt of a line. Template variables of the line override those of the configuration."""
     if isinstance(record.prompt, str):
         return record.prompt
     return Chat(record.prompt, record.tools, {**variables, **record.template_kwargs}, day)
 
 
 def _variables(config: DataConfig, renderer: Renderer, has_chats: bool) -> dict[str, Any]:
-    """What every chat gets besides its messages. Raises DataError where the template does not read it."""
+    """The template variables of every chat. Raises DataError if the template does not read one of them."""
     if not has_chats and not config.chat_template_kwargs:
         return {}
     read = renderer.template.variables() | renderer.template.variables(with_tools=True)
@@ -176,7 +177,7 @@ def _responses(config: DataConfig, renderer: Renderer, needs: PromptNeeds) -> Re
 
 
 def _problems(prompt: Prompt, config: DataConfig, needs: PromptNeeds, *, missing: bool) -> Iterator[str]:
-    """What is wrong with a prompt for a run with these needs; `missing`: its response is not in the file."""
+    """The problems of a prompt for a run with these needs. `missing`: its response is not in the file."""
     length, limit = len(prompt.token_ids), config.max_prompt_tokens
     if length > limit:
         yield f"has {length} tokens but data.max_prompt_tokens is {limit}"
@@ -203,7 +204,7 @@ def _foreign(prompts: list[Prompt], responses: Responses, config: DataConfig) ->
 
 
 def _answer_problems(records: list[PromptRecord], path: Path, verifier: VerifierConfig | None) -> Iterator[Problem]:
-    """Answers that no response can have. Some milliseconds for each that differs, if mathematics."""
+    """Problems of answers that no response can have. Mathematics costs some milliseconds per distinct answer."""
     if verifier is None or verifier.kind == "none":
         return
     judged = [(record, record.answer) for record in records if record.answer is not None]
@@ -218,7 +219,8 @@ def _answer_problems(records: list[PromptRecord], path: Path, verifier: Verifier
 
 
 def _check_date(config: DataConfig, renderer: Renderer, raw_prompts: Collection[RawPrompt], day: date) -> date | None:
-    """Return the day that the prompts print, None where they print none. Raises DataError where one is set in vain."""
+    """Return the day that the prompts print, None if they print none. Raises DataError if a set day is never
+    printed."""
     chats = [chat for chat in raw_prompts if isinstance(chat, Chat)]
     if any(renderer.template.prints_date(chat) for chat in chats):
         if config.template_date is None:
@@ -239,5 +241,5 @@ def _check_date(config: DataConfig, renderer: Renderer, raw_prompts: Collection[
 
 
 def _permutation(count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
-    """The order of pass `number`."""
+    """The order of the prompts in pass `number`."""
     return np.random.Generator(np.random.Philox(key=[seed, number])).permutation(count)

@@ -1,7 +1,7 @@
-"""Stored teacher responses (`data.teacher_responses`), which become the prefixes of guidance.
+"""Reads stored teacher responses (`data.teacher_responses`), from which guidance takes its prefixes.
 
-Not for sampling them (`rollout.prefixes`). Invariant: a response that is returned has tokens, all of them before the
-first token that ends a response.
+This module does not sample them (`rollout.prefixes`). Invariant: a returned response has at least one token and no
+token that ends a response.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ KEYS: dict[str, tuple[str, ...]] = {
     "response_ids": ("ids", "token_ids", "output_ids", "response", "tokens"),
     "finished": ("done", "finish_reason"),
 }
-"""The keys of a line, each with names that other formats give to it."""
+"""The keys of a line, each with the names that other formats use for it."""
 
 
 @dataclass(frozen=True)
 class Responses:
-    """The good lines of a file, and what is wrong with the others."""
+    """The valid lines of a file, and the problems of the others."""
 
     by_prompt: dict[str, IntArray]
-    """Without the end token at their end"""
+    """Prompt id -> response, without end tokens at its end"""
     problems: list[Problem]
     bad_ids: frozenset[str]
-    """Prompts whose response is among the problems"""
+    """Ids of prompts whose response has a problem"""
 
 
 def read_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | None = None) -> dict[str, IntArray]:
     """Return {prompt id: teacher response without the end tokens at its end, int32}.
 
-    Raises DataError with every problem: ids outside [0, vocab_size) if that is given, an end token in the middle, a
-    response without tokens, unknown keys, a prompt that has two.
+    Raises DataError with all problems: ids outside [0, vocab_size) if that is given, an end token in the middle, a
+    response without tokens, unknown keys, two responses to one prompt.
     """
     found = scan_responses(path, eos_ids, vocab_size=vocab_size)
     raise_problems(found.problems)
@@ -48,7 +48,7 @@ def read_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | No
 
 
 def scan_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | None) -> Responses:
-    """`read_responses` that keeps the problems. Raises DataError where the file cannot be read."""
+    """Like `read_responses`, but returns the problems. Raises DataError only if the file cannot be read."""
     by_prompt: dict[str, IntArray] = {}
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
@@ -71,7 +71,7 @@ def scan_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | No
 
 
 def _response(value: dict[str, Any], eos_ids: Collection[int], vocab_size: int | None) -> IntArray:
-    """Raises DataError without a place."""
+    """The response of one line. Raises DataError without a place."""
     prompt_id, ids, finished = value["id"], value.get("response_ids"), value.get("finished", True)
     if not isinstance(ids, list) or not all(type(index) is int for index in ids):
         raise DataError(f"expected `response_ids`, a list of token ids, found {str(ids)[:60]!r}")

@@ -1,9 +1,9 @@
-"""Which tokens of a rollout are supervised, and which of the samples that share a prefix carries its loss.
+"""Decides which tokens of a rollout are supervised, and which of the samples that share a prefix carries its loss.
 
-Not for which rows the teacher scored (`TeacherScores.scored_T`). Invariants: only tokens that student or teacher
-produced are supervised, never the prompt's; a prefix is supervised where the objective has a term for it, and then in
-one sample of its group. A group is a run of samples that share a prompt and a prefix; a prompt that a step has twice
-keeps one carrier for each time it was sampled.
+Which rows the teacher scored is in `TeacherScores.scored_T`. Invariants: only tokens of the student or the teacher are
+supervised, never the prompt's. A prefix is supervised only if the objective has a term for it, and then in one sample
+of its group, the carrier. A group is a run of samples that share a prompt and a prefix. If a step has the same prompt
+twice, there is one carrier for each time it was sampled.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class IgnoredTokens:
     """Token ids that are left out of the loss."""
 
     always: frozenset[int] = frozenset()
-    """Wherever they stand."""
+    """At every position."""
     first: frozenset[int] = frozenset()
-    """Where they stand for the first time in a response."""
+    """At their first position in a response."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Supervised:
     """The supervised tokens of one rollout."""
 
     response: Mask
-    """one entry a token of `response_ids`"""
+    """one entry per token of `response_ids`"""
     prefix: Mask
-    """one entry a token of `prefix_ids`; False throughout unless the sample carries the prefix loss"""
+    """one entry per token of `prefix_ids`; all False unless the sample carries the prefix loss"""
 
 
 def ignored_tokens(loss: LossConfig, token_id: Callable[[str], int | None]) -> IgnoredTokens:
-    """Return the ids of loss.ignore_tokens and loss.ignore_first_of; `token_id` knows the vocabulary.
+    """Return the ids of loss.ignore_tokens and loss.ignore_first_of. `token_id` maps a text to its id.
 
-    Raises ConfigError naming every text that is not one token.
+    Raises ConfigError with every text that is not one token.
     """
     found: dict[str, frozenset[int]] = {}
     problems: list[str] = []
@@ -64,7 +64,7 @@ def ignored_tokens(loss: LossConfig, token_id: Callable[[str], int | None]) -> I
 
 
 def supervised(rollout: Rollout, ignored: IgnoredTokens) -> Supervised:
-    """Return the tokens of `rollout` that take part in the loss."""
+    """Return the tokens of `rollout` that have a loss."""
     response = ~_among(rollout.response_ids, ignored.always)
     for index in ignored.first:
         response[np.flatnonzero(rollout.response_ids == index)[:1]] = False
@@ -73,10 +73,11 @@ def supervised(rollout: Rollout, ignored: IgnoredTokens) -> Supervised:
 
 
 def with_carriers(rollouts: Sequence[Rollout], *, prefix_loss: bool) -> list[Rollout]:
-    """Return the rollouts with the carriers that the objective asks for, wherever they were sampled.
+    """Return the rollouts with the carriers that the objective needs, wherever the rollouts were sampled.
 
-    Without a `prefix_loss` there are none. With one, a group keeps the carriers it was stored with, so that scores on
-    disk still belong to it, and one that was sampled for an objective without a prefix loss gets its first sample.
+    Without a `prefix_loss` there are no carriers. With it, a group keeps its stored carriers, so scores on disk still
+    belong to it. In a group that was sampled for an objective without a prefix loss, the first sample becomes the
+    carrier.
     """
     if not prefix_loss:
         return _carried_by(rollouts, set())
@@ -86,10 +87,11 @@ def with_carriers(rollouts: Sequence[Rollout], *, prefix_loss: bool) -> list[Rol
 
 
 def hand_over(rollouts: Sequence[Rollout], lost: Collection[int]) -> list[Rollout] | None:
-    """Return the rollouts with each prefix loss in a sample that is not `lost`; None where none can or has to move.
+    """Return the rollouts with each prefix loss moved to a sample that is not `lost`; None if nothing moves.
 
-    `lost` are the indices of samples without teacher scores. The first sample of the group that has scores and carries
-    nothing takes over; where there is none, the carrier stays, and its rows leave the loss with the teacher's failure.
+    `lost` are the indices of samples without teacher scores. The first sample of the group that has scores and is no
+    carrier takes over. If there is none, the carrier stays, and its rows have no loss because the teacher failed on
+    them.
     """
     before = _carriers(rollouts)
     after = set(before)
@@ -102,7 +104,7 @@ def hand_over(rollouts: Sequence[Rollout], lost: Collection[int]) -> list[Rollou
 
 
 def _groups(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """The indices of each run of samples that share a prompt and a prefix; samples without a prefix are in none."""
+    """The indices of each run of samples that share a prompt and a prefix. Samples without a prefix are in no group."""
 
     def shared(index: int) -> tuple[str, bytes]:
         return rollouts[index].prompt_id, rollouts[index].prefix_ids.tobytes()

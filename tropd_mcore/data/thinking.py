@@ -1,7 +1,7 @@
-"""In which part of a response an answer may stand: not in a thinking block, and nowhere where the response is no whole.
+"""Finds the part of a response that may hold the answer: outside thinking blocks, and only in finished responses.
 
-Not for whether the answer is right (`verify`). Invariant: what is returned is outside of every thinking block that was
-closed; of a response that is unfinished, something is returned only where verifier.unfinished says so.
+This module does not check the answer (`verify`). Invariant: the returned text is outside every closed thinking block.
+For an unfinished response, text is returned only if verifier.unfinished allows it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from tropd_mcore.types import IntArray, Rollout
 
 
 def answer_part(verifier: VerifierConfig, response: str, *, finished: bool, opened: bool) -> str | None:
-    """Return the text of `response` in which its answer is looked for; None where it has no answer.
+    """Return the text of `response` in which the answer is searched; None if the response counts as without an answer.
 
-    `finished`: it ended by itself, not at its token budget. `opened`: the prompt had opened a thinking block.
+    `finished`: the response ended by itself, not at its token budget. `opened`: the prompt opened a thinking block.
     """
     said, is_open = response, False
     if verifier.thinking is not None:
@@ -26,9 +26,10 @@ def answer_part(verifier: VerifierConfig, response: str, *, finished: bool, open
 
 
 def outside_of_blocks(text: str, opening: str, closing: str, *, opened: bool) -> tuple[str, bool]:
-    """Return `text` without its closed blocks, and whether a block is open at its end (what is in it is returned).
+    """Return `text` without its closed blocks, and whether a block is open at its end (its content is returned too).
 
-    A closing without an opening closes a block that began before the text. An opening inside a block is text.
+    A closing mark without an opening one closes a block that began before the text. An opening mark inside a block is
+    plain text.
     """
     said: list[str] = []
     rest, inside = text, opened
@@ -45,9 +46,10 @@ def outside_of_blocks(text: str, opening: str, closing: str, *, opened: bool) ->
 
 
 def read_answer(verifier: VerifierConfig, renderer: Renderer, rollout: Rollout) -> str | None:
-    """`answer_part` of a rollout's tokens; a teacher's prefix is a part of the response, the prompt's end is looked at.
+    """`answer_part` of a rollout's tokens. The teacher's prefix is part of the response. The end of the prompt tells
+    whether a block is open.
 
-    A response that rollout.truncate has cut was cut by its token budget like any other.
+    A response that rollout.truncate has cut counts as cut by its token budget.
     """
     ids = np.concatenate([rollout.prefix_ids, rollout.response_ids])
     return read_answer_ids(verifier, renderer, rollout.prompt_ids, ids, finished=rollout.finish_reason == "stop")

@@ -1,9 +1,9 @@
-"""A tokenizer folder as the whole project reads it: its ids are those that the folder's tokenizer.json says.
+"""Reads the tokenizer of a folder, so that its ids are those of the folder's tokenizer.json.
 
-Not for chats or prompts (`chat`), for what ends a response (`end_tokens`) or for comparing two models
-(`teacher.vocabulary`). Invariant: every part of the project reads a tokenizer through this file. transformers rebuilds
-some tokenizers from the class that tokenizer_config.json names, and loses parts of tokenizer.json; what comes from here
-has the ids of the file, which `tokenizer_gate` proves at the start of every command.
+Chats and prompts are in `chat`, end tokens in `end_tokens`, the comparison of two models in `teacher.vocabulary`.
+Invariant: every part of the project reads tokenizers through this module. transformers rebuilds some tokenizers from
+the class that tokenizer_config.json names, and then loses parts of tokenizer.json. The tokenizers returned here have
+the ids of the file, which `tokenizer_gate` checks at the start of every command.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 READABLE_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-"""A folder with a tokenizer has at least one of them."""
+"""A folder with a tokenizer has at least one of these files."""
 
 PROBE = (
     "What is 2 + 3?\nAnswer in one line.",
@@ -48,16 +48,17 @@ emoji, spaces that are not ASCII, and text that looks like special tokens."""
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """One folder's tokenizer, and how it was read."""
+    """The tokenizer of a folder, and how it was read."""
 
     tokenizer: Any
-    """transformers' tokenizer; its ids are those of `file`"""
+    """transformers' tokenizer, with the ids of `file`"""
     file: Tokenizer | None
-    """tokenizer.json as the `tokenizers` library reads it, without truncation and padding; None = there is none"""
+    """tokenizer.json as read by the `tokenizers` library, without truncation and padding; None = there is no such
+    file"""
     correction: str | None = None
-    """What transformers would have read otherwise, one sentence; None where it read the file as it is"""
+    """One sentence on what transformers would have read differently; None if it read the file correctly"""
     further: frozenset[str] = frozenset()
-    """Tokens that the other files of the folder name and tokenizer.json lacks; they come after those of the file"""
+    """Tokens that other files of the folder name and tokenizer.json lacks. Their ids follow those of the file"""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -66,10 +67,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def read_tokenizer(folder: Path) -> LoadedTokenizer:
-    """Read the tokenizer of `folder`; where transformers makes other ids than tokenizer.json says, the file wins.
+    """Read the tokenizer of `folder`. If transformers makes other ids than tokenizer.json says, the file is used.
 
-    Raises DataError where there is no tokenizer or the installed libraries cannot read it. A folder is read once per
-    process, again where one of its files has changed (2 s for 150 000 tokens, 4 s where something is corrected).
+    Raises DataError if there is no tokenizer or the installed libraries cannot read it. A folder is read once per
+    process, and again if one of its files has changed. Cost: 2 s for 150 000 tokens, 4 s if something is corrected.
     """
     for name in READABLE_FILES:
         _check_file(folder / name)
@@ -85,7 +86,7 @@ def read_tokenizer(folder: Path) -> LoadedTokenizer:
 
 @lru_cache(maxsize=4)
 def _read(folder: Path, state: tuple[tuple[str, int, int, int], ...]) -> LoadedTokenizer:
-    """What `read_tokenizer` returns of a folder whose files are in `state`."""
+    """The result of `read_tokenizer` for a folder whose files are in `state`."""
     file = read_tokenizer_file(folder)
     tokenizer = _auto_tokenizer(folder)
     if file is None or first_difference(tokenizer, file) is None:
@@ -106,9 +107,9 @@ def _read(folder: Path, state: tuple[tuple[str, int, int, int], ...]) -> LoadedT
 
 
 def read_tokenizer_file(folder: Path) -> Tokenizer | None:
-    """Return tokenizer.json of `folder` as the `tokenizers` library alone reads it; None where there is none.
+    """Return tokenizer.json of `folder` as read by the `tokenizers` library alone; None if there is no such file.
 
-    Raises DataError for a Git LFS pointer, a damaged file, and one that the installed release cannot read.
+    Raises DataError for a Git LFS pointer, a damaged file, and a file that the installed release cannot read.
     """
     for name in READABLE_FILES:
         _check_file(folder / name)
@@ -119,7 +120,7 @@ def read_tokenizer_file(folder: Path) -> Tokenizer | None:
 
     try:
         file = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for parts that it does not know
+    except Exception as error:  # the library raises plain Exception for unknown parts
         _read_json(path)
         raise DataError(
             f"{path}: the installed tokenizers {tokenizers.__version__} cannot read this file ({first_line(error)}); "
@@ -131,9 +132,9 @@ def read_tokenizer_file(folder: Path) -> Tokenizer | None:
 
 
 def first_difference(tokenizer: Any, file: Tokenizer, further: Collection[str] = ()) -> str | None:
-    """Return the first thing that `tokenizer` says otherwise than `file`, as text; None where they agree.
+    """Return the first difference between `tokenizer` and `file`, as text; None if they agree.
 
-    `further` tokens may be there beside those of the file.
+    The tokenizer may also have the `further` tokens.
     """
     expected, found = file.get_vocab(), tokenizer.get_vocab()
     for token in sorted(expected.keys() - found.keys(), key=expected.__getitem__):
@@ -151,9 +152,10 @@ def first_difference(tokenizer: Any, file: Tokenizer, further: Collection[str] =
 
 
 def write_for_server(loaded: LoadedTokenizer, folder: Path, into: Path) -> Path | None:
-    """Write tokenizer files to `into` that a server reads as we do; None where it reads those of `folder` so anyway.
+    """Write tokenizer files to `into` from which a server reads the same ids; None if `folder` serves as it is.
 
-    They are those of `folder`, with a tokenizer_config.json that names the class that keeps tokenizer.json as it is.
+    They are the files of `folder`, with a tokenizer_config.json that names the class that keeps tokenizer.json as it
+    is.
     """
     if loaded.correction is None:
         return None
@@ -171,7 +173,7 @@ def write_for_server(loaded: LoadedTokenizer, folder: Path, into: Path) -> Path 
 
 
 def probe_texts(file: Tokenizer) -> list[str]:
-    """Return PROBE and, one text each, the names of added tokens of `file` between words, spaces and line breaks."""
+    """Return PROBE and one text per added token of `file`, with its name between words, spaces and line breaks."""
     added = [token.content for _, token in sorted(file.get_added_tokens_decoder().items())]
     return [*PROBE, *(f"a{token}b {token} c\n{token}\n d" for token in added)]
 
@@ -181,11 +183,11 @@ def _auto_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many types for what a folder can hold; each means that it cannot be read
+    except Exception as error:  # of many types; each means that the folder cannot be read
         remedy = (
             ""
             if (folder / "tokenizer.json").is_file()
-            else "; save a tokenizer.json where transformers can read the folder"
+            else "; save a tokenizer.json in an environment whose transformers can read the folder"
         )
         raise DataError(
             f"{folder}: expected a tokenizer there (tokenizer.json); transformers says: {first_line(error)}{remedy}"
@@ -193,7 +195,7 @@ def _auto_tokenizer(folder: Path) -> Any:
 
 
 def _tokenizer_of_file(folder: Path) -> Any:
-    """transformers' general tokenizer over tokenizer.json, with special tokens and template of the folder."""
+    """transformers' general tokenizer for tokenizer.json, with the special tokens and template of the folder."""
     from transformers import PreTrainedTokenizerFast
 
     try:
@@ -203,7 +205,7 @@ def _tokenizer_of_file(folder: Path) -> Any:
 
 
 def _check_file(path: Path) -> None:
-    """Raise DataError where `path` is there and is no file of its kind, or settings that are no JSON."""
+    """Raise DataError if `path` exists and is not a file of its kind, or is a settings file without valid JSON."""
     if not os.path.lexists(path):
         return
     if (found := in_the_way(path)) is not None:
@@ -213,7 +215,7 @@ def _check_file(path: Path) -> None:
 
 
 def _read_json(path: Path) -> None:
-    """Raise DataError where `path` is no JSON."""
+    """Raise DataError if `path` is not valid JSON."""
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -221,13 +223,13 @@ def _read_json(path: Path) -> None:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of `text` as it is, without special tokens around it."""
+    """Return the ids of `text` itself, without special tokens around it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def decode(tokenizer: Any, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-    """Return the text of `ids` as the tokenizer's own decoder makes it, spaces before punctuation included."""
+    """Return the text of `ids` from the tokenizer's own decoder, including spaces before punctuation."""
     text: str = tokenizer.decode(
         [int(index) for index in ids], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
@@ -237,13 +239,13 @@ def decode(tokenizer: Any, ids: Iterable[int], *, skip_special_tokens: bool = Fa
 def own_end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids at which the model of `folder` ends a response, ascending.
 
-    Those of generation_config.json, of config.json, and the tokenizer's own. Raises DataError where one is no id.
+    The ids come from generation_config.json, config.json and the tokenizer. Raises DataError if one is no valid id.
     """
     return tuple(sorted({index for _, index in end_id_sources(folder, tokenizer)}))
 
 
 def end_id_sources(folder: Path, tokenizer: Any) -> list[tuple[str, int]]:
-    """Return (where it is named, id) of every end of a response that the files of `folder` name. Raises DataError."""
+    """Return (source, id) of every end token that the files of `folder` name. Raises DataError."""
     found = [("tokenizer", tokenizer.eos_token_id)] if tokenizer.eos_token_id is not None else []
     for name in ("generation_config.json", "config.json"):
         path = folder / name

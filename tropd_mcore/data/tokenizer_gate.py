@@ -1,8 +1,8 @@
-"""Does a tokenizer do what its folder says? Asked of every tokenizer of a run before anything is made with it.
+"""Checks that every tokenizer of a run agrees with the files of its folder, before it is used.
 
-Not for reading tokenizers (`tokenizer`) or for comparing vocabularies (`teacher.vocabulary`). Invariant: a tokenizer
-that passes turns the probe text into the ids of an independent reading of its file, and these ids back into the text,
-after no change but the one that the file itself prescribes (its normalizer).
+Tokenizers are read in `tokenizer`; vocabularies are compared in `teacher.vocabulary`. Invariant: a tokenizer that
+passes turns the probe text into the ids that an independent reading of its file gives, and these ids back into the
+text. The only change allowed is the one that the file itself prescribes (its normalizer).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 METASPACE = "\u2581"
-"""Stands for a space in tokenizers that were made by sentencepiece."""
+"""Stands for a space in tokenizers made by sentencepiece."""
 
 
 def check_tokenizer(folder: Path, *, key: str) -> LoadedTokenizer:
-    """Return the tokenizer of `folder`, which configuration key `key` names, once it has passed.
+    """Return the tokenizer of `folder` if it passes. `key` is the configuration key that names the folder.
 
-    Says in the log what had to be corrected, what the tokenizer has no tokens for, and what could not be checked.
-    Raises GateError with the first difference, DataError where the folder cannot be read.
+    Logs what had to be corrected, which texts the tokenizer has no tokens for, and what could not be checked. Raises
+    GateError with the first difference, DataError if the folder cannot be read.
     """
     loaded = read_tokenizer(folder)
     if loaded.correction is not None:
         log.warning("%s: %s", key, loaded.correction)
     if loaded.file is None:
-        log.warning("%s=%s: no tokenizer.json, so that the ids are compared with nothing; save one", key, folder)
+        log.warning("%s=%s: no tokenizer.json, so the ids cannot be compared; save one", key, folder)
         difference = _first_text_lost_without_file(loaded.tokenizer, key)
     else:
         _say_further(loaded, key)
@@ -54,14 +54,14 @@ def check_tokenizer(folder: Path, *, key: str) -> LoadedTokenizer:
         )
     if difference is not None:
         raise GateError(
-            f"gates.tokenizer: {key}={folder}: the tokenizer is not the one of its files: {difference}; mend "
-            "tokenizer_config.json or fetch the folder again. gates.tokenizer=false leaves the check out"
+            f"gates.tokenizer: {key}={folder}: the tokenizer does not agree with its files: {difference}; fix "
+            "tokenizer_config.json or fetch the folder again. gates.tokenizer=false skips the check"
         )
     return loaded
 
 
 def check_server_tokenizer(key: str, url: str, loaded: LoadedTokenizer, found: Sequence[Sequence[int]]) -> None:
-    """Compare the ids that the server of section `key` at `url` makes of `server_probe` with ours. Raises GateError."""
+    """Compare `found`, the ids of `server_probe` from the server of section `key`, with `loaded`. Raises GateError."""
     for text, theirs in zip(server_probe(loaded), found, strict=True):
         ours = encode(loaded.tokenizer, text)
         if list(theirs) == ours:
@@ -72,20 +72,20 @@ def check_server_tokenizer(key: str, url: str, loaded: LoadedTokenizer, found: S
             f"gates.tokenizer: {key}: the server at {url} has another tokenizer: it turns {text!r} into {len(theirs)} "
             f"ids, tokenizer.json into {len(ours)}; the first difference is {where}. Start it with --tokenizer-path of "
             "a folder whose tokenizer_class is PreTrainedTokenizerFast, or set gates.tokenizer=false: prompts are sent "
-            "as ids, so that only other users of the server are harmed"
+            "as ids, so only other users of the server are affected"
         )
 
 
 def server_probe(loaded: LoadedTokenizer) -> list[str]:
-    """Return the texts that a server is asked to turn into ids."""
+    """Return the texts that a server must turn into ids for the comparison."""
     return list(PROBE) if loaded.file is None else probe_texts(loaded.file)
 
 
 def expected_text(file: Tokenizer, text: str) -> str:
-    """Return what decoding the ids of `text` has to give: the text as the file's own normalizer leaves it.
+    """Return the text that decoding the ids of `text` must give: the output of the file's own normalizer.
 
-    A tokenizer of the sentencepiece kind writes a space before the text and takes one away when it decodes. Where a
-    pre-tokenizer does that, it writes none before a text that begins with one, and so loses it.
+    A sentencepiece tokenizer adds a space before the text and removes one when it decodes. If a pre-tokenizer does
+    this, it adds none before a text that begins with a space, so that space is lost.
     """
     if file.normalizer is not None:
         text = _without_metaspace(file.normalizer.normalize_str(text), text, file.normalizer.normalize_str("a"))
@@ -104,7 +104,7 @@ def _without_metaspace(normalized: str, text: str, normalized_letter: str) -> st
 
 
 def _first_other_id(folder: Path, tokenizer: Any) -> str | None:
-    """The first token to which tokenizer_config.json gives another id than the tokenizer, as text."""
+    """The first token with different ids in tokenizer_config.json and the tokenizer, as text; else None."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -128,9 +128,10 @@ def _say_further(loaded: LoadedTokenizer, key: str) -> None:
 
 
 def _first_text_lost(loaded: LoadedTokenizer, key: str) -> str | None:
-    """The first probe text that does not come back, as text; what is unknown to the tokenizer is said and passes.
+    """The first probe text that decoding does not restore, as text; else None.
 
-    Texts with the name of an added token are left out: spaces beside those are the tokenizer's own affair.
+    Texts with unknown tokens pass with a warning. Texts with the name of an added token are left out, because the
+    tokenizer may treat spaces beside it as it likes.
     """
     assert loaded.file is not None
     unknown = loaded.tokenizer.unk_token_id

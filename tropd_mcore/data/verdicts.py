@@ -1,6 +1,6 @@
-"""What the verifier says of the rollouts of a step: for the metrics, and for objectives that learn from it.
+"""The verifier's verdicts on the rollouts of a step, for metrics and for objectives that learn from them.
 
-Not for how an answer is judged (`data.verify`).
+The check of a single answer is in `data.verify`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from tropd_mcore.types import Rollout
 log = logging.getLogger(__name__)
 
 Verdict = bool | None
-"""Whether prefix and response together end in the prompt's answer; None where nothing is judged."""
+"""Whether prefix and response together end in the prompt's answer; None if the sample is not judged."""
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the verifier says of the rollouts of a step; empty where it was not asked."""
+    """The verdicts on the rollouts of a step; empty if the verifier did not run."""
 
     right: list[Verdict] = field(default_factory=list)
-    """One for each rollout"""
+    """One verdict per rollout"""
     unfinished: float | None = None
-    """Share of the judged rollouts that had no answer because they were cut or still thinking; None where none was
+    """Share of the judged rollouts without an answer, because they were cut or still thinking; None if none was
     judged"""
 
 
 def verify_rollouts(rollouts: Sequence[Rollout], renderer: Renderer, config: Config) -> Verdicts:
-    """Return one verdict for each rollout; host work only.
+    """Return one verdict per rollout. Host work only.
 
-    Raises DataError where the objective learns from verdicts and a prompt has no answer.
+    Raises DataError if the objective learns from verdicts and a prompt has no answer.
     """
     if config.verifier.kind == "none":
         return Verdicts([None] * len(rollouts))
@@ -60,7 +60,7 @@ def verify_rollouts(rollouts: Sequence[Rollout], renderer: Renderer, config: Con
 
 
 def check_answers(rollouts: Sequence[Rollout], config: Config) -> None:
-    """Raise DataError naming the first prompt without an answer: rollouts of another run may have such."""
+    """Raise DataError with the first prompt without an answer, which rollouts of another run may have."""
     missing = sorted({rollout.prompt_id for rollout in rollouts if rollout.answer is None})
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -71,11 +71,11 @@ def check_answers(rollouts: Sequence[Rollout], config: Config) -> None:
 
 
 def accuracy(verdicts: Sequence[Verdict]) -> float | None:
-    """Return the fraction of right ones among those that were judged; None where none was."""
+    """Return the fraction of correct answers among the judged samples; None if none was judged."""
     judged = [verdict for verdict in verdicts if verdict is not None]
     return sum(judged) / len(judged) if judged else None
 
 
 def rewards(verdicts: Sequence[Verdict]) -> np.ndarray:
-    """Return 1, 0, or NaN where nothing was judged, float64 [S]."""
+    """Return 1 (correct), 0 (wrong) or NaN (not judged) per sample, float64 [S]."""
     return np.array([float("nan") if verdict is None else float(verdict) for verdict in verdicts], dtype=np.float64)

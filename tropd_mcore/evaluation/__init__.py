@@ -1,1 +1,1 @@
-"""How good is a model on prompts with checkable answers, and what became of a run."""
+"""Evaluates a model on prompts with checkable answers, and writes the HTML report of a run."""

@@ -1,7 +1,7 @@
-"""Axes of charts: where the ticks stand, what they are called, and where a value is between the two ends.
+"""Axes of charts: positions and texts of the ticks, and the position of a value between the two ends.
 
-Not for drawing (see `charts`). Invariants: two ticks never have the same text, because a text has the decimals that
-the distance of the ticks needs; an axis never leaves the range that its quantity can have (a share: 0 % to 100 %).
+This module does not draw (see `charts`). Invariants: two ticks never have the same text, because the number of decimals
+follows from the tick spacing. An axis never leaves the possible range of its quantity (a share: 0 % to 100 %).
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from decimal import Decimal
 from typing import Literal
 
 Form = Literal["number", "share"]
-"""How values are written: as numbers, or as percentages of 1."""
+"""Whether values are written as numbers or as percentages of 1."""
 
 TARGET_TICKS = 5
 OVERSHOOT = 0.1
-"""Part of a tick's spacing that values may lie outside the outermost ticks."""
+"""Fraction of the tick spacing by which values may exceed the outermost ticks."""
 MOST_DECADES = 7
-"""Ticks of a logarithmic axis; above this number, only every second, third ... power of ten has one."""
+"""Largest number of ticks on a logarithmic axis. Above it, only every second, third ... power of ten has a tick."""
 LAST_APART = 0.6
-"""Part of a tick's spacing that the last step is behind the tick before it to have one too."""
+"""The last step gets a tick if it is farther than this fraction of the tick spacing from the tick before."""
 FLAT_MARGIN = 0.1
-"""Part of a value that the axis shows around it where all values are the same."""
+"""If all values are the same, the axis extends by this fraction of the value on both sides."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How the values of a chart are shown, and which values the quantity can have."""
+    """How a chart shows its values, and the possible range of the quantity."""
 
     form: Form = "number"
     logarithmic: bool = False
     low: float | None = None
-    """Least value that the quantity can have; None = there is none"""
+    """Smallest possible value; None = no limit"""
     high: float | None = None
-    """Largest value that it can have"""
+    """Largest possible value; None = no limit"""
 
 
 SHARE = Scale("share", low=0.0, high=1.0)
@@ -57,7 +57,7 @@ class Axis:
 
     @staticmethod
     def over(values: Sequence[float], scale: Scale) -> Axis:
-        """Return the axis of `values`, which are finite, and positive where the scale is logarithmic."""
+        """Return the axis of `values`. They must be finite, and positive if the scale is logarithmic."""
         low, high = min(values), max(values)
         if scale.logarithmic:
             ticks = _decades(low, high)
@@ -70,13 +70,13 @@ class Axis:
         return Axis(min(low, ticks[0]), max(high, ticks[-1]), tuple(ticks), scale)
 
     def place(self, value: float) -> float:
-        """Return 0 at the low end, 1 at the high end."""
+        """Return the position of `value`: 0 at the low end, 1 at the high end."""
         if self.scale.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def text(self, tick: float) -> str:
-        """Return what is written at a tick."""
+        """Return the text at a tick."""
         if self.scale.logarithmic:
             return f"{tick:g}"
         return tick_text(tick, self.ticks[1] - self.ticks[0], self.scale.form)
@@ -103,7 +103,7 @@ def even_ticks(low: float, high: float, target: int = TARGET_TICKS) -> list[floa
 
 
 def step_ticks(first: int, last: int) -> list[int]:
-    """Return whole numbers inside [first, last] for the axis of the steps, the last step where there is room."""
+    """Return integer ticks in [first, last] for the axis of steps. The last step is a tick if there is room."""
     if first == last:
         return [first]
     ticks = sorted({round(tick) for tick in even_ticks(first, last) if first <= tick <= last and tick == round(tick)})
@@ -114,7 +114,7 @@ def step_ticks(first: int, last: int) -> list[int]:
 
 
 def format_value(value: float, form: Form = "number") -> str:
-    """Return a number with three significant digits (a whole one as it is), or a share as a percentage."""
+    """Return a number with three significant digits (integers in full), or a share as a percentage."""
     if form == "share":
         return _percent(value)
     if value == round(value) and abs(value) < 1e5:
@@ -126,7 +126,7 @@ def format_value(value: float, form: Form = "number") -> str:
 
 
 def _percent(value: float) -> str:
-    """One decimal, more where the value would be shown as 0 % or 100 % without being that."""
+    """A percentage with one decimal, or more if it would otherwise show a wrong 0 % or 100 %."""
     for decimals in (1, 2, 3):
         text = f"{100 * value:.{decimals}f}%"
         if float(text[:-1]) not in (0.0, 100.0) or value in (0.0, 1.0):
@@ -135,7 +135,7 @@ def _percent(value: float) -> str:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten around [low, high], at least two."""
+    """At least two powers of ten that enclose [low, high]."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     last = max(last, first + 1)
     every = math.ceil((last - first) / MOST_DECADES)
@@ -144,7 +144,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _around(value: float, scale: Scale) -> tuple[float, float]:
-    """The ends of an axis that shows one value and nothing that cannot be."""
+    """The ends of an axis for a single value, within the possible range."""
     if scale.low is not None and scale.high is not None:
         return scale.low, scale.high
     if value == 0:
@@ -158,7 +158,7 @@ def _possible(tick: float, scale: Scale) -> bool:
 
 
 def _scientific(tick: float, step: Decimal) -> str:
-    """A power of ten with the digits that tell two neighbours apart."""
+    """Scientific notation with enough digits to tell neighbouring ticks apart."""
     if tick == 0:
         return "0"
     digits = math.floor(math.log10(abs(tick))) - step.adjusted() + len(step.normalize().as_tuple().digits) - 1

@@ -1,6 +1,7 @@
-"""The charts of the report: which metrics are drawn together, and in words how to read them.
+"""The charts of the report: which metrics each one shows, and how to read it.
 
-Not for drawing (see `charts`, `curves_view`). Invariant: every line names a metric of `monitor.catalogue` or a phase.
+This module does not draw (see `charts`, `curves_view`). Invariant: every line names a metric of `monitor.catalogue` or
+a phase.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ class Line:
     complement: bool = False
     """Show 1 - value."""
     only_other: bool = False
-    """Leave the line out where it is the same as the one before it."""
+    """Leave the line out if it equals the line before it."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn together, and how to read it."""
+    """Lines that are drawn together, and how to read them."""
 
     title: str
     unit: str
@@ -39,7 +40,7 @@ class Chart:
 CHARTS = (
     Chart(
         "Loss", "nats per token",
-        "Objective: the mean loss of all tokens, as a value to read. Surrogate: what is differentiated; only its "
+        "Objective: the mean loss of all tokens; read this one. Surrogate: the value that is differentiated. Only its "
         "gradient has a meaning, and it can be negative.",
         (
             Line("objective", "loss/objective"),
@@ -57,8 +58,8 @@ CHARTS = (
     ),
     Chart(
         "Trust", "share of student tokens",
-        "Trusted: what the gate let pass. 1 - TV: what it is expected to let pass. Lines that stay apart mean that the "
-        "gate, the sampler or a template is wrong.",
+        "Trusted: the share that the gate let pass. 1 - TV: the share that it is expected to let pass (bernoulli and "
+        "soft gates). Only the noise of the draws is between them; if they stay apart, the random numbers are wrong.",
         (
             Line("trusted", "trust/fraction", "trusted"),
             Line("1 - TV", "trust/tv", "plain", "dashed", complement=True),
@@ -93,7 +94,7 @@ CHARTS = (
     ),
     Chart(
         "Outlier divergence", "nats",
-        "The distance to the teacher where the student's token was not trusted: forward KL over the teacher's top-k.",
+        "Distance to the teacher at tokens that were not trusted: forward KL over the teacher's top-k.",
         (
             Line("mean", "outlier/fkl_mean", "outlier"),
             Line("95 % quantile", "outlier/fkl_p95", "outlier", "dotted"),
@@ -110,8 +111,8 @@ CHARTS = (
     ),
     Chart(
         "Right answers of the rollouts", "share of samples",
-        "On training prompts, with the teacher's prefix as a part of the answer. The task gets harder as the prefix "
-        "shrinks, so a fall here can go with a better student.",
+        "On training prompts, with the teacher's prefix as part of the answer. The task gets harder as the prefix "
+        "shrinks, so this can fall while the student improves.",
         (
             Line("right", "verifier/accuracy", "trusted"),
             Line("without an answer", "verifier/unfinished", "outlier", "dotted"),
@@ -145,8 +146,8 @@ CHARTS = (
     ),
     Chart(
         "Sampler against trainer", "nats, logarithmic",
-        "The sampler and the trainer compute the log-prob of the same token with the same weights. A small difference "
-        "is rounding. A large one means wrong weights.",
+        "The sampler and the trainer compute the log-prob of the same token with the same weights. Small differences "
+        "are rounding. A large difference means wrong weights.",
         (
             Line("mean", "engine/difference_mean"),
             Line("99 % quantile", "engine/difference_p99", "plain", "dashed"),
@@ -165,12 +166,12 @@ CHARTS = (
     ),
     Chart(
         "Clipped ratios", "share of student tokens",
-        "Tokens that have no gradient because PPO's clip holds them. If they are many, make fewer updates per step.",
+        "Tokens without a gradient because of PPO's clip. If there are many, make fewer updates per step.",
         (Line("clipped", "ratio/clipped", "outlier"),), SHARE,
     ),
     Chart(
         "Tokens per second", "whole step",
-        "Prompt, prefix and response tokens of all samples over the time of the step.",
+        "Prompt, prefix and response tokens of all samples, divided by the time of the step.",
         (Line("tokens per second", "throughput/tokens_per_second"),), POSITIVE,
     ),
 )  # fmt: skip
@@ -186,14 +187,14 @@ PHASES = {
     "checkpoint": "checkpoint",
     "metrics": "metrics",
 }
-"""Names of phases (`time/<phase>`) that do not speak for themselves."""
+"""Readable names of phases (`time/<phase>`) whose metric name is not clear by itself."""
 PHASE_PREFIX = "time/"
 WHOLE_STEP = "time/step"
 LEAST_SHARE = 0.01
-"""A phase is drawn where it took this part of at least one step; smaller ones are in the table of all metrics."""
+"""A phase is drawn if it took at least this share of some step. Smaller phases are in the table of all metrics."""
 
 
 def phase_name(metric: str) -> str:
-    """Return what a phase is called on the page."""
+    """Return the name of a phase on the page."""
     phase = metric.removeprefix(PHASE_PREFIX)
     return PHASES.get(phase, phase.replace("_", " "))

@@ -1,8 +1,8 @@
-"""Charts as SVG text: lines over steps, and points with intervals; styled by the page's style sheet.
+"""Charts as SVG text: lines over steps, and points with intervals. The page's style sheet styles them.
 
-Not for choosing what is shown (see `curves_view`) or for axes (see `axes`). Invariants: no chart needs anything from
-outside the page; series differ by dash as well as by colour; a value that is missing leaves a gap and is never drawn;
-what is read under the pointer (`data-plot`) are the values that are drawn.
+This module does not choose what is shown (see `curves_view`) and does not compute axes (see `axes`). Invariants: a
+chart needs nothing from outside the page. Series differ by dash as well as by colour. A missing value leaves a gap and
+is never drawn. The values shown under the pointer (`data-plot`) are the drawn values.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ WIDTH, HEIGHT = 460, 244
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 38
 """Margins of the plot area in the units of the view box."""
 SINGLE_POINT_RADIUS = 2.6
-"""A value between two missing ones has no line and is drawn as a point of this radius."""
+"""Radius of the point that is drawn for a value between two missing ones, which has no line."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line; `values` has one entry per step, None where there is none."""
+    """One line. `values` has one entry per step; None = missing."""
 
     label: str
     hue: Hue
@@ -39,7 +39,7 @@ class Series:
 
     @property
     def known(self) -> list[float]:
-        """The values that are there."""
+        """The finite values."""
         return [value for value in self.values if value is not None and math.isfinite(value)]
 
 
@@ -56,7 +56,7 @@ class Interval:
 
 
 def line_chart(steps: Sequence[int], series: Sequence[Series], *, description: str, scale: Scale = ANY) -> str:
-    """Return the SVG of lines over `steps`; a logarithmic scale leaves out values that are not positive."""
+    """Return the SVG of lines over `steps`. A logarithmic scale omits values that are not positive."""
     drawn = [
         Series(line.label, line.hue, [_usable(value, scale) for value in line.values], line.dash) for line in series
     ]
@@ -104,7 +104,7 @@ def interval_chart(rows: Sequence[Interval], *, description: str) -> str:
 
 
 def bar_chart(rows: Sequence[tuple[str, float, str]], *, description: str) -> str:
-    """Return the SVG of horizontal bars: (label, share of the longest possible bar in [0, 1], text behind it)."""
+    """Return the SVG of horizontal bars. A row is (label, length as a share of the longest possible bar, text)."""
     row_height, left, right = 24, 158, 112
     parts = []
     for index, (label, share, text) in enumerate(rows):
@@ -117,7 +117,7 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], *, description: str) -> st
 
 
 def legend_mark(hue: Hue, dash: Dash) -> str:
-    """Return a short piece of a line as it is drawn in a chart."""
+    """Return a short sample of a line in the style of the charts."""
     line = f'<line class="line {hue}" x1="1" x2="27" y1="5" y2="5"{_dash(dash)}/>'
     return f'<svg class="mark" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">{line}</svg>'
 
@@ -138,7 +138,7 @@ def _interval_row(row: Interval, y: float, x: float, ends: tuple[float, float]) 
 
 
 def _plot(steps: Sequence[int], series: Sequence[Series], scale: Scale, ends: tuple[int, int]) -> str:
-    """What the page's script reads under the pointer, as JSON."""
+    """The data for the page's script, which shows values under the pointer, as JSON."""
     return json.dumps(
         {
             "steps": list(steps),
@@ -166,7 +166,7 @@ def _usable(value: float | None, scale: Scale) -> float | None:
 
 
 def _runs(steps: Sequence[int], values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
-    """The stretches without a missing value."""
+    """Contiguous ranges without a missing value."""
     runs: list[list[tuple[int, float]]] = [[]]
     for step, value in zip(steps, values, strict=True):
         if value is None:

@@ -1,7 +1,7 @@
-"""The curves of the report: one figure per chart, for one run or for several runs over each other.
+"""The curves of the report: one figure per chart, for one run or for several runs in the same chart.
 
-Not for which charts there are (see `chart_catalogue`). Invariants: a chart without a value is named and not drawn; in a
-comparison, a run has one colour and a metric has one dash throughout the page.
+The list of charts is in `chart_catalogue`. Invariants: a chart without a value is named but not drawn. In a comparison,
+each run has one colour and each metric one dash on the whole page.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tropd_mcore.evaluation.thinning import MOST_POINTS
 
 RUN_HUES: tuple[Hue, ...] = ("run0", "run1", "run2", "run3", "run4", "run5")
 LINE_DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "mixed")
-"""Of the metrics of a chart in a comparison, where the hue tells the run."""
+"""Dashes of a chart's metrics in a comparison, where the hue shows the run."""
 MOST_PHASES = 6
-"""Lines of the chart of the phases: those that took the most time."""
+"""Number of lines in the chart of phases: the phases that took the most time."""
 _PHASE_LOOKS: tuple[tuple[Hue, Dash], ...] = (
     ("trusted", "solid"), ("outlier", "solid"), ("plain", "solid"),
     ("trusted", "dashed"), ("outlier", "dashed"), ("plain", "dotted"),
@@ -39,20 +39,20 @@ _PHASE_LOOKS: tuple[tuple[Hue, Dash], ...] = (
 
 @dataclass(frozen=True)
 class Phase:
-    """How much time of the run a phase took."""
+    """The time that a phase took in a run."""
 
     metric: str
     total_s: float
     share: float
-    """Of the time of all steps"""
+    """Share of the time of all steps"""
     median_s: float
-    """Of the steps that had it"""
+    """Median over the steps with this phase"""
     steps: int
-    """Steps that had it"""
+    """Number of steps with this phase"""
 
 
 def curves_section(runs: Sequence[RunRecords]) -> str:
-    """Return the section with all curves of `runs`; the first run is the one that the report is about."""
+    """Return the section with all curves of `runs`. The first run is the subject of the report."""
     if not any(run.metrics for run in runs):
         return '<section><h2>Curves</h2><p class="note">There is no metrics.jsonl, or no step in it.</p></section>'
     steps = sorted({step for run in runs for step in run.steps})
@@ -65,20 +65,20 @@ def curves_section(runs: Sequence[RunRecords]) -> str:
     notes = [f"Not measured {whose}: {', '.join(missing)}."] if missing else []
     if len(steps) > MOST_POINTS:
         notes.append(
-            f"Of {len(steps)} steps, about {MOST_POINTS} are drawn in each chart: of each group of neighbouring steps "
-            "those with the smallest and the largest value of each line, so that no peak is lost."
+            f"Each chart draws about {MOST_POINTS} of the {len(steps)} steps: from each group of neighbouring steps, "
+            "those with the smallest and the largest value of each line. No peak is lost."
         )
     note = f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""
     return (
         f'<section><h2>Curves</h2>{DEFINITIONS}<p class="tools" hidden><label><input type="checkbox" id="smooth"> '
-        "smooth: the mean of 9 neighbouring points, the values of the steps faint behind it and under the pointer"
+        "smooth: the mean of 9 neighbouring points; the step values stay faint behind it and under the pointer"
         "</label></p>"
         f'<div class="charts">{figures}</div>{note}</section>'
     )
 
 
 def phases(run: RunRecords) -> list[Phase]:
-    """Return the phases of a run that are worth a line, the longest first."""
+    """Return the phases of a run that took at least LEAST_SHARE of some step, the longest first."""
     whole = run.series(WHOLE_STEP)
     total = sum(value for value in whole if value is not None)
     found = []
@@ -99,7 +99,7 @@ def phases(run: RunRecords) -> list[Phase]:
 
 
 def _chart(runs: Sequence[RunRecords], steps: Sequence[int], chart: Chart) -> str:
-    """The figure of one chart; empty where none of its metrics has a value."""
+    """The figure of one chart; empty if none of its metrics has a value."""
     series = []
     for place, line in enumerate(chart.lines):
         for number, run in enumerate(runs):
@@ -137,7 +137,7 @@ def _values(run: RunRecords, steps: Sequence[int], line: Line) -> list[float | N
 
 
 def _time_chart(runs: Sequence[RunRecords], steps: Sequence[int]) -> str:
-    """Seconds of the longest phases, or of the whole step where runs are compared."""
+    """Seconds of the longest phases, or of the whole step if runs are compared."""
     if len(runs) > 1:
         whole = (Line("whole step", WHOLE_STEP),)
         return _chart(
@@ -152,7 +152,7 @@ def _time_chart(runs: Sequence[RunRecords], steps: Sequence[int]) -> str:
 
 
 def _time_bars(run: RunRecords, runs: Sequence[RunRecords]) -> str:
-    """Where the time of one of the runs went."""
+    """Bars with the shares of the phases in the time of one run."""
     found = phases(run)
     total = sum(value for value in run.series(WHOLE_STEP) if value is not None)
     if not found or total <= 0:
@@ -167,8 +167,8 @@ def _time_bars(run: RunRecords, runs: Sequence[RunRecords]) -> str:
         rows.append(("not in a phase", min(1.0, rest / total / longest), f"{rest / total:.1%}"))
     title = f"Where the time went{f': {run.name}' if len(runs) > 1 else ''}"
     reading = (
-        f"Shares of {_duration(total)}, the time of {len(run.steps)} logged steps, then the median of the steps with "
-        "the phase. Phases below 1 % of every step are in the table of all metrics only."
+        f"Shares of {_duration(total)}, the time of {len(run.steps)} logged steps, and the median over the steps with "
+        "the phase. Phases below 1 % of every step are only in the table of all metrics."
     )
     return (
         f'<figure><figcaption><h3>{escape(title)} <span class="unit">share of the time</span></h3></figcaption>'

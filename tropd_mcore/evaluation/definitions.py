@@ -1,6 +1,6 @@
-"""The words that the report uses, defined on the page itself; the same definitions as docs/method.md.
+"""Definitions of the report's terms, shown on the page itself. They are the same as in docs/method.md.
 
-Not for what a single chart shows (`chart_catalogue`).
+Explanations of single charts are in `chart_catalogue`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ _WORDS = (
     ("p, q", "p is the student, q is the teacher: the probability that each gives to the next token."),
     (
         "log-ratio r",
-        "r = log q(x) - log p(x) of a token x, in nats. If r is negative, the teacher likes the token less than the "
-        "student does. The mean of -r over the student's tokens is the reverse KL divergence.",
+        "r = log q(x) - log p(x) of a token x, in nats. If r is negative, the teacher gives the token less probability "
+        "than the student does. The mean of -r over the student's tokens is the reverse KL divergence.",
     ),
     (
         "trusted",
-        "A token that the student sampled and that passed the trust gate, which it does with probability "
-        "min(q/p, 1). The student learns from its r.",
+        "A token that the student sampled and that passed the trust gate. It passes with probability min(q/p, 1). The "
+        "student learns from its r.",
     ),
     (
         "outlier",
-        "A token that the student sampled and that did not pass: the teacher gives it much less probability. Here the "
-        "student learns the teacher's distribution (forward KL over the teacher's k best tokens).",
+        "A token that the student sampled and that did not pass the gate: the teacher gives it much less probability. "
+        "Here the student learns the teacher's distribution (forward KL over the teacher's k best tokens).",
     ),
     (
         "prefix",
-        "A token of the teacher's own answer, which the student is given to continue. It is learned with weight beta.",
+        "A token of the teacher's answer. The student continues this answer, and learns the token with weight beta.",
     ),
     (
         "TV",

@@ -1,8 +1,8 @@
-"""Exact match of a model on held-out prompts, greedy and sampled, with counts and intervals.
+"""Accuracy of a model on held-out prompts, greedy and sampled, with counts and intervals.
 
-Not for starting servers: a `generate` callable answers the prompts (`SglangClient.generate`). Invariants: a prompt
-without an answer is refused, a generation that failed is an error and never a wrong answer; answers are judged as in
-training; two results are compared only where prompts and settings are the same.
+This module does not start servers: the callable `generate` answers the prompts (`SglangClient.generate`). Invariants: a
+prompt without an expected answer is refused. A failed generation is an error and never a wrong answer. Answers are
+judged as in training. Two results are compared only if prompts and settings are the same.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from tropd_mcore.weights.digest import folder_digest
 log = logging.getLogger(__name__)
 
 ANY_LENGTH = 1 << 31
-"""Tokens of a prompt: how many an evaluation can have is for the server to say."""
+"""Largest number of prompt tokens in an evaluation: no limit here, the server decides."""
 
 Generate = Callable[[list[GenerationRequest]], Sequence[Generation | ServerError]]
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is asked and how it is judged."""
+    """Which prompts are answered, how they are sampled, and how answers are judged."""
 
     prompts: str
-    """JSONL as for `data.prompts`, every line with an answer"""
+    """JSONL file as for `data.prompts`; every line needs an answer"""
     max_new_tokens: int
     samples: int = 4
-    """Sampled answers a prompt beside the greedy one; 0 = greedy only"""
+    """Sampled answers per prompt in addition to the greedy one; 0 = greedy only"""
     temperature: float = 1.0
     top_p: float = 1.0
     verifier: str = "exact_match"
@@ -59,14 +59,14 @@ class EvaluationSettings:
     template_date: str | None = None
     """data.template_date, YYYY-MM-DD"""
     limit: int | None = None
-    """First prompts of the file; None = all"""
+    """Number of prompts, from the start of the file; None = all"""
     end_ids: list[int] = field(default_factory=list)
-    """Ids that end a response beside those that the model's own files name: those of training (`data.end_tokens`)"""
+    """End tokens of training (`data.end_tokens`). They end a response in addition to those of the model's files"""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of `total`, with a 95 % interval of the accuracy."""
+    """Number of right answers out of `total`, with a 95 % interval of the accuracy."""
 
     correct: int
     total: int
@@ -77,11 +77,11 @@ class Score:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One model on one prompt file."""
+    """The result of one model on one prompt file."""
 
     model: str
     weights_sha256: str
-    """Digest of the safetensors of the folder (`weights.digest`)"""
+    """Digest of the folder's safetensors files (`weights.digest`)"""
     prompts_sha256: str
     """Hash of the prompt file"""
     settings: EvaluationSettings
@@ -90,16 +90,16 @@ class EvaluationResult:
     truncated: float
     """Share of the greedy answers that reached max_new_tokens"""
     mean_length: float
-    """Tokens of a greedy answer"""
+    """Mean number of tokens of a greedy answer"""
     greedy_correct: list[bool]
-    """By prompt, in the order of the file"""
+    """Per prompt, in the order of the file: whether the greedy answer is right"""
     template_date: str | None = None
-    """The day that the chat template printed, YYYY-MM-DD; None where it printed none"""
+    """The date that the chat template printed, YYYY-MM-DD; None if it printed none"""
     model_sha256: str = ""
-    """Digest of the whole folder, with tokenizer, chat template and end tokens; "" in a result of an older release"""
+    """Digest of the whole folder, including tokenizer, chat template and end tokens; "" in results of older releases"""
 
     def save(self, path: Path) -> None:
-        """Publish the result as JSON. Raises DataError where the place cannot be written."""
+        """Write the result as JSON. Raises DataError if `path` cannot be written."""
         publish_text(path, json.dumps(asdict(self), indent=1) + "\n", key="--out")
 
 
@@ -107,7 +107,7 @@ def load_result(path: Path) -> EvaluationResult:
     """Read what `EvaluationResult.save` wrote. Raises DataError."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        # A result of an older release does not say how it was judged.
+        # Results of older releases lack some settings of the judgement.
         absent = [entry.name for entry in fields(EvaluationSettings) if entry.name not in values["settings"]]
         if absent:
             raise KeyError(f"settings.{absent[0]}")
@@ -122,8 +122,8 @@ def load_result(path: Path) -> EvaluationResult:
 def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, today: date) -> EvaluationResult:
     """Answer every prompt with `generate`, which serves `model`, and judge the answers.
 
-    `today`: the day that a chat template prints. Raises DataError where the prompts cannot be judged, ServerError where
-    an answer is missing.
+    `today` is the date that a chat template prints. Raises DataError if the prompts cannot be judged, and ServerError
+    if an answer is missing.
     """
     renderer = Renderer(model)
     verifier = _verifier(settings)
@@ -176,7 +176,7 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, t
 
 
 def read_prompts(model: Path, settings: EvaluationSettings, today: date) -> PromptSet:
-    """Return the prompts as `evaluate` will read them. Raises DataError where one cannot be rendered or judged."""
+    """Return the prompts as `evaluate` reads them. Raises DataError if one cannot be rendered or judged."""
     return _read_prompts(Renderer(model), settings, _verifier(settings), today)
 
 
@@ -186,7 +186,7 @@ def _verifier(settings: EvaluationSettings) -> VerifierConfig:
 
 
 def _read_prompts(renderer: Renderer, settings: EvaluationSettings, verifier: VerifierConfig, today: date) -> PromptSet:
-    """The prompts in the order of the file. Raises DataError where one cannot be rendered or judged."""
+    """The prompts in the order of the file. Raises DataError if one cannot be rendered or judged."""
     data = DataConfig(
         prompts=Path(settings.prompts),
         chat_template_kwargs=settings.chat_template_kwargs,
@@ -201,13 +201,13 @@ def _read_prompts(renderer: Renderer, settings: EvaluationSettings, verifier: Ve
 def compare(before: EvaluationResult, after: EvaluationResult) -> dict[str, float]:
     """Return the difference of the greedy accuracies (after - before) with its 95 % interval, paired by prompt.
 
-    Raises DataError where the two answered other prompts or had other settings.
+    Raises DataError if the two results have different prompts or settings.
     """
     if before.settings != after.settings or before.prompts_sha256 != after.prompts_sha256:
-        raise DataError(f"{before.model} and {after.model} were evaluated with other settings; evaluate both again")
+        raise DataError(f"{before.model} and {after.model} were evaluated with different settings; evaluate both again")
     if before.template_date != after.template_date:
         raise DataError(
-            f"the prompts of {before.model} and {after.model} print other dates ({before.template_date} and "
+            f"the prompts of {before.model} and {after.model} print different dates ({before.template_date} and "
             f"{after.template_date}); set data.template_date and evaluate both again"
         )
     low, high = paired_difference_interval(before.greedy_correct, after.greedy_correct)
@@ -215,7 +215,7 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> dict[str, floa
 
 
 def describe(result: EvaluationResult) -> str:
-    """One line: accuracies with counts and intervals, truncation, length."""
+    """Return one line: accuracies with counts and intervals, mean length, truncation."""
     parts = [f"greedy {_percent(result.greedy)}"]
     if result.sampled is not None:
         parts.append(f"sampled (T={result.settings.temperature:g}) {_percent(result.sampled)}")

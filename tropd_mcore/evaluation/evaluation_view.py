@@ -1,6 +1,6 @@
-"""The evaluation part of the report: accuracies with intervals, and paired differences.
+"""The evaluation section of the report: accuracies with intervals, and paired differences.
 
-Not for measuring (see `evaluate`). Invariant: a difference is shown with its interval or not at all.
+This module does not evaluate (see `evaluate`). Invariant: a difference is shown only together with its interval.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROLES: tuple[tuple[str, str, Hue], ...] = (
     ("student.path", "student before", "plain"),
     ("teacher.path", "teacher", "prefix"),
 )
-"""(setting that names a model folder, what the model is called, its hue)"""
+"""(setting that names a model folder, name of the model on the page, its hue)"""
 _READING = (
     "Filled: greedy answers. Hollow: sampled answers. Bars are 95 % intervals (greedy: Wilson; sampled: normal over "
     "prompts; differences: adjusted Wald for matched pairs)."
@@ -26,7 +26,7 @@ _READING = (
 
 
 def evaluation_section(runs: Sequence[RunRecords]) -> str:
-    """Return the section of `runs`, or what to call where nothing was evaluated."""
+    """Return the section of `runs`. If nothing was evaluated, it shows the command to run."""
     parts = "".join(f"{_heading(run, runs)}{_evaluations(run)}" for run in runs)
     return f"<section><h2>Held-out accuracy</h2>{parts}</section>"
 
@@ -49,7 +49,7 @@ def _evaluations(run: RunRecords) -> str:
 
 
 def before_and_after(run: RunRecords) -> tuple[EvaluationResult, EvaluationResult] | None:
-    """Return the results of the student before training and after it; None where one of them is missing."""
+    """Return the results of the student before and after training; None if one of them is missing."""
     results = _ordered(run)
     before = next((result for result in results if _role(run, result) == _ROLES[0][1]), None)
     after = next((result for result in reversed(results) if _role(run, result) is None), None)
@@ -57,7 +57,7 @@ def before_and_after(run: RunRecords) -> tuple[EvaluationResult, EvaluationResul
 
 
 def difference(before: EvaluationResult, after: EvaluationResult) -> dict[str, float] | None:
-    """Return `compare` of the two; None where they cannot be compared."""
+    """Return `compare(before, after)`; None if the two cannot be compared."""
     try:
         return compare(before, after)
     except DataError:
@@ -65,7 +65,7 @@ def difference(before: EvaluationResult, after: EvaluationResult) -> dict[str, f
 
 
 def _role(run: RunRecords, result: EvaluationResult) -> str | None:
-    """What the run's configuration calls the model; None for one it does not know, such as the export."""
+    """The model's role in the run's configuration; None if it is not in it, such as the export."""
     start = run.launch_folder or Path.cwd()
     for key, name, _ in _ROLES:
         path = run.settings.get(key)
@@ -83,7 +83,7 @@ def _hue(run: RunRecords, result: EvaluationResult) -> Hue:
 
 
 def _ordered(run: RunRecords) -> list[EvaluationResult]:
-    """Before, after, teacher."""
+    """The results in the order before, after, teacher."""
     order = {_ROLES[0][1]: 0, None: 1, _ROLES[1][1]: 2}
     return sorted(run.evaluations, key=lambda result: (order[_role(run, result)], result.model))
 

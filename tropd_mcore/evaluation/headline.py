@@ -1,8 +1,8 @@
-"""The top of the report: tiles with a number each, and what they come to in plain words.
+"""The top of the report: tiles with one number each, and a summary in sentences.
 
-Not for curves. Invariants: a tile says what it compares; two windows of steps are compared only where the student
-continued teacher prefixes of the same length in both, because every number of a rollout depends on it; a sentence
-states what was measured and no more.
+This module does not make curves. Invariants: a tile says what it compares. Two windows of steps are compared only if
+the student continued teacher prefixes of the same length in both, because every number of a rollout depends on that
+length. A sentence states only what was measured.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ WINDOW = 10
 """The first and the last tenth of the steps are compared."""
 SAME_TOKENS = 1.0
 SAME_SHARE = 0.1
-"""Prefix lengths are the same that differ by at most a token, or by a tenth of the longer."""
+"""Two prefix lengths count as equal if they differ by at most one token, or by a tenth of the longer one."""
 MANY_CUT = 0.05
-"""Share of cut responses that is worth a sentence."""
+"""The summary mentions cut responses if their share is at least this."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One number with what it is."""
+    """One number with its title and note."""
 
     title: str
     value: str
@@ -38,11 +38,11 @@ class Windows:
 
     last: slice
     first: slice | None
-    """None where no earlier steps had prefixes of the same length"""
+    """None if no earlier steps had prefixes of the same length"""
     prefix: float | None
-    """Mean tokens of the prefixes in the last window; None where that was not logged"""
+    """Mean prefix length (tokens) in the last window; None if it was not logged"""
     start_prefix: float | None
-    """Mean tokens in the first tenth of the steps"""
+    """Mean prefix length (tokens) in the first tenth of the steps"""
 
 
 _TILES = (
@@ -64,7 +64,7 @@ def tiles(run: RunRecords) -> list[Tile]:
 
 
 def comparable_windows(run: RunRecords) -> Windows:
-    """Return the last tenth of the steps, and the earliest window as long whose prefixes were as long."""
+    """Return the last tenth of the steps, and the earliest window of the same size with equally long prefixes."""
     count = len(run.steps)
     size = max(1, count // WINDOW)
     last = slice(count - size, count)
@@ -82,7 +82,7 @@ def comparable_windows(run: RunRecords) -> Windows:
 
 
 def sentences(run: RunRecords) -> list[str]:
-    """Return what the run came to, one fact per sentence; plain text."""
+    """Return the summary of the run as plain text, one fact per sentence."""
     return [*_progress(run), _success(run), *_troubles(run)]
 
 
@@ -95,17 +95,17 @@ def _progress(run: RunRecords) -> list[str]:
         return [f"Steps {run.steps[0]} to {run.steps[-1]} are logged."]
     if done >= wanted:
         return [f"All {wanted} steps are done."]
-    return [f"{done} of {wanted} steps are done: the run goes on, or it was stopped."]
+    return [f"{done} of {wanted} steps are done. The run is still going, or it was stopped."]
 
 
 def _success(run: RunRecords) -> str:
     pair = before_and_after(run)
     if pair is None:
-        return "Whether the student became better is not known: no evaluation on held-out prompts before and after."
+        return "Whether the student improved is unknown: there is no evaluation on held-out prompts before and after."
     before, after = (f"{result.greedy.accuracy:.1%}" for result in pair)
     change = difference(*pair)
     if change is None:
-        return f"Held-out accuracy was {before} and {after}, measured in different ways, so the two are not compared."
+        return f"Held-out accuracy was {before}, then {after}. The two were measured differently and are not compared."
     low, high = 100 * change["low"], 100 * change["high"]
     interval = f"{100 * change['difference']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
     word = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse beyond chance"
@@ -156,7 +156,7 @@ def _window_tile(run: RunRecords, windows: Windows, title: str, metric: str, for
 
 
 def _prefix_words(windows: Windows, *, compared: bool) -> str:
-    """At which prefix length a tile's numbers hold."""
+    """The prefix length at which a tile's numbers were measured, as text."""
     if windows.prefix is None:
         return ""
     length = f"{windows.prefix:.1f}".removesuffix(".0")
@@ -178,7 +178,7 @@ def _speed_tile(run: RunRecords) -> Tile | None:
 
 
 def _span(run: RunRecords, part: slice) -> str:
-    """The steps of a window in words."""
+    """The steps of a window as text."""
     steps = run.steps[part]
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 

@@ -1,6 +1,6 @@
-"""The table of all metrics of a run: what each means, and its first, last, smallest, largest and mean value.
+"""The table of all metrics of a run: the meaning of each, and its first, last, smallest, largest and mean value.
 
-Not for curves. Invariant: every metric that a step has is in it, with or without a description.
+This module does not make curves. Invariant: the table has every metric of every step, with or without a description.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tropd_mcore.evaluation.run_records import RunRecords
 
 @dataclass(frozen=True)
 class MetricNote:
-    """What the catalogue of metrics says of one."""
+    """The entry of one metric in the catalogue."""
 
     unit: str
     over: str
-    """What it is taken over"""
+    """The items that it is computed over"""
     description: str
 
 
@@ -28,7 +28,7 @@ Notes = Mapping[str, MetricNote]
 
 
 def metrics_section(runs: Sequence[RunRecords], notes: Notes) -> str:
-    """Return the section with a folded table for each run; empty where no step was logged."""
+    """Return the section with a folded table per run; empty if no step was logged."""
     tables = "".join(_table(run, notes, named=len(runs) > 1) for run in runs if run.metrics)
     return f"<section><h2>All metrics</h2>{tables}</section>" if tables else ""
 

@@ -1,4 +1,4 @@
-// What the page does beyond being read: values under the pointer, and smoothed lines. No network, no storage.
+// The interactive parts of the page: values under the pointer, and smoothed lines. No network, no storage.
 "use strict";
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
@@ -81,8 +81,8 @@
     });
   };
 
-  // The mean height of a point and its neighbours in the same stretch without gaps: smoothed as drawn, so that on a
-  // logarithmic axis it is the geometric mean.
+  // The mean height of a point and its neighbours in the same range without gaps. Drawn heights are averaged, so on a
+  // logarithmic axis this is the geometric mean.
   const smoothed = (points) => points.map(([x], index) => {
     const part = points.slice(Math.max(0, index - HALF), index + HALF + 1);
     return [x, part.reduce((sum, [, y]) => sum + y, 0) / part.length];

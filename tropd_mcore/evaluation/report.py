@@ -1,8 +1,9 @@
-"""report.html of a run: what it was told, how it went, how good the student became, and what its rollouts look like.
+"""Writes report.html of a run: settings, curves, held-out accuracy and rollouts on one page.
 
-Not for live monitoring (see `monitor`) or for the parts of the page (each has its file). Invariants: one file that
-needs nothing from outside, and that a browser lets reach nothing outside; it can be read without its script; what a run
-did not leave behind is said in its place; the same run directory gives the same file, byte for byte.
+This module does not monitor live (see `monitor`); each part of the page has its own file. Invariants: the page is one
+file that needs nothing from outside, and its policy forbids a browser to load anything. It can be read without its
+script. If a run lacks some data, the page says so in its place. The same run directory gives the same file, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -27,37 +28,37 @@ from tropd_mcore.evaluation.settings_view import settings_section
 from tropd_mcore.files import publish_text
 
 TOKEN_STEPS = 6
-"""Steps whose rollouts are shown: the first, the last, and those evenly between."""
+"""Number of steps whose rollouts are shown: the first, the last, and others evenly between."""
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What the page is about beside the run itself."""
+    """Options of the page."""
 
     out: Path | None = None
-    """Where the page goes; None = <run_dir>/report.html"""
+    """File of the page; None = <run_dir>/report.html"""
     compare: Sequence[Path] = ()
-    """Run directories that the run is compared with"""
+    """Run directories to compare the run with"""
     tokenizer: Path | None = None
-    """Folder with the tokenizer of the rollouts; None = the student's, where the run's configuration says"""
+    """Folder with the tokenizer of the rollouts; None = the student's, from the run's configuration"""
     notes: Notes = field(default_factory=dict)
-    """What the metrics mean, by name"""
+    """Metric name -> its meaning"""
     rollout_steps: int = TOKEN_STEPS
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written."""
+    """A written page."""
 
     path: Path
     warnings: list[str]
-    """What the page lacks although the run has it, or may show wrongly, and how to mend it"""
+    """What the page lacks or may show wrongly, and how to fix it"""
 
 
 def write_report(run_dir: Path, options: ReportOptions) -> Report:
     """Write the page of `run_dir`.
 
-    Raises DataError where a folder is no run, a file in it is damaged, or the page cannot be written.
+    Raises DataError if a folder is not a run directory, a file in it is damaged, or the page cannot be written.
     """
     folders = [run_dir, *options.compare]
     if len(folders) > len(RUN_HUES):
@@ -84,7 +85,7 @@ def write_report(run_dir: Path, options: ReportOptions) -> Report:
 
 
 def _page(title: str, sections: str) -> str:
-    """The whole document. Its policy names its script and its style by their hashes, and forbids everything else."""
+    """The whole document. Its policy allows its own script and style by their hashes and forbids everything else."""
     style, script = (_part(name) for name in ("report.css", "report.js"))
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
@@ -103,12 +104,12 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """A source of a Content-Security-Policy: this text and no other."""
+    """A source expression of a Content-Security-Policy that allows only this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of the path as tells them apart."""
+    """The folders' names, with as much of the path as is needed to make them unique."""
     paths = [folder.resolve() for folder in folders]
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]

@@ -1,7 +1,7 @@
-"""Which rollouts of a step the report shows first: some drawn by a fixed rule, and one that is rich in outliers.
+"""Chooses the rollouts of a step that the report shows first: some by a fixed random draw, and one with many outliers.
 
-Not for how they look (see `rollout_view`). Invariants: the draw does not look at what a rollout says; the same run
-gives the same choice; a rollout that was chosen for what it is carries a label that says so.
+This module does not render them (see `rollout_view`). Invariants: the draw does not depend on a rollout's content. The
+same run gives the same choice. A rollout chosen for its content has a label that says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from tropd_mcore.evaluation.run_records import StepTokens
 
 DRAWN = 2
-"""Rollouts of a step that are drawn."""
+"""Number of rollouts drawn per step."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Choice:
     """The rollouts of one step, by index into its rollouts."""
 
     drawn: list[int]
-    """Shown, without regard to what they say"""
+    """Shown; chosen without regard to their content"""
     richest: int | None
-    """Shown: the one with the most outlier tokens, where it is not drawn and has any"""
+    """Shown: the rollout with the most outlier tokens; None if it was drawn anyway or has none"""
     others: list[int]
-    """With token values as well, folded"""
+    """Folded: the other rollouts with token values"""
     plain: list[int]
-    """Without token values"""
+    """Rollouts without token values"""
 
 
 def choose(tokens: StepTokens, drawn: int = DRAWN) -> Choice:
-    """Return which rollouts of a step are shown; all of them are in one of the lists."""
+    """Return the choice for a step. Every rollout is in exactly one of its lists."""
     kept = tokens.kept
     lot = _draw(tokens, kept, drawn)
     counts = outliers(tokens)
@@ -48,7 +48,7 @@ def choose(tokens: StepTokens, drawn: int = DRAWN) -> Choice:
 
 
 def outliers(tokens: StepTokens) -> dict[int, float]:
-    """Return {sample: number of its tokens that were not trusted}, of the samples with token values."""
+    """Return {sample: number of tokens that were not trusted} for the samples with token values."""
     table = tokens.table
     on = table["on"].astype(bool)
     kept, sample_of_row = np.unique(table["sample_index"], return_inverse=True)
@@ -58,7 +58,7 @@ def outliers(tokens: StepTokens) -> dict[int, float]:
 
 
 def _draw(tokens: StepTokens, kept: list[int], count: int) -> list[int]:
-    """The first `count` of `kept` in the order of their lots, of different prompts as long as there are such."""
+    """The first `count` of `kept` in pseudo-random order, from different prompts as far as possible."""
     ordered = sorted(kept, key=lambda sample: _lot(tokens, sample))
     first_of = {tokens.rollouts[sample].prompt_id: sample for sample in reversed(ordered)}
     firsts = [sample for sample in ordered if sample in first_of.values()]
@@ -66,5 +66,5 @@ def _draw(tokens: StepTokens, kept: list[int], count: int) -> list[int]:
 
 
 def _lot(tokens: StepTokens, sample: int) -> bytes:
-    """A number that nothing but step and name decide."""
+    """A pseudo-random key that depends only on the step and the sample id."""
     return hashlib.sha256(f"{tokens.step}/{tokens.rollouts[sample].sample_id}".encode()).digest()

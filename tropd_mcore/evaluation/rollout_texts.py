@@ -1,7 +1,7 @@
-"""The tokenizer and the verifier of a finished run, found again: what turns its token ids into text and verdicts.
+"""Finds the tokenizer and the verifier of a finished run, to turn its token ids into text and verdicts.
 
-Not for rollouts themselves (see `rollout_view`). Invariants: a tokenizer is used only where its file is the one that
-the run recorded, or where the user names it; where none is used, the reason is told to who asks.
+This module does not render rollouts (see `rollout_view`). Invariants: a tokenizer is used only if its file is the one
+that the run recorded, or if the user names it. If none is used, the result holds the reason.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ NO_TEXT = "token ids in place of text"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rollout answers, read as the verifier of the run reads it."""
+    """The answer in a rollout, as the run's verifier reads it."""
 
     found: str | None
-    """The answer in it; None where there is none"""
+    """The answer; None if the rollout has none"""
     right: bool | None
-    """None where nothing can be compared: no expected answer, or no verifier"""
+    """Whether it is right; None if there is no expected answer"""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class RolloutTexts:
 
     renderer: Renderer | None
     verifier: VerifierConfig | None
-    """None where the run has none, or it cannot be asked here"""
+    """None if the run has none, or if it cannot be run here"""
     problem: str | None = None
-    """Why there is no text, or why it may be wrong; None where all is well"""
+    """Why there is no text, or why it may be wrong; None if there is no problem"""
 
     def texts(self, ids: list[int]) -> list[str]:
-        """Return one text per id: what it adds to the text, or its number where there is no tokenizer."""
+        """Return one text per id: what it adds to the text, or its number if there is no tokenizer."""
         return self.renderer.token_texts(ids) if self.renderer else [f"{token_id} " for token_id in ids]
 
     def answer(self, rollout: Rollout) -> Answer | None:
-        """Return what the rollout answers; None where that cannot be read."""
+        """Return the rollout's answer; None without a tokenizer or verifier."""
         if self.renderer is None or self.verifier is None:
             return None
         said = read_answer(self.verifier, self.renderer, rollout)
@@ -63,14 +63,14 @@ class RolloutTexts:
 
 
 def find_texts(run: RunRecords, tokenizer: Path | None = None) -> RolloutTexts:
-    """Return what reads the rollouts of `run`: with the tokenizer in `tokenizer`, or with the student's own.
+    """Return the texts of `run`, with the tokenizer in the folder `tokenizer` or, if None, the student's.
 
-    Raises DataError where `tokenizer` is named and cannot be read.
+    Raises DataError if `tokenizer` is given and cannot be read.
     """
     verifier = _verifier(run)
     recorded = _recorded_digest(run.root)
     if tokenizer is not None:
-        other = f"{tokenizer / TOKENIZER} is another one than the run read: the text may be wrong"
+        other = f"{tokenizer / TOKENIZER} is not the file that the run used: the text may be wrong"
         known = recorded is not None and (tokenizer / TOKENIZER).is_file()
         return RolloutTexts(
             Renderer(tokenizer), verifier, other if known and file_digest(tokenizer / TOKENIZER) != recorded else None
@@ -82,7 +82,7 @@ def find_texts(run: RunRecords, tokenizer: Path | None = None) -> RolloutTexts:
     for folder in [*places, run.root / "export"]:
         file = folder / TOKENIZER
         if recorded is not None and file.is_file() and file_digest(file) != recorded:
-            seen.append(f"{file} is another one than the run read")
+            seen.append(f"{file} is not the file that the run used")
             continue
         try:
             return RolloutTexts(Renderer(folder), verifier)
@@ -94,7 +94,7 @@ def find_texts(run: RunRecords, tokenizer: Path | None = None) -> RolloutTexts:
 
 
 def _recorded_digest(root: Path) -> str | None:
-    """SHA-256 of the student's tokenizer.json, as the run read it; None where that is not on record."""
+    """SHA-256 of the student's tokenizer.json as the run read it; None if it was not recorded."""
     try:
         models = json.loads((root / "inputs.json").read_text(encoding="utf-8"))["models"]
         return str(models["student.path"]["files"][TOKENIZER])
@@ -103,7 +103,7 @@ def _recorded_digest(root: Path) -> str | None:
 
 
 def _verifier(run: RunRecords) -> VerifierConfig | None:
-    """The verifier of the recorded configuration, where it can be asked here."""
+    """The verifier of the recorded configuration; None if it cannot be run here."""
     name = "verifier."
     values = {key.removeprefix(name): value for key, value in run.settings.items() if key.startswith(name)}
     try:

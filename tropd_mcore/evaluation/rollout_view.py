@@ -1,7 +1,8 @@
-"""One rollout as HTML: every token with its text, coloured and marked by what the loss made of it, and its verdict.
+"""One rollout as HTML: every token with its text, coloured and marked by its kind in the loss, and the verdict.
 
-Not for which rollouts are shown (see `rollout_choice`, `rollouts_section`). Invariant: a token's kind shows without
-colour too: prefix dotted below, outlier waved below and bold, not scored struck through, part of a character a dot.
+This module does not choose rollouts (see `rollout_choice`, `rollouts_section`). Invariant: a token's kind is visible
+without colour: prefix = dotted underline, outlier = wavy underline and bold, not scored = struck through, part of a
+character = a dot.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tropd_mcore.types import Rollout
 Verdict = Literal["right", "wrong", "no answer", "cut", "not judged"]
 
 OPEN_TOKENS = 600
-"""Tokens of a rollout that are in sight; the middle of a longer one is folded."""
+"""Number of visible tokens of a rollout; the middle of a longer one is folded."""
 STRONG_LOG_RATIO = 3.0
 """|log-ratio| in nats at which a token has its full colour."""
 STRENGTHS = 10
@@ -41,18 +42,18 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class _Span:
-    """One token as it is shown."""
+    """One displayed token."""
 
     kind: str
-    """Classes of the style sheet"""
+    """CSS classes"""
     text: str
     title: str = ""
-    """Its numbers"""
+    """Its numbers, shown under the pointer"""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """What the token table says of one token."""
+    """The values of one token in the token table."""
 
     trusted: float
     log_ratio: float
@@ -64,8 +65,8 @@ class _Row:
 def rollout_html(tokens: StepTokens, sample: int, texts: RolloutTexts, *, label: str = "", most: int) -> str:
     """Return one rollout with its caption: prompt, prefix and response, at most `most` tokens.
 
-    Tokens are coloured where their values were kept. The middle of a long rollout is folded, and left out with a note
-    where it has more than `most` tokens.
+    Tokens are coloured if their values were kept. The middle of a long rollout is folded. If the rollout has more than
+    `most` tokens, the middle is left out, with a note.
     """
     rollout = tokens.rollouts[sample]
     ids = rollout.token_ids.tolist()
@@ -87,7 +88,7 @@ def rollout_html(tokens: StepTokens, sample: int, texts: RolloutTexts, *, label:
 
 
 def verdict_of(tokens: StepTokens, sample: int, answer: Answer | None) -> Verdict:
-    """Return what the verifier says of a sample: as it was stored in training, else as it is read now."""
+    """Return the verdict on a sample: the one stored in training, otherwise the one from `answer`."""
     stored = tokens.verdicts[sample] if tokens.verdicts is not None else None
     right = stored if stored is not None else answer.right if answer is not None else None
     if right is None:
@@ -102,14 +103,14 @@ def verdict_of(tokens: StepTokens, sample: int, answer: Answer | None) -> Verdic
 
 
 def _ends(count: int, most: int) -> tuple[int, int]:
-    """How many tokens at the start and at the end are on the page."""
+    """How many tokens at the start and at the end are shown."""
     if count <= most:
         return count, 0
     return most - most // 2, most // 2
 
 
 def _folded(spans: list[_Span], head: int, left_out: int) -> str:
-    """The spans, those in the middle of a long rollout in a fold."""
+    """The spans as HTML; the middle of a long rollout is folded."""
     gap = f'<span class="note"> … {left_out} tokens are not on this page … </span>' if left_out else ""
     if len(spans) <= OPEN_TOKENS:
         return f"{_html(spans[:head])}{gap}{_html(spans[head:])}"
@@ -123,7 +124,7 @@ def _folded(spans: list[_Span], head: int, left_out: int) -> str:
 
 
 def _html(spans: list[_Span]) -> str:
-    """The spans as HTML; neighbours of one kind that have no numbers are one element."""
+    """The spans as HTML. Neighbours of the same kind without numbers become one element."""
     parts = []
     for (kind, title), group in groupby(spans, key=lambda span: (span.kind, span.title)):
         texts = [span.text for span in group]
@@ -136,7 +137,7 @@ def _html(spans: list[_Span]) -> str:
 
 
 def _rows(tokens: StepTokens, sample: int) -> dict[int, _Row]:
-    """{index in `Rollout.token_ids`: row} of the tokens that the teacher scored."""
+    """{index in `Rollout.token_ids`: row} for the tokens that the teacher scored."""
     table = tokens.table
     rows = np.flatnonzero(table["sample_index"] == sample)
     return {
@@ -153,7 +154,7 @@ def _rows(tokens: StepTokens, sample: int) -> dict[int, _Row]:
 
 
 def _token(rollout: Rollout, place: int, token_id: int, text: str, rows: dict[int, _Row] | None) -> _Span:
-    """One token; `rows` is None where the rollout has no token values, and all but its regions is unknown."""
+    """One token. `rows` is None if the rollout has no token values; then only prompt and prefix can be told apart."""
     start = len(rollout.prompt_ids)
     if place < start:
         return _Span("prompt", text)
@@ -195,7 +196,7 @@ def _caption(tokens: StepTokens, sample: int, texts: RolloutTexts, label: str) -
 
 
 def _answers(rollout: Rollout, answer: Answer | None) -> list[str]:
-    """The answer that was read beside the one that was expected."""
+    """The answer that was read and the expected one."""
     found = []
     if answer is not None:
         found.append("no answer found" if answer.found is None else f"answered <q>{_short(answer.found)}</q>")

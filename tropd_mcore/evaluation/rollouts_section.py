@@ -1,7 +1,7 @@
-"""The rollouts of a run on the page: which steps and samples, what is open and what is folded, within a bounded size.
+"""The section with the rollouts of a run: which steps and samples it shows, open or folded, within a bounded size.
 
-Not for one rollout (see `rollout_view`) or for the draw (see `rollout_choice`). Invariant: the page says how many
-rollouts there are and which of them it shows.
+This module does not render a rollout (see `rollout_view`) and does not choose them (see `rollout_choice`). Invariant:
+the page says how many rollouts there are and which of them it shows.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from tropd_mcore.evaluation.rollout_view import LEGEND, rollout_html
 from tropd_mcore.evaluation.run_records import RunRecords, StepTokens
 
 MOST_TOKENS = 60_000
-"""Tokens with values on a page, about 150 bytes each; they are shared evenly by the rollouts that show them."""
+"""Most tokens with values on a page, about 150 bytes each. The rollouts that show values share them evenly."""
 LEAST_TOKENS = 200
-"""Tokens of a rollout that are shown whatever the number of rollouts."""
+"""Tokens shown of each rollout, even if there are many rollouts."""
 PLAIN_SAMPLES = 12
-"""Rollouts of a step that are shown without token values."""
+"""Most rollouts per step that are shown without token values."""
 PLAIN_TOKENS = 1000
-"""Tokens of each of them."""
+"""Most tokens of each rollout without token values."""
 
 
 def rollouts_section(run: RunRecords, texts: RolloutTexts, *, named: bool) -> str:
-    """Return the section with the rollouts of `run`, or why there are none; `named`: the page is about several runs."""
+    """Return the section with the rollouts of `run`, or the reason why there are none.
+
+    `named`: the page shows several runs, so the title names this one.
+    """
     title = f"Rollouts{f' of {escape(run.name)}' if named else ''}"
     if not run.tokens:
         text = (
@@ -37,7 +40,7 @@ def rollouts_section(run: RunRecords, texts: RolloutTexts, *, named: bool) -> st
         parts.append(f'<p class="warning">{escape(texts.problem[0].upper() + texts.problem[1:])}.</p>')
     if all(tokens.verdicts is None for tokens in run.tokens) and texts.verifier is not None and texts.renderer:
         parts.append(
-            '<p class="note">The run did not store its verdicts. Those below were made with this page, by the '
+            '<p class="note">The run did not store its verdicts. Those below were computed for this page, with the '
             "verifier of the run's configuration.</p>"
         )
     choices = [choose(tokens) for tokens in run.tokens]
@@ -50,12 +53,12 @@ def rollouts_section(run: RunRecords, texts: RolloutTexts, *, named: bool) -> st
 
 
 def _which(run: RunRecords) -> str:
-    """Which steps and samples are shown."""
+    """The sentences that say which steps and samples are shown."""
     steps = ", ".join(str(tokens.step) for tokens in run.tokens)
     return (
         f"Shown: {len(run.tokens)} of {run.steps_with_tokens} steps with token values ({steps}), spread evenly from "
-        "the first to the last. Of each step, the first rollouts are drawn by a fixed rule that does not look at what "
-        "they say; one with many outliers may follow and is labelled. The others are folded below them."
+        "the first to the last. The first rollouts of each step are drawn by a fixed rule that ignores their content. "
+        "One with many outliers may follow and is labelled. The others are folded below."
     )
 
 
@@ -78,7 +81,7 @@ def _step(tokens: StepTokens, choice: Choice, texts: RolloutTexts, most: int, *,
 
 
 def _tally(tokens: StepTokens) -> str:
-    """How many rollouts the step had, and how many were right."""
+    """Number of rollouts of the step, and how many were judged right."""
     count = f"{len(tokens.rollouts)} rollouts"
     judged = [verdict for verdict in tokens.verdicts or [] if verdict is not None]
     return f"{count}, {sum(judged)} of {len(judged)} judged right" if judged else count

@@ -1,7 +1,7 @@
-"""What a run left in its directory, read for the report: metrics, evaluations, token values, configuration.
+"""Reads the files of a run directory for the report: metrics, evaluations, token values, configuration.
 
-Not for training state (checkpoints, scores) or for choosing what is shown. Invariants: a part that is not there is
-empty or None, never an error; a part that is there and damaged is a DataError; a run that still goes on can be read.
+This module does not read training state (checkpoints, scores) and does not choose what is shown. Invariants: a missing
+part is empty or None, never an error. A damaged part is a DataError. A run that is still going can be read.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _VERDICTS: dict[int, bool | None] = {1: True, 0: False, -1: None}
 
 @dataclass(frozen=True)
 class StepTokens:
-    """The token values that were kept of one step, and its rollouts, which `sample_index` indexes."""
+    """The saved token values of one step, and its rollouts. `sample_index` is an index into `rollouts`."""
 
     step: int
     table: TokenTable
     rollouts: list[Rollout]
     verdicts: list[bool | None] | None = None
-    """One for each rollout, None where it was not judged; None as a whole in a file that does not say"""
+    """One per rollout, None if it was not judged. The whole list is None if the file has no verdicts"""
 
     @property
     def kept(self) -> list[int]:
@@ -46,11 +46,11 @@ class StepTokens:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """Everything the report shows of one run."""
+    """All data of one run that the report shows."""
 
     root: Path
     name: str
-    """What the page calls the run"""
+    """Name of the run on the page"""
     metrics: list[dict[str, Any]]
     """One object per step: `step` and {metric name: value or None}"""
     settings: Mapping[str, Any]
@@ -59,7 +59,7 @@ class RunRecords:
     evaluations: list[EvaluationResult]
     tokens: list[StepTokens] = field(default_factory=list)
     steps_with_tokens: int = 0
-    """Steps whose token values and rollouts are both there; `tokens` are some of them"""
+    """Number of steps that have both token values and rollouts; `tokens` holds some of them"""
 
     @cached_property
     def steps(self) -> list[int]:
@@ -67,18 +67,18 @@ class RunRecords:
 
     @cached_property
     def metric_names(self) -> list[str]:
-        """All metrics that any step has, in the order of the file."""
+        """All metrics of any step, in the order of the file."""
         return [name for name in dict.fromkeys(name for line in self.metrics for name in line) if name != "step"]
 
     def series(self, name: str) -> list[float | None]:
-        """Return one metric over the steps; what is no finite number is None."""
+        """Return one metric over the steps. Values that are not finite numbers are None."""
         return [_number(line.get(name)) for line in self.metrics]
 
     @cached_property
     def launch_folder(self) -> Path | None:
-        """The folder that relative paths of the configuration start at, seen from where the run directory lies.
+        """The folder from which relative paths of the configuration start, derived from the run directory's place.
 
-        None where that cannot be told: run.dir was absolute, or the run directory has been moved alone.
+        None if it cannot be derived: run.dir was absolute, or the run directory was moved alone.
         """
         named = self.settings.get("run.dir")
         if not isinstance(named, str) or Path(named).is_absolute() or ".." in Path(named).parts:
@@ -87,7 +87,7 @@ class RunRecords:
         return Path(*here.parts[: -len(parts)]) if parts and here.parts[-len(parts) :] == parts else None
 
     def places(self, key: str) -> list[Path]:
-        """Return where the path of a setting may lie, the likeliest first; [] where the setting is no path."""
+        """Return the possible places of a setting's path, the likeliest first; [] if the setting is not a path."""
         named = self.settings.get(key)
         if not isinstance(named, str):
             return []
@@ -98,10 +98,10 @@ class RunRecords:
 
 
 def read_run(run_dir: Path, *, token_steps: int, name: str | None = None) -> RunRecords:
-    """Read `run_dir`; token values of at most `token_steps` steps, evenly spread from the first to the last.
+    """Read `run_dir`, with token values of at most `token_steps` steps, evenly spread from the first to the last.
 
-    `name`: what the page calls the run; None = the folder's name. Raises DataError where there is no run, or a file of
-    it is damaged.
+    `name` is the run's name on the page; None = the folder's name. Raises DataError if there is no run, or if one of
+    its files is damaged.
     """
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: expected the run directory (run.dir) of a training run, found no folder")
@@ -127,7 +127,7 @@ def read_run(run_dir: Path, *, token_steps: int, name: str | None = None) -> Run
 
 
 def evaluation_files(run_dir: Path) -> list[Path]:
-    """Return the results of `tropd eval` in a run directory: evaluation_*.json and evaluation/*.json."""
+    """Return the files with results of `tropd eval` in a run directory: evaluation_*.json and evaluation/*.json."""
     return sorted(run_dir.glob("evaluation_*.json")) + sorted(run_dir.glob("evaluation/*.json"))
 
 
@@ -151,7 +151,7 @@ def _read_tokens(both: list[tuple[int, Path, Path]], count: int) -> Iterator[Ste
             yield StepTokens(step, table, found, verdicts)
         except DataError:
             if tokens.exists() and rollouts.exists():
-                raise  # else: a run that goes on has just removed what it keeps no longer
+                raise  # if a file is gone now, a running job has just removed it as too old
 
 
 def _read_table(path: Path) -> tuple[TokenTable, list[bool | None] | None]:
@@ -168,7 +168,7 @@ def _read_table(path: Path) -> tuple[TokenTable, list[bool | None] | None]:
 
 
 def _belong(table: TokenTable, rollouts: list[Rollout], verdicts: list[bool | None] | None) -> bool:
-    """Whether the samples and the tokens of a table are there in the rollouts."""
+    """Whether all samples and tokens of a table exist in the rollouts."""
     if verdicts is not None and len(verdicts) != len(rollouts):
         return False
     lengths = np.array([len(rollout.token_ids) for rollout in rollouts], dtype=np.int64)

@@ -1,6 +1,6 @@
-"""The settings of a run on the page, and how those of several runs differ.
+"""The section with the settings of a run, or with the differences between the settings of several runs.
 
-Not for checking settings (see `config`). Invariant: values are shown as the run recorded them.
+This module does not check settings (see `config`). Invariant: values are shown as the run recorded them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from html import escape
 from tropd_mcore.evaluation.run_records import RunRecords
 
 NOTHING = "not there"
-"""In place of a value that a run does not have."""
+"""Shown if a run does not have a setting."""
 KEY_SETTINGS = (
     "student.path", "student.dtype", "teacher.kind", "teacher.path", "teacher.dtype", "data.prompts",
     "data.teacher_responses", "run.steps", "run.seed", "rollout.prompts_per_step", "rollout.samples_per_prompt",
@@ -24,11 +24,11 @@ KEY_SETTINGS = (
     "optimizer.learning_rate", "optimizer.schedule", "optimizer.weight_decay", "optimizer.clip_grad_norm",
     "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data", "verifier.kind",
 )  # fmt: skip
-"""Shown above the whole configuration, where the run has them."""
+"""Settings shown above the whole configuration, if the run has them."""
 
 
 def settings_section(runs: Sequence[RunRecords]) -> str:
-    """Return the settings of one run, or what differs between several."""
+    """Return the section with the settings of one run, or with the differences between several."""
     if len(runs) > 1:
         return f"<section><h2>Settings that differ</h2>{_differences(runs)}{_whole(runs)}</section>"
     (run,) = runs
@@ -66,7 +66,7 @@ def _whole(runs: Sequence[RunRecords]) -> str:
 
 
 def _text(run: RunRecords, key: str) -> str:
-    """A value in words; NOTHING where the run does not have the key."""
+    """A value as text; NOTHING if the run does not have the key."""
     if key not in run.settings:
         return NOTHING
     value = run.settings[key]

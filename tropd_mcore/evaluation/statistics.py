@@ -1,6 +1,6 @@
-"""Intervals for accuracies: of one model, of samples that share prompts, and of the difference of two models.
+"""Intervals for accuracies: of one model, of samples that share prompts, and of the difference between two models.
 
-All are 95 % intervals (normal quantile 1.96). Not for metrics of training.
+All are 95 % intervals (normal quantile 1.96). They are not meant for training metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def clustered_interval(means: Sequence[float]) -> tuple[float, float]:
-    """Return the normal interval of the mean of per-prompt accuracies: samples of one prompt are not independent."""
+    """Return the normal interval of the mean of per-prompt accuracies. Samples of one prompt are not independent."""
     count = len(means)
     assert count > 0
     mean = sum(means) / count

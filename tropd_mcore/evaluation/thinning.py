@@ -1,7 +1,7 @@
-"""Which steps of a long run are drawn: few enough for a page, without losing an extreme or a gap.
+"""Chooses which steps of a long run are drawn: few enough for a page, without losing an extreme value or a gap.
 
-Not for averages: every drawn point is the value of one step. Invariants: the smallest and the largest value of every
-line are drawn, in each group of neighbouring steps; so is the first step of a gap; first and last step are drawn.
+Nothing is averaged: every drawn point is the value of one step. Invariants: in each group of neighbouring steps, the
+smallest and the largest value of every line and the first step of a gap are drawn. So are the first and the last step.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MOST_POINTS = 800
-"""Steps of a chart that are drawn, about; a shorter run is drawn whole."""
+"""Approximate number of drawn steps per chart. All steps of a shorter run are drawn."""
 
 Values = Sequence[float | None]
 
 
 def drawn_steps(count: int, lines: Sequence[Values], most: int = MOST_POINTS) -> list[int]:
-    """Return the indices into 0 .. count-1 that are drawn, ascending; all where there are at most `most`."""
+    """Return the indices in 0 .. count-1 that are drawn, ascending. If `count` is at most `most`, these are all."""
     if count <= most:
         return list(range(count))
     groups = max(1, most // max(2, 2 * len(lines)))
@@ -28,7 +28,7 @@ def drawn_steps(count: int, lines: Sequence[Values], most: int = MOST_POINTS) ->
 
 
 def group_size(count: int, lines: int, most: int = MOST_POINTS) -> int:
-    """Return how many neighbouring steps share their drawn points; 1 where every step is drawn."""
+    """Return the size of a group of neighbouring steps; 1 if every step is drawn."""
     return 1 if count <= most else -(-count // max(1, most // max(2, 2 * lines)))
 
 

@@ -1,9 +1,9 @@
-"""The two passes over the logits of a chunk that cost time, and who makes them.
+"""The backend protocol: the two passes over a chunk's logits, the costly part of a loss besides its matrix products.
 
-A backend knows nothing of ranks, chunks or objectives. Invariant: all backends give the same numbers to the tolerances
-of docs/numerics.md; `eager` is the definition.
+A backend knows nothing about ranks, chunks or objectives. Invariant: all backends give the same numbers within the
+tolerances of docs/numerics.md; `eager` is the definition.
 
-Shapes: C tokens of a chunk, W width of this rank's vocabulary shard, R <= W its real columns, J support ids a token.
+Shapes: C tokens of a chunk, W width of this rank's vocabulary shard, R <= W its real columns, J support ids per token.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from tropd_mcore.kernel.shard import Scaling, VocabShard
 
 @dataclass(frozen=True)
 class RowGradient:
-    """What decides the gradient of a chunk's logits; L is the loss, z' the scaled logits (see `Scaling`).
+    """The coefficients of the gradient of a chunk's logits. L is the loss, z' the scaled logits (see `Scaling`).
 
-    dL/dz'_v = -(sum_j g_j) p_v + sum_j g_j [v = ids_j] - g_H p_v (log p_v + H) + dense_v
+        dL/dz'_v = -(sum_j g_j) p_v + sum_j g_j [v = ids_j] - g_H p_v (log p_v + H) + dense_v
+
+    with p = softmax(z') and H its entropy, since dlog p_j/dz'_v = [v = j] - p_v and dH/dz'_v = -p_v (log p_v + H).
     """
 
     ids_CJ: Tensor
     """int64, global; NO_ENTRY where unused"""
     grad_logp_CJ: Tensor
-    """g_j = dL/dlog p; 0 where the id is NO_ENTRY"""
+    """g_j = dL/dlog p; 0 if the id is NO_ENTRY"""
     grad_entropy_C: Tensor | None
     """g_H = dL/dH; None = 0"""
     lse_C: Tensor
@@ -37,12 +39,12 @@ class RowGradient:
     dense_CR: Tensor | None = None
     """A further dL/dz', math dtype; None = 0"""
     live_C: Tensor | None = None
-    """bool, rows that have a gradient at all; None = every row. The others get 0 whatever their logits are: a masked
+    """bool, rows that have a gradient at all; None = every row. The others get 0 whatever their logits are. A masked
     row may hold NaN or infinities, and 0 * NaN would reach the sum over rows in dW."""
 
 
 def rows_with_gradient(grad_logp_CJ: Tensor, *further_C: Tensor | None) -> Tensor:
-    """`RowGradient.live_C`: rows in which any of these derivatives is not 0 (NaN is not 0). No host sync."""
+    """Return `RowGradient.live_C`: rows in which any of these derivatives is not 0 (NaN is not 0). No host sync."""
     live_C = (grad_logp_CJ != 0).any(dim=1)
     for grad_C in further_C:
         if grad_C is not None:
@@ -51,9 +53,10 @@ def rows_with_gradient(grad_logp_CJ: Tensor, *further_C: Tensor | None) -> Tenso
 
 
 def finite_where_live(hidden_CD: Tensor, live_C: Tensor) -> Tensor:
-    """The hidden states with 0 in rows without a gradient, whose dz of 0 would make NaN of a NaN in dz.T @ hidden.
+    """Return the hidden states with 0 in rows without a gradient.
 
-    Costs a copy of [C, D] on a GPU. On a CPU, where looking is free, only if there is such a row.
+    dz is 0 in these rows, but 0 times a NaN of the hidden states would make dz.T @ hidden NaN. Costs a copy of [C, D]
+    on a GPU. On a CPU, where looking at the mask is free, it costs one only if there is such a row.
     """
     if live_C.device.type == "cpu" and bool(live_C.all()):
         return hidden_CD
@@ -61,7 +64,7 @@ def finite_where_live(hidden_CD: Tensor, live_C: Tensor) -> Tensor:
 
 
 class Backend(Protocol):
-    """Two passes over a chunk."""
+    """Two passes over the logits of a chunk."""
 
     name: str
     shrinks_in_place: bool
@@ -70,20 +73,20 @@ class Backend(Protocol):
     def stats_and_support(
         self, logits_CW: Tensor, ids_CJ: Tensor, shard: VocabShard, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
-        """((m, s, u) of the shard's real columns [C, 3], z' of the ids that are here and 0 elsewhere [C, J]).
+        """Pass 1: ((m, s, u) of the shard's real columns [C, 3], z' of the ids in this shard and 0 elsewhere [C, J]).
 
         Math dtype. m = max z', s = sum e^(z'-m), u = sum e^(z'-m) (z'-m); (LEAST_LOGIT, 0, 0) without real columns.
         A logit of -inf counts as LEAST_LOGIT in m, s and u, and stays -inf among the ids.
-        Reads the logits once and leaves them.
+        Reads the logits once and does not change them.
         """
         ...
 
     def write_gradient(
         self, logits_CW: Tensor, row: RowGradient, shard: VocabShard, scaling: Scaling, out_CW: Tensor
     ) -> None:
-        """Write dL/dz to `out_CW`, 0 in padding columns. `out_CW` may be the logits themselves, or a narrower dtype.
+        """Pass 2: write dL/dz to `out_CW`, 0 in padding columns. `out_CW` may be the logits, or have a narrower dtype.
 
-        Math in the math dtype; the support's part is added before the one rounding to the dtype of `out_CW`. Rows
+        Computed in the math dtype. The support's part is added before the one rounding to the dtype of `out_CW`. Rows
         outside `row.live_C` get 0, whatever their logits are.
         """
         ...
@@ -91,7 +94,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Kernel:
-    """How the logits of a job are read: the arguments that every function of the kernel takes."""
+    """The arguments that every function of the kernel takes: how the logits of a job are read."""
 
     shard: VocabShard
     group: Group
@@ -100,9 +103,9 @@ class Kernel:
     chunk_tokens: int
     """Rows of one chunk; bounds the temporary memory"""
     overlap: bool = False
-    """Begin the next chunk while this one's all-reduce runs (an output layer's logits only)"""
+    """Start the next chunk while this one's all-reduce runs (an output layer's logits only)"""
 
     def __post_init__(self) -> None:
-        """A missing group would reach torch.distributed as the whole world."""
+        """Refuse a missing group: torch.distributed would take None for all ranks of the job."""
         assert self.group is not None, "a group of None means the whole world to torch.distributed"
         assert self.chunk_tokens > 0, f"chunks of {self.chunk_tokens} rows"

@@ -1,7 +1,6 @@
 """The backend that `loss.backend` names.
 
-Triton and the compiler are imported where they are chosen and nowhere else, so that a machine without them runs the
-others.
+Triton and the compiler are imported only if they are chosen, so a machine without them can run the other backends.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ NAMES = ("auto", "eager", "compile", "triton")
 
 @cache
 def backend(name: str, device: torch.device) -> Backend:
-    """The backend for logits on `device`; one object a choice, which keeps what it has compiled.
+    """Return the backend for logits on `device`: one object per choice, which keeps what it has compiled.
 
-    `auto` is triton on CUDA and eager elsewhere. Raises ConfigError where the backend cannot run.
+    `auto` is triton on CUDA and eager elsewhere. Raises ConfigError if the backend cannot run.
     """
     if name not in NAMES:
         raise ConfigError([f"loss.backend={name} is none of {', '.join(NAMES)}"])

@@ -1,8 +1,9 @@
-"""The passes over the logits in plain PyTorch: the definition that the other backends are held to.
+"""The two passes over the logits in plain PyTorch: the definition that the other backends are held to.
 
-On a CPU they go through the chunk in blocks of rows whose temporaries stay in the cache: the temporary memory is three
-blocks. Elsewhere the chunk is one block, and the memory three buffers [C, R] in the math dtype. Shapes as in `backend`;
-B rows of a block.
+On a CPU the passes go through the chunk in blocks of rows whose temporaries stay in the cache; the temporary memory is
+three blocks. On other devices the chunk is one block, and the memory is three buffers [C, R] in the math dtype.
+
+Shapes as in `backend`; B rows of a block.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from tropd_mcore.kernel.shard import (
 from tropd_mcore.sentinels import LEAST_LOGIT
 
 BLOCK_ELEMENTS = 2**19
-"""Elements of a block for each thread of a CPU; three such buffers are 6 MiB in float32. Measured: a quarter of the
-time that one block of 1024 rows takes (docs/kernel.md)."""
+"""Elements of a block per CPU thread; three such buffers are 6 MiB in float32. Measured: a quarter of the time that
+one block of 1024 rows takes (docs/kernel.md)."""
 
 
 class EagerBackend:
@@ -39,6 +40,9 @@ class EagerBackend:
         self, logits_CW: Tensor, ids_CJ: Tensor, shard: VocabShard, scaling: Scaling
     ) -> tuple[Tensor, Tensor]:
         """See `Backend`."""
+        # Pass 1. Over the columns v < R of this shard, with z' the scaled logits:
+        #     m = max z'_v,  s = sum_v e^(z'_v - m),  u = sum_v e^(z'_v - m) (z'_v - m).
+        # Of all shards together these give logsumexp = m + log s and the entropy log s - u / s (`merge_stats`).
         owned_CJ = support_logits(logits_CW, ids_CJ, shard, scaling)
         if shard.real_width == 0:
             return empty_shard_stats(owned_CJ), owned_CJ
@@ -57,11 +61,15 @@ class EagerBackend:
         self, logits_CW: Tensor, row: RowGradient, shard: VocabShard, scaling: Scaling, out_CW: Tensor
     ) -> None:
         """See `Backend`."""
+        # Pass 2, the gradient of `RowGradient` in this order of operations, with G = sum_j g_j:
+        #     dL/dz'_v = -p_v (G + g_H (log p_v + H)) + dense_v + sum_j g_j [v = ids_j],   then dL/dz by the chain rule.
+        # G counts the slots of all shards, because each of them moves every p_v. The last sum has this shard's slots.
         real = shard.real_width
         row_sum_C = row.grad_logp_CJ.sum(dim=1)
         local_CJ, here_CJ = local_ids(row.ids_CJ, shard)
         owned_CJ = row.grad_logp_CJ.masked_fill(~here_CJ, 0.0)
         for rows, (first_BR, second_BR, third_BR) in _blocks(logits_CW, shard):
+            # z' is a copy, so the rows of the output may lie over the logits they are computed from.
             scaled_BR = scaled_logits(logits_CW[rows], shard, scaling, out=first_BR)
             grad_BR = torch.sub(scaled_BR, row.lse_C[rows, None], out=second_BR)
             if row.grad_entropy_C is None:
@@ -72,15 +80,18 @@ class EagerBackend:
                 grad_BR.exp_().mul_(factor_BR)
             if row.dense_CR is not None:
                 grad_BR.add_(row.dense_CR[rows])
+            # The support, before the one rounding to an output narrower than the math dtype.
             add_support_(grad_BR, local_CJ[rows], owned_CJ[rows], row.unique_run_lengths)
             out_CW[rows, :real] = scaling.chain_(grad_BR, scaled_BR)
+        # Padding last: in a narrower output over the logits, its bytes are logits that the loop still had to read.
         out_CW[:, real:] = 0.0
+        # A row without a gradient may have computed NaN from its logits. It is replaced, not multiplied by 0.
         if row.live_C is not None:
             _clear_dead_rows_(out_CW, row.live_C)
 
 
 def _clear_dead_rows_(out_CW: Tensor, live_C: Tensor) -> None:
-    """0 in rows without a gradient, in place. Without a host sync a GPU has to go through all rows."""
+    """Write 0 to rows without a gradient, in place. A GPU writes to all rows, because looking would be a host sync."""
     if live_C.device.type != "cpu":
         out_CW.masked_fill_(~live_C[:, None], 0.0)
     elif not bool(live_C.all()):
@@ -94,17 +105,17 @@ def empty_shard_stats(owned_CJ: Tensor) -> Tensor:
 
 
 def add_support_(grad_BR: Tensor, local_BJ: Tensor, owned_BJ: Tensor, unique_run_lengths: tuple[int, ...]) -> None:
-    """Add the gradient of each support entry to its column, in place; entries of other shards add 0 to column 0.
+    """Add the gradient of each support entry to its column, in place. Entries of other shards add 0 to column 0.
 
-    Each run of unique ids goes alone, so that at most one number that is not 0 is added to a column at a time: the
-    result does not depend on the order of the additions, on a GPU neither.
+    Each run of unique ids is added separately. Then at most one non-zero number is added to a column at a time, and the
+    result does not depend on the order of the additions, which a GPU does not fix.
     """
     for local, owned in zip(local_BJ.split(unique_run_lengths, 1), owned_BJ.split(unique_run_lengths, 1), strict=True):
         grad_BR.scatter_add_(1, local, owned)
 
 
 def _blocks(logits_CW: Tensor, shard: VocabShard) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """The rows of each block and three buffers [B, R] for it, which all blocks share; none without real columns."""
+    """Yield the rows of each block and three buffers [B, R] that all blocks share; nothing without real columns."""
     rows, columns = logits_CW.shape[0], shard.real_width
     if rows == 0 or columns == 0:
         return
@@ -115,7 +126,7 @@ def _blocks(logits_CW: Tensor, shard: VocabShard) -> Iterator[tuple[slice, tuple
 
 
 def block_rows(logits_CW: Tensor, columns: int) -> int:
-    """Rows of a block of `columns` columns: as many as stay in the cache of a CPU, else all of them."""
+    """Rows of a block of `columns` columns: on a CPU as many as stay in the cache, on other devices all."""
     rows = max(1, logits_CW.shape[0])
     if logits_CW.device.type != "cpu":
         return rows

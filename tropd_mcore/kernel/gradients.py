@@ -1,8 +1,8 @@
-"""Where gradients go: those of a chunk's logits, and that of an output embedding shard, summed over chunks in float32.
+"""Where gradients are written: dz of a chunk's logits, and dW of an output embedding shard, summed over chunks.
 
-Speaks the protocol of Megatron's data-parallel wrapper without importing it: a parameter with `main_grad` gets its
-gradient there, in float32, and the autograd engine only a placeholder. Invariant: rounded to the parameter's dtype only
-where there is no `main_grad`.
+dW is summed in float32. It follows the protocol of Megatron's data-parallel wrapper without importing it: a parameter
+with `main_grad` gets its gradient there, in float32, and the autograd engine gets only a placeholder. Invariant: dW is
+rounded to the parameter's dtype only if there is no `main_grad`.
 
 Shapes: C tokens of a chunk, W vocabulary shard, D hidden.
 """
@@ -17,12 +17,12 @@ from tropd_mcore.kernel.source import LogitSource, OutputLayer, accumulation_dty
 
 
 class GradientBuffer:
-    """Room for the gradient dz of each chunk's logits.
+    """Memory for the gradient dz of each chunk's logits.
 
     Given logits: the rows of `given_TW`, which may be the logits themselves.
-    An output layer's logits: over them if they have the dtype that the matrix products want, else a narrower matrix
-    [C, W]. That one lies in the first half of each row of the logits, or, if the backend cannot do this, in memory of
-    its own that all chunks share.
+    An output layer: the logits themselves, if they have the dtype of the hidden states, which the matrix products take.
+    Otherwise dz is narrower than the logits, and is written to the first half of each of their rows. If the backend
+    cannot do that, dz gets a separate buffer that all chunks share.
     """
 
     def __init__(self, source: LogitSource, backend: Backend, given_TW: Tensor | None = None) -> None:
@@ -33,11 +33,12 @@ class GradientBuffer:
         self._buffer: Tensor | None = None
 
     def of(self, logits_CW: Tensor, rows: slice) -> Tensor:
-        """Room for dz of these logits."""
+        """Return the memory for dz of these logits, [C, W]."""
         if self._given_TW is not None:
             return self._given_TW[rows]
         if logits_CW.dtype == self._dtype:
             return logits_CW
+        # float32 logits, bfloat16 dz: row r of dz is the first half of the bytes of row r of the logits.
         if self._backend.shrinks_in_place:
             return logits_CW.view(self._dtype)[:, : logits_CW.shape[1]]
         if self._buffer is None:
@@ -46,15 +47,16 @@ class GradientBuffer:
 
 
 class WeightGradient:
-    """Sum over chunks of dz.T @ hidden, [W, D].
+    """dW = sum over chunks of dz.T @ hidden, [W, D].
 
-    Where the factor of the backward pass is not known yet, the sum is kept in a buffer of its own. `folded` takes it to
-    be 1, adds to main_grad at once, needs no buffer, and has the device check the factor when it is known.
+    dW is linear in the factor of the backward pass, which is not known yet when chunks are added in the forward pass.
+    So the sum is kept in a separate buffer and scaled in `finish`. `folded` assumes that the factor is 1: it adds to
+    main_grad at once, needs no buffer, and lets the device check the factor when it is known.
     """
 
     def __init__(self, weight_WD: Tensor, *, folded: bool) -> None:
         self._weight = weight_WD
-        # Megatron-FSDP keeps the gradient buffer of an earlier step under this name, and takes an ordinary gradient.
+        # Megatron-FSDP keeps the gradient buffer of an earlier step as main_grad, but expects an ordinary gradient.
         owned_by_fsdp = getattr(weight_WD, "__fsdp_param__", False)
         self._main_grad: Tensor | None = None if owned_by_fsdp else getattr(weight_WD, "main_grad", None)
         self._folded = folded and self._main_grad is not None
@@ -62,7 +64,7 @@ class WeightGradient:
 
     @property
     def adds_in_forward(self) -> bool:
-        """Whether `add` changes main_grad at once."""
+        """Whether `add` changes main_grad directly. A repeated forward pass would then count twice."""
         return self._folded
 
     def add(self, dz_CW: Tensor, hidden_CD: Tensor) -> None:
@@ -71,10 +73,11 @@ class WeightGradient:
         if self._sum is None:
             dtype = accumulation_dtype(self._weight)
             self._sum = torch.empty_like(self._weight, dtype=dtype, requires_grad=False)
+        # The first product initialises the buffer; main_grad already holds earlier micro-batches.
         matmul_into(self._sum, dz_CW.t(), hidden_CD, accumulate=not first)
 
     def finish(self, factor: Tensor) -> Tensor:
-        """Scale by the scalar `factor` and deliver; returns what the autograd engine is to get. No host sync."""
+        """Scale by the scalar `factor` and deliver. Returns the tensor for the autograd engine. No host sync."""
         if self._folded:
             assert_is_one(factor)
         elif self._main_grad is not None and self._sum is not None:
@@ -86,7 +89,7 @@ class WeightGradient:
         return self._sum.mul_(factor).to(self._weight.dtype)
 
     def _placeholder(self) -> Tensor:
-        """What Megatron's hooks expect: they drop it, but add it where an embedding shares the parameter."""
+        """The tensor that Megatron's hooks expect. They drop it, but add it if an embedding shares the parameter."""
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         if getattr(self._weight, "zero_out_wgrad", False):
             return torch.zeros_like(self._weight, requires_grad=False)
@@ -94,5 +97,5 @@ class WeightGradient:
 
 
 def assert_is_one(factor: Tensor) -> None:
-    """Stop, on the device, if a gradient that was not to be scaled is."""
+    """Fail on the device if a gradient that must not be scaled would need scaling. No host sync."""
     torch._assert_async(factor == 1, "loss.weight_gradient=folded: the loss was scaled after it was made; use deferred")

@@ -1,6 +1,7 @@
 """The ranks that share a vocabulary: a process group, or one process without torch.distributed.
 
-Not for groups of a training job (`mcore.parallel`). Invariant: a group of one rank communicates nothing.
+This module does not make the groups of a training job (`mcore.parallel`). Invariant: a group of one rank does not
+communicate.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 class OneRank:
-    """Stands for a process group where one process has the whole vocabulary."""
+    """Takes the place of a process group if one process has the whole vocabulary."""
 
     def size(self) -> int:
         """1."""
@@ -25,16 +26,16 @@ Group = dist.ProcessGroup | OneRank
 
 
 def all_reduce(tensor: Tensor, group: Group, *, overlap: bool = False) -> dist.Work | None:
-    """Sum over the ranks, in place. With `overlap`, returns what to wait for; else it is done."""
+    """Sum over the ranks, in place. With `overlap`, the sum is only started, and the work to wait for is returned."""
     if isinstance(group, OneRank) or group.size() == 1:
         return None
     work = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group, async_op=overlap)
-    # without overlap it is done; PyTorch 2.11 under torch.compile then returns the tensor where others return None
+    # Without overlap there is nothing to wait for. PyTorch 2.11 under torch.compile then returns the tensor, not None.
     return work if overlap else None
 
 
 def all_gather(tensor: Tensor, group: Group) -> Tensor:
-    """[N, ...]: `tensor` of every rank."""
+    """Return `tensor` of every rank, [N, ...]."""
     if isinstance(group, OneRank) or group.size() == 1:
         return tensor[None]
     gathered = tensor.new_empty(group.size(), *tensor.shape)

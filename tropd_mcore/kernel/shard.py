@@ -1,4 +1,4 @@
-"""Which columns of the vocabulary a rank owns, and how logits are read: scaling, dtype, chunks.
+"""The vocabulary columns that a rank owns, and how logits are read: scaling, dtype, chunks.
 
 Shapes: C tokens of a chunk, W width of this rank's vocabulary shard, R <= W its real (not padded) columns.
 """
@@ -35,7 +35,10 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What happens to a logit z before the softmax: z' = softcap * tanh(z / softcap) / temperature."""
+    """The change of a logit z before the softmax: z' = softcap * tanh(z / softcap) / temperature.
+
+    Its derivative is (1 - tanh(z / softcap)^2) / temperature, where tanh(z / softcap) = z' * temperature / softcap.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -48,7 +51,7 @@ class Scaling:
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def chain_(self, grad: Tensor, scaled: Tensor) -> Tensor:
-        """dL/dz' to dL/dz in place; `scaled` is z', which is overwritten where there is a softcap."""
+        """dL/dz' to dL/dz, in place. `scaled` is z', which is overwritten if there is a softcap."""
         if self.softcap is not None:
             grad.sub_(scaled.mul_(self.temperature / self.softcap).square_().mul_(grad))
         return grad if self.temperature == 1.0 else grad.div_(self.temperature)
@@ -60,13 +63,13 @@ def math_dtype(logits: Tensor) -> torch.dtype:
 
 
 def chunks(rows: int, chunk_tokens: int) -> Iterator[slice]:
-    """Slices of at most `chunk_tokens` rows; none where there are no rows, on every rank alike."""
+    """Yield slices of at most `chunk_tokens` rows. Without rows there are none, on every rank of the group alike."""
     for start in range(0, rows, chunk_tokens):
         yield slice(start, min(start + chunk_tokens, rows))
 
 
 def scaled_logits(logits_CW: Tensor, shard: VocabShard, scaling: Scaling, out: Tensor | None = None) -> Tensor:
-    """z' of the real columns, [C, R] in the math dtype: a copy (in `out`, where given), which may be overwritten.
+    """z' of the real columns, [C, R] in the math dtype: a copy (in `out` if given) that may be overwritten.
 
     -inf becomes LEAST_LOGIT; NaN stays.
     """
@@ -80,16 +83,16 @@ def scaled_logits(logits_CW: Tensor, shard: VocabShard, scaling: Scaling, out: T
 
 
 def local_ids(ids_CJ: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Column of each id in this shard and whether it is here; column 0 stands in for those that are not."""
+    """Column of each id in this shard, and whether the id is in this shard; if not, the column is 0."""
     local_CJ = ids_CJ - shard.start
     here_CJ = (local_CJ >= 0) & (local_CJ < shard.real_width)
     return local_CJ.masked_fill(~here_CJ, 0), here_CJ
 
 
 def support_logits(logits_CW: Tensor, ids_CJ: Tensor, shard: VocabShard, scaling: Scaling) -> Tensor:
-    """z' of the ids that are in this shard and 0 elsewhere, [C, J] in the math dtype.
+    """z' of the ids that are in this shard, 0 for the others, [C, J] in the math dtype.
 
-    -inf stays, so that the log-prob of an impossible token is -inf and a loss that needs it is not finite.
+    -inf stays. So the log-prob of an impossible token is -inf, and a loss that needs it is not finite.
     """
     if shard.real_width == 0:
         return logits_CW.new_zeros(ids_CJ.shape, dtype=math_dtype(logits_CW))

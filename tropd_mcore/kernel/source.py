@@ -1,7 +1,8 @@
-"""Where the logits of a chunk come from: a matrix that exists, or the output layer, a chunk at a time.
+"""The source of a chunk's logits: a given matrix, or an output layer that computes one chunk at a time.
 
-Not for what is done with them. Invariant: logits of an `OutputLayer` are float32 (float64 from float64), never rounded
-to the dtype of the weights: a log-ratio taken from bfloat16 logits is off by several percent (docs/numerics.md).
+This module does not use the logits. Invariant: logits of an `OutputLayer` are float32 (float64 from float64) and never
+rounded to the dtype of the weights. Probability ratios from bfloat16 logits are off by several percent
+(docs/numerics.md).
 
 Shapes: T tokens, C tokens of a chunk, W vocabulary shard, D hidden.
 """
@@ -18,27 +19,27 @@ from tropd_mcore.kernel.shard import chunks
 from tropd_mcore.kernel.surroundings import saved_tensor_hooks_are_active
 
 OLDEST_TORCH = (2, 8)
-"""The oldest that was run, on a CPU. `mm(out_dtype=)`, which a GPU needs, came with it."""
+"""The oldest tested version (on a CPU). It introduced `mm(out_dtype=)`, which a GPU needs."""
 ACCUMULATING_PRODUCT = (2, 11)
-"""The oldest on which `addmm(out_dtype=)` was run on a GPU with a float32 sum. Before it was mended, in 2.10 at the
-earliest (pytorch issue 154086), it is replaced by a product and a sum, at the cost of one buffer."""
+"""The oldest version on which `addmm(out_dtype=)` was tested on a GPU with a float32 sum. It was broken until 2.10 at
+the earliest (pytorch issue 154086). Older versions use a product and a sum instead, at the cost of one buffer."""
 CPU_BLOCK = 4096
-"""Vocabulary columns that are converted at once where the machine has no mixed-precision matrix product."""
+"""Vocabulary columns that are converted at once if there is no mixed-precision matrix product (CPU)."""
 
 
 @dataclass(frozen=True)
 class GivenLogits:
-    """Logits that an output layer outside our control has made."""
+    """Logits that the caller computed."""
 
     logits_TW: Tensor
     preserve: bool = False
-    """Keep the logits as they are. Their gradient then takes a buffer of their size, [T, W] in their dtype. Set it if
-    something else needs them after this loss's backward pass: another loss, an operation that saved its own result
-    (tanh), a further call on a slice of the same logits, a metric."""
+    """Leave the logits unchanged. Their gradient then takes a buffer of their size, [T, W] in their dtype. Set this if
+    something else needs the logits after this loss's backward pass: another loss, an operation that saved its own
+    result (tanh), another call on a slice of the same logits, a metric."""
 
     @property
     def tensors(self) -> tuple[Tensor, None]:
-        """What autograd is to differentiate."""
+        """The tensors that autograd differentiates: the logits, no weight."""
         return self.logits_TW, None
 
     @property
@@ -52,18 +53,19 @@ class GivenLogits:
         return self.logits_TW.shape[1]
 
     def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
-        """A view of the rows; `out` is not used."""
+        """Return a view of the rows; `out` is not used."""
         return self.logits_TW[rows]
 
     def buffer(self, chunk_tokens: int) -> Tensor | None:
-        """None: the logits are their own buffer."""
+        """Return None: the logits exist already."""
         return None
 
     def may_be_overwritten(self) -> bool:
-        """Whether the gradient may be written over the logits, as seen from the forward pass.
+        """Whether the gradient may be written over the logits, as far as the forward pass can tell.
 
-        Not if the caller needs them: they are a leaf or a view of one, or `preserve` says so. Not if autograd could not
-        notice that somebody else needs them: saved tensors pass through hooks. Not if several rows share memory.
+        It may not if the caller needs the logits: they are a leaf or a view of one, or `preserve` is set. It may not if
+        saved tensors pass through hooks, because autograd then cannot notice another reader. It may not if several rows
+        share memory.
         """
         logits_TW = self.logits_TW
         rows_are_apart = logits_TW.stride(0) >= logits_TW.shape[1] * logits_TW.stride(1)
@@ -81,7 +83,7 @@ class OutputLayer:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What autograd is to differentiate."""
+        """The tensors that autograd differentiates: hidden states and weight."""
         return self.hidden_TD, self.weight_WD
 
     @property
@@ -95,12 +97,12 @@ class OutputLayer:
         return self.weight_WD.shape[0]
 
     def buffer(self, chunk_tokens: int) -> Tensor:
-        """Room for the logits of one chunk."""
+        """Return memory for the logits of one chunk."""
         rows, columns = min(chunk_tokens, self.tokens), self.weight_WD.shape[0]
         return torch.empty(rows, columns, dtype=accumulation_dtype(self.hidden_TD), device=self.hidden_TD.device)
 
     def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
-        """hidden @ weight.T of the rows, [C, W], written to the first rows of `out` where one is given."""
+        """Return hidden @ weight.T of the rows, [C, W], written to the first rows of `out` if it is given."""
         hidden_CD = self.hidden_TD[rows].detach()
         out = self.buffer(hidden_CD.shape[0]) if out is None else out[: hidden_CD.shape[0]]
         return matmul_into(out, hidden_CD, self.weight_WD.detach().t(), accumulate=False)
@@ -110,7 +112,7 @@ LogitSource = GivenLogits | OutputLayer
 
 
 def accumulation_dtype(operand: Tensor) -> torch.dtype:
-    """Dtype that a matrix product is kept in: float64 for float64 operands, else float32."""
+    """Dtype in which a matrix product is stored: float64 for float64 operands, else float32."""
     return torch.float64 if operand.dtype == torch.float64 else torch.float32
 
 
@@ -121,10 +123,10 @@ def torch_version() -> tuple[int, int]:
 
 
 def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool) -> Tensor:
-    """out = left @ right (+ out where `accumulate`), in the dtype of `out`, which may be wider than the operands'.
+    """out = left @ right (+ out if `accumulate`), in the dtype of `out`, which may be wider than that of the operands.
 
-    bfloat16 operands are multiplied exactly and summed in float32: by the GPU's mixed-precision product, or on a CPU by
-    converting them, those of the vocabulary in blocks.
+    bfloat16 operands are multiplied exactly and summed in float32. A GPU does it by its mixed-precision product. On a
+    CPU the operands are converted, the vocabulary's in blocks.
     """
     if out.dtype == left.dtype == right.dtype:
         return torch.addmm(out, left, right, out=out) if accumulate else torch.mm(left, right, out=out)
@@ -140,7 +142,7 @@ def matmul_into(out: Tensor, left: Tensor, right: Tensor, *, accumulate: bool) -
 
 
 def _blocks(out: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Parts of `out` with the operands that make them, cut along its longer side."""
+    """Yield parts of `out`, cut along its longer side, with the operands of each part."""
     rows, columns = out.shape
     if rows > columns:
         for part in chunks(rows, CPU_BLOCK):

@@ -1,12 +1,12 @@
-"""A loss and its gradients in one pass over chunks of tokens: the fused output layer, or logits given.
+"""The fused loss: output layer (or given logits), loss and gradients, computed over chunks of tokens.
 
-For losses that are sums over tokens of functions of a few log-probs, the entropy and perhaps one divergence over the
-whole vocabulary (`TokenLoss`). The gradient is made in the forward pass, while a chunk's logits are at hand, so that
-nothing is computed twice (6 T D W operations: logits, dH, dW) and no logits outlive their chunk. Invariant: the loss
-sum and what decided it are bit-identical on all ranks of the group; no host sync.
+It serves losses that are sums over tokens of functions of a few log-probs (the *support*), the entropy and optionally
+one divergence over the whole vocabulary (`TokenLoss`). The gradient is computed in the forward pass, while the logits
+of the chunk exist. So nothing is computed twice (6 T D W operations: logits, dH, dW) and no logits outlive their chunk.
+Invariants: the loss sum and the numbers that decide it are bit-identical on all ranks of the group; no host sync.
 
-Shapes: T tokens, C tokens of a chunk, W width of this rank's vocabulary shard, R <= W its real columns, J support ids a
-token, D hidden, N ranks, M numbers of a dense term.
+Shapes: T tokens, C tokens of a chunk, W width of this rank's vocabulary shard, R <= W its real columns, J support ids
+per token, D hidden, N ranks, M numbers of a dense term (a divergence over the whole vocabulary).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ WeightGradientMode = Literal["deferred", "folded", "recompute"]
 
 
 class TokenLoss(Protocol):
-    """The loss of some rows, from numbers that are replicated over the ranks; differentiable in the first three."""
+    """The loss of some rows from numbers that are replicated over the ranks. Differentiable in the first three."""
 
     def __call__(self, logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
-        """A number for each row."""
+        """Return one loss per row."""
         ...
 
 
 class FullVocabTerm(Protocol):
-    """A divergence over the whole vocabulary, beside the log-probs of the support."""
+    """A divergence over the whole vocabulary, in addition to the log-probs of the support."""
 
     def partials(self, logits_CW: Tensor, rows: slice) -> Tensor:
-        """This shard's statistics, [C, M] in the math dtype; they travel in the chunk's all-reduce, a slot a rank."""
+        """This shard's statistics, [C, M] in the math dtype. The chunk's all-reduce sends them, one slot per rank."""
         ...
 
     def value(self, stats_CN3: Tensor, partials_CNM: Tensor, lse_C: Tensor, logits_CW: Tensor, rows: slice) -> Tensor:
-        """The divergence of each row, [C], nats, the same bits on every rank."""
+        """The divergence of each row, [C], nats, bit-identical on all ranks."""
         ...
 
     def gradient(self, logits_CW: Tensor, grad_C: Tensor, rows: slice) -> Tensor:
@@ -81,20 +81,22 @@ def support_loss(
         entropy_T = -(logp_TV.exp() * logp_TV).sum(1)
         token_loss(logp_TV.gather(1, ids_TJ), entropy_T, divergence_T, all rows)
 
-    but holds one chunk of logits at a time, and its result is what autograd makes of it. One SUM all-reduce of
-    [C, (3 + M) N + J] a chunk in the forward pass; in the backward pass none but the SUM all-reduce of dH.
+    but holds one chunk of logits at a time. Its gradient is the one that autograd derives from these lines. Forward:
+    one SUM all-reduce of [C, (3 + M) N + J] numbers per chunk. Backward: only the SUM all-reduce of dH.
 
     Args: ids_TJ int64, global, the same on every rank; NO_ENTRY (-1) marks an unused slot. unique_run_lengths: lengths
-    of the runs of slots in which no id appears twice; ids that are equal across runs add up. weight_gradient: when dW,
-    in float32, meets the factor that arrives in the backward pass (`OutputLayer`; see `WeightGradient`): `deferred`
-    scales a buffer of its own, `folded` accumulates into main_grad at once and checks the factor to be 1, `recompute`
-    makes all gradients in the backward pass from recomputed logits (8 T D W operations). Given logits: in every mode
-    the gradient is made in the backward pass, which spares a pass to apply the factor, and is written over them if
-    nobody else needs them (`GivenLogits.may_be_overwritten`). With a dense term it is made in the forward pass, in a
-    buffer of their size. reduce_hidden_gradient: sum dH over the ranks; False where the caller's gather does it
-    (sequence parallelism).
+    of the runs of slots in which no id appears twice; equal ids in different runs add up. reduce_hidden_gradient: sum
+    dH over the ranks; False if the caller's gather does it (sequence parallelism). weight_gradient, for an
+    `OutputLayer`: when dW, kept in float32, is multiplied by the factor that arrives in the backward pass (see
+    `WeightGradient`). `deferred` keeps dW in its own buffer and scales it in the backward pass. `folded` adds it to
+    main_grad in the forward pass and checks that the factor is 1. `recompute` computes all gradients in the backward
+    pass from recomputed logits (8 T D W operations).
 
-    Raises LossInputError as `support_log_probs` does, and where `folded` is run again inside a backward pass.
+    With given logits, every mode computes the gradient in the backward pass, which saves a pass to apply the factor. It
+    is written over the logits if nobody else needs them (`GivenLogits.may_be_overwritten`). With a dense term it is
+    computed in the forward pass, in a buffer of the logits' size.
+
+    Raises LossInputError as `support_log_probs` does, and if `folded` is run again inside a backward pass.
 
     Source: docs/method.md, the gradient of every term; docs/kernel.md.
     """
@@ -135,7 +137,7 @@ def support_loss(
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of `support_loss`, and where the pieces of its result are collected."""
+    """The arguments of `support_loss`, and the list that collects the result of each chunk."""
 
     source: LogitSource
     ids_TJ: Tensor
@@ -146,29 +148,37 @@ class _Call:
     reduce_hidden_gradient: bool
     full_vocab_term: FullVocabTerm | None
     with_gradients: bool
-    """False where autograd is off; a `Function` cannot see that from inside"""
+    """False if autograd is off, which a `Function` cannot see from inside"""
     pieces: list[TokenLosses]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk whose all-reduce is under way."""
+    """A chunk whose all-reduce has started."""
 
     rows: slice
     logits_CW: Tensor
     exchange: Exchange
 
 
+# The loss of a token is a function l(log p_1, ..., log p_J, H, D) of replicated numbers: H the entropy, D the
+# divergence. Autograd differentiates l alone: g_j = dl/dlog p_j, g_H = dl/dH, g_D = dl/dD. From there to the logits z:
+#     dlog p_j/dz'_v = [v = ids_j] - p_v   and   dH/dz'_v = -p_v (log p_v + H)   with z' the scaled logits, so
+#     dl/dz'_v = -p_v sum_j g_j + sum_j g_j [v = ids_j] - g_H p_v (log p_v + H) + g_D dD/dz'_v.
+# Then dz = dl/dz' dz'/dz, dhidden = dz @ weight and dweight = dz.T @ hidden. All are linear in the factor that arrives
+# in the backward pass, so the forward pass computes them for the factor 1 and the backward pass scales them.
 class _SupportLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, first: Tensor, weight_WD: Tensor | None, call: _Call) -> Tensor:
-        """`first` is the hidden states, or the logits where there is no weight."""
+        """`first` is the hidden states, or the logits if there is no weight."""
         source, kernel = call.source, call.kernel
         needs_first = call.with_gradients and ctx.needs_input_grad[0]
         needs_weight = call.with_gradients and ctx.needs_input_grad[1]
+
+        # Where the gradients go.
         first_gradient = weight_gradient = None
         if needs_first:
-            # Never over given logits: the caller may still read them in what is left of the forward pass.
+            # Never written over given logits: the rest of the caller's forward pass may still read them.
             first_gradient = torch.empty_like(first)
         if needs_weight:
             assert isinstance(source, OutputLayer)
@@ -179,19 +189,22 @@ class _SupportLoss(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=math_dtype(first), device=first.device)
         room = GradientBuffer(source, kernel.backend, first_gradient) if needs_first or needs_weight else None
         for chunk in _chunks_under_way(call):
+            # Pass 1 and the all-reduce of this chunk have been started; this waits for them and computes its loss.
             row, piece = _loss_of_chunk(call, chunk, with_gradient=room is not None)
             call.pieces.append(piece)
             loss_sum += piece.loss_T.detach().sum()
             if room is None:
                 continue
             assert row is not None and row.live_C is not None
+            # Pass 2: dz from the logits. An output layer's logits may be overwritten by it and are gone afterwards.
             dz_CW = room.of(chunk.logits_CW, chunk.rows)
             kernel.backend.write_gradient(chunk.logits_CW, row, kernel.shard, kernel.scaling, dz_CW)
+            # The two products: dhidden is this shard's part of a sum over the ranks, dweight is this rank's own.
             if first_gradient is not None and weight_WD is not None:
                 torch.mm(dz_CW, weight_WD, out=first_gradient[chunk.rows])
             if weight_gradient is not None:
                 weight_gradient.add(dz_CW, finite_where_live(first[chunk.rows], row.live_C))
-        # The gradients are ours until they are handed out. They are no saved tensors: nobody else reads or moves them.
+        # Kept on ctx and not as saved tensors: until the backward pass hands them out, nobody else reads or moves them.
         ctx.first_gradient, ctx.weight_gradient = first_gradient, weight_gradient
         ctx.folded, ctx.group = call.folded, kernel.group
         ctx.reduce = call.reduce_hidden_gradient and weight_WD is not None
@@ -203,30 +216,38 @@ class _SupportLoss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         begin_backward(ctx, factor)
         first_gradient, weight_gradient = ctx.first_gradient, ctx.weight_gradient
-        ctx.first_gradient = ctx.weight_gradient = None
+        ctx.first_gradient = ctx.weight_gradient = None  # handed out below; a second backward pass was refused above
         with without_autocast(factor.device):
             if first_gradient is not None:
                 if ctx.folded:
-                    assert_is_one(factor)
+                    assert_is_one(factor)  # on the device, no host sync
                 else:
                     first_gradient.mul_(factor)
+                # The one all-reduce of the backward pass. It runs on all ranks of the group, also for T = 0 rows.
                 if ctx.reduce:
                     all_reduce(first_gradient, ctx.group)
             return first_gradient, weight_gradient.finish(factor) if weight_gradient is not None else None, None
 
 
 def _chunks_under_way(call: _Call) -> Iterator[_Chunk]:
-    """The chunks in order; with overlap, the next one has been started before a chunk is given out."""
+    """Yield the chunks in order, each after pass 1 and the start of its all-reduce.
+
+    With overlap, the next chunk is started before a chunk is yielded. Chunk i + 1 then needs a second buffer, because
+    the logits of chunk i are still to be read. All ranks of the group have the same T and so the same number of
+    all-reduces in the same order; T = 0 rows run none.
+    """
     source, kernel = call.source, call.kernel
     buffers = [source.buffer(kernel.chunk_tokens) for _ in range(2 if kernel.overlap else 1)]
     started: _Chunk | None = None
     for index, rows in enumerate(chunks(source.tokens, kernel.chunk_tokens)):
+        # Pass 1: logits of this shard, then per row (m, s, u) and the support logits that this shard owns.
         logits_CW = source.logits(rows, out=buffers[index % len(buffers)])
         stats_CM, owned_CJ = kernel.backend.stats_and_support(
             logits_CW, call.ids_TJ[rows], kernel.shard, kernel.scaling
         )
         if call.full_vocab_term is not None:
             stats_CM = torch.cat([stats_CM, call.full_vocab_term.partials(logits_CW, rows)], dim=1)
+        # The one all-reduce of the chunk.
         exchange = start_exchange(stats_CM, owned_CJ, kernel.group, overlap=kernel.overlap)
         previous, started = started, _Chunk(rows, logits_CW, exchange)
         if not kernel.overlap:
@@ -238,9 +259,10 @@ def _chunks_under_way(call: _Call) -> Iterator[_Chunk]:
 
 
 def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[RowGradient | None, TokenLosses]:
-    """The loss of a chunk, and what the gradient of its logits is made from (None where none is asked for)."""
+    """The loss of a chunk, and the numbers from which `write_gradient` computes dz (None without gradients)."""
     rows, kernel = chunk.rows, call.kernel
     ids_CJ = call.ids_TJ[rows]
+    # Merge the shards: logsumexp, entropy, log-probs and divergence of each row, bit-identical on all ranks.
     slots_CNM, value_CJ = chunk.exchange.wait()
     stats_CN3 = slots_CNM[:, :, :3]
     lse_C, entropy_C = merge_stats(stats_CN3)
@@ -249,6 +271,7 @@ def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[
     if call.full_vocab_term is not None:
         divergence_C = call.full_vocab_term.value(stats_CN3, slots_CNM[:, :, 3:], lse_C, chunk.logits_CW, rows)
 
+    # The loss of the rows, and by autograd its derivatives g_j, g_H and g_D: a graph of [C, J] numbers that ends here.
     inputs = [logp_CJ, entropy_C] + ([divergence_C] if divergence_C is not None else [])
     found: tuple[Tensor | None, ...] = (None,) * len(inputs)
     with torch.set_grad_enabled(with_gradient), shield():
@@ -259,6 +282,7 @@ def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[
             found = torch.autograd.grad(piece.loss_sum, inputs, allow_unused=True)
     if not with_gradient:
         return None, piece
+    # The coefficients of pass 2. An unused slot has no column, but its g_j would still count in sum_j g_j.
     grad_logp_CJ, grad_entropy_C, grad_divergence_C = (*found, None)[:3]
     if grad_logp_CJ is None:
         grad_logp_CJ = torch.zeros_like(logp_CJ)
@@ -280,7 +304,7 @@ def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[
 
 
 def _loss_of_nothing(call: _Call) -> TokenLosses:
-    """The loss of no rows, for its columns; no collective, because no rank has rows."""
+    """The loss of zero rows, called for the names of its columns. No collective, because no rank has rows."""
     nothing = call.ids_TJ.new_zeros(0, dtype=torch.float32)
     divergence = nothing if call.full_vocab_term is not None else None
     return call.token_loss(nothing.new_zeros(call.ids_TJ.shape), nothing, divergence, slice(0, 0))

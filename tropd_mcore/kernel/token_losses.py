@@ -1,4 +1,7 @@
-"""What a loss over tokens hands to the kernel that made its log-probs, and what the kernel hands to its caller."""
+"""The result of a loss over tokens: per token, as an objective returns it, and summed, as the kernel returns it.
+
+Nothing is divided here. The mean is loss_sum / token_count over the whole batch, which only the caller knows.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """The loss of each token of a micro-batch, or of a chunk of it, [T] each."""
+    """The loss of each token of a micro-batch or of one chunk of it, [T] each."""
 
     loss_T: Tensor
-    """differentiable: weight x surrogate loss, nats; 0 where the token is not trained"""
+    """differentiable: weight x surrogate loss, nats; 0 if the token is not trained"""
     counted_T: Tensor
     """bool, tokens that count in the denominator"""
     columns: dict[str, Tensor] = field(default_factory=dict)
-    """detached; which ones there are is the loss function's (`objectives.inputs.make_columns`)"""
+    """detached; the loss function chooses the names (`objectives.inputs.make_columns`)"""
 
     @property
     def loss_sum(self) -> Tensor:
@@ -40,4 +43,4 @@ class SummedLoss:
     columns: dict[str, Tensor]
     """[T] each, detached"""
     loss_T: Tensor | None = None
-    """`TokenLosses.loss_T`, differentiable; None where the gradient was made of the sum alone"""
+    """`TokenLosses.loss_T`, differentiable; None if only the gradient of the sum was computed"""

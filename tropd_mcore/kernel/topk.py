@@ -1,11 +1,11 @@
 """The exact top-k of a distribution that is sharded over the vocabulary, with true log-probs.
 
-For what a teacher says of each token, for the student's own candidates, and for the overlap metric. Not differentiable.
-Invariant: the same ids on every rank, in the order (logit descending, id ascending), which a tie cannot change: bf16
-logits tie often, and `torch.topk` alone breaks ties as it likes.
+It serves the teacher's scores, the student's own candidates and the overlap metric. It is not differentiable.
+Invariant: the same ids on every rank, in the order (logit descending, id ascending), also in case of ties. bfloat16
+logits tie often, and `torch.topk` alone breaks ties arbitrarily.
 
 Shapes: T tokens, C tokens of a chunk, B rows of a block, W width of this rank's vocabulary shard, R <= W its real (not
-padded) columns, K entries, J ids asked for, N ranks of the group, X any number of columns.
+padded) columns, K entries, J requested ids, N ranks of the group, X any number of columns.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tropd_mcore.sentinels import NO_ENTRY
 COLUMN_BITS = 32
 LAST_COLUMN = 2**COLUMN_BITS - 1
 TILE = 32
-"""Columns of a tile. Measured on one CPU core in ms a row, K = 64, for tiles of 16, 32, 64, 128 columns and for the
+"""Columns of a tile. Measured on one CPU core in ms per row, K = 64, for tiles of 16, 32, 64, 128 columns and for the
 whole row: 0.17, 0.11, 0.12, 0.15, 0.57 on 75968 columns; 0.09, 0.08, 0.10, 0.14, 0.16 on 18992."""
 SMALLEST_CUT = 2
-"""Tiles are looked at first where those that are kept have at most this part (one half) of the columns."""
+"""Tiles are used if the kept ones have at most 1 / SMALLEST_CUT of the columns."""
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The most probable tokens of each row, and what the same pass knows of the whole distribution."""
+    """The most probable tokens of each row, and what the same pass finds about the whole distribution."""
 
     ids_TK: Tensor
     """int64, global ids, by (logit descending, id ascending)"""
@@ -48,12 +48,12 @@ class TopK:
     entropy_T: Tensor
     """entropy over the whole vocabulary, nats"""
     logp_TJ: Tensor | None = None
-    """log-probs of the ids that were asked for, nats; None where none were"""
+    """log-probs of the requested ids, nats; None if none were requested"""
 
 
 @torch.no_grad()
 def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Tensor | None = None) -> TopK:
-    """The k most probable entries of the whole vocabulary, and the log-probs of `ids_TJ` from the same pass.
+    """Return the k most probable entries of the whole vocabulary, and the log-probs of `ids_TJ` from the same pass.
 
     Equals, with all shards side by side, the padding cut off and `scale` the function of `Scaling`,
 
@@ -61,18 +61,18 @@ def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Ten
         ids_TK = logits_TV.sort(dim=1, descending=True, stable=True).indices, cut at K
         logp_TK, logp_TJ = logp_TV.gather(1, ids_TK), logp_TV.gather(1, ids_TJ)
 
-    but holds one chunk of logits at a time and sends min(k, R) candidates a rank instead of V logits: an entry of the
-    global top-k is in the top-k of its own shard, since k better entries there would also be better globally. One
-    all-gather of [C, 2K + 3 + J] numbers a chunk.
+    but holds one chunk of logits at a time, and each rank sends its best min(k, R) candidates instead of its logits.
+    That is enough: an entry of the global top-k is in the top-k of its own shard, since k better entries there would
+    also be better globally. One all-gather of [C, 2K + 3 + J] numbers per chunk.
 
-    Args: ids_TJ as of `support_log_probs`. Logits finite. k may exceed the shard, not the vocabulary.
+    Args: ids_TJ as in `support_log_probs`. Logits must be finite. k may exceed the shard, but not the vocabulary.
 
-    Raises ValueError where k > vocab_size.
+    Raises ValueError if k > vocab_size.
     """
     shard = kernel.shard
     if k > shard.vocab_size:
         raise ValueError(
-            f"{k} candidates a token were asked for (topk or student_topk of the objective) but the vocabulary has "
+            f"{k} candidates per token were requested (topk or student_topk of the objective) but the vocabulary has "
             f"{shard.vocab_size} tokens; set objective.topk, objective.outlier.topk or objective.student_topk <= "
             f"{shard.vocab_size}"
         )
@@ -85,15 +85,18 @@ def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Ten
     buffer = source.buffer(kernel.chunk_tokens)
     with without_autocast(first.device):
         for rows in chunks(source.tokens, kernel.chunk_tokens):
+            # Pass 1 over this shard: (m, s, u), the requested logits, and the best k columns.
             logits_CW = source.logits(rows, out=buffer)
             stats_C3, owned_CJ = kernel.backend.stats_and_support(logits_CW, asked_TJ[rows], shard, kernel.scaling)
+            # The one all-gather of the chunk.
             float_CNY, id_CX = _all_gather(
                 torch.cat([stats_C3, owned_CJ], dim=1), *_shard_candidates(logits_CW, k, shard), kernel.group
             )
+            # Merge the shards: normalisation, log-probs, and the best k of N k candidates.
             stats_CN3, owned_CNJ, value_CNK = float_CNY.split([3, asked_TJ.shape[1], k], dim=2)
             lse_T[rows], entropy_T[rows] = merge_stats(stats_CN3)
             logp_TJ[rows] = support_log_probs_of(owned_CNJ.sum(dim=1), lse_T[rows], asked_TJ[rows], shard)
-            # Candidates lie in rank order, which is id order, so a stable sort keeps ties in id order.
+            # Candidates are in rank order, which is id order, so a stable sort keeps ties in id order.
             value_CX, order_CX = value_CNK.flatten(1).sort(dim=1, descending=True, stable=True)
             ids_TK[rows] = id_CX.gather(1, order_CX[:, :k])
             logp_TK[rows] = kernel.scaling.apply_(value_CX[:, :k]) - lse_T[rows, None]
@@ -102,7 +105,7 @@ def distributed_topk(source: LogitSource, *, k: int, kernel: Kernel, ids_TJ: Ten
 
 
 def _shard_candidates(logits_CW: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """This shard's best k (logit, global id), [C, K] each; filled up with (-inf, NO_ENTRY) where R < k."""
+    """This shard's best k (logit, global id), [C, K] each; filled up with (-inf, NO_ENTRY) if R < k."""
     real_CR = logits_CW[:, : shard.real_width]
     rows, columns = real_CR.shape
     count = min(k, columns)
@@ -118,26 +121,30 @@ def _shard_candidates(logits_CW: Tensor, k: int, shard: VocabShard) -> tuple[Ten
 def _best_columns(value_BR: Tensor, count: int) -> Tensor:
     """The `count` best columns by (value descending, column ascending), [B, count].
 
-    Only those tiles are looked into that are the `count` best by (maximum descending, index ascending). Let x lie in
-    another tile: each of those `count` tiles has its maximum in front of x, because that is larger than the maximum of
-    x's tile, or equal to it and further left. So `count` entries precede x, and x is none of the best.
+    It is enough to look into the `count` best tiles by (maximum descending, index ascending). Proof: let x be in
+    another tile. The maximum of each of those `count` tiles comes before x in the order, because it is larger than the
+    maximum of x's tile, or equal to it and further left. So `count` entries precede x, and x is not among the best.
     """
     columns = value_BR.shape[1]
     if SMALLEST_CUT * count * TILE > columns:
         return _best(value_BR, count)
+    # The maximum of every tile; the last tile may be shorter.
     tiles = columns // TILE
     max_BX = value_BR[:, : tiles * TILE].unflatten(1, (tiles, TILE)).amax(dim=2)
     if tiles * TILE < columns:
         max_BX = torch.cat([max_BX, value_BR[:, tiles * TILE :].amax(dim=1, keepdim=True)], dim=1)
-    first_BK = _best(max_BX, count).sort(dim=1).values * TILE  # in order, so that candidates are too
+    # The columns of the best tiles, in ascending order, so that candidates with equal values are in column order.
+    first_BK = _best(max_BX, count).sort(dim=1).values * TILE
     column_BX = (first_BK[:, :, None] + torch.arange(TILE, device=value_BR.device)).flatten(1)
     candidate_BX = value_BR.gather(1, column_BX.clamp_max(columns - 1))
+    # Columns past the end of a shorter last tile never win.
     candidate_BX.masked_fill_(column_BX >= columns, float("-inf"))
     return column_BX.gather(1, _best(candidate_BX, count))
 
 
 def _best(value_BX: Tensor, count: int) -> Tensor:
-    """The same by looking at every column."""
+    """The same as `_best_columns`, by looking at every column."""
+    # float64 does not fit into a key beside its column, so it pays for a stable sort of the whole row.
     if value_BX.dtype == torch.float64:
         return value_BX.sort(dim=1, descending=True, stable=True).indices[:, :count]
     best_key_BK = _sortable_key(value_BX.to(torch.float32)).topk(count, dim=1).values
@@ -147,8 +154,9 @@ def _best(value_BX: Tensor, count: int) -> Tensor:
 def _sortable_key(value_BX: Tensor) -> Tensor:
     """int64 keys whose order is (float32 value ascending, column descending): value bits above, column below.
 
-    The bits of a non-negative float grow with it; those of a negative one fall, so all but the sign are flipped. Adding
-    0.0 turns -0.0 into 0.0, its equal.
+    No two keys of a row are equal, so `topk` has no ties to break. As integers, the bits of non-negative floats ascend
+    with the value, and those of negative floats descend; flipping all bits but the sign makes these ascend too. Adding
+    0.0 turns -0.0 into 0.0, so that both have the same bits.
     """
     bits_BX = (value_BX + 0.0).view(torch.int32)
     ordered_BX = torch.where(bits_BX < 0, bits_BX ^ 0x7FFFFFFF, bits_BX).to(torch.int64)
@@ -157,9 +165,9 @@ def _sortable_key(value_BX: Tensor) -> Tensor:
 
 
 def _all_gather(number_CX: Tensor, value_CK: Tensor, id_CK: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """All ranks' numbers and values side by side, [C, N, X + K], and their ids, [C, N*K]; one all-gather of integers.
+    """All ranks' numbers and values side by side, [C, N, X + K], and their ids, [C, N*K]. One all-gather of integers.
 
-    Floats travel as their bits, next to the ids in integers of the same size.
+    Floats are sent as their bits, next to the ids, in integers of the same size.
     """
     integer = torch.int64 if value_CK.dtype == torch.float64 else torch.int32
     floats = number_CX.shape[1] + value_CK.shape[1]

@@ -1,7 +1,8 @@
-"""The passes over the logits by Triton kernels: one launch a pass, which reads the logits once.
+"""The two passes over the logits by Triton kernels: one launch per pass, each reading the logits once.
 
-Not for a CPU, except under Triton's interpreter (TRITON_INTERPRET=1), which runs the kernels in numpy to check them.
-No temporary memory of the logits' size, no host sync; after a first call, which compiles, a CUDA graph can hold it.
+It does not run on a CPU, except under Triton's interpreter (TRITON_INTERPRET=1), which runs the kernels in numpy to
+check them. No temporary memory of the logits' size, no host sync. The first call compiles; later calls can be captured
+in a CUDA graph.
 
 Shapes as in `backend`.
 """
@@ -18,12 +19,12 @@ from tropd_mcore.sentinels import LEAST_LOGIT
 
 BLOCK_COLUMNS = 4096
 """Columns that a program holds in registers at a time: the widest block that compiles for sm_90 to at most 100
-registers a thread, so that two programs share an SM. Their loads in flight (2 x 16 KiB in float32) cover bandwidth x
+registers per thread, so that two programs share an SM. Their loads in flight (2 x 16 KiB in float32) cover bandwidth x
 latency of an H200's SM (4.8 TB/s x 0.7 us / 132 = 25 KB). Computed, not measured."""
 WARPS = 8
-"""Warps of a program; 16 columns of a block a thread, which are loads of 16 bytes."""
+"""Warps of a program: 16 columns of a block per thread, in loads of 16 bytes."""
 MERGE_PAIRS = 2048
-"""Pairs of support slots that are compared at a time to find equal ids; 8 a thread."""
+"""Pairs of support slots that are compared at a time to find equal ids: 8 per thread."""
 
 
 class TritonBackend:
@@ -33,7 +34,7 @@ class TritonBackend:
     shrinks_in_place = True
 
     def __init__(self, *, block_columns: int = BLOCK_COLUMNS) -> None:
-        """Raises ConfigError where triton is not installed. block_columns: a power of two."""
+        """Raises ConfigError if triton is not installed. block_columns: a power of two."""
         assert block_columns & (block_columns - 1) == 0, f"a block of {block_columns} columns is no power of two"
         try:
             from triton import JITFunction
@@ -109,7 +110,7 @@ class TritonBackend:
             SLOT_BLOCK=slot_block,
             SLOT_TILE=min(slot_block, max(1, MERGE_PAIRS // slot_block)),
             num_warps=WARPS,
-            num_stages=1,  # no load of a later block before the store of this one: the output may lie over the logits
+            num_stages=1,  # danger: loads of a later block must not pass this store, which may be over the logits
         )
 
     def _check(self, logits_CW: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""What the loss is given: the student, the teacher, and how the vocabulary is split.
+"""The arguments of the loss: the student, the teacher, and how the vocabulary is split.
 
-Not for the loss (`loss`) or for what is refused between them (`checks`). Legend: *T the token shape, [T] or [B, S] or
-any other; W vocabulary columns of this rank, D hidden, K teacher candidates, L student candidates. Log-probs are in
-nats, over the whole vocabulary.
+The loss itself is in `loss`, checks between arguments in `checks`. Legend: *T the token shape, [T] or [B, S] or any
+other; W vocabulary columns of this rank, D hidden, K teacher candidates, L student candidates. Log-probs are in nats,
+over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from tropd_mcore.kernel.shard import Scaling, VocabShard
 from tropd_mcore.kernel.topk import TopK
 
 PADDED_TO = 128
-"""Megatron pads a vocabulary to a multiple of this per rank: a tiny one may leave ranks without a real column."""
+"""Megatron pads a vocabulary to a multiple of this per rank. With a tiny vocabulary, ranks may have no real column."""
 
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """How logits are read: who has which columns, and the distribution that they stand for."""
+    """How logits are read: which rank has which columns, and which distribution the logits stand for."""
 
     group: Group
-    """The ranks that split the vocabulary. None is refused: torch.distributed would take it for the whole world."""
+    """The ranks that split the vocabulary. None is refused, because torch.distributed takes it for all ranks."""
     vocab_size: int
     """Columns with an id of vocab_size or more are padding."""
     start: int | None = None
     """First id of this rank; None = rank x W, as in Megatron."""
     temperature: float = 1.0
     logit_softcap: float | None = None
-    """c of c tanh(z / c), before the temperature; None where there is none, or the model has applied it."""
+    """c of c tanh(z / c), before the temperature; None if there is none or the model has applied it."""
     backend: Literal["auto", "eager", "compile", "triton"] | Backend = "auto"
-    """`auto`: triton on CUDA, else eager. A backend of your own is taken as it is."""
+    """`auto`: triton on CUDA, else eager. A `Backend` object is used as it is."""
     chunk_tokens: int = 2048
-    """Tokens whose logits exist at the same time; bounds the temporary memory."""
+    """Tokens whose logits exist at the same time; limits the temporary memory."""
     overlap: bool = False
-    """Begin the next chunk while this one's all-reduce runs (`OutputLayer` only)."""
+    """Start the next chunk while this one's all-reduce runs (`OutputLayer` only)."""
     debug: bool = False
-    """Compare the constants over the group, and look at logits, ids, masks and uniforms: one all-reduce and one host
-    sync per call."""
+    """Compare the constants over the group, and check the values of logits, ids, log-probs and uniforms. Each call then
+    costs one all-gather and waits for the device."""
 
     def __post_init__(self) -> None:
         if self.group is None:
@@ -66,17 +66,17 @@ class VocabParallel:
 
     @classmethod
     def single(cls, vocab_size: int, **options: Any) -> VocabParallel:
-        """Return that of one process, which has all columns; torch.distributed is not needed."""
+        """Return one for a single process that has all columns. It does not need torch.distributed."""
         return cls(OneRank(), vocab_size, **options)
 
     def kernel(self, width: int, device: torch.device, *, overlap: bool) -> Kernel:
-        """Return how the logits [T, width] of this rank are read. Raises LossInputError."""
+        """Return the kernel's arguments for logits [T, width] of this rank. Raises LossInputError."""
         size, rank = self.group.size(), self.group.rank()
         start = rank * width if self.start is None else self.start
         if self.start is None and width * size < self.vocab_size:
             raise LossInputError(
                 f"VocabParallel: {size} ranks of {width} columns are {width * size}, fewer than vocab_size="
-                f"{self.vocab_size}; is it the group that splits the vocabulary? Pass start= where shards are uneven"
+                f"{self.vocab_size}; is it the group that splits the vocabulary? Pass start= if shards are uneven"
             )
         if self.start is None and size > 1 and width >= self.vocab_size > PADDED_TO * size:
             raise LossInputError(
@@ -106,21 +106,21 @@ class OutputLayer:
     weight_WD: Tensor
     """[W, D] of the same dtype, a plain tensor; no bias"""
     reduce_hidden_grad: bool = True
-    """All-reduce dH over the group; False where the backward of your sequence-parallel gather sums it."""
+    """All-reduce dH over the group; False if the backward of your sequence-parallel gather sums it."""
     weight_grad: Literal["deferred", "folded", "recompute"] = "deferred"
-    """When dW is made: `deferred` in the forward pass, in a float32 buffer that the backward pass scales; `folded` in
-    the forward pass, into main_grad, for a loss that nobody scales; `recompute` in the backward pass, from logits that
-    are computed again."""
+    """When dW is computed. `deferred`: in the forward pass, in a float32 buffer that the backward pass scales.
+    `folded`: in the forward pass, into main_grad, for a loss that is not scaled afterwards. `recompute`: in the
+    backward pass, from logits that are computed again."""
 
 
 @dataclass(frozen=True)
 class TeacherTopK:
-    """A teacher's numbers; constants, equal on all ranks of the group."""
+    """A teacher's scores of the tokens: constants, equal on all ranks of the group."""
 
     logp_T: Tensor | None = None
     """[*T], log q of the target token"""
     ids_TK: Tensor | None = None
-    """int [*T, K], its most probable tokens, none twice; an id outside the student's vocabulary is no candidate"""
+    """int [*T, K], its most probable tokens, none twice; an id outside the student's vocabulary does not count"""
     logp_TK: Tensor | None = None
     """[*T, K], their true log q, not renormalised; -inf = no candidate"""
     entropy_T: Tensor | None = None
@@ -130,24 +130,24 @@ class TeacherTopK:
 
     @classmethod
     def of(cls, top: TopK, *, scored_T: Tensor | None = None) -> TeacherTopK:
-        """Return what `distributed_topk(teacher, ..., ids_TJ=target_ids_T[..., None])` has found."""
+        """Return the scores from the result of `distributed_topk(teacher, ..., ids_TJ=target_ids_T[..., None])`."""
         logp_T = None if top.logp_TJ is None else top.logp_TJ[..., 0]
         return cls(logp_T, top.ids_TK, top.logp_TK, top.entropy_T, scored_T)
 
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """A teacher in this process, split like the student; it gets no gradient."""
+    """A teacher in this process, split over the ranks like the student; it gets no gradient."""
 
     source: Tensor | OutputLayer
-    """Logits [*T, W'], or hidden states and weight; the ids of the student's vocabulary on the same ranks."""
+    """Logits [*T, W'], or hidden states and weight. Each id must be on the same rank as in the student."""
     vp: VocabParallel
-    """Of the teacher: the student's group; usually temperature 1"""
+    """The teacher's: with the student's group, and usually temperature 1"""
     topk: int = 64
-    """Candidates that are taken from it"""
+    """Number of candidates to take from it"""
     scored_T: Tensor | None = None
     top: TeacherTopK | None = None
-    """Its numbers, where they are known already; None = they are made here, in one more pass over its logits"""
+    """Its scores, if they are known already; None = computed by the loss, in one more pass over its logits"""
 
 
 @dataclass(frozen=True)
@@ -157,29 +157,29 @@ class StudentTopK:
     ids_TL: Tensor
     """int [*T, L]"""
     teacher_logp_TL: Tensor
-    """[*T, L], true log q of them; -inf where the teacher lacks the id"""
+    """[*T, L], true log q of them; -inf if the teacher lacks the id"""
     old_logp_TL: Tensor | None = None
     """[*T, L], log p of them before the first update; None = log p now, detached"""
 
 
 @dataclass(frozen=True)
 class DistillLoss:
-    """The loss of the tokens of this rank. You divide: sums and counts add up over data ranks, context ranks and
-    micro-batches; over the ranks of the group they are copies."""
+    """The loss of the tokens of this rank. The caller divides: sums and counts add up over data ranks, context ranks
+    and micro-batches. On the ranks of the vocabulary group they are copies."""
 
     loss_sum: Tensor
     """scalar, nats, differentiable; float32, or float64 from float64. The same bits on all ranks of the group"""
     token_count: Tensor
     """scalar int64"""
     value: Tensor
-    """a detached copy of loss_sum, for logging: some schedules divide loss_sum in place"""
+    """a detached copy of loss_sum for logging, because some schedules divide loss_sum in place"""
     loss_T: Tensor | None
-    """[*T], with reduction="none": weight x loss per token, differentiable, 0 where the token does not count"""
+    """[*T], with reduction="none": weight x loss per token, differentiable, 0 if the token does not count"""
     columns: dict[str, Tensor]
-    """[*T] each, detached, NaN where unknown: trusted, log_ratio, divergence, advantage, ratio, clipped, loss,
+    """[*T] each, detached, NaN if unknown: trusted, log_ratio, divergence, advantage, ratio, clipped, loss,
     teacher_mass, student_mass, student_logp, student_entropy"""
 
 
 def is_group(found: object) -> bool:
-    """Whether it can split a vocabulary."""
+    """Whether `found` is a group that can split a vocabulary."""
     return isinstance(found, (OneRank, dist.ProcessGroup))

@@ -1,6 +1,7 @@
-"""What `distill_loss` refuses: one line each, before any collective.
+"""The checks of `distill_loss`: each refuses in one line, before any collective.
 
-Not for what only the kernel can see (docs/autograd.md). Invariant: no host sync, except under `VocabParallel.debug`.
+Problems that only the kernel can see are not checked here (docs/autograd.md). Invariant: no host sync on a GPU, except
+under `VocabParallel.debug`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tropd_mcore.library.arguments import OutputLayer, TeacherLogits, TeacherTop
 from tropd_mcore.objectives.catalogue import Objective
 
 CALL = "distill_loss"
-"""The function that messages name, unless another one `speaks_as` itself."""
+"""The function that messages name, unless `speaks_as` sets another one."""
 
 REMEDIES = {
     "trust_u_T": 'pass trust_u_T=trust_uniforms(...) for its Bernoulli gate, or use trust_mode="soft"',
@@ -36,21 +37,21 @@ REMEDIES = {
     "advantage_T": "pass the advantage of each token",
     "history_weight_T": "pass the weight of each token",
 }
-"""Need -> what to do."""
+"""Need -> advice to the caller."""
 
 STATISTICS = ("selected_T", "advantage_T", "history_weight_T")
-"""Arguments that are made from other tokens of the batch; an objective reads at most one of them."""
+"""Arguments computed from other tokens of the batch; an objective reads at most one of them."""
 
 CHANGES_THE_RESULT = {
     "prefix_mask_T": "it has no term for a teacher's prefix, whose tokens would only enlarge the count; leave it out",
     "advantage_T": "it reads no advantage; leave it out",
 }
-"""Arguments that are refused where an objective does not read them; other unused ones are accepted."""
+"""Arguments that are refused if the objective does not read them; other unused arguments are accepted."""
 
 
 @contextmanager
 def speaks_as(name: str) -> Iterator[None]:
-    """Let messages of what runs inside name another function of the front door."""
+    """Make the messages of this block name another public function."""
     try:
         yield
     except LossInputError as error:
@@ -60,16 +61,16 @@ def speaks_as(name: str) -> Iterator[None]:
 
 
 ROUNDING = 1e-2
-"""How far a log-prob may be above 0, and a mass above 1: engines report them rounded to bfloat16."""
+"""How far a log-prob may be above 0, and a mass above 1, because engines may report them rounded to bfloat16."""
 
 
 def reads_prefixes(objective: Objective) -> bool:
-    """Whether the tokens of a teacher's prefix have a term of their own."""
+    """Whether the objective has a term for the tokens of a teacher's prefix."""
     return objective.function is not None or objective.values.get("prefix_loss", "none") != "none"
 
 
 def refuse_what_does_not_fit(objective: Objective, given: Mapping[str, object | None]) -> None:
-    """Raise LossInputError where a need was not given, or what was given is not read and would change the result."""
+    """Raise LossInputError if a need is missing, or if an argument that is not read would change the result."""
     for need in sorted(objective.needs):
         if given.get(need) is None:
             what = f"{CALL}: {objective} needs {need}, which was not given"
@@ -84,7 +85,7 @@ def refuse_what_does_not_fit(objective: Objective, given: Mapping[str, object | 
 
 
 def refuse_vp(vp: object) -> None:
-    """Raise LossInputError for what is no VocabParallel."""
+    """Raise LossInputError if `vp` is no VocabParallel."""
     if not isinstance(vp, VocabParallel):
         raise LossInputError(
             f"{CALL}: vp is a {type(vp).__name__}, expected VocabParallel(group, vocab_size), or "
@@ -93,7 +94,7 @@ def refuse_vp(vp: object) -> None:
 
 
 def refuse_kind(name: str, tensor: Tensor | None) -> None:
-    """Raise LossInputError for ids that are no integers, and for numbers that are."""
+    """Raise LossInputError for ids that are not integers and for other numbers that are."""
     if tensor is None:
         return
     last = name.rpartition(".")[2]
@@ -105,7 +106,7 @@ def refuse_kind(name: str, tensor: Tensor | None) -> None:
 
 
 def refuse_candidates(name: str, ids: Tensor | None, logp: Tensor | None) -> None:
-    """Raise LossInputError where candidates and their log-probs are not as many."""
+    """Raise LossInputError if ids of candidates and their log-probs differ in shape."""
     if ids is not None and logp is not None and ids.shape != logp.shape:
         raise LossInputError(
             f"{CALL}: {name} has ids {tuple(ids.shape)} and log-probs {tuple(logp.shape)}; expected one for each"
@@ -113,14 +114,14 @@ def refuse_candidates(name: str, ids: Tensor | None, logp: Tensor | None) -> Non
 
 
 def refuse_tensors(**named: Tensor | None) -> None:
-    """Raise LossInputError for tensors that are no plain ones, or not all on one device."""
+    """Raise LossInputError for non-tensors, DTensors and tensors on different devices."""
     devices: dict[torch.device, str] = {}
     for name, tensor in named.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise LossInputError(f"{CALL}: {name} is a {type(tensor).__name__}, expected a tensor")
-        if type(tensor).__name__ == "DTensor":  # whose module takes half a second to import
+        if type(tensor).__name__ == "DTensor":  # by name, because its module takes half a second to import
             raise LossInputError(
                 f"{CALL}: {name} is a DTensor; pass the local shard (to_local()), and under FSDP call the loss inside "
                 "the root module's forward, where the weight is whole"
@@ -132,7 +133,7 @@ def refuse_tensors(**named: Tensor | None) -> None:
 
 
 def refuse_layer(layer: OutputLayer, name: str) -> None:
-    """Raise LossInputError for an output layer whose product would be another."""
+    """Raise LossInputError for an output layer that this loss cannot multiply: weight type, dtypes, shapes."""
     hidden, weight = layer.hidden_TD, layer.weight_WD
     if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype.itemsize == 1:
         raise LossInputError(
@@ -152,15 +153,15 @@ def refuse_layer(layer: OutputLayer, name: str) -> None:
 
 
 def refuse_mask(name: str, mask: Tensor | None) -> None:
-    """Raise LossInputError for a mask that is no mask."""
+    """Raise LossInputError for a mask that is not bool."""
     if mask is not None and mask.dtype != torch.bool:
         raise LossInputError(
-            f"{CALL}: {name} is {mask.dtype}, expected bool; pass mask != 0, and the mask as weight_T if it weighs"
+            f"{CALL}: {name} is {mask.dtype}, expected bool; pass mask != 0, and values that are weights as weight_T"
         )
 
 
 def refuse_shape(name: str, tensor: Tensor | None, shape: torch.Size, *, extra: int = 0) -> None:
-    """Raise LossInputError where `tensor` is not one number, or with `extra` = 1 one row of numbers, per token."""
+    """Raise LossInputError unless `tensor` has one number per token, or with `extra` = 1 one row of numbers."""
     if tensor is not None and (tensor.shape[: len(shape)] != shape or tensor.dim() != len(shape) + extra):
         expected = f"{tuple(shape)}{' and one more dimension' if extra else ''}"
         raise LossInputError(
@@ -169,7 +170,7 @@ def refuse_shape(name: str, tensor: Tensor | None, shape: torch.Size, *, extra: 
 
 
 def refuse_groups(vp: VocabParallel, teacher: TeacherTopK | TeacherLogits) -> None:
-    """Raise LossInputError where student and teacher are not split over the same ranks."""
+    """Raise LossInputError if student and teacher are not split over the same ranks."""
     if not isinstance(teacher, TeacherLogits):
         return
     ours, theirs = vp.group, teacher.vp.group
@@ -177,36 +178,43 @@ def refuse_groups(vp: VocabParallel, teacher: TeacherTopK | TeacherLogits) -> No
         raise LossInputError(f"{CALL}: student and TeacherLogits have two groups; split both over the same ranks")
 
 
-def refuse_impossible_numbers(columns: Mapping[str, Tensor]) -> None:
-    """Raise LossInputError for numbers of counted tokens that no distribution has, seldom made on purpose.
+def refuse_impossible_numbers(columns: Mapping[str, Tensor], student: Mapping[str, Tensor] | None = None) -> None:
+    """Raise LossInputError for numbers of counted tokens that no distribution has, such as positive log-probs.
 
-    For tensors on a CPU, and under `VocabParallel.debug`: on a GPU it would wait for the device.
+    `student` has log-probs that the caller computed, [T] or [T, K], by argument. Called for tensors on a CPU only; on a
+    GPU it would be a host sync.
     """
-    if problems := [what for what, here in impossible_numbers(columns).items() if here]:
+    counted_T = columns["student_mask_T"] | columns["prefix_mask_T"]
+    found = {
+        f"{name} has numbers above 0; log-probs are at most 0": (logp[counted_T] > ROUNDING).any()
+        for name, logp in (student or {}).items()
+    }
+    if problems := [what for what, here in {**found, **impossible_numbers(columns)}.items() if here]:
         raise LossInputError(f"{CALL}: {'; '.join(problems)}")
 
 
 def impossible_numbers(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is wrong with the numbers of counted tokens -> a bool on their device."""
+    """Return possible problems of the numbers of counted tokens -> whether each exists, a bool on their device."""
     counted_T = columns["student_mask_T"] | columns["prefix_mask_T"]
     logp_T, logp_TK, u_T = columns["teacher_logp_T"], columns["teacher_topk_logp_TK"], columns["trust_u_T"]
     mass_T = logp_TK.exp().sum(dim=1)
     return {
-        "teacher.logp_T has numbers above 0, which no log-prob is": (counted_T & (logp_T > ROUNDING)).any(),
-        "teacher.logp_TK has numbers above 0, which no log-prob is; pass log q, not probabilities or logits": (
+        "teacher.logp_T has numbers above 0; log-probs are at most 0": (counted_T & (logp_T > ROUNDING)).any(),
+        "teacher.logp_TK has numbers above 0; pass log q, not probabilities or logits": (
             (counted_T[:, None] & (logp_TK > ROUNDING)).any()
         ),
-        "teacher.logp_TK has more than probability 1 in a row; pass true log q of different ids": (
+        "teacher.logp_TK has more than probability 1 for a token; pass true log q of different ids": (
             counted_T & (mass_T > 1.0 + ROUNDING)
         ).any(),
+        # 1 itself passes: a float64 number just below 1 becomes 1 in float32
         "trust_u_T is not all in [0, 1)": (counted_T & ((u_T < 0) | (u_T > 1))).any(),
     }
 
 
 def check_contents(vp: VocabParallel, constants: Mapping[str, Tensor], logits: Tensor | None) -> None:
-    """What `VocabParallel.debug` looks at: that all ranks were given the same, and that it can be what it should be.
+    """The checks of `VocabParallel.debug`: all ranks have the same constants, and the numbers are possible.
 
-    One all-gather; every rank raises what any rank has found. Raises LossInputError.
+    One all-gather. Every rank raises what any rank has found, as LossInputError.
     """
     ordered_TK = constants["topk_ids_TK"].sort(dim=1).values
     repeated_TK = (ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)
@@ -228,7 +236,7 @@ def check_contents(vp: VocabParallel, constants: Mapping[str, Tensor], logits: T
 
 
 def _digest(tensor: Tensor) -> Tensor:
-    """A float64 that another number at any place changes."""
+    """A float64 checksum that depends on the value and position of every number."""
     numbers = tensor.detach().to(torch.float64).nan_to_num(nan=7.0, posinf=11.0, neginf=13.0).flatten()
     places = torch.arange(1, numbers.numel() + 1, device=numbers.device, dtype=torch.float64)
     return (numbers * places.sin()).sum()

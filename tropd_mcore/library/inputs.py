@@ -1,10 +1,10 @@
-"""What an objective sees of tokens beside the student's log-probs: numbers without gradients, one row a token.
+"""The constant inputs of an objective: per-token numbers without gradients, one row per token.
 
-Not for the student's own numbers, which the kernel makes chunk by chunk. Invariants: a candidate that the student's
-vocabulary does not have is in no support, and ABSENT among the teacher's log-probs; log q of a sampled token is never
--inf, which only a candidate's may be, and a NaN stays one; what was not given is NaN.
+The student's own numbers are not here; the kernel computes them chunk by chunk. Invariants: a candidate that the
+student's vocabulary lacks is in no support, and ABSENT among the teacher's log-probs. log q of a sampled token is never
+-inf (only a candidate's may be), and a NaN stays NaN. Numbers that were not given are NaN.
 
-Legend: T tokens, C tokens of a chunk, K teacher top-k, L student top-k, J support ids: x where it is given, K, L.
+Legend: T tokens, C tokens of a chunk, K teacher top-k, L student top-k, J support ids: x if given, K, L.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from tropd_mcore.objectives.inputs import TokenInputs
 from tropd_mcore.sentinels import ABSENT, LOGP_FLOOR, NO_ENTRY
 
 OPTIONAL = ("reference_logp_T", "rollout_logp_T", "selected_T", "advantage_T", "history_weight_T", "trust_u_T")
-"""Columns that an objective may need and that are NaN where they are not given."""
+"""Columns that an objective may need; NaN if they are not given."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """The constant columns of `TokenInputs` by name; what is not known before the forward pass is missing."""
+    """The constant columns of `TokenInputs` by name, without those that only the forward pass can fill."""
 
     columns: dict[str, Tensor]
     impossible_T: Tensor
-    """bool, tokens that count and to which the teacher gives no probability"""
+    """bool, tokens that count but have probability 0 under the teacher"""
     supervised_T: Tensor
-    """bool, tokens in either mask, also those that the teacher could not score"""
+    """bool, tokens in either mask, including those that the teacher could not score"""
     has_target: bool
     """Whether the support begins with x"""
 
     @classmethod
     def of(cls, teacher: TeacherTopK, numbers: TokenNumbers, *, vocab_size: int, dtype: torch.dtype) -> Constants:
-        """From T tokens in a row with both masks; `vocab_size` is the student's.
+        """Build them from T tokens in a row with both masks; `vocab_size` is the student's.
 
-        The uniform of an impossible token is 1, which a Bernoulli gate distrusts; it would trust the token at 0.
+        The uniform of an impossible token is set to 1, so that a Bernoulli gate distrusts it. At 0 it would trust it.
         """
         student_mask_T, prefix_mask_T = numbers.student_mask_T, numbers.prefix_mask_T
         assert student_mask_T is not None and prefix_mask_T is not None, "both masks: TokenNumbers.in_a_row"
@@ -86,19 +86,19 @@ class Constants:
 
     @property
     def topk_ids_TK(self) -> Tensor:
-        """The teacher's candidates, NO_ENTRY where the student's vocabulary does not have them."""
+        """The teacher's candidates; NO_ENTRY if the student's vocabulary lacks the id."""
         return self.columns["topk_ids_TK"]
 
     @property
     def own_ids_TL(self) -> Tensor:
-        """The student's candidates; L = 0 where none are asked for."""
+        """The student's candidates; L = 0 if none are requested."""
         return self.columns["own_ids_TL"]
 
     @property
     def ids_TJ(self) -> Tensor:
         """The support: sampled token, teacher's candidates, student's candidates.
 
-        A target outside the masks may be anything (-100): it is no slot.
+        A target outside the masks may be any number (-100), so its slot is unused.
         """
         target_T1 = self.columns["target_ids_T"].masked_fill(~self.supervised_T, NO_ENTRY)[:, None]
         return torch.cat([*([target_T1] if self.has_target else []), self.topk_ids_TK, self.own_ids_TL], dim=1)
@@ -110,10 +110,10 @@ class Constants:
         return tuple(size for size in sizes if size)
 
     def inputs(self, logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenInputs:
-        """The inputs of these tokens, with the student's numbers, which are the old ones where none are given."""
+        """Return the inputs of these tokens with the student's log-probs, which replace old ones if none are given."""
         sizes = [int(self.has_target), self.topk_ids_TK.shape[1], self.own_ids_TL.shape[1]]
         target_CX, topk_CK, own_CL = logp_CJ.split(sizes, dim=1)
-        # 0 and not NaN: it is multiplied by an advantage of 0 where an objective reads no target.
+        # 0 and not NaN: an objective that reads no target multiplies it by an advantage of 0.
         logp_C = target_CX[:, 0] if self.has_target else torch.zeros_like(entropy_C)
         before = {"old_logp_T": logp_C.detach(), "old_own_logp_TL": own_CL.detach()}
         constant = before | {name: column[rows] for name, column in self.columns.items()}
@@ -128,9 +128,10 @@ class Constants:
 
 
 def without_neginf(logp_T: Tensor) -> Tensor:
-    """Return log q of the sampled tokens with LOGP_FLOOR in place of -inf; every other number is left as it is.
+    """Return log q of the sampled tokens with LOGP_FLOOR in place of -inf; all other numbers are unchanged.
 
-    An impossible token would have a reward of -inf, and the loss would be no number. Source: docs/objectives.md.
+    Otherwise an impossible token would have a reward of -inf, and the loss would not be finite. Source:
+    docs/objectives.md.
     """
     return logp_T.masked_fill(logp_T.isneginf(), LOGP_FLOOR)
 

@@ -1,6 +1,6 @@
-"""`loss_from_log_probs`: the objectives for stacks that hand over log-probs, by plain autograd.
+"""`loss_from_log_probs`: the objectives for stacks that provide log-probs, by plain autograd.
 
-Not for logits (`loss`). Invariant: no group and no communication; the equations are those of `distill_loss`.
+For logits see `loss`. Invariant: no group and no communication; the equations are those of `distill_loss`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def loss_from_log_probs(
     student_topk: StudentTopK | None = None,
     reduction: Reduction = "sum",
 ) -> DistillLoss:
-    """The same objectives for stacks that hand over log-probs: plain autograd, no group, no logits.
+    """Return the loss of an objective from log-probs that the caller computed: plain autograd, no group, no logits.
 
     Args: student_logp_T [*T], log p(x), differentiable; student_topk_logp_TK [*T, K], log p of `teacher.ids_TK`;
-    student_own_logp_TL [*T, L], log p of `student_topk.ids_TL`; student_entropy_T for the columns. The others are those
-    of `distill_loss`. Ids of candidates are read by `lsm` and `rethinking` only; without them every entry of
+    student_own_logp_TL [*T, L], log p of `student_topk.ids_TL`; student_entropy_T [*T], for the columns. The others are
+    as in `distill_loss`. Only `lsm` and `rethinking` read the ids of candidates. Without ids, every entry of
     `teacher.logp_TK` above -inf is a candidate.
 
     Raises LossInputError.
@@ -95,7 +95,7 @@ def loss_from_log_probs(
         return tensor.reshape(tokens, tensor.shape[-1]).to(dtype)
 
     unknown_T = torch.full((tokens,), torch.nan, dtype=dtype, device=first.device)
-    # 0 and not NaN: it is multiplied by an advantage of 0 where an objective reads no target.
+    # 0 and not NaN: an objective that reads no target multiplies it by an advantage of 0.
     logp_T = torch.zeros_like(unknown_T) if student_logp_T is None else student_logp_T.reshape(tokens).to(dtype)
     own_TL = log_probs(student_own_logp_TL, "student_own_logp_TL")
     inputs = TokenInputs(
@@ -106,6 +106,11 @@ def loss_from_log_probs(
         divergence_T=None,
         **{"old_logp_T": logp_T.detach(), "old_own_logp_TL": own_TL.detach(), **constants.columns},
     )
+    if first.device.type == "cpu":  # a look at the numbers of a GPU would wait for it
+        given_by_caller = ("student_logp_T", "student_topk_logp_TK", "student_own_logp_TL")
+        checks.refuse_impossible_numbers(
+            constants.columns, {name: getattr(inputs, name).detach() for name in given_by_caller}
+        )
     output = function_of(chosen)(inputs)
     known_T = unknown_T if student_logp_T is None else logp_T.detach()
     student = {"student_logp": known_T, "student_entropy": inputs.student_entropy_T.detach()}

@@ -1,7 +1,8 @@
-"""`distill_loss`: the student's logits or hidden states and a teacher's numbers in, one sum and one count out.
+"""`distill_loss`: from the student's logits or hidden states and a teacher's scores to one sum and one count.
 
-Not for dividing, schedules or models. Invariants: no mean and no host sync; what decides anything (trusted or not) is
-made of numbers that are the same bits on all ranks of the group; one all-reduce per chunk forward, one for dH backward.
+It does not divide, and it knows no schedules or models. Invariants: no mean and no host sync. Decisions (trusted or
+not) depend only on numbers that are bit-identical on all ranks of the group. One all-reduce per chunk forward, one for
+dH backward.
 
 Legend: *T the token shape, T its tokens in a row, W vocabulary columns of this rank, D hidden, K teacher candidates, L
 student candidates.
@@ -68,31 +69,31 @@ def distill_loss(
     reduction: Reduction = "sum",
     preserve_logits: bool = False,
 ) -> DistillLoss:
-    """The distillation loss of this rank's tokens, differentiable in the student.
+    """Return the distillation loss of this rank's tokens, differentiable in the student.
 
     Args:
         student: logits [*T, W] of this rank's vocabulary columns, or hidden states and output weight.
-        target_ids_T: int [*T], the token x predicted at each position (shift before the call; any number outside the
-            masks). None for an objective that reads none.
-        teacher: what it says of these tokens, or its logits.
+        target_ids_T: int [*T], the token x predicted at each position. Shift before the call; outside the masks any
+            number will do. None for an objective that reads no target.
+        teacher: its scores of these tokens, or its logits.
         objective: an `Objective` of `tropd_mcore.objectives`, a name for one with all defaults, or a function from
             `TokenInputs` to `TokenLosses`, called once per chunk.
         vp: how the logits are read, and the group.
         student_mask_T: bool, sampled by the student. None = all tokens outside prefix_mask_T.
         prefix_mask_T: bool, written by the teacher. None = none. A token in both masks is a student token.
         weight_T: factor of each token's loss. None = 1.
-        trust_u_T: uniform in [0, 1) of the Bernoulli gate, equal on all ranks of the group (`trust_uniforms`).
+        trust_u_T: uniforms in [0, 1) for the Bernoulli gate, equal on all ranks of the group (`trust_uniforms`).
         rollout_logp_T: log p(x) as the rollout engine reported it.
         old_logp_T: log p(x) before the first update on the batch. None = log p(x) now, detached.
         reference_logp_T: log-prob of x under a frozen reference model.
-        advantage_T, selected_T, history_weight_T: numbers made from other tokens (group advantages, ...).
+        advantage_T, selected_T, history_weight_T: numbers computed from other tokens (group advantages, ...).
         student_topk: the student's own candidates before the first update.
-        reduction: "sum", or "none" to have `loss_T` as well.
-        preserve_logits: leave given logits as they are; their gradient then takes a buffer of their size. Set it if
-            something else reads them after the backward pass, or saved them (another loss, tanh), or for several calls
-            on slices of them.
+        reduction: "sum", or "none" to get `loss_T` as well.
+        preserve_logits: leave given logits unchanged; their gradient then takes a buffer of their size. Set this if
+            something else reads the logits after the backward pass or saved them (another loss, tanh), or for several
+            calls on slices of the same logits.
 
-    Raises LossInputError, in one line, for what is missing or would make another gradient.
+    Raises LossInputError, in one line, if an input is missing or would give another gradient.
     """
     checks.refuse_vp(vp)
     chosen = as_objective(objective)
@@ -119,7 +120,7 @@ def distill_loss(
     numbers = numbers.in_a_row(shape, device)
     found, term = _teacher(teacher, shape, numbers.target_ids_T, chosen, kernel)
     constants = Constants.of(found, numbers, vocab_size=vp.vocab_size, dtype=math_dtype(source.tensors[0]))
-    if device.type == "cpu":  # where a look at the numbers waits for nothing
+    if device.type == "cpu":  # on a GPU, looking at the numbers would be a host sync
         checks.refuse_impossible_numbers(constants.columns)
     if vp.debug:
         checks.check_contents(vp, constants.columns, None if isinstance(student, OutputLayer) else student)
@@ -137,7 +138,7 @@ def _loss_of(
     weight_gradient: Any = "deferred",
     reduce_hidden_gradient: bool = True,
 ) -> SummedLoss:
-    """The loss of tokens in a row, once everything is checked."""
+    """Return the loss of tokens in a row, after all checks."""
     function = function_of(objective)
 
     def token_loss(logp_CJ: Tensor, entropy_C: Tensor, divergence_C: Tensor | None, rows: slice) -> TokenLosses:
@@ -160,7 +161,7 @@ def _loss_of(
 
 
 def as_objective(objective: Loss) -> Objective:
-    """Return the objective that a name or a function stands for. Raises LossInputError for what is none."""
+    """Return the objective for an objective, a name or a function. Raises LossInputError for anything else."""
     if isinstance(objective, Objective):
         return objective
     if isinstance(objective, str):
@@ -198,7 +199,7 @@ def _teacher(
     objective: Objective,
     kernel: Kernel,
 ) -> tuple[TeacherTopK, FullVocabulary | None]:
-    """Its numbers, [T] each, and the divergence over the whole vocabulary where the objective is one."""
+    """The teacher's scores, [T] each, and the divergence over the whole vocabulary if the objective reads one."""
     if isinstance(teacher, TeacherTopK):
         return teacher_in_a_row(teacher, shape), None
     source, theirs, _ = source_of(teacher.source, preserve_logits=False)
@@ -227,7 +228,7 @@ def _teacher(
     top = distributed_topk(source, k=min(teacher.topk, teacher.vp.vocab_size), kernel=its, ids_TJ=asked_T1)
     found = TeacherTopK.of(top, scored_T=None if teacher.scored_T is None else teacher.scored_T.reshape(-1))
     if target_ids_T is not None:
-        # A target that only the teacher lacks is not scored.
+        # A target outside the teacher's vocabulary is not scored.
         has_T = target_ids_T < teacher.vp.vocab_size
         found = replace(found, scored_T=has_T if found.scored_T is None else found.scored_T & has_T)
     return found, term

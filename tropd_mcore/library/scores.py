@@ -1,6 +1,6 @@
-"""Log-probs and candidates of a sharded vocabulary, as the loss makes them: for scoring, ratios and own objectives.
+"""Log-probs and candidates from a sharded vocabulary, computed as in the loss: for scoring, ratios, custom losses.
 
-Not for the loss (`loss`). Legend: *T the token shape, W vocabulary columns of this rank, J ids, K candidates.
+The loss itself is in `loss`. Legend: *T the token shape, W vocabulary columns of this rank, J ids, K candidates.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def support_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Return (log p of `ids_TJ` [*T, J], entropy [*T]), nats, over the whole vocabulary; differentiable.
 
-    `ids_TJ`: int, equal on all ranks of the group; -1 = unused, whose log-prob is 0. `unique_runs`: lengths of runs of
-    the J slots in which no id appears twice, which makes the backward pass cheaper; None = all of length 1. An id that
-    nobody has gives NaN. The gradient of an `OutputLayer` is made in the backward pass, from logits computed again.
-    Raises LossInputError.
+    `ids_TJ`: int, equal on all ranks of the group; -1 = unused slot, with log-prob 0. `unique_runs`: lengths of runs of
+    the J slots in which no id appears twice; longer runs make the backward pass cheaper. None = all of length 1. An id
+    outside the vocabulary gives NaN. The gradient of an `OutputLayer` is computed in the backward pass, from logits
+    that are computed again. Raises LossInputError.
     """
     checks.refuse_vp(vp)
     source, shape, options = source_of(student, preserve_logits)
@@ -60,7 +60,7 @@ def distributed_topk(source: Tensor | OutputLayer, *, k: int, vp: VocabParallel,
     """Return the k most probable tokens of each position, and the log-probs of `ids_TJ` from the same pass.
 
     ids_TK [*T, K] by (logit descending, id ascending), logp_TK not renormalised, tail_mass_T, lse_T, entropy_T [*T],
-    logp_TJ [*T, J]. No gradient. Raises LossInputError, also where k exceeds the vocabulary.
+    logp_TJ [*T, J]. No gradient. Raises LossInputError, also if k exceeds the vocabulary.
     """
     checks.refuse_vp(vp)
     rows, shape, _ = source_of(source, preserve_logits=False)

@@ -1,7 +1,6 @@
-"""Tokens of any shape as tokens in a row, and back.
+"""Converts tokens of any shape to tokens in a row, and back.
 
-Not for what is made of them (`loss`). Invariant: logits and hidden states are viewed, never copied, so that gradients
-arrive where the caller's tensors are.
+Invariant: logits and hidden states are viewed, never copied, so that gradients arrive at the caller's tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ from tropd_mcore.library.arguments import DistillLoss, OutputLayer, StudentTopK,
 
 
 def source_of(student: Tensor | OutputLayer, preserve_logits: bool) -> tuple[LogitSource, torch.Size, dict[str, Any]]:
-    """The logits of T tokens in a row, the shape that they had, the options of the form. Raises LossInputError."""
+    """Return the logits of T tokens in a row, their original shape, and keywords for `support_loss`.
+
+    Raises LossInputError.
+    """
     if isinstance(student, OutputLayer):
         checks.refuse_tensors(hidden_TD=student.hidden_TD, weight_WD=student.weight_WD)
         checks.refuse_layer(student, "OutputLayer")
@@ -39,7 +41,7 @@ def source_of(student: Tensor | OutputLayer, preserve_logits: bool) -> tuple[Log
 
 
 def _view(tensor: Tensor, what: str) -> Tensor:
-    """[T, W] of [*T, W], the same memory."""
+    """View [*T, W] as [T, W], the same memory. Raises LossInputError if that needs a copy."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise LossInputError(
             f"{checks.CALL}: {what} have a last dimension with a stride of {tensor.stride(-1)}, expected 1"
@@ -55,7 +57,7 @@ def _view(tensor: Tensor, what: str) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenNumbers:
-    """What a caller says of each token, beside student and teacher: the arguments of `distill_loss` by their names."""
+    """The per-token arguments of `distill_loss` besides student and teacher, by their names."""
 
     target_ids_T: Tensor | None = None
     student_mask_T: Tensor | None = None
@@ -71,12 +73,12 @@ class TokenNumbers:
     student_topk: StudentTopK | None = None
 
     def given(self, teacher: TeacherTopK | TeacherLogits) -> dict[str, Any]:
-        """Return what is there, by the names of `Objective.needs`."""
+        """Return the arguments by the names of `Objective.needs`; None if not given."""
         own = self.student_topk
         return {**vars(self), "student_topk.old_logp_TL": own and own.old_logp_TL, **_given_by(teacher)}
 
     def in_a_row(self, shape: torch.Size, device: torch.device) -> TokenNumbers:
-        """Return the same of T tokens, with both masks; a copy where memory asks for one. Raises LossInputError."""
+        """Return the same for T tokens in a row, with both masks; copied if needed. Raises LossInputError."""
         flat: dict[str, Any] = {}
         for name, number in vars(self).items():
             if name in ("student_mask_T", "prefix_mask_T"):
@@ -92,7 +94,7 @@ class TokenNumbers:
 
 
 def teacher_in_a_row(teacher: TeacherTopK, shape: torch.Size) -> TeacherTopK:
-    """Return the same of T tokens. Raises LossInputError."""
+    """Return the same for T tokens in a row. Raises LossInputError."""
     checks.refuse_mask("teacher.scored_T", teacher.scored_T)
     checks.refuse_candidates("TeacherTopK", teacher.ids_TK, teacher.logp_TK)
     return TeacherTopK(
@@ -105,7 +107,7 @@ def teacher_in_a_row(teacher: TeacherTopK, shape: torch.Size) -> TeacherTopK:
 
 
 def as_given(result: SummedLoss, shape: torch.Size, *, each: bool) -> DistillLoss:
-    """Return the result in the caller's shape; with `each`, the loss of every token too."""
+    """Return the result in the caller's shape; with `each`, also the loss of every token."""
     columns = {name: column.reshape(shape) for name, column in result.columns.items()}
     loss_T = None
     if each:
@@ -125,7 +127,7 @@ def _student_topk(own: StudentTopK | None, shape: torch.Size) -> StudentTopK | N
 
 
 def _given_by(teacher: TeacherTopK | TeacherLogits) -> dict[str, Any]:
-    """Needs that a teacher meets."""
+    """The teacher's part of `TokenNumbers.given`."""
     if isinstance(teacher, TeacherLogits):
         names = ("teacher.logp_T", "teacher.ids_TK", "teacher.logp_TK", "teacher.entropy_T", "teacher logits")
         return dict.fromkeys(names, teacher)
@@ -136,7 +138,7 @@ def _given_by(teacher: TeacherTopK | TeacherLogits) -> dict[str, Any]:
 
 
 def _in_a_row(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """[T] of [*T]."""
+    """Check and reshape [*T] to [T]."""
     checks.refuse_tensors(**{name: tensor})
     checks.refuse_kind(name, tensor)
     checks.refuse_shape(name, tensor, shape)
@@ -144,7 +146,7 @@ def _in_a_row(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor | N
 
 
 def _in_rows(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """[T, K] of [*T, K]."""
+    """Check and reshape [*T, K] to [T, K]."""
     checks.refuse_tensors(**{name: tensor})
     checks.refuse_kind(name, tensor)
     checks.refuse_shape(name, tensor, shape, extra=1)

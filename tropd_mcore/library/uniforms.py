@@ -1,7 +1,7 @@
 """Uniforms for the Bernoulli gate: the same on every rank and device, drawn outside the loss.
 
-A loss that drew its own would draw others when activation checkpointing, which restores no generator of yours, runs it
-again. Not for stored rollouts (`rollout.uniforms`).
+A loss that drew its own uniforms would draw different ones when activation checkpointing runs it again, because
+checkpointing does not restore the caller's generators. Stored rollouts have their own uniforms (`rollout.uniforms`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def trust_uniforms(
 ) -> Tensor:
     """Return float32 uniforms in [0, 1), [*T].
 
-    `seed`: a hash of (seed, number of the token), the same bits on every rank and device. `token_ids` are the numbers,
-    0, 1, 2, ... unless given: under data or context parallelism give each token a number of its own in the whole batch,
-    and give each step another seed. `generator`: drawn on rank 0 of vp.group and broadcast, since the state of a
-    generator may differ between ranks.
+    `seed`: the uniform is a hash of (seed, number of the token), the same bits on every rank and device. Use another
+    seed in each step. `token_ids` are the numbers of the tokens; default 0, 1, 2, ... Under data or context parallelism
+    give each token of the whole batch a different number. `generator`: drawn on rank 0 of vp.group and broadcast,
+    because the state of a generator may differ between ranks.
 
-    Raises LossInputError where not exactly one of seed and generator is given.
+    Raises LossInputError unless exactly one of seed and generator is given.
     """
     shape = torch.Size(shape)
     if (seed is None) == (generator is None):
@@ -67,7 +67,7 @@ def _drawn(
 
 
 def _hashed(number: Tensor) -> Tensor:
-    """A bijection of 32-bit integers, held in int64, in which every bit of the input moves half of the output's."""
+    """A bijection of 32-bit integers, stored in int64; each input bit changes about half of the output bits."""
     number = ((number ^ (number >> 16)) * _FIRST) & _MASK
     number = ((number ^ (number >> 15)) * _SECOND) & _MASK
     return number ^ (number >> 16)

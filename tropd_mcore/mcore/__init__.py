@@ -2,6 +2,7 @@
 
 import warnings
 
-# Megatron warns on import, from each module and rank, about what `mcore.platform` decides and logs once.
+# On import Megatron repeats these warnings for each module and each rank. `mcore.platform` already chooses between
+# Transformer Engine and the CPU modules, and logs that choice once.
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 warnings.filterwarnings("ignore", message="Apex is not installed")

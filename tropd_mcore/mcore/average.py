@@ -1,9 +1,9 @@
 """A moving average of the student's weights: a frozen model of the same shards that follows the student.
 
-For the teacher that is the student itself (`teacher.self_teacher`). Not for scoring with it, and not for the format of
-its checkpoint (`checkpoint`). Invariants: rank by rank, chunk by chunk, average and student have the same parameters
-cut the same way; the average is a float32 number whatever the dtype of the model that scores with it, because a small
-rate times a small difference is less than half a bfloat16 step and would be rounded away for ever.
+The self-teacher (`teacher.self_teacher`) scores with it. This module does not score, and it does not define the
+checkpoint format (`checkpoint`). Invariants: on every rank and in every chunk, average and student have the same
+parameters, sharded the same way. The average is kept in float32 whatever the dtype of the model that scores with it.
+A small rate times a small difference is less than half a bfloat16 step, so a bfloat16 average would never move.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from tropd_mcore.mcore.model import Model, build_model
 from tropd_mcore.mcore.weights_io import synchronize_parameters
 
 KEY = "average"
-"""First part of the names of its tensors in a checkpoint."""
+"""Prefix of the names of the average's tensors in a checkpoint."""
 
 
 class WeightAverage:
-    """average += rate * (student - average) after each optimizer step, from the student as it is now.
+    """Starts as a copy of the student; after each optimizer step, average += rate * (student - average).
 
-    `model` is what scores: the average rounded to `dtype`. Costs that model and, unless it is float32 itself, four more
-    bytes a parameter. rate = 1 is the student of the last step, rate = 0 the one of now.
+    `model` is the model that scores: the average rounded to `dtype`. The memory cost is that model and, unless `dtype`
+    is float32, four more bytes per parameter. With rate = 1 the average is the student after the latest optimizer step.
+    With rate = 0 it stays the student that it was built from.
     """
 
     def __init__(self, student: Model, parallel: ParallelConfig, *, dtype: Dtype, rate: float) -> None:
@@ -47,13 +48,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the student after an optimizer step; communicates only where its new weights are still gathered."""
+        """Follow the student after an optimizer step.
+
+        Communicates only if the student's new weights have not been gathered from the data ranks yet.
+        """
         for theirs, exact, rounded in self._parameters():
-            exact.lerp_(theirs.float(), self._rate)  # at rates 0 and 1 an end point, exactly
+            exact.lerp_(theirs.float(), self._rate)  # exact at both ends: rate 0 changes nothing, rate 1 copies
             rounded.copy_(exact)
 
     def sharded_state(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        """Megatron's description of the float32 numbers, from that of each chunk of `model`."""
+        """Return Megatron's sharding description of the float32 average, derived from that of each chunk of `model`."""
         return {
             str(index): {
                 name: make_sharded_optimizer_tensor(described, exact[name], prefix=KEY)
@@ -64,14 +68,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state(self, loaded: dict[str, Any]) -> None:
-        """Take what was read for `sharded_state`."""
+        """Copy in the tensors that were read for `sharded_state`."""
         for index, (exact, rounded) in enumerate(zip(self._exact, self._rounded, strict=True)):
             for name, value in exact.items():
                 value.copy_(loaded[str(index)][name])
                 rounded[name].copy_(value)
 
     def _parameters(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(the student's as it is now, the float32 average, the one that scores) of each parameter of this rank."""
+        """Yield (student's current value, float32 average, value in the scoring model) per parameter of this rank."""
         synchronize_parameters(self._student)
         for module, exact, rounded in zip(self._student.modules, self._exact, self._rounded, strict=True):
             theirs: dict[str, Tensor] = dict(module.named_parameters())

@@ -1,11 +1,14 @@
-"""Checkpoints of a run: weights, optimizer, schedule, random states, a small JSON; Megatron's `torch_dist` format.
+"""Saves and loads the checkpoints of a run, in Megatron's `torch_dist` format.
 
-Not for Hugging Face folders (`weights_io`). Invariants: a folder without the suffix `.partial` is complete; nothing is
-filled from a checkpoint that is not bit for bit the one that was written; on the same layout a run goes on bit for bit;
-on another tensor, pipeline or data layout weights, main weights and moments are the same numbers, cut anew. All ranks
-must see the same file system, and every function here is collective.
+A checkpoint holds weights, optimizer, schedule, random states and a small JSON file. This module does not handle
+Hugging Face folders (`weights_io`). All ranks must see the same file system, and every function here is collective.
 
-What is read back is safe to read from strangers: see `torch_dist`. Of our own there is JSON and safetensors only.
+Invariants: a folder without the suffix `.partial` is complete. Nothing is loaded from a checkpoint unless it is bit for
+bit the one that was written. On the same layout a resumed run continues bit for bit. On another tensor, pipeline or
+data layout weights, main weights and moments are the same numbers, sharded again.
+
+A checkpoint from a stranger is safe to read: see `torch_dist`. The files that this project adds are JSON and
+safetensors only.
 """
 
 from __future__ import annotations
@@ -59,23 +62,23 @@ logger = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
 FULL_BYTES = 16 << 20
-"""A disk with less room than this is full: a writer asks for its buffer at once."""
+"""A disk with fewer free bytes than this counts as full, because a writer asks for a whole buffer at once."""
 _MEGATRON_FILES = ("metadata.json", "common.pt", ".metadata")
 _READ_ERRORS = (
     CheckpointException, CheckpointingException, OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError,
 )  # fmt: skip
-"""What Megatron, torch and pickle raise for a missing, damaged or unacceptable file."""
+"""Errors that Megatron, torch and pickle raise for a missing, damaged or unacceptable file."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds; a model alone (teacher, conversion) has neither optimizer nor scheduler."""
+    """Objects that a checkpoint saves or fills. A model alone (teacher, conversion) has no optimizer or scheduler."""
 
     model: Model
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
     average: WeightAverage | None = None
-    """Of the model's weights, where they are averaged; a checkpoint without it has no names of it."""
+    """Moving average of the model's weights; None if there is none, and then the checkpoint has no tensors of it."""
 
 
 def save(
@@ -90,9 +93,9 @@ def save(
 ) -> Path:
     """Write <directory>/step_<step> and remove all but the newest `keep` checkpoints; returns the folder.
 
-    `extra` is plain JSON, `run` the identity of the run; config.json and tokenizer are copied from `hf_folder`. The
-    digest of every file goes into the JSON. Until the last rename the folder has the suffix `.partial`, and the
-    checkpoints before it stay. Raises ModelError on all ranks where writing fails on one of them.
+    `extra` is plain JSON, and `run` is the identity of the run. config.json and tokenizer are copied from `hf_folder`.
+    The JSON records the digest of every file. Until the last rename the folder has the suffix `.partial`, and the older
+    checkpoints stay. If writing fails on one rank, raises ModelError on all ranks.
     """
     final = step_folder(directory, step)
     write(final, state, step=step, extra=extra, hf_folder=hf_folder, run=run)
@@ -114,10 +117,10 @@ def write(
     try:
         _write(partial, final, state, step=step, extra=extra, hf_folder=hf_folder, run=run)
     except ModelError as error:
-        if state.model.layout.rank == 0:  # every rank has failed, and the unfinished folder may be what fills the disk
+        if state.model.layout.rank == 0:  # every rank has failed; the unfinished folder may be filling the disk
             shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(f"{error}; choose a place with room and rights (run.dir), or make room there") from error
-    release_freed_memory()  # else the buffers of each checkpoint leave holes in the heap of every rank
+    release_freed_memory()  # otherwise the buffers of each checkpoint leave holes in the heap of every rank
 
 
 def _write(
@@ -130,13 +133,13 @@ def _write(
     hf_folder: Path | None,
     run: str | None,
 ) -> None:
-    """Fill `partial` and give it its name."""
+    """Fill the folder `partial`, then rename it to `final`."""
     model, layout = state.model, state.model.layout
     failed = f"checkpoint {final}: writing failed"
     _on_first_rank(layout, lambda: _make_empty(partial), failed)
     synchronize_parameters(model)
     try:
-        with progress(logger, f"writing checkpoint {final}"):
+        with progress(logger, f"writing checkpoint {final}"):  # phase 1: tensors into the partial folder
             dist_checkpointing.save(
                 _sharded_state(state, is_loading=False),
                 str(partial),
@@ -144,6 +147,7 @@ def _write(
             )
     except (CheckpointException, OSError, RuntimeError) as error:
         raise ModelError(f"{failed} ({_reason(error, partial)})") from error
+    # Phase 2: random states of each rank, and the tokenizer files.
     if state.optimizer is not None:
         _on_every_rank(layout, lambda: save_rng(partial, layout.rank), failed)
     if hf_folder is not None:
@@ -160,23 +164,24 @@ def _write(
         run=run,
         files=make_digests(partial, layout.groups.control),
     )
-    with progress(logger, f"bringing checkpoint {final} to the disk"):
+    # Phase 3: the JSON with all digests, then the flush and the rename that make the checkpoint complete.
+    with progress(logger, f"flushing checkpoint {final} to disk"):
         _on_first_rank(layout, lambda: _publish(partial, final, info), failed)
 
 
 def load(path: Path, state: TrainState, *, begin: bool = False, run: str | None = None) -> CheckpointInfo:
     """Fill model, optimizer, scheduler, average and random states from one checkpoint; returns its JSON.
 
-    The model is built for the layout at hand, the optimizer on top of it; their contents are replaced. Without an
-    optimizer only the weights are read, in the model's dtype; an average is read where the state has one. Random states
-    are restored, with the optimizer, where the layout is the one that wrote them. `begin` starts another run from it:
-    its schedule is at step 0 and its random states are those of its own seed. Rates, schedule and Adam's constants are
-    the optimizer's and the scheduler's at hand, never those of the checkpoint (see `train.resume_rules`). `run` is
-    the identity of the run that resumes.
+    The model must have been built for the present layout, and the optimizer on top of it. Their contents are replaced.
+    Without an optimizer only the weights are read, in the model's dtype. An average is read if `state` has one. Random
+    states are restored if there is an optimizer and the layout is the one that wrote them. `begin` starts another run
+    from the checkpoint: the schedule stands at step 0 and the random states stay as that run's seed set them. Rates,
+    schedule and Adam's constants come from the given optimizer and scheduler, never from the checkpoint (see
+    `train.resume_rules`). `run` is the identity of the run that resumes.
 
-    Raises, before anything is filled, DamagedCheckpoint where a file is not the one that was written, with the newest
-    whole checkpoint before it; ModelError where the checkpoint is of another run, architecture or dtype, without the
-    average that is asked for, or its optimizer state is of another form.
+    Both errors come before anything is filled. Raises DamagedCheckpoint if a file is not the one that was written; the
+    message names the newest whole checkpoint before it. Raises ModelError if the checkpoint belongs to another run,
+    architecture or dtype, lacks the requested average, or has optimizer state of another form.
     """
     model, layout = state.model, state.model.layout
     info = _accept(path, state, run)
@@ -203,12 +208,12 @@ def load(path: Path, state: TrainState, *, begin: bool = False, run: str | None 
     if state.optimizer is not None and info.layout == _layout_json(layout):
         _on_every_rank(layout, lambda: load_rng(path, layout.rank), f"checkpoint {path}: reading failed")
     elif state.optimizer is not None:
-        logger.info("checkpoint %s: written at %s, random states stay as seeded", path, info.layout)
+        logger.info("checkpoint %s: written at layout %s; random states stay as seeded", path, info.layout)
     return info
 
 
 def _accept(path: Path, state: TrainState, run: str | None) -> CheckpointInfo:
-    """The JSON of a checkpoint that fits `state` and is as it was written; nothing is filled yet."""
+    """Check that the checkpoint fits `state` and is as it was written; returns its JSON and fills nothing."""
     control = state.model.layout.groups.control
     try:
         info = on_rank_zero(lambda: read_info(path), control)
@@ -217,29 +222,32 @@ def _accept(path: Path, state: TrainState, run: str | None) -> CheckpointInfo:
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}{way_on(path, control)}") from error
     missing = [name for name in _MEGATRON_FILES if not (path / name).is_file()]
-    if missing:  # of a checkpoint without digests
+    if missing:  # only possible if the checkpoint has no digests, which list every file
         raise ModelError(f"checkpoint {path}: {', '.join(missing)} not found; it is damaged")
     return info
 
 
 def _check_fits(path: Path, info: CheckpointInfo, state: TrainState, run: str | None) -> None:
-    """Raise ModelError where `info` is of something else than what is to be filled; the same on all ranks."""
+    """Raise ModelError if the checkpoint of `info` does not fit `state`; the same error on all ranks."""
     if run is not None and info.run is not None and info.run != run:
         raise ModelError(
-            f"checkpoint {path}: written by another run ({info.run}, this one is {run}); move it away and begin from "
-            "its weights with run.init_from, or go on in the run directory that wrote it (whose run.id has its name)"
+            f"checkpoint {path}: written by another run ({info.run}, this one is {run}); move it away and start from "
+            "its weights with run.init_from, or resume in the run directory whose run.id file names the other run"
         )
     check_same_architecture(info.architecture, state.model.arch, source=f"checkpoint {path}")
     _check_optimizer(path, info, state)
     if state.average is not None and not info.average:
         raise ModelError(
-            f"checkpoint {path}: holds no average of the weights, which a student that teaches itself resumes from; "
+            f"checkpoint {path}: holds no average of the weights, which a self-teaching objective needs to resume; "
             "restore the objective that wrote it, or start a new run.dir"
         )
 
 
 def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
-    """Megatron's description of the tensors, with views of them; a fresh one each time, because Megatron changes it."""
+    """Return Megatron's sharding description of the tensors, which holds views of them.
+
+    It is built anew on each call, because Megatron changes it in place.
+    """
     chunks = _sharded_chunks(state.model)
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     sharded: dict[str, Any] = dict(zip(names, chunks, strict=True))
@@ -251,9 +259,9 @@ def _sharded_state(state: TrainState, *, is_loading: bool) -> dict[str, Any]:
 
 
 def _sharded_chunks(model: Model) -> list[dict[str, Any]]:
-    """Megatron's description of the parameters of each chunk.
+    """Return Megatron's sharding description of the parameters of each chunk.
 
-    Object shards are left out: the only ones are Transformer Engine's fp8 states, which bf16 and fp32 do not have.
+    Object shards are left out. The only ones are Transformer Engine's fp8 states, which bf16 and fp32 do not use.
     """
     found = []
     for module in model.modules:
@@ -265,8 +273,8 @@ def _sharded_chunks(model: Model) -> list[dict[str, Any]]:
 def _metadata() -> dict[str, Any]:
     """Settings of the format. Megatron stores process groups in this dict, so it must not be used twice.
 
-    The memory-efficient exchange gathers the sharded optimizer state on the CPU of the first replica; the other one
-    needs several times that much memory on every GPU.
+    The memory-efficient exchange gathers the sharded optimizer state on the CPU of the first replica. The other
+    exchange needs several times that much memory on every GPU.
     """
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -289,7 +297,7 @@ def _load_modules(path: Path, model: Model, loaded: dict[str, Any]) -> None:
 
 
 def _check_optimizer(path: Path, info: CheckpointInfo, state: TrainState) -> None:
-    """Refuse what would load without an error and train differently."""
+    """Raise ModelError for optimizer state that would load without an error and then train differently."""
     if state.optimizer is None:
         return
     kind = _optimizer_kind(state)
@@ -307,7 +315,7 @@ def _check_optimizer(path: Path, info: CheckpointInfo, state: TrainState) -> Non
 
 
 def _restore_settings(state: TrainState) -> None:
-    """What the checkpoint's parameter groups brought along of its run's settings gives way to those of this run."""
+    """Set rates, betas and eps of each parameter group to this run's; loading has put the checkpoint's there."""
     assert state.optimizer is not None and state.scheduler is not None
     for part in state.optimizer.chained_optimizers:
         if part.is_stub_optimizer:  # this rank has no parameter of the part
@@ -352,7 +360,7 @@ def _publish(partial: Path, final: Path, info: CheckpointInfo) -> None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    """Remove the oldest checkpoints and what interrupted saves left."""
+    """Remove all but the newest `keep` checkpoints, and the folders of interrupted saves."""
     for path in [*complete_checkpoints(directory)[:-keep], *partial_checkpoints(directory)]:
         shutil.rmtree(path)
 
@@ -363,7 +371,7 @@ def _on_first_rank(layout: Layout, action: Callable[[], None], failed: str) -> N
 
 
 def _on_every_rank(layout: Layout, action: Callable[[], None], failed: str) -> None:
-    """Run `action`; where it failed on one rank, raise ModelError on all of them. Also a barrier."""
+    """Run `action`; if it failed on any rank, raise ModelError on all ranks. Also a barrier."""
     problem: str | None = None
     try:
         action()
@@ -377,7 +385,7 @@ def _on_every_rank(layout: Layout, action: Callable[[], None], failed: str) -> N
 
 
 def _reason(error: BaseException, partial: Path) -> str:
-    """Why writing failed; torch's stream errors do not say it where the disk is full."""
+    """Return why writing failed. torch's stream errors do not mention a full disk, so that is checked here."""
     text = _first_failure(error)
     try:
         full = shutil.disk_usage(partial.parent).free < FULL_BYTES
@@ -387,7 +395,7 @@ def _reason(error: BaseException, partial: Path) -> str:
 
 
 def _first_failure(error: BaseException) -> str:
-    """One line of an error; of torch's CheckpointException, which collects a traceback a rank, the first cause."""
+    """Return one line of an error. torch's CheckpointException holds a traceback per rank; the first cause is used."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {type(cause).__name__}: {_one_line(cause)}"
@@ -395,5 +403,5 @@ def _first_failure(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first sentence: what follows in torch's own is advice to unpickle without restrictions."""
+    """Return the first sentence. torch's own errors continue with the advice to unpickle without restrictions."""
     return " ".join(str(error).split()).split(". ")[0][:300]

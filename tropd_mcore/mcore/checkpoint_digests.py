@@ -1,9 +1,9 @@
-"""Digests of every file of a checkpoint: made when it is written, compared before anything of it is read.
+"""Digests of every file of a checkpoint, computed when it is written and compared before anything in it is read.
 
-Not for what the files mean (`checkpoint`) or for the JSON's own digest (`checkpoint_info`). Invariants: every file is
-hashed once, by the rank that wrote it where the job has as many ranks; all ranks meet the same error; a checkpoint
-whose digests hold is bit for bit the one that was written. Each rank hashes about 1 GiB per second, or what the disk
-gives.
+This module does not know what the files mean (`checkpoint`) and does not compute the JSON's own digest
+(`checkpoint_info`). Invariants: every file is hashed once, by the rank that wrote it if the job has at least as many
+ranks. All ranks raise the same error. A checkpoint whose digests match is bit for bit the one that was written.
+Each rank hashes about 1 GiB per second, or as fast as the disk reads.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _RANK_IN_NAME = re.compile(r"(?:__|rng_)(\d+)")
 
 
 def make_digests(folder: Path, control: dist.ProcessGroup) -> dict[str, FileRecord]:
-    """The record of every file under `folder` but the JSON, by path below it, on all ranks. Collective.
+    """Return, on all ranks, the record of every file under `folder` except the JSON, by relative path. Collective.
 
     Each rank lists the folder itself, because on NFS another node may not see yet what this one has just written.
-    Raises ModelError where a file cannot be read.
+    Raises ModelError if a file cannot be read.
     """
     with raise_on_all_ranks(control):
         names = _names(folder)
@@ -48,10 +48,10 @@ def make_digests(folder: Path, control: dist.ProcessGroup) -> dict[str, FileReco
 
 
 def check_digests(path: Path, info: CheckpointInfo, control: dist.ProcessGroup) -> None:
-    """Raise DamagedCheckpoint, on all ranks, where a file is not the one that was written. Collective.
+    """Raise DamagedCheckpoint on all ranks if a file is not the one that was written. Collective.
 
-    Also where one is missing or was added; hidden files of file systems and users are left alone. A checkpoint of a
-    release that recorded no digests passes with a warning.
+    A missing or added file also counts as damage. Added hidden files are ignored, because file systems and users create
+    them. A checkpoint from a release that recorded no digests passes with a warning.
     """
     if info.files is None:
         log.warning("checkpoint %s: written without digests, so damage inside its files cannot be seen", path)
@@ -73,9 +73,9 @@ def check_digests(path: Path, info: CheckpointInfo, control: dist.ProcessGroup) 
 
 
 def way_on(path: Path, control: dist.ProcessGroup) -> str:
-    """What to do about the damaged checkpoint `path` of a run: the newest whole one before it, and the command.
+    """Return advice about the damaged checkpoint `path` of a run: the newest whole one before it, and the command.
 
-    Empty where `path` is no step of a run. Collective; reads the older checkpoints in full, the newest first.
+    Returns "" if `path` is not named after a step. Collective. Reads the older checkpoints in full, the newest first.
     """
     step = step_of(path)
     if step is None:
@@ -109,7 +109,7 @@ def _is_whole(path: Path, control: dist.ProcessGroup) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    """Paths below `folder` of its files, the JSON left out, sorted."""
+    """Return the relative paths of the files under `folder` except the JSON, sorted."""
     try:
         return sorted(
             path.relative_to(folder).as_posix()
@@ -121,7 +121,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_all(folder: Path, names: list[str], control: dist.ProcessGroup) -> dict[str, FileRecord]:
-    """The records of these files, each made on one rank; `names` need to hold those that this rank owns."""
+    """Return the records of all files, each computed on one rank. `names` must include the files this rank owns."""
     rank, size = dist.get_rank(control), dist.get_world_size(control)
     mine: dict[str, FileRecord] = {}
     with raise_on_all_ranks(control):
@@ -135,7 +135,7 @@ def _read_all(folder: Path, names: list[str], control: dist.ProcessGroup) -> dic
 
 
 def _owner(name: str) -> int:
-    """The rank that wrote a file: the number in the name of a shard or of random states, else the first."""
+    """Return the rank that wrote a file: the number in the name of a shard or of random states, otherwise 0."""
     found = _RANK_IN_NAME.match(name)
     return int(found[1]) if found else 0
 

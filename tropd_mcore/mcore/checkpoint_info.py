@@ -1,8 +1,8 @@
-"""The JSON beside a checkpoint's tensors, and which folders are checkpoints; nothing here is collective.
+"""The JSON file of a checkpoint, and which folders are checkpoints. Nothing here is collective.
 
-Not for tensors (`checkpoint`) or for hashing files (`checkpoint_digests`). Invariants: the JSON is written last, so a
-folder that has it, and no `.partial` in its name, is complete; the JSON holds the digest of every other file and of
-itself.
+This module does not read tensors (`checkpoint`) or hash files (`checkpoint_digests`). Invariants: the JSON is written
+last, so a folder that has it, and no `.partial` in its name, is complete. The JSON holds the digest of every other file
+and of itself.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from tropd_mcore.weights.architecture import Architecture, architecture_from_jso
 
 INFO_FILE = "tropd.json"
 HF_FOLDER = "hf"
-"""config.json and tokenizer of the model, so that an export needs nothing but the checkpoint."""
+"""Folder with config.json and tokenizer of the model, so an export needs only the checkpoint."""
 PARTIAL_SUFFIX = ".partial"
 DAMAGED_SUFFIX = ".damaged"
-"""Given by the user to a checkpoint that is not to be resumed from."""
+"""Suffix that the user adds to the name of a checkpoint to keep it from being resumed."""
 _FORMAT = 2
 _WITHOUT_DIGESTS = 1
-"""The format before digests; still read."""
+"""The format before digests were recorded. It can still be read."""
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 _NO_DIGEST = '"sha256": ""'
 
 
 class DamagedCheckpoint(ModelError):
-    """A checkpoint is not as it was written; an older one may be."""
+    """A checkpoint is not as it was written. An older one may still be whole."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What is known of one file of a checkpoint."""
+    """Size and digest of one file of a checkpoint."""
 
     bytes: int
     sha256: str
@@ -52,21 +52,21 @@ class CheckpointInfo:
     architecture: Architecture
     param_dtype: str
     layout: dict[str, int]
-    """World, tensor, pipeline, virtual pipeline, data and context sizes that it was written at."""
+    """World, tensor, pipeline, virtual pipeline, data and context sizes of the job that wrote it."""
     optimizer: str | None
     """`distributed`, `replicated`, or None for weights only."""
     scheduler: dict[str, Any] | None
     extra: dict[str, Any]
-    """What the caller of `checkpoint.save` gave."""
+    """Values that the caller of `checkpoint.save` passed."""
     average: bool = False
     """Whether it holds a moving average of the weights."""
     run: str | None = None
-    """Identity of the run that wrote it; None where it belongs to none."""
+    """Identity of the run that wrote it; None if it belongs to no run."""
     files: dict[str, FileRecord] | None = None
-    """Every other file of the checkpoint, by path below it; None where the release that wrote it recorded none."""
+    """Every other file of the checkpoint, by relative path; None if the release that wrote it recorded no digests."""
 
     def to_json(self) -> str:
-        """The text of the file; `read_info` is the inverse."""
+        """Return the text of the file. `read_info` is the inverse."""
         assert self.files is not None, "a checkpoint is written with the digests of its files"
         values = {
             **vars(self),
@@ -80,8 +80,8 @@ class CheckpointInfo:
 def read_info(path: Path) -> CheckpointInfo:
     """Read the JSON of the checkpoint `path`.
 
-    Raises DamagedCheckpoint where it is not as it was written, or is of another step than the folder's name says;
-    ModelError where it is missing or of another format.
+    Raises DamagedCheckpoint if it is not as it was written, or if its step differs from the step in the folder's name.
+    Raises ModelError if it is missing or has another format.
     """
     file = path / INFO_FILE
     try:
@@ -105,7 +105,7 @@ def _parse(text: str, file: Path) -> CheckpointInfo:
     values = json.loads(text)
     found = values.pop("format")
     files: dict[str, FileRecord] | None = None
-    if found != _WITHOUT_DIGESTS:  # an unknown format is damage, unless the digest says that it was written so
+    if found != _WITHOUT_DIGESTS:  # an unknown format number is damage, unless the digest confirms it
         stated = values.pop("sha256")
         if stated != _digest(text.replace(f'"sha256": "{stated}"', _NO_DIGEST, 1)):
             raise DamagedCheckpoint(
@@ -123,18 +123,18 @@ def _digest(text: str) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's folder is named after; None where it is named otherwise (a conversion)."""
+    """Return the step in the name of a checkpoint's folder; None if the name has another form (a conversion)."""
     match = _STEP_FOLDER.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def step_folder(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is."""
+    """Return the folder of the checkpoint of `step`."""
     return directory / f"step_{step:06d}"
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, the oldest step first; partial ones are ignored."""
+    """Return the complete checkpoints, the oldest step first. Partial ones are ignored."""
     if not directory.is_dir():
         return []
     numbered = [(step_of(path), path) for path in directory.iterdir() if (path / INFO_FILE).is_file()]
@@ -143,18 +143,18 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def without_info(directory: Path) -> list[Path]:
-    """Folders named after a step that have no JSON, which no save leaves behind: somebody removed it."""
+    """Return folders that are named after a step but have no JSON. No save leaves one: somebody removed the JSON."""
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if step_of(path) is not None and not (path / INFO_FILE).exists())
 
 
 def latest(directory: Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None."""
+    """Return the complete checkpoint of the highest step, or None."""
     complete = complete_checkpoints(directory)
     return complete[-1] if complete else None
 
 
 def partial_checkpoints(directory: Path) -> list[Path]:
-    """Folders that an interrupted save left behind."""
+    """Return the folders that interrupted saves left behind."""
     return [path for path in sorted(directory.glob(f"*{PARTIAL_SUFFIX}")) if _STEP_FOLDER.match(path.name)]

@@ -1,7 +1,7 @@
-"""Settings of Megatron that give wrong numbers, or hang, without an error: refused here.
+"""Refuses Megatron settings that would give wrong numbers, or hang, without an error.
 
-Not for what Megatron itself refuses. Invariant: every setting is checked where it is about to be used, on every
-platform, so that a test on CPUs catches what a GPU run would do. Each check names the measured effect.
+This module does not repeat checks that Megatron makes itself. Invariant: every setting is checked just before it is
+used, on every platform, so a CPU test also catches settings of a GPU run. Each check names the measured effect.
 """
 
 from __future__ import annotations
@@ -42,9 +42,12 @@ def check_optimizer_config(config: OptimizerConfig, overrides: dict[object, obje
     """Raise ConfigError for an optimizer configuration that updates wrongly."""
     problems = []
     if overrides is None:
-        problems.append("config_overrides must be given: else it is Megatron's to decide whether norms decay")
+        problems.append("config_overrides must be given; otherwise Megatron decides whether norms decay")
     if config.use_precision_aware_optimizer or config.optimizer_cpu_offload:
-        problems.append("precision-aware and offloaded optimizers keep gradients where our finiteness check is blind")
+        problems.append(
+            "precision-aware and offloaded optimizers are not supported: the check for finite gradients cannot see "
+            "the gradients that they keep"
+        )
     if config.fp16:
         problems.append("fp16 is not supported: there is no loss scaling")
     if problems:

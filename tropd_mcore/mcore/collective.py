@@ -1,8 +1,8 @@
-"""Host objects between the ranks of a job, and errors that all ranks meet together.
+"""Exchanges host objects between the ranks of a job, and raises the error of one rank on all ranks.
 
-Objects travel pickled over the job's own control group (gloo), never over a network socket of another origin.
-Invariants: every function here is called by all ranks of its group, in the same order; each rank counts the meetings
-that it came to, so that one which is waited for can be named (`train.watch`).
+Objects are pickled and sent over the job's own control group (gloo), never over any other network socket. Invariants:
+every function here is called by all ranks of its group, in the same order. Each rank counts the collectives of the
+control group that it has entered, so `train.watch` can name a rank that the others wait for.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Value = TypeVar("Value")
 
 
 class Meetings:
-    """How many collectives of the control group this process has come to, and since when it has waited in one."""
+    """Counts the collectives of the control group that this process has entered, and since when it waits in one."""
 
     def __init__(self) -> None:
         self.count = 0
         self.since: float | None = None
-        """`time.monotonic` when it came; None while it is in none."""
+        """`time.monotonic` at the entry of the current collective; None outside of one."""
 
     @contextmanager
     def attend(self) -> Iterator[None]:
@@ -39,14 +39,14 @@ class Meetings:
 
 
 meetings = Meetings()
-"""Of this process."""
+"""The counter of this process."""
 
 
 @contextmanager
 def raise_on_all_ranks(control: dist.ProcessGroup) -> Iterator[None]:
-    """Run a block without collectives on each rank; an error that any rank met is raised on every rank.
+    """Run a block on each rank; if it fails on any rank, raise on every rank. The block must not use collectives.
 
-    Cost: one object all-gather of a few bytes a rank.
+    Cost: one object all-gather of a few bytes per rank.
     """
     error: TropdError | None = None
     try:
@@ -57,9 +57,9 @@ def raise_on_all_ranks(control: dist.ProcessGroup) -> Iterator[None]:
 
 
 def raise_the_first(error: TropdError | None, control: dist.ProcessGroup) -> None:
-    """Raise on every rank the error that the lowest rank met, if any did; a rank that met one raises its own.
+    """Raise on every rank if any rank has an error: a failed rank raises its own, the others that of the lowest rank.
 
-    A request to stop is raised where no rank met anything else, so that all ranks do the same about it.
+    A request to stop is raised only if no rank has another error. All ranks then react to it in the same way.
     """
     met = [found for found in _of_every_rank(error, control) if found is not None]
     failures = [found for found in met if not isinstance(found, StopRequested)]
@@ -70,19 +70,22 @@ def raise_the_first(error: TropdError | None, control: dist.ProcessGroup) -> Non
 
 
 def stop_together(control: dist.ProcessGroup) -> None:
-    """Raise StopRequested on every rank where any of them was asked to stop. Collective."""
+    """If any rank was asked to stop, raise StopRequested on every rank. Collective."""
     with raise_on_all_ranks(control):
         stopping.check()
 
 
 def asked_to_stop(control: dist.ProcessGroup) -> str | None:
-    """Return on every rank why the job shall stop, held back or not; None where no rank was asked. Collective."""
+    """Return on every rank why the job should stop, also while stops are held back; None if no rank was asked.
+
+    Collective.
+    """
     reasons = _of_every_rank(stopping.requested(), control)
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def on_rank_zero(function: Callable[[], Value], control: dist.ProcessGroup) -> Value:
-    """The value of `function` run on rank 0 alone, on every rank; its error likewise."""
+    """Run `function` on rank 0 only; returns its value, or raises its error, on every rank."""
     box: list[Value | None] = [None]
     with raise_on_all_ranks(control):
         if dist.get_rank(control) == 0:
@@ -93,7 +96,7 @@ def on_rank_zero(function: Callable[[], Value], control: dist.ProcessGroup) -> V
 
 
 def union(values: set[Value], group: dist.ProcessGroup) -> set[Value]:
-    """Return what any rank of `group` has. Collective over the group."""
+    """Return the union of the sets of all ranks of `group`. Collective over the group."""
     if dist.get_world_size(group) == 1:
         return values
     parts: list[set[Value]] = [set()] * dist.get_world_size(group)
@@ -102,7 +105,7 @@ def union(values: set[Value], group: dist.ProcessGroup) -> set[Value]:
 
 
 def gather_on_rank_zero(value: Value, control: dist.ProcessGroup) -> list[Value]:
-    """Every rank's value in rank order on rank 0, an empty list elsewhere."""
+    """Return every rank's value in rank order on rank 0, and an empty list on the other ranks."""
     is_zero = dist.get_rank(control) == 0
     values: list[Value] | None = [value] * dist.get_world_size(control) if is_zero else None
     with meetings.attend():
@@ -111,12 +114,12 @@ def gather_on_rank_zero(value: Value, control: dist.ProcessGroup) -> list[Value]
 
 
 def all_agree(flag: bool, control: dist.ProcessGroup) -> bool:
-    """True where every rank says so."""
+    """Return True if `flag` is true on every rank."""
     return all(_of_every_rank(flag, control))
 
 
 def _of_every_rank(value: Value, control: dist.ProcessGroup) -> list[Value]:
-    """Every rank's value in rank order, on every rank."""
+    """Return every rank's value in rank order, on every rank."""
     values = [value] * dist.get_world_size(control)
     with meetings.attend():
         dist.all_gather_object(values, value, group=control)

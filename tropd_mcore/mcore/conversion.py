@@ -1,7 +1,7 @@
-"""Hugging Face folder <-> Megatron checkpoint, at any layout of ranks, also in one plain process.
+"""Converts a Hugging Face folder to a Megatron checkpoint and back, at any layout of ranks or in one process.
 
-Not for training state: a converted checkpoint holds weights only. Invariant: hf -> mcore -> hf gives the same bytes,
-whatever the layouts on the way, because nothing is rounded: the model is built in the dtype of the files.
+This module does not convert training state: a converted checkpoint holds weights only. Invariant: hf -> mcore -> hf
+gives the same bytes whatever layouts are used. Nothing is rounded, because the model has the dtype of the files.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Job:
-    """The ranks that work on one conversion."""
+    """The layout and platform of the ranks that run one conversion."""
 
     parallel: ParallelConfig
     layout: Layout
     platform: Platform
 
     def build(self, arch: Architecture, dtype: Dtype) -> Model:
-        """A frozen model of this layout, not yet loaded."""
+        """Build a frozen model for this layout. Its weights are not loaded yet."""
         return build_model(arch, self.parallel, self.layout, self.platform, dtype=dtype, trainable=False)
 
 
 @contextmanager
 def open_job(parallel: ParallelConfig, kind: PlatformKind, environ: Mapping[str, str]) -> Iterator[Job]:
-    """Join the job that torchrun started, or be a job of one process where `environ` names none.
+    """Join the job that torchrun started. If `environ` names no job, this process is a job of one rank.
 
-    Raises ConfigError where the sizes in `parallel` do not fit the number of ranks.
+    Raises ConfigError if the sizes in `parallel` do not fit the number of ranks.
     """
     alone = "RANK" not in environ and not dist.is_initialized()
     environment = RankEnvironment(0, 1, 0) if alone else RankEnvironment.from_environ(environ)
@@ -65,8 +65,8 @@ def open_job(parallel: ParallelConfig, kind: PlatformKind, environ: Mapping[str,
 def hf_to_mcore(hf: Path, out: Path, job: Job, *, dtype: Dtype | None = None) -> None:
     """Write the weights of the folder `hf` as a `torch_dist` checkpoint that loads at any other layout.
 
-    config.json and tokenizer go along. `dtype` rounds to that dtype; None keeps the folder's. Collective. Raises
-    ModelError where the folder is damaged or `out` is not new.
+    config.json and tokenizer are copied too. `dtype` rounds the weights to that dtype; None keeps the folder's.
+    Collective. Raises ModelError if the folder is damaged or `out` is not new.
     """
     check_new_folder(out)
     with HfReader(hf) as reader:
@@ -78,10 +78,10 @@ def hf_to_mcore(hf: Path, out: Path, job: Job, *, dtype: Dtype | None = None) ->
 def mcore_to_hf(
     source: Path, out: Path, job: Job, *, hf_folder: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write the weights of a checkpoint, converted or of a training run, as a Hugging Face folder.
+    """Write the weights of a checkpoint as a Hugging Face folder. A conversion or a training run may have written it.
 
-    config.json and tokenizer come from the checkpoint, or from `hf_folder`. Collective. Raises ModelError where the
-    checkpoint is damaged or `out` is not new.
+    config.json and tokenizer come from `hf_folder` if it is given, otherwise from the checkpoint. Collective. Raises
+    ModelError if the checkpoint is damaged or `out` is not new.
     """
     check_new_folder(out)
     model = load_checkpoint(source, job)
@@ -95,7 +95,10 @@ def mcore_to_hf(
 
 
 def load_checkpoint(source: Path, job: Job, *, dtype: Dtype | None = None) -> Model:
-    """A frozen model with the weights of a checkpoint, in its dtype or in `dtype`. Raises ModelError as `load` does."""
+    """Return a frozen model with the weights of a checkpoint, in `dtype` or else in the checkpoint's dtype.
+
+    Raises ModelError as `checkpoint.load` does.
+    """
     info = read_info(source)
     model = job.build(info.architecture, dtype or _DTYPES[info.param_dtype])
     checkpoint.load(source, checkpoint.TrainState(model))
@@ -103,19 +106,19 @@ def load_checkpoint(source: Path, job: Job, *, dtype: Dtype | None = None) -> Mo
 
 
 def companion_folder(source: Path, hf_folder: Path | None) -> Path:
-    """Where config.json and tokenizer of a checkpoint are. Raises ModelError where there are none."""
+    """Return the folder with config.json and tokenizer of a checkpoint. Raises ModelError if config.json is missing."""
     folder = hf_folder or source / HF_FOLDER
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: config.json not found; name the folder that the training started from")
+        raise ModelError(f"{folder}: config.json not found; name the model folder that training started from")
     return folder
 
 
 def stored_dtype(reader: HfReader) -> Dtype:
-    """The one dtype of a folder's tensors. Raises ModelError where there are several, or one that is not supported."""
+    """Return the dtype that all tensors of a folder share. Raises ModelError if they differ or it is not supported."""
     found = reader.dtypes()
     if len(found) != 1 or not found <= set(_DTYPES):
         raise ModelError(
             f"model folder {reader.folder}: tensors are {', '.join(sorted(found))}; expected all {' or '.join(_DTYPES)}"
-            ", or choose one to round to (--dtype)"
+            "; set --dtype to round them to one dtype"
         )
     return _DTYPES[found.pop()]

@@ -1,8 +1,8 @@
-"""The end of the last stage: supervised positions only, and the output layer left to whoever needs its logits.
+"""Replaces the output layer's forward pass: the model returns the hidden states of supervised positions.
 
-Not for the loss. Prompts and padding cost no logits, and none are made here: the model returns hidden states, which the
-loss takes together with the layer's weight. Invariant: the gradient of every parameter is what it would be if all
-logits were computed and the other rows dropped.
+The loss receives these hidden states and the layer's weight, and computes the logits itself. Prompts and padding
+therefore cost no logits. This module does not compute the loss. Invariant: every parameter gets the gradient that it
+would get if all logits were computed and the unsupervised rows dropped.
 
 Legend: P positions on this context rank, T rows, D hidden, W vocabulary shard.
 """
@@ -19,17 +19,17 @@ from tropd_mcore.kernel.source import GivenLogits, OutputLayer
 
 
 class OutputLayerTap:
-    """Takes the place of the output layer's forward: hidden [P, 1, D] becomes [T, 1, D] of the rows set before.
+    """Replaces the output layer's forward: hidden [P, 1, D] -> [T, 1, D], the positions in `rows`.
 
-    The layer stays where it is, with its weight and with the hooks of the data-parallel wrapper, which gather that
-    weight in time. With sequence parallelism the hidden states are gathered here, and the partial gradients of the
-    tensor ranks are summed and scattered by that gather's backward.
+    Set `rows` before each forward pass. The layer stays in the model with its weight. The hooks of the data-parallel
+    wrapper stay too; they gather that weight before it is used. With sequence parallelism the hidden states are
+    gathered here. The backward of that gather sums the partial gradients of the tensor ranks and scatters the sum.
     """
 
     def __init__(self, module: GPTModel, tp_group: ProcessGroup, sequence_parallel: bool) -> None:
         self.rows: Tensor | None = None
         self.reduces_hidden_gradient = not sequence_parallel and tp_group.size() > 1
-        """Whether who makes dH has to sum it over the tensor ranks."""
+        """Whether the code that computes dH must also sum it over the tensor ranks."""
         self._module = module
         self._tp_group = tp_group
         self._gather = sequence_parallel
@@ -37,6 +37,7 @@ class OutputLayerTap:
         names = ("sequence_parallel", "allreduce_dgrad", "disable_grad_reduce")
         self._flags = {name: getattr(layer, name) for name in names}
         if sequence_parallel:
+            # `_select` gathers already. If the layer gathered too, or reduced dH, both would happen twice.
             layer.sequence_parallel = False
             layer.allreduce_dgrad = False
             layer.disable_grad_reduce = True
@@ -44,7 +45,7 @@ class OutputLayerTap:
         layer.forward = self._select
 
     def remove(self) -> None:
-        """Leave the layer as it was."""
+        """Restore the layer's own forward and flags."""
         layer = self._module.output_layer
         layer.forward = self._project
         for name, value in self._flags.items():
@@ -52,23 +53,22 @@ class OutputLayerTap:
 
     @property
     def weight_WD(self) -> Tensor:
-        """This rank's rows of the output embedding, which is the input embedding where the two are tied."""
+        """This rank's rows of the output embedding. If embeddings are tied, this is the input embedding."""
         if self._module.share_embeddings_and_output_weights:
             weight: Tensor = self._module.shared_embedding_or_output_weight()
             return weight
         return self._module.output_layer.weight
 
     def output_layer(self, hidden_TD: Tensor) -> OutputLayer:
-        """What the loss makes its logits from."""
+        """Return the input from which the loss computes logits."""
         return OutputLayer(hidden_TD, self.weight_WD)
 
     def given_logits(self, layer: OutputLayer) -> GivenLogits:
-        """The logits of all rows at once, by Megatron's own layer and in the dtype of its weight.
+        """Compute the logits of all rows at once with Megatron's own layer, in the dtype of its weight.
 
-        That layer gets one row at least, because its gradient kernels are not made for none. A view of its result, so
-        that no second matrix [T, W] is made in the backward pass.
+        Returns a view of the layer's result, because a copy would need a second matrix [T, W] in the backward pass.
         """
-        missing = 0 if layer.tokens else 1
+        missing = 0 if layer.tokens else 1  # pad to one row: Megatron's gradient kernels do not support zero rows
         hidden_T1D = F.pad(layer.hidden_TD, (0, 0, 0, missing))[:, None]
         logits_T1W, _ = self._project(hidden_T1D, weight=layer.weight_WD)
         logits_TW = logits_T1W.flatten(0, 1)
@@ -77,7 +77,10 @@ class OutputLayerTap:
     def _select(
         self, hidden_P1D: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        """The signature is Megatron's: (result, bias that somebody else adds)."""
+        """Gather over the tensor ranks if needed, then select the rows.
+
+        Signature and return value are those of Megatron's layer: (result, bias that the caller adds).
+        """
         assert self.rows is not None, "rows must be set before the forward pass"
         if self._gather:
             hidden_P1D = gather_from_sequence_parallel_region(
@@ -87,8 +90,8 @@ class OutputLayerTap:
 
 
 def nothing_of(layer: OutputLayer) -> Tensor:
-    """A zero that depends on the hidden states and on the weight, for a pack that nothing is asked of.
+    """Return a zero that depends on the hidden states and on the weight: the loss of a filler micro-batch.
 
-    Its backward pass reaches every parameter, so that hooks run and collectives stay in step.
+    Its backward pass reaches every parameter. Gradient hooks then run on every rank, and collectives stay in step.
     """
     return layer.hidden_TD[:0].sum() + layer.weight_WD[:0].sum()

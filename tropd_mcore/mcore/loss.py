@@ -1,8 +1,9 @@
-"""The distillation loss at the end of the pipeline: the output layer's rows in, one sum and one count out.
+"""The distillation loss at the end of the pipeline: takes the output layer's rows, returns one sum and one count.
 
-Not for the mathematics (`kernel`, `objectives`) or for the schedule (`pipeline`). Invariants: what decides anything
-(trusted or not) is computed from numbers that are bit-identical on all tensor ranks; no mean and no host sync in the
-loss itself; a non-finite loss is found after the pipeline and before the optimizer.
+This module does not contain the mathematics (`kernel`, `objectives`) or the schedule (`pipeline`). Invariants: every
+decision (for example, whether a token is trusted) is computed from numbers that are bit-identical on all tensor ranks.
+The loss itself takes no mean and has no host sync. A non-finite loss is found after the pipeline and before the
+optimizer.
 
 Legend: T rows, C rows of a chunk, K teacher top-k, L student top-k, J = 1 + K + L support ids.
 """
@@ -34,21 +35,22 @@ from tropd_mcore.sentinels import NO_ENTRY
 from tropd_mcore.types import MicroBatch, RowContext, TeacherScores
 
 STATISTICS = ("selected_T", "advantage_T", "history_weight_T")
-"""Arguments of the loss that `RowContext.statistic_T` may be; an objective needs at most one of them."""
+"""Loss arguments that `RowContext.statistic_T` can stand for. An objective needs at most one of them."""
 
 
 @dataclass(frozen=True)
 class LossResult:
-    """What one micro-batch leaves behind; all detached."""
+    """Results of one micro-batch; all tensors are detached."""
 
     loss_sum: Tensor
     """scalar, nats: sum of the surrogate over the rows of this rank"""
     token_count: Tensor
-    """scalar int64, rows that count"""
+    """scalar int64, number of rows that count"""
     broken: Tensor
-    """scalar bool: the sum is not finite, or a row that counts has a NaN log-prob, which a gate takes for distrust"""
+    """scalar bool: the sum is not finite, or a row that counts has a NaN log-prob, which a gate would take for distrust
+    """
     columns: dict[str, Tensor]
-    """[T] each, the columns of `TokenTable` except sample_index, token_index and rollout_logp, which the pack has"""
+    """[T] each: the columns of `TokenTable` except sample_index, token_index and rollout_logp, which the pack holds"""
 
 
 def make_distillation_loss(
@@ -60,13 +62,14 @@ def make_distillation_loss(
     *,
     teacher: Model | None = None,
 ) -> Loss[LossResult]:
-    """Return the loss of each micro-batch, scores[i] being what the teacher says of micro-batch i: `distill_loss`.
+    """Return a function that computes the loss of one micro-batch with `distill_loss`.
 
-    context[i] is what was made of its rows before the first update; None where nothing was. Rows that the teacher could
-    not score leave the loss and its denominator. Teacher ids that the student's vocabulary does not have (padding rows
-    of a wider teacher) leave the teacher's top-k. A divergence over the whole vocabulary (`settings.divergence`) takes
-    the output layer of `teacher` and the hidden states in its scores. Raises ConfigError where the settings would make
-    a wrong gradient. Source: docs/method.md.
+    scores[i] holds the teacher's scores of micro-batch i. context[i] holds values of its rows that were computed before
+    the first update, or None. Rows that the teacher could not score are left out of the loss and of its denominator.
+    Teacher ids that the student's vocabulary does not have (padding rows of a wider teacher) are left out of the
+    teacher's top-k. A divergence over the whole vocabulary (`settings.divergence`) uses the output layer of `teacher`
+    and the hidden states in its scores. Raises ConfigError if the settings would give a wrong gradient. Source:
+    docs/method.md.
     """
     check_loss_settings(settings, model)
     vp = settings.vocab_parallel(model, temperature=settings.temperature)
@@ -77,7 +80,7 @@ def make_distillation_loss(
         assert scored is not None, f"micro-batch {index} has no teacher scores on the last stage"
         source = settings.source(model, layer)
         before = context[index] or RowContext()
-        # Before the loss, which writes its gradient over given logits.
+        # The overlap must be computed first: the loss overwrites given logits with their gradient.
         topk_overlap_T = torch.full_like(scored.logp_T, torch.nan)
         if settings.topk_overlap:
             kernel = settings.kernel(model, temperature=settings.temperature)
@@ -121,7 +124,7 @@ def _student(source: LogitSource, model: Model, settings: LossSettings) -> Tenso
 def _teacher(
     objective: Objective, settings: LossSettings, scored: TeacherScores, teacher: Model | None
 ) -> TeacherTopK | TeacherLogits:
-    """Its scores; beside them its output layer, where the objective is a divergence over the whole vocabulary."""
+    """Return the teacher's scores, and its output layer if the objective is a divergence over the whole vocabulary."""
     top = TeacherTopK(scored.logp_T, scored.topk_ids_TK, scored.topk_logp_TK, scored.entropy_T, scored.scored_T)
     if objective.whole is None:
         return top
@@ -140,7 +143,7 @@ def _student_topk(before: RowContext) -> StudentTopK | None:
 
 
 def observed(micro_batch: MicroBatch, scored: TeacherScores) -> dict[str, Tensor]:
-    """The columns that are inputs of the objective rather than its results."""
+    """Return the columns that are inputs of the objective; the loss returns the others."""
     unknown_T = torch.full_like(scored.logp_T, torch.nan)
     on_T, off_T = micro_batch.student_mask_T & scored.scored_T, micro_batch.prefix_mask_T & scored.scored_T
     return {
@@ -156,15 +159,16 @@ def observed(micro_batch: MicroBatch, scored: TeacherScores) -> dict[str, Tensor
 def check_finite(
     results: Sequence[LossResult | None], micro_batches: Sequence[MicroBatch], *, step: int, sample_ids: Sequence[str]
 ) -> None:
-    """Raise TrainingError if the loss of a micro-batch of this rank is broken, naming the sample that did it.
+    """Raise TrainingError if the loss of a micro-batch of this rank is broken; the message names the first bad sample.
 
-    `sample_ids` are those of the step's rollouts. One host sync; no collective, so the caller shares the error.
+    `sample_ids` are the ids of the step's rollouts. Costs one host sync. There is no collective here, so the caller
+    must raise the error on the other ranks.
     """
     at_hand = [(index, result) for index, result in enumerate(results) if result is not None]
     if not at_hand or not bool(torch.stack([result.broken for _, result in at_hand]).any()):
         return
     index, result = next((index, result) for index, result in at_hand if result.broken)
-    where = "its rows are finite, so the sum overflowed or the teacher's top-k is no number"
+    where = "its rows are finite, so the sum overflowed or the teacher's top-k is NaN"
     columns = {name: result.columns[name].float() for name in ("student_logp", "teacher_logp", "loss")}
     rows = _rows_with_nan(result.columns) | (_counted(result.columns) & ~columns["loss"].isfinite())
     if rows.any():
@@ -173,8 +177,8 @@ def check_finite(
         sample, token = int(micro_batches[index].sample_index_T[row]), int(micro_batches[index].token_index_T[row])
         where = f"first at sample {sample_ids[sample]}, token {token} ({numbers}); {int(rows.sum())} such rows"
     raise TrainingError(
-        f"step {step}: the loss of micro-batch {index} is {float(result.loss_sum):g}, expected a finite number from "
-        f"log-probs that are numbers; {where}"
+        f"step {step}: the loss of micro-batch {index} is {float(result.loss_sum):g}, expected a finite number and "
+        f"no NaN log-probs; {where}"
     )
 
 
@@ -183,15 +187,16 @@ def _counted(columns: dict[str, Tensor]) -> Tensor:
 
 
 def _rows_with_nan(columns: dict[str, Tensor]) -> Tensor:
-    """bool [T]. A log-prob of -inf is no NaN: the token is impossible for that model (`library.inputs`)."""
+    """bool [T]. A log-prob of -inf does not count as NaN: the token is impossible for that model (`library.inputs`)."""
     return _counted(columns) & (columns["student_logp"].isnan() | columns["teacher_logp"].isnan())
 
 
 def _topk_overlap(source: LogitSource, scored: TeacherScores, before: RowContext, kernel: Kernel) -> Tensor:
-    """[T]: share of the teacher's top-k that is in the student's top-k.
+    """Return the share [T] of the teacher's top-k that is also in the student's top-k.
 
-    The student's own candidates (before the update) tell it where they are as many as the teacher's. Else one more pass
-    over the vocabulary finds them: of an output layer that is a second product hidden @ weight.T, 2 N D W operations.
+    If the student's top-k from before the update has at least as many ids as the teacher's, it is used. Otherwise one
+    more pass over the vocabulary finds the student's top-k. For an output layer that is a second product
+    hidden @ weight.T, 2 T D W operations.
     """
     known_TK = scored.topk_ids_TK < kernel.shard.vocab_size
     teacher_ids_TK = torch.where(known_TK, scored.topk_ids_TK, NO_ENTRY)

@@ -1,6 +1,7 @@
-"""How log-probs are made from the output layer: one choice for the loss, for scores and for what is measured.
+"""Settings that turn the output layer into log-probs. The loss, the scores and the metrics share them.
 
-Not for the objective. Invariant: the log-probs of one job come from one form, one backend and one chunk size.
+This module does not choose the objective. Invariant: all log-probs of one job come from one form, one backend and one
+chunk size.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from tropd_mcore.mcore.model import Model
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The section `loss` of the configuration as far as it is about log-probs, and what goes with it."""
+    """The log-prob settings of the configuration section `loss`, and the related settings of other sections."""
 
     temperature: float
-    """Of the rollouts: the student's log p is the log-prob of the distribution that was sampled. A teacher's is 1."""
+    """Temperature of the rollouts: the student's log p refers to the distribution that was sampled. A teacher uses 1.
+    """
     form: Literal["fused", "logits"]
-    """The output layer inside the kernels, chunk by chunk, or logits [T, W] by Megatron's own layer."""
+    """`fused`: the kernels compute logits chunk by chunk. `logits`: Megatron's own layer computes logits [T, W]."""
     backend: Literal["auto", "eager", "compile", "triton"]
     weight_gradient: WeightGradientMode
     chunk_tokens: int
@@ -32,15 +34,15 @@ class LossSettings:
     overlap_chunks: bool
     logit_softcap: float | None
     topk_overlap: bool
-    """Also find the student's own top-k, for the overlap metric."""
+    """Also find the student's top-k, for the overlap metric."""
     divergence: str | None = None
-    """fkl, rkl or jsd over the whole vocabulary; None where the objective has none."""
+    """fkl, rkl or jsd over the whole vocabulary; None if the objective has no such divergence."""
     divergence_beta: float = 0.5
-    """Weight of the teacher in the mixture of the jsd."""
+    """Weight of the teacher in the mixture of the JSD."""
 
     @classmethod
     def from_config(cls, config: Config) -> LossSettings:
-        """Return what the configuration says."""
+        """Return the settings that the configuration gives."""
         loss, objective = config.loss, config.objective
         whole = objective.full_vocabulary_divergence
         return cls(
@@ -57,14 +59,14 @@ class LossSettings:
         )
 
     def source(self, model: Model, layer: OutputLayer) -> LogitSource:
-        """The output layer, or the logits that `model` makes of it."""
+        """Return the output layer itself, or for the form `logits` the logits that `model` computes from it."""
         if self.form == "fused":
             return layer
         assert model.head is not None, "logits are made on the last stage"
         return model.head.given_logits(layer)
 
     def vocab_parallel(self, model: Model, *, temperature: float) -> VocabParallel:
-        """How the logits of `model` are read."""
+        """Return the description of `model`'s sharded logits that the library takes."""
         return VocabParallel(
             model.layout.groups.tp,
             model.shard.vocab_size,
@@ -77,23 +79,23 @@ class LossSettings:
         )
 
     def kernel(self, model: Model, *, temperature: float) -> Kernel:
-        """The same, for the functions of the kernel."""
+        """Return the same description for the functions of `kernel`."""
         vp = self.vocab_parallel(model, temperature=temperature)
         return vp.kernel(model.shard.width, model.platform.device, overlap=self.form == "fused")
 
 
 def check_loss_settings(settings: LossSettings, model: Model) -> None:
-    """Raise ConfigError where a gradient would be wrong, or could not be made."""
+    """Raise ConfigError if a gradient would be wrong or could not be computed."""
     problems = []
     scaled = model.config.grad_scale_func is not None or not model.config.calculate_per_token_loss
     if settings.weight_gradient == "folded" and scaled:
         problems.append(
-            "loss.weight_gradient = folded needs a loss that nobody scales, found grad_scale_func or "
+            "loss.weight_gradient = folded needs an unscaled loss, found grad_scale_func or "
             "calculate_per_token_loss=False in Megatron's configuration; set loss.weight_gradient=deferred"
         )
     if settings.weight_gradient == "recompute" and settings.divergence is not None:
         problems.append(
-            "loss.weight_gradient = recompute has no divergence over the whole vocabulary; set "
+            "loss.weight_gradient = recompute does not support a divergence over the whole vocabulary; set "
             "loss.weight_gradient=deferred or objective.full_vocabulary=false"
         )
     if problems:

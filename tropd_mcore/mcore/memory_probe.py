@@ -1,6 +1,7 @@
-"""Forward and backward of the longest pack there can be, before any rollout, so that memory runs out early.
+"""Runs forward and backward of the longest possible pack before any rollout, so a lack of memory shows at the start.
 
-Not a measurement. Invariant: parameters and optimizer are untouched and gradients are zero afterwards.
+This module does not measure memory. Invariant: parameters and optimizer are unchanged, and gradients are zero
+afterwards.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def probe_memory(
     student_topk: int = 0,
     teacher: Model | None = None,
 ) -> None:
-    """Run as many full packs as the pipeline holds at once, one sample each, every token supervised.
+    """Run as many full packs as the pipeline holds at once; each is one sample with every token supervised.
 
-    `tokens_per_micro_batch` counts positions over all context ranks; `k` and `student_topk` are the teacher's and the
-    student's candidates; `teacher` is needed for a divergence over the whole vocabulary. Raises GateError where the
-    GPU's memory is short, ConfigError where the settings would make a wrong gradient.
+    `tokens_per_micro_batch` counts positions over all context ranks. `k` and `student_topk` are the sizes of the
+    teacher's and the student's top-k. `teacher` is needed for a divergence over the whole vocabulary. Raises GateError
+    if GPU memory runs out, and ConfigError if the settings would give a wrong gradient.
     """
     layout = model.layout
     multiple = pack_multiple(layout.cp_size, layout.tp_size)
@@ -54,13 +55,13 @@ def probe_memory(
 
 
 def longest_micro_batch(pack_length: int, layout: Layout, device: torch.device) -> MicroBatch:
-    """Return one sample of `pack_length` positions, of which each is a row; this context rank's part of it."""
+    """Return this context rank's part of one sample of `pack_length` positions, in which every position is a row."""
     tokens = np.zeros(pack_length + 1, dtype=np.int64)
     return one_sample(tokens, pack_length, device, cp_size=layout.cp_size, cp_rank=layout.cp_rank)
 
 
 def _any_scores(micro_batch: MicroBatch, k: int, student_topk: int, teacher: Model | None) -> TeacherScores:
-    """Scores of a teacher for whom the k first tokens of the vocabulary are equally likely."""
+    """Return scores of a teacher that gives the first k tokens of the vocabulary equal probability."""
     rows, device = len(micro_batch.rows_T), micro_batch.rows_T.device
     logp_T = torch.full((rows,), -float(np.log(k)), device=device)
     hidden_TD = None
@@ -79,7 +80,7 @@ def _any_scores(micro_batch: MicroBatch, k: int, student_topk: int, teacher: Mod
 
 
 def _any_context(scores: TeacherScores) -> RowContext:
-    """Of a student whose own candidates are the first tokens of the vocabulary and as likely as to the teacher."""
+    """Return the context of a student with the same top-k ids and log-probs as the teacher of `scores`."""
     assert scores.logp_of_student_topk_TL is not None
     rows, student_topk = scores.logp_of_student_topk_TL.shape
     return RowContext(

@@ -1,10 +1,10 @@
-"""Builds a sharded GPTModel, student or teacher, from an `Architecture`: the one file that knows Megatron's builder.
+"""Builds a sharded GPTModel, student or teacher, from an `Architecture`. Only this file uses Megatron's model builder.
 
-Not for weights (`weights_io`): the matrices of a new model are NaN, so that a model nobody loaded cannot train.
-Invariants: the student is wrapped for data parallelism with float32 gradients; a teacher is frozen and in eval mode;
-columns of the padded vocabulary at or above `Architecture.vocab_size` belong to no token.
+This module does not load weights (`weights_io`). The matrices of a new model are NaN, so a model that was never loaded
+cannot train. Invariants: the student is wrapped for data parallelism with float32 gradients. A teacher is frozen and in
+eval mode. Columns of the padded vocabulary at or above `Architecture.vocab_size` belong to no token.
 
-A teacher shares the job's groups with the student and nothing else: its sizes and its padding are its own.
+A teacher shares only the process groups of the job with the student. Its sizes and its vocabulary padding are separate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Recompute = Literal["none", "selective", "full"]
 VOCABULARY_MULTIPLE = 128
 """Each tensor rank's vocabulary shard is a multiple of this, as in Megatron's own trainer."""
 
-# The constants of Megatron's llama3 rotary scaling; only the factor is a parameter there.
+# Constants that Megatron fixes in its llama3 rotary scaling; only the factor is a parameter.
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 _TORCH_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,7 +45,7 @@ class Model:
     """One rank's part of a model."""
 
     model_chunks: list[GPTModel | DistributedDataParallel]
-    """One a virtual stage; wrapped in DistributedDataParallel where trainable."""
+    """One chunk per virtual stage; wrapped in DistributedDataParallel if the model is trainable."""
     config: TransformerConfig
     arch: Architecture
     shard: VocabShard
@@ -55,7 +55,7 @@ class Model:
     platform: Platform
     trainable: bool
     head: OutputLayerTap | None
-    """Selects the positions that are supervised; None where this rank has no output layer."""
+    """Selects the supervised positions; None if this rank has no output layer."""
 
     @property
     def modules(self) -> list[GPTModel]:
@@ -83,9 +83,9 @@ def build_model(
 ) -> Model:
     """Build this rank's chunks on the platform's device, with weights that are not yet loaded.
 
-    `optimizer` decides how the student's gradients are reduced and is needed where `trainable`. A teacher is not
-    interleaved, whatever `parallel.virtual_pipeline` says, unless `cut_like_student`. Raises ModelError where the
-    architecture cannot be cut as `parallel` asks.
+    `optimizer` sets how the student's gradients are reduced; it is required if `trainable`. A teacher is interleaved
+    only with `cut_like_student`; otherwise `parallel.virtual_pipeline` does not apply to it. Raises ModelError if the
+    architecture cannot be divided as `parallel` asks.
     """
     virtual_pipeline = layout.vpp_size if (trainable or cut_like_student) and layout.vpp_size > 1 else None
     if problems := cut_problems(arch, parallel, virtual_pipeline):
@@ -190,7 +190,7 @@ def _chunk(
 
 
 def _rope_scaling(arch: Architecture) -> dict[str, Any]:
-    """GPTModel's arguments for the scaling of the architecture. Raises ModelError where Megatron has none."""
+    """Return GPTModel's arguments for the rope scaling of `arch`. Raises ModelError if Megatron does not support it."""
     scaling = arch.rope_scaling
     if scaling is None:
         return {}
@@ -206,14 +206,17 @@ def _rope_scaling(arch: Architecture) -> dict[str, Any]:
 
 @torch.no_grad()
 def _not_loaded(weight: Tensor) -> Tensor:
-    """The initialisation of every matrix. (`perform_initialization=False` would also skip Megatron's marks on it.)"""
+    """Initialise a matrix with NaN.
+
+    `perform_initialization=False` is not used, because it would also skip the attributes that Megatron sets on it.
+    """
     return weight.fill_(float("nan"))
 
 
 def _wrap(
     modules: list[GPTModel], config: TransformerConfig, optimizer: OptimizerConfig
 ) -> list[DistributedDataParallel]:
-    """Wrap for data parallelism and tell the schedules how gradients are finished."""
+    """Wrap the chunks for data parallelism and tell Megatron's schedules how to finish gradients."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=optimizer.distributed,
@@ -225,7 +228,7 @@ def _wrap(
             config=config,
             ddp_config=ddp_config,
             module=module,
-            # As in Megatron's trainer: only the reduction of the first chunk is on the critical path.
+            # As in Megatron's trainer: buckets help only the first chunk, whose reduction is on the critical path.
             disable_bucketing=index > 0,
         )
         for index, module in enumerate(modules)

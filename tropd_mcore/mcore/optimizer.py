@@ -1,8 +1,8 @@
 """Megatron's Adam and learning-rate schedule, and one optimizer step.
 
-Not for gradients (`pipeline` finishes them). Invariants: nothing is updated from a gradient that is not finite;
-optimizer step t (from 1) uses the learning rate of position t of the schedule, so that no rollout is spent on a step of
-rate 0. A training step can have several optimizer steps, or none.
+This module does not compute gradients (`pipeline` finishes them). A training step can have several optimizer steps, or
+none. Invariants: no parameter is updated from a non-finite gradient. Optimizer step t (from 1) uses the learning rate
+at position t of the schedule, so no rollout is wasted on a step with rate 0.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tropd_mcore.mcore.model import Model
 def build_optimizer(
     model: Model, config: OptimizerConfig, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Build the optimizer of a trainable model whose weights are loaded, and its schedule over `steps` optimizer steps.
+    """Build the optimizer of a trainable model and its schedule over `steps` optimizer steps.
 
-    Weight decay is decoupled and spares biases and norms.
+    The weights must be loaded first. Weight decay is decoupled and does not apply to biases and norms.
     """
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -52,7 +52,7 @@ def build_optimizer(
         max_lr=config.learning_rate,
         min_lr=config.min_learning_rate,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(steps, config.warmup_steps + 1),  # Megatron asks for one step after the warm-up
+        lr_decay_steps=max(steps, config.warmup_steps + 1),  # Megatron requires one step after the warm-up
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
@@ -67,9 +67,9 @@ def optimizer_step(
 ) -> tuple[float, bool]:
     """Clip the finished gradients and update the parameters once.
 
-    Returns (global L2 norm before clipping, whether the update happened). Raises TrainingError on every rank, with
-    parameters and optimizer untouched, where the norm is not finite; it names a parameter whose gradient is not.
-    `step`, of the training, is for that message only.
+    Returns (global L2 norm before clipping, whether the update happened). If the norm is not finite, raises
+    TrainingError on every rank, names a parameter with a non-finite gradient, and leaves parameters and optimizer
+    unchanged. `step` is the training step and is used only in that message.
     """
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
@@ -88,17 +88,17 @@ def optimizer_step(
 
 
 def skip_step(optimizer: MegatronOptimizer) -> float:
-    """Instead of `optimizer_step` where no token counts: drop the gradients, which are 0, and move nothing else.
+    """Replace `optimizer_step` when no token counts: drop the gradients, which are 0, and change nothing else.
 
-    Weights, moments and schedule stay as they are, bit for bit: Adam would move weights by its momentum and its weight
-    decay. Before the first optimizer step the moments are made, as zeros of step 0, because Megatron cannot save an
-    optimizer without them. Returns the gradient norm, 0.
+    Weights, moments and schedule stay bit-identical. A normal step would still move the weights by Adam's momentum and
+    weight decay. If this comes before the first optimizer step, the moments are created as zeros of step 0, because
+    Megatron cannot save an optimizer without them. Returns the gradient norm, 0.
     """
     optimizer.zero_grad()
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:  # this rank has no parameter of the part
             continue
-        part.init_state_fn(part.optimizer, part.config)  # passes over parameters that have moments
+        part.init_state_fn(part.optimizer, part.config)  # skips parameters that already have moments
         for group in part.optimizer.param_groups:
             if group["params"]:
                 group.setdefault("step", 0)
@@ -106,18 +106,18 @@ def skip_step(optimizer: MegatronOptimizer) -> float:
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """Return the rate of the last step (before the first: of position 0 of the schedule)."""
+    """Return the rate of the last optimizer step; before the first one, the rate at position 0 of the schedule."""
     return float(optimizer.param_groups[0]["lr"])
 
 
 def _culprit(model: Model) -> str:
-    """Name the first parameter with a non-finite gradient, of the lowest rank that has one. Collective."""
+    """Name the first parameter with a non-finite gradient on the lowest rank that has one. Collective."""
     name = next((name for module in model.modules for name, param in module.named_parameters() if _broken(param)), None)
     names: list[str | None] = [None] * model.layout.world_size
     dist.all_gather_object(names, name, group=model.layout.groups.control)
     found = [(rank, name) for rank, name in enumerate(names) if name is not None]
     if not found:
-        return "each gradient is, so the sum of their squares overflowed"
+        return "every gradient is finite, so the sum of their squares overflowed"
     rank, name = found[0]
     return f"first in {name} of rank {rank} ({len(found)} of {len(names)} ranks have such gradients)"
 

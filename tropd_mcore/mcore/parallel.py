@@ -1,7 +1,7 @@
-"""Which rank does what: the sizes and process groups of one job.
+"""The parallel layout of one job: its sizes, its process groups, and the place of this rank in them.
 
-Not for the model or for schedules. Invariants: tensor * pipeline * context * data = WORLD_SIZE; every group is a real
-group, never None; outside `mcore/` a group comes from `Layout.groups` and nobody asks Megatron's global state.
+This module does not build models or schedules. Invariants: tensor * pipeline * context * data = WORLD_SIZE. Every group
+is a real group, never None. Outside `mcore/` groups come from `Layout.groups`, never from Megatron's global state.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tropd_mcore.mcore.platform import Platform
 logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""Longest wait in one collective: the other ranks wait in one while rank 0 samples or a checkpoint is written."""
+"""Longest wait in one collective. The other ranks wait in one while rank 0 samples or a checkpoint is written."""
 COLLECTIVE_GRACE = timedelta(minutes=30)
-"""How much longer than run.stall_timeout_s that is at least: who is waited for is named before a collective gives up.
-"""
+"""Least time by which that wait exceeds run.stall_timeout_s. The stall watch then names the missing rank before the
+collective times out."""
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """What the launcher told this process. MASTER_ADDR and MASTER_PORT are read by torch.distributed itself."""
+    """Rank numbers that the launcher gave this process. torch.distributed reads MASTER_ADDR and MASTER_PORT itself."""
 
     rank: int
     world_size: int
@@ -41,7 +41,7 @@ class RankEnvironment:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> RankEnvironment:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them. Raises ConfigError naming what is missing."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK as set by torchrun. Raises ConfigError that names the missing ones."""
         environ = os.environ if environ is None else environ
         values: dict[str, int] = {}
         problems: list[str] = []
@@ -61,23 +61,23 @@ class Groups:
     """Process groups that this rank is a member of."""
 
     tp: ProcessGroup
-    """Vocabulary shards and heads of one layer."""
+    """Ranks that hold the vocabulary shards and heads of the same layers."""
     pp: ProcessGroup
     """Stages of one pipeline."""
     dp: ProcessGroup
-    """Replicas that see other packs."""
+    """Replicas, which process different packs."""
     cp: ProcessGroup
     """Ranks that share one pack."""
     dp_cp: ProcessGroup
-    """All ranks with the same parameters: gradients are summed here."""
+    """All ranks with the same parameters. Gradients are summed over this group."""
     world: ProcessGroup
     control: ProcessGroup
-    """All ranks, gloo, for host objects."""
+    """All ranks, on gloo, for host objects."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place in the job; `*_size` are the same on all ranks."""
+    """This rank's place in the job. The `*_size` fields are the same on all ranks."""
 
     rank: int
     world_size: int
@@ -90,7 +90,7 @@ class Layout:
     cp_rank: int
     cp_size: int
     vpp_size: int
-    """Model chunks a stage; 1 = not interleaved."""
+    """Model chunks per stage; 1 = not interleaved."""
     sequence_parallel: bool
     groups: Groups
     owns_world: bool
@@ -108,7 +108,7 @@ class Layout:
 
 
 def collective_timeout(stall_timeout_s: float) -> timedelta:
-    """Return the longest wait in one collective of a run that is watched with this run.stall_timeout_s."""
+    """Return the longest wait in one collective for a run with this run.stall_timeout_s."""
     return max(COLLECTIVE_TIMEOUT, timedelta(seconds=stall_timeout_s) + COLLECTIVE_GRACE)
 
 
@@ -124,8 +124,8 @@ def initialize(
 
     `timeout` is the longest wait in one collective.
 
-    Uses torch.distributed as it is where it is already initialised (with ranks that match `environment`). Replaces a
-    former layout of the process. Raises ConfigError where the sizes do not fit the world.
+    If torch.distributed is already initialised, it is used as it is; its ranks must match `environment`. An earlier
+    layout of this process is replaced. Raises ConfigError if the sizes do not fit the world size.
     """
     if problems := layout_problems(parallel, environment.world_size):
         raise ConfigError(problems)
@@ -185,7 +185,7 @@ def _layout(parallel: ParallelConfig, owns_world: bool, timeout: timedelta) -> L
 
 
 def destroy(layout: Layout) -> None:
-    """Forget the groups of the layout, and leave the job where `initialize` joined it."""
+    """Destroy Megatron's groups, and also torch.distributed if `initialize` started it."""
     parallel_state.destroy_model_parallel()
     if layout.owns_world:
         dist.destroy_process_group()

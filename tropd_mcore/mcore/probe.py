@@ -1,7 +1,8 @@
-"""What a Megatron model says of one short text, at the layout of the job: all of its replicas, on every rank.
+"""Log-probs of one short text from every replica of a Megatron model, at the layout of the job, on every rank.
 
-For the comparison with an independent reading of its folder (`train.model_check`). Not for scoring samples (`scoring`)
-or for converted checkpoints (`verification`). Invariant: the numbers come from the code that scores in training.
+`train.model_check` compares them with the log-probs that transformers computes from the model's folder. This module
+does not score samples (`scoring`) or check converted checkpoints (`verification`). Invariant: the numbers come from the
+same code that scores in training.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from tropd_mcore.types import IntArray, MicroBatch
 
 
 def probe_log_probs(model: Model, token_ids: IntArray, settings: LossSettings) -> npt.NDArray[np.float64]:
-    """Log-probs of token_ids[1:], each given those before it: [data ranks, len(token_ids) - 1], nats. Collective.
+    """Return log-probs of token_ids[1:], each given the tokens before it: [data ranks, len(token_ids) - 1], nats.
 
-    Every data rank scores the text with its own replica of the model.
+    Every data rank scores the text with its own replica of the model. Collective.
     """
     layout = model.layout
     multiple = pack_multiple(layout.cp_size, layout.tp_size)
@@ -43,9 +44,9 @@ def probe_log_probs(model: Model, token_ids: IntArray, settings: LossSettings) -
 
 
 def probe_batch(token_ids: IntArray, pack_length: int, layout: Layout, device: torch.device) -> MicroBatch:
-    """This context rank's part of a pack of one sample, in which every position but the last of the text is a row.
+    """Return this context rank's part of a pack with one sample. Every position but the last of the text is a row.
 
-    The text is filled up to `pack_length` by repeating its last token: no token before the filling attends to it.
+    The text is padded to `pack_length` by repeating its last token. No token before the padding attends to it.
     """
     filling = np.full(pack_length + 1 - len(token_ids), token_ids[-1])
     tokens = np.concatenate([token_ids, filling]).astype(np.int64)

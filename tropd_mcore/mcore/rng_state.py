@@ -1,7 +1,7 @@
-"""Megatron's random states of one rank, in a file.
+"""Saves and restores Megatron's random states of one rank in a file.
 
-Not for prompts, sampling or trust uniforms: those are functions of a seed and the step and need no state. Invariant:
-a state is restored on the rank of the same layout that wrote it, or not at all (no other rank's state fits).
+Prompts, sampling and trust uniforms need no state, because they are functions of a seed and the step. Invariant: a
+state is restored only on the rank that wrote it, at the same layout. No other rank's state would fit.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _HOST, _DEVICE, _TRACKER = "host", "device", "tracker."
 
 
 def rng_file(folder: Path, rank: int) -> Path:
-    """Where the states of `rank` are."""
+    """Return the file of the states of `rank`."""
     return folder / f"rng_{rank:05d}.safetensors"
 
 
 def save_rng(folder: Path, rank: int) -> None:
-    """Write the host's, the device's and the tracked model-parallel states, as bytes."""
+    """Write the states of the host, of the device and of Megatron's model-parallel tracker, as bytes."""
     states: dict[str, Tensor] = {_HOST: torch.get_rng_state(), _DEVICE: megatron_random._get_cuda_rng_state()}
     states |= {_TRACKER + name: state for name, state in get_cuda_rng_tracker().get_states().items()}
     save_file({name: state.cpu().clone() for name, state in states.items()}, rng_file(folder, rank))
@@ -35,7 +35,7 @@ def save_rng(folder: Path, rank: int) -> None:
 
 
 def load_rng(folder: Path, rank: int) -> None:
-    """Restore what `save_rng` wrote. Raises ModelError where the file is missing or damaged."""
+    """Restore the states that `save_rng` wrote. Raises ModelError if the file is missing or damaged."""
     path = rng_file(folder, rank)
     try:
         states = load_file(path)

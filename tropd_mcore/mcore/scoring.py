@@ -1,8 +1,8 @@
-"""What a model says of the rows of micro-batches: log-probs and top-k over its whole vocabulary, without gradients.
+"""Computes log-probs and top-k of the rows of micro-batches over a model's whole vocabulary, without gradients.
 
-For the teacher, for the student before an update, for the comparison with the sampler and for evaluation; not for the
-loss. Invariant: all numbers are of the full vocabulary without its padding, and are the same on every tensor rank; each
-function looks at the output layer once.
+It serves the teacher, the student before an update, the comparison with the sampler, and evaluation. It does not
+compute the loss. Invariants: all numbers refer to the full vocabulary without padding and are the same on every tensor
+rank. Each function reads the output layer once.
 
 Legend: T rows, K teacher top-k, L student top-k, J = 1 + L ids, E excluded ids, A = K + E.
 """
@@ -38,10 +38,11 @@ def score_micro_batches(
 ) -> list[TeacherScores | None]:
     """Score every row at temperature 1: log q of the predicted token, top-k, tail mass and entropy, in nats.
 
-    `extra_ids[i]`, int64 [T, L], are further ids of micro-batch i whose log q is wanted (`logp_of_student_topk_TL`). A
-    predicted id that this model's vocabulary does not have is not scored, a further one is ABSENT. `keep_hidden` also
-    keeps the input of the output layer, [T, D]. `excluded` ids are no candidates (a further id among them is ABSENT):
-    the next best take their places, and their probability is in the tail. None on all but the last stage.
+    `extra_ids[i]`, int64 [T, L], are additional ids of micro-batch i; their log q is `logp_of_student_topk_TL`. If this
+    model's vocabulary lacks a predicted id, that row is not scored; if it lacks an additional id, the value is ABSENT.
+    `keep_hidden` also keeps the input of the output layer, [T, D]. `excluded` ids cannot be in the top-k: the next best
+    ids take their places, their probability counts as tail, and an additional id among them is ABSENT. Returns None
+    for each micro-batch on all but the last stage.
     """
     kernel = settings.kernel(model, temperature=1.0)
     excluded_E = torch.tensor(excluded, dtype=torch.int64, device=model.platform.device) if excluded else None
@@ -78,13 +79,14 @@ def score_micro_batches(
 
 
 def _without(top: TopK, excluded_E: Tensor) -> tuple[TopK, Tensor]:
-    """(the K best of A = K + E candidates that are not excluded, int32 [T] of those excluded among the K best).
+    """Drop excluded ids from the A = K + E best candidates.
 
-    At least K of A are left, and none outside the A is better than one of them.
+    Returns (the K best that are left, int32 [T] number of excluded ids among the first K of A). At least K of the A
+    candidates are left, and no id outside A is better than any of them.
     """
     k = top.ids_TK.shape[1] - len(excluded_E)
     out_TA = torch.isin(top.ids_TK, excluded_E)
-    kept_TK = out_TA.to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+    kept_TK = out_TA.to(torch.uint8).argsort(dim=1, stable=True)[:, :k]  # stable: the order of the top-k stays
     logp_TK = top.logp_TK.gather(1, kept_TK)
     tail_mass_T = (1.0 - logp_TK.exp().sum(dim=1)).clamp(0.0, 1.0)
     left = replace(top, ids_TK=top.ids_TK.gather(1, kept_TK), logp_TK=logp_TK, tail_mass_T=tail_mass_T)
@@ -94,9 +96,9 @@ def _without(top: TopK, excluded_E: Tensor) -> tuple[TopK, Tensor]:
 def student_pass(
     model: Model, micro_batches: list[MicroBatch], pack_length: int, *, student_topk: int, settings: LossSettings
 ) -> list[StudentPass | None]:
-    """What the student says of every row at the rollout temperature, with its own `student_topk` best candidates.
+    """Score every row with the student at the rollout temperature, and find its `student_topk` best candidates.
 
-    None on all but the last stage.
+    Returns None for each micro-batch on all but the last stage.
     """
     kernel = settings.kernel(model, temperature=settings.temperature)
 
@@ -118,7 +120,7 @@ def sampled_log_probs(
 ) -> list[Tensor | None]:
     """Return log p of the predicted token of every row at `settings.temperature`, float32 [T] nats.
 
-    None on all but the last stage.
+    Returns None for each micro-batch on all but the last stage.
     """
     passes = student_pass(model, micro_batches, pack_length, student_topk=0, settings=settings)
     return [found.logp_T if found is not None else None for found in passes]

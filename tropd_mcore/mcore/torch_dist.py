@@ -1,10 +1,10 @@
 """Megatron's `torch_dist` checkpoint format, written without child processes and read without running pickled code.
 
-Not for what is saved (`checkpoint`). Both strategies keep Megatron's format and its resharding. What differs from its
-own ones: its writer starts a Manager and one forked process a file, which outlive a killed run; its reader unpickles
-`.metadata` and object shards with no restriction. Invariant: nothing in a checkpoint can name a function to call:
-tensors and `common.pt` are read by torch's `weights_only` loader, `.metadata` by a list of allowed classes, and object
-shards are refused.
+This module does not decide what is saved (`checkpoint`). Both strategies keep Megatron's format and its resharding.
+They replace Megatron's own strategies for two reasons. Its writer starts a Manager and one forked process per file,
+and these outlive a killed run. Its reader unpickles `.metadata` and object shards without restriction. Invariant:
+nothing in a checkpoint can name a function to call. Tensors and `common.pt` are read by torch's `weights_only` loader,
+`.metadata` by an unpickler with a list of allowed classes, and object shards are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-# Megatron's format is built on it; said on every load, by each rank.
+# Megatron's format is built on ShardedTensor, so torch would print this warning on every load and every rank.
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 _INDEX_MODULE = "torch.distributed.checkpoint.metadata"
@@ -40,9 +40,9 @@ _ALLOWED_NAMES = {
 
 
 class InProcessSave(SaveShardedStrategy):
-    """Writes one file a rank from the calling thread and flushes it; a failure on any rank is raised on all.
+    """Writes one file per rank from the calling thread and flushes it. A failure on any rank is raised on all ranks.
 
-    `group` has all ranks (gloo); its first rank writes `.metadata`.
+    `group` contains all ranks (gloo). Its first rank writes `.metadata`.
     """
 
     can_handle_sharded_objects = True
@@ -66,7 +66,7 @@ class InProcessSave(SaveShardedStrategy):
 
 
 class RestrictedLoad(torch_strategies.TorchDistLoadShardedStrategy):
-    """Megatron's reader with a restricted unpickler; `group` has all ranks (gloo)."""
+    """Megatron's reader with a restricted unpickler. `group` contains all ranks (gloo)."""
 
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__()
@@ -94,27 +94,27 @@ class RestrictedLoad(torch_strategies.TorchDistLoadShardedStrategy):
 
 
 class _TensorPlanner(torch_strategies.MCoreLoadPlanner):
-    """Reads tensors only: an object shard would be unpickled."""
+    """Reads tensors only, because an object shard would be unpickled."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise RuntimeError(f"checkpoint holds the pickled object {read_item.dest_index.fqn}; only tensors are read")
 
 
 class _RestrictedReader(dcp.FileSystemReader):
-    """torch's reader, whose index may name only the classes that an index consists of; reads it when it is made."""
+    """torch's reader with a restricted unpickler for the index `.metadata`, which it reads on construction."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         with open(self.fs.concat_path(self.path, ".metadata"), "rb") as stream:
             self._metadata = _RestrictedUnpickler(stream).load()
 
-    def read_metadata(self) -> Metadata:  # without the `rank` of torch's: our index is one file for all ranks
-        """The index."""
+    def read_metadata(self) -> Metadata:  # torch's has a parameter `rank`; here one index serves all ranks
+        """Return the index."""
         return self._metadata
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Raises UnpicklingError for every global that is not on the list."""
+    """Raises UnpicklingError for every global that is not allowed."""
 
     def find_class(self, module: str, name: str) -> Any:
         if "." not in name and (module == "torch" or module == _INDEX_MODULE or (module, name) in _ALLOWED_NAMES):
@@ -122,4 +122,4 @@ class _RestrictedUnpickler(pickle.Unpickler):
             defined_there = isinstance(found, type) and found.__module__ == _INDEX_MODULE
             if isinstance(found, torch.dtype) or defined_there or (module, name) in _ALLOWED_NAMES:
                 return found
-        raise pickle.UnpicklingError(f"checkpoint index names {module}.{name}, which no index of ours contains")
+        raise pickle.UnpicklingError(f"checkpoint index names {module}.{name}, which is not allowed in an index")

@@ -1,7 +1,7 @@
-"""Is a converted model the same model: tensors byte by byte, and log-probs against transformers in float32.
+"""Checks that a converted model is the same model: tensors byte by byte, and log-probs in float32.
 
-Not for the numerics of bfloat16 or of GPU kernels. Invariant: the Hugging Face side is computed by transformers alone
-and the Megatron side by the code that trains.
+This module does not check the numerics of bfloat16 or of GPU kernels. Invariant: transformers alone computes the
+Hugging Face side, and the training code computes the Megatron side.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tropd_mcore.weights.independent import independent_model
 log = logging.getLogger(__name__)
 
 LIMIT_NATS = 1e-4
-"""Largest difference of a float32 log-prob between two implementations of one model."""
+"""Largest allowed difference of a float32 log-prob between two implementations of one model."""
 RANDOM_SEQUENCES = 3
 RANDOM_TOKENS = 64
 """Length of the random sequences; even, like every pack."""
@@ -55,7 +55,7 @@ class Check:
 
 
 def compare_tensors(name: str, expected: HfReader, found: Iterable[tuple[str, Tensor]]) -> list[Check]:
-    """Compare names, dtypes and bytes of all tensors with those of a folder; holds one tensor at a time."""
+    """Compare names, dtypes and bytes of all tensors with those of a folder. Holds one tensor at a time."""
     plan = [tensor_name for tensor_name, _ in hf_weight_plan(expected.arch)]
     seen: list[str] = []
     different: list[str] = []
@@ -75,7 +75,7 @@ def compare_tensors(name: str, expected: HfReader, found: Iterable[tuple[str, Te
 
 
 def compare_log_probs(name: str, expected: list[Tensor], found: list[Tensor], labels: list[str]) -> list[Check]:
-    """Largest difference of the log-probs [T, V] of each sequence, in nats."""
+    """Check the largest difference of the log-probs [T, V] of each sequence, in nats."""
     checks = []
     for label, left, right in zip(labels, expected, found, strict=True):
         difference = float((left - right).abs().max())
@@ -92,9 +92,9 @@ def compare_log_probs(name: str, expected: list[Tensor], found: list[Tensor], la
 
 
 def verify(hf: Path, job: Job, *, mcore: Path | None, other_hf: Path | None, seed: int = 0) -> list[Check]:
-    """Compare the folder `hf` with a checkpoint, with another folder, or with both. One process.
+    """Compare the folder `hf` with a checkpoint, with another folder, or with both. Needs a job of one process.
 
-    Raises ModelError where one of them cannot be read, ConfigError where there are several ranks.
+    Raises ModelError if one of them cannot be read, and ConfigError if there are several ranks.
     """
     if job.layout.world_size != 1:
         raise ConfigError(
@@ -123,7 +123,7 @@ def verify(hf: Path, job: Job, *, mcore: Path | None, other_hf: Path | None, see
 
 
 def sample_sequences(hf: Path, vocab_size: int, seed: int) -> list[tuple[str, Tensor]]:
-    """(label, token ids [P]) of random ids and, where the folder has a tokenizer, of a few real texts."""
+    """Return (label, token ids [P]) of random ids and, if the folder has a tokenizer, of a few real texts."""
     generator = torch.Generator().manual_seed(seed)
     sequences = [
         (f"random ids {index + 1}", torch.randint(vocab_size, (RANDOM_TOKENS,), generator=generator))
@@ -139,13 +139,13 @@ def sample_sequences(hf: Path, vocab_size: int, seed: int) -> list[tuple[str, Te
 
 @torch.no_grad()
 def hf_log_probs(folder: Path, sequences: list[Tensor]) -> list[Tensor]:
-    """Log-probs [T, V], nats, of transformers' model in float32 with its plain attention."""
+    """Return log-probs [T, V], nats, of transformers' model in float32 with its eager attention."""
     model = independent_model(folder)
     return [model(tokens[None]).logits[0].log_softmax(-1) for tokens in sequences]
 
 
 def mcore_log_probs(model: Model, sequences: list[Tensor]) -> list[Tensor]:
-    """Log-probs [T, V], nats, of every position of each sequence, on the CPU; the vocabulary is not sharded."""
+    """Return log-probs [T, V], nats, of every position of each sequence, on the CPU. The vocabulary is not sharded."""
     assert model.shard.start == 0 and model.shard.stop == model.padded_vocab_size, "one tensor rank"
 
     def measure(layer: OutputLayer, micro_batch: MicroBatch, index: int) -> Tensor:
@@ -154,14 +154,14 @@ def mcore_log_probs(model: Model, sequences: list[Tensor]) -> list[Tensor]:
 
     results = []
     for tokens in sequences:
-        # Every position is a row; what the last one would predict is not looked at.
+        # Every position is a row. The last one needs some target id, which is never read.
         batch = one_sample(np.append(tokens.numpy(), 0), len(tokens), model.platform.device)
         results += run_pipeline(model, [batch], len(tokens), loss=only_measure(measure), forward_only=True)
     return [result for result in results if result is not None]
 
 
 def table(checks: list[Check]) -> str:
-    """The report as aligned text, one line a check, and a verdict."""
+    """Return the report as aligned text: one line per check, then a verdict."""
     rows = [("check", "compared", "found", "limit", "")]
     rows += [(c.name, c.compared, c.found, c.limit, "ok" if c.passed else "MISS") for c in checks]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -177,7 +177,7 @@ def _all_tensors(reader: HfReader) -> Iterator[tuple[str, Tensor]]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Compared as bytes: -0.0 differs from 0.0, and NaN equals itself."""
+    """View a tensor as bytes, so -0.0 differs from 0.0, and NaN equals itself."""
     return tensor.contiguous().view(torch.uint8)
 
 

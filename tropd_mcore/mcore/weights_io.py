@@ -1,9 +1,9 @@
-"""Weights between a Hugging Face folder and a sharded Megatron model, in both directions, one tensor at a time.
+"""Copies weights between a Hugging Face folder and a sharded Megatron model, in both directions, one tensor at a time.
 
-Not for optimizer state (`checkpoint`) or for how a tensor is cut (`weights.mapping`). Invariants: a loaded model has
-every parameter filled and every tensor of the folder used, else nothing is trained on; an export has the same names,
-order and bytes at every layout. A model is loaded before its optimizer is built, because the optimizer copies the
-parameters into its float32 main weights when it is made.
+This module does not handle optimizer state (`checkpoint`) and does not define how a tensor is sharded
+(`weights.mapping`). Invariants: loading fills every parameter and uses every tensor of the folder, or raises. An export
+has the same names, order and bytes at every layout. Load a model before building its optimizer, because the optimizer
+copies the parameters into its float32 main weights when it is built.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ _LAYERS = "decoder.layers."
 
 @torch.no_grad()
 def load_hf(model: Model, folder: Path, layout: Layout) -> None:
-    """Fill the parameters of `model` from a Hugging Face folder; each rank reads only the slices that it holds.
+    """Fill the parameters of `model` from a Hugging Face folder. Each rank reads only the slices that it holds.
 
-    Values are rounded to the model's dtype where the folder has another one. Collective over all ranks. Raises
-    ModelError where the folder is damaged, describes another architecture, or its tensors and the model's parameters
-    are not the same set.
+    If the folder has another dtype, values are rounded to the model's. Collective over all ranks. Raises ModelError if
+    the folder is damaged or describes another architecture, or if its tensors do not match the model's parameters.
     """
     with HfReader(folder) as reader:
         check_same_architecture(reader.arch, model.arch, source=str(folder))
@@ -61,9 +60,9 @@ def load_hf(model: Model, folder: Path, layout: Layout) -> None:
 def iterate_hf(model: Model, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full CPU tensor) of every weight on global rank 0, and nothing on the other ranks.
 
-    Names, shapes and order are those of `weights.families.hf_weight_plan`, the dtype is the model's. Collective: every
-    rank has to exhaust the iterator. Tensor shards are gathered on the first rank of their stage, which sends them to
-    rank 0; only the first data and context replica takes part. Rank 0 holds one parameter at a time.
+    Names, shapes and order are those of `weights.families.hf_weight_plan`; the dtype is the model's. Collective: every
+    rank must exhaust the iterator. Tensor shards are gathered on the first tensor rank of their stage, which sends the
+    full tensor to rank 0. Only the first data and context replica takes part. Rank 0 holds one parameter at a time.
     """
     synchronize_parameters(model)
     owners = _gather_owners(model, layout)
@@ -87,9 +86,9 @@ def iterate_hf(model: Model, layout: Layout) -> Iterator[tuple[str, Tensor]]:
 def export_hf(
     model: Model, layout: Layout, out: Path, *, source_folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `model` as a Hugging Face folder from rank 0; collective.
+    """Write `model` as a Hugging Face folder from rank 0. Collective.
 
-    Everything but the weights comes from `source_folder`. Raises ModelError as `write_hf_folder` does, on every rank.
+    Everything except the weights comes from `source_folder`. Raises ModelError like `write_hf_folder`, on every rank.
     """
     count = sum(len(rule.hf_names) for rule in rules(model.arch) if rule.exported)
     with (
@@ -101,13 +100,13 @@ def export_hf(
             if layout.rank == 0:
                 write_hf_folder(out, weights, source_folder=source_folder, max_shard_bytes=max_shard_bytes)
         finally:
-            deque(weights, maxlen=0)  # every rank takes part to the end, whatever rank 0 met
+            deque(weights, maxlen=0)  # exhaust it on every rank, also after an error on rank 0: it holds collectives
 
 
 def synchronize_parameters(model: Model) -> None:
-    """Finish a pending all-gather of updated parameters (`optimizer.overlap_param_gather`); collective.
+    """Finish a pending all-gather of updated parameters (`optimizer.overlap_param_gather`). Collective.
 
-    With that option the parameters are stale after an optimizer step until the next forward pass has used them.
+    With that option the parameters stay stale after an optimizer step until the next forward pass gathers them.
     """
     for chunk in model.model_chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
@@ -115,9 +114,9 @@ def synchronize_parameters(model: Model) -> None:
 
 
 def named_parameters(model: Model) -> dict[str, Tensor]:
-    """{name with layers counted over the whole model: parameter} of this rank's chunks.
+    """Return {name: parameter} of this rank's chunks, with layers numbered over the whole model.
 
-    Megatron counts the layers of each chunk from 0; a layer knows its number in the whole model.
+    Megatron's names count the layers of each chunk from 0, but each layer knows its number in the whole model.
     """
     found: dict[str, Tensor] = {}
     for module in model.modules:
@@ -131,9 +130,10 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
 
 
 def _gather_owners(model: Model, layout: Layout) -> dict[str, int]:
-    """{parameter name: pipeline stage}, the same on all ranks. Raises ModelError where a rule has no parameter.
+    """Return {parameter name: pipeline stage}, the same on all ranks.
 
-    The copy of a tied embedding on the last stage is listed under its own name.
+    The copy of a tied embedding on the last stage has its own name. Raises ModelError if a rule has no parameter, or a
+    parameter no rule.
     """
     mine = (layout.pp_rank, list(named_parameters(model)))
     everyone: list[tuple[int, list[str]]] = [mine] * layout.world_size
@@ -165,7 +165,7 @@ def _read_shard(rule: Rule, reader: HfReader, model: Model, layout: Layout) -> T
 
 
 def _gather_tensor_ranks(rule: Rule, parameter: Tensor, model: Model, layout: Layout) -> dict[str, Tensor] | None:
-    """Full Hugging Face tensors on tensor rank 0 of this stage, on the device; None on its other ranks."""
+    """Return full Hugging Face tensors on tensor rank 0 of this stage, on the device; None on its other ranks."""
     shard = parameter.detach().contiguous()
     assert shard.dtype == model.config.params_dtype, f"{rule.mcore_names}: {shard.dtype} in a model of another dtype"
     if layout.tp_size == 1 or rule.split is Split.REPLICATED:
@@ -181,7 +181,7 @@ def _gather_tensor_ranks(rule: Rule, parameter: Tensor, model: Model, layout: La
 def _to_first_stage(
     tensor: Tensor | None, shape: tuple[int, ...], owner: int, model: Model, layout: Layout
 ) -> Tensor | None:
-    """The tensor of stage `owner`, on the CPU of stage 0; None on the other stages."""
+    """Return the tensor of stage `owner` on the CPU of stage 0; None on the other stages."""
     if owner != 0 and layout.pp_rank == owner:
         assert tensor is not None
         dist.send(tensor.contiguous(), group=layout.groups.pp, group_dst=0)

@@ -1,1 +1,1 @@
-"""What is measured each step and where it is written; nothing here takes part in training."""
+"""The metrics of each step and where they are written. Nothing here takes part in training."""

@@ -1,11 +1,12 @@
 """Every metric of a step, declared once: name, unit, what it is taken over, meaning, and how it is computed.
 
-Not for writing metrics anywhere (see `monitor`). Invariant: a metric without anything to measure is NaN, never 0; no
-metric depends on the layout, the packing or the micro-batch split, because the table does not.
+This module does not write metrics (see `monitor`). Invariants: a metric that has nothing to measure is NaN, never 0. No
+metric depends on the layout, the packing or the micro-batch split, because the token table does not.
 
-Throughout, p is the student, q the teacher, r = log q(x) - log p(x) in nats (positive: the teacher likes the token
-more), FKL the top-k forward KL; p_old is the student before the first update of the step. Where a step has several
-updates, a metric over tokens counts each token once, as the first epoch saw it, unless it is taken over all updates.
+Throughout, p is the student, q the teacher, and r = log q(x) - log p(x) in nats: positive if the teacher gives the
+token more probability. FKL is the top-k forward KL. p_old is the student before the first update of the step. If a step
+has several updates, a metric over tokens counts each token once, as the first epoch saw it, unless it is taken over all
+updates.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ SAMPLES = "samples"
 STEP = "the step"
 
 EXTREME_LOG_RATIO = -10.0
-"""r (nats) below which a special token points at templates or end tokens that differ."""
+"""r, in nats, below which a special token suggests that chat templates or end tokens differ."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number a step. `over` is the denominator: what a mean, a fraction or a quantile is taken over."""
+    """One number per step. `over` names the tokens or samples that a mean, a fraction or a quantile is taken over."""
 
     name: str
     unit: str
@@ -45,22 +46,22 @@ class Metric:
 
 
 PHASES = {
-    "step": "from the line of the step before to this one's, so that it has everything below and what is no phase",
+    "step": "the whole step, from the previous line to this one: all phases below and the time between them",
     "server": "waiting until the rollout server is ready, at the first step and after a restart",
-    "publish": "the student's weights to the rollout server, with the proof that they arrived",
-    "rollout": "sampling the responses, or reading those that are stored",
+    "publish": "sending the student's weights to the rollout server and checking that they arrived",
+    "rollout": "sampling the responses, or reading stored ones",
     "pack": "packing samples into micro-batches",
-    "verifier": "judging the answers",
-    "teacher": "scores of the teacher, in this process or from its server",
-    "student": "the student's scores before the first update, where the objective needs them",
-    "context": "what the objective takes from the whole batch",
+    "verifier": "checking the answers",
+    "teacher": "scoring by the teacher, in this process or on its server",
+    "student": "the student's log-probs before the first update, if the objective needs them",
+    "context": "the numbers that the objective takes from the whole batch",
     "forward_backward": "forward and backward passes",
-    "gates": "the comparison of sampler and trainer",
+    "gates": "comparing the log-probs of sampler and trainer",
     "optimizer": "optimizer steps",
-    "metrics": "gathering the tokens of all ranks; computing and writing the line of the step before, and its tokens",
-    "checkpoint": "the checkpoint that was written after the step before, whose line was out already",
+    "metrics": "gathering the tokens of all ranks; computing and writing the previous step's line and its tokens",
+    "checkpoint": "the checkpoint after the previous step, whose line had been written already",
 }
-"""Phase -> what its seconds, `time/<phase>`, are spent on; one that took less than 1 ms has none in a line."""
+"""Phase -> what its seconds, `time/<phase>`, are spent on. A line omits phases that took less than 1 ms."""
 
 
 def compute_metrics(record: StepRecord) -> dict[str, float]:
@@ -136,7 +137,7 @@ def _tv(record: StepRecord) -> float:
 
 
 def _ratio(values: Callable[[Region], float]) -> Compute:
-    """Of the ratio p / p_old; NaN where it is 1 by construction: one update, and no ratio in the loss."""
+    """A metric of the ratio p / p_old; NaN if the ratio is always 1, with one update and no ratio in the loss."""
 
     def compute(record: StepRecord) -> float:
         if len(record.updates) == 1 and record.policy_gradient.ratio == "none":
@@ -152,7 +153,7 @@ def _loss_total(record: StepRecord) -> float:
 
 
 def _over_updates(values: Callable[[Sequence[float]], float], name: str) -> Compute:
-    """Over the optimizer steps that were made, or, where none was, over what stands for them."""
+    """A metric over the optimizer steps that were made or, if there was none, over the reports that stand for them."""
     return lambda record: float(values([getattr(update, name) for update in record.made or record.updates]))
 
 
@@ -256,54 +257,57 @@ def _unfinished(record: StepRecord) -> float:
 
 # fmt: off
 METRICS: tuple[Metric, ...] = (
-    Metric("loss/total", "nats", STEP, "weighted surrogate over the token count, what is differentiated", _loss_total),
-    Metric("loss/objective", "nats", f"{STUDENT} and {PREFIX}", "value of the objective, not the surrogate",
-           _objective),
-    Metric("loss/trusted", "nats", TRUSTED, "objective, the reverse-KL estimate -r", _mean("trusted", "loss")),
-    Metric("loss/outlier", "nats", OUTLIER, "objective of the outlier term", _mean("outlier", "loss")),
-    Metric("loss/prefix", "nats", PREFIX, "objective of the prefix, beta times r", _mean("prefix", "loss")),
+    Metric("loss/total", "nats", STEP, "the loss that is differentiated: weighted surrogate / token count",
+           _loss_total),
+    Metric("loss/objective", "nats", f"{STUDENT} and {PREFIX}",
+           "mean value of the objective itself, not of the surrogate", _objective),
+    Metric("loss/trusted", "nats", TRUSTED, "mean objective: the reverse-KL estimate -r", _mean("trusted", "loss")),
+    Metric("loss/outlier", "nats", OUTLIER, "mean objective of the outlier term", _mean("outlier", "loss")),
+    Metric("loss/prefix", "nats", PREFIX, "mean objective of the prefix loss, beta times r", _mean("prefix", "loss")),
     Metric("trust/fraction", "1", STUDENT, "mean trust weight; expected to equal 1 - trust/tv",
            _mean("student", "trusted")),
     Metric("trust/tv", "1", STUDENT, "mean of 1 - min(q/p, 1), an estimate of the total variation distance", _tv),
-    Metric("log_ratio/mean", "nats", STUDENT, "mean r; minus the reverse KL of student and teacher",
+    Metric("log_ratio/mean", "nats", STUDENT, "mean r; an estimate of minus the reverse KL, -KL(p || q)",
            _mean("student", "log_ratio")),
     Metric("log_ratio/trusted", "nats", TRUSTED, "mean r", _mean("trusted", "log_ratio")),
     Metric("log_ratio/outlier", "nats", OUTLIER, "mean r", _mean("outlier", "log_ratio")),
-    Metric("log_ratio/prefix", "nats", PREFIX, "mean r; the forward KL of teacher and student on its own tokens",
+    Metric("log_ratio/prefix", "nats", PREFIX, "mean r; an estimate of the forward KL, KL(q || p)",
            _mean("prefix", "log_ratio")),
     Metric("log_ratio/min", "nats", STUDENT, "smallest r", _quantile("student", "log_ratio", 0.0)),
-    Metric("log_ratio/special_extreme", "1", "student tokens that are special tokens", "fraction with r < -10",
+    Metric("log_ratio/special_extreme", "1", "student tokens that are special tokens",
+           "fraction with r < -10; such tokens suggest that chat templates or end tokens differ",
            _below("special", "log_ratio", EXTREME_LOG_RATIO)),
     Metric("outlier/fkl_mean", "nats", OUTLIER, "mean top-k forward KL", _mean("outlier", "divergence")),
-    Metric("outlier/fkl_p95", "nats", OUTLIER, "95 % quantile of the top-k forward KL",
+    Metric("outlier/fkl_p95", "nats", OUTLIER, "95th percentile of the top-k forward KL",
            _quantile("outlier", "divergence", 0.95)),
     Metric("outlier/fkl_max", "nats", OUTLIER, "largest top-k forward KL", _quantile("outlier", "divergence", 1.0)),
-    Metric("outlier/fkl_negative", "1", OUTLIER, "fraction with a negative (truncated) forward KL",
+    Metric("outlier/fkl_negative", "1", OUTLIER, "fraction whose (truncated) top-k forward KL is negative",
            _below("outlier", "divergence", 0.0)),
-    Metric("topk/teacher_mass_mean", "1", STUDENT, "mean teacher probability of its top-k",
+    Metric("topk/teacher_mass_mean", "1", STUDENT, "mean total probability that the teacher gives its top-k",
            _mean("student", "teacher_mass")),
-    Metric("topk/teacher_mass_min", "1", STUDENT, "least teacher probability of its top-k",
+    Metric("topk/teacher_mass_min", "1", STUDENT, "lowest total probability that the teacher gives its top-k",
            _quantile("student", "teacher_mass", 0.0)),
-    Metric("topk/student_mass_mean", "1", STUDENT, "mean student probability of the teacher's top-k",
+    Metric("topk/student_mass_mean", "1", STUDENT, "mean total probability that the student gives the teacher's top-k",
            _mean("student", "student_mass")),
-    Metric("topk/student_mass_min", "1", STUDENT, "least student probability of the teacher's top-k",
+    Metric("topk/student_mass_min", "1", STUDENT, "lowest total probability that the student gives the teacher's top-k",
            _quantile("student", "student_mass", 0.0)),
-    Metric("topk/clipped_entries", "entries", STUDENT, "mean number of entries that entry_clip of opsd holds",
+    Metric("topk/clipped_entries", "entries", STUDENT, "mean number of entries clipped by entry_clip (opsd)",
            _mean("student", "clipped_entries")),
-    Metric("topk/overlap", "1", STUDENT, "mean share of the teacher's top-k in the student's top-k",
+    Metric("topk/overlap", "1", STUDENT, "mean share of the teacher's top-k that is in the student's top-k",
            _mean("student", "topk_overlap")),
     Metric("advantage/trusted", "nats", TRUSTED, "mean |advantage|", _abs_mean("trusted", "advantage")),
     Metric("advantage/outlier", "nats", OUTLIER, "mean |advantage|", _abs_mean("outlier", "advantage")),
     Metric("advantage/prefix", "nats", PREFIX, "mean |advantage|", _abs_mean("prefix", "advantage")),
-    Metric("ratio/mean", "1", UPDATED, "mean p / p_old", _ratio(lambda rows: rows.mean(rows["ratio"]))),
+    Metric("ratio/mean", "1", UPDATED, "mean p / p_old, with p_old the student before the first update of the step",
+           _ratio(lambda rows: rows.mean(rows["ratio"]))),
     Metric("ratio/max", "1", UPDATED, "largest p / p_old", _ratio(lambda rows: rows.quantile(rows["ratio"], 1.0))),
-    Metric("ratio/clipped", "1", UPDATED, "fraction whose gradient PPO's clip holds at 0",
+    Metric("ratio/clipped", "1", UPDATED, "fraction whose gradient is 0 because of PPO's clip",
            _ratio(lambda rows: rows.mean(rows["clipped"]))),
     Metric("ratio/difference_mean", "nats", UPDATED, "mean |log p - log p_old|",
            _ratio(lambda rows: rows.mean(np.abs(rows["student_logp"] - rows["old_logp"])))),
-    Metric("entropy/student", "nats", STUDENT, "mean full-vocabulary entropy of p",
+    Metric("entropy/student", "nats", STUDENT, "mean entropy of p over the full vocabulary",
            _mean("student", "student_entropy")),
-    Metric("entropy/teacher", "nats", STUDENT, "mean full-vocabulary entropy of q",
+    Metric("entropy/teacher", "nats", STUDENT, "mean entropy of q over the full vocabulary",
            _mean("student", "teacher_entropy")),
     Metric("tokens/student", "tokens", STEP, "student tokens with a loss", _size("student")),
     Metric("tokens/trusted", "tokens", STEP, "sum of trust weights", _size("trusted")),
@@ -311,51 +315,61 @@ METRICS: tuple[Metric, ...] = (
     Metric("tokens/prefix", "tokens", STEP, "teacher-prefix tokens with a loss", _size("prefix")),
     Metric("tokens/total", "tokens", STEP, "prompt, prefix and response tokens of all samples", _total_tokens),
     Metric("teacher/masked_samples", "samples", STEP,
-           "samples the teacher could not score (a self-teacher: had no solution for)", _masked_samples),
+           "samples that the teacher could not score; for a self-teacher, samples without a solution", _masked_samples),
     Metric("teacher/impossible_tokens", "tokens", f"{STUDENT} and {PREFIX}",
-           "tokens that the teacher gives no probability, log q = -inf, which count with log q = -50",
+           "tokens whose teacher probability is 0 (log q = -inf); they count with log q = -50",
            _impossible_tokens),
     Metric("teacher/excluded_candidates", "candidates", f"{STUDENT} and {PREFIX}",
-           "tokens that only the teacher's tokenizer has among its best, left out by teacher.extra_tokens=exclude",
+           "teacher candidates that only its tokenizer has, left out by teacher.extra_tokens=exclude",
            _excluded_candidates),
-    Metric("guidance/alpha", "1", STEP, "guided fraction of the teacher responses", lambda record: record.alpha),
-    Metric("guidance/prefix_length", "tokens", SAMPLES, "mean teacher prefix", _over_samples(_prefix_lengths)),
-    Metric("rollout/length_mean", "tokens", SAMPLES, "mean response", _over_samples(_response_lengths)),
-    Metric("rollout/length_p50", "tokens", SAMPLES, "median response", _over_samples(_response_lengths, 0.5)),
-    Metric("rollout/length_p95", "tokens", SAMPLES, "95 % quantile of the response",
+    Metric("guidance/alpha", "1", STEP, "fraction of a teacher response that is used as prefix, by the schedule",
+           lambda record: record.alpha),
+    Metric("guidance/prefix_length", "tokens", SAMPLES, "mean length of the teacher prefix",
+           _over_samples(_prefix_lengths)),
+    Metric("rollout/length_mean", "tokens", SAMPLES, "mean response length", _over_samples(_response_lengths)),
+    Metric("rollout/length_p50", "tokens", SAMPLES, "median response length", _over_samples(_response_lengths, 0.5)),
+    Metric("rollout/length_p95", "tokens", SAMPLES, "95th percentile of the response length",
            _over_samples(_response_lengths, 0.95)),
-    Metric("rollout/length_max", "tokens", SAMPLES, "longest response", _over_samples(_response_lengths, 1.0)),
-    Metric("rollout/masked_samples", "samples", STEP, "samples that the rollout server gave no usable answer for",
+    Metric("rollout/length_max", "tokens", SAMPLES, "largest response length", _over_samples(_response_lengths, 1.0)),
+    Metric("rollout/masked_samples", "samples", STEP, "samples for which the rollout server returned no usable result",
            lambda record: float(record.masked_rollouts)),
-    Metric("rollout/truncated", "1", SAMPLES, "fraction cut by the token budget", _over_samples(_finished("length"))),
-    Metric("rollout/eos", "1", SAMPLES, "fraction that ended by themselves", _over_samples(_finished("stop"))),
-    Metric("verifier/accuracy", "1", "judged samples", "fraction whose answer is right", _accuracy),
-    Metric("verifier/unfinished", "1", "judged samples", "fraction without an answer: cut, or still thinking",
-           _unfinished),
-    Metric("engine/kl", "nats", STUDENT, "mean sampler minus trainer log-prob: KL of sampler and trainer", _engine_kl),
+    Metric("rollout/truncated", "1", SAMPLES, "fraction of responses that were cut by the token budget",
+           _over_samples(_finished("length"))),
+    Metric("rollout/eos", "1", SAMPLES, "fraction of responses that ended by themselves",
+           _over_samples(_finished("stop"))),
+    Metric("verifier/accuracy", "1", "judged samples", "fraction whose answer is correct", _accuracy),
+    Metric("verifier/unfinished", "1", "judged samples",
+           "fraction without an answer because the response was cut or is still in a thinking block", _unfinished),
+    Metric("engine/kl", "nats", STUDENT, "mean sampler minus trainer log-prob, an estimate of KL(sampler || trainer)",
+           _engine_kl),
     Metric("engine/difference_mean", "nats", STUDENT, "mean |sampler - trainer log-prob|", _engine_difference(None)),
-    Metric("engine/difference_p99", "nats", STUDENT, "99 % quantile of |sampler - trainer log-prob|",
+    Metric("engine/difference_p99", "nats", STUDENT, "99th percentile of |sampler - trainer log-prob|",
            _engine_difference(0.99)),
     Metric("engine/difference_max", "nats", STUDENT, "largest |sampler - trainer log-prob|", _engine_difference(1.0)),
-    Metric("gates/sampler_share", "1", STUDENT, "fraction above the bound of that quantile (gates.sampler_logprob_p99)",
-           _engine_above),
-    Metric("engine/ratio_mean", "1", STUDENT, "mean trainer/sampler probability", _engine_ratio(None)),
-    Metric("engine/ratio_max", "1", STUDENT, "largest trainer/sampler probability", _engine_ratio(1.0)),
-    Metric("engine/corrected", "1", STUDENT, "fraction whose weight policy_gradient.mismatch changed", _corrected),
-    Metric("gates/sampler_off", "steps", "steps in a row", "mean, 99 % quantile or share of sampler - trainer is off",
+    Metric("gates/sampler_share", "1", STUDENT,
+           "fraction whose |sampler - trainer log-prob| exceeds the bound gates.sampler_logprob_p99", _engine_above),
+    Metric("engine/ratio_mean", "1", STUDENT, "mean trainer probability / sampler probability", _engine_ratio(None)),
+    Metric("engine/ratio_max", "1", STUDENT, "largest trainer probability / sampler probability", _engine_ratio(1.0)),
+    Metric("engine/corrected", "1", STUDENT, "fraction whose weight objective.policy_gradient.mismatch changed",
+           _corrected),
+    Metric("gates/sampler_off", "steps", "steps in a row",
+           "number of steps whose mean, 99th percentile or share of |sampler - trainer log-prob| is above its bound",
            _sampler_gate("off_in_a_row")),
-    Metric("gates/sampler_warnings", "steps", "the launch", "largest sampler - trainer difference above its bound",
-           _sampler_gate("warnings")),
-    Metric("optimizer/updates", "1", STEP, "optimizer steps; none where no token counts",
+    Metric("gates/sampler_warnings", "steps", "the launch",
+           "number of steps whose largest |sampler - trainer log-prob| is above its bound", _sampler_gate("warnings")),
+    Metric("optimizer/updates", "1", STEP, "number of optimizer steps; none is made if no token counts",
            lambda record: float(len(record.made))),
-    Metric("optimizer/grad_norm", "1", "optimizer steps", "mean global gradient norm before clipping; 0 if none",
+    Metric("optimizer/grad_norm", "1", "optimizer steps",
+           "mean global gradient norm before clipping; 0 if there was no optimizer step",
            _over_updates(_mean_of, "grad_norm")),
-    Metric("optimizer/grad_norm_max", "1", "optimizer steps", "largest global gradient norm before clipping; 0 if none",
+    Metric("optimizer/grad_norm_max", "1", "optimizer steps",
+           "largest global gradient norm before clipping; 0 if there was no optimizer step",
            _over_updates(max, "grad_norm")),
     Metric("optimizer/learning_rate", "1", STEP, "learning rate of the last optimizer step",
            _over_updates(_last_of, "learning_rate")),
     Metric("optimizer/token_count", "tokens", STEP, "denominator of the loss, summed over optimizer steps",
            _over_updates(sum, "token_count")),
-    Metric("throughput/tokens_per_second", "tokens/s", STEP, "tokens/total over the whole step", _tokens_per_second),
+    Metric("throughput/tokens_per_second", "tokens/s", STEP, "tokens/total divided by the seconds of the whole step",
+           _tokens_per_second),
 )
 # fmt: on

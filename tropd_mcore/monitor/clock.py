@@ -1,7 +1,8 @@
 """Seconds of each phase of a step.
 
-Not for kernels: a phase ends when the host goes on, and the phases of a step are separated by host objects anyway.
-Invariant: every second belongs to one phase at most, the innermost one, so phases never add up to more than the step.
+This module does not time kernels. A phase ends when the host continues; the phases of a step are separated by host
+objects anyway. Invariant: every second belongs to at most one phase, the innermost one, so the phases never add up to
+more than the step.
 """
 
 import time
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NOTHING_S = 1e-3
-"""A phase that took less had nothing to do in this run."""
+"""A phase that took less time had nothing to do in this run."""
 
 
 class StepClock:
-    """Phases since the last `take`; what follows a step's line, such as its checkpoint, belongs to the next line."""
+    """Phases since the last `take`. Whatever follows a step's line, such as its checkpoint, belongs to the next
+    line."""
 
     def __init__(self) -> None:
         self._begun = self._charged = time.monotonic()
@@ -32,7 +34,7 @@ class StepClock:
             self._open.pop()
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of the phases that did something, and of `step`, all of them; begin again."""
+        """Return the seconds of each phase that did something and of the whole `step`, then start again from zero."""
         self._charge()
         done = {name: seconds for name, seconds in self._phases.items() if seconds >= NOTHING_S}
         seconds = {**done, "step": self._charged - self._begun}
@@ -40,7 +42,7 @@ class StepClock:
         return seconds
 
     def _charge(self) -> None:
-        """Give the time since the last call to the innermost open phase."""
+        """Add the time since the last call to the innermost open phase."""
         now = time.monotonic()
         if self._open:
             self._phases[self._open[-1]] = self._phases.get(self._open[-1], 0.0) + now - self._charged

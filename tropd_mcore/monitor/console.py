@@ -1,7 +1,7 @@
 """One aligned line per step for the person who watches.
 
-Not a record (see `jsonl`). Invariant: every line has the width of the header, whatever the numbers are, and at most
-100 columns for a run of up to 99,999 steps.
+This is no record (see `jsonl`). Invariant: every line has the width of the header, whatever the numbers are, and at
+most 100 columns for a run of up to 99,999 steps.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from typing import TextIO
 
 HEADER_EVERY = 20
-"""Lines between two repetitions of the header."""
+"""Number of lines after which the header is repeated."""
 RECENT_STEPS = 10
-"""Steps whose mean duration tells the time that is left."""
+"""Number of latest steps whose mean duration predicts the remaining time."""
 
 _DIM, _BOLD, _RESET = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One number of the line: heading, metric, format (width included), and the factor it is shown with."""
+    """One number of the line: heading, metric, format (with width), and the factor that it is multiplied by for
+    display."""
 
     title: str
     metric: str
@@ -49,9 +50,10 @@ LEFT_WIDTH = 5
 
 
 class Console:
-    """Writes to `stream`; a value that is not known is shown as `-`.
+    """Writes to `stream`. An unknown value is shown as `-`.
 
-    `steps` is the number of steps of the run, `last_step` the one that this launch ends before. `now` returns seconds.
+    `steps` is the number of steps of the run. `last_step` is the step before which this launch ends. `now` returns
+    seconds.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Console:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the line of one step, with the header before the first and every 20th."""
         now, waited = self._now(), metrics.get("time/server", 0.0)
-        self._recent.append(max(now - self._last - waited, 0.0))  # a server starts once, and not at every step
+        self._recent.append(max(now - self._last - waited, 0.0))  # a server starts once, not at every step
         self._last = now
         width = max(2 * len(str(self._steps)) + 1, len("step"))
         if self._lines % HEADER_EVERY == 0:
@@ -92,7 +94,7 @@ class Console:
         """Nothing to close: the stream is the caller's."""
 
     def _left(self, step: int) -> str:
-        """The time until the launch has made its steps, at the speed of the last ones."""
+        """The remaining time of this launch, at the speed of the latest steps."""
         per_step = sum(self._recent) / len(self._recent)
         return clock(per_step * max(self._last_step - step - 1, 0))
 
@@ -130,12 +132,12 @@ def _cell(column: Column, value: float | None) -> str:
 
 
 def _fitting(ways: Sequence[str], width: int) -> str:
-    """The first text that has room in `width` columns, and nothing readable where none has."""
+    """The first text that fits into `width` columns; `#` signs if none fits."""
     return f"{next((text for text in ways if len(text) <= width), '#' * width):>{width}}"
 
 
 def _shares(metrics: Mapping[str, float]) -> str:
-    """Percent of the step's seconds by part, each under its title."""
+    """Share of each part in the step's seconds, in percent, under its title."""
     whole = metrics.get("time/step", 0.0)
     cells = []
     for title, phases in SHARES:

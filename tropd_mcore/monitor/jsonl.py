@@ -1,7 +1,7 @@
-"""metrics.jsonl: one line a step, the record of a run that everything else is made from.
+"""metrics.jsonl: one line per step. It is the record of a run; everything else is made from it.
 
-Not for per-token values (see `records.token_table`). Invariants: steps ascend without repetition; a line is on disk
-before the next step starts, or no part of it is; a value that does not exist is null.
+This module does not store per-token values (see `records.token_table`). Invariants: steps ascend without repetition; a
+line is on disk before the next step starts, or no part of it is; a value that does not exist is null.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from tropd_mcore.files import append_text, publish_text, read_step_lines
 
 
 class JsonLines:
-    """Appends to `path`; what an earlier launch wrote for `start_step` or later is removed first."""
+    """Appends to `path`. Lines that an earlier launch wrote for `start_step` or later are removed first."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         self._path = path
         truncate(path, start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and flush it to disk. Raises DataError where it cannot be written, whole."""
+        """Append one line and flush it to disk. Raises DataError if the whole line cannot be written."""
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         append_text(self._path, json.dumps({"step": step, **values}, allow_nan=False) + "\n")
 
@@ -31,7 +31,7 @@ class JsonLines:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Keep the lines before `step` (and drop a cut-off last line); the file is replaced as a whole or not at all."""
+    """Keep the lines before `step` and drop an incomplete last line. The file is replaced as a whole or not at all."""
     if not path.exists():
         return
     kept = [record for record in read_step_lines(path) if record["step"] < step]

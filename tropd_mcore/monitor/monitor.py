@@ -1,6 +1,7 @@
-"""The one object the trainer logs to.
+"""The only object that the trainer logs to.
 
-Not for measuring (see `catalogue`). Invariant: it does something on rank 0 only, so that its callers need no branch.
+This module computes no metrics (see `catalogue`). Invariant: it does something on rank 0 only, so its callers need no
+branch.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """A place that metrics go to; NaN means that there is no value."""
+    """A destination of metrics. NaN means that there is no value."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step."""
 
     def close(self) -> None:
-        """Finish what is open."""
+        """Finish and close whatever is open."""
 
 
 class Monitor:
-    """Writes each step to the console, to <run.dir>/metrics.jsonl, and to TensorBoard and W&B where the config says so.
+    """Writes each step to the console, to <run.dir>/metrics.jsonl, and to TensorBoard and W&B if configured.
 
-    `start_step` is the first step of this launch: what an earlier launch logged for it or later is dropped.
+    `start_step` is the first step of this launch. Metrics that an earlier launch logged for this step or later are
+    dropped.
     """
 
     def __init__(self, config: Config, run_dir: Path, rank: int, start_step: int = 0) -> None:
@@ -49,7 +51,7 @@ class Monitor:
             self._sinks = _sinks(config, run_dir, start_step)
 
     def log(self, step: int, record: StepRecord | None) -> None:
-        """Compute and write all metrics of one step; `record` is None on the ranks that write nothing."""
+        """Compute and write all metrics of one step. `record` is None on ranks that write nothing."""
         if not self._sinks:
             return
         assert record is not None, "rank 0 logs a record"
@@ -63,7 +65,7 @@ class Monitor:
         for sink in self._sinks:
             try:
                 sink.close()
-            except TropdError as error:  # nobody can do anything about it any more, and another error may be under way
+            except TropdError as error:  # too late to act on it, and another error may be in flight
                 log.warning("%s", error)
 
 

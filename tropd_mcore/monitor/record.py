@@ -1,7 +1,7 @@
-"""What one step leaves behind for the metrics, and the parts of it that metrics are taken over.
+"""The data of one step from which metrics are computed, and the token sets that metrics are taken over.
 
-Not for metrics themselves (see `catalogue`). Invariant: a record describes the whole step over all ranks; it exists on
-rank 0 alone.
+This module does not compute metrics (see `catalogue`). Invariant: a record describes the whole step over all ranks. It
+exists on rank 0 only.
 """
 
 from __future__ import annotations
@@ -21,53 +21,54 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GateState:
-    """What the comparison of sampler and trainer has found up to a step (`train.gates`)."""
+    """Result of the comparison of sampler and trainer up to a step (`train.gates`)."""
 
     p99_bound: float
-    """Nats; the bound on the 99th percentile of |sampler - trainer|."""
+    """Bound on the 99th percentile of |sampler - trainer log-prob|, in nats."""
     off_in_a_row: int
-    """Steps in a row, up to this one, whose mean, 99th percentile or share was above its bound."""
+    """Number of consecutive steps, up to this one, whose mean, 99th percentile or share was above its bound."""
     warnings: int
-    """Steps of the launch whose maximum was above its bound."""
+    """Number of steps of the launch whose maximum was above its bound."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as it happened. `table` has the rows of all ranks; `rollouts` are indexed by its `sample_index`."""
+    """One step. `table` has the rows of all ranks. Its `sample_index` is an index into `rollouts`."""
 
     table: TokenTable
     rollouts: Sequence[Rollout]
     updates: Sequence[OptimizerReport]
-    """One for each part of the batch and epoch, in order; without an optimizer step where no token counted."""
+    """One report for each mini-batch of each epoch, in order. If no token counted, it has no optimizer step."""
     alpha: float
-    """Guided fraction of the teacher responses, in [0, 1]."""
+    """Fraction of a teacher response that is used as prefix, in [0, 1]."""
     timings: Mapping[str, float]
-    """Seconds by phase; `step` is the whole step."""
+    """Seconds per phase. `step` is the whole step."""
     accuracy: float | None = None
-    """Fraction of the judged samples whose answer is right; None where nothing was judged."""
+    """Fraction of the judged samples whose answer is correct; None if no sample was judged."""
     unfinished: float | None = None
-    """Fraction of the judged samples that had no answer because they were cut or still thinking; None likewise."""
+    """Fraction of the judged samples without an answer, because they were cut or still thinking; None if no sample was
+    judged."""
     masked_rollouts: int = 0
-    """Samples that the rollout server gave no usable answer for, when the step was sampled."""
+    """Number of samples for which the rollout server returned no usable result when the step was sampled."""
     special_ids: frozenset[int] = frozenset()
     """Ids of the tokenizer's special tokens."""
     policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
     sampler_gate: GateState | None = None
-    """None where gates.sampler_logprob is off."""
+    """None if gates.sampler_logprob is off."""
 
     @property
     def made(self) -> list[OptimizerReport]:
-        """The optimizer steps."""
+        """The optimizer steps that were made."""
         return [update for update in self.updates if update.made]
 
     @cached_property
     def student(self) -> Region:
-        """Tokens the student sampled and the teacher scored, each with weight 1, as the first epoch saw them."""
+        """Tokens that the student sampled and the teacher scored, each with weight 1, as the first epoch saw them."""
         return self._region("on", epochs=1)
 
     @cached_property
     def updated(self) -> Region:
-        """The same tokens once for each update that looked at them."""
+        """The same tokens, once for each update that used them."""
         return self._region("on", epochs=None)
 
     @cached_property
@@ -77,7 +78,7 @@ class StepRecord:
 
     @cached_property
     def trusted(self) -> Region:
-        """Student tokens weighted by trust (0 or 1; in between for the soft gate)."""
+        """Student tokens weighted by trust: 0 or 1, or in between for the soft gate."""
         return self.student.weighted(self.student["trusted"])
 
     @cached_property
@@ -95,7 +96,7 @@ class StepRecord:
         return self.student.weighted(np.isin(ids[rows], list(self.special_ids)).astype(np.float64))
 
     def _region(self, mask: str, *, epochs: int | None) -> Region:
-        """Rows of `mask` in the first `epochs` epochs, or in all."""
+        """Rows of `mask` in the first `epochs` epochs; in all epochs if `epochs` is None."""
         columns = self.table.columns
         if mask not in columns:
             return Region(columns, np.zeros(0, dtype=np.int64), np.zeros(0))
@@ -108,7 +109,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Region:
-    """Rows of the table with a weight each. All statistics leave out rows of weight 0 and values that are NaN."""
+    """Rows of the table, each with a weight. All statistics leave out rows of weight 0 and values that are NaN."""
 
     columns: Mapping[str, npt.NDArray[np.generic]]
     """The whole table."""
@@ -117,7 +118,7 @@ class Region:
     _read: dict[str, Values] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Values:
-        """One column as float64; NaN throughout where the step has no such column."""
+        """One column as float64; all NaN if the step has no such column."""
         if name not in self._read:
             known = name in self.columns
             self._read[name] = (
@@ -131,18 +132,18 @@ class Region:
         return float(self.weights.sum())
 
     def weighted(self, weights: Values) -> Region:
-        """The rows whose weight is not 0."""
+        """The same rows with these weights, without those of weight 0."""
         kept = weights > 0
         return Region(self.columns, self.rows[kept], weights[kept])
 
     def mean(self, values: Values) -> float:
-        """Weighted mean; NaN where nothing is left."""
+        """Weighted mean; NaN if no value is left."""
         known = ~np.isnan(values)
         total = self.weights[known].sum()
         return float(values[known] @ self.weights[known] / total) if total > 0 else float("nan")
 
     def quantile(self, values: Values, fraction: float) -> float:
-        """Quantile over rows (weights not counted); NaN where nothing is left. 0 is the minimum, 1 the maximum."""
+        """Quantile over rows, ignoring weights; NaN if no value is left. 0 is the minimum, 1 the maximum."""
         known = values[~np.isnan(values)]
         if not len(known):
             return float("nan")

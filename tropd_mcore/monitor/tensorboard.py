@@ -1,6 +1,7 @@
-"""TensorBoard scalars under <run.dir>/tensorboard; optional.
+"""Optional TensorBoard scalars in <run.dir>/tensorboard.
 
-Not a record (see `jsonl`): after a resume, what an earlier launch wrote for later steps is hidden, not removed.
+This is no record (see `jsonl`). After a resume, values that an earlier launch wrote for later steps are hidden but not
+removed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import writing
 
 KEYS = "run.dir (or monitor.tensorboard=false)"
-"""What to change where the folder cannot be written."""
+"""Keys to change if the folder cannot be written."""
 
 
 class TensorBoard:
-    """Raises ConfigError where the package is not installed, DataError where `folder` cannot be written."""
+    """Raises ConfigError if the package is not installed, DataError if `folder` cannot be written."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         try:
@@ -32,7 +33,7 @@ class TensorBoard:
             self._writer: Any = SummaryWriter(str(folder), purge_step=start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the values that exist. Raises DataError where the folder cannot be written."""
+        """Write the values that exist. Raises DataError if the folder cannot be written."""
         with writing(self._folder, key=KEYS):
             for name, value in metrics.items():
                 if math.isfinite(value):
@@ -40,6 +41,6 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        """Flush and close the event file. Raises DataError where it cannot be written."""
+        """Flush and close the event file. Raises DataError if it cannot be written."""
         with writing(self._folder, key=KEYS):
             self._writer.close()

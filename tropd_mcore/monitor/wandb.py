@@ -1,6 +1,6 @@
-"""Weights & Biases; optional.
+"""Optional logging to Weights & Biases.
 
-Not a record (see `jsonl`). Invariant: all launches of one run directory write to one W&B run, whose id is kept in
+This is no record (see `jsonl`). Invariant: all launches of one run directory write to one W&B run, whose id is kept in
 <run.dir>/wandb.id.
 """
 
@@ -19,7 +19,7 @@ from tropd_mcore.files import publish_text
 
 
 class WeightsAndBiases:
-    """Raises ConfigError where the package is not installed or wandb cannot work, DataError for a damaged wandb.id."""
+    """Raises ConfigError if the package is not installed or wandb fails, DataError if wandb.id is damaged."""
 
     def __init__(self, project: str, run_dir: Path, settings: Mapping[str, Any]) -> None:
         try:
@@ -41,7 +41,7 @@ class WeightsAndBiases:
             )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the values that exist; W&B keeps its own history for steps that are repeated after a resume."""
+        """Write the values that exist. For steps that are repeated after a resume, W&B keeps its own history."""
         with self._told():
             self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
 
@@ -52,16 +52,19 @@ class WeightsAndBiases:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Turn what wandb raises (no network, no login, a full disk) into one line."""
+        """Turn an error of wandb (no network, no login, a full disk) into a one-line message."""
         try:
             yield
         except self._errors as error:
             problem = f"monitor.wandb_project: wandb says: {first_line(error)}"
-            raise ConfigError([f"{problem}; mend that, set WANDB_MODE=offline, or leave the key out"]) from error
+            raise ConfigError([f"{problem}; fix that, set WANDB_MODE=offline, or remove the key"]) from error
 
 
 def _run_name(path: Path) -> str:
-    """The id in `path`, drawn where there is none. Raises DataError where the file cannot be read or written."""
+    """The id in `path`; a random one is stored there first if the file does not exist.
+
+    Raises DataError if the file cannot be read or written.
+    """
     if not path.exists():
         publish_text(path, secrets.token_hex(8))
     try:

@@ -1,18 +1,18 @@
 """The objectives: one function each, from per-token numbers of student and teacher to a loss.
 
-Every one has the form
+Every objective has the form
 
     loss of a token = - w A log p(x) + c D
 
-with an advantage A (constant), a ratio w and a divergence D (both differentiable in the student) and a constant c; what
-a method is, is its choice of A, c and D. Equation -> function -> test: docs/objectives.md.
+with an advantage A (constant), a ratio w, a divergence D (both differentiable in the student) and a constant c. A
+method is defined by its choice of A, c and D. Equation -> function -> test: docs/objectives.md.
 
-A family of objectives has one name in three rooms: `config.objectives.<family>` (its keys), `objectives.<family>` (its
-equations) and `conformance.oracle.<family>` (an independent truth). `catalogue` has the defaults of all constants and
-imports no torch; `registry` finds the function of a configured objective; `parts` are what several families are made
-of. Nothing here knows of parallelism: that is the kernel's.
+A family of objectives has the same module name in three packages: `config.objectives.<family>` (its keys),
+`objectives.<family>` (its equations) and `conformance.oracle.<family>` (an independent reference). `catalogue` has the
+defaults of all constants and imports no torch. `registry` finds the function of a configured objective. `parts` has the
+building blocks that several families share. Parallelism is not handled here, but in the kernel.
 
-`objectives.tropd(outlier_weight=0.5)` is an objective for `distill_loss`: the names below are those of `catalogue`.
+`objectives.tropd(outlier_weight=0.5)` is an objective for `distill_loss`. The names below are those of `catalogue`.
 """
 
 from tropd_mcore.objectives.catalogue import (

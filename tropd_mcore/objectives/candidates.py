@@ -1,4 +1,4 @@
-"""Objectives with a policy gradient on several candidates of a state instead of the sampled token alone.
+"""Objectives with a policy gradient on several candidates per state instead of the sampled token alone.
 
 p is the student, q the teacher, v a candidate; log-probs are over the whole vocabulary.
 
@@ -22,12 +22,14 @@ def rethinking(inputs: TokenInputs, *, support: str, policy: PolicyGradient) -> 
     """Policy gradient on every candidate v of the state: A_v = -w_v (log p_v - log q_v), summed over the candidates.
 
     w_v is the student's probability renormalised on the support, A_v a constant, both of the student before the update.
-    support: top-k of the `student`, of the `teacher`, their `intersection`, `union` or `xor` (in one of the two only);
-    no candidate gives no loss. Ratio and clip are those of each candidate. Candidates are enumerated, not sampled, so
-    there is no mismatch weight. On the whole vocabulary the gradient is that of KL(p || q).
+    support: top-k of the `student`, of the `teacher`, their `intersection`, `union` or `xor` (in one of the two only).
+    Without a candidate the loss is 0. Each candidate has its own ratio and clip. Candidates are enumerated, not
+    sampled, so there is no mismatch weight. On the whole vocabulary the gradient is that of KL(p || q).
 
     The columns have sums over the candidates: A_v, w_v ratio_v and w_v clipped_v. Source: Rethinking OPD.
     """
+    # L = -sum_v w_v (log q_v - log p_old,v) log p_v, or with p_v / p_old,v in place of log p_v (`policy_loss`). On the
+    # whole vocabulary w = p_old, and at p = p_old the gradient is sum_v p_v (log p_v - log q_v) grad log p_v.
     inputs = blank_unsupervised(inputs)
     candidates = _candidates(inputs, support)
     present_TJ = candidates.present_TJ & inputs.student_mask_T[:, None]
@@ -71,8 +73,8 @@ class _Candidates:
 def _candidates(inputs: TokenInputs, support: str) -> _Candidates:
     """The slots of the support.
 
-    A teacher's candidate that is none of the student's counts as unmoved: its log-prob before the update is not kept,
-    and is that of now with one update a rollout batch (`config.objective_checks` asks for that).
+    The log-prob before the update of a candidate that only the teacher has is not kept. The current one is used, so its
+    ratio is 1. With one update per rollout batch, which `config.objective_checks` requires, the two are equal.
     """
     own_TL = inputs.teacher_own_logp_TL != ABSENT
     teacher_TK = inputs.teacher_topk_logp_TK != ABSENT

@@ -1,8 +1,8 @@
-"""Every objective with its constants, their defaults and what it needs to be given; the module `objectives` offers it.
+"""Every objective with its constants, their defaults and the inputs that it needs; exported by `objectives`.
 
-Not for equations (`objectives.<family>`). Invariants: neither torch nor pydantic is imported; a default stands in one
-signature here, and the keys of the configuration read it there (`default`); the name of a function is the kind of the
-configuration and the name of the loss function; its keywords are those of the loss function.
+This module does not contain equations (`objectives.<family>`). Invariants: neither torch nor pydantic is imported. Each
+default is in one signature here, and the configuration keys read it from there (`default`). The name of a function is
+the kind in the configuration and the name of the loss function; its keywords are those of the loss function.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ratio": ("none", "importance", "ppo_clip"),
     "mismatch": ("off", "tis", "icepop", "mask"),
 }
-"""Constants that are words -> the words there are, as in the configuration."""
+"""Constants whose values are words -> the allowed words, as in the configuration."""
 
 
 def _refuse_unknown_words(what: str, values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a word that no equation knows."""
+    """Raise ValueError for a word that no equation has."""
     for name, value in values.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{what}: {name}={value!r}, expected one of {', '.join(CHOICES[name])}")
@@ -42,9 +42,9 @@ def _refuse_unknown_words(what: str, values: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """How an advantage becomes a gradient: the ratio of a policy that moved, and the mismatch of two engines.
+    """How an advantage becomes a gradient: ratio to the policy before the update, and mismatch of the two engines.
 
-    Of each field, `config.objectives.base.PolicyGradientConfig` has the meaning, range and source.
+    `config.objectives.base.PolicyGradientConfig` has the meaning, range and source of each field.
     """
 
     ratio: str = "none"
@@ -63,7 +63,7 @@ class PolicyGradient:
 
 
 NO_DUAL_CLIP = PolicyGradient(dual_clip=None)
-"""Of objectives whose source has no dual clip."""
+"""For objectives whose source has no dual clip."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class WholeVocabulary:
     divergence: str
     """fkl, rkl or jsd"""
     beta: float = 0.5
-    """Weight of the teacher in the mixture of the jsd"""
+    """Weight of the teacher in the mixture, for jsd"""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective with every constant in place: what the functions below return and `distill_loss` takes."""
+    """An objective with all its constants, as the functions below return it and `distill_loss` takes it."""
 
     family: str
     """Module of `tropd_mcore.objectives` that has the equation."""
@@ -87,18 +87,18 @@ class Objective:
     values: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of the equation."""
     needs: frozenset[str] = frozenset()
-    """Arguments of `distill_loss`, and fields of its teacher, without which it would train something else."""
+    """Required arguments of `distill_loss` and fields of its teacher. Without them it would train something else."""
     function: Callable[..., Any] | None = None
-    """The equation itself, where it is the caller's."""
+    """The equation itself, if the caller provides it."""
     whole: WholeVocabulary | None = None
-    """The divergence over the whole vocabulary that it reads."""
+    """The divergence over the whole vocabulary, if the objective reads one."""
 
     def __post_init__(self) -> None:
         if self.function is None:
             _refuse_unknown_words(self.kind, self.values)
 
     def __str__(self) -> str:
-        """The call that makes it, with the constants that are not the defaults."""
+        """The call that makes it, with the constants that differ from the defaults."""
         if self.function is not None:
             return f"the function {getattr(self.function, '__name__', self.function)}"
         usual = globals()[self.kind]().values
@@ -109,12 +109,12 @@ class Objective:
 Factory = Callable[..., Objective]
 
 LOG_RATIO = ("target_ids_T", "teacher.logp_T")
-"""What log q(x) - log p(x) is made of."""
+"""Needs of log q(x) - log p(x)."""
 CANDIDATES = ("teacher.ids_TK", "teacher.logp_TK")
 
 
 def _needs(*names: str, policy: PolicyGradient | None = None, old: str = "old_logp_T") -> frozenset[str]:
-    """`old`: what a ratio divides by. Without it every ratio is 1, and no clip acts."""
+    """Needs of an objective. `old` is the denominator of the ratio; without it every ratio is 1 and no clip acts."""
     found = set(names)
     if policy is not None and policy.ratio != "none":
         found.add(old)
@@ -191,12 +191,12 @@ def reopold(*, floor: float = LAMBDA_RATIO, train: str = "all", policy: PolicyGr
 
 
 def entropy_opd(*, denominator: str = "selected", policy: PolicyGradient = PolicyGradient()) -> Objective:
-    """OPD on the tokens where the student is most uncertain."""
+    """OPD on the tokens with the highest student entropy."""
     return Objective("rewards", "entropy_opd", locals(), _needs(*LOG_RATIO, "selected_T", policy=policy))
 
 
 def exopd(*, scale: float = 1.25, policy: PolicyGradient = PolicyGradient(mismatch="tis", tis_cap=5.0)) -> Objective:
-    """G-OPD and ExOPD. Source of the mismatch weight: G-OPD's code, token level, at most 5.0."""
+    """G-OPD and ExOPD. Source of the mismatch weight: G-OPD's code, per token, at most 5.0."""
     return Objective("rewards", "exopd", locals(), _needs(*LOG_RATIO, "reference_logp_T", policy=policy))
 
 
@@ -226,7 +226,7 @@ def power_opd(*, power: float = 5.0, policy: PolicyGradient = NO_DUAL_CLIP) -> O
 
 
 def kdrl(*, beta: float = 5e-3, policy: PolicyGradient = NO_DUAL_CLIP) -> Objective:
-    """KDRL. The configuration lowers beta over the run, from this value."""
+    """KDRL. The configuration lowers beta over the run, starting at this value."""
     return Objective("verified", "kdrl", locals(), _needs(*LOG_RATIO, "advantage_T", policy=policy))
 
 
@@ -300,7 +300,7 @@ def sdpo(
     ratio_cap: float = 2.0,
     policy: PolicyGradient = PolicyGradient(dual_clip=None, mismatch="tis", tis_cap=2.0),
 ) -> Objective:
-    """Self-distillation. Source of the mismatch weight: SDPO's code, token level, at most 2.0."""
+    """Self-distillation. Source of the mismatch weight: SDPO's code, per token, at most 2.0."""
     return Objective("self_distillation", "sdpo", locals(), _needs("target_ids_T", "student_topk", policy=policy))
 
 
@@ -313,15 +313,15 @@ def opsd(*, entry_clip: float = 0.05, norm: str = "tail") -> Objective:
 
 
 def custom(function: Callable[..., Any], *, needs: tuple[str, ...] = (), **keywords: Any) -> Objective:
-    """A function of your own: `TokenInputs` to `TokenLosses`, called once per chunk; `keywords` go to it.
+    """Return an objective from your function (`TokenInputs` to `TokenLosses`), called once per chunk with `keywords`.
 
-    `needs` are names as in `Objective.needs`, refused in one line where they are not given.
+    `needs` are names as in `Objective.needs`. A call without one of them is refused in one line.
     """
     return Objective("user_function", "custom", keywords, frozenset(needs), function)
 
 
 def from_name(name: str, **constants: Any) -> Objective:
-    """Return the objective of this name, as configuration files have it. Raises ValueError naming what there is."""
+    """Return the objective with this name, as in configuration files. Raises ValueError that lists the names."""
     known = sorted(found for found, made in globals().items() if _is_factory(made))
     if name not in known:
         raise ValueError(f"no objective {name!r}; there are {', '.join(known)}")

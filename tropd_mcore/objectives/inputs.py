@@ -1,7 +1,7 @@
-"""What an objective sees of a token and what it returns; the same on every rank.
+"""The inputs of an objective per token and the columns that it returns; the same on every rank.
 
-Not for logits and not for parallelism. Throughout, p is the student, q the teacher, x the token that was sampled;
-log-probs are natural, over the full vocabulary, at the rollout temperature for p and at 1 for q.
+This module handles neither logits nor parallelism. Throughout, p is the student, q the teacher, x the sampled token.
+Log-probs are natural, over the full vocabulary, at the rollout temperature for p and at 1 for q.
 
 Shapes: T tokens, K teacher top-k, L student top-k.
 """
@@ -18,18 +18,18 @@ from tropd_mcore.sentinels import ABSENT
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """One entry a token. Gradients flow through the first five only; all others are constants."""
+    """One entry per token. Gradients flow only through the first five; all others are constants."""
 
     student_logp_T: Tensor
     """log p(x)"""
     student_topk_logp_TK: Tensor
     """log p of the teacher's top-k tokens"""
     student_own_logp_TL: Tensor
-    """log p of the tokens that were the student's own top-k before the update; L = 0 where none are asked for"""
+    """log p of the tokens that were the student's own top-k before the update; L = 0 if none are requested"""
     student_entropy_T: Tensor
     """entropy of p, nats"""
     divergence_T: Tensor | None
-    """the divergence over the whole vocabulary, nats; None where the objective has none"""
+    """the divergence over the whole vocabulary, nats; None if the objective has none"""
     teacher_logp_T: Tensor
     """log q(x)"""
     teacher_topk_logp_TK: Tensor
@@ -37,7 +37,7 @@ class TokenInputs:
     teacher_own_logp_TL: Tensor
     """log q of the student's own top-k tokens; ABSENT marks an entry that does not count"""
     teacher_entropy_T: Tensor
-    """entropy of q over the whole vocabulary, nats; NaN where the scorer cannot give it"""
+    """entropy of q over the whole vocabulary, nats; NaN if the scorer cannot give it"""
     topk_ids_TK: Tensor
     """int64, the teacher's top-k tokens; -1 where ABSENT"""
     own_ids_TL: Tensor
@@ -45,19 +45,19 @@ class TokenInputs:
     target_ids_T: Tensor
     """int64, x"""
     reference_logp_T: Tensor
-    """log-prob of x under the frozen reference model, at the student's temperature; NaN where the objective has none"""
+    """log-prob of x under the frozen reference model, at the student's temperature; NaN if the objective has none"""
     old_logp_T: Tensor
     """log p(x) before the first update on this rollout batch; with a single update, log p(x) itself, detached"""
     old_own_logp_TL: Tensor
-    """log p of the student's own top-k tokens, before the first update likewise"""
+    """log p of the student's own top-k tokens, also before the first update"""
     rollout_logp_T: Tensor
-    """log p(x) as the rollout engine saw it"""
+    """log p(x) as the rollout engine reported it"""
     selected_T: Tensor
-    """not 0 where a comparison with other tokens has selected it (`parts.batch_statistics`); NaN = not given"""
+    """not 0 if a comparison with other tokens selected the token (`parts.batch_statistics`); NaN = not given"""
     advantage_T: Tensor
-    """an advantage that was made from other tokens, nats or of a verdict; NaN = not given"""
+    """an advantage computed from other tokens, in nats or from a verdict; NaN = not given"""
     history_weight_T: Tensor
-    """a factor that was made from the tokens before this one; NaN = not given"""
+    """a factor computed from the tokens before this one; NaN = not given"""
     trust_u_T: Tensor
     """uniform in [0, 1) of the Bernoulli gate"""
     student_mask_T: Tensor
@@ -69,9 +69,9 @@ class TokenInputs:
 
 
 def blank_unsupervised(inputs: TokenInputs) -> TokenInputs:
-    """The same inputs with zeros and absent candidates where a token is in neither mask.
+    """Return the same inputs with zeros and absent candidates for tokens in neither mask.
 
-    What anyone left there may be NaN, and 0 * NaN would reach the sum and the gradient.
+    These tokens may hold NaN, and 0 * NaN would reach the sum and the gradient.
     """
     counted_T = inputs.student_mask_T | inputs.prefix_mask_T
 
@@ -97,7 +97,7 @@ def blank_unsupervised(inputs: TokenInputs) -> TokenInputs:
 
 
 def log_ratio(inputs: TokenInputs) -> Tensor:
-    """r = log q(x) - log p(x), nats, [T]: a constant, of the student before the update."""
+    """r = log q(x) - log p(x), nats, [T]: a constant, with p the student before the update."""
     return (inputs.teacher_logp_T - inputs.old_logp_T).detach()
 
 
@@ -112,11 +112,11 @@ def make_columns(
     clipped_T: Tensor,
     loss_T: Tensor,
 ) -> dict[str, Tensor]:
-    """The columns of `TokenLosses`, [T] each, detached and blank where a token is in neither mask.
+    """Return the columns of `TokenLosses`, [T] each, detached, and blank for tokens in neither mask.
 
-    trusted (weight of the gate), log_ratio, divergence (nats; NaN outside both masks and where there is none),
-    advantage (A), ratio (w), clipped (1 where PPO's clip holds the gradient at 0), loss (the objective's value in nats,
-    not the surrogate, not weighted), teacher_mass and student_mass (of the teacher's top-k; 0 outside both masks).
+    trusted (weight of the gate), log_ratio, divergence (nats; NaN outside both masks and if there is none), advantage
+    (A), ratio (w), clipped (1 if PPO's clip makes the gradient 0), loss (the objective's value in nats, not the
+    surrogate, not weighted), teacher_mass and student_mass (of the teacher's top-k; 0 outside both masks).
     """
     counted_T = inputs.student_mask_T | inputs.prefix_mask_T
     absent_TK = inputs.teacher_topk_logp_TK == ABSENT

@@ -1,9 +1,9 @@
-"""Objectives that match the teacher's distribution: a differentiable divergence from it, alone or beside a reward.
+"""Objectives that match the teacher's distribution: a differentiable divergence from it, alone or with a reward.
 
-For one micro-batch of per-token numbers; not for logits. p is the student, q the teacher, x the sampled token,
-r = log q(x) - log p(x) before the update. `gkd` and `lsm` are the divergence alone: no advantage and no ratio, the
-gradient goes through the candidates' log-probs. `eopd` adds the forward KL to the reward r where the teacher is
-uncertain; `jsd` has one half of the divergence as a reward and one half differentiated. Invariant: no mean, no
+They take the per-token numbers of one micro-batch, not logits. p is the student, q the teacher, x the sampled token,
+r = log q(x) - log p(x) before the update. `gkd` and `lsm` are the divergence alone, without advantage and ratio; the
+gradient flows through the candidates' log-probs. `eopd` uses the reward r and adds the forward KL where the teacher is
+uncertain. `jsd` has one half of its divergence as a reward and differentiates the other half. Invariant: no mean, no
 host sync; a token outside both masks has no influence.
 
 Shapes: T tokens, K teacher top-k, E candidates (K, or K + 1 with the sampled token).
@@ -31,7 +31,7 @@ from tropd_mcore.sentinels import ABSENT
 def gkd(inputs: TokenInputs, *, divergence: str, beta: float, norm: str, full_vocabulary: bool) -> TokenLosses:
     """Generalised knowledge distillation: `fkl` KL(q || p), `rkl` KL(p || q) or `jsd` of `beta`, on every token.
 
-    On the teacher's top-k under `norm`; with full_vocabulary, what the kernel computed (`inputs.divergence_T`).
+    On the teacher's top-k under `norm`; with full_vocabulary, the kernel's exact value (`inputs.divergence_T`).
     Source: GKD, arXiv 2306.13649, all sequences sampled by the student (lambda = 1).
     """
     inputs = blank_unsupervised(inputs)
@@ -46,13 +46,14 @@ def gkd(inputs: TokenInputs, *, divergence: str, beta: float, norm: str, full_vo
 def lsm(inputs: TokenInputs, *, sampled_tail: bool, clip_log_ratio: float | None) -> TokenLosses:
     """Local support matching: KL(p~ || q~), both renormalised on the teacher's top-k.
 
-    sampled_tail appends x where it is outside; clip_log_ratio = c clamps log(p~ / q~) to [-c, c] nats, as a constant
-    (see `clipped_reverse_kl`). What p has outside the candidates has no gradient.
+    sampled_tail appends x if it is outside the top-k. clip_log_ratio = c clamps log(p~ / q~) to [-c, c] nats, as a
+    constant (see `clipped_reverse_kl`). The probability that p has outside the candidates gets no gradient.
     Source: Revisiting OPD, arXiv 2603.25562 (top-32, no clamp).
     """
     inputs = blank_unsupervised(inputs)
     student_TE, teacher_TE = inputs.student_topk_logp_TK, inputs.teacher_topk_logp_TK
     if sampled_tail:
+        # x as one more candidate. ABSENT if it is in the top-k already, so that it does not count twice.
         inside_T = (inputs.topk_ids_TK == inputs.target_ids_T[:, None]).any(dim=1)
         sampled_T = inputs.teacher_logp_T.masked_fill(inside_T, ABSENT)
         student_TE = torch.cat([student_TE, inputs.student_logp_T[:, None]], dim=1)
@@ -67,8 +68,8 @@ def lsm(inputs: TokenInputs, *, sampled_tail: bool, clip_log_ratio: float | None
 def eopd(inputs: TokenInputs, *, entropy_threshold: float, norm: str, policy: PolicyGradient) -> TokenLosses:
     """Entropy-aware OPD: the reward on every token, plus FKL where the teacher's entropy exceeds the threshold.
 
-    FKL is added, it does not replace the reward. An entropy of NaN (a scorer that cannot give it) makes the loss NaN,
-    which the trainer stops at. Source: EOPD, arXiv 2603.07079 (0.8 nats, top-16, truncated).
+    FKL is added to the reward and does not replace it. If the scorer gives no entropy (NaN), the loss is NaN and the
+    trainer stops. Source: EOPD, arXiv 2603.07079 (0.8 nats, top-16, truncated).
     """
     inputs = blank_unsupervised(inputs)
     fkl_T = topk_forward_kl(inputs.student_topk_logp_TK, inputs.teacher_topk_logp_TK, norm=norm)
@@ -85,14 +86,14 @@ def eopd(inputs: TokenInputs, *, entropy_threshold: float, norm: str, policy: Po
 def jsd(inputs: TokenInputs, *, beta: float, policy: PolicyGradient) -> TokenLosses:
     """TrOPD's baseline beta sum_A q log(q / mix) + (1 - beta) log(p(x) / mix(x)), mix = beta q + (1 - beta) p.
 
-    The first half, on the teacher's top-k A, is differentiated through the mixture. The second estimates KL(p || mix)
-    from one x ~ p; the gradient of that expectation has a part from the sampling and one from the mixture,
+    The first half, on the teacher's top-k A, is differentiated through the mixture. The second half estimates
+    KL(p || mix) from one x ~ p. The gradient of that expectation has a part from the sampling and one from the mixture,
 
         E_x[(log(p / mix) + beta q / mix) grad log p],
 
-    so its advantage is -(1 - beta) (log(p(x) / mix(x)) + beta (q(x) / mix(x) - 1)). The constant -beta has expectation
-    0 and makes it 0 where p = q. With the whole vocabulary in A, the expected gradient is exactly that of the
-    divergence. Source: TrOPD section 4 (values); the gradient is derived.
+    so its advantage is -(1 - beta) (log(p(x) / mix(x)) + beta (q(x) / mix(x) - 1)). The constant -beta changes nothing
+    in expectation and makes the advantage 0 where p = q. If A is the whole vocabulary, the expected gradient is exactly
+    that of the divergence. Source: TrOPD section 4 (values); the gradient is derived.
     """
     inputs = blank_unsupervised(inputs)
     teacher_half_T = beta * _forward_kl_to_mixture(inputs.student_topk_logp_TK, inputs.teacher_topk_logp_TK, beta)
@@ -121,7 +122,7 @@ def _on_topk(inputs: TokenInputs, divergence: str, beta: float, norm: str) -> Te
 
 
 def _divergence_loss(inputs: TokenInputs, divergence_T: Tensor) -> TokenLosses:
-    """The divergence on the student's tokens as the loss; no advantage."""
+    """The divergence on the student's tokens as the loss, without an advantage."""
     nothing_T = torch.zeros_like(divergence_T)
     terms = TokenTerms(nothing_T, value_T=divergence_T, divergence_term_T=divergence_T, divergence_T=divergence_T)
     return sampled_token_loss(inputs, terms, policy=PolicyGradient())

@@ -1,8 +1,8 @@
-"""From an objective with its constants to its loss function, by name: no table.
+"""Finds the loss function of an objective and its constants by name, without a table.
 
-Not for the mathematics (the families). The equation of the kind `k` in the family `f` is `objectives.f.k`, its
-constants and their defaults are `catalogue.k`, its keys `config.objectives.f`. Invariant: a constant that the equation
-has and the configuration lacks is an error here, not a default.
+This module has no equations (see the families). For the kind `k` of the family `f`, the equation is `objectives.f.k`,
+constants and defaults are `catalogue.k`, and the keys are in `config.objectives.f`. Invariant: if the configuration
+lacks a constant of the equation, that is an error here and not a default.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tropd_mcore.objectives.catalogue import Objective
 from tropd_mcore.objectives.inputs import TokenInputs, blank_unsupervised
 
 LossFunction = Callable[[TokenInputs], TokenLosses]
-"""The loss of the tokens of one micro-batch or of a chunk of it."""
+"""The loss of the tokens of one micro-batch or of one chunk of it."""
 
 
 class Configured(Protocol):
-    """What the registry asks of a section of the configuration (`config.objectives.base.Objective`)."""
+    """The part of a configuration section that the registry reads (`config.objectives.base.Objective`)."""
 
     kind: str
 
@@ -40,8 +40,8 @@ class Configured(Protocol):
 def objective_of(section: Configured, progress: float = 0.0) -> Objective:
     """Return the objective with every constant taken from `section`.
 
-    `progress` in [0, 1) is step / run.steps, for the objectives that change with time. Raises ConfigError where a
-    function of the user's own cannot be used.
+    `progress` in [0, 1) is step / run.steps, for objectives that change over the run. Raises ConfigError if a custom
+    function cannot be used.
     """
     module, constants = _family(section.family), section.constants(progress)
     if (bind := getattr(module, "bind", None)) is not None:
@@ -65,27 +65,27 @@ def bind_objective(section: Configured, progress: float = 0.0) -> LossFunction:
 
 
 def _supervised_only(function: LossFunction, inputs: TokenInputs) -> TokenLosses:
-    """A function of the user's own, held to what all objectives keep: a token in neither mask trains nothing.
+    """Call a custom function and enforce the rule of all objectives: a token in neither mask trains nothing.
 
-    Without this, one that forgets the masks would train on prompts without an error.
+    Without this, a function that forgets the masks would train on prompts without an error.
     """
     found = function(blank_unsupervised(inputs))
     supervised_T = inputs.student_mask_T | inputs.prefix_mask_T
     if not isinstance(found, TokenLosses) or found.loss_T.shape != supervised_T.shape:
         shape = f" with losses {tuple(found.loss_T.shape)}" if isinstance(found, TokenLosses) else ""
         raise LossInputError(
-            f"an objective of your own returned a {type(found).__name__}{shape}, expected TokenLosses with a loss for "
+            f"a custom objective returned a {type(found).__name__}{shape}, expected TokenLosses with a loss for "
             f"each of the {len(supervised_T)} tokens of its chunk"
         )
     if found.counted_T.dtype != torch.bool or found.counted_T.shape != supervised_T.shape:
         raise LossInputError(
-            f"an objective of your own returned counted_T as {found.counted_T.dtype} {tuple(found.counted_T.shape)}, "
+            f"a custom objective returned counted_T as {found.counted_T.dtype} {tuple(found.counted_T.shape)}, "
             f"expected bool [{len(supervised_T)}], as inputs.student_mask_T is"
         )
     for name, column in found.columns.items():
         if column.shape != supervised_T.shape:
             raise LossInputError(
-                f"an objective of your own returned the column {name} as {tuple(column.shape)}, expected "
+                f"a custom objective returned the column {name} as {tuple(column.shape)}, expected "
                 f"[{len(supervised_T)}]"
             )
     loss_T = torch.where(supervised_T, found.loss_T, 0.0)

@@ -1,7 +1,7 @@
-"""Objectives that reward the sampled token with a function of the log-probs of student, teacher and perhaps more.
+"""Objectives that reward the sampled token with a function of the log-probs of student, teacher and others.
 
-p is the student, q the teacher, x the sampled token, r = log q(x) - log p(x) of the student before the update. All are
-`sampled_token_loss` with no differentiable term:
+p is the student, q the teacher, x the sampled token, r = log q(x) - log p(x) of the student before the update. All use
+`sampled_token_loss` without a differentiable term:
 
                  advantage A                                            trained
     reopold      max(r, floor)                                          all; r >= floor; the batch's most uncertain
@@ -12,9 +12,9 @@ p is the student, q the teacher, x the sampled token, r = log q(x) - log p(x) of
     iw_opd       h (log q - log p_sampler), h the history weight        all
     power_opd    q^a - p^a                                              all
 
-What of these needs other tokens reaches them as `selected_T`, `advantage_T` or
-`history_weight_T` (`parts.batch_statistics`). `advantage_clip` = c
-clamps to [-c, c] what is a log-ratio: r, the reward of `exopd`, log q - log p_sampler; never a baseline or a weight.
+Numbers that depend on other tokens arrive as `selected_T`, `advantage_T` or `history_weight_T`
+(`parts.batch_statistics`). `advantage_clip` = c clamps log-ratios to [-c, c]: r, the reward of `exopd`, and
+log q - log p_sampler. It never clamps a baseline or a weight.
 
 Shapes: T tokens, L student top-k.
 """
@@ -50,9 +50,9 @@ def reopold(inputs: TokenInputs, *, floor: float, train: str, policy: PolicyGrad
 
 
 def entropy_opd(inputs: TokenInputs, *, denominator: str, policy: PolicyGradient) -> TokenLosses:
-    """OPD on the tokens whose `selected_T` is not 0: those where the student was most uncertain, A = r.
+    """OPD (A = r) on the tokens whose `selected_T` is not 0: those with the highest student entropy.
 
-    denominator: `selected` (tokens that are trained) or `all`. Source: TrOPD, Entropy OPD.
+    denominator: `selected` (the trained tokens) or `all`. Source: TrOPD, Entropy OPD.
     """
     inputs = blank_unsupervised(inputs)
     advantage_T = clipped_reward(log_ratio(inputs), policy.advantage_clip)
@@ -61,7 +61,7 @@ def entropy_opd(inputs: TokenInputs, *, denominator: str, policy: PolicyGradient
 
 
 def exopd(inputs: TokenInputs, *, scale: float, policy: PolicyGradient) -> TokenLosses:
-    """G-OPD: A = scale (log q - log ref) - (log p - log ref); scale 1 is OPD, above 1 goes past the teacher.
+    """G-OPD: A = scale (log q - log ref) - (log p - log ref). Scale 1 is OPD; above 1 it extrapolates past the teacher.
 
     Source: G-OPD / ExOPD.
     """
@@ -73,7 +73,7 @@ def exopd(inputs: TokenInputs, *, scale: float, policy: PolicyGradient) -> Token
 
 
 def topd(inputs: TokenInputs, *, mixing: float, policy: PolicyGradient) -> TokenLosses:
-    """TOP-D: `advantage_T` is the advantage; the value is minus the mixed log-ratio that it was made from.
+    """TOP-D: `advantage_T` is the advantage. The value is minus the mixed log-ratio from which it was computed.
 
     Source: TOP-D.
     """
@@ -89,7 +89,7 @@ def mixed_log_ratio(log_ratio_T: Tensor, mixing: float) -> Tensor:
 
 
 def vopd(inputs: TokenInputs, *, policy: PolicyGradient) -> TokenLosses:
-    """OPD with the state's own baseline: A = r + KL(p~ || q~), p~ and q~ renormalised on the student's top tokens.
+    """OPD with a baseline per state: A = r + KL(p~ || q~), p~ and q~ renormalised on the student's top tokens.
 
     The baseline does not depend on x, so the expected gradient is that of OPD. The value is -r. Source: vOPD.
     """

@@ -1,8 +1,8 @@
-"""The form that all objectives share that reward the sampled token: an advantage, and perhaps a differentiable term.
+"""The common form of objectives that reward the sampled token: an advantage and an optional differentiable term.
 
     loss of a token = - w A log p(x) + D        on the tokens that are trained, else 0
 
-Not for the choice of A and D (`rewards`, `verified`). Invariant: what is not trained has no influence.
+This module does not choose A and D (`rewards`, `verified`). Invariant: a token that is not trained has no influence.
 
 Shapes: T tokens.
 """
@@ -21,20 +21,20 @@ from tropd_mcore.objectives.parts.policy_gradient import PolicyGradient, policy_
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What an objective makes of the tokens that the student sampled, [T] each."""
+    """The terms that an objective computes for the tokens that the student sampled, [T] each."""
 
     advantage_T: Tensor
     """A, without the mismatch weight"""
     value_T: Tensor
-    """the objective's value, nats: what is logged"""
+    """the objective's value, nats, for logging"""
     trained_T: Tensor | None = None
     """bool, the tokens that are trained; None = all that the student sampled"""
     trusted_T: Tensor | None = None
     """weight with which the token's own log-ratio counts; None = 1 where trained"""
     divergence_term_T: Tensor | None = None
-    """D, nats, the only one that has a gradient; None = 0"""
+    """D, nats, the only term with a gradient; None = 0"""
     divergence_T: Tensor | None = None
-    """the divergence to log, nats; None where there is none"""
+    """the divergence to log, nats; None if there is none"""
     anchor_logp_T: Tensor | None = None
     """log of the denominator of w; None = log p_old(x)"""
 
@@ -42,9 +42,9 @@ class TokenTerms:
 def sampled_token_loss(
     inputs: TokenInputs, terms: TokenTerms, *, policy: PolicyGradient, count_trained_only: bool = False
 ) -> TokenLosses:
-    """The loss of each token; `inputs` have passed `blank_unsupervised`.
+    """Return the loss of each token. `inputs` must have passed `blank_unsupervised`.
 
-    The denominator counts all tokens of both masks, or with `count_trained_only` those that are trained.
+    The denominator counts all tokens in either mask, or with `count_trained_only` only the trained ones.
     """
     on_T = inputs.student_mask_T
     trained_T = on_T if terms.trained_T is None else on_T & terms.trained_T

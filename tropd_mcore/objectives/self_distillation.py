@@ -1,7 +1,7 @@
-"""Self-distillation: the teacher is the student itself (an average of its weights) that has seen a solution.
+"""Self-distillation: the teacher is the student itself (an average of its weights) given a solution in its prompt.
 
-For one micro-batch of per-token numbers; not for how the teacher is made. p is the student, q the teacher, x the
-sampled token. Invariant: no mean, no host sync; a token outside both masks has no influence.
+The functions take the per-token numbers of one micro-batch; this module does not build the teacher. p is the student, q
+the teacher, x the sampled token. Invariant: no mean, no host sync; a token outside both masks has no influence.
 
 Shapes: T tokens, L the student's own top-k.
 """
@@ -27,13 +27,13 @@ from tropd_mcore.objectives.sampled import TokenTerms, sampled_token_loss
 
 
 def sdpo(inputs: TokenInputs, *, alpha: float, norm: str, ratio_cap: float, policy: PolicyGradient) -> TokenLosses:
-    """Jensen-Shannon divergence on the student's own candidates, times constants that correct for old samples.
+    """Jensen-Shannon divergence on the student's own candidates, times constants that correct for outdated samples.
 
         min(p / p_old, ratio_cap) c ((1 - alpha) KL(p || mix) + alpha KL(q || mix)),  mix = (1 - alpha) p + alpha q,
 
-    c being the mismatch weight; alpha = 0 is KL(q || p), alpha = 1 is KL(p || q), as which they are computed (the
-    formula itself is 0 there). norm: `tail` or `renorm`. The gradient goes through the candidates' log-probs; the
-    ratio at x is a constant. Source: SDPO, arXiv 2601.20802 (0.5, top-100, tail, cap 2).
+    c is the mismatch weight. alpha = 0 is computed as KL(q || p) and alpha = 1 as KL(p || q); there the formula
+    itself is 0. norm: `tail` or `renorm`. The gradient flows through the candidates' log-probs; the ratio at x is a
+    constant. Source: SDPO, arXiv 2601.20802 (0.5, top-100, tail, cap 2).
     """
     inputs = blank_unsupervised(inputs)
     divergence_T = _on_own_candidates(inputs, alpha, norm)
@@ -54,8 +54,8 @@ def sdpo(inputs: TokenInputs, *, alpha: float, norm: str, ratio_cap: float, poli
 def opsd(inputs: TokenInputs, *, entry_clip: float, norm: str) -> TokenLosses:
     """Forward KL on the student's own candidates whose entries are bounded: sum_v min(q log(q / p), entry_clip).
 
-    norm: `truncated` or `tail`, whose entry is bounded like the others. A clipped entry has no gradient. The column
-    clipped_entries counts them on the student's tokens; NaN elsewhere.
+    norm: `truncated`, or `tail`, whose tail entry is bounded like the others. A clipped entry has no gradient. The
+    column clipped_entries counts clipped entries on the student's tokens; NaN elsewhere.
     Source: OPSD, arXiv 2601.18734v3; there the sum is over the whole vocabulary.
     """
     inputs = blank_unsupervised(inputs)

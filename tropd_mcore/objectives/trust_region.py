@@ -1,17 +1,17 @@
 """TrOPD, plain on-policy distillation and asymmetric OPD as losses over tokens.
 
-For one micro-batch of per-token numbers that are the same on every rank; not for logits, and it knows nothing of
-parallelism. Throughout, p is the student, q the teacher, x the token that was sampled, r = log q(x) - log p(x) the
-log-ratio of the student before the update, FKL the forward KL(q || p) on the teacher's top-k.
+The functions take the per-token numbers of one micro-batch, the same on every rank. They handle neither logits nor
+parallelism. Throughout, p is the student, q the teacher, x the sampled token, r = log q(x) - log p(x) the log-ratio of
+the student before the update, and FKL the forward KL(q || p) on the teacher's top-k.
 
 Every objective here has the form
 
     loss of a token = - w A log p(x) + c FKL
 
-with a constant *advantage* A and a constant *divergence weight* c; gradients flow through log p and FKL only. Where a
-token was sampled by the student, differentiating the one-sample estimate r itself would lose the teacher (the
-expectation of grad log p is 0); as an advantage, its expected gradient is that of the reverse KL. The ratio w of
-`policy_loss` is on the student's tokens only; a teacher's token was not sampled from p, so it has none.
+with a constant *advantage* A and a constant *divergence weight* c. Gradients flow through log p and FKL only. For a
+token sampled by the student, differentiating the one-sample estimate r itself would lose the teacher, since the
+expectation of grad log p is 0. With r as the advantage, the expected gradient is that of the reverse KL. Only student
+tokens have the ratio w of `policy_loss`; a teacher's token was not sampled from p.
 
                                      A             c
     student token, trusted           r             0
@@ -68,18 +68,22 @@ def tropd(
     """Trust-region on-policy distillation.
 
     A student token is trusted with weight t in [0, 1] (`trust_gate`) and an outlier with weight 1 - t. Outlier modes
-    `mask` and `clip` take t = [r > clip_tau] instead; `clip` thereby floors the reward at clip_tau. The advantage of a
-    student token also carries the weight of `mismatch_weight`; FKL as a direct loss does not. advantage_clip = c clamps
-    r to [-c, c] nats in the advantage, never in the gate. Gate and r are of the student before the first update, FKL is
-    of the student as it is now.
+    `mask` and `clip` use t = [r > clip_tau] instead; `clip` thus floors the reward at clip_tau. The advantage of a
+    student token is also multiplied by `mismatch_weight`; FKL as a direct loss is not. advantage_clip = c clamps r to
+    [-c, c] nats in the advantage, never in the gate. Gate and r use the student before the first update, FKL uses the
+    current student.
 
     Keywords: the keys of the configuration sections objective.trust, .outlier, .guidance and .policy_gradient.
     Source: TrOPD, the unified objective J^TrOPD; fkl_scalar and scalar_adv: the form reported of the authors' code.
     """
+    # With t the trust of a student token, for outlier mode fkl_direct, no ratio and no mismatch weight:
+    #     student token   - t r log p(x) + weight (1 - t) FKL        teacher token (nll)   - beta log p(x)
+    # The other modes put their own A and c into the same form; see the table of the module.
     inputs = blank_unsupervised(inputs)
     log_ratio_T = log_ratio(inputs)
     fkl_T = topk_forward_kl(inputs.student_topk_logp_TK, inputs.teacher_topk_logp_TK, norm=outlier_norm)
 
+    # The gate, then A and c of every token, first as if all were the student's, then as if all were the teacher's.
     if outlier_mode in ("mask", "clip"):
         trust_mode, trust_threshold = "threshold", clip_tau
     trust_T = trust_gate(log_ratio_T, mode=trust_mode, trust_u_T=inputs.trust_u_T, threshold=trust_threshold)
@@ -87,6 +91,7 @@ def tropd(
     student_terms = _student_terms(outlier_mode, trust_T, reward_T, outlier_weight * (1.0 - trust_T), fkl_T, clip_tau)
     teacher_terms = _prefix_terms(prefix_loss, beta, log_ratio_T, fkl_T)
 
+    # The surrogate. Ratio, clip and mismatch weight apply to student tokens only.
     on_T, off_T = inputs.student_mask_T, inputs.prefix_mask_T
     sampled = policy_loss(
         inputs.student_logp_T,
@@ -119,7 +124,7 @@ def opd(
     *,
     policy: PolicyGradient,
 ) -> TokenLosses:
-    """Plain on-policy distillation, the reverse KL by its one-sample estimate: TrOPD that trusts every token.
+    """Plain on-policy distillation, the one-sample estimate of the reverse KL: TrOPD that trusts every token.
 
     Source: Thinking Machines Lab, "On-Policy Distillation"; TrOPD, the K1 form of J^KD.
     """
@@ -207,7 +212,7 @@ def _aopd_gate(inputs: TokenInputs, threshold: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Terms:
-    """A, c and the logged value of every token, were all tokens of one origin, [T]."""
+    """A, c and the logged value of every token, as if all tokens had one origin, [T]."""
 
     advantage_T: Tensor
     fkl_weight_T: Tensor
@@ -217,7 +222,7 @@ class _Terms:
 def _student_terms(
     outlier_mode: str, trust_T: Tensor, reward_T: Tensor, outlier_T: Tensor, fkl_T: Tensor, clip_tau: float
 ) -> _Terms:
-    """Tokens that the student sampled: the log-ratio as far as they are trusted, the outlier's term for the rest."""
+    """Tokens that the student sampled: the log-ratio times the trust, and the outlier's term for the rest."""
     zero_T = torch.zeros_like(trust_T)
     trusted_T = torch.where(trust_T > 0, trust_T * reward_T, zero_T)  # a distrusted reward may be -inf
     if outlier_mode == "fkl_direct":
@@ -235,7 +240,7 @@ def _student_terms(
 def _prefix_terms(prefix_loss: str, beta: float, log_ratio_T: Tensor, fkl_T: Tensor) -> _Terms:
     """Tokens that the teacher sampled: their mean log-ratio estimates the forward KL, whose gradient is that of -log p.
 
-    scalar_adv takes that estimate as an advantage instead; its gradient points away from the teacher.
+    scalar_adv uses that estimate as an advantage instead; its gradient points away from the teacher.
     """
     zero_T = torch.zeros_like(log_ratio_T)
     beta_T = torch.full_like(log_ratio_T, beta)

@@ -1,6 +1,6 @@
-"""An objective of the user's own, found by its import path.
+"""A custom objective, found by its import path.
 
-Not a sandbox: the module is imported and its function called with the rights of the job. Invariant: whatever is wrong
+This is no sandbox: the module is imported and its function called with the rights of the job. Invariant: any problem
 with the path, the module, the arguments or the result is a ConfigError that names the key.
 """
 
@@ -31,7 +31,7 @@ def load_custom(
 ) -> Callable[[TokenInputs], TokenLosses]:
     """Return the function `package.module:function` with its keyword arguments bound, its result checked.
 
-    `policy` is passed as the keyword of that name where the function has one, and has to be the default otherwise.
+    `policy` is passed as the keyword of that name if the function has one. Otherwise it must be the default.
     Raises ConfigError.
     """
     function = _find(path)
@@ -82,18 +82,18 @@ def _find(path: str) -> Callable[..., Any]:
 
 
 def _checked(function: Callable[..., Any], path: str, keywords: dict[str, Any], inputs: TokenInputs) -> TokenLosses:
-    """Call the function; raise ConfigError where its result cannot be used. No host sync."""
+    """Call the function. Raises ConfigError if its result cannot be used. No host sync."""
     output = function(inputs, **keywords)
     if not isinstance(output, TokenLosses):
         raise ConfigError([f"{KEY}={path}: expected a TokenLosses, found {type(output).__name__}"])
     tokens = inputs.student_mask_T.shape
     if output.loss_T.shape != tokens or output.counted_T.shape != tokens:
         found = f"loss_T {tuple(output.loss_T.shape)}, counted_T {tuple(output.counted_T.shape)}"
-        raise ConfigError([f"{KEY}={path}: expected one number a token, {tuple(tokens)}, found {found}"])
+        raise ConfigError([f"{KEY}={path}: expected one number per token, {tuple(tokens)}, found {found}"])
     wrong = [name for name, column in output.columns.items() if column.shape != tokens]
     missing = sorted(COLUMNS - output.columns.keys())
     if wrong or missing:
-        expected = "expected the columns of `make_columns`, one number a token"
+        expected = "expected the columns of `make_columns`, one number per token"
         raise ConfigError([f"{KEY}={path}: {expected}; missing: {missing}, of another shape: {wrong}"])
     return output
 
@@ -109,4 +109,4 @@ COLUMNS = {
     "teacher_mass",
     "student_mass",
 }
-"""Names of `TokenLosses.columns`."""
+"""Required names of `TokenLosses.columns`."""

@@ -1,1 +1,1 @@
-"""What a run leaves on disk for itself: its directory and the lock of it, rollouts and scores, values per token."""
+"""Files that a run writes for its own use: the run directory and its lock, rollouts, scores and per-token values."""

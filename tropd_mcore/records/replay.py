@@ -1,8 +1,8 @@
-"""Rollouts and teacher scores of a step on disk, so that a killed step is repeated with the same numbers.
+"""Stores rollouts and teacher scores of a step on disk, so a killed step is repeated with the same numbers.
 
-Plain `.npz` arrays, read without pickle. Variable-length arrays are stored flat beside their lengths. Files are
-published whole, and a flipped bit is an error when the file is read; scores of other rollouts, another layout, another
-teacher or other candidates are not used, and why is told.
+Files are plain `.npz` arrays and are read without pickle. Variable-length arrays are stored flat, with their lengths in
+a second array. Files are published whole, and a flipped bit is an error when the file is read. Scores that belong to
+other rollouts, another layout, another teacher or other candidates are not used, and the reason is reported.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from tropd_mcore.types import MicroBatch, Rollout, TeacherScores
 
 _RAGGED = ("prompt_ids", "prefix_ids", "response_ids", "rollout_logp", "trust_u")
 _EARLIER_NAMES = {"behav_logp": "rollout_logp", "own_logp_TL": "logp_of_student_topk_TL"}
-"""Names of arrays in files of earlier versions, and what they are called now."""
+"""Array names of earlier versions -> present names."""
 _TEXT = ("sample_id", "prompt_id", "policy_version", "finish_reason")
 _SCORE_FIELDS = ("logp_T", "topk_ids_TK", "topk_logp_TK", "tail_mass_T", "scored_T")
 _KEY_PARTS = ("teacher", "rows", "candidates")
@@ -36,13 +36,13 @@ _OPTIONAL_SCORE_FIELDS = ("entropy_T", "logp_of_student_topk_TL", "excluded_T")
 _READ_ERRORS = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
 )  # fmt: skip
-"""What numpy and zipfile raise for a damaged archive, in which every array has a checksum."""
+"""Errors that numpy and zipfile raise for a damaged archive. Every array in the archive has a checksum."""
 _CONTENTS = "contents"
-"""Array of the names of all others, because damage can hide one."""
+"""Array with the names of all other arrays, because damage can hide one."""
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout], *, left_out: int = 0) -> None:
-    """Publish the rollouts of one step at `path`; `left_out` samples had no usable answer and are not among them."""
+    """Publish the rollouts of one step at `path`; `left_out` counts samples that had no usable answer."""
     arrays: dict[str, np.ndarray] = {}
     for name in _RAGGED:
         values = [getattr(rollout, name) for rollout in rollouts]
@@ -58,19 +58,22 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout], *, left_out: int = 0)
 
 
 def load_left_out(path: Path) -> int:
-    """Samples that were left out of the rollouts in `path`; 0 in a file that does not say. Raises `DataError`."""
+    """Return how many samples were left out of the rollouts in `path`; 0 if the file does not record it.
+
+    Raises `DataError`.
+    """
     return int(_read_arrays(path, ["left_out"], missing_ok=True).get("left_out", np.array(0)))
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
-    """The rollouts of one step as they were saved. Raises `DataError` where the file is not one of ours."""
+    """Return the rollouts of one step as they were saved. Raises `DataError` if the file is not a rollout file."""
     arrays = _read_arrays(path)
     ragged = {name: _split(arrays, name) for name in _RAGGED}
     return [_rollout(arrays, ragged, index) for index in range(len(arrays["sample_id"]))]
 
 
 def _split(arrays: dict[str, np.ndarray], name: str) -> list[Any]:
-    """The flat array `name` cut by its lengths."""
+    """Split the flat array `name` by its lengths."""
     lengths = arrays[f"{name}_lengths"]
     return np.split(arrays[name], np.cumsum(lengths)[:-1]) if len(lengths) else []
 
@@ -85,16 +88,16 @@ def _rollout(arrays: dict[str, np.ndarray], ragged: dict[str, list[Any]], index:
 
 @dataclass(frozen=True)
 class ScoreKey:
-    """What a score file belongs to."""
+    """Identifies what a score file belongs to."""
 
     teacher: str
-    """Anything that tells one scorer, with the number of candidates it was asked for, from another."""
+    """Text that distinguishes scorers, including the number of candidates that they return."""
     micro_batches: Sequence[MicroBatch]
     own_ids: Sequence[Tensor | None]
-    """int64 [T, L] a micro-batch, the student's own candidates; None where none were asked for."""
+    """int64 [T, L] per micro-batch, the student's top-k; None if the teacher was not asked to score it."""
 
     def parts(self) -> dict[str, str]:
-        """The teacher, the hash of the predicted tokens of all rows in order, and that of the candidates."""
+        """Return the teacher, a hash of all rows (predicted tokens, in order), and a hash of the student's top-k."""
         rows, candidates = hashlib.sha256(), hashlib.sha256()
         for micro_batch, own_ids in zip(self.micro_batches, self.own_ids, strict=True):
             for tensor in (micro_batch.target_ids_T, micro_batch.sample_index_T, micro_batch.token_index_T):
@@ -105,21 +108,22 @@ class ScoreKey:
 
 
 def save_scores(path: Path, key: ScoreKey, scores: Sequence[TeacherScores]) -> None:
-    """Publish the teacher's scores of this rank's micro-batches at `path`; hidden states are left out."""
+    """Publish the teacher's scores of this rank's micro-batches at `path`. Hidden states are not stored."""
     arrays = {name: torch.cat([getattr(score, name) for score in scores]).cpu().numpy() for name in _SCORE_FIELDS}
     for name in _OPTIONAL_SCORE_FIELDS:
         pieces = [piece for score in scores if (piece := getattr(score, name)) is not None]
         if pieces and len(pieces) == len(scores):
             arrays[name] = torch.cat(pieces).cpu().numpy()
-    arrays["topk_ids_TK"] = arrays["topk_ids_TK"].astype(np.int32)  # a third of the file; no vocabulary needs more
+    # int32 saves a third of the file, and every vocabulary fits into it.
+    arrays["topk_ids_TK"] = arrays["topk_ids_TK"].astype(np.int32)
     arrays |= {f"key_{name}": np.array(part) for name, part in key.parts().items()}
     _publish_arrays(path, arrays)
 
 
 def mismatch(path: Path, key: ScoreKey) -> str | None:
-    """Why the scores at `path`, which exists, are not those of `key`; None where they are. Reads no scores.
+    """Return why the existing scores at `path` do not belong to `key`; None if they do. Reads no scores.
 
-    Raises `DataError` where the file is damaged.
+    Raises `DataError` if the file is damaged.
     """
     stored = _read_arrays(path, [f"key_{name}" for name in _KEY_PARTS], missing_ok=True)
     if not stored:
@@ -132,7 +136,7 @@ def mismatch(path: Path, key: ScoreKey) -> str | None:
 
 
 def load_scores(path: Path, key: ScoreKey) -> list[TeacherScores]:
-    """The scores at `path`, which are those of `key` (see `mismatch`), cut to its micro-batches."""
+    """Return the scores at `path`, split by the micro-batches of `key`. Check with `mismatch` first."""
     arrays = _read_arrays(path)
     arrays["topk_ids_TK"] = arrays["topk_ids_TK"].astype(np.int64)
     sizes = [len(micro_batch.rows_T) for micro_batch in key.micro_batches]
@@ -160,10 +164,10 @@ def _publish_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def _read_arrays(
     path: Path, names: Collection[str] | None = None, *, missing_ok: bool = False
 ) -> dict[str, np.ndarray]:
-    """The arrays of these names, or all; none of them where one is not there and that may be."""
+    """Return the arrays `names`, or all arrays. With `missing_ok`, returns {} if one of `names` is missing."""
     if (other := in_the_way(path, zip_wanted=True)) is not None:
         raise DataError(
-            f"cannot read {shown(path)}: expected arrays (.npz); {other}; without the file, the step is made again"
+            f"cannot read {shown(path)}: expected arrays (.npz); {other}; without the file, the step is sampled again"
         )
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -179,6 +183,6 @@ def _read_arrays(
 
 
 def _now(name: str) -> str:
-    """The name of an array today; a flat array has its lengths beside it."""
+    """Return the present name of an array, also for the array of lengths that belongs to a flat array."""
     flat = name.removesuffix("_lengths")
     return name.replace(flat, _EARLIER_NAMES.get(flat, flat))

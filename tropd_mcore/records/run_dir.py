@@ -1,19 +1,19 @@
-"""The run directory: what lies where, who may write in it, and which configuration it was made with.
+"""The run directory: the paths of its files, the lock on it, and the configuration that it was made with.
 
-    config.resolved.yaml   every key, its value and where the value came from, of the last launch that was accepted
-    inputs.json            digests of the data and the models that it read, and versions
-    digests.json           digests of large files, so that they are read once
+    config.resolved.yaml   every key of the last accepted launch, with its value and the source of the value
+    inputs.json            digests of the data and models that this launch read, and versions
+    digests.json           digests of large files, so each is read only once
     model_checks.json      which models were compared with an independent reading of their folders
-    run.id                 the name of the run, which its checkpoints carry
-    teacher.json           what a served teacher was at the first launch
-    template_date          the day that chat templates print, that of the first launch
-    metrics.jsonl          one line a step
-    rollouts/ scores/      what decided each step, enough to replay it
+    run.id                 the name of the run, which is also stored in its checkpoints
+    teacher.json           identity of a served teacher at the first launch
+    template_date          the date that chat templates print: the day of the first launch
+    metrics.jsonl          one line per step
+    rollouts/ scores/      rollouts and scores of each step, enough to replay it
     tokens/                per-token values of a few samples, for the report
     checkpoints/ export/   Megatron checkpoints and the final Hugging Face folder
     logs/                  output of the servers
 
-Invariant: one job at a time (`run_lock`); a job that a resume would need a file of never removes it.
+Invariants: one job at a time (`run_lock`). A file that a resume would need is never removed.
 """
 
 import shutil
@@ -28,20 +28,20 @@ from tropd_mcore.records.run_lock import Kind, RunLock
 
 @dataclass(frozen=True)
 class Kept:
-    """How many of the newest steps keep their files; None = all."""
+    """How many of the newest steps keep their files, per kind of file; None = all."""
 
     rollouts: int | None = None
     scores: int | None = 0
     tokens: int | None = None
     rollouts_needed_from: int = 0
-    """First step that a resume would repeat, that of the newest checkpoint: its rollouts stay."""
+    """First step that a resume from the newest checkpoint would repeat. Rollouts from this step on are kept."""
     scores_needed_from: int = 0
-    """The same for scores, which only a served teacher could not give again."""
+    """The same for scores. Only the scores of a served teacher cannot be computed again."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run; nothing is created before `prepare`."""
+    """Paths of one run. Nothing is created before `lock`."""
 
     root: Path
     _locks: list[RunLock] = field(default_factory=list, compare=False, repr=False)
@@ -52,27 +52,27 @@ class RunDir:
 
     @property
     def inputs(self) -> Path:
-        """Record of what the last accepted launch read."""
+        """Record of the files that the last accepted launch read."""
         return self.root / "inputs.json"
 
     @property
     def digests(self) -> Path:
-        """Digests that spare reading large files again."""
+        """Digests of large files, which need not be read again."""
         return self.root / "digests.json"
 
     @property
     def teacher(self) -> Path:
-        """What the served teacher was at the first launch, and how the model folders read its text."""
+        """Identity of the served teacher at the first launch, and the log-probs of its text by the model folders."""
         return self.root / "teacher.json"
 
     @property
     def model_checks(self) -> Path:
-        """Which models were compared with an independent reading of their folders."""
+        """Record of the models that were compared with an independent reading of their folders."""
         return self.root / "model_checks.json"
 
     @property
     def run_id(self) -> Path:
-        """Text file with the name of the run, drawn at its first launch; its checkpoints carry it."""
+        """Text file with the name of the run, drawn at its first launch and stored in its checkpoints."""
         return self.root / "run.id"
 
     @property
@@ -89,7 +89,7 @@ class RunDir:
 
     @property
     def export_step(self) -> Path:
-        """Text file with the step that `export` was made at."""
+        """Text file with the number of optimizer steps in `export`."""
         return self.root / "export.step"
 
     @property
@@ -108,7 +108,7 @@ class RunDir:
     def lock(self, kind: Kind = "auto") -> RunLock:
         """Create the directory and hold it for this process, until the lock is released or the process ends.
 
-        Raises `ConfigError` where the directory cannot be written, another job holds it or `kind` cannot be had there.
+        Raises `ConfigError` if it cannot be written, another job holds it, or `kind` is unavailable there.
         """
         lock = RunLock(self.root)
         lock.acquire(kind)
@@ -116,21 +116,21 @@ class RunDir:
         return lock
 
     def watch(self) -> RunLock:
-        """Notice from now on where the directory, which another rank holds, goes. Raises `ConfigError`."""
+        """Let `check_held` notice if the directory, which another rank holds, is removed. Raises `ConfigError`."""
         lock = RunLock(self.root)
         lock.watch()
         self._locks.append(lock)
         return lock
 
     def check_held(self) -> None:
-        """Raise `DataError` where the directory is no longer the one that `lock` or `watch` saw; for before a write."""
+        """Raise `DataError` if the directory is no longer the one that `lock` or `watch` saw. Call before a write."""
         for lock in self._locks:
             lock.check()
 
     def recorded_config(self) -> str | None:
-        """The resolved configuration of the last accepted launch; None where there is none.
+        """Return the resolved configuration of the last accepted launch; None if there is none.
 
-        Raises `ConfigError` where it cannot be read.
+        Raises `ConfigError` if it cannot be read.
         """
         try:
             return self.config.read_text(encoding="utf-8")
@@ -142,32 +142,35 @@ class RunDir:
             raise ConfigError([problem]) from error
 
     def record_config(self, resolved: str) -> None:
-        """Replace the resolved configuration. Raises `DataError` where the place cannot be written."""
+        """Replace the resolved configuration. Raises `DataError` if it cannot be written."""
         publish_text(self.config, resolved)
 
     def recorded_id(self) -> str | None:
-        """The name that the first accepted launch drew; None before it, or where the file was removed."""
+        """Return the name that the first accepted launch drew; None before that launch, or if the file was removed."""
         try:
             return self.run_id.read_text(encoding="utf-8").strip() or None
         except (OSError, UnicodeDecodeError):
             return None
 
     def record_id(self, name: str) -> None:
-        """Keep the name of the run, once. Raises `DataError` where the place cannot be written."""
+        """Record the name of the run unless one is recorded. Raises `DataError` if it cannot be written."""
         if self.recorded_id() is None:
             publish_text(self.run_id, f"{name}\n")
 
     def has_begun(self) -> bool:
-        """Whether an earlier launch sampled, replayed or trained anything that this one would go on with."""
+        """Whether an earlier launch sampled, replayed or trained anything that this launch would continue."""
         return any((self.root / "rollouts").glob("step_*.npz")) or any(self.checkpoints.glob("step_*"))
 
     @property
     def template_date(self) -> Path:
-        """Text file with the day that chat templates print in this run."""
+        """Text file with the date that chat templates print in this run."""
         return self.root / "template_date"
 
     def recorded_template_date(self) -> date | None:
-        """The day that the run's chat templates print; None where no launch has recorded one. Raises `DataError`."""
+        """Return the date that the run's chat templates print; None if no launch has recorded one.
+
+        Raises `DataError` if the file is damaged.
+        """
         if not self.template_date.exists():
             return None
         text = self.template_date.read_text(encoding="utf-8", errors="replace").strip()
@@ -176,22 +179,23 @@ class RunDir:
         except ValueError as error:
             raise DataError(
                 f"{self.template_date}: expected the date of the run's first launch (YYYY-MM-DD), found {text[:20]!r}; "
-                "write it there"
+                "write that date into the file"
             ) from error
 
     def record_template_date(self, day: date) -> None:
-        """Keep the day, once. Raises `DataError` where the file is damaged or the place cannot be written."""
+        """Record the date unless one is recorded. Raises `DataError` if the file is damaged or cannot be written."""
         if self.recorded_template_date() is None:
             publish_text(self.template_date, f"{day.isoformat()}\n")
 
     def exported_at(self) -> int | None:
-        """Optimizer steps done when `export` was written; None where there is none."""
+        """Return the optimizer steps done when `export` was written; None if there is no export."""
         return int(self.export_step.read_text()) if self.export_step.exists() and self.export.exists() else None
 
     def forget(self, step: int, kept: Kept) -> None:
-        """Remove what is stored of the steps before the newest ones that are kept; `step` is the newest one.
+        """Remove stored files of old steps, as `kept` says; `step` is the newest step.
 
-        What a resume needs stays, whatever the counts say. Raises `DataError` where a file cannot be removed.
+        Files that a resume needs are never removed, whatever the counts are. Raises `DataError` if a file cannot be
+        removed.
         """
         limits = {
             "rollouts": _limit(step, kept.rollouts, kept.rollouts_needed_from),
@@ -204,9 +208,10 @@ class RunDir:
                     _remove(path)
 
     def clean(self) -> int:
-        """Remove what killed writers left unfinished; return how many files and folders. For who holds the directory.
+        """Remove unfinished files and folders of killed writers; returns their number.
 
-        Checkpoints that were being written are among it: nobody writes one now.
+        Only the holder of the directory may call it. Unfinished checkpoints are removed too, because no other job
+        writes one now.
         """
         folders = [self.root, *(self.root / name for name in ("rollouts", "scores", "tokens", "logs"))]
         removed = sum(remove_left_partials(folder) for folder in folders)
@@ -216,9 +221,9 @@ class RunDir:
         return removed
 
     def drop(self, *, rollouts_from: int, scores_from: int) -> None:
-        """Remove stored rollouts and scores of these steps and later ones, which turned out to be wrong.
+        """Remove stored rollouts and scores from these steps on, because they turned out to be wrong.
 
-        Raises `DataError` where a file cannot be removed.
+        Raises `DataError` if a file cannot be removed.
         """
         for folder, first in (("rollouts", rollouts_from), ("scores", scores_from)):
             for path in self._of_steps(folder):
@@ -230,12 +235,12 @@ class RunDir:
 
 
 def _limit(step: int, count: int | None, needed_from: int) -> int:
-    """The first step whose files stay after `step`; 0 where all do."""
+    """Return the first step whose files are kept after `step`; 0 or less if all are kept."""
     return 0 if count is None else min(step + 1 - count, needed_from)
 
 
 def _step_of(path: Path) -> int:
-    """The step that a file belongs to; -1 of a file of another name."""
+    """Return the step that a file belongs to; -1 if its name has another form."""
     number = path.name.removeprefix("step_").partition(".")[0]
     return int(number) if number.isdecimal() else -1
 

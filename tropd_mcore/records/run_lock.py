@@ -1,11 +1,12 @@
-"""One job at a time in a run directory, and a job that notices when its directory is no longer its own.
+"""Allows one job at a time in a run directory, and tells a job if its directory was removed, replaced or taken over.
 
-A lock of the kernel (flock) goes with the process that holds it. Where the file system has none, or keeps it on one
-machine, a file does the same: filelock's lease names host, process and its start, is touched by its holder, and is
-taken over where that process is gone, or where nobody touches it any more. Not for commands that only read a run.
+The kernel's file lock (flock) ends with the process that holds it. If the file system has no flock, or applies it only
+within one machine, a lease file is used instead. This lease (of the package filelock) names host, process and process
+start. Its holder touches it regularly. Another job takes it over if that process is gone or stops touching it. Commands
+that only read a run need no lock.
 
-Invariant: who holds the directory has the lock file open, so no other file can have its number; a lock file that is
-another one, or is not there, means that the directory was removed or replaced.
+Invariant: the holder keeps the lock file open, so no other file can get its inode number. If the lock file is missing
+or has another inode number, the directory was removed or replaced.
 """
 
 from __future__ import annotations
@@ -30,38 +31,38 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock.holder"
-"""The lease: a file beside the lock file, there while a job without flock runs."""
+"""The lease file beside the lock file. It exists while a job without flock runs."""
 LEASE_S = 120.0
-"""A lease that nobody touches for so long is over."""
+"""A lease expires if it is not touched for this time."""
 TOUCH_S = 15.0
 FRESH_S = 3 * TOUCH_S
-"""A lease that was touched in this time by the clock of the file system is held; nobody waits to see whether it is."""
+"""A lease touched within this time, by the clock of the file system, counts as held without waiting."""
 TRY_S = 1.0
-"""Time for two looks at a lease: the first may find it over, the second takes it."""
+"""Time for two attempts to take a lease: the first may find it expired, the second takes it."""
 STAT_ATTEMPTS, STAT_PAUSE_S = 10, 1.0
-"""How long an error of a file system may last that is not the absence of a file."""
+"""Attempts, and seconds between them, before a file system error other than a missing file is raised."""
 WATCH_TRIES = 30
-"""Seconds in which every node has to see what the first rank made."""
+"""Seconds within which every node must see the lock file that the first rank created."""
 _ON_ONE_MACHINE = frozenset({"localflock", "local_lock=flock", "local_lock=all", "nolock"})
-"""Mount options of Lustre and NFS with which flock keeps out the jobs of the same machine alone."""
+"""Mount options of Lustre and NFS with which flock excludes only jobs of the same machine."""
 
 Kind = Literal["auto", "flock", "file"]
 
 
 class RunLock:
-    """The hold of this process on a run directory; `release` gives it up, and so does the end of the process."""
+    """The lock of this process on a run directory. `release`, or the end of the process, gives it up."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._open = ExitStack()
         self._watched: dict[str, int] = {}
-        """Name of each file that has to stay the same -> this process's descriptor of it"""
+        """Name of each file that must stay the same -> open file descriptor"""
         self._lease: filelock.SoftFileLease | None = None
 
     def acquire(self, kind: Kind) -> None:
-        """Make the directory and hold it.
+        """Create the directory and lock it.
 
-        Raises ConfigError where it cannot be written, another job holds it, or the file system cannot do `kind`.
+        Raises ConfigError if it cannot be written, another job holds it, or the file system does not support `kind`.
         """
         try:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -77,9 +78,9 @@ class RunLock:
             raise
 
     def watch(self) -> None:
-        """Remember which directory this is without holding it, for the ranks that do not hold it.
+        """Remember which directory this is, on a rank that does not hold the lock.
 
-        Raises ConfigError where the directory of the rank that holds it is not seen from here.
+        Raises ConfigError if this machine does not see the directory of the rank that holds the lock.
         """
         for attempt in range(WATCH_TRIES):
             try:
@@ -90,12 +91,12 @@ class RunLock:
                     place = shown(self._root / LOCK_FILE)
                     problem = f"run.dir: {socket.gethostname()} does not see {place} of the first rank"
                     raise ConfigError([f"{problem}; choose a place on a file system that all nodes share"]) from error
-                time.sleep(1.0)  # a network file system may know it a moment later
+                time.sleep(1.0)  # a network file system may show the file a moment later
             except OSError as error:
                 raise ConfigError([_cannot_write(self._root, error)]) from error
 
     def check(self) -> None:
-        """Raise DataError where the directory was removed or replaced, or another job took it over. One `stat`."""
+        """Raise DataError if the directory was removed or replaced, or another job took it over. Costs one `stat`."""
         if self._watched and not self._same(LOCK_FILE):
             raise DataError(
                 f"run.dir: {shown(self._root)} was removed or replaced while this job ran in it; the job stops. Put it "
@@ -105,16 +106,16 @@ class RunLock:
             return
         lost = self._lease.compromise is not None or not self._same(HOLDER_FILE)
         if lost and self._lease.compromise is None:
-            time.sleep(1.0)  # who looks whether a lease is over moves its file away for a moment
+            time.sleep(1.0)  # a process that checks whether a lease has expired moves the file away for a moment
             lost = not self._same(HOLDER_FILE)
         if lost:
             raise DataError(
-                f"run.dir: this job lost {shown(self._root / HOLDER_FILE)}, which it has to touch every {LEASE_S:g} s, "
-                "so another job may have taken the directory over; the job stops. Run the same command to go on"
+                f"run.dir: this job lost {shown(self._root / HOLDER_FILE)}, which it must touch every {LEASE_S:g} s, "
+                "so another job may have taken the directory over; the job stops. Run the same command to resume"
             )
 
     def release(self) -> None:
-        """Give the directory free; harmless where it is not held."""
+        """Release the directory. Does nothing if it is not held."""
         self._open.close()
         self._watched, self._lease = {}, None
 
@@ -132,7 +133,10 @@ class RunLock:
         return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
 
     def _flock(self, descriptor: int, kind: Kind) -> bool:
-        """Whether a lock of the kernel holds the directory. A job with a lease takes one too, against those without."""
+        """Take flock; returns whether it is enough to hold the directory.
+
+        A job that uses a lease takes flock too, to exclude jobs that use only flock.
+        """
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -145,7 +149,7 @@ class RunLock:
             option = _local_option(self._root)
             if kind == "flock" or (kind == "auto" and option is None):
                 return True
-            reason = f"flock reaches this machine only (mount option {option})"
+            reason = f"flock excludes only jobs of this machine (mount option {option})"
         if kind == "flock":
             raise ConfigError([f"run.lock=flock: {shown(self._root)}: {reason}; set run.lock to auto or file"])
         if kind == "auto":
@@ -178,12 +182,12 @@ class RunLock:
         self._lease = lease
 
     def _outwait(self, lease: filelock.SoftFileLease) -> None:
-        """Wait until a lease is over that was not touched lately. Raises ConfigError where it is held."""
+        """Wait until a lease that was not touched lately expires. Raises ConfigError if the lease is held."""
         path, owner = self._root / HOLDER_FILE, lease.owner
         holder = f"process {owner.pid} of {owner.hostname}" if owner is not None else "another job"
         age = _untouched_s(path)
         if age >= FRESH_S:
-            what = f"run.dir: {holder} has not touched {path} for {age:.0f} s; it has {LEASE_S:g} s to do so"
+            what = f"run.dir: {holder} has not touched {path} for {age:.0f} s; its lease ends after {LEASE_S:g} s"
             with progress(log, what):
                 if _acquired(lease, LEASE_S + 2 * TOUCH_S):
                     return
@@ -192,9 +196,9 @@ class RunLock:
 
 
 def _patient_stat(path: Path) -> os.stat_result | None:
-    """What `os.stat` says, None where nothing is there; another error may be one of a network for a moment.
+    """Return `os.stat` of `path`; None if nothing is there. Other errors may be short network failures and are retried.
 
-    Raises DataError where it stays.
+    Raises DataError if they persist.
     """
     for attempt in range(STAT_ATTEMPTS):
         try:
@@ -203,7 +207,7 @@ def _patient_stat(path: Path) -> os.stat_result | None:
             return None
         except OSError as error:
             if attempt == STAT_ATTEMPTS - 1:
-                raise DataError(f"run.dir: {path} cannot be looked at: {error.strerror}; the job stops") from error
+                raise DataError(f"run.dir: {path} cannot be checked: {error.strerror}; the job stops") from error
             time.sleep(STAT_PAUSE_S)
     raise AssertionError("unreachable")
 
@@ -217,19 +221,19 @@ def _acquired(lease: filelock.SoftFileLease, timeout_s: float) -> bool:
 
 
 def _untouched_s(path: Path) -> float:
-    """Seconds since `path` was touched, both times by the clock of its file system. Raises OSError."""
+    """Return the seconds since `path` was touched, by the clock of its file system alone. Raises OSError."""
     probe = path.with_name(f".clock.{os.getpid()}.partial")
     try:
         probe.touch()
         return max(0.0, probe.stat().st_mtime - path.stat().st_mtime)
-    except FileNotFoundError:  # given free a moment ago
+    except FileNotFoundError:  # released a moment ago
         return 0.0
     finally:
         probe.unlink(missing_ok=True)
 
 
 def _local_option(root: Path) -> str | None:
-    """The mount option that keeps locks under `root` on this machine; None where there is none."""
+    """Return the mount option that limits locks under `root` to this machine; None if there is none."""
     place = root.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if place.is_relative_to(part.mountpoint)]
     options = max(mounts, key=lambda part: len(part.mountpoint)).opts.split(",") if mounts else []

@@ -1,7 +1,7 @@
-"""The per-token results of a step, from the ranks that computed them to one table on rank 0.
+"""Collects the per-token results of a step from all ranks into one table on rank 0.
 
-Invariant: the table does not depend on the parallel layout, the packing or the micro-batch split: rows are ordered by
-sample, token and epoch.
+Invariant: the table does not depend on the parallel layout, the packing or the micro-batch split, because rows are
+sorted by sample, token and epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,10 @@ def local_columns(
     *,
     epoch: int,
 ) -> NumpyColumns:
-    """This rank's rows of one update as numpy columns, [rows of its micro-batches]; one copy to the host a column."""
+    """Return this rank's rows of one update as numpy columns, [rows of its micro-batches].
+
+    Costs one copy to the host per column.
+    """
     old_logp = [
         context.old_logp_T if context is not None and context.old_logp_T is not None else output["student_logp"]
         for context, output in zip(contexts, outputs, strict=True)
@@ -39,7 +42,7 @@ def local_columns(
 
 
 def merge_columns(parts: Sequence[NumpyColumns]) -> TokenTable:
-    """One table of the columns of all ranks and updates; those without rows (other stages, tensor rank > 0) give {}."""
+    """Merge the columns of all ranks and updates. Ranks without rows (other stages, tensor rank > 0) pass {}."""
     filled = [part for part in parts if part]
     merged = {name: np.concatenate([part[name] for part in filled]) for name in (filled[0] if filled else {})}
     if not merged:

@@ -1,1 +1,1 @@
-"""Student continuations from an SGLang server, and the student's weights on their way there."""
+"""Samples rollouts from an SGLang server and sends the student's weights to it."""

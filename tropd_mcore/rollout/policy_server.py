@@ -1,9 +1,10 @@
-"""The rollout server as all ranks of the job see it: it always samples from the student's current weights.
+"""Collective access to the rollout server: all ranks call it, and it samples from the student's current weights.
 
-HTTP and the server process live on rank 0; gathering the weights takes every rank. Invariants: a rollout comes from the
-version of its own step or it is refused; the server's checksums tell whether the weights arrived and stayed while it
-sampled (`rollout.publication`); a server that dies is restarted, gets the same weights again and is asked only for what
-is missing; a launch never reuses the version label of an earlier one.
+The HTTP client and the server process are on rank 0 only. Gathering the weights needs every rank. Invariants:
+- A rollout comes from the weight version of its own step; any other is refused.
+- The server's checksums show that the weights arrived and did not change during sampling (`rollout.publication`).
+- A server that dies is restarted, receives the same weights again, and is asked only for the missing samples.
+- A launch never reuses a version label of an earlier launch.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ MakeStream = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class PolicyServer:
-    """Collective face of the rollout server. `connect` is called on rank 0 alone, once the server is needed.
+    """The rollout server for all ranks. `connect` is called on rank 0 only, when the server is first needed.
 
-    `clock` is the step's, for the phases that are not sampling: waiting for the server, and publication.
+    `clock` is the step's clock; it gets the phases `server` (waiting for the server) and `publish`.
     """
 
     def __init__(
@@ -61,11 +62,10 @@ class PolicyServer:
         self._started = False
 
     def sample(self, requests: list[SampleRequest], *, step: int) -> list[Rollout]:
-        """The rollouts of the requests in order, on every rank, from the student's present weights. Collective.
+        """Sample all requests from the student's current weights. Returns the rollouts in order on every rank.
 
-        Samples without a usable answer are left out (see `SglangSampler`).
-
-        Raises ServerError (ServerDied once the restarts are used up) and GateError (weights that do not arrive).
+        Collective. Samples without a usable answer are left out (see `SglangSampler`). Raises ServerError (ServerDied
+        when all restarts are used up) and GateError (the weights did not arrive).
         """
         version = f"{self._launch}/step-{step:06d}"
         found = Collected()
@@ -94,7 +94,7 @@ class PolicyServer:
         return collected
 
     def _publish(self, version: str) -> ServerDied | None:
-        """Bring the server to `version`; returns why it is gone where it died meanwhile, on every rank."""
+        """Publish the current weights as `version`. If the server dies meanwhile, every rank returns the error."""
         if self._published == version:
             return None
         verify_sync = self._verify_sync
@@ -140,7 +140,10 @@ class PolicyServer:
 
 
 class _Streams:
-    """A known number of weight streams in which every rank takes part to the end, whatever becomes of the reader."""
+    """A fixed number of weight streams. Every rank runs each of them to its end, even if the reader fails.
+
+    Each stream is collective, so a rank that stopped early would block the others.
+    """
 
     def __init__(self, make: MakeStream, expected: int) -> None:
         self._make = make
@@ -148,7 +151,7 @@ class _Streams:
         self._current: Iterator[tuple[str, Tensor]] = iter(())
 
     def next(self) -> Iterator[tuple[str, Tensor]]:
-        """The next stream, after the rest of the one before."""
+        """Finish the current stream and return the next one."""
         self._drain()
         assert self._left > 0, "more streams were asked for than the other ranks take part in"
         self._left -= 1
@@ -156,7 +159,7 @@ class _Streams:
         return self._current
 
     def exhaust(self) -> None:
-        """Go through everything that nobody has read."""
+        """Run all remaining streams to their end."""
         self._drain()
         while self._left:
             self.next()

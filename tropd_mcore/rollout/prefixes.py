@@ -1,8 +1,8 @@
-"""Teacher responses for a prompt file, sampled once before training (`tropd prefixes`) and stored as token ids.
+"""Samples teacher responses for a prompt file once before training (`tropd prefixes`) and stores their token ids.
 
-Not for student rollouts (see `sampler`) or for whether stored responses may be added to (`response_origin`).
-Invariants: the output file is whole or absent; what was sampled before an interruption is kept beside it and not
-sampled again; a stored response never ends with its stop token.
+This module does not sample student rollouts (see `sampler`) and does not decide whether an existing file may be
+extended (see `response_origin`). Invariants: the output file is complete or absent. Responses sampled before an
+interruption are kept in a `.partial` file and not sampled again. A stored response does not include its stop token.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ log = logging.getLogger(__name__)
 Generate = Callable[[list[GenerationRequest]], list[Generation | ServerError]]
 
 PROMPTS_PER_CHUNK = 256
-"""Responses between two flushes to the disk."""
+"""Prompts whose responses are sampled before the next flush to the disk."""
 
 
 @dataclass(frozen=True)
 class ResponseSampling:
-    """How the teacher answers."""
+    """Sampling settings and token ids of the teacher."""
 
     max_new_tokens: int
     temperature: float
     top_p: float
     eos_ids: tuple[int, ...]
     vocab_size: int
-    """Ids that are tokens. A teacher whose embedding is padded can sample others: its response is cut before them."""
+    """Ids below this are tokens. A teacher with a padded embedding can sample larger ids; responses are cut there."""
     served_width: int
-    """Rows of the teacher's embedding: no id beyond them can come back."""
+    """Rows of the teacher's embedding; all ids in answers are below it."""
     excluded: frozenset[int] = frozenset()
-    """Ids below `vocab_size` that are tokens of the teacher alone: a response is cut before them too."""
+    """Ids below `vocab_size` that only the teacher has as tokens; responses are cut there too."""
 
 
 @dataclass(frozen=True)
 class ResponseReport:
-    """What a call did; `finished` responses ended by themselves, the others at max_new_tokens or before an id
-    that is no token."""
+    """Counts of one call. `finished` responses ended with a stop token. The others reached max_new_tokens or were
+    cut before an id that is no token."""
 
     prompts: int
     sampled: int
@@ -68,11 +68,11 @@ def generate_responses(
     chunk: int = PROMPTS_PER_CHUNK,
     generate: Generate | None = None,
 ) -> ResponseReport:
-    """Write one line `{id, response_ids, finished}` a prompt to `out`, in the order of `prompts`.
+    """Write one line `{id, response_ids, finished}` per prompt to `out`, in the order of `prompts`.
 
-    Prompts that `out` or its `.partial` already answers are not sampled. `generate` is asked in place of the client's,
-    for example one that restarts the server (`SupervisedServer.generate`). Raises ServerError where the server cannot
-    answer, DataError where a prompt or a stored line does not fit; what was sampled until then is kept.
+    Prompts with a response in `out` or its `.partial` are not sampled again. `generate` replaces the client's method,
+    for example by one that restarts the server (`SupervisedServer.generate`). Raises ServerError if the server cannot
+    answer, and DataError if a prompt or a stored line is invalid. Responses sampled until then are kept.
     """
     partial = _partial(out)
     with writing(out, key=PLACE_KEY):
@@ -149,12 +149,12 @@ def _check_lengths(client: SglangClient, prompts: list[Prompt], sampling: Respon
             f"{client.key}: the longest prompt with its response may reach {longest} tokens, "
             f"{sampling.max_new_tokens} of them --max-new-tokens, but the server takes {limit}: give --max-new-tokens "
             f"{sampling.max_new_tokens - (longest - limit)} or less, or raise {client.key}.max_total_tokens, or "
-            f"--context-length in {client.key}.extra_args where the model allows it"
+            f"--context-length in {client.key}.extra_args if the model allows it"
         )
 
 
 def stored_responses(out: Path) -> dict[str, str]:
-    """Return {prompt id: line} of what `out` and its `.partial` hold. Raises DataError where a line does not fit."""
+    """Return {prompt id: line} for all lines of `out` and its `.partial`. Raises DataError if a line is invalid."""
     return {**_stored(out, may_be_cut=False), **_stored(_partial(out), may_be_cut=True)}
 
 
@@ -163,7 +163,7 @@ def _partial(out: Path) -> Path:
 
 
 def _stored(path: Path, *, may_be_cut: bool) -> dict[str, str]:
-    """Read id -> line; the last line may be cut where the writer was killed."""
+    """Read {id: line}. With `may_be_cut`, the last line may be incomplete because its writer was killed."""
     if not path.is_file():
         return {}
     stored = {}
@@ -183,5 +183,5 @@ def _stored(path: Path, *, may_be_cut: bool) -> dict[str, str]:
 
 
 def _append(path: Path, lines: dict[str, str]) -> None:
-    """Add whole lines after the last whole line and flush them to the disk. Raises DataError; then none is added."""
+    """Append the lines after the last complete one and flush to the disk. On a DataError, no line was added."""
     append_text(path, "".join(line + "\n" for line in lines.values()), key=PLACE_KEY)

@@ -1,9 +1,9 @@
-"""Did the weights that were sent arrive? What was sent is compared with the server's own checksums.
+"""Checks that published weights arrived, by comparing digests of the sent tensors with the server's checksums.
 
-Not for sending (see `publisher`). Two publications are compared: where a tensor that was sent is another one than the
-last time, the server's checksum of it must be another one too; where it is the same, the checksum must be the same.
-Invariant: what was sent is told by a digest of its bits, not by whether an optimizer step was made, so that a step that
-moves no weight (a learning rate of 0, an update below the precision) is no false alarm.
+This module does not send weights (see `publisher`). It compares each publication with the one before. If a sent tensor
+changed, the server's checksum of it must change. If it did not change, the checksum must stay the same. Invariant: a
+change is detected from a digest of the tensor's bits. So a step that moves no weight (a learning rate of 0, an update
+below the precision) causes no false alarm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tropd_mcore.serving.wire import WeightChecksums
 log = logging.getLogger(__name__)
 
 CHUNK_WORDS = 2**17
-"""64-bit words of one partial sum; its weights (1 MiB) stay in the cache."""
+"""64-bit words per partial sum of a digest. The multipliers (1 MiB) stay in the CPU cache."""
 
 FUSED = {
     "q_proj": "qkv_proj",
@@ -41,15 +41,15 @@ def served_name(name: str) -> str:
 
 
 def is_replicated(name: str) -> bool:
-    """Whether every tensor-parallel rank of the server holds the whole tensor: norms, in its llama, qwen2 and qwen3."""
+    """Whether every tensor-parallel rank of the server holds the whole tensor. In llama, qwen2 and qwen3: the norms."""
     return name.rpartition(".")[0].endswith("norm")
 
 
 def tensor_digest(tensor: Tensor) -> bytes:
-    """Return a digest of the bits of `tensor`, in order; not for use against somebody who chooses the bits.
+    """Return a digest of the bits of `tensor`, in order. It is not safe against deliberately chosen bits.
 
-    Equals: view as 64-bit words, multiply word i with a fixed odd number w_i, sum modulo 2^64 in chunks, hash the sums.
-    Runs at about 7 GiB/s on one CPU core, five times as fast as SHA-256.
+    Definition: view the tensor as 64-bit words, multiply word i by a fixed odd number w_i, sum modulo 2^64 in chunks,
+    and hash the sums. Runs at about 7 GiB/s on one CPU core, five times as fast as SHA-256.
     """
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.storage_offset() * flat.itemsize % 8:
@@ -73,14 +73,17 @@ def _weights(device: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Publication:
-    """One finished update: digests of what was sent, by Hugging Face name, and what the server then held."""
+    """One finished update: digests of the sent tensors by Hugging Face name, and the server's checksums after it."""
 
     sent: Mapping[str, bytes]
     held: WeightChecksums
 
 
 class PublicationLedger:
-    """The last publication of a launch, which outlives the server; `key` names the server's section for messages."""
+    """Remembers the last publication of a launch, also across server restarts.
+
+    `key` is the server's configuration section, for messages.
+    """
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -88,14 +91,14 @@ class PublicationLedger:
         self._told = False
 
     def record(self, sent: Mapping[str, bytes], held: WeightChecksums) -> None:
-        """Note a publication that was proven otherwise."""
+        """Store a publication that was verified by other means."""
         self.last = Publication(dict(sent), held)
 
     def no_checksum(self) -> None:
-        """Say, once a launch, that the server cannot tell what it holds."""
+        """Warn, once per launch, that the server gives no checksums."""
         if not self._told:
             log.warning(
-                "%s: the server has no /weights_checker; that the weights arrive is proven by the sampler gate alone "
+                "%s: the server has no /weights_checker, so only the sampler gate shows that the weights arrive "
                 "(gates.sampler_logprob)",
                 self.key,
             )
@@ -104,12 +107,11 @@ class PublicationLedger:
     def check(
         self, sent: Mapping[str, bytes], held: WeightChecksums, *, by_tensor: bool, may_round: bool = False
     ) -> None:
-        """Raise GateError where the server does not hold what was sent, as far as the last publication tells.
+        """Raise GateError if a comparison with the last publication shows that the server does not hold what was sent.
 
-        `by_tensor`: whether a change of a sent tensor must show in the server's own tensor of that name, which is so
-        where the server does not quantize and the digests are of what it casts to. `may_round`: the server's dtype is
-        not known and may be narrower than what was sent, so that no change at all is a warning only. The first
-        publication is noted.
+        `by_tensor`: also compare each tensor. This is valid if the server does not quantize and the digests are of
+        tensors in the server's dtype. `may_round`: the server's dtype is unknown and may be narrower than the sent one,
+        so unchanged checksums cause only a warning. The first publication is only stored.
         """
         self._check_ranks(sent, held)
         if self.last is not None:
@@ -120,16 +122,16 @@ class PublicationLedger:
         self.record(sent, held)
 
     def check_unchanged(self, held: WeightChecksums) -> None:
-        """Raise GateError where the server holds other weights than after the last publication."""
+        """Raise GateError if the server's weights are not those after the last publication."""
         if self.last is not None and held.total != self.last.held.total:
             raise GateError(
                 f"{self.key}: the server's weights changed after their publication (checksum "
-                f"{_short(self.last.held.total)} -> {_short(held.total)}), so the rollouts of this step are of unknown "
-                "weights: let nothing else update or restart this server (gates.weight_sync)"
+                f"{_short(self.last.held.total)} -> {_short(held.total)}), so it is unknown which weights sampled "
+                "the rollouts of this step: let nothing else update or restart this server (gates.weight_sync)"
             )
 
     def _check_ranks(self, sent: Mapping[str, bytes], held: WeightChecksums) -> None:
-        """Raise GateError where two ranks of the server hold the same part of a tensor, and not the same values."""
+        """Raise GateError if two server ranks hold different values for the same part of a tensor."""
         differing = []
         for name in {served_name(name) for name in sent} & held.places.keys():
             copies: dict[object, set[str]] = {}
@@ -151,8 +153,8 @@ class PublicationLedger:
         same = held.total == self.last.held.total
         if changed and same and may_round:
             log.warning(
-                "%s: %d of %d tensors are new and the server's weights are those of before: it loaded nothing, or its "
-                "dtype cannot hold the change. It does not tell its dtype: start it with --dtype to have this checked",
+                "%s: %d of %d tensors are new but the server's weights did not change: it loaded nothing, or its dtype "
+                "cannot hold the change. It does not report its dtype; start it with --dtype to have this checked",
                 self.key,
                 len(changed),
                 tensors,
@@ -166,7 +168,7 @@ class PublicationLedger:
             )
         if not changed and not same:
             raise GateError(
-                f"{self.key}: the same {tensors} tensors were sent as the last time and the server holds other weights "
+                f"{self.key}: the same {tensors} tensors were sent as last time but the server holds other weights "
                 f"(checksum {_short(self.last.held.total)} -> {_short(held.total)}): let nothing else update this "
                 "server (gates.weight_sync)"
             )
@@ -175,11 +177,11 @@ class PublicationLedger:
         assert self.last is not None
         before = self.last.held.tensors
         if before.keys() != held.tensors.keys():
-            return  # another layout of the server after a restart: the totals are all that can be compared
+            return  # the server has another layout after a restart, so only the totals can be compared
         expected = {served_name(name) for name in changed} & before.keys()
         known = {served_name(name) for name in self.last.sent} & before.keys()
         found = {name for name in known if before[name] != held.tensors[name]}
-        wrong = {"kept its old value": expected - found, "changed though the same was sent": found - expected}
+        wrong = {"kept its old value": expected - found, "changed although the same was sent": found - expected}
         for what, names in wrong.items():
             if names:
                 raise GateError(

@@ -1,8 +1,8 @@
-"""The student's weights on their way to the rollout server: validated against a plan, bucketed, labelled, proven.
+"""Sends the student's weights to the rollout server: checks them against a plan, sends buckets, labels and verifies.
 
-Not for gathering shards (see `mcore.weights_io`). Invariants: a tensor that is not in the plan, or has another shape or
-dtype, is never sent; the server carries the new version label only once every tensor of the plan has arrived and the
-server's checksums agree with that, and an update that stops half-way leaves a label that no sampler expects.
+This module does not gather shards (see `mcore.weights_io`). Invariants: a tensor is sent only if it is in the plan with
+the same shape and dtype. The server gets the new version label only after every tensor of the plan has arrived and the
+server's checksums agree. An update that stops half-way leaves a label that no sampler accepts.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 512 * 2**20
-"""Tensor bytes of one request."""
+"""Tensor bytes per request."""
 
 UNDO_TIMEOUT_S = 30.0
-"""Longest wait for each of the two requests that leave an update behind."""
+"""Time-out of each of the two requests that clean up after a failed update."""
 
 SERVED_DTYPES = ("float32", "bfloat16", "float16")
-"""Names of dtypes in /server_info that say what the server casts to."""
+"""Values of dtype in /server_info that name the dtype to which the server casts."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of every update, by its Hugging Face name, unsharded."""
+    """A tensor that every update must contain: unsharded, with its Hugging Face name."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What one update did."""
+    """Summary of one update."""
 
     version: str
     tensors: int
@@ -61,10 +61,10 @@ class PublishReport:
 class WeightPublisher:
     """Sends full updates of the tensors in `plan` through `client`.
 
-    `transport`: `shared` memory, for a server on this host, or by `value` in the request (see
-    `serving.weight_payload`); None takes shared memory for a server that we started. Where the shared memory is too
-    small for a bucket, weights go by value as well, with a warning. `ledger` remembers the last publication over the
-    life of several servers; without one, updates are not proven (gates.weight_sync=false).
+    `transport` is `shared` (shared memory, for a server on this host) or `value` (in the request; see
+    `serving.weight_payload`). None means `shared` for a server that we started and `value` otherwise. If the shared
+    memory is too small for a bucket, weights go by value, with a warning. `ledger` remembers the last publication
+    across server restarts. Without a ledger, updates are not verified (gates.weight_sync=false).
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class WeightPublisher:
     def publish(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> PublishReport:
         """Replace all weights of the server by `tensors` (any order, any device) and label them `version`.
 
-        Sampling is paused meanwhile and the KV cache of the old weights is dropped. Raises ServerError where a tensor
-        is unknown, repeated, missing or of another shape or dtype, and where the server refuses or does not report the
-        new label; GateError where its checksums say that it does not hold what was sent. After any error the server's
-        label is not `version`.
+        Sampling is paused during the update and the KV cache of the old weights is dropped. Raises ServerError if a
+        tensor is unknown, repeated, missing or has another shape or dtype, or if the server refuses or does not report
+        the new label. Raises GateError if its checksums show that it does not hold what was sent. After any error the
+        server's label is not `version`.
         """
         ledger = self._ledger
 
@@ -108,7 +108,7 @@ class WeightPublisher:
         return self._replace(tensors, version, check)
 
     def check_unchanged(self) -> None:
-        """Raise GateError where the server holds other weights than it did after the last publication."""
+        """Raise GateError if the server's weights are not those after the last publication."""
         if self._ledger is not None and self._ledger.last is not None and (held := self._held()) is not None:
             self._ledger.check_unchanged(held)
 
@@ -118,11 +118,11 @@ class WeightPublisher:
         version: str,
         check: Callable[[dict[str, bytes], ServerInfo], None],
     ) -> PublishReport:
-        """One update; `check` sees the digests of what was sent before the server gets its new label."""
+        """Run one update. `check` gets the digests of the sent tensors before the server gets its new label."""
         started = time.monotonic()
         info = self._client.info()
         update = _Update(self._client, self._buffer, copies=info.tensor_parallel, version=version)
-        # by value each rank of the server gets its own copy in the request
+        # by value, the request holds one copy per server rank
         limit = self._bucket_bytes if self._buffer is not None else self._bucket_bytes // info.tensor_parallel
         sent: dict[str, bytes] = {}
         what = f"{self._client.key}: publishing weights"
@@ -136,7 +136,7 @@ class WeightPublisher:
                 check(sent, info)
                 update.finish()
             except ServerHung:
-                # it is killed, or ends the run; each further request would wait as long once more
+                # the server will be killed or the run ends; any further request would hang as well
                 raise
             except BaseException:
                 update.abandon()
@@ -150,7 +150,7 @@ class WeightPublisher:
         return report
 
     def _digests(self, bucket: list[tuple[str, Tensor]], info: ServerInfo) -> dict[str, bytes]:
-        """Digests of the tensors as the server casts them: what its dtype cannot hold does not count as a change."""
+        """Digests of the tensors in the server's dtype. A change that this dtype cannot hold does not count."""
         import torch
 
         if self._ledger is None:
@@ -162,14 +162,14 @@ class WeightPublisher:
         return any(str(tensor.dtype) == "torch.float32" for tensor in self._plan.values())
 
     def _held(self) -> WeightChecksums | None:
-        """The server's checksums; where it has none, None, which is said once a launch."""
+        """The server's checksums. If it has none, None and one warning per launch."""
         held = self._client.weights_checksum()
         if held is None and self._ledger is not None:
             self._ledger.no_checksum()
         return held
 
     def probe(self, token_ids: IntArray) -> FloatArray:
-        """Return the server's log-probs (nats, temperature 1) of token_ids[1:], float32, to compare with the trainer's.
+        """Return the server's log-probs of token_ids[1:] (float32, nats, temperature 1), to compare with the trainer's.
 
         Raises ServerError.
         """
@@ -181,9 +181,9 @@ class WeightPublisher:
     def verify_sync(self, make_stream: Callable[[], Iterator[tuple[str, Tensor]]], version: str) -> None:
         """Prove that an update sets every weight of the server: publish, destroy the weights, publish again, compare.
 
-        Unknown names pass SGLang without a word, so a plan with a wrong name leaves an old weight in place; the
-        server's own checksum over all ranks shows it, whatever the device or the layout. The server ends with
-        `version`. Raises GateError where the checksums differ. A server without checksums gets one update, unproven.
+        SGLang silently ignores unknown names, so a wrong name in the plan would leave an old weight in place. The
+        server's checksum over all ranks shows this for every device and layout. At the end the server has `version`.
+        Raises GateError if the checksums differ. A server without checksums gets a single update that is not verified.
         """
         self._replace(make_stream(), f"{version}:first", lambda _sent, _info: None)
         first = self._held()
@@ -216,7 +216,7 @@ class WeightPublisher:
             return SharedBuffer()
         log.warning(
             "%s: weight updates need %d MiB of /dev/shm but %d are usable; weights go through HTTP by value, about a "
-            "hundred times as slow (docker: --shm-size)",
+            "hundred times slower (docker: --shm-size)",
             self._client.key,
             needed >> 20,
             shared_memory_room() >> 20,
@@ -224,7 +224,7 @@ class WeightPublisher:
         return None
 
     def _buckets(self, tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield checked buckets; the last one comes only after all of the plan was seen."""
+        """Yield checked buckets. The last one is yielded only if all tensors of the plan were seen."""
         missing = dict(self._plan)
         bucket: list[tuple[str, Tensor]] = []
         size = 0
@@ -238,8 +238,8 @@ class WeightPublisher:
             size += tensor.nbytes
         if missing:
             raise ServerError(
-                f"{self._client.key}: the weights to publish end without {len(missing)} of {len(self._plan)} tensors, "
-                f"the first being {next(iter(missing))}"
+                f"{self._client.key}: {len(missing)} of {len(self._plan)} tensors are missing from the weights to "
+                f"publish, the first is {next(iter(missing))}"
             )
         yield bucket
 
@@ -257,7 +257,7 @@ class WeightPublisher:
 
 
 class _Update:
-    """One update session: opened by the first bucket, so that an early error leaves the server alone."""
+    """One update session. The first bucket opens it, so an error before that does not touch the server."""
 
     def __init__(self, client: SglangClient, buffer: SharedBuffer | None, *, copies: int, version: str) -> None:
         self.buckets = 0
@@ -269,7 +269,7 @@ class _Update:
         self._to_undo: list[Callable[[float], None]] = []
 
     def send(self, bucket: list[tuple[str, Tensor]]) -> None:
-        """Load one bucket, under a label that says that more must come."""
+        """Load one bucket, under a label that marks the update as incomplete."""
         if not self._to_undo:
             self._client.pause()
             self._to_undo.append(self._client.resume)
@@ -281,21 +281,21 @@ class _Update:
         self.bytes_sent += sum(tensor.nbytes for _, tensor in bucket)
 
     def close(self) -> None:
-        """End the session and drop the KV of the old weights; nothing samples yet."""
+        """End the session and drop the KV cache of the old weights. Sampling stays paused."""
         self._client.end_weight_update()
         self._to_undo.pop()
         self._client.flush_cache()
 
     def finish(self) -> None:
-        """Give the new weights their label, and sample again."""
+        """Label the new weights and resume sampling."""
         self._client.label_weights(self._version)
         self._client.resume()
         self._to_undo.pop()
 
     def abandon(self) -> None:
-        """Leave a session that `finish` did not end; a failure here does not hide the one that led here.
+        """Close a session that `finish` did not end. Errors here are logged, so that they do not hide the first error.
 
-        Each request has UNDO_TIMEOUT_S; of a server that is gone nothing more is asked.
+        Each request may take UNDO_TIMEOUT_S. If the server is gone, no further request is sent.
         """
         while self._to_undo:
             try:

@@ -1,8 +1,8 @@
-"""From the prompts of a step to the continuations to sample: teacher prefix, token budget, ids.
+"""Builds the sampling requests of a step from its prompts: teacher prefix, token budget, sample ids.
 
-Not for the guidance schedule (see `config.derived`) or for sampling (see `rollout`). Invariant: requests are a pure
-function of (prompts, step, config), and the prefix is the beginning of the stored teacher response as token ids:
-nothing is ever tokenised again.
+This module does not compute the guidance schedule (see `config.derived`) and does not sample (see `sampler`).
+Invariant: requests are a pure function of (prompts, step, config). A prefix is the beginning of the stored teacher
+response as token ids; nothing is tokenised again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tropd_mcore.types import IntArray, Prompt, Rollout, SampleRequest
 def build_requests(
     prompts: Sequence[Prompt], *, step: int, config: Config, longest_response: int
 ) -> list[SampleRequest]:
-    """Return `rollout.samples_per_prompt` requests a prompt, in the order of the prompts.
+    """Return `rollout.samples_per_prompt` requests per prompt, in the order of the prompts.
 
-    All samples of a prompt share one prefix; the first alone carries its loss, and none does where
-    `objective.guidance.loss` is `none`. Sample ids are `<step>/<prompt id>/<index>`; a prompt that appears twice in a
-    step goes on counting, so ids never repeat. `longest_response`: tokens of the longest stored response (`cap` mode).
-    Raises DataError where guidance needs a stored response and the prompt has none. Source: docs/method.md, 6.
+    All samples of a prompt share one prefix. Only the first sample carries the loss of the prefix, and none does if
+    `objective.guidance.loss` is `none`. Sample ids are `<step>/<prompt id>/<index>`. If a prompt appears twice in a
+    step, its index continues, so ids never repeat. `longest_response`: tokens of the longest stored response (`cap`
+    mode). Raises DataError if guidance needs a stored response and the prompt has none. Source: docs/method.md, 6.
     """
     prefix_loss = config.objective.has_prefix_loss
     seen: Counter[str] = Counter()

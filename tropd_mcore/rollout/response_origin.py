@@ -1,7 +1,8 @@
-"""What decided stored teacher responses: written beside them, and compared before they are added to or learned from.
+"""Records how stored teacher responses were made, and checks the record before they are extended or trained on.
 
-Not for the responses (`prefixes`, `data.responses`). Invariants: the file `<responses>.origin.json` is there before the
-first response that it speaks of; a response whose prompt it does not name is of unknown origin, and that is said.
+The record is the file `<responses>.origin.json`. The responses themselves are handled in `prefixes` and
+`data.responses`. Invariants: the record is written before the first response that it describes. A response whose prompt
+is not in the record has unknown origin, and this is logged.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from tropd_mcore.types import Prompt
 from tropd_mcore.weights.digest import FolderDigest
 
 PLACE_KEY = "data.teacher_responses (or --out)"
-"""What to change where responses cannot be written."""
+"""The key that messages name if responses cannot be written."""
 
 log = logging.getLogger(__name__)
 
 
 class ResponseOrigin(BaseModel):
-    """Who answered which prompts, and how."""
+    """Which teacher answered which prompts, and with which settings."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     teacher: str
-    """Its folder, for messages alone"""
+    """Folder of the teacher, only for messages"""
     files: dict[str, str]
     """{name in that folder: SHA-256}"""
     dtype: str
@@ -40,26 +41,26 @@ class ResponseOrigin(BaseModel):
     max_new_tokens: int
     end_ids: tuple[int, ...]
     day: date | None
-    """The day that the prompts print; None where they print none"""
+    """The date that appears in the prompts; None if there is none"""
     prompts: dict[str, str]
     """{prompt id: digest of its token ids}"""
 
     def other_teacher(self, files: FolderDigest) -> str | None:
-        """What differs in the files of the teacher from `files`, on one line; None where they are the same."""
+        """Return one line about how the teacher's files differ from `files`; None if they are the same."""
         return FolderDigest(self.files).changes(files)
 
     def other_prompts(self, prompts: dict[str, str], answered: Collection[str]) -> list[str]:
-        """The ids among `answered` whose prompt had another text here than in `prompts`, a map as `self.prompts`."""
+        """Return the ids in `answered` whose recorded prompt differs from `prompts` (same form as `self.prompts`)."""
         return [name for name in answered if name in prompts and self.prompts.get(name, prompts[name]) != prompts[name]]
 
 
 def origin_file(responses: Path) -> Path:
-    """Return the place of the record of a response file."""
+    """Return the path of the record of a response file."""
     return responses.with_name(f"{responses.name}.origin.json")
 
 
 def prompt_digests(prompts: Iterable[Prompt]) -> dict[str, str]:
-    """Return {prompt id: digest of its token ids}, which tells texts, templates and tokenizers apart."""
+    """Return {prompt id: digest of its token ids}. The digest changes with the text, the template and the tokenizer."""
     return {
         prompt.prompt_id: hashlib.sha256(prompt.token_ids.astype("<i4").tobytes()).hexdigest()[:16]
         for prompt in prompts
@@ -67,7 +68,7 @@ def prompt_digests(prompts: Iterable[Prompt]) -> dict[str, str]:
 
 
 def load_origin(responses: Path) -> ResponseOrigin | None:
-    """Return the record of a response file; None where there is none. Raises DataError where it is damaged."""
+    """Return the record of a response file; None if it has none. Raises DataError if the record is damaged."""
     path = origin_file(responses)
     try:
         return ResponseOrigin.model_validate_json(path.read_text(encoding="utf-8"))
@@ -76,15 +77,15 @@ def load_origin(responses: Path) -> ResponseOrigin | None:
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise DataError(
-            f"{path}: the record of who answered is damaged ({reason}): restore it, or remove it, and the "
-            "responses are taken as they are"
+            f"{path}: the record of who answered is damaged ({reason}): restore it, or remove it to use the "
+            "responses unchecked"
         ) from error
 
 
 def check_origin(responses: Path, recorded: ResponseOrigin | None, now: ResponseOrigin, answered: set[str]) -> None:
-    """Raise DataError where the stored responses to the prompts in `answered` were not made as `now` would make them.
+    """Raise DataError if the stored responses to `answered` were made with another teacher, prompts or settings.
 
-    Says in the log where that cannot be told.
+    `now` describes how responses would be made now. If the origin of a response is unknown, a warning is logged.
     """
     unknown = answered if recorded is None else answered - recorded.prompts.keys()
     if unknown:
@@ -104,7 +105,7 @@ def check_origin(responses: Path, recorded: ResponseOrigin | None, now: Response
         changes.append(f"the text of {len(prompts)} prompts, the first is {prompts[0]!r}")
     if changes:
         raise DataError(
-            f"{responses}: its responses were made otherwise: {'; '.join(changes)}. Restore that, write to another "
+            f"{responses}: its responses were made differently: {'; '.join(changes)}. Restore that, write to another "
             f"file (--out, data.teacher_responses), or remove {responses} with its .partial and sample again"
         )
 
@@ -112,9 +113,9 @@ def check_origin(responses: Path, recorded: ResponseOrigin | None, now: Response
 def save_origin(
     responses: Path, recorded: ResponseOrigin | None, now: ResponseOrigin, answered: Collection[str]
 ) -> None:
-    """Write the record before the prompts that are not in `answered` are sampled. Raises DataError on a full disk.
+    """Write the record before the prompts outside `answered` are sampled. Raises DataError on a full disk.
 
-    Of the `answered` ones it speaks where the record before did.
+    Entries for prompts in `answered` are copied from the previous record, if it has them.
     """
     known = recorded.prompts if recorded is not None else {}
     prompts = {name: digest for name, digest in now.prompts.items() if name not in answered}
@@ -124,7 +125,7 @@ def save_origin(
 
 
 def say_unknown(responses: Path, count: int) -> None:
-    """Log that responses cannot be compared."""
+    """Log that `count` responses have no record."""
     log.warning(
         "%s: %s has no record of %d responses, so nobody can tell whether they are of this teacher and these prompts; "
         "responses that `tropd prefixes` samples have one",

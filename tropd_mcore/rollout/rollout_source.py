@@ -1,8 +1,8 @@
-"""Where the rollouts of a step come from: the run directory if the step was sampled before, else the server.
+"""Provides the rollouts of a step: from the run directory if the step was sampled before, otherwise from the server.
 
-Invariants: a step's rollouts are on disk before anything is computed from them; every rank gets the same list; the
-same step of the same run never has two sets of rollouts. Which samples carry their prefix's loss follows from the
-objective of this run, not from that of the run that sampled.
+Invariants: a step's rollouts are saved before anything is computed from them. Every rank gets the same list. A step of
+a run never has two sets of rollouts. The objective of this run decides which samples carry the loss of their prefix,
+also if another run sampled them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 class RolloutSource:
-    """Rollouts by step; `policy` is asked only for steps that are not on disk, and is None in a replay.
+    """Rollouts by step. `policy` samples the steps that are not on disk; it is None in a replay.
 
-    `vocab_size` is the student's: stored rollouts of another vocabulary are refused.
+    `vocab_size` is the student's vocabulary size. Stored rollouts with ids outside it are refused.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class RolloutSource:
         self._vocab_size = vocab_size
         self._control = layout.groups.control
         self.left_out = 0
-        """Samples of the present step without a usable answer, which are not among its rollouts; on rank 0."""
+        """Number of samples that the current step left out because they got no usable answer; valid on rank 0."""
 
     def at_step(self, step: int) -> list[Rollout]:
-        """The rollouts of `step` on every rank; collective. Raises DataError and what the server raises."""
+        """Return the rollouts of `step` on every rank. Collective. Raises DataError and the errors of `policy`."""
         stored = on_rank_zero(lambda: self._stored(step), self._control)
         if stored is not None:
             return with_carriers(stored, prefix_loss=self._config.objective.has_prefix_loss)
@@ -64,13 +64,13 @@ class RolloutSource:
         )
         sampled = self._policy.sample(requests, step=step)
         self.left_out = len(requests) - len(sampled)
-        # a sample that was left out may have been the one to carry its prefix's loss
+        # a sample that was left out may be the one that carried the loss of its prefix
         rollouts = with_carriers(sampled, prefix_loss=self._config.objective.has_prefix_loss)
         self.save(step, rollouts)
         return rollouts
 
     def save(self, step: int, rollouts: list[Rollout]) -> None:
-        """Store what a repetition of `step` starts from, from rank 0; collective."""
+        """Save the rollouts that a repetition of `step` starts from. Rank 0 writes. Collective."""
         on_rank_zero(lambda: self._save(step, rollouts), self._control)
 
     def _save(self, step: int, rollouts: list[Rollout]) -> None:
@@ -95,7 +95,7 @@ class RolloutSource:
         return rollouts
 
     def _load(self, path: Path) -> list[Rollout]:
-        """The rollouts in `path`. Raises DataError where they are damaged or hold ids that the student lacks."""
+        """Load the rollouts in `path`. Raises DataError if they are damaged or hold ids outside the vocabulary."""
         rollouts = load_rollouts(path)
         self.left_out = load_left_out(path)
         for rollout in rollouts:

@@ -1,8 +1,8 @@
-"""Student continuations from an SGLang server, checked and stamped with the policy that sampled them.
+"""Samples rollouts from an SGLang server, checks them and labels them with the weight version that sampled them.
 
-Not for restarting servers (see `serving.supervisor`). Invariant: a `Rollout` holds exactly the tokens and log-probs
-that the server answered for one weight version, the expected one; a partial answer is asked for again and never
-completed by us; a sample without a usable answer is left out, counted, and never filled in.
+This module does not restart servers (see `serving.supervisor`). Invariant: a `Rollout` holds exactly the tokens and
+log-probs that the server returned for the expected weight version. A partial answer is requested again, never completed
+by us. A sample without a usable answer is left out and counted, never filled in.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Collected:
-    """The rollouts of a step that are there so far, by sample id, and why it stopped before the end."""
+    """The rollouts of a step collected so far, by sample id. If the server died, `died` is its error."""
 
     rollouts: dict[str, Rollout] = field(default_factory=dict)
     masked: dict[str, str] = field(default_factory=dict)
-    """Samples that are left out, and what was wrong with the server's second answer for each."""
+    """Sample ids that are left out -> what was wrong with the server's second answer."""
     died: ServerDied | None = None
 
 
 class SglangSampler:
     """Samples with the temperature, top_p and top_k of `config` and stops at `eos_ids`.
 
-    `vocab_size` is the width of the served model: SGLang dies of a token id outside it. `seed` is the run's. At most
-    `masked_share` of the samples of a call may be left out because the server gave no usable answer for them.
+    `vocab_size` is the vocabulary size of the served model; a token id outside it kills SGLang. `seed` is the run's
+    seed. At most the fraction `masked_share` of the samples of a call may be left out for lack of a usable answer.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SglangSampler:
         masked_share: float,
     ) -> None:
         self.aborted = 0
-        """Partial answers that were asked for again, over the sampler's life."""
+        """Number of partial answers that were requested again, over the sampler's life."""
         self._client = client
         self._config = config
         self._eos_ids = eos_ids
@@ -59,10 +59,10 @@ class SglangSampler:
         self._masked_share = masked_share
 
     def sample(self, requests: list[SampleRequest], *, step: int, expected_version: str) -> list[Rollout]:
-        """Return the rollouts of the requests in their order, without those that had to be left out.
+        """Return the rollouts in the order of the requests, without the samples that had to be left out.
 
-        Raises ServerError where the server cannot be used, has other weights or too many samples had to be left out,
-        ServerDied where it is gone, DataError where a request holds a token id outside the vocabulary.
+        Raises ServerError if the server cannot be used, has other weights, or too many samples had to be left out;
+        ServerDied if it is gone; DataError if a request holds a token id outside the vocabulary.
         """
         collected = self.collect(requests, step=step, expected_version=expected_version)
         if collected.died is not None:
@@ -72,9 +72,9 @@ class SglangSampler:
     def collect(
         self, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected | None = None
     ) -> Collected:
-        """Return the rollouts of `found` and those missing there; of a dead server, what it had finished.
+        """Return the rollouts of `found` and sample the missing ones. If the server dies, return what it had finished.
 
-        Errors as in `sample`, except ServerDied, which is handed back with the rollouts.
+        Raises the errors of `sample` except ServerDied, which is returned with the rollouts.
         """
         collected = Collected(rollouts=dict(found.rollouts), masked=dict(found.masked)) if found else Collected()
         self._check_ids(requests)
@@ -105,7 +105,7 @@ class SglangSampler:
         return collected
 
     def _check_masked(self, collected: Collected, asked: int) -> None:
-        """Say what was left out; raises ServerError where that is more than `masked_share`, or everything."""
+        """Log the samples left out. Raises ServerError if they are more than `masked_share`, or all of them."""
         if not collected.masked:
             return
         sample_id, reason = next(iter(collected.masked.items()))
@@ -119,7 +119,7 @@ class SglangSampler:
         log.warning("%s; they are left out of the step", what)
 
     def _round(self, requests: list[SampleRequest], collected: Collected, step: int, version: str) -> ServerDied | None:
-        """Ask once for each request; add what is complete to `collected`, return why the server is gone, if it is."""
+        """Send each request once and add complete answers to `collected`. If the server is gone, return its error."""
         died: ServerDied | None = None
         answers = self._client.generate([self._generation_request(request) for request in requests])
         for request, answer in zip(requests, answers, strict=True):
@@ -187,7 +187,7 @@ class SglangSampler:
 
 
 def check_ids(ids: IntArray, vocab_size: int, *, what: str) -> None:
-    """Raise DataError where `ids` of `what` holds an id outside [0, vocab_size)."""
+    """Raise DataError if `ids` holds an id outside [0, vocab_size). `what` names the ids in the message."""
     outside = find_outside(ids, vocab_size)
     if outside is not None:
         raise DataError(f"{what} holds token id {outside}; expected ids in [0, {vocab_size}), the model's vocabulary")

@@ -1,8 +1,9 @@
-"""What a server of a model is started with, and its tokenizer against the one that the prompts were made with.
+"""Builds the `ServerSpec` of a model, and compares a server's tokenizer with the one that made the prompts.
 
-Not for what is sampled: requests hold ids, and no text that a server makes is read. But a server with another tokenizer
-may stop elsewhere, and is not the server of this model. Invariant: a server that we start reads the tokenizer as we do;
-one that runs elsewhere is compared, or the log says that it cannot be.
+Sampling itself does not depend on the server's tokenizer: requests hold ids, and texts from a server are not read. But
+a server with another tokenizer may stop at other tokens, and it is not the server of this model. Invariant: a server
+that we start reads the tokenizer as we do. The tokenizer of a server that runs elsewhere is compared, or a warning says
+why that is impossible.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def tokenizer_for_server(folder: Path, logs: Path, name: str) -> Path | None:
-    """Return a folder of corrected tokenizer files under `logs` for the server `name`; None where it needs none.
+    """Write corrected tokenizer files for the server `name` under `logs` and return their folder; None if not needed.
 
-    Raises DataError where the tokenizer of the model in `folder` cannot be read.
+    Raises DataError if the tokenizer of the model in `folder` cannot be read.
     """
     return write_for_server(read_tokenizer(folder), folder, logs / f"{name}.tokenizer")
 
@@ -43,11 +44,12 @@ def server_spec(
     title: str | None = None,
     here: bool = True,
 ) -> ServerSpec:
-    """Return what to start for the model in the folder `model`, with the tokenizer as we read it.
+    """Return the specification of a server for the model in the folder `model`, with the tokenizer as we read it.
 
-    `key` is the section that `config` comes from and `model_key` the one of `model`, for messages, which begin with
-    `title` (`key` unless given); `dtype` is used where `config` names none; the output goes to <logs>/<name>.log.
-    `here`: this process starts it, unless `config.url` names one that runs. Raises DataError as `tokenizer_for_server`.
+    `key` is the configuration section of `config` and `model_key` the key of `model`; both are for messages. `title` is
+    the prefix of messages (default: `key`). `dtype` is used if `config` sets none. The server's output goes to
+    <logs>/<name>.log. `here`: this process starts the server, unless `config.url` names a running one. Raises DataError
+    like `tokenizer_for_server`.
     """
     return ServerSpec(
         key=key,
@@ -64,9 +66,9 @@ def server_spec(
 
 
 def check_served_tokenizer(server: SupervisedServer, folder: Path) -> None:
-    """Compare the ids that `server` makes of the probe texts with those of the tokenizer in `folder`.
+    """Compare how `server` and the tokenizer in `folder` tokenize the probe texts.
 
-    Raises GateError with the first difference, ServerDied where the server is gone.
+    Raises GateError with the first difference, and ServerDied if the server is gone.
     """
     loaded = read_tokenizer(folder)
     try:

@@ -1,1 +1,1 @@
-"""The HTTP client of SGLang and the server processes that we start and stop by pid."""
+"""The HTTP client for SGLang, and the server processes that the trainer starts and stops by pid."""

@@ -1,8 +1,9 @@
-"""A client of one SGLang server: sampling, scoring and weight updates, from plain synchronous code.
+"""A synchronous client of one SGLang server: sampling, scoring and weight updates.
 
-Not for starting servers (see `process`), for retries and hangs (see `transport`) or for deciding what to do when a
-server is gone (see `supervisor`). Invariant: what comes back is checked (see `wire`), asked for once more if it makes
-no sense, and is an AnswerError after that. Each call runs its own event loop: not for use inside one.
+This module does not start servers (see `process`), does not retry or detect hangs (see `transport`), and does not
+decide what happens when a server is gone (see `supervisor`). Invariant: every answer is checked (see `wire`). If it
+makes no sense, the request is sent once more; a second bad answer is an AnswerError. Each call runs its own event loop,
+so the client cannot be used inside a running one.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ HEALTH_TIMEOUT_S = 30.0
 
 
 class SglangClient:
-    """Talks to the server at `url`. `key` is the section that configures it, for messages (`rollout.server`).
+    """Talks to the server at `url`. `key` is the configuration section of the server, for messages (`rollout.server`).
 
-    `alive` tells whether the process of a started server runs; once it does not, nothing is retried. `stopped` tells
-    which of its processes is stopped, and `api_key` is the one that it was given; for a server that runs elsewhere
-    `api_key_env` names it. `name` is what messages begin with, the key unless given.
+    `name` is the prefix of log lines and errors; the default is `key`. Three arguments are for a server that we
+    started: `alive` returns whether its process runs (if not, nothing is retried), `stopped` returns which of its
+    processes is stopped, and `api_key` is the key that it was given. For a server that runs elsewhere, the
+    configuration's `api_key_env` names the variable with the key.
     """
 
     def __init__(
@@ -52,9 +54,9 @@ class SglangClient:
         self.key = key
         self.name = name or key
         self.asked_again = 0
-        """Answers that made no sense and were asked for once more, over the client's life."""
+        """Number of answers that made no sense, so that the request was sent once more; over the client's life."""
         self.same_host = alive is not None
-        """Whether the server shares this host's memory, as one that we started does."""
+        """Whether the server shares this host's memory. True for servers that we started."""
         self._told_refusal = False
         if api_key is None and config.url:
             api_key = read_api_key(config.api_key_env, key=f"{key}.api_key_env")
@@ -62,11 +64,11 @@ class SglangClient:
 
     @property
     def retries(self) -> int:
-        """Attempts beyond the first, over the client's life."""
+        """Number of retries over the client's life."""
         return self._http.retries
 
     def healthy(self, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
-        """Return whether the server generates: False while it starts, is paused or does not answer.
+        """Return whether the server can generate: False while it starts, is paused or does not answer.
 
         Raises StopRequested.
         """
@@ -82,7 +84,7 @@ class SglangClient:
         return self._http.run(ask, watched=False, may_stop=True)
 
     def info(self) -> wire.ServerInfo:
-        """Return version label, tensor-parallel size and limits of the server. Raises ServerError."""
+        """Return the server's version label, tensor-parallel size and limits. Raises ServerError."""
 
         async def ask(session: aiohttp.ClientSession) -> wire.ServerInfo:
             server = await self._http.call(session, "GET", "/server_info")
@@ -91,9 +93,10 @@ class SglangClient:
         return self._http.run(ask)
 
     def generate(self, requests: list[wire.GenerationRequest]) -> list[wire.Generation | ServerError]:
-        """Sample each request; entry i is the continuation of request i, or why there is none.
+        """Sample each request. Entry i is the continuation of request i, or the error that it failed with.
 
-        At most `max_concurrency` are in flight. Token ids must be inside the vocabulary: SGLang dies of others.
+        At most `max_concurrency` requests are in flight. All token ids must be inside the vocabulary; any other id
+        kills SGLang.
         """
         with progress(log, self.name, total=len(requests), unit="responses", amount_unit="tok") as state:
             longest = 0
@@ -107,7 +110,7 @@ class SglangClient:
             return self._generate_all(requests, wire.generation_body, wire.read_generation, count)
 
     def score(self, requests: list[wire.ScoringRequest]) -> list[wire.TokenScores | ServerError]:
-        """Score each request at temperature 1; entry i holds the scores of request i, or why there are none."""
+        """Score each request at temperature 1. Entry i holds the scores of request i, or the error it failed with."""
         with progress(log, self.name, total=len(requests), unit="samples scored", amount_unit="tok") as state:
 
             def count(answer: wire.TokenScores | ServerError) -> None:
@@ -116,27 +119,27 @@ class SglangClient:
             return self._generate_all(requests, wire.scoring_body, wire.read_scores, count)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids that the server makes of each text, without special tokens around it.
+        """Tokenize each text on the server, without adding special tokens.
 
-        Raises ServerError where the server has no /tokenize (older than SGLang 0.5.23) or answers something else.
+        Raises ServerError if the server has no /tokenize (older than SGLang 0.5.23) or its answer is malformed.
         """
         answer = self._post("/tokenize", {"prompt": list(texts), "add_special_tokens": False}, retry=False)
         return wire.read_token_lists(answer, len(texts))
 
     def pause(self) -> None:
-        """Abort what runs and hold back new requests until `resume`."""
+        """Abort running requests and hold new ones back until `resume`."""
         self._post("/pause_generation", {"mode": "abort"})
 
     def resume(self, limit_s: float | None = None) -> None:
-        """Take requests again; harmless where the server was not paused. With `limit_s` there is one try, so long."""
+        """Accept requests again; harmless if the server is not paused. `limit_s` allows one attempt of that length."""
         self._post("/continue_generation", {}, retry=limit_s is None, limit_s=limit_s)
 
     def flush_cache(self) -> None:
-        """Forget all cached KV. Raises ServerError while requests run."""
+        """Drop all cached keys and values. Raises ServerError while requests run."""
         self._post("/flush_cache", {}, json_answer=False)
 
     def begin_weight_update(self) -> None:
-        """Open the update session; one that an earlier failure left open is closed first."""
+        """Open a weight-update session. If an earlier failure left one open, it is closed first."""
         try:
             self._post("/begin_weight_update", {}, retry=False)
         except ServerError as error:
@@ -147,27 +150,28 @@ class SglangClient:
             self._post("/begin_weight_update", {}, retry=False)
 
     def update_weights(self, payloads: list[bytes], *, version: str) -> None:
-        """Load one payload a rank (see `weight_payload`) and label the server's weights `version`; never retried.
+        """Load one payload per rank (see `weight_payload`) and label the server's weights `version`. Never retried.
 
-        The server ignores unknown names and dies of wrong shapes: check both before (see `rollout.publisher`). Raises
-        ServerError where the server refuses.
+        The server ignores unknown names, and a wrong shape kills it. Check both first (see `rollout.publisher`). Raises
+        ServerError if the server refuses.
         """
         self._post("/update_weights_from_tensor", wire.weights_body(payloads, version=version), retry=False)
 
     def end_weight_update(self, limit_s: float | None = None) -> None:
-        """Close the update session, within `limit_s` (request_timeout_s)."""
+        """Close the weight-update session within `limit_s` (default: request_timeout_s)."""
         self._post("/end_weight_update", {}, retry=False, limit_s=limit_s)
 
     def label_weights(self, version: str) -> None:
-        """Give the weights that the server holds the label `version`, which it stamps on what it samples."""
+        """Label the server's current weights `version`. The server returns this label with every sample."""
         self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def weights_checksum(self, *, may_refuse: bool = False) -> wire.WeightChecksums | None:
-        """Return checksums of all weights on all ranks, None where the server has none to give (no /weights_checker).
+        """Return checksums of all weights on all ranks, or None if the server has no /weights_checker.
 
-        Equal weights have equal ones on servers of one layout. Cost: SGLang reads every weight once (SHA-256 on a CPU,
-        about 1 GiB/s; a kernel at memory speed on a GPU). Raises ServerError. `may_refuse`: a refusal (SGLang wants its
-        admin key here, if it has one) is None too, with one warning; for a server that need not take weights from us.
+        Equal weights give equal checksums on servers with the same parallel layout. Cost: SGLang reads every weight
+        once (SHA-256 on a CPU, about 1 GiB/s; a kernel at memory speed on a GPU). Raises ServerError. With
+        `may_refuse`, a refusal also gives None and one warning (SGLang asks for its admin key here if it has one). Use
+        it for a server that does not receive weights from us.
         """
         try:
             answer = self._post("/weights_checker", {"action": "checksum"})
@@ -178,8 +182,8 @@ class SglangClient:
                 raise
             if not self._told_refusal:
                 log.warning(
-                    "%s: the server gives no checksum of its weights, so its scores alone tell which model it serves "
-                    "(%s). If it has an admin key, let %s.api_key_env name that",
+                    "%s: the server refuses to give checksums of its weights, so only its scores show which model it "
+                    "serves (%s). If it has an admin key, set %s.api_key_env to the variable that holds it",
                     self.name,
                     error,
                     self.key,
@@ -192,7 +196,7 @@ class SglangClient:
         return checksums
 
     def randomize_weights(self) -> None:
-        """Overwrite every weight of the server with random numbers, to prove that the next update sets them all."""
+        """Overwrite all server weights with random numbers, to prove that the next update sets every one of them."""
         self._post("/weights_checker", {"action": "reset_tensors"})
 
     def _post(
@@ -217,10 +221,10 @@ class SglangClient:
         read: Callable[[object, Question], Answer],
         count: Callable[[Answer | ServerError], None],
     ) -> list[Answer | ServerError]:
-        """What `read` makes of the answer of /generate to each question, or why there is none.
+        """Post each question to /generate and decode its answer with `read`. Failed questions give their error.
 
-        `count` is told of each as it comes. An answer that makes no sense is asked for once more, and one line is
-        logged about all of them.
+        `count` is called with each result as it arrives. If an answer makes no sense, the question is sent once more;
+        one log line covers all of these.
         """
         nonsense: list[str] = []
 
@@ -234,7 +238,7 @@ class SglangClient:
 
         answers = self._http.run(
             lambda session: self._http.gather([partial(ask, session, question) for question in questions], count),
-            watched=False,  # `gather` watches, so that a hung server costs no answer that has come
+            watched=False,  # `gather` watches itself: if the server hangs, answers received so far are kept
         )
         self.asked_again += len(nonsense)
         if nonsense:

@@ -1,7 +1,7 @@
-"""The one place of `serving` that reads the launcher's environment: API keys, and what a started server inherits.
+"""API keys, and the environment that a started server inherits. Nothing else in `serving` reads the environment.
 
-Not for settings: those are in the configuration. Invariants: a started server asks itself without a proxy; what its
-processes need among themselves stays on the loopback interface; its key is in its environment and nowhere else.
+Settings are not read here; they are in the configuration. Invariants: a started server sends requests to itself
+without a proxy. Its processes talk to each other on the loopback interface only. Its key is only in its environment.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ _DISTRIBUTED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")
 _DISTRIBUTED_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CHANGES_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
 _SEVERAL_GROUPS = ("--dp", "--data-parallel", "--enable-dp", "--nnodes", "--dist-init-addr")
-"""Beginnings of arguments that make several process groups, or one over several hosts."""
+"""Prefixes of server arguments that create several process groups, or one group across hosts."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a started server runs and with what."""
+    """Device, port, folder and key of a server to start."""
 
     device: str
     port: int
-    """Of its HTTP process"""
+    """Port of its HTTP process"""
     folder: Path
-    """Of its own, for sockets and temporary files; nobody else may read it"""
+    """Private folder of the server, for sockets and temporary files; other users cannot read it"""
     api_key: str = field(repr=False)
     tensor_parallel: int = 1
     cpu_threads: int = 1
-    """Of each of the `tensor_parallel` ranks on a CPU"""
+    """Threads of each of the `tensor_parallel` ranks on a CPU"""
     extra_args: tuple[str, ...] = ()
 
 
 def read_api_key(variable: str | None, *, key: str) -> str | None:
-    """Return the API key held by the environment variable `variable`; None where none is configured.
+    """Return the API key in the environment variable `variable`, or None if `variable` is None.
 
-    Raises ServerError where the variable that `key` names is unset or empty.
+    `key` is the configuration key that names the variable. Raises ServerError if the variable is unset or empty.
     """
     if variable is None:
         return None
@@ -55,16 +55,16 @@ def read_api_key(variable: str | None, *, key: str) -> str | None:
 
 
 def server_environment(place: Place, extra: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a started server: ours, without what torchrun told this rank.
+    """Return the environment of a started server: ours, without the variables that torchrun set for this rank.
 
-    `extra` wins over everything.
+    Entries of `extra` override all others.
     """
     inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in _DISTRIBUTED_NAMES
         and not name.startswith(_DISTRIBUTED_PREFIXES)
-        # sampled log-probs must be those of the distribution that was sampled, temperature included
+        # log-probs of samples must come from the distribution that was sampled, temperature included
         and name != _CHANGES_LOG_PROBS
     }
     if place.device == "cpu":
@@ -75,7 +75,7 @@ def server_environment(place: Place, extra: Mapping[str, str]) -> dict[str, str]
 
 
 def _own_files(inherited: Mapping[str, str], place: Place) -> dict[str, str]:
-    """The key, and a folder for sockets; the cache of compiled kernels stays where it is, for the next launch."""
+    """The API key and the folder for sockets. The cache of compiled kernels stays in place for the next launch."""
     cache = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
     return {
         KEY_VARIABLE: place.api_key,
@@ -85,7 +85,7 @@ def _own_files(inherited: Mapping[str, str], place: Place) -> dict[str, str]:
 
 
 def _user() -> str:
-    """Name of this user; a container may have a number without a name."""
+    """Name of this user. In a container the user id may have no name; then the id itself."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -93,8 +93,8 @@ def _user() -> str:
 
 
 def _loopback(inherited: Mapping[str, str], place: Place) -> dict[str, str]:
-    """What keeps the server's requests to itself off proxies, and its listeners off other interfaces."""
-    # where both are there, most programs read one of them only
+    """Variables that keep the server's requests to itself off proxies, and its listeners on the loopback interface."""
+    # set both spellings alike: most programs read only one of them
     listed = ",".join(inherited.get(name, "") for name in _PROXY_EXCEPTIONS).split(",")
     entries = [*(entry.strip() for entry in listed if entry.strip()), *LOOPBACK]
     found = dict.fromkeys(_PROXY_EXCEPTIONS, ",".join(dict.fromkeys(entries)))
@@ -103,16 +103,16 @@ def _loopback(inherited: Mapping[str, str], place: Place) -> dict[str, str]:
     return found | {
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
-        # its ranks meet over a file: torch's TCP store listens on all interfaces
+        # the ranks find each other through a file, because torch's TCP store listens on all interfaces
         "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{place.folder}/ranks",
-        # SGLang names shared memory after these two, so they must differ between servers of one host
+        # SGLang names its shared memory after these two, so they must differ between servers on one host
         "MASTER_ADDR": LOOPBACK[0],
         "MASTER_PORT": str(place.port),
     }
 
 
 def _cpu_groups(groups: int, cpus_per_group: int) -> str:
-    """CPU ids of each rank, as SGLang wants them: `0,1|2,3`. CPUs are shared where there are too few."""
+    """CPU ids of each rank in SGLang's format: `0,1|2,3`. If there are too few CPUs, ranks share them."""
     usable = sorted(os.sched_getaffinity(0))
     picked = [usable[index % len(usable)] for index in range(groups * cpus_per_group)]
     per_rank = [picked[start : start + cpus_per_group] for start in range(0, len(picked), cpus_per_group)]

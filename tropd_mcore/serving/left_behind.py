@@ -1,14 +1,15 @@
-"""What a killed process leaves in shared memory and in the temporary folder, and its removal by the next one.
+"""Removes files that killed processes left in shared memory and in the temporary folder.
 
-SGLang and torch name their files at random and remove them when they end by themselves; a process that is killed
-removes nothing. So each process of ours that shares memory or starts a server keeps a ledger beside those files, in
-/dev/shm: which processes are its own, which files they have mapped, which folder is theirs. Not for files of a run
-directory (`records.run_dir`) or for stopping processes (`process`).
+SGLang and torch give their files random names and remove them when they exit normally. A killed process removes
+nothing. So each of our processes that shares memory or starts a server keeps a ledger in /dev/shm, beside those files.
+The ledger lists its processes, the files they have mapped and their temporary folders. The next launch reads the
+ledgers and removes what ended processes left. This module does not clean run directories (see `records.run_dir`) and
+does not stop processes (see `process`).
 
-Invariant: a file is removed only where a ledger names it, or names the process whose number it carries, every process
-of that ledger is gone (number and start time), the file is ours by its owner, and no process maps it or has it open.
-What no ledger knows stays. The number counts only where we see every process of the machine: containers may share
-/dev/shm and each have a process of that number.
+Invariant: a file is removed only if all of these hold. A ledger lists the file, or lists a process whose pid is in the
+file's name. Every process of that ledger has ended (pid and start time). The file belongs to this user. No process maps
+it or has it open. Files that no ledger covers stay. The rule about pids in names applies only if we see every process
+of the machine, because containers may share /dev/shm and use the same pid for different processes.
 """
 
 from __future__ import annotations
@@ -36,35 +37,35 @@ log = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 FOLDER_PREFIX = "tropd-server-"
 LONGEST_BASE = 60
-"""Characters of a temporary folder in which SGLang's sockets have room: a socket's path has at most 107."""
+"""Longest path (characters) of the temporary folder: a socket's path has at most 107, and SGLang's must fit in it."""
 _PROCESSES = Path("/proc")
 _WHOLE_MACHINE = 0xEFFFFFFC
-"""Number of the process namespace that the kernel starts with (PROC_PID_INIT_INO), which holds all others."""
+"""Number of the kernel's first process namespace (PROC_PID_INIT_INO), which contains all others."""
 _CLOCK_STEP_S = 2.0
-"""By how much the start of a process and the time of a file may disagree."""
+"""Tolerance when the start time of a process is compared with the time of a file."""
 _LEDGER = re.compile(r"tropd\.(\d+)\.(\d+)\.(\d+)\.(\d+)\.json")
-"""Owner, process namespace, process, start of it in clock ticks since the machine started."""
+"""User id, process namespace, pid, start of that process in clock ticks since boot."""
 _SHM_MANAGER_FOLDER = "torch-shm-dir-"
-"""Where torch's manager of shared memory has its socket."""
+"""Prefix of the folder in which torch's shared-memory manager has its socket."""
 
 
 @dataclass
 class Ledger:
-    """What belongs to one process of ours and to the processes that it started."""
+    """Processes, files and folders of one of our processes and of the processes that it started."""
 
     processes: dict[int, int] = field(default_factory=dict)
-    """Process -> its start, in clock ticks"""
+    """Pid -> start of the process, in clock ticks since boot"""
     files: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
 
     def to_json(self) -> str:
-        """The ledger as text; `from_json` is the inverse."""
+        """Return the ledger as text; `from_json` is the inverse."""
         values = asdict(self)
         return json.dumps({**values, "files": sorted(self.files), "folders": sorted(self.folders)}) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """Raises ValueError, KeyError or TypeError where `text` is no ledger."""
+        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError if `text` is not a ledger."""
         values = json.loads(text)
         processes = {int(pid): int(start) for pid, start in values["processes"].items()}
         return cls(processes, {str(name) for name in values["files"]}, {str(name) for name in values["folders"]})
@@ -75,10 +76,10 @@ _lock = threading.RLock()
 
 
 def note_process(pid: int) -> None:
-    """Record a process of ours, and what it and its children have mapped of shared memory until now.
+    """Record one of our processes, its children, and the shared memory that they have mapped so far.
 
-    To be called again while it works: what it maps later is not known before. What is older than the process is not
-    its own, and stays. Harmless where it has ended.
+    Call it again while the process works, to record what it maps later. Files older than the process are not its own
+    and are not recorded. Calling it for a process that has ended does no harm.
     """
     with _lock:
         before = _own.to_json()
@@ -93,9 +94,10 @@ def note_process(pid: int) -> None:
 
 
 def note_sharing(manager: str | None = None, name: str | None = None) -> None:
-    """Record that this process is about to share tensors; once it does, the socket of torch's manager and the file.
+    """Record that this process shares tensors.
 
-    `name` is the file's name in shared memory. Raises DataError where the shared memory is full.
+    Call it without arguments before sharing, and again afterwards: `manager` is the socket of torch's shared-memory
+    manager, `name` the file's name in shared memory. Raises DataError if the shared memory is full.
     """
     start = start_of(os.getpid())
     assert start is not None, "this process runs"
@@ -109,7 +111,7 @@ def note_sharing(manager: str | None = None, name: str | None = None) -> None:
 
 
 def make_folder() -> Path:
-    """Make a temporary folder for a server, recorded as ours. Raises DataError where there is no room for it."""
+    """Make a temporary folder for a server and record it. Raises DataError if there is no room for it."""
     base = tempfile.gettempdir()
     base = base if len(base) <= LONGEST_BASE else "/tmp"
     with writing(Path(base), key="TMPDIR"):
@@ -121,7 +123,7 @@ def make_folder() -> Path:
 
 
 def remove_of(pids: Iterable[int], folder: Path | None) -> None:
-    """Remove what these processes, which have ended, left behind, and the folder that was made for them."""
+    """Remove the files that these processes left, if they have ended, and the temporary folder made for them."""
     with _lock:
         gone = {pid for pid in pids if pid in _own.processes and start_of(pid) != _own.processes[pid]}
         if folder is not None:
@@ -135,7 +137,7 @@ def remove_of(pids: Iterable[int], folder: Path | None) -> None:
 
 
 def remove_left_over() -> int:
-    """Remove what ended processes of this user have left on this machine; return how many files and folders."""
+    """Remove what ended processes of this user left on this machine. Return the number of files and folders."""
     removed = remove_left_partials(SHARED_MEMORY, f".tropd.{os.getuid()}.*")
     for path in sorted(SHARED_MEMORY.glob(f"tropd.{os.getuid()}.*.json")):
         ledger = _ledger_of_the_dead(path)
@@ -154,7 +156,7 @@ def remove_left_over() -> int:
 
 
 def start_of(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since the machine did; None where there is none, or a zombie."""
+    """Return the start of process `pid` in clock ticks since boot; None if it does not exist or is a zombie."""
     try:
         fields = (_PROCESSES / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -163,15 +165,15 @@ def start_of(pid: int) -> int | None:
 
 
 def mapped_files(pid: int) -> set[str]:
-    """The files of shared memory that a process has mapped; none where it has ended or is not ours."""
+    """Return the shared-memory files that a process has mapped; empty if it has ended or belongs to another user."""
     numbers = _mapped_numbers(pid)
     return {str(path) for path in SHARED_MEMORY.iterdir() if _number(path) in numbers} if numbers else set()
 
 
 def _mapped_numbers(pid: int) -> set[int]:
-    """Numbers (inodes) of what a process has mapped of shared memory.
+    """Inode numbers of the shared memory that a process has mapped.
 
-    Not names: a semaphore is mapped under a name that it had for a moment only.
+    Names would not do: a semaphore is mapped under a temporary name that it had only for a moment.
     """
     try:
         lines = (_PROCESSES / str(pid) / "maps").read_text(errors="replace").splitlines()
@@ -188,7 +190,7 @@ def _number(path: Path) -> int | None:
 
 
 def _began(pid: int) -> float:
-    """When process `pid` started, in seconds since 1970; for ever later where it has ended."""
+    """Start of process `pid` in seconds since 1970; infinity if it has ended."""
     try:
         return psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
@@ -196,7 +198,7 @@ def _began(pid: int) -> float:
 
 
 def _changed(path: Path) -> float:
-    """When the file was made or its state changed last, in seconds since 1970; 0 where it is gone."""
+    """Time of the file's last status change (ctime) in seconds since 1970; 0 if it is gone."""
     try:
         return path.lstat().st_ctime
     except OSError:
@@ -211,7 +213,7 @@ def _family(pid: int) -> list[int]:
 
 
 def _ledger_path() -> Path | None:
-    """The ledger of this process; None where the machine has no shared memory."""
+    """Path of this process's ledger; None if the machine has no /dev/shm."""
     start = start_of(os.getpid())
     if not SHARED_MEMORY.is_dir() or start is None:
         return None
@@ -219,12 +221,12 @@ def _ledger_path() -> Path | None:
 
 
 def _namespace() -> int:
-    """Number of the process namespace, because a container that shares /dev/shm may count processes of its own."""
+    """Number of the process namespace. Containers that share /dev/shm may use the same pids for other processes."""
     return (_PROCESSES / "self/ns/pid").stat().st_ino
 
 
 def _write() -> None:
-    """Publish this process's own ledger; without anything in it there is none."""
+    """Write this process's ledger; if it is empty, delete the file."""
     path = _ledger_path()
     if path is None:
         return
@@ -237,9 +239,9 @@ def _write() -> None:
 
 
 def _forget() -> None:
-    """At the end of a process that ends by itself, what it used is gone or goes with it.
+    """Delete this process's ledger at a normal exit, when its files are gone or disappear with it.
 
-    A folder of a server that is still there stays recorded, for the next launch.
+    If a server's folder still exists, the ledger stays for the next launch.
     """
     path = _ledger_path()
     left = any(folder.name.startswith(FOLDER_PREFIX) and folder.exists() for folder in map(Path, _own.folders))
@@ -248,7 +250,7 @@ def _forget() -> None:
 
 
 def _ledger_of_the_dead(path: Path) -> Ledger | None:
-    """The ledger at `path` where it is of this user and all its processes are gone; None otherwise."""
+    """The ledger at `path` if it belongs to this user and all its processes have ended; otherwise None."""
     name = _LEDGER.fullmatch(path.name)
     if name is None or int(name[2]) != _namespace() or start_of(int(name[3])) == int(name[4]):
         return None
@@ -263,9 +265,9 @@ def _ledger_of_the_dead(path: Path) -> Ledger | None:
 
 
 def _named_after(pids: Iterable[int]) -> set[str]:
-    """Files of shared memory that carry the number of one of these processes in their name, as torch's do.
+    """Shared-memory files that have one of these pids in their name, as torch's do.
 
-    None in a container: there a number says little.
+    Empty in a container, where the same pid may belong to several processes.
     """
     if _namespace() != _WHOLE_MACHINE:
         return set()
@@ -273,7 +275,7 @@ def _named_after(pids: Iterable[int]) -> set[str]:
 
 
 def _remove_files(names: Iterable[str]) -> list[Path]:
-    """Remove those of the files that are ours and that nobody uses; return them."""
+    """Remove those files that belong to this user and that no process uses; return the removed ones."""
     paths = [path for name in names if _is_ours(path := Path(name)) and path.parent == SHARED_MEMORY]
     if not paths:
         return []
@@ -287,7 +289,7 @@ def _remove_files(names: Iterable[str]) -> list[Path]:
 
 
 def _remove_folder(folder: Path) -> bool:
-    """Remove a temporary folder of ours; return whether it was there."""
+    """Remove one of our temporary folders; return whether it existed."""
     if not folder.name.startswith((FOLDER_PREFIX, _SHM_MANAGER_FOLDER)) or not _is_ours(folder):
         return False
     shutil.rmtree(folder, ignore_errors=True)
@@ -302,7 +304,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _used_numbers() -> set[int]:
-    """Numbers of what any process maps of shared memory or has open, as far as this user may see."""
+    """Inode numbers of all shared memory that any process maps or has open, as far as this user may see."""
     used: set[int] = set()
     for entry in _PROCESSES.iterdir():
         if entry.name.isdecimal():

@@ -1,9 +1,9 @@
-"""The log of a started server: bounded in size while the server writes to it, with one older file.
+"""The log of a started server, rotated while the server writes to it.
 
-Not for our own lines (`logs`). The server holds a descriptor of the file and knows nothing of us, so the file is copied
-to `<name>.log.1` and then cut to nothing in place: the server appends, and goes on at the start. Invariants: both files
-together stay below twice the limit and what is written in LOOK_EVERY_S; at most what comes between the copy and the cut
-is lost (milliseconds); only this user can read them.
+This module does not handle our own log lines (see `logs`). The server holds the file open and cannot be told to reopen
+it. So the file is copied to `<name>.log.1` and then truncated in place; the server appends and continues at the start.
+Invariants: both files together stay below twice the limit plus what is written in LOOK_EVERY_S. Only lines written
+between the copy and the truncation (milliseconds) can be lost. Only this user can read the files.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class ServerLog:
         self._max_bytes = max_bytes
         self._start = 0
         self._older_start: int | None = None
-        """Where the older file goes on with what came since the start; None where nothing of that is in it"""
+        """Offset in the older file where this start's lines begin; None if it holds none of them"""
         self._turn = threading.Lock()
         self._told = False
-        """Whether it was said that the log grows"""
+        """Whether the warning about a growing log was logged"""
         self._keeper: threading.Thread | None = None
         self._over = threading.Event()
 
     def open(self) -> BinaryIO:
-        """Return a stream for the server to append to, and watch the size from now on, until `close`."""
+        """Return a stream for the server to append to, and watch the file's size until `close`."""
         self.close()
         if self._size() > self._max_bytes:
             self._path.replace(self._older)
@@ -51,14 +51,14 @@ class ServerLog:
         return os.fdopen(descriptor, "ab")
 
     def close(self) -> None:
-        """Watch the size no longer."""
+        """Stop watching the size."""
         if self._keeper is not None:
             self._over.set()
             self._keeper.join()
             self._keeper = None
 
     def tail(self) -> list[str]:
-        """Return the last lines with text since the start, without space around them."""
+        """Return the last non-empty lines since the start, stripped."""
         with self._turn:
             found = _end_of(self._path, self._start, TAIL_BYTES)
             if self._older_start is not None:
@@ -66,9 +66,9 @@ class ServerLog:
         return [line.strip() for line in found.decode(errors="replace").splitlines() if line.strip()]
 
     def rotate(self) -> bool:
-        """Move what is there to the older file if it is over the limit; return whether it was.
+        """Move the content to the older file if it is over the limit; return whether that was done.
 
-        Raises OSError where there is no room for the copy; the log is as it was then.
+        Raises OSError if there is no room for the copy; the log is then unchanged.
         """
         if self._size() <= self._max_bytes:
             return False
@@ -88,7 +88,7 @@ class ServerLog:
         with self._path.open("rb") as source, partial.open("wb") as target:
             os.fchmod(target.fileno(), 0o600)
             shutil.copyfileobj(source, target, 2**20)
-            # what came while the copy was made
+            # lines written during the copy
             shutil.copyfileobj(source, target, 2**20)
 
     def _keep(self, over: threading.Event) -> None:
@@ -97,7 +97,7 @@ class ServerLog:
                 self.rotate()
             except OSError as error:
                 if not self._told:
-                    log.warning("%s: cannot be rotated yet (%s); it goes on growing", self._path, error.strerror)
+                    log.warning("%s: cannot be rotated yet (%s); it keeps growing", self._path, error.strerror)
                 self._told = True
             else:
                 self._told = False
@@ -110,7 +110,7 @@ class ServerLog:
 
 
 def _end_of(path: Path, start: int, limit: int) -> bytes:
-    """The last bytes of a file, at most `limit` and none before `start`; nothing where there is no file."""
+    """The last bytes of a file, at most `limit` and none before `start`; empty if there is no file."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)

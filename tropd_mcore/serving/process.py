@@ -1,8 +1,9 @@
-"""One SGLang server as a process of ours: started on loopback, waited for, watched, and stopped by its pid.
+"""Starts one SGLang server as a child process on the loopback interface, waits for it, watches it and stops it by pid.
 
-Not for talking to it (see `client`) and not for what earlier launches left (see `record`). Invariants: the server
-runs in a process group of its own that ends with us, even when we are killed; it takes requests only with a random key
-that stands in its environment and in our memory alone; nothing is ever stopped by name.
+This module does not send requests to it (see `client`) and does not deal with servers of earlier launches (see
+`record`). Invariants: the server runs in its own process group, which ends with us, even if we are killed. It accepts
+requests only with a random key, which exists only in its environment and in our memory. Processes are never stopped by
+name.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 POLL_S = 0.25
 SHOWN_OF_LINE = 100
-"""Characters of the server's last line beside the time it has been starting."""
+"""Characters of the server's last log line that the progress line shows while the server starts."""
 
-# the kernel's parent-death signal is tied to the starting thread, so one that lives as long as we do starts all servers
+# the kernel's parent-death signal is tied to the starting thread, so one thread with our lifetime starts all servers
 _STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-starter")
 
 _EXCEPTION_LINE = re.compile(r"(\S+ )*?[\w.]*(Error|Exception)\b\s*:")
@@ -49,24 +50,24 @@ _EXCEPTION_LINE = re.compile(r"(\S+ )*?[\w.]*(Error|Exception)\b\s*:")
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What to start and where to write about it."""
+    """Which server to start, and where its log and record go."""
 
     key: str
-    """Section of the configuration, for messages: `rollout.server` or `teacher.server`."""
+    """Configuration section of the server, for messages: `rollout.server` or `teacher.server`."""
     model_key: str
-    """Key that names the model folder: `student.path` or `teacher.path`."""
+    """Configuration key of the model folder: `student.path` or `teacher.path`."""
     model_path: Path
     config: ServerConfig
     device: Literal["cpu", "cuda"]
     run_dir: Path
-    """Gets `<name>.log` and `<name>.server.json`."""
+    """Folder for `<name>.log` and `<name>.server.json`."""
     name: str
     dtype: Dtype = "bfloat16"
-    """Of the model, for a `config` that names none."""
+    """Dtype of the model if `config` sets none."""
     title: str | None = None
-    """What messages about it begin with; None = `key`."""
+    """Prefix of messages about the server; None = `key`."""
     tokenizer_path: Path | None = None
-    """Tokenizer files to serve with; None = those of the model folder."""
+    """Folder of the tokenizer to serve with; None = the model folder."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
     cpu_threads: int = 1
     """Threads of each rank of a CPU server."""
@@ -85,7 +86,7 @@ class ServerSpec:
 
 
 class ServerProcess:
-    """Starts and stops the server of one `ServerSpec`; a context manager that stops it at the end."""
+    """Starts and stops the server of one `ServerSpec`. As a context manager, it stops the server on exit."""
 
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
@@ -95,22 +96,22 @@ class ServerProcess:
         self._log = ServerLog(spec.log_path, int(spec.config.log_max_mib * 2**20))
         self._api_key = secrets.token_urlsafe(32)
         self._folder: Path | None = None
-        """Temporary folder of the server, which goes with it"""
+        """Temporary folder of the server, removed when the server is stopped"""
 
     @property
     def url(self) -> str:
-        """Base URL; the port is known once started."""
+        """Base URL; available after `start`."""
         assert self.port is not None, "start() first"
         return f"http://{HOST}:{self.port}"
 
     @property
     def pid(self) -> int:
-        """Process id, which is also the id of its process group."""
+        """Process id; also the id of its process group."""
         assert self._process is not None, "start() first"
         return self._process.pid
 
     def client(self) -> SglangClient:
-        """Return a client that has the server's key and knows when this process has ended or is stopped."""
+        """Return a client that uses the server's key and sees whether this process has ended or is stopped."""
         return SglangClient(
             self.url,
             self.spec.config,
@@ -122,10 +123,10 @@ class ServerProcess:
         )
 
     def start(self) -> None:
-        """Stop a left-over server of this record, then start a new one; does not wait for it (see `wait_ready`).
+        """Start a server without waiting for it (see `wait_ready`). A left-over server of this record is stopped first.
 
-        Raises ServerError where the model folder is missing, the configured port is taken, or another live process
-        uses the server of this record.
+        Raises ServerError if the model folder is missing, the configured port is taken, or another live process uses
+        the server of this record.
         """
         assert not self.alive(), "already started"
         spec = self.spec
@@ -134,7 +135,7 @@ class ServerProcess:
         with writing(spec.log_path):
             spec.run_dir.mkdir(parents=True, exist_ok=True)
         stop_left_over(spec.record_path, key=spec.called)
-        # a restart keeps the port that the OS chose, so that the URL stays
+        # a restart keeps the port that the OS chose, so the URL does not change
         self._reserved = _reserve_port(self.port or spec.config.port, key=f"{spec.key}.port")
         port = self.port = self._reserved.getsockname()[1]
         remove_left_over()
@@ -183,13 +184,15 @@ class ServerProcess:
         if config.mem_fraction is not None:
             command += ["--mem-fraction-static", str(config.mem_fraction)]
         if spec.device == "cpu":
-            # the default attention wants AMX; an idle scheduler spins on a whole core unless it sleeps
+            # the default attention backend needs AMX; without --sleep-on-idle an idle scheduler keeps a core busy
             command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--sleep-on-idle"]
         return [*command, *config.extra_args]
 
     def wait_ready(self) -> None:
-        """Wait until the server generates. Raises ServerError where it dies or takes longer than start_timeout_s;
-        StopRequested."""
+        """Wait until the server can generate.
+
+        Raises ServerError if it dies or needs longer than start_timeout_s; StopRequested.
+        """
         started = time.monotonic()
         client = self.client()
         called, limit = self.spec.called, self.spec.config.start_timeout_s
@@ -211,19 +214,19 @@ class ServerProcess:
         log.info("%s: ready on %s after %.1f s", called, self.url, time.monotonic() - started)
 
     def alive(self) -> bool:
-        """Return whether the process runs."""
+        """Return whether the server process runs."""
         return self._process is not None and self._process.poll() is None
 
     def stopped(self) -> str | None:
-        """Return which process of the server is stopped (SIGSTOP), in words; None where none is."""
+        """Return a phrase that names the stopped (SIGSTOP) process of the server; None if none is stopped."""
         return stopped_member(self.pid) if self.alive() else None
 
     def stop(self) -> None:
-        """Stop the process group, gently and then not; harmless where it has ended already."""
+        """Stop the process group: SIGTERM first, then SIGKILL. Harmless if it has already ended."""
         self._release_port()
         self._log.close()
         if self._process is None:
-            # a start that failed half-way has made its folder
+            # a start that failed half-way may have made the folder
             remove_of((), self._folder)
             self._folder = None
             return
@@ -236,13 +239,13 @@ class ServerProcess:
         self.spec.record_path.unlink(missing_ok=True)
 
     def restart(self) -> None:
-        """Stop what is left, start again on the same port and wait until ready."""
+        """Stop what is left of the server, start it again on the same port and wait until it is ready."""
         self.stop()
         self.start()
         self.wait_ready()
 
     def describe_end(self) -> str:
-        """Return how the process ended (exit code, last log line, log file), one line."""
+        """Return one line about how the process ended: exit code, last log line, log file."""
         code = None if self._process is None else self._process.poll()
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         if self.alive():
@@ -260,7 +263,7 @@ class ServerProcess:
         return f"last line: {self._last_log_line()!r}; log: {self.spec.log_path}"
 
     def _last_log_line(self) -> str:
-        """The last line since the start that names an exception, else the last line."""
+        """The last log line since the start that names an exception, otherwise the last line."""
         lines = self._log.tail()
         exceptions = [line for line in lines if _EXCEPTION_LINE.match(line)]
         return one_line((exceptions or lines or [""])[-1])
@@ -272,7 +275,7 @@ class ServerProcess:
 
 
 def _reserve_port(port: int | None, *, key: str) -> socket.socket:
-    """Bind a port without listening on it: the OS gives it to nobody else, and a server may still listen on it."""
+    """Bind a port without listening on it: the OS gives it to nobody else, but the server can still listen on it."""
     if port is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

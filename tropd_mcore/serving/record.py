@@ -1,8 +1,8 @@
-"""The record of a started server on disk: who runs it, and whether an earlier launch left it behind.
+"""The on-disk record of a started server: which process owns it, and whether an earlier launch left it behind.
 
-Not for starting (see `process`) and not for files in shared memory (see `left_behind`). Invariants: a server is stopped
-only where its pid and its start time both match the record, and only once the process that started it is gone; nothing
-is ever stopped by name; a record holds no key.
+This module does not start servers (see `process`) and does not clean up shared memory (see `left_behind`). Invariants:
+a left-over server is stopped only if its pid and its start time match the record and the process that started it is
+gone. Processes are never stopped by name. A record holds no key.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tropd_mcore.foreign_text import one_line
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
-"""A server holds nothing that is worth a longer wait; by itself it takes about 5 s."""
+"""Time between SIGTERM and SIGKILL. A server has nothing to save that needs longer; it takes about 5 s by itself."""
 STOP_TIMEOUT_S = 30.0
 SAME_START_S = 1.0
 
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """A started server: its process group, and the process that started it. Start times are seconds since 1970."""
+    """A started server and the process that started it (its owner). Start times are in seconds since 1970."""
 
     pid: int
     start_time: float
@@ -42,33 +42,33 @@ class ServerRecord:
     host: str
 
     def save(self, path: Path) -> None:
-        """Write the record, readable by this user alone. Raises DataError where that is impossible."""
+        """Write the record, readable by this user only. Raises DataError if that fails."""
         publish_text(path, json.dumps(asdict(self)) + "\n")
         path.chmod(0o600)
 
     def is_here(self) -> bool:
-        """Whether it is of this host; pids of another host say nothing."""
+        """Whether the record was written on this host. Pids of another host have no meaning here."""
         return self.host == socket.gethostname()
 
     def runs(self) -> bool:
-        """Whether the server's process is still the one that was started."""
+        """Whether the recorded process still runs (same pid and start time)."""
         return self.is_here() and _is(self.pid, self.start_time) and _leads_group(self.pid)
 
     def live_owner(self) -> int | None:
-        """Pid of the process that started it, where that lives and is not this one."""
+        """Pid of the process that started the server, if it lives and is not this process; otherwise None."""
         mine = self.owner_pid == os.getpid()
         return self.owner_pid if self.is_here() and not mine and _is(self.owner_pid, self.owner_start_time) else None
 
 
 def make_record(pid: int, port: int) -> ServerRecord:
-    """Return the record of a server that this process has started."""
+    """Return the record of a server that this process started."""
     owner = psutil.Process()
     started = psutil.Process(pid).create_time()
     return ServerRecord(pid, started, port, owner.pid, owner.create_time(), socket.gethostname())
 
 
 def read_record(path: Path) -> ServerRecord | None:
-    """Return the record in `path`; None where there is none, with a warning where it cannot be read."""
+    """Return the record in `path`; None if there is no such file, or, with a warning, if it cannot be read."""
     try:
         found = json.loads(path.read_text())
         return ServerRecord(
@@ -89,7 +89,8 @@ def read_record(path: Path) -> ServerRecord | None:
 def stop_left_over(path: Path, *, key: str) -> bool:
     """Stop the server that the record in `path` describes if its owner is gone; return whether one was stopped.
 
-    `key` is the section of the server, for messages. Raises ServerError where the owner lives: that server is in use.
+    `key` is the server's configuration section, for messages. Raises ServerError if the owner lives, because then the
+    server is in use.
     """
     record = read_record(path)
     if record is None:
@@ -99,8 +100,8 @@ def stop_left_over(path: Path, *, key: str) -> bool:
     owner = record.live_owner()
     if owner is not None:
         raise ServerError(
-            f"{key}: {path} is of a server (pid {record.pid}) that process {owner} ({command_of(owner)}) uses: "
-            "wait until that has ended, or take another run.dir"
+            f"{key}: {path} is the record of a server (pid {record.pid}) that process {owner} ({command_of(owner)}) "
+            "uses: wait until that process has ended, or choose another run.dir"
         )
     log.warning("stopping the server with pid %d that an earlier launch left behind (%s)", record.pid, path)
     stop_group(record.pid)
@@ -109,16 +110,17 @@ def stop_left_over(path: Path, *, key: str) -> bool:
 
 
 def is_in_use(path: Path) -> bool:
-    """Return whether `path` is the record of a server of another live process, or may be: one of another host."""
+    """Return whether another live process owns the server of this record. A record of another host counts as in use."""
     record = read_record(path)
     return record is not None and (not record.is_here() or record.live_owner() is not None)
 
 
 def stop_group(group: int) -> None:
-    """SIGTERM to the leader, at most STOP_GRACE_S to wind up, then SIGKILL to the whole group that was made for it.
+    """Send SIGTERM to the group's leader, wait at most STOP_GRACE_S, then send SIGKILL to the whole group.
 
-    Its children get no SIGTERM: SGLang takes a child that ends by itself for a crash and waits to diagnose it. A group
-    with a stopped process is killed at once, since that one cannot wind up. So is what a leader that is gone has left.
+    The children get no SIGTERM, because SGLang treats a child that ends by itself as a crash and waits to diagnose it.
+    If a process of the group is stopped (SIGSTOP), it cannot shut down, so the group is killed at once. The same holds
+    if the leader is already gone.
     """
     members = group_members(group)
     if psutil.pid_exists(group) and stopped_member(group) is None:
@@ -131,7 +133,7 @@ def stop_group(group: int) -> None:
 
 
 def stopped_member(group: int) -> str | None:
-    """Return which process of the group is stopped (SIGSTOP), in words; None where none is."""
+    """Return a phrase that names the stopped (SIGSTOP) process of the group; None if none is stopped."""
     for process in group_members(group):
         try:
             if process.status() == psutil.STATUS_STOPPED:
@@ -143,7 +145,7 @@ def stopped_member(group: int) -> str | None:
 
 
 def group_members(group: int) -> list[psutil.Process]:
-    """Return the leader and what it has started, and who is in its group where the leader is gone."""
+    """Return the leader and its descendants. If the leader is gone, return the processes in its group."""
     try:
         leader = psutil.Process(group)
         return [leader, *leader.children(recursive=True)]

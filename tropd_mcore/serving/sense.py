@@ -1,7 +1,8 @@
-"""Does an answer of SGLang make sense? The one place where its values are judged, after their shapes (`wire`).
+"""Plausibility checks of the values in SGLang's answers. `wire` checks their shapes first.
 
-Not for whether they are right: that is measured against the trainer (`train.gates`) or the teacher's folder. Invariant:
-what passes could have come from a softmax over the served vocabulary and from the continuation that was asked for.
+This module does not check that values are correct; that is measured against the trainer (`train.gates`) or the
+teacher's folder. Invariant: values that pass could come from a softmax over the served vocabulary and from the
+requested continuation.
 
 Shapes: N tokens, K entries of the top-k. Log-probs are in nats.
 """
@@ -19,14 +20,14 @@ from tropd_mcore.types import FloatArray, IntArray
 LOGP_SLACK = 1e-3
 """Largest log-prob above 0, nats. A float32 log-softmax rounds to 1e-6."""
 MASS_SLACK = 1e-2
-"""Largest top-k mass above 1. Log-probs that were rounded to bfloat16 on the way add up to about 1.002."""
+"""Largest excess of the top-k mass over 1. With log-probs rounded to bfloat16, the mass is about 1.002."""
 AGREEMENT_SLACK = 1e-2
-"""Largest difference, nats, between a token's own log-prob and what the top-k says of it. Both are one number."""
+"""Largest difference, in nats, between a token's log-prob and its entry in the top-k. Both are the same number."""
 SHOWN_IDS = 8
 
 
 def token_ids(values: list[object], vocab_size: int, *, field: str) -> IntArray:
-    """Return the ids as int32 [N]; raises AnswerError unless there is one and each is an integer in [0, vocab_size)."""
+    """Return the ids as int32 [N]. Raises AnswerError if there are none or one is no integer in [0, vocab_size)."""
     for index, value in enumerate(values):
         if type(value) is not int or not 0 <= value < vocab_size:
             raise AnswerError(
@@ -39,7 +40,7 @@ def token_ids(values: list[object], vocab_size: int, *, field: str) -> IntArray:
 
 
 def check_prompt_length(reported: object, sent: int) -> None:
-    """Raise AnswerError where the server says that it read another number of prompt tokens than were sent."""
+    """Raise AnswerError if the server reports a different number of prompt tokens than were sent."""
     if reported is not None and reported != sent:
         raise AnswerError(
             f"SGLang answered meta_info.prompt_tokens {one_line(repr(reported), 60)}; {sent} were sent: the prompt was "
@@ -48,7 +49,7 @@ def check_prompt_length(reported: object, sent: int) -> None:
 
 
 def check_log_probs(logp_N: FloatArray, *, field: str) -> None:
-    """Raise AnswerError where a log-prob is above 0."""
+    """Raise AnswerError if a log-prob is above 0."""
     above = np.flatnonzero(logp_N > LOGP_SLACK)
     if len(above):
         raise AnswerError(
@@ -57,17 +58,17 @@ def check_log_probs(logp_N: FloatArray, *, field: str) -> None:
 
 
 def check_end(output_ids: IntArray, reason: str, matched: object, *, longest: int, end_ids: Collection[int]) -> None:
-    """Raise AnswerError where the continuation did not end as `reason` says.
+    """Raise AnswerError if the continuation did not end as `reason` says.
 
-    `matched` is what the server says it stopped at: SGLang writes an end token over a token that it could not sample
-    (logits that are NaN) and reports a text there. `end_ids` are the tokens that the request stops at; where it names
-    none, the server's own count.
+    `matched` is the token that the server reports as its stop. If SGLang cannot sample a token (NaN logits), it writes
+    an end token instead and reports a text in `matched`. `end_ids` are the stop tokens of the request; if it has none,
+    the server's own stop tokens apply.
     """
     count, last = len(output_ids), int(output_ids[-1])
     if count > longest or (reason == "length" and count != longest):
         raise AnswerError(
             f"SGLang answered {count} tokens that ended by {reason!r}; expected {longest} (max_new_tokens) of a "
-            "continuation that ended by length, and never more"
+            "continuation that ended by length, and at most that many otherwise"
         )
     if reason == "stop":
         if matched is not None and matched != last:
@@ -88,7 +89,7 @@ def check_end(output_ids: IntArray, reason: str, matched: object, *, longest: in
 
 
 def check_candidates(topk_ids_NK: IntArray, topk_logp_NK: FloatArray, vocab_size: int) -> None:
-    """Raise AnswerError unless each row has K different ids of the vocabulary and a mass of at most 1."""
+    """Raise AnswerError unless each row has K different ids of the vocabulary with a total probability of at most 1."""
     outside = topk_ids_NK[(topk_ids_NK < 0) | (topk_ids_NK >= vocab_size)]
     if len(outside):
         raise AnswerError(
@@ -111,9 +112,10 @@ def check_candidates(topk_ids_NK: IntArray, topk_logp_NK: FloatArray, vocab_size
 
 
 def check_agreement(ids_N: IntArray, logp_N: FloatArray, topk_ids_NK: IntArray, topk_logp_NK: FloatArray) -> None:
-    """Raise AnswerError where a token's log-prob is not that of the candidate with its id, or beats all candidates.
+    """Raise AnswerError if a token's log-prob disagrees with the top-k candidates.
 
-    The log-prob of a token that is no candidate is at most the least of theirs.
+    If the token is a candidate, both log-probs must be equal. If it is not, its log-prob must not exceed the smallest
+    candidate's.
     """
     same_NK = topk_ids_NK == ids_N[:, None]
     among_N = same_NK.any(axis=-1)
@@ -134,6 +136,6 @@ def check_agreement(ids_N: IntArray, logp_N: FloatArray, topk_ids_NK: IntArray, 
 
 
 def _some(ids: Collection[int]) -> str:
-    """The smallest of the ids as text."""
+    """The smallest ids as text, at most SHOWN_IDS of them."""
     shown = ", ".join(map(str, sorted(ids)[:SHOWN_IDS]))
     return f"[{shown}]" if len(ids) <= SHOWN_IDS else f"[{shown}, ...]"

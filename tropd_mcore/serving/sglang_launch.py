@@ -1,15 +1,16 @@
 """Run SGLang's own server: `python -m tropd_mcore.serving.sglang_launch [--parent-pid N] <sglang.launch_server args>`.
 
-Some things come before it. The server asks the kernel to kill it when process N ends, however N ends. What it makes
-(sockets, shared memory, files) is for this user alone. The key in the environment variable `TROPD_SERVER_KEY`, if there
-is one, becomes its API key: it stands on no command line and is taken out of every log line. And with
-`SGLANG_USE_CPU_ENGINE=1`, where `sgl_kernel` or `torchvision` are not installed (their wheels need an NVIDIA driver),
-the names that SGLang reads from them at import are put in their place: kernels of speculative decoding and of KV moves,
-which a dense decoder never calls and which raise when called, and one enumeration. Nothing of SGLang is patched, and
-where the real packages exist nothing is put anywhere.
+Before SGLang starts, this module does four things:
+- It asks the kernel to kill the server when process N ends, for whatever reason.
+- It makes sockets, shared memory and files of the server accessible to this user only.
+- It takes the API key from the environment variable `TROPD_SERVER_KEY`, if set. The key appears on no command line and
+  is removed from every log line.
+- With `SGLANG_USE_CPU_ENGINE=1`, it registers placeholders for `sgl_kernel` and `torchvision` if they are not installed
+  (their wheels need an NVIDIA driver). They hold the names that SGLang reads at import: kernels for speculative
+  decoding and KV moves, which a dense decoder never calls and which raise when called, and one enumeration.
 
-Not for starting the server from the trainer (see `process`). Invariant: the top level of this file runs again in each
-process that SGLang spawns, so that all of them get the same treatment.
+SGLang is not patched, and installed packages are never replaced. The trainer starts the server in `process`. Invariant:
+the top level of this file runs again in each process that SGLang spawns, so all of them are treated alike.
 """
 
 import enum
@@ -25,10 +26,10 @@ from collections.abc import Callable, Mapping
 from tropd_mcore.signals import die_with_parent
 
 KEY_VARIABLE = "TROPD_SERVER_KEY"
-"""Environment variable with the API key that the server shall require."""
+"""Environment variable with the API key that the server requires from its clients."""
 OWNER_ONLY = 0o077
 PARENT_VARIABLE = "TROPD_SERVER_PARENT_PID"
-"""Each process of the server leaves its pid here for those that it spawns."""
+"""Environment variable in which each server process passes its pid to the processes that it spawns."""
 
 NEVER_CALLED_KERNELS = (
     "assign_draft_cache_locs_contiguous_cpu",
@@ -41,15 +42,15 @@ NEVER_CALLED_KERNELS = (
     "rotate_input_ids_cpu",
     "verify_tree_greedy_cpu",
 )
-"""What SGLang 0.5.23 imports from `sgl_kernel` on a CPU; a newer one that wants more fails naming the missing name."""
+"""Names that SGLang 0.5.23 imports from `sgl_kernel` on a CPU. If a newer one needs more, its import error names it."""
 
 
 def require_key() -> None:
-    """Let the server require the key of the environment, which its children do not inherit."""
+    """Make the server require the key in the environment, and remove it there so that children do not inherit it."""
     key = os.environ.pop(KEY_VARIABLE, "")
     if not key:
         return
-    # the list of this process: what /proc shows of the command line stays as it was
+    # this changes the list in this process only: /proc still shows the old command line
     sys.argv.insert(1, f"--api-key={key}")
     make = logging.getLogRecordFactory()
 
@@ -59,7 +60,7 @@ def require_key() -> None:
         try:
             message = record.getMessage()
         except Exception:
-            # a library's bad call; logging itself tells of it and goes on
+            # a bad logging call in a library: logging itself reports it and continues
             return record
         if key in message:
             record.msg, record.args = message.replace(key, "<key>"), ()
@@ -69,7 +70,7 @@ def require_key() -> None:
 
 
 def add_cpu_placeholders() -> None:
-    """Register the placeholder modules for `sgl_kernel` and `torchvision` where those are not installed."""
+    """Register placeholder modules for `sgl_kernel` and `torchvision` if these are not installed."""
     if importlib.util.find_spec("sgl_kernel") is None:
         kernels = {name: _missing_kernel(name) for name in NEVER_CALLED_KERNELS}
         _register("sgl_kernel", is_package=True, contents=kernels)
@@ -84,7 +85,7 @@ def add_cpu_placeholders() -> None:
 
 
 def _remember_that_torchvision_is_absent() -> None:
-    """Let transformers look now: it caches the answer, and so never takes the placeholder for the package."""
+    """Let transformers look for torchvision now. It caches the answer and never mistakes the placeholder for it."""
     from transformers.utils import is_torchvision_available
 
     assert not is_torchvision_available()
@@ -117,9 +118,10 @@ def _take_parent_pid() -> int | None:
 
 
 def _prepare() -> None:
-    """What every process of the server needs before SGLang is imported."""
-    # SGLang's children ask for the same after their imports, too late where the server was killed meanwhile; while a
-    # spawned process runs this, multiprocessing does not know its parent yet, so the pid comes in the environment
+    """Prepare a process of the server before it imports SGLang."""
+    # SGLang's children request the parent-death signal only after their imports, too late if the server was killed
+    # meanwhile. When a spawned process runs this, multiprocessing does not know its parent yet, so the pid is passed
+    # in the environment.
     parent_pid = _take_parent_pid() if __name__ == "__main__" else int(os.environ[PARENT_VARIABLE])
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     if parent_pid is not None:

@@ -1,7 +1,7 @@
-"""A server with what keeps it up: its process where we started it, its client, and a bounded number of restarts.
+"""Keeps a server available: its client, its process if we started it, and a bounded number of restarts.
 
-Not for what is asked of it (see `rollout` and `teacher`). Invariant: a server that runs elsewhere (`url`) is never
-started or stopped; after a restart the weights are those of the model folder, and the caller is told so by `recover`.
+The requests themselves are in `rollout` and `teacher`. Invariant: a server that runs elsewhere (`url`) is never started
+or stopped. After a restart the server has the weights of the model folder; callers of `recover` must expect that.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 
 class SupervisedServer:
-    """The server of one section of the configuration; a context manager that stops what it started."""
+    """The server of one configuration section. As a context manager, it stops the server that it started."""
 
     def __init__(self, spec: ServerSpec) -> None:
         self.spec = spec
         self.after_restart: Callable[[], None] | None = None
-        """Called after each restart, before anybody asks the server for anything."""
+        """Called after each restart, before any request."""
         self.restarts = 0
         """Restarts so far, at most `max_restarts` over the launch."""
         self._process = ServerProcess(spec) if spec.config.url is None else None
@@ -42,7 +42,7 @@ class SupervisedServer:
         return self._client
 
     def start(self) -> None:
-        """Start the process and return at once; with `url` there is nothing to start. Raises ServerError."""
+        """Start the process without waiting for it. With `url`, nothing is started. Raises ServerError."""
         if self._process is not None:
             self._process.start()
             self._client = self._process.client()
@@ -51,22 +51,22 @@ class SupervisedServer:
             self._client = SglangClient(self.config.url, self.config, key=self.spec.key, name=self.spec.called)
 
     def wait_ready(self) -> None:
-        """Wait until the server answers. Raises ServerError where it does not."""
+        """Wait until the server is ready. Raises ServerError if it is not."""
         if self._process is not None:
             self._process.wait_ready()
             return
-        # a launch that was killed while it updated weights left the server paused
+        # a launch that was killed during a weight update leaves the server paused
         self.client.resume()
         if not self.client.healthy():
             raise ServerError(
                 f"{self.spec.key}.url={self.config.url}: the server there is not healthy (GET /health; it is paused, "
-                "it starts, or its engine gives nothing)"
+                "still starting, or its engine gives no results)"
             )
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation | ServerError]:
-        """`SglangClient.generate`; a server that dies or hangs is restarted and asked for what is missing.
+        """Like `SglangClient.generate`, but a server that dies or hangs is restarted and asked for what is missing.
 
-        For a server whose weights stay those of its folder. Raises ServerDied once the restarts are used up.
+        Only for a server that serves the weights of its folder. Raises ServerDied when all restarts are used up.
         """
         answers: list[Generation | ServerError | None] = [None] * len(requests)
         while True:
@@ -82,15 +82,15 @@ class SupervisedServer:
             self.recover(died)
 
     def recover(self, error: ServerDied) -> None:
-        """Restart the server that `error` is about and wait until it is ready; its weights are the folder's again.
+        """Restart the server after `error` and wait until it is ready. It then has the weights of its folder again.
 
-        Raises ServerDied with the reason where it runs elsewhere, `max_restarts` are used up, or the process shall stop
-        (else StopRequested).
+        Raises `error` if the server runs elsewhere, ServerDied with the reason if `max_restarts` are used up, and
+        StopRequested if the process should stop (`error` while stop requests are held back).
         """
-        stopping.check()  # a scheduler's signal ends the server too, before anybody has looked at ours
+        stopping.check()  # a scheduler's signal ends the server too, perhaps before we have looked at our own signal
         if self._process is None or stopping.requested() is not None:
             raise error
-        # of a hung one the error tells more than its process, which runs
+        # a hung server's process still runs, so the error says more than the process
         end = str(error) if isinstance(error, ServerHung) else self._process.describe_end()
         if self.restarts >= self.config.max_restarts:
             raise ServerDied(f"{end}; {self.spec.key}.max_restarts={self.config.max_restarts} are used up") from error
@@ -113,7 +113,7 @@ class SupervisedServer:
             self.start()
             self.wait_ready()
         except BaseException:
-            # a block that was not entered is not left
+            # __exit__ is not called when __enter__ fails
             self.stop()
             raise
         return self

@@ -1,9 +1,10 @@
-"""HTTP with one server: retries, time-outs, keys, and the watch that finds a hung server while requests wait for it.
+"""HTTP requests to one server: retries, time-outs, keys, and a watch that finds a hung server while requests wait.
 
-Not for what is asked and what the answers mean (see `client` and `wire`). Invariants: connection errors, time-outs and
-the answers 408, 425, 429 and 5xx are retried a bounded number of times with growing waits, other answers never; a
-server that hangs is found in hang_timeout_s (see `watch`); no proxy of the environment is used and no redirect is
-followed; what a server says is one printable line in a message. Each call runs its own event loop.
+This module does not build requests or interpret answers (see `client` and `wire`). Invariants: connection errors,
+time-outs and the answers 408, 425, 429 and 5xx are retried a bounded number of times with growing waits; other answers
+are never retried. A hung server is detected in hang_timeout_s (see `watch`). Proxies of the environment are ignored and
+redirects are not followed. Text from a server appears in messages as one printable line. Each call runs its own event
+loop.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ Answer = TypeVar("Answer")
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 LONGEST_RETRY_AFTER_S = 60.0
-"""Longest wait that a server may ask for by Retry-After."""
+"""Longest wait that a Retry-After header can cause."""
 STOP_POLL_S = 0.25
-"""Seconds between two looks for a request to stop."""
+"""Seconds between two checks for a stop request."""
 SLOWEST_READING = 16 * 2**20
-"""Bytes per second at which a server reads a body at the least. It is JSON, which blocks its HTTP process."""
+"""Lowest rate, in bytes per second, at which a server parses a request body. Parsing JSON blocks its HTTP process."""
 BUSY_STATUS = (408, 425, 429)
-"""Answers of a server that did nothing yet and may be asked again, whatever was asked."""
+"""Status codes that mean that the server has done nothing yet, so that any request can be repeated."""
 NOT_SGLANG = "is a proxy or another service at this url?"
 
 
 class _PassingError(ServerError):
-    """A failure that may be gone at the next attempt; `wait_s` is what the server asked us to wait."""
+    """A failure that may not recur at the next attempt; `wait_s` is the wait that the server asked for."""
 
     wait_s: float = 0.0
 
 
 class _BusyError(_PassingError):
-    """The server did nothing and wants to be asked later."""
+    """The server did nothing and asks for a later attempt."""
 
 
 class _LateError(_PassingError):
@@ -60,27 +61,27 @@ class _LateError(_PassingError):
 
 
 class _UnreachableError(_PassingError):
-    """No connection, or one that broke."""
+    """No connection, or a broken one."""
 
 
 class MissingError(ServerError):
-    """The server does not know the path."""
+    """The server does not have the requested path."""
 
 
 class RefusedError(ServerError):
-    """The server does not do it, or not for this key."""
+    """The server refuses the request, or refuses it for this key."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Whom to ask; see `SglangClient`."""
+    """Address, key and configuration of the server; see `SglangClient`."""
 
     url: str
     config: ServerConfig
     key: str
-    """Section of the configuration, for the keys that messages name"""
+    """Configuration section, for the keys in messages"""
     name: str
-    """What messages begin with"""
+    """Prefix of messages"""
     alive: Callable[[], bool] | None = None
     stopped: Callable[[], str | None] | None = None
     api_key: str | None = field(default=None, repr=False)
@@ -91,7 +92,7 @@ class Transport:
 
     def __init__(self, to: Endpoint) -> None:
         self.retries = 0
-        """Attempts beyond the first."""
+        """Number of retries so far."""
         self.url, self.key, self.name = to.url, to.key, to.name
         self._to = to
         self._config = to.config
@@ -105,9 +106,9 @@ class Transport:
         limit_s: float | None = None,
         body_bytes: int = 0,
     ) -> Answer:
-        """Run `call`, which sends `body_bytes`, in a loop of its own.
+        """Run `call`, which sends `body_bytes`, in its own event loop.
 
-        Raises what it raises; ServerHung, if `watched`; StopRequested if it may.
+        Raises what `call` raises, ServerHung if `watched`, and StopRequested if `may_stop`.
         """
         busy_s = body_bytes / SLOWEST_READING
 
@@ -124,7 +125,7 @@ class Transport:
         return {"Authorization": f"Bearer {self._to.api_key}"} if self._to.api_key else {}
 
     async def _hung(self, *, generates: bool, busy_s: float = 0.0) -> ServerDied:
-        """The error of a server that is hung, once it is."""
+        """Wait until the server is hung, then return the error."""
         limit_s = self._config.hang_timeout_s
         reason = await hang(Watched(self.url, limit_s, generates, self._headers(), self._to.stopped, busy_s))
         return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})")
@@ -132,9 +133,10 @@ class Transport:
     async def gather(
         self, calls: list[Callable[[], Awaitable[Answer]]], count: Callable[[Answer | ServerError], None]
     ) -> list[Answer | ServerError]:
-        """All answers, in order; of a hung server those that had come, and ServerDied for the others.
+        """Run all calls and return their answers in order.
 
-        Raises StopRequested within STOP_POLL_S. SGLang aborts requests whose connection is closed.
+        If the server hangs, answers received so far are kept and the others become ServerDied. Raises StopRequested
+        within STOP_POLL_S; SGLang then aborts the open requests, because their connections are closed.
         """
         slots = asyncio.Semaphore(self._config.max_concurrency)
         unanswering: asyncio.Future[ServerDied] = asyncio.get_running_loop().create_future()
@@ -171,7 +173,7 @@ class Transport:
         finally:
             await _cancelled(tasks)
         for task in tasks:
-            # what broke in our own code; the others were cancelled for it
+            # an error in our own code, for which the other tasks were cancelled
             if not task.cancelled() and (bug := task.exception()) is not None:
                 raise bug
         return [died if died is not None and task.cancelled() else task.result() for task in tasks]
@@ -186,8 +188,10 @@ class Transport:
         retry: bool = True,
         json_answer: bool = True,
     ) -> object:
-        """One request with its retries; the decoded answer. Without `retry` it is asked again only where the server
-        said that it has done nothing yet."""
+        """Send one request, with retries, and return the decoded answer.
+
+        With `retry=False`, it is repeated only if the server said that it has done nothing yet.
+        """
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_PassingError if retry else _BusyError),
             stop=tenacity.stop_after_attempt(self._config.max_retries + 1),
@@ -235,13 +239,13 @@ class Transport:
                 raise ServerDied(f"{problem}; its process has ended") from error
             raise _UnreachableError(problem) from error
         except aiohttp.ClientError as error:
-            # a URL or an answer that is not HTTP
+            # an invalid URL, or an answer that is not HTTP
             raise ServerError(
-                f"{self.name}: {self.url}{path} cannot be asked: {one_line(error)}; {NOT_SGLANG}"
+                f"{self.name}: the request to {self.url}{path} failed: {one_line(error)}; {NOT_SGLANG}"
             ) from error
 
     def _checked(self, path: str, answer: aiohttp.ClientResponse, content: bytes, *, json_answer: bool) -> object:
-        """The decoded answer. Raises the error of its status; AnswerError where it is not the JSON that must come."""
+        """Decode an answer. Raises the error of its status, or AnswerError if it is not the expected JSON."""
         status, said = answer.status, f"{self.name}: {path} answered {answer.status}"
         if status == 200:
             return self._decoded(path, answer.content_type, content) if json_answer else None
@@ -252,7 +256,7 @@ class Transport:
             error.wait_s = _retry_after_s(answer.headers.get("Retry-After"))
             raise error
         if status in (401, 403):
-            whose = "check the key that api_key_env names" if self._config.url else "it does not take the key it got"
+            whose = "check the key that api_key_env names" if self._config.url else "it rejects the key we gave it"
             raise RefusedError(f"{said}: {whose} ({detail})")
         if status == 404:
             raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
@@ -264,7 +268,7 @@ class Transport:
         raise ServerError(f"{said}: {detail}")
 
     def _decoded(self, path: str, content_type: str, content: bytes) -> object:
-        """The JSON of an answer with status 200."""
+        """Decode the JSON of an answer with status 200."""
         try:
             return json.loads(content)
         except ValueError as error:
@@ -285,9 +289,9 @@ async def _attended(
     *,
     may_stop: bool,
 ) -> Answer:
-    """The result of `work`, unless one of `dangers` comes to an end first: what that returns is raised.
+    """Return the result of `work`. If one of `dangers` ends first, raise the error that it returns.
 
-    `may_stop`: a request to stop ends the wait as well, by StopRequested. What has not ended is cancelled.
+    With `may_stop`, a stop request ends the wait with StopRequested. Everything that has not ended is cancelled.
     """
     task = asyncio.ensure_future(work)
     guards = [asyncio.ensure_future(danger) for danger in dangers]
@@ -305,21 +309,21 @@ async def _attended(
 
 
 async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel what has not ended, and wait until it has."""
+    """Cancel all unfinished tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _wait_s(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next attempt: growing, and at least what the server asked for, within bounds."""
+    """Seconds before the next attempt: grows with each attempt, and is at least what the server asked for."""
     growing = tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
     error = state.outcome.exception() if state.outcome is not None else None
     return max(growing, error.wait_s) if isinstance(error, _PassingError) else growing
 
 
 def _retry_after_s(header: str | None) -> float:
-    """Seconds of a Retry-After header (a number or a date), at most LONGEST_RETRY_AFTER_S; 0 without a usable one."""
+    """Seconds of a Retry-After header (number or date), at most LONGEST_RETRY_AFTER_S; 0 if missing or unusable."""
     if header is None:
         return 0.0
     try:
@@ -334,7 +338,7 @@ def _retry_after_s(header: str | None) -> float:
 
 
 def _message(content: bytes) -> str:
-    """The server's own words, one line, at most 300 characters."""
+    """The error text of an answer, as one line of at most 300 characters."""
     text = content.decode(errors="replace")
     try:
         answer = json.loads(text)

@@ -1,11 +1,15 @@
-"""Whether a server that owes us answers is hung: asked beside the requests, from outside of its queue.
+"""Detects a hung server by probing it while our requests wait for answers. Probes do not pass through its queue.
 
-Not for servers that are gone (a request meets that by itself, see `client`) and not for restarting (see `supervisor`).
-Invariants: a server that works for long is never taken for hung, however short the limit is. Its HTTP process answers
-LIFE_PATH at once while the engine computes, so silence there counts after the limit. HEALTH_PATH tells of the engine:
-200 as long as results come, else 503 after 20 s. That counts after ENGINE_FACTOR times the limit: a long prefill on a
-CPU, or kernels that are compiled at their first use, take minutes, and SGLang ends an engine that is stuck in one batch
-for 300 s by itself. One late probe proves nothing: this process may have been stopped itself.
+This module does not detect servers that are gone (a request fails by itself then, see `client`) and does not restart
+them (see `supervisor`). Invariant: a server that computes for long is never taken for hung, however short the limit is.
+Two paths are probed:
+- LIFE_PATH is answered by the HTTP process at once, also while the engine computes. Silence counts as hung after the
+  limit.
+- HEALTH_PATH depends on the engine: 200 while it gives results, 503 after 20 s without one. This counts as hung only
+  after ENGINE_FACTOR times the limit. A long prefill on a CPU, or kernels compiled at first use, can take minutes, and
+  SGLang itself ends an engine that is stuck in one batch for 300 s.
+
+A single late probe proves nothing, because this process may have been suspended itself.
 """
 
 from __future__ import annotations
@@ -21,30 +25,30 @@ from tropd_mcore.progress import tick
 
 PROBE_EVERY_S = 5.0
 PROBE_TIMEOUT_S = 25.0
-"""Longest wait for one probe; SGLang's HEALTH_PATH answers 503 after 20 s where the engine gives nothing."""
+"""Longest wait for one probe. SGLang's HEALTH_PATH answers 503 after 20 s if the engine gives no result."""
 LIFE_PATH = "/model_info"
-"""What the HTTP process answers by itself."""
+"""Path that the HTTP process answers without the engine."""
 HEALTH_PATH = "/health"
-"""What waits for the engine."""
+"""Path that waits for the engine."""
 ENGINE_FACTOR = 5.0
-"""How many times as long as the limit an HTTP process may say 503 for its engine."""
+"""Multiple of the limit for which HEALTH_PATH may answer 503."""
 FEWEST_PROBES = 2
-"""Probes in a row that must say the same."""
+"""Consecutive probes that must agree."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What is asked, and for how long nothing may come of it."""
+    """The server to probe, and how long it may give no answer."""
 
     url: str
     limit_s: float
     generates: bool
-    """Whether the requests in flight are for the engine; while weights are updated it is paused by us."""
+    """Whether the requests in flight need the engine. During a weight update the engine is paused."""
     headers: dict[str, str] = field(default_factory=dict)
     stopped: Callable[[], str | None] | None = None
-    """Of a started server: which of its processes is stopped (SIGSTOP), if one is"""
+    """For a started server: returns which of its processes is stopped (SIGSTOP), if any"""
     busy_s: float = 0.0
-    """Seconds for which the HTTP process may be silent beyond the limit, because it reads what was sent"""
+    """Seconds beyond the limit for which the HTTP process may be silent while it reads a request body"""
 
     @property
     def every_s(self) -> float:
@@ -53,13 +57,13 @@ class Watched:
 
 @dataclass
 class _Streak:
-    """Since when, and how many times in a row, something was seen."""
+    """Counts consecutive probes that saw something, and when that began."""
 
     since: float
     count: int = 0
 
     def note(self, seen: bool, now: float) -> None:
-        """Add what a probe saw; the streak begins again where it did not see it."""
+        """Add the result of one probe. If it did not see it, the streak starts again."""
         self.since, self.count = (self.since, self.count + 1) if seen else (now, 0)
 
     def lasts(self, limit_s: float, now: float) -> bool:
@@ -67,7 +71,7 @@ class _Streak:
 
 
 async def hang(watched: Watched) -> str:
-    """Return why the server is taken for hung, once it is; runs until then."""
+    """Run until the server is taken for hung, then return the reason."""
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(connector=connector, headers=watched.headers) as session:
         looks = [_silence(session, watched), *([_engine(session, watched)] if watched.generates else [])]
@@ -82,7 +86,7 @@ async def hang(watched: Watched) -> str:
 
 
 async def _silence(session: aiohttp.ClientSession, watched: Watched) -> str:
-    """Why, once the HTTP process has answered nothing, or a process was stopped, for the limit."""
+    """Return the reason when the HTTP process has not answered, or a process was stopped, for the limit."""
     started = time.monotonic()
     silent, halted = _Streak(started), _Streak(started)
     while True:
@@ -101,11 +105,11 @@ async def _silence(session: aiohttp.ClientSession, watched: Watched) -> str:
 
 
 async def _engine(session: aiohttp.ClientSession, watched: Watched) -> str:
-    """Why, once the engine has given nothing for ENGINE_FACTOR times the limit."""
+    """Return the reason when the engine has given no result for ENGINE_FACTOR times the limit."""
     unwell = _Streak(time.monotonic())
     while True:
         await asyncio.sleep(watched.every_s)
-        # never a shorter wait: a busy engine would look like one that gives nothing
+        # with a shorter time-out, a busy engine would look like one that gives no results
         status = await _status(session, f"{watched.url}{HEALTH_PATH}", PROBE_TIMEOUT_S)
         now = time.monotonic()
         unwell.note(status in (None, 503), now)
@@ -117,7 +121,7 @@ async def _engine(session: aiohttp.ClientSession, watched: Watched) -> str:
 
 
 async def _status(session: aiohttp.ClientSession, url: str, timeout_s: float) -> int | None:
-    """The HTTP status of one probe; None where no answer came."""
+    """The HTTP status of one probe; None if no answer came."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with session.get(url, timeout=timeout, allow_redirects=False) as answer:

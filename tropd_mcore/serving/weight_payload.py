@@ -1,8 +1,8 @@
-"""Tensors in the form that `/update_weights_from_tensor` takes: by handle in shared memory, or by value.
+"""Packs tensors for `/update_weights_from_tensor`: by handle in shared memory, or by value.
 
-Not for deciding what to send (see `rollout.publisher`). By handle needs a server on this host: it then costs one copy
-into /dev/shm, whatever the number of the server's ranks; by value works everywhere and costs base64 in JSON, about a
-hundred times as much. Invariant: what a payload holds is a copy, so that the trainer's own weights are never shared.
+By handle needs a server on this host and costs one copy into /dev/shm, for any number of server ranks. By value works
+everywhere and costs base64 in JSON, about a hundred times as much. `rollout.publisher` decides what is sent. Invariant:
+a payload holds copies; the trainer's own weights are never shared.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from tropd_mcore.serving.left_behind import note_sharing
 SHARED_MEMORY = Path("/dev/shm")
 ALIGNMENT = 64
 ROOM_FOR_OTHERS = 0.8
-"""Fraction of the free shared memory that a buffer may take; writing beyond what is there kills the process."""
+"""Fraction of the free shared memory that a buffer may take. Writing beyond the free space kills the process."""
 
 
 def by_value(named_tensors: list[tuple[str, Tensor]], *, copies: int) -> list[bytes]:
-    """Return one payload for each of `copies` ranks that holds the tensors themselves."""
+    """Return one payload for each of `copies` ranks. Each holds the tensors' values."""
     whole = [(name, _storage_of_its_own(tensor)) for name, tensor in named_tensors]
     return [pickle.dumps(whole, protocol=pickle.HIGHEST_PROTOCOL)] * copies
 
 
 class SharedBuffer:
-    """A piece of shared memory that carries one bucket after the other; grows where a bucket needs more."""
+    """A shared-memory buffer that carries one bucket of tensors after the other. It grows if a bucket needs more."""
 
     def __init__(self) -> None:
         self._bytes: Tensor | None = None
@@ -43,8 +43,8 @@ class SharedBuffer:
     def payloads(self, named_tensors: list[tuple[str, Tensor]], *, copies: int) -> list[bytes]:
         """Copy the tensors in and return one payload of handles for each of `copies` ranks.
 
-        Valid until the next call, and each payload for one load: the server must have loaded before. Raises ServerError
-        where the shared memory is too small.
+        Payloads are valid until the next call, so the server must have loaded them by then. Each can be loaded once.
+        Raises ServerError if the shared memory is too small.
         """
         offsets, size = _layout([tensor for _, tensor in named_tensors])
         buffer = self._reserve(size)
@@ -74,7 +74,7 @@ class SharedBuffer:
 
 
 def shared_memory_room() -> int:
-    """Return the bytes of shared memory that a buffer may take now."""
+    """Return how many bytes of shared memory a buffer may take now."""
     return int(shutil.disk_usage(SHARED_MEMORY).free * ROOM_FOR_OTHERS) if SHARED_MEMORY.is_dir() else 0
 
 
@@ -95,7 +95,7 @@ def _pickled(views: list[tuple[str, Tensor]]) -> bytes:
 
 @contextmanager
 def _shared_by_file_name() -> Iterator[None]:
-    """Share by name: the default shares open files, which only a process that we started from Python could receive."""
+    """Share by file name. The default shares open files, which only a process started from Python could receive."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -105,6 +105,6 @@ def _shared_by_file_name() -> Iterator[None]:
 
 
 def _storage_of_its_own(tensor: Tensor) -> Tensor:
-    """A CPU tensor whose pickle holds its own elements and not those of a tensor that it is a slice of."""
+    """A CPU copy whose pickle holds only its own elements, even if the tensor is a slice of a larger one."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

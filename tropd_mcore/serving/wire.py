@@ -1,7 +1,7 @@
-"""What SGLang 0.5.23 takes and answers, as typed values: JSON bodies out, checked numpy arrays in.
+"""Requests and answers of SGLang 0.5.23 as typed values: builds JSON bodies, decodes answers to checked numpy arrays.
 
-Not for HTTP (see `client`). Invariant: an answer that is incomplete, of other tokens than those asked about, not finite
-or that makes no sense (see `sense`) is an AnswerError that names the field; no value is ever filled in.
+This module does not send anything (see `client`). Invariant: an answer that is incomplete, about other tokens than
+requested, not finite, or senseless (see `sense`) is an AnswerError that names the field. No value is ever filled in.
 
 Shapes: N tokens, K entries of the top-k.
 """
@@ -33,7 +33,7 @@ class GenerationRequest:
     input_ids: IntArray
     max_new_tokens: int
     vocab_size: int
-    """Width of the served model: no id beyond it can come back."""
+    """Vocabulary size of the served model; all ids in answers are below it."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
@@ -42,26 +42,26 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation as the server sampled it."""
+    """A continuation sampled by the server."""
 
     output_ids: IntArray
-    """int32 [N], the stop token included"""
+    """int32 [N], including the stop token"""
     logp: FloatArray
-    """float32 [N], nats, of the softmax at the request's temperature, not renormalised for top_p and top_k"""
+    """float32 [N], nats: softmax at the request's temperature, not renormalised for top_p and top_k"""
     finish_reason: FinishReason
     weight_versions: tuple[str, ...]
-    """Version labels that its tokens were sampled under, in order; one where no update came in between"""
+    """Weight-version labels under which the tokens were sampled, in order; a single one if no update came in between"""
 
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """Log-probs of the given tokens from index `first` on (>= 1), at temperature 1, with the top-k of each position."""
+    """Asks for log-probs of the tokens from index `first` (>= 1), at temperature 1, with the top-k of each position."""
 
     token_ids: IntArray
     first: int
     topk: int = 0
     vocab_size: int = 0
-    """Width of the served model, needed with `topk`: no candidate beyond it can come back."""
+    """Vocabulary size of the served model, needed with `topk`; all candidate ids are below it."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,20 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself."""
+    """What a server reports about itself."""
 
     version: str
     weight_version: str
     tensor_parallel: int
     longest_input: int
-    """Tokens of the longest sequence that it scores"""
+    """Most tokens of a sequence that it scores"""
     longest_sequence: int
-    """Input and new tokens together; a longer request is cut without a word"""
+    """Most input and new tokens together; a longer request is cut silently"""
     model_path: str = "?"
-    """Folder or name of the model whose weights are served, as of the last load from disk"""
+    """Folder or name of the served model at the last load from disk"""
     model_type: str = "?"
     dtype: str = "?"
-    """Of weights and activations; `auto` where the server was left to decide"""
+    """Dtype of weights and activations; `auto` if the server chooses"""
     quantization: str | None = None
     data_parallel: int = 1
     pipeline_parallel: int = 1
@@ -102,12 +102,12 @@ class ServerInfo:
 
 
 def is_exact(dtype: str, quantization: str | None, device: str) -> bool:
-    """Whether an engine computes in float32 on a CPU; matrix products in float32 on a GPU may be TF32."""
+    """Whether an engine computes in float32 on a CPU. On a GPU, float32 matrix products may use TF32."""
     return dtype == "float32" and quantization is None and device == "cpu"
 
 
 class Place(NamedTuple):
-    """A rank of a server by the part of the model that it holds; ranks of several replicas have the same one."""
+    """Which part of the model a server rank holds. Ranks of different replicas can have the same place."""
 
     pipeline: int
     tensor: int
@@ -115,18 +115,18 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightChecksums:
-    """What /weights_checker says of the weights that a server holds; equal weights give equal ones at one layout."""
+    """Checksums from /weights_checker. With the same parallel layout, equal weights give equal checksums."""
 
     total: str
-    """Of all ranks together"""
+    """Checksum over all ranks"""
     tensors: dict[str, tuple[str, ...]]
-    """By the server's own name of a tensor, one entry per rank; empty where the server gives only the total"""
+    """By the server's name of a tensor, one checksum per rank; empty if the server gives only the total"""
     places: dict[str, tuple[Place | None, ...]] = field(default_factory=dict)
-    """Which rank each entry of `tensors` is of; None where the server does not tell"""
+    """The rank of each entry of `tensors`; None if the server does not report it"""
 
 
 def find_outside(token_ids: IntArray, vocab_size: int) -> int | None:
-    """Return a token id that is not in [0, vocab_size), or None; SGLang dies of such an id, so look before sending."""
+    """Return a token id that is not in [0, vocab_size), or None. Such an id kills SGLang, so check before sending."""
     outside = token_ids[(token_ids < 0) | (token_ids >= vocab_size)]
     return int(outside[0]) if len(outside) else None
 
@@ -147,14 +147,14 @@ def generation_body(request: GenerationRequest) -> Json:
 
 
 def scoring_body(request: ScoringRequest) -> Json:
-    """Return the JSON body of /generate that scores and samples nothing."""
+    """Return the JSON body of /generate that scores the tokens and samples none."""
     assert 1 <= request.first < len(request.token_ids), "the first token has no log-prob"
     assert request.topk <= request.vocab_size, "more candidates than tokens"
     body: Json = {
         "input_ids": request.token_ids.tolist(),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
-        # the entry at the start is always null, so the first score needs one position more
+        # the first entry is always null, so start one position earlier
         "logprob_start_len": request.first - 1,
     }
     if request.topk:
@@ -183,7 +183,7 @@ def read_generation(answer: object, request: GenerationRequest) -> Generation:
     sense.check_end(
         output_ids, reason, finish.get("matched"), longest=request.max_new_tokens, end_ids=request.stop_token_ids
     )
-    # the budget may be used up by the end token itself, which SGLang then calls an end by length
+    # if the end token itself uses up the budget, SGLang reports an end by length
     if output_ids[-1] in request.stop_token_ids:
         reason = "stop"
     return Generation(output_ids, logp, reason, _weight_versions(meta))
@@ -244,12 +244,12 @@ def read_server_info(server: object, model: object) -> ServerInfo:
 
 
 def _count(value: object) -> int:
-    """A parallel size; 1 where the server does not tell."""
+    """A parallel size; 1 if the server does not report it."""
     return value if isinstance(value, int) else 1
 
 
 def read_checksums(answer: object) -> WeightChecksums | None:
-    """Decode an answer of /weights_checker; None where it holds no checksum over all ranks."""
+    """Decode an answer of /weights_checker; None if it holds no checksum over all ranks."""
     total = answer.get("per_engine_checksum") if isinstance(answer, dict) else None
     if not isinstance(answer, dict) or not isinstance(total, str):
         return None
@@ -267,7 +267,7 @@ def read_checksums(answer: object) -> WeightChecksums | None:
 
 
 def _place(rank: object) -> Place | None:
-    """Where the served model of one entry of `ranks` is; a draft model beside it has an entry of its own."""
+    """The place of the served model in one entry of `ranks`. A draft model has a separate entry."""
     placements = rank.get("parallelism_info") if isinstance(rank, dict) else None
     for info in placements if isinstance(placements, list) else []:
         if isinstance(info, dict) and info.get("role") == "target":
@@ -277,7 +277,7 @@ def _place(rank: object) -> Place | None:
 
 
 def weights_body(payloads: list[bytes], *, version: str) -> bytes:
-    """Return the body of /update_weights_from_tensor: one pickle a rank (see `weight_payload`); leaves the KV cache."""
+    """Return the body of /update_weights_from_tensor: one pickle per rank (see `weight_payload`), KV cache kept."""
     encoded = {payload: base64.b64encode(payload).decode() for payload in payloads}
     ranks = ",".join(f'"{encoded[payload]}"' for payload in payloads)
     label = json.dumps(version)
@@ -287,9 +287,9 @@ def weights_body(payloads: list[bytes], *, version: str) -> bytes:
 def _token_logp(
     entries: list[object], token_ids: IntArray, field: str, *, echo_of_last: int | None = None
 ) -> FloatArray:
-    """Decode [[log-prob, token id, text], ...] that must be about exactly `token_ids`.
+    """Decode [[log-prob, token id, text], ...], whose ids must be exactly `token_ids`.
 
-    `echo_of_last` is what the server names the last id of its vocabulary, whose log-prob is right all the same.
+    `echo_of_last` is the id that the server reports for the last id of its vocabulary. The log-prob is still right.
     """
     if len(entries) != len(token_ids):
         raise AnswerError(f"SGLang answered {len(entries)} {field} for {len(token_ids)} tokens; expected one each")
@@ -299,7 +299,7 @@ def _token_logp(
             raise AnswerError(
                 f"SGLang answered {_shown(entry)} in {field}[{index}]; expected [log-prob, {token_id}, ...]"
             )
-        # false for NaN, and for an integer that is too large to become a float
+        # the comparison is false for NaN, and for an integer too large for a float
         if type(entry[0]) not in (float, int) or not abs(entry[0]) <= _LARGEST_FLOAT32:
             found = one_line(entry[0], 30)
             raise AnswerError(f"SGLang answered log-prob {found} in {field}[{index}]; expected a finite number")
@@ -356,5 +356,5 @@ def _list(parent: Json, field: str) -> list[object]:
 
 
 def _shown(value: object) -> str:
-    """A value of an answer for a message: nothing where it is absent, else its text in Python's form, cut."""
+    """A value of an answer for a message: `nothing` if it is absent, otherwise its shortened repr."""
     return "nothing" if value is None else one_line(repr(value), 60)

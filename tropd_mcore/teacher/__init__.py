@@ -1,1 +1,1 @@
-"""What the teacher says of the student's tokens: a Megatron model in the job, or an SGLang server."""
+"""Teacher scores of the student's tokens, from a Megatron model in the job or from an SGLang server."""

@@ -1,7 +1,7 @@
-"""Which model does a server serve? What it says of itself, a checksum of its weights, and its scores of a short text.
+"""Identifies the model behind a server: what it reports, a checksum of its weights, and its scores of a short text.
 
-Not for who asks and when (`teacher.identity_check`). The scores are the fingerprint: they follow from the weights, so a
-server with other weights gives others, whatever it says of itself. Invariant: nothing here changes a server.
+`teacher.identity_check` decides when this is checked. The scores are the fingerprint of the weights: a server with
+other weights gives other scores, whatever it reports about itself. Invariant: nothing here changes a server.
 
 Shapes: N scored tokens of the text.
 """
@@ -28,18 +28,18 @@ from tropd_mcore.weights.independent import fits, independent_log_probs, probe_i
 log = logging.getLogger(__name__)
 
 FLOAT32_BOUND = 1e-4
-"""Mean |difference| of two float32 engines on a CPU, on the text, nats. Measured between SGLang and transformers: 1e-6
-and less (docs/gates.md)."""
+"""Largest mean |difference| in nats, over the text, between two float32 engines on a CPU. Measured between SGLang and
+transformers: at most 1e-6 (docs/gates.md)."""
 ROUNDED_BOUND = 0.1
-"""The same where the server rounds: bfloat16 or less, or float32 on a GPU, whose products may be TF32. Measured in
-bfloat16: 7e-3 on the examples."""
+"""The same bound if the server rounds: bfloat16 or less, or float32 on a GPU, which may use TF32. Measured in bfloat16:
+7e-3 on the examples."""
 TEXT_TOKENS = 256
-"""Most tokens of the text; it has about 200 in the large vocabularies."""
+"""Largest number of tokens of the text; with large vocabularies it has about 200."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a server says of the model that it serves."""
+    """What a server reports about its model."""
 
     model_path: str
     weight_version: str
@@ -49,15 +49,15 @@ class ServedModel:
     tensor_parallel: int
     server_version: str
     longest_input: int
-    """Not of the model: on a GPU it follows from the memory that was free when the server started."""
+    """Not a property of the model: on a GPU it depends on the free memory when the server started."""
     vocab_size: int | None
-    """From the config.json at `model_path`, where this host can read it: SGLang does not tell it."""
+    """From the config.json at `model_path`, because SGLang does not report it; None if this host cannot read it."""
     checksum: str | None
-    """Of the weights on all ranks; None where the server has none to give, or was not asked."""
+    """Checksum of the weights on all ranks; None if the server gives none or was not asked."""
     data_parallel: int = 1
     pipeline_parallel: int = 1
     device: str = "?"
-    """`?` where it is not known"""
+    """`?` if unknown"""
 
     @property
     def exact(self) -> bool:
@@ -65,7 +65,7 @@ class ServedModel:
         return is_exact(self.dtype, self.quantization, self.device)
 
     def describe(self) -> str:
-        """One clause for messages."""
+        """Return a phrase for messages."""
         quantization = f", quantization {self.quantization}" if self.quantization else ""
         checksum = f", checksum {self.checksum[:12]}" if self.checksum else ""
         said = f"model_path {self.model_path}, weight_version {self.weight_version}, {self.dtype}"
@@ -74,17 +74,17 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Log-probs of a text under a model, and where they come from."""
+    """A text as token ids, and its log-probs under a model."""
 
     ids_N: tuple[int, ...]
-    """The text, its first token included"""
+    """All tokens of the text, including the first"""
     logp_N: tuple[float, ...]
-    """Of all but the first, nats"""
+    """Log-probs of all tokens but the first, nats"""
 
     def distance(self, other: Fingerprint) -> float:
-        """Mean |difference|, nats, over what both texts begin with.
+        """Return the mean |difference| in nats over the common beginning of both texts.
 
-        Infinite where one does not begin the other, and where a log-prob is not finite: NaN is above no bound.
+        Infinite if neither text is a prefix of the other, or if a log-prob is not finite (a NaN would exceed no bound).
         """
         count = min(len(self.ids_N), len(other.ids_N))
         if count < 2 or self.ids_N[:count] != other.ids_N[:count]:
@@ -95,20 +95,20 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a server serves, as it was found at one moment."""
+    """The model that a server serves at one moment."""
 
     model: ServedModel
     fingerprint: Fingerprint
 
     def digest(self) -> str:
-        """Short text that tells the scores of this model from those of another: checksum, else scores, and rounding."""
+        """Short hash that differs between models: of the checksum (or else the scores), dtype and quantization."""
         weights = self.model.checksum or ",".join(f"{value:.4f}" for value in self.fingerprint.logp_N)
         found = hashlib.sha256(f"{weights} {self.model.dtype} {self.model.quantization}".encode())
         return found.hexdigest()[:16]
 
 
 def text_ids(student: Path, teacher: Path) -> IntArray:
-    """Ids of the text for two models of one tokenizer, int32: those that both have, at most TEXT_TOKENS."""
+    """Return the text's ids for two models with one tokenizer, int32: ids that both have, at most TEXT_TOKENS."""
     width = read_architecture(teacher).vocab_size
     longest = min(TEXT_TOKENS, read_architecture(teacher).max_position_embeddings - 8)
     ids = probe_ids(student, limit=longest)
@@ -116,7 +116,7 @@ def text_ids(student: Path, teacher: Path) -> IntArray:
 
 
 def read_model(client: SglangClient, *, with_checksum: bool) -> ServedModel:
-    """Ask a server what it serves; the checksum costs one pass over its weights. Raises ServerError."""
+    """Ask a server which model it serves. The checksum costs one pass over its weights. Raises ServerError."""
     info = client.info()
     checksums = client.weights_checksum(may_refuse=True) if with_checksum else None
     return ServedModel(
@@ -137,7 +137,7 @@ def read_model(client: SglangClient, *, with_checksum: bool) -> ServedModel:
 
 
 def read_identity(client: SglangClient, ids: IntArray) -> Identity:
-    """Ask a server for everything. Raises ServerError."""
+    """Ask a server for its model, checksum and scores of the text. Raises ServerError."""
     model = read_model(client, with_checksum=True)
     (scores,) = client.score([ScoringRequest(ids, first=1)])
     if isinstance(scores, ServerError):
@@ -146,12 +146,12 @@ def read_identity(client: SglangClient, ids: IntArray) -> Identity:
 
 
 def fingerprint_of(ids: IntArray, logp_N: FloatArray) -> Fingerprint:
-    """The fingerprint of `ids` whose tokens but the first have the log-probs `logp_N`."""
+    """Return the fingerprint of `ids`; `logp_N` are the log-probs of all tokens but the first."""
     return Fingerprint(tuple(ids.tolist()), tuple(float(value) for value in logp_N))
 
 
 def check_serves(client: SglangClient, folder: Path, *, key: str, url_key: str) -> None:
-    """Raise GateError where the server does not serve the weights of `folder`; say so where that cannot be computed.
+    """Raise GateError if the server does not serve the weights of `folder`. If this cannot be computed, log a warning.
 
     `key` names the folder and `url_key` the server in messages. Cost: one forward pass of the folder on the CPU.
     """
@@ -171,12 +171,12 @@ def check_serves(client: SglangClient, folder: Path, *, key: str, url_key: str) 
 
 
 def changes(before: ServedModel, now: ServedModel) -> list[str]:
-    """`name old -> new` of everything about the model that differs; what one side does not know is not compared."""
+    """Return `name old -> new` for each property of the model that differs. Unknown values are not compared."""
     return [line for _, line in _differences(before, now)]
 
 
 def other_weights(before: ServedModel, now: ServedModel) -> str | None:
-    """The checksums, where both were made at one layout and differ; None where they agree or cannot be compared."""
+    """Return the line about the checksums if they differ at the same layout; None if equal or not comparable."""
     parallel = ("tensor_parallel", "data_parallel", "pipeline_parallel")
     layout = ("dtype", "quantization", "device", "server_version", *parallel)
     if any(getattr(before, name) != getattr(now, name) for name in layout):
@@ -188,7 +188,7 @@ def _differences(before: ServedModel, now: ServedModel) -> Iterator[tuple[str, s
     before = replace(before, longest_input=now.longest_input)
     for name, old in asdict(before).items():
         new = getattr(now, name)
-        # the checksum is not always asked for, and the file that tells the vocabulary not always readable
+        # the checksum is not always requested, and config.json (for vocab_size) is not always readable
         unknown = {"checksum": None, "vocab_size": None, "device": "?"}
         is_unknown = name in unknown and unknown[name] in (old, new)
         if old != new and not is_unknown:

@@ -1,9 +1,10 @@
-"""Is the served teacher the model of teacher.path, is it not the student, and does it stay the same?
+"""Checks that the served teacher is the model of teacher.path, is not the student, and stays the same.
 
-Rank 0 asks at the start of a launch, every `teacher.check_every` steps, before every checkpoint and after a restart. At
-every step it asks for label and model path. Not for what a server says (`teacher.identity`). Invariants: a checkpoint
-is written only once the scores of all its steps come from the teacher of the start; the record in the run directory is
-of a launch that began to train; every rank meets the same error.
+Rank 0 runs the full check at the start of a launch, every `teacher.check_every` steps, before every checkpoint and
+after a restart. At every step it checks what the server reports (label, model path). `teacher.identity` reads a
+server's identity. Invariants: a checkpoint is written only if the scores of all its steps are known to come from the
+teacher of the start. The record in the run directory is written only by a launch that began to train. Every rank raises
+the same error.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ from tropd_mcore.weights.independent import fits, independent_log_probs
 log = logging.getLogger(__name__)
 
 CLEARLY_NEARER = 0.5
-"""A server is one of two models where its distance to that one is at most this times the distance to the other."""
+"""A server counts as one of two models if its distance to it is at most this fraction of that to the other."""
 NO_STEP = sys.maxsize
-"""Later than every step."""
+"""A number larger than every step."""
 STUDENT_BOUND = 0.04
-"""Mean |difference|, nats, up to which a server that rounds is the student where teacher.path cannot be read."""
+"""Mean |difference| in nats up to which a server that rounds counts as the student if teacher.path cannot be read."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model folder says of the text, read on the CPU."""
+    """The fingerprint of a model folder, computed on the CPU."""
 
     stamp: str
-    """Of names, sizes and times of its files: the same one spares reading the folder again."""
+    """Hash of the names, sizes and times of its files. While it stays the same, the folder is not read again."""
     fingerprint: Fingerprint
 
 
@@ -66,18 +67,18 @@ class Record:
     """Content of <run.dir>/teacher.json."""
 
     identity: Identity
-    """Of the server at the first launch"""
+    """Identity of the server at the first launch"""
     readings: dict[str, Reading] = field(default_factory=dict)
-    """By configuration key"""
+    """Configuration key of a folder -> its fingerprint"""
     verified: int = 0
-    """Scores of the steps before this one come from that teacher"""
+    """Scores of all steps before this one come from that teacher"""
 
 
 class TeacherIdentity:
-    """The identity of the teacher behind `server`; on one rank, without collectives.
+    """Checks the identity of the teacher behind `server`. Runs on one rank, without collectives.
 
-    `config` names the folders; the record is that of `config.run.dir`. Every method that asks the server may raise
-    ServerError; making one raises ConfigError where the record is damaged.
+    `config` names the folders and, with `run.dir`, the place of the record. Methods that ask the server may raise
+    ServerError. The constructor raises ConfigError if the record is damaged.
     """
 
     def __init__(self, server: SupervisedServer, config: Config) -> None:
@@ -91,20 +92,20 @@ class TeacherIdentity:
         self._found: Identity | None = None
 
     def digest(self) -> str:
-        """Short text that tells this teacher's scores from another's, the same at every launch of a run."""
+        """Short hash that identifies this teacher's scores. It is the same at every launch of a run."""
         assert self._found is not None
         return (self._recorded.identity if self._recorded is not None else self._found).digest()
 
     def check_start(self) -> None:
-        """Compare the server with teacher.path, student.path and the record, as far as they can be read, and log it.
+        """Compare the server with teacher.path, student.path and the record, as far as readable, and log the result.
 
-        Raises GateError where it serves another model. Cost: one forward pass of each folder on the CPU, once a run.
+        Raises GateError if it serves another model. Cost: one forward pass of each folder on the CPU, once per run.
         """
         config, client = self._config, self._server.client
         said = read_model(client, with_checksum=False)
         self._ids = text_ids(config.student.path, config.teacher.path)[: said.longest_input]
         if said.vocab_size is not None and said.vocab_size <= self._ids.max():
-            self._check_config(said)  # raises; SGLang would die of the text
+            self._check_config(said)  # raises; such ids would kill SGLang
         found = read_identity(client, self._ids)
         teacher, student = self._read("teacher.path", config.teacher.path), None
         if config.student.path.resolve() != config.teacher.path.resolve():
@@ -117,11 +118,11 @@ class TeacherIdentity:
 
     @property
     def verified(self) -> int | None:
-        """Scores of the steps before this one were verified by earlier launches; None where there was none."""
+        """Earlier launches verified the scores of all steps before this one; None if there was no earlier launch."""
         return self._recorded.verified if self._recorded is not None else None
 
     def record(self, verified: int = 0) -> None:
-        """Write what was found at the start, unless an earlier launch did, and what is verified. Raises DataError."""
+        """Write the record: the identity of the first launch and the number `verified`. Raises DataError."""
         assert self._found is not None
         identity = self._recorded.identity if self._recorded is not None else self._found
         now = Record(identity, self._readings, verified)
@@ -130,12 +131,12 @@ class TeacherIdentity:
         self._recorded = now
 
     def check_label(self) -> None:
-        """See that the server still says what it said of itself; one request. Raises GateError."""
+        """Check that the server still reports the same model, without checksum and scores. Raises GateError."""
         assert self._found is not None
         self._refuse(changes(self._found.model, read_model(self._server.client, with_checksum=False)))
 
     def check_now(self) -> None:
-        """See that label, checksum and scores are those of the start. Raises GateError."""
+        """Check that label, checksum and scores are the same as at the start. Raises GateError."""
         assert self._found is not None and self._ids is not None
         with progress(log, f"{self._where()}: asking what it serves"):
             now = read_identity(self._server.client, self._ids)
@@ -156,7 +157,7 @@ class TeacherIdentity:
             )
 
     def _check_config(self, model: ServedModel) -> None:
-        """What the server says of its model against the config.json of teacher.path."""
+        """Compare what the server reports about its model with the config.json of teacher.path."""
         arch = read_architecture(self._config.teacher.path)
         pairs = {
             "model_type": (arch.family, model.model_type if model.model_type != "?" else None),
@@ -198,7 +199,7 @@ class TeacherIdentity:
         return to_student <= (FLOAT32_BOUND if found.model.exact else STUDENT_BOUND)
 
     def _check_record(self, found: Identity) -> None:
-        """The server against what the first launch found; what changed without being another model is printed."""
+        """Compare the server with the record of the first launch. Changes that leave the model the same are logged."""
         if self._recorded is None:
             return
         before = self._recorded.identity
@@ -213,7 +214,7 @@ class TeacherIdentity:
                 "another run.dir"
             )
         for line in changes(before.model, found.model):
-            log.info("teacher.server: %s since the first launch; its weights are the same as far as can be told", line)
+            log.info("teacher.server: %s since the first launch; its weights are the same, as far as known", line)
 
     def _say(self, found: Identity, to_teacher: float | None, to_student: float | None, apart: float | None) -> None:
         tokens, said = len(found.fingerprint.logp_N), found.model.describe()
@@ -224,7 +225,7 @@ class TeacherIdentity:
         else:
             source = (
                 "no fingerprint to compare with, this first launch records one (teacher.path: "
-                f"{self._reasons['teacher.path']}): that it is the model of teacher.path is taken on trust"
+                f"{self._reasons['teacher.path']}): it is assumed, not checked, to be the model of teacher.path"
             )
         other = f"; student.path: {to_student:.1e}" if to_student is not None else ""
         log.info("gates.teacher_identity: %s serves %s; %s%s", self._where(), said, source, other)
@@ -233,14 +234,14 @@ class TeacherIdentity:
         if to_teacher is not None and apart and to_teacher > CLEARLY_NEARER * apart:
             log.warning(
                 "gates.teacher_identity: teacher.path and student.path differ by %.1e nats on the text, the server "
-                "from teacher.path by %.1e: which of the two it serves cannot be told",
+                "from teacher.path by %.1e: it is unclear which of the two it serves",
                 apart,
                 to_teacher,
             )
 
     def _read(self, key: str, folder: Path) -> Fingerprint | None:
-        """The folder's fingerprint on the CPU, or None where it cannot be computed; that of an earlier launch where the
-        files are the same."""
+        """The folder's fingerprint, computed on the CPU; None if that is impossible. If the files are unchanged, the
+        fingerprint of an earlier launch is used."""
         assert self._ids is not None
         stamp = _stamp(folder)
         known = self._readings.get(key)
@@ -266,9 +267,9 @@ class TeacherIdentity:
 
 
 class TeacherCheck:
-    """The identity of the teacher behind `server` as all ranks of the job see it; rank 0 alone asks. Collective.
+    """Collective check of the teacher behind `server`. Only rank 0 asks it, and all ranks get the result.
 
-    `server` is needed on rank 0. Making one checks the start of the launch and raises GateError as that does.
+    `server` is needed on rank 0. The constructor runs the check of the launch's start and may raise GateError.
     """
 
     def __init__(self, server: SupervisedServer | None, config: Config, control: dist.ProcessGroup) -> None:
@@ -279,12 +280,15 @@ class TeacherCheck:
         self._verified: int | None = None
         """Scores of the steps before this one come from the teacher of the start; None before the first step."""
         self._step = 0
-        """The present step, or the one before the checkpoint."""
+        """The current step, or the last step before a checkpoint."""
         self.name: str = on_rank_zero(self._start, control)
-        """What tells its scores from another teacher's; the same at every launch of a run and on every rank."""
+        """Identifies this teacher's scores; the same at every launch of a run and on every rank."""
 
     def at_step(self, step: int) -> None:
-        """Before the scores of `step`: the label, every `check_every` steps also checksum and scores; or GateError."""
+        """Check before the scores of `step`: the label, and every `check_every` steps checksum and scores too.
+
+        Raises GateError.
+        """
 
         def check() -> None:
             assert self._identity is not None
@@ -296,7 +300,7 @@ class TeacherCheck:
         on_rank_zero(check, self._control)
 
     def before_checkpoint(self, done: int) -> None:
-        """Before a checkpoint of `done` steps is written: checksum and scores. Raises GateError."""
+        """Check checksum and scores before a checkpoint of `done` steps is written. Raises GateError."""
         on_rank_zero(lambda: self._check(done - 1, full=True, verifies=done), self._control)
 
     def _start(self) -> str:
@@ -315,13 +319,13 @@ class TeacherCheck:
         try:
             self._look(full=full)
         except ServerDied as died:
-            self._server.recover(died)  # which looks at the new process
+            self._server.recover(died)  # checks the new process through after_restart
         if full:
             self._verified = verifies
             self._identity.record(verifies)
 
     def _look(self, *, full: bool) -> None:
-        """Compare the server with the start; where it is another, drop what may come from it, and say so."""
+        """Compare the server with the start. If it serves another model, remove what may come from that model."""
         assert self._identity is not None
         try:
             if full:
@@ -334,7 +338,7 @@ class TeacherCheck:
             raise GateError(f"{error}. {self._undo(self._verified, self._step)}") from error
 
     def _undo(self, first: int, last: int) -> str:
-        """Drop what may come from the other teacher, so that the same command goes on from before; says so."""
+        """Remove what may come from the other teacher; the same command then repeats the steps. Returns a message."""
         RunDir(self._config.run.dir).drop(scores_from=first, rollouts_from=first + 1)
         return (
             f"It was last as it should be before step {first}: the scores of steps {first} to {last} "
@@ -343,10 +347,10 @@ class TeacherCheck:
         )
 
     def _drop_unverified(self, first: int | None) -> str:
-        """Drop the scores that an earlier launch left from step `first` on, which this other teacher may have made.
+        """Remove scores that an earlier launch saved from step `first` on, because another teacher may have made them.
 
-        Returns what to add to the message. Rollouts stay; the sampler gate sees whether they fit. Where the teacher is
-        as it should be, the scores are kept, so that a step that was interrupted is repeated with them.
+        Returns an addition to the error message. Rollouts are kept; the sampler gate checks them. This is not called if
+        the teacher is right, so an interrupted step is repeated with its saved scores.
         """
         run_dir = RunDir(self._config.run.dir)
         last = _last_scored(run_dir)
@@ -354,8 +358,8 @@ class TeacherCheck:
             return ""
         run_dir.drop(scores_from=first, rollouts_from=NO_STEP)
         return (
-            f". The scores of steps {first} to {last}, which it may have made since it was last looked at, are removed "
-            "and will be made again"
+            f". The scores of steps {first} to {last}, which it may have made since the last check, are removed and "
+            "will be made again"
         )
 
 
@@ -363,7 +367,7 @@ _RECORD = TypeAdapter(Record)
 
 
 def load_record(path: Path) -> Record | None:
-    """The record of the first launch, None where there is none. Raises ConfigError where it is damaged."""
+    """Return the record of the first launch; None if there is none. Raises ConfigError if it is damaged."""
     try:
         return _RECORD.validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -377,13 +381,13 @@ def load_record(path: Path) -> Record | None:
 
 
 def _last_scored(run_dir: RunDir) -> int | None:
-    """The last step that has stored scores."""
+    """The last step with saved scores."""
     names = [path.name for path in (run_dir.root / "scores").glob("step_*.npz")]
     return max((int(name.removeprefix("step_").partition(".")[0]) for name in names), default=None)
 
 
 def _stamp(folder: Path) -> str:
-    """Names, sizes and times of the files of a model folder; "" where one is missing, which has another error later."""
+    """Hash of names, sizes and times of a model folder's files; "" if one is missing, which is reported elsewhere."""
     try:
         found = [(name, fingerprint(folder / name)) for name in model_files(folder)]
     except OSError:

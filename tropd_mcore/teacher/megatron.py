@@ -1,7 +1,7 @@
 """The teacher as a frozen Megatron model in the training job, sharded over the same ranks as the student.
 
-Not for loading weights (`mcore.weights_io`). Invariant: scores are of the teacher's full vocabulary in float32, on the
-last pipeline stage, aligned with the rows of the micro-batches; no number leaves the device.
+This module does not load weights (see `mcore.weights_io`). Invariant: scores cover the teacher's full vocabulary in
+float32. They are on the last pipeline stage, in the row order of the micro-batches, and never leave the device.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tropd_mcore.types import Rollout, TeacherScores
 class MegatronTeacher:
     """Scores packs with one forward pass of `model`, at temperature 1.
 
-    `k` is the size of the support; `keep_hidden` adds the hidden states, for a divergence over the whole vocabulary.
-    `excluded` are ids that are no candidates, because the student's tokenizer lacks them.
+    `k` is the number of top-k candidates. `keep_hidden` adds the hidden states, for a divergence over the whole
+    vocabulary. `excluded` are ids that cannot be candidates because the student's tokenizer lacks them.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class MegatronTeacher:
     ) -> list[TeacherScores | None]:
         """Return the scores of each micro-batch in order; None on all but the last stage. Collective.
 
-        `rollouts` and `verdicts` are not looked at: the packs hold the tokens. `own_ids[i]`, int64 [T, L]: further ids
-        of micro-batch i whose log q is wanted.
+        `own_ids[i]`, int64 [T, L]: additional ids of micro-batch i to score (log q). `rollouts` and `verdicts` are not
+        used, because the packs hold the tokens.
         """
         return score_micro_batches(
             self._model,

@@ -1,7 +1,7 @@
-"""Where a step's teacher scores come from: the run directory if the step was scored before, else the teacher.
+"""Provides the teacher scores of a step: from the run directory if it was scored before, otherwise from the teacher.
 
-Invariants: scores on disk are used only where every rank finds its own, for exactly the rows, the teacher and the
-candidates it has; otherwise all ranks score again, so that collectives stay in step; why is said once for each reason.
+Invariant: saved scores are used only if every rank finds its own, for exactly its rows, teacher and candidates.
+Otherwise all ranks score again, which keeps their collectives in step. Each reason is logged once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Teacher(Protocol):
-    """Scores packs; collective over all ranks."""
+    """An object that scores packs. Its methods are collective over all ranks."""
 
     def score(
         self,
@@ -34,10 +34,10 @@ class Teacher(Protocol):
         own_ids: Sequence[Tensor | None],
         verdicts: Sequence[Verdict],
     ) -> list[TeacherScores | None]:
-        """The scores of each micro-batch in order; None on all but the last stage.
+        """Return the scores of each micro-batch in order; None on all but the last stage.
 
-        `own_ids[i]`, int64 [T, L]: the student's own candidates of micro-batch i; None where none are needed.
-        `verdicts` are those of the rollouts on rank 0, and not looked at elsewhere.
+        `own_ids[i]`, int64 [T, L]: the student's top-k candidates of micro-batch i; None if they are not needed.
+        `verdicts` are the verdicts of the rollouts; they are used on rank 0 only.
         """
         ...
 
@@ -45,9 +45,9 @@ class Teacher(Protocol):
 class ScoreSource:
     """Teacher scores by step, kept on disk until no resume can need them.
 
-    `name` tells the teacher from others (`inputs.teacher_name`). Where `on_disk` is False, scores are made again
-    instead: of a deterministic teacher whose scores hold hidden states, or whose weights move, so that those of another
-    run are not its own.
+    `name` identifies the teacher (`inputs.teacher_name`). With `on_disk=False`, scores are never saved and always
+    computed again. This is for a deterministic teacher whose scores hold hidden states, or whose weights change, so
+    that scores of another run would not be its own.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ScoreSource:
         self._name = name
         self._on_disk = on_disk
         self._told: set[str] = set()
-        """Reasons why stored scores were not used, said before."""
+        """Reasons for not using saved scores that were logged already."""
 
     def at_step(
         self,
@@ -70,9 +70,10 @@ class ScoreSource:
         passes: Sequence[StudentPass | None],
         verdicts: Sequence[Verdict],
     ) -> list[TeacherScores | None]:
-        """The scores of this rank's micro-batches; None on all but the last stage. Collective.
+        """Return the scores of this rank's micro-batches; None on all but the last stage. Collective.
 
-        `passes` hold the student's own candidates, whose log q is part of the scores; `verdicts` as of `Teacher.score`.
+        `passes` hold the student's top-k candidates, whose log q is part of the scores. For `verdicts` see
+        `Teacher.score`.
         """
         own_ids = [found.own_ids_TL if found is not None and found.own_ids_TL.shape[1] else None for found in passes]
         if not self._on_disk:
@@ -90,7 +91,7 @@ class ScoreSource:
         return scores
 
     def are_stored(self, step: int, packed: PackedStep) -> bool:
-        """Whether `at_step` will find the scores of these packs, without the student's own candidates. Collective."""
+        """Whether the scores of these packs are saved, without the student's top-k candidates. Collective."""
         key = ScoreKey(self._name, packed.micro_batches, [None] * len(packed.micro_batches))
         layout, found = self._layout, True
         with raise_on_all_ranks(layout.groups.control):
@@ -99,7 +100,7 @@ class ScoreSource:
         return all_agree(found, layout.groups.control)
 
     def _stored(self, step: int, key: ScoreKey) -> list[TeacherScores | None] | None:
-        """What `at_step` returns, where every rank of the last stage has it on disk."""
+        """The saved scores if every rank of the last stage has them on disk, otherwise None."""
         layout = self._layout
         found: list[TeacherScores] | None = None
         reasons: list[str] = []
@@ -112,7 +113,7 @@ class ScoreSource:
         return list(found) if found is not None else [None] * len(key.micro_batches)
 
     def _read(self, step: int, key: ScoreKey) -> tuple[list[TeacherScores] | None, list[str]]:
-        """This rank's scores, or why those on disk are not its own."""
+        """This rank's saved scores, or the reasons why the saved scores do not fit."""
         reasons = []
         for path in self._paths(step):
             if not path.exists():
@@ -124,13 +125,13 @@ class ScoreSource:
         return None, reasons
 
     def _tell(self, step: int, reasons: list[str]) -> None:
-        """Say on rank 0 why the stored scores of a step are not used, if there are any. Collective."""
+        """Log on rank 0 why saved scores of a step are not used, if there are any. Collective."""
         everywhere = gather_on_rank_zero(reasons, self._layout.groups.control)
         for reason in sorted(set().union(*everywhere) - self._told):
             self._told.add(reason)
-            log.warning("step %d: the teacher scores again: stored scores are %s (said once)", step, reason)
+            log.warning("step %d: the teacher scores again: stored scores are %s (logged once)", step, reason)
 
     def _paths(self, step: int) -> list[Path]:
-        """Where the scores of this rank's packs may be, those of this run first."""
+        """Files that may hold the scores of this rank's packs; the file of this run is first."""
         run_dirs = [self._run_dir, *([self._replay] if self._replay is not None else [])]
         return [run_dir.scores(step, self._layout.dp_rank, self._layout.cp_rank) for run_dir in run_dirs]

@@ -1,8 +1,8 @@
-"""The student as its own teacher: the average of its weights, reading a correct solution before the response.
+"""The student as its own teacher: an average of its weights that reads a correct solution before the response.
 
-Not for what it reads (`teacher.solutions`) or for the average (`mcore.average`). Invariants: a replica scores its own
-samples, so that no row leaves it; the tokens that are scored are the student's rows, in another context and therefore
-in other packs; no number leaves the device; a sample without a solution has `scored_T` False on all of its rows.
+`teacher.solutions` chooses what it reads, and `mcore.average` keeps the average. Invariants: each replica scores its
+own samples, so no row leaves it. The scored tokens are the student's rows, but their context differs, so the teacher
+has its own packs. Scores never leave the device. A sample without a solution has `scored_T` False on all of its rows.
 
 Shapes: S samples of the step, R rows of this rank in the student's packs, of which N have a teacher, Q rows in the
 teacher's packs, T rows of one micro-batch, K teacher top-k, L student top-k.
@@ -43,10 +43,10 @@ _BLANKS = {
 
 
 class SelfTeacher:
-    """Scores rollouts with `model` at temperature 1, after `prompts` instead of their own; `k` as for other teachers.
+    """Scores rollouts with `model` at temperature 1, with `prompts` in place of their own prompts.
 
-    A sample has no teacher where no solution leaves room for its response in a pack of `tokens_per_micro_batch` and in
-    the model's context. `ignored` are the tokens that are no rows for the student either.
+    `k` is the number of top-k candidates. A sample has no teacher if no solution leaves room for its response in a pack
+    of `tokens_per_micro_batch` and in the model's context. `ignored` are the tokens that the student does not train on.
     """
 
     def __init__(
@@ -79,8 +79,9 @@ class SelfTeacher:
     ) -> list[TeacherScores | None]:
         """Return the scores of each micro-batch in order; None on all but the last stage. Collective.
 
-        `own_ids[i]`, int64 [T, L]: the student's candidates of micro-batch i whose log q is wanted. `verdicts`, on rank
-        0: which of the rollouts are correct. Runs, where context parallel, one sum over the context group a column.
+        `own_ids[i]`, int64 [T, L]: the student's top-k candidates of micro-batch i, whose log q is added. `verdicts`
+        (used on rank 0) say which rollouts are correct. With context parallelism, each column needs one sum over the
+        context group.
         """
         layout = self._model.layout
         contexts: list[IntArray | None] = on_rank_zero(
@@ -103,7 +104,7 @@ class SelfTeacher:
     def _teacher_packs(
         self, rollouts: list[Rollout], contexts: list[IntArray | None], packed: PackedStep
     ) -> _TeacherPacks:
-        """The packs of this replica's samples that have a teacher; an empty one where none has."""
+        """Pack this replica's samples that have a teacher; if none has, the pack is empty."""
         rollouts_with_solution: dict[int, Rollout] = {}
         for sample in sorted(union(packed.samples, self._model.layout.groups.cp)):
             context = contexts[sample]
@@ -111,7 +112,7 @@ class SelfTeacher:
                 rollouts_with_solution[sample] = dataclasses.replace(rollouts[sample], prompt_ids=context)
         theirs = self._pack(list(rollouts_with_solution.values()))
 
-        # The place of a token: prefixes and responses of the rollouts_with_solution samples laid end to end.
+        # The key of a token: its position when prefixes and responses of rollouts_with_solution are concatenated.
         lengths = [len(rollout.prefix_ids) + len(rollout.response_ids) for rollout in rollouts_with_solution.values()]
         starts = np.cumsum([0, *lengths])
         first_S = np.zeros(len(rollouts), dtype=np.int64)
@@ -131,7 +132,7 @@ class SelfTeacher:
         return _TeacherPacks(theirs, has_teacher_R, exchange, [len(batch.rows_T) for batch in packed.micro_batches])
 
     def _pack(self, rollouts_with_solution: list[Rollout]) -> PackedStep:
-        """Packs of this replica alone: nothing in a forward pass of a frozen model waits for another replica."""
+        """Packs of this replica only: a forward pass of a frozen model never waits for another replica."""
         layout = self._model.layout
         return pack(
             rollouts_with_solution,
@@ -153,7 +154,7 @@ class SelfTeacher:
 
 @dataclass(frozen=True)
 class _TeacherPacks:
-    """The teacher's packs, and the way between the student's rows and theirs."""
+    """The teacher's packs, and the exchange between the student's rows and the teacher's rows."""
 
     packed: PackedStep
     has_teacher_R: Tensor
@@ -164,7 +165,7 @@ class _TeacherPacks:
     """T of each of the student's micro-batches"""
 
     def own_candidates(self, own_ids: Sequence[Tensor | None]) -> list[Tensor] | None:
-        """The student's candidates of each of the teacher's micro-batches; None where none are asked for."""
+        """The student's top-k candidates for each of the teacher's micro-batches; None if none are requested."""
         present = [ids_TL for ids_TL in own_ids if ids_TL is not None]
         if not present:
             return None
@@ -173,7 +174,7 @@ class _TeacherPacks:
         return list(self.exchange.send(torch.cat(present)[self.has_teacher_R]).split(sizes))
 
     def scores(self, theirs: Sequence[TeacherScores | None]) -> list[TeacherScores | None]:
-        """The scores of each of the student's micro-batches."""
+        """The scores for each of the student's micro-batches."""
         pieces = [vars(score) for score in theirs if score is not None]
         back = self.exchange.reversed()
         columns: dict[str, Sequence[Tensor]] = {}

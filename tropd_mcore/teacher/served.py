@@ -1,9 +1,9 @@
-"""The SGLang teacher as all ranks of the job see it: few ranks fetch, the others receive.
+"""Collective access to the SGLang teacher: a few ranks fetch scores and the others receive them.
 
-Not for HTTP (`teacher.sglang`). A server that rank 0 started is asked by rank 0 alone, which can also restart it; one
-that runs elsewhere is asked by one rank of each replica, for that replica's rollouts. Invariants: the ranks of a
-replica's last stage get the same arrays; a failed fetch is met by all ranks of the job; a sample is asked for once a
-step, and once more only where it takes over the prefix loss of a sample that could not be scored.
+This module does no HTTP (see `teacher.sglang`). If rank 0 started the server, only rank 0 asks it and can also restart
+it. A server that runs elsewhere is asked by one rank of each replica, for that replica's rollouts. Invariants: the
+ranks of a replica's last stage get the same arrays. A failed fetch raises on all ranks of the job. A sample is scored
+once per step, and a second time only if it takes over the prefix loss of a sample that could not be scored.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tropd_mcore.types import Rollout, TeacherScores
 
 
 class ServedTeacher:
-    """Scores through `teacher`, which is None on the ranks that do not fetch; `topk` is the width of its answers.
+    """Scores through `teacher`, which is None on ranks that do not fetch. `topk` is the width of its answers.
 
-    A step of which more than `masked_share` of the samples, or all of them, could not be scored stops the run. `check`
-    is who sees that the server stays the teacher (gates.teacher_identity); None where nobody does.
+    If more than the fraction `masked_share` of a step's samples, or all of them, could not be scored, the run stops.
+    `check` verifies that the server stays the same teacher (gates.teacher_identity); None turns this off.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class ServedTeacher:
         self._only_rank_zero = only_rank_zero
         self._masked_share = masked_share
         self._answers: dict[str, SampleScore] = {}
-        """Of the present step by sample id, until `score` has handed them out."""
+        """Sample id -> scores of the current step, until `score` returns them."""
         self._failed: set[str] = set()
-        """Samples of the present step of which a request failed, the first one or the one for the prefix."""
+        """Ids of the current step's samples with a failed request: the first one, or the one for the prefix."""
 
     def score(
         self,
@@ -58,7 +58,7 @@ class ServedTeacher:
         own_ids: Sequence[Tensor | None],
         verdicts: Sequence[Verdict],
     ) -> list[TeacherScores | None]:
-        """The scores of each micro-batch in order; None on all but the last stage. Collective."""
+        """Return the scores of each micro-batch in order; None on all but the last stage. Collective."""
         assert all(ids is None for ids in own_ids), "a served teacher scores its own candidates only"
         self._ask(rollouts, packed)
         self._check_masked(len(rollouts))
@@ -69,16 +69,17 @@ class ServedTeacher:
         return [to_micro_batch(scores, micro_batch) for micro_batch in packed.micro_batches]
 
     def lost(self, rollouts: list[Rollout], packed: PackedStep) -> set[int]:
-        """Indices of the rollouts that could not be scored, or whose prefix could not. Collective.
+        """Return the indices of rollouts that could not be scored, or whose prefix could not. Collective.
 
-        Asks for what `score` would; the answers are kept for it. To be called again where other samples carry a prefix.
+        Sends the requests that `score` would send, and keeps the answers for it. Call it again after other samples have
+        become carriers of a prefix.
         """
         self._ask(rollouts, packed)
         failed = self._failed_everywhere()
         return {index for index, rollout in enumerate(rollouts) if rollout.sample_id in failed}
 
     def _failed_everywhere(self) -> set[str]:
-        """The samples of the step of which a request failed, on any rank. Collective."""
+        """The step's samples with a failed request on any rank. Collective."""
         failed = [self._failed]
         if not self._only_rank_zero:
             failed *= self._layout.world_size
@@ -86,7 +87,7 @@ class ServedTeacher:
         return set().union(*failed)
 
     def _check_masked(self, asked: int) -> None:
-        """Raise TeacherError, on every rank, where more than `masked_share` of the step or all of it has no scores."""
+        """Raise TeacherError on every rank if more than `masked_share` of the step, or all of it, has no scores."""
         failed = self._failed_everywhere()
         if len(failed) > self._masked_share * asked or len(failed) == asked > 0:
             raise TeacherError(
@@ -96,7 +97,7 @@ class ServedTeacher:
             )
 
     def _ask(self, rollouts: list[Rollout], packed: PackedStep) -> None:
-        """Get the scores that the rows of this replica's packs need and no answer has. Collective."""
+        """Fetch the scores that this replica's packs need and that were not fetched yet. Collective."""
         layout = self._layout
         if self._only_rank_zero:
             missing = self._missing(rollouts, range(len(rollouts)))
@@ -111,7 +112,7 @@ class ServedTeacher:
                 self._answers[rollouts[index].sample_id] = sample
 
     def _missing(self, rollouts: list[Rollout], wanted: Sequence[int]) -> list[int]:
-        """Those of the wanted rollouts that were not asked for, or not from the token that is needed now."""
+        """The wanted rollouts that were not requested yet, or only from a later token than is needed now."""
 
         def is_known(rollout: Rollout) -> bool:
             answer = self._answers.get(rollout.sample_id)
@@ -120,7 +121,7 @@ class ServedTeacher:
         return [index for index in wanted if not is_known(rollouts[index])]
 
     def _fetch_by_replica(self, rollouts: list[Rollout], samples: list[int]) -> list[SampleScore | None]:
-        """What `_fetch` returns, on every rank of the replica's last stage; `samples` is empty on the other stages."""
+        """Result of `_fetch` on every rank of the replica's last stage; `samples` is empty on the other stages."""
         layout = self._layout
         box: list[list[SampleScore | None]] = [[]]
         with raise_on_all_ranks(layout.groups.control):
@@ -133,14 +134,14 @@ class ServedTeacher:
         return box[0]
 
     def _fetch(self, rollouts: list[Rollout], samples: list[int]) -> list[SampleScore | None]:
-        """Scores of the named rollouts in their order, None where one could not be scored."""
+        """Scores of the rollouts with the indices `samples`, in order; None for one that could not be scored."""
         if not samples:
             return []
         assert self._teacher is not None
-        # where each replica asks for its own few samples, only all of them together tell whether the teacher is lost
+        # each replica asks for its own few samples, so only all replicas together show whether the teacher is lost
         may_have_scores = bool(self._answers) or not self._only_rank_zero
         return self._teacher.fetch([rollouts[index] for index in samples], may_have_scores=may_have_scores).samples
 
     def _samples_of_replica(self, packed: PackedStep) -> list[int]:
-        """Rollouts that have rows in this replica's packs, on any of its context ranks; [] on the other stages."""
+        """Indices of rollouts with rows in this replica's packs, on any of its context ranks; [] on other stages."""
         return sorted(union(packed.samples, self._layout.groups.cp)) if self._layout.is_last_stage else []

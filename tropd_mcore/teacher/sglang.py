@@ -1,8 +1,8 @@
-"""Teacher log-probs from an SGLang server: one scoring request a rollout, then rows of each micro-batch.
+"""Teacher log-probs from an SGLang server: one scoring request per rollout, distributed to the micro-batches' rows.
 
-Not for sampling from the teacher (see `rollout.prefixes`). Invariants: HTTP happens in `fetch` alone, so one rank can
-fetch and hand the arrays to the others; log-probs are of the teacher's whole vocabulary at temperature 1; a sample that
-could not be scored has `scored_T` False on all of its rows and never made-up numbers that count.
+This module does not sample from the teacher (see `rollout.prefixes`). Invariants: only `fetch` uses HTTP, so one rank
+can fetch and send the arrays to the others. Log-probs are over the teacher's whole vocabulary at temperature 1. A
+sample that could not be scored has `scored_T` False on all of its rows; made-up numbers never count.
 
 Shapes: N scored tokens of one sample, T rows of a micro-batch, K teacher top-k.
 """
@@ -27,9 +27,9 @@ from tropd_mcore.types import FloatArray, IntArray, MicroBatch, Rollout, Teacher
 log = logging.getLogger(__name__)
 
 PADDING_MARGIN = 16
-"""Top-k entries asked for beyond k where the teacher's vocabulary is wider, to make up for padding ids among them."""
+"""Extra top-k entries to request if the teacher's vocabulary is wider, because some may be padding ids."""
 EXCLUDED_MARGIN = 64
-"""The same for ids that are no candidates, at most; rows with fewer than k candidates left are not complete."""
+"""Most extra entries for excluded ids. A row that still has fewer than k candidates is not complete."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,30 @@ class SampleScore:
     topk_logp_NK: FloatArray
     tail_mass_N: FloatArray
     complete_N: npt.NDArray[np.bool_]
-    """False where padding ids of a wider teacher, or excluded ones, left fewer than K entries"""
+    """False if padding ids of a wider teacher, or excluded ids, leave fewer than K entries"""
     excluded_N: IntArray | None = None
-    """Ids among the K best entries that are no candidates; None where all tokens are"""
+    """Number of excluded ids among the K best entries; None if no ids are excluded"""
 
 
 @dataclass(frozen=True)
 class SampleScores:
-    """One entry a rollout, in their order; None where the teacher could not score it. Plain numpy: made to be sent."""
+    """One entry per rollout, in order; None if the teacher could not score it. Plain numpy, to send between ranks."""
 
     samples: list[SampleScore | None]
     topk: int
 
     @property
     def failed(self) -> int:
-        """Rollouts without scores."""
+        """Number of rollouts without scores."""
         return sum(sample is None for sample in self.samples)
 
 
 class SglangTeacher:
     """Scores rollouts on `server`, which the caller starts and stops.
 
-    `teacher_width` and `student_width` are the vocabulary sizes of the two models' configs: the server dies of ids
-    outside the first, the loss takes ids inside the second. `excluded` are ids that are no candidates, because the
-    student's tokenizer lacks them.
+    `teacher_width` and `student_width` are the vocabulary sizes of the two models' configs. Ids outside the first kill
+    the server, and the loss accepts only ids inside the second. `excluded` are ids that cannot be candidates because
+    the student's tokenizer lacks them.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SglangTeacher:
                 f"({min(teacher_width, student_width)}); lower it"
             )
         self.failed = 0
-        """Rollouts that could not be scored, over the teacher's life."""
+        """Number of rollouts that could not be scored, over the teacher's life."""
         self._server = server
         self._topk = topk
         self._excluded = np.array(sorted(excluded), dtype=np.int32)
@@ -95,7 +95,7 @@ class SglangTeacher:
         self._on_failure = on_failure
 
     def check_length(self, longest: int) -> None:
-        """Raise TeacherError where a rollout of `longest` tokens would not fit into the teacher's context."""
+        """Raise TeacherError if a rollout of `longest` tokens does not fit into the teacher's context."""
         limit = self._server.client.info().longest_input
         if longest > limit:
             key = self._server.spec.key
@@ -105,11 +105,11 @@ class SglangTeacher:
             )
 
     def fetch(self, rollouts: Sequence[Rollout], *, may_have_scores: bool = False) -> SampleScores:
-        """Score all rollouts, restarting a server that died; HTTP and numpy only, to be called on one rank.
+        """Score all rollouts and restart the server if it dies. Uses only HTTP and numpy; call it on one rank.
 
-        `may_have_scores`: other rollouts of the step may be scored where none of these is. Raises TeacherError where a
-        rollout is longer than the teacher's context, where the step has no scores, and with on_failure=stop where any
-        rollout could not be scored; ServerDied once the restarts are used up.
+        `may_have_scores`: other rollouts of the step may have scores even if none of these has. Raises TeacherError if
+        a rollout is longer than the teacher's context, if the step has no scores, or, with on_failure=stop, if any
+        rollout could not be scored. Raises ServerDied when all restarts are used up.
         """
         requests = [self._request(rollout) for rollout in rollouts]
         answers = self._answers(requests)
@@ -135,7 +135,7 @@ class SglangTeacher:
         )
 
     def _answers(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
-        """One answer a request; a dead server is restarted and asked for what is still missing."""
+        """One answer per request. A dead server is restarted and asked for the missing ones."""
         answers: list[TokenScores | ServerError | None] = [self._refused(request) for request in requests]
         longest = max((len(request.token_ids) for request in requests), default=0)
         while True:
@@ -164,7 +164,7 @@ class SglangTeacher:
         return ServerError(f"token id {outside} is outside the teacher's vocabulary of {self._teacher_width}")
 
     def _sample_score(self, first: int, scores: TokenScores) -> SampleScore:
-        """Keep the k best entries that the student has too, by descending log-prob and then ascending id."""
+        """Keep the k best entries that the student also has, by descending log-prob, then ascending id."""
         ids, logp = scores.topk_ids_NK, scores.topk_logp_NK
         excluded = np.isin(ids, self._excluded)
         foreign = (ids >= self._student_width) | excluded
@@ -183,24 +183,25 @@ class SglangTeacher:
 
 
 def _among_best(chosen: npt.NDArray[np.bool_], ids: IntArray, logp: FloatArray, topk: int) -> IntArray:
-    """How many of the `topk` best entries of each row are `chosen`, int32 [N]."""
+    """Number of `chosen` entries among the `topk` best of each row, int32 [N]."""
     best = np.lexsort((ids, -logp), axis=-1)[:, :topk]
     return np.take_along_axis(chosen, best, axis=-1).sum(axis=-1, dtype=np.int32)
 
 
 def first_scored(rollout: Rollout) -> int:
-    """Return the index in `token_ids` from which a rollout is scored: the response's, or that of a prefix it carries.
+    """Return the index in `token_ids` from which a rollout is scored.
 
-    The samples of a prompt share its prefix, which the server would otherwise send as often, with K candidates a token.
+    This is the start of the response, or of the prefix if the rollout carries the prefix loss. All samples of a prompt
+    share its prefix; scoring it in each of them would transfer K candidates per prefix token every time.
     """
     return len(rollout.prompt_ids) + (0 if rollout.carries_prefix_loss else len(rollout.prefix_ids))
 
 
 def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
-    """Return the scores of the rows of `batch`, on its device; pure, so every rank can do it with the same `scores`.
+    """Return the scores of the rows of `batch`, on its device. Pure: every rank can call it with the same `scores`.
 
-    Rows without scores have `scored_T` False, log-prob 0 and ids -1: those of a failed sample, and of a prefix that was
-    scored in no sample.
+    Rows of a failed sample, and of a prefix that no sample scored, have `scored_T` False, log-prob 0 and ids -1. So do
+    rows that are not complete.
     """
     sample_T = batch.sample_index_T.cpu().numpy()
     token_T = batch.token_index_T.cpu().numpy()

@@ -1,8 +1,8 @@
-"""What a teacher reads that is the student itself: the prompt together with a correct solution of it.
+"""Builds the input of a self-teacher: the prompt together with a correct solution of it.
 
-Not for whether a response is correct (`verify`). Invariants: the solution is the response of another sample of the same
-prompt, never the one that is scored; prompt and solution are rendered as every prompt is; the choice depends on nothing
-but the order of the rollouts, their verdicts and the room there is.
+This module does not decide whether a response is correct (see `verify`). Invariants: the solution is the response of
+another sample of the same prompt, never the scored response. Prompt and solution are rendered like every other prompt.
+The choice depends only on the order of the rollouts, their verdicts and the available room.
 
 Shapes: S samples of a step.
 """
@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class SolutionPrompts:
-    """Renders prompts with a solution, as objective.template says; `raw_prompts` is what each prompt id stands for.
+    """Renders prompts with a solution by objective.template. `raw_prompts` maps a prompt id to its prompt.
 
-    Chats keep their tools and variables. A solution is what `verifier` looked at: the response without its thinking.
+    Chats keep their tools and variables. The solution is the text that `verifier` judged: the response without its
+    thinking.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class SolutionPrompts:
     def ids(self, prompt_id: str, solution: str) -> IntArray:
         """Return the ids of the prompt with the solution, int32 [length].
 
-        Raises DataError naming a prompt that is unknown, has no user message, or that the chat template refuses.
+        Raises DataError if the prompt is unknown, has no user message, or is refused by the chat template.
         """
         raw_prompt = self._raw_prompts.get(prompt_id)
         if raw_prompt is None:
@@ -57,17 +58,17 @@ class SolutionPrompts:
             raise DataError(f"prompt {prompt_id!r} with a solution (objective.template): {error}") from error
 
     def longest_without_solution(self) -> int:
-        """Return the tokens of the longest prompt with an empty solution. Raises DataError as `ids` does."""
+        """Return the number of tokens of the longest prompt with an empty solution. Raises DataError like `ids`."""
         return max(len(self.ids(prompt_id, "")) for prompt_id in self._raw_prompts)
 
     def contexts(
         self, rollouts: Sequence[Rollout], verdicts: Sequence[bool | None], *, longest: int
     ) -> list[IntArray | None]:
-        """Return what stands before each sample's response for the teacher; None where it has no teacher.
+        """Return, for each sample, the ids that the teacher reads before the response; None if it has no teacher.
 
-        The solution is the first correct one among the other samples of the prompt that leaves room: context, prefix
-        and response have at most `longest` tokens. Source: SDPO (the authors' code, with its default
-        dont_reprompt_on_self_success; there the context is cut at a fixed length instead).
+        The solution is the first correct one among the prompt's other samples that leaves room: context, prefix and
+        response have at most `longest` tokens. Source: SDPO (the authors' code with its default
+        dont_reprompt_on_self_success; their code cuts the context at a fixed length instead).
         """
         rendered: dict[int, IntArray] = {}
 
@@ -93,16 +94,17 @@ class SolutionPrompts:
         return found
 
     def _text(self, rollout: Rollout) -> str:
-        """What the verifier judged."""
+        """The text that the verifier judged."""
         said = read_answer(self._verifier, self._renderer, rollout)
         assert said is not None, "a response without an answer is not correct"
         return said
 
 
 def with_solution(raw_prompt: RawPrompt, template: str, solution: str) -> RawPrompt:
-    """Fill {prompt} and {solution} of `template`: of the text, or of the chat's last user message, which it replaces.
+    """Fill {prompt} and {solution} in `template`.
 
-    Braces elsewhere, and in what is filled in, are text. Raises DataError where the chat has no user message.
+    A text prompt is replaced as a whole; in a chat, the last user message is replaced. All other braces are plain text.
+    Raises DataError if the chat has no user message.
     """
 
     def filled(prompt: str) -> str:
@@ -119,13 +121,13 @@ def with_solution(raw_prompt: RawPrompt, template: str, solution: str) -> RawPro
 def _with_solution(messages: Sequence[Message], filled: Callable[[str], str]) -> list[Message]:
     last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        raise DataError("expected a message of role `user`, found none; the template takes its place")
+        raise DataError("expected a message of role `user`, found none; the template would replace it")
     changed = {**messages[last], "content": filled(messages[last]["content"])}
     return [*messages[:last], changed, *messages[last + 1 :]]
 
 
 def other_solutions(rollouts: Sequence[Rollout], verdicts: Sequence[bool | None]) -> Iterator[list[int]]:
-    """Yield for each sample the correct other samples of its prompt, in the order of the rollouts."""
+    """Yield, for each sample, the other samples of its prompt that are correct, in the order of the rollouts."""
     correct: dict[str, list[int]] = defaultdict(list)
     for index, (rollout, verdict) in enumerate(zip(rollouts, verdicts, strict=True)):
         if verdict:

@@ -1,9 +1,9 @@
-"""Do two models mean the same string by a token id? Decided from the two folders, without loading a model.
+"""Checks that two model folders use the same token ids, without loading a model.
 
-Not for translating between tokenizers: a teacher with another vocabulary is refused. Invariant: what passes has the
-same id for every string, added and special tokens included, and embedding widths that hold them all. Only tokens that
-a teacher has beyond the student's may be allowed (`teacher.extra_tokens`); they are then handed back, so that nobody
-takes them for candidates.
+This module does not translate between tokenizers: a teacher with another vocabulary is refused. Invariant: models that
+pass have the same id for every token, including added and special tokens, and embeddings wide enough for all of them.
+One exception can be allowed: tokens that only the teacher has (`teacher.extra_tokens`). Their ids are returned so that
+they can be excluded from the candidates.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ SHOWN_DIFFERENCES = 5
 def check_same_vocabulary(
     student_folder: Path, other_folder: Path, *, key: str = "teacher.path", allow_extra: bool = False
 ) -> tuple[int, ...]:
-    """Return the ids of tokens that only the other folder has, ascending: none unless `allow_extra`.
+    """Return the ids, ascending, of tokens that only the other folder has; empty unless `allow_extra`.
 
-    All other tokens agree; the widths (config `vocab_size`) may differ by padding only. `key` is the configuration key
-    of the second folder. Raises DataError that says how the vocabularies differ, with the first differences and how
-    many there are, ModelError where a folder lacks its config.
+    All other tokens must agree. The widths (config `vocab_size`) may differ only by padding. `key` is the configuration
+    key of the other folder. Raises DataError with the number of differences and the first of them, and ModelError if a
+    folder has no config.
     """
     student, other = read_vocabulary(student_folder), read_vocabulary(other_folder)
     folders = f"student.path={student_folder}", f"{key}={other_folder}"
@@ -69,7 +69,7 @@ def _added(folders: tuple[str, str], extra: dict[str, int], key: str) -> str:
 
 
 def _tokens(tokens: dict[str, int]) -> str:
-    """How many there are, and the first of them by id."""
+    """Number of tokens, and the first of them by id."""
     first = sorted(tokens.items(), key=lambda item: item[1])[:SHOWN_DIFFERENCES]
     shown = ", ".join(f"{token!r} {index}" for token, index in first)
     return f"{_count(len(tokens))} ({shown}{', ...' if len(tokens) > len(first) else ''})"
@@ -85,7 +85,7 @@ def _check_width(key: str, folder: Path, vocabulary: dict[str, int]) -> None:
         beyond = _tokens(dict(_beyond(vocabulary.items(), width)))
         raise DataError(
             f"{key}={folder}: vocab_size is {width} but the tokenizer has ids up to {needed - 1}: {beyond} without a "
-            "row of the embedding; take them out of the tokenizer, or take the tokenizer that belongs to these weights"
+            "row of the embedding; remove them from the tokenizer, or use the tokenizer that belongs to these weights"
         )
 
 
@@ -94,7 +94,7 @@ def _beyond(items: Iterable[tuple[str, int]], width: int) -> Iterable[tuple[str,
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:
-    """Return token string -> id of the tokenizer in `folder`, added and special tokens included. Raises DataError."""
+    """Return {token: id} of the tokenizer in `folder`, including added and special tokens. Raises DataError."""
     vocabulary: dict[str, int] = load_tokenizer(folder).get_vocab()
     if not vocabulary:
         raise DataError(f"{folder}: the tokenizer has no tokens")
@@ -102,7 +102,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def read_width(folder: Path) -> int:
-    """Return `vocab_size` of the model in `folder`: rows of its embedding. Raises ModelError."""
+    """Return `vocab_size` of the model in `folder`, the rows of its embedding. Raises ModelError."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -115,7 +115,7 @@ def read_width(folder: Path) -> int:
 
 
 def _differences(student: dict[str, int], other: dict[str, int]) -> list[str]:
-    """One text a token that is not the same in both, by ascending id."""
+    """One text per token that differs between the two, by ascending id."""
     different = [token for token in student.keys() | other.keys() if student.get(token) != other.get(token)]
     different.sort(key=lambda token: (student.get(token, other.get(token, 0)), token))
     return [f"{token!r} is {student.get(token, 'absent')} and {other.get(token, 'absent')}" for token in different]

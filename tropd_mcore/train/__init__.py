@@ -1,1 +1,1 @@
-"""The training job: what each part made elsewhere is put in order here."""
+"""The training job: assembles the parts that other packages define, checks them, and runs the training loop."""

@@ -1,7 +1,8 @@
 """One rank of a job: `python -m tropd_mcore.train CONFIG.yaml [key=value ...]`, started by `tropd train` or torchrun.
 
-Not for launching (`launch`, `cli.train_command`). Invariants: a rank never outlives its launcher; an error is told
-once, by the rank that met it, while the ranks that meet nothing but its absence keep silent. Exit codes: `exits`.
+This module does not launch ranks (`launch`, `cli.train_command`). Invariants: a rank never outlives its launcher. An
+error is printed once, by the rank on which it happened. Ranks that only notice that another rank is gone print nothing.
+Exit codes are in `exits`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from tropd_mcore.errors import StopRequested, TropdError
 from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
 
 ECHO_DELAY_S = 30.0
-"""Longer than rank 0 needs to stop its servers and end with the message."""
+"""Wait of the other ranks for rank 0, longer than it needs to stop its servers and print its message."""
 POLL_S = 0.1
 WORD_AFTER_S = 5.0
-"""A stop that takes longer than this is announced."""
+"""A stop is announced if it takes longer than this."""
 LOST_CONNECTION = ("connection", "peer", "closed", "socket", "timed out", "aborted", "reset", "remote")
-"""Words of gloo, NCCL and the store about ranks that are gone."""
+"""Words in errors of gloo, NCCL and the store about ranks that are gone."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train what the command line says; returns the exit code."""
+    """Train the configuration on the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tropd_mcore.train", description="Train one configuration.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, for example optimizer.learning_rate=1e-5")
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
             signals.end(BUG)
         if rank != 0:
-            # Most errors are met by all ranks. The launcher ends this one as soon as rank 0 has told of it.
+            # Most errors are raised on all ranks. The launcher ends this rank as soon as rank 0 has printed the error.
             _wait_to_be_ended()
         signals.say(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}")
         return EXPLAINED
@@ -93,12 +94,12 @@ def _run(options: argparse.Namespace, rank: int) -> int:
 
 
 def is_lost_connection(error: BaseException | None) -> bool:
-    """Return whether `error` is what a collective says where another rank is gone, or was made of that."""
+    """Return whether `error`, or an error that caused it, comes from a collective whose other rank is gone."""
     from torch.distributed import DistError
 
     while error is not None:
         text = str(error).lower()
-        lost = any(word in text for word in LOST_CONNECTION)  # else it is a trouble of its own, such as no memory
+        lost = any(word in text for word in LOST_CONNECTION)  # otherwise the error is this rank's, such as no memory
         if lost and (isinstance(error, DistError) or (isinstance(error, RuntimeError) and _in_collective(error))):
             return True
         error = error.__cause__ or error.__context__
@@ -112,13 +113,13 @@ def _in_collective(error: BaseException) -> bool:
 
 
 def _stand_by(rank: int) -> int:
-    """Another rank is gone: leave the word to it, or to the launcher. What was met is told where neither has ended us.
+    """Another rank is gone: let that rank or the launcher print the error. Print it here if neither ends this rank.
 
-    Called while the exception is handled.
+    Call it while the exception is handled.
     """
     asked = stopping.requested()
     _wait_to_be_ended()
-    if asked is not None:  # another rank was asked to stop at a moment when it had nothing to save
+    if asked is not None:  # the other rank was asked to stop when it had nothing to save
         signals.end(STOPPED)
     traceback.print_exc()
     signals.say(f"error (rank {rank}): the connection to another rank was lost; see the output of the other nodes")
@@ -126,7 +127,7 @@ def _stand_by(rank: int) -> int:
 
 
 def _wait_to_be_ended() -> None:
-    """Give the launcher the time to end this rank without a word; torchrun does that by SIGTERM."""
+    """Give the launcher time to end this rank without a message. torchrun does so with SIGTERM."""
     deadline = time.monotonic() + ECHO_DELAY_S
     asked = stopping.requested()
     while time.monotonic() < deadline:
@@ -136,11 +137,11 @@ def _wait_to_be_ended() -> None:
 
 
 def _hear(number: signal.Signals) -> None:
-    """Act on a signal, in the thread of `signals`, also while this rank waits inside a collective."""
+    """React to a signal, in the thread of `signals`, even while this rank waits inside a collective."""
     launched = signals.LAUNCHER_VARIABLE in os.environ
     says = os.environ.get("RANK", "0") == "0" and not launched
     if number == signal.SIGINT:
-        # the servers of this rank end with it; nothing here is worth a longer wait
+        # The servers of this rank end with it, and there is nothing else to wait for.
         if says:
             signals.say("interrupted; the same command resumes")
         os._exit(INTERRUPTED)

@@ -1,8 +1,9 @@
-"""What is computed once for a rollout batch, before its first update: the policy that is left behind, and what a token
-must know of others.
+"""Per-row values that are computed once per rollout batch, before its first update.
 
-Not for the teacher's scores (`score_source`). Invariants: nothing here depends on how the batch is divided into updates
-or packs; a repeated step computes the same numbers from the checkpointed weights.
+These are the log-probs of the student before the update, those of the reference model, and statistics that depend on
+other tokens of the batch. This module does not compute the teacher's scores (`score_source`). Invariants: no value
+depends on how the batch is divided into updates or packs. A repeated step computes the same numbers from the
+checkpointed weights.
 
 Shapes: T rows of a micro-batch, S samples.
 """
@@ -33,7 +34,7 @@ Columns = dict[str, npt.NDArray[np.generic]]
 
 
 class BatchContextSource:
-    """The student's own pass, the reference's log-probs and the objective's statistic; `reference` is frozen."""
+    """Computes the student's pass, the reference's log-probs and the objective's statistic; `reference` is frozen."""
 
     def __init__(self, config: Config, student: Model, reference: Model | None) -> None:
         self._config = config
@@ -43,7 +44,7 @@ class BatchContextSource:
         self._layout = student.layout
 
     def student(self, packed: PackedStep) -> list[StudentPass | None]:
-        """What the student says of its rollouts before it learns from them; None where nobody asks. Collective."""
+        """Score the rollouts with the student before the update; None per micro-batch if not needed. Collective."""
         if not needs_student_pass(self._config):
             return [None] * len(packed.micro_batches)
         student_topk = self._config.objective.student_candidates
@@ -60,9 +61,9 @@ class BatchContextSource:
         scores: Sequence[TeacherScores | None],
         verdicts: Sequence[Verdict],
     ) -> list[RowContext | None]:
-        """The context of each micro-batch; None on all but the last stage. Collective.
+        """Return the context of each micro-batch; None on all but the last stage. Collective.
 
-        `verdicts` are those of the rollouts on rank 0, and not looked at elsewhere.
+        `verdicts` are the verdicts on the rollouts; only rank 0 reads them.
         """
         reference = self._reference_logp(packed)
         statistics = self._statistics(step, rollouts, packed.micro_batches, passes, scores, verdicts)
@@ -85,25 +86,32 @@ class BatchContextSource:
         scores: Sequence[TeacherScores | None],
         verdicts: Sequence[Verdict],
     ) -> list[Tensor | None]:
-        """The statistic of each micro-batch's rows: from the rows of all ranks on rank 0, and back to the ranks."""
+        """Return the statistic of each micro-batch's rows. Rank 0 computes it from the rows of all ranks.
+
+        Cost: one gather to rank 0 and one broadcast of a float32 per token of the batch.
+        """
         statistic = statistic_of(self._config.objective, step / self._config.run.steps)
         if statistic is None:
             return [None] * len(micro_batches)
+        # Phase 1: gather the rows on rank 0. Every rank takes part; ranks without rows send {}.
         layout = self._layout
         mine: Columns = {}
         if layout.is_last_stage and layout.tp_rank == 0:
             mine = _columns(micro_batches, passes, scores)
         parts = gather_on_rank_zero(mine, layout.groups.control)
+        # Phase 2: rank 0 computes the statistic, and all ranks receive it. A token's place is its position in the
+        # concatenated rollouts, which does not depend on the packs.
         starts = np.cumsum([0, *(len(rollout.token_ids) for rollout in rollouts)])
 
         def on_all_tokens() -> npt.NDArray[np.float32]:
-            """The statistic by place in the tokens of all rollouts laid end to end; 0 where no row is."""
+            """Return the statistic by place in the concatenated rollouts; 0 for tokens without a row."""
             rows = _batch_rows(parts, rollouts, verdicts)
             values = np.zeros(starts[-1], dtype=np.float32)
             values[starts[rows.sample_index_T] + rows.token_index_T] = statistic(rows)
             return values
 
         values = on_rank_zero(on_all_tokens, layout.groups.control)
+        # Phase 3: each rank of the last stage picks the values of its rows.
         if not layout.is_last_stage:
             return [None] * len(micro_batches)
         return [_rows_of(values, starts, micro_batch) for micro_batch in micro_batches]
@@ -130,7 +138,7 @@ def _columns(
     passes: Sequence[StudentPass | None],
     scores: Sequence[TeacherScores | None],
 ) -> Columns:
-    """The columns of `BatchRows` that this rank's rows have."""
+    """Return the columns of `BatchRows` for this rank's rows."""
     pieces: dict[str, list[Tensor]] = {}
     for micro_batch, found, scored in zip(micro_batches, passes, scores, strict=True):
         assert found is not None and scored is not None, "a statistic needs the student's pass and the teacher's scores"

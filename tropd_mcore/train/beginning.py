@@ -1,7 +1,7 @@
-"""The checkpoint that a new run begins with: is it one, and does it fit the student?
+"""Checks the checkpoint that a new run starts from (run.init_from): that it is one, and that it fits the student.
 
-Not for loading it (`init_from`). Invariants: nothing but JSON and tokenizer files is read; what passes fits the student
-in architecture, dtype and tokens.
+This module does not load it (`init_from`). Invariants: only JSON and tokenizer files are read. A checkpoint that passes
+fits the student in architecture, dtype and tokens.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that a run begins from."""
+    """The checkpoint that a run starts from."""
 
     path: Path
     record: Beginning
 
 
 def find_source(ground: Ground) -> Source | None:
-    """Return the checkpoint named by run.init_from, seen to fit the student; None where the key is not set.
+    """Return the checkpoint of run.init_from after checking that it fits the student; None if the key is not set.
 
-    Raises ConfigError where the path is no checkpoint, ModelError or DataError where the checkpoint does not fit.
+    Raises ConfigError if the path is no checkpoint, and ModelError or DataError if the checkpoint does not fit.
     """
     path = ground.config.run.init_from
     return _checked(ground, path) if path is not None else None
@@ -64,7 +64,7 @@ def _checked(ground: Ground, path: Path) -> Source:
 
 
 def _read(path: Path) -> CheckpointInfo:
-    """The JSON of the checkpoint; ConfigError that says what to write instead where `path` is something else."""
+    """Return the JSON of the checkpoint. If `path` is something else, raises ConfigError that says what to set."""
     expected = "expected a checkpoint folder <run.dir>/checkpoints/step_<n>"
     if not path.is_dir():
         raise ConfigError([f"run.init_from={path}: no such folder; {expected}"])
@@ -84,7 +84,7 @@ def _read(path: Path) -> CheckpointInfo:
 
 
 def _check_tokens(path: Path, student: Path) -> None:
-    """The checkpoint brings its tokenizer along; another one than the student's must mean the same by every id."""
+    """Check the tokenizer in the checkpoint: if it differs from the student's, every id must mean the same token."""
     file = "tokenizer.json"
     theirs, ours = path / HF_FOLDER / file, student / file
     for found in (theirs, ours):

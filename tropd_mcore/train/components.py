@@ -1,6 +1,7 @@
-"""The parts of a job that have weights or a server: models in this process, processes that serve them.
+"""Builds the parts of a job that have weights or a server: models in this process, and server processes.
 
-Not for their order (`job`) or their use. Invariant: what was started here is stopped by the caller's `cleanup`.
+This module does not decide their order (`job`) or use them. Invariant: everything started here is stopped by the
+caller's `cleanup`.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ from tropd_mcore.weights.families import hf_weight_plan
 
 @dataclass(frozen=True)
 class JobContext(NamedModels):
-    """Where the run takes place."""
+    """Configuration, platform, layout, run directory and architectures of the job."""
 
     config: Config
     platform: Platform
     layout: Layout
     run_dir: RunDir
     models: dict[str, Architecture]
-    """By the key of their folder: student.path, teacher.path, and objective.reference where there is one."""
+    """Architectures by the key of their folder: student.path, teacher.path, and objective.reference if there is one."""
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Started servers on rank 0, and on every rank those that run elsewhere; None where there is none."""
+    """The servers of the run. A server that the job starts is on rank 0 only, one at a url on every rank; else None."""
 
     policy: SupervisedServer | None = None
     teacher: SupervisedServer | None = None
@@ -72,7 +73,7 @@ def start_servers(context: JobContext, cleanup: ExitStack) -> Servers:
 
 
 def teacher_model(context: JobContext) -> Model | None:
-    """The teacher in this process; None where a server is the teacher, or the student itself. Collective."""
+    """Build the teacher in this process; None if the teacher is a server or the student itself. Collective."""
     config = context.config.teacher
     if config.kind != "megatron" or context.config.objective.self_teaching is not None:
         return None
@@ -80,7 +81,7 @@ def teacher_model(context: JobContext) -> Model | None:
 
 
 def student_average(context: JobContext, student: Model) -> WeightAverage | None:
-    """The average of `student`, from now on, where that is the teacher; None elsewhere."""
+    """Start the average of `student` if it is the teacher; None otherwise."""
     config, own = context.config, context.config.objective.self_teaching
     if own is None:
         return None
@@ -88,7 +89,7 @@ def student_average(context: JobContext, student: Model) -> WeightAverage | None
 
 
 def reference_model(context: JobContext) -> Model | None:
-    """The objective's reference, in the student's dtype; None where it has none. Collective."""
+    """Build the objective's reference model in the student's dtype; None if the objective has none. Collective."""
     path = reference_path(context.config)
     return _frozen(context, context.models["objective.reference"], path, context.config.student.dtype) if path else None
 
@@ -100,7 +101,7 @@ def make_policy(
     server: SupervisedServer | None,
     clock: StepClock | None = None,
 ) -> PolicyServer:
-    """The rollout server as all ranks see it; responses stop at `ends`, and `clock` is the step's."""
+    """Return the interface of all ranks to the rollout server. Responses stop at `ends`; `clock` times the step."""
     config = context.config
     dtype = student.config.params_dtype
     plan = [(name, shape, dtype) for name, shape in hf_weight_plan(context.student)]
@@ -123,7 +124,10 @@ def make_policy(
 
 
 def sampler_bounds(context: JobContext, server: SupervisedServer | None) -> SamplerBounds:
-    """What sampler and trainer may differ by; a `server` at a url is asked how it computes. Collective."""
+    """Return the allowed difference between sampler and trainer. A `server` at a url is asked how it computes.
+
+    Collective.
+    """
     config = context.config
 
     def bounds() -> SamplerBounds:
@@ -143,9 +147,9 @@ def make_teacher(
     longest: int,
     excluded: tuple[int, ...],
 ) -> Teacher:
-    """Who scores: `model` in this process, or `server` where that is None. Collective.
+    """Return the scorer: `model` in this process, or `server` if `model` is None. Collective.
 
-    `longest` is the length of the longest sample; `excluded` ids are no candidates.
+    `longest` is the length of the longest sample; `excluded` ids cannot be in the top-k.
     """
     objective = context.config.objective
     if model is None:
@@ -166,7 +170,7 @@ def make_self_teacher(
     prompts: SolutionPrompts,
     ignored: IgnoredTokens,
 ) -> Teacher:
-    """The student itself as the teacher; `ignored` tokens are no rows."""
+    """Return the scorer that uses the student's average as the teacher; `ignored` tokens are not rows."""
     return SelfTeacher(
         average.model,
         prompts,
@@ -217,7 +221,10 @@ def _frozen(context: JobContext, arch: Architecture, path: Path, dtype: Dtype) -
 def _start_server(
     context: JobContext, name: Literal["rollout", "teacher"], cleanup: ExitStack
 ) -> SupervisedServer | None:
-    """Start the server of a section on rank 0, without waiting for it; on other ranks, None if it is a started one."""
+    """Start the server of a section on rank 0 without waiting for it; the other ranks return None for it.
+
+    If the section has a url, every rank gets a handle of that server.
+    """
     served = context.config.student if name == "rollout" else context.config.teacher
     config = context.config.rollout.server if name == "rollout" else context.config.teacher.server
     starts, server = config.url is None and context.layout.rank == 0, None

@@ -1,15 +1,15 @@
-"""Exit codes of a rank, by which its launcher knows what has been said already.
+"""Exit codes of a rank. They tell the launcher which message has already been printed.
 
-Not for the codes of other commands (`cli.main`).
+Codes of other commands are in `cli.main`.
 """
 
 EXPLAINED = 2
-"""An error that the user can act upon; the rank has printed its line."""
+"""An error that the user can act upon. The rank has printed one line."""
 BUG = 1
-"""Anything else; the rank has printed its traceback."""
+"""Any other error. The rank has printed a traceback."""
 BYSTANDER = 3
-"""The rank ended because another one did."""
+"""The rank ended because another rank did."""
 STOPPED = 4
-"""The rank was asked to stop where there was nothing to save; its launcher says so and ends with 0."""
+"""The rank was asked to stop when there was nothing to save. Its launcher prints that and exits with 0."""
 INTERRUPTED = 130
 """SIGINT."""

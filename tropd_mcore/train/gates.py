@@ -1,9 +1,9 @@
-"""Checks that need rollouts: each refuses to train on numbers that cannot be right, and says why.
+"""Gates that need rollouts. A gate is a check that stops the run instead of training on numbers that cannot be right.
 
-The arithmetic of layout, batch and sequence is checked with the configuration (`config.checks`), vocabularies in
-`teacher.vocabulary`, memory by `mcore.memory_probe`, a served teacher in `teacher.identity_check`. Invariants: what is
-compared are log-probs of before the step's first update; noise of single tokens stops no run where an engine rounds,
-and none after its first step.
+Other checks are elsewhere: the arithmetic of layout, batch and sequence in `config.checks`, vocabularies in
+`teacher.vocabulary`, memory in `mcore.memory_probe`, a served teacher in `teacher.identity_check`. Invariants: the
+compared log-probs are from before the step's first update. Noise of single tokens never stops a run after its first
+step, nor a run in which an engine rounds.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ Columns = Mapping[str, npt.NDArray[np.generic]]
 FLOAT32_BOUNDS = (1e-4, 1e-2)
 """(99th percentile, maximum) between two float32 engines on a CPU, nats. Measured: 8e-6 and 1e-4 (docs/numerics.md)."""
 BFLOAT16_BOUNDS = (0.25, 2.0)
-"""The same where one of the engines rounds: bfloat16, or float32 on a GPU, whose matrix products may be TF32."""
+"""The same if one of the engines rounds: bfloat16, or float32 on a GPU, whose matrix products may be TF32."""
 FLOAT32_MEAN = 2e-5
 """Bound on the mean between two float32 engines on a CPU, nats. Measured: 6e-7."""
 BFLOAT16_MEAN = 0.05
-"""The same where one of the engines rounds. Measured in bfloat16: 7e-3."""
+"""The same if one of the engines rounds. Measured in bfloat16: 7e-3."""
 
 LEAST_TOKENS = 500
-"""Below this, a 99th percentile is the value of a few tokens and moves with each of them: the share of the tokens above
-its bound is judged instead, and two tokens at least have to be above."""
+"""With fewer tokens, a 99th percentile depends on a few tokens and is not judged. The share of tokens above its bound
+is judged at any number of tokens; at least two tokens must be above."""
 GROSS, GROSS_TOKENS = 10.0, 20
-"""A later step whose mean is above so many times its bound, over so many tokens, is no noise and stops at once."""
+"""(factor, tokens): a step whose mean exceeds its bound by this factor over this many tokens stops the run at once."""
 FIRST_STEP = 2.0
-"""Where an engine rounds, a first step stops the run above so many times its bounds: one step may be noisier than most.
-Between that and the bounds it is the first of the steps in a row."""
+"""If an engine rounds, the first step stops the run above this multiple of the bounds, because one step may be noisier
+than most. Between the bounds and this multiple it counts as the first of the steps in a row."""
 WARN_EVERY = 20
-"""Steps between two warnings about the maximum; those in between are counted."""
+"""Steps between two warnings about the maximum. Steps in between are counted."""
 
 
 def engines_are_exact(config: Config, device: str, served: ServerInfo | None = None) -> bool:
-    """Whether trainer and sampler both compute in float32 on a CPU.
+    """Return whether trainer and sampler both compute in float32 on a CPU.
 
-    `device` is the platform of the job; `served` is what a rollout server at a url says of itself, None where the job
-    starts it.
+    `device` is the platform of the job. `served` is the information that a rollout server at a url reports; None if the
+    job starts the server itself.
     """
     student = config.student.dtype
     sampler = served.exact if served is not None else is_exact(config.rollout.server.dtype or student, None, device)
@@ -59,7 +59,10 @@ def engines_are_exact(config: Config, device: str, served: ServerInfo | None = N
 
 @dataclass(frozen=True)
 class SamplerBounds:
-    """What |sampler - trainer| may be, nats; `share` is of the tokens above `p99`, `steps` counts failures in a row."""
+    """Bounds on |sampler - trainer| log-prob, nats.
+
+    `share` bounds the share of tokens above `p99`. `steps` is the number of failed steps in a row that stops the run.
+    """
 
     mean: float
     p99: float
@@ -67,11 +70,11 @@ class SamplerBounds:
     share: float
     steps: int
     exact: bool
-    """Whether neither engine rounds (`engines_are_exact`), so that a single token tells something is wrong."""
+    """Whether neither engine rounds (`engines_are_exact`). Then a single token above `largest` shows an error."""
 
     @classmethod
     def of(cls, config: Config, *, exact: bool) -> SamplerBounds:
-        """The bounds of `gates.sampler_logprob_*`, or the defaults for two exact engines or others."""
+        """Return the bounds of `gates.sampler_logprob_*`, or the defaults, which depend on `exact`."""
         gates = config.gates
         p99, largest = FLOAT32_BOUNDS if exact else BFLOAT16_BOUNDS
         return cls(
@@ -84,7 +87,7 @@ class SamplerBounds:
         )
 
     def of_first_step(self) -> SamplerBounds:
-        """What the first step of a launch may differ by."""
+        """Return the bounds for the first step of a launch."""
         if self.exact:
             return self
         wider = {name: FIRST_STEP * getattr(self, name) for name in ("mean", "p99", "share")}
@@ -103,7 +106,7 @@ class Difference:
     """Share of the tokens above the bound of the 99th percentile."""
 
     def off(self, bounds: SamplerBounds) -> list[str]:
-        """Which of mean, 99th percentile and share are above their bounds; the maximum is not looked at."""
+        """Return which of mean, 99th percentile and share are above their bounds. The maximum is not checked here."""
         above = round(self.share_above * self.tokens)
         wrong = {
             "mean": self.mean > bounds.mean,
@@ -113,7 +116,7 @@ class Difference:
         return [name for name, is_wrong in wrong.items() if is_wrong]
 
     def describe(self, bounds: SamplerBounds) -> str:
-        """The numbers beside their bounds, one clause."""
+        """Return the numbers and their bounds as one clause."""
         return (
             f"sampler and trainer log-probs differ by {self.mean:.1e} nats (mean), {self.p99:.1e} (99th percentile), "
             f"{self.largest:.1e} (maximum) over {self.tokens} tokens; allowed {bounds.mean:.0e}, {bounds.p99:.0e}, "
@@ -122,7 +125,7 @@ class Difference:
         )
 
     def cause(self) -> str:
-        """What most likely makes so large a share differ."""
+        """Return the most likely cause, judged by the share of tokens that differ."""
         if self.share_above > 0.5:
             return (
                 "other weights (a publication that did not arrive, a foreign or renamed checkpoint, rollouts that "
@@ -137,9 +140,9 @@ class Difference:
 
 
 def compare(parts: Sequence[Columns], bounds: SamplerBounds) -> Difference | None:
-    """Of the rows of all ranks and updates in the first epoch; None where no sampled token was scored.
+    """Compare the rows of all ranks and updates in the first epoch; None if no sampled token was scored.
 
-    A single number that is not finite makes an infinite difference: NaN is above no bound.
+    A single non-finite number makes the difference infinite. NaN would compare as below every bound.
     """
     pieces = []
     for part in parts:
@@ -165,11 +168,11 @@ def compare(parts: Sequence[Columns], bounds: SamplerBounds) -> Difference | Non
 class SamplerGate:
     """Compares sampler and trainer at every step of a launch; used on rank 0.
 
-    The first step with sampled tokens has to pass: between exact engines all bounds, else twice the bounds without the
-    maximum, since the largest of many rounded tokens is noise. A mean, a 99th percentile or a share above its bound
-    stops the run once it is so `sampler_logprob_steps` steps in a row, or at once where the mean is far above. A
-    maximum above its bound is warned about. In a replay of another run (`run.replay`) the first step alone is judged:
-    later rollouts come from weights that this run has only where nothing was changed.
+    The first step with sampled tokens must pass. Between exact engines it must meet all bounds. Otherwise it must stay
+    within twice the bounds, without the maximum, because the largest of many rounded tokens is noise. Later, a mean, a
+    99th percentile or a share above its bound stops the run after `sampler_logprob_steps` such steps in a row, or at
+    once if the mean is far above. A maximum above its bound causes a warning. In a replay of another run (`run.replay`)
+    only the first step is judged: later rollouts come from weights that this run has only if nothing was changed.
     """
 
     def __init__(self, config: Config, bounds: SamplerBounds) -> None:
@@ -179,21 +182,21 @@ class SamplerGate:
         self.warnings = 0
         """Steps whose maximum was above its bound."""
         self._off: list[int] = []
-        """The steps in a row that were off, up to now."""
+        """Latest steps in a row that were above a bound."""
         self._last_warned: int | None = None
         self._run_dir = RunDir(config.run.dir)
         self._replayed = config.run.replay is not None
 
     @property
     def state(self) -> GateState:
-        """What the metrics show of it."""
+        """State for the metrics."""
         return GateState(p99_bound=self.bounds.p99, off_in_a_row=len(self._off), warnings=self.warnings)
 
     def check(self, step: int, parts: Sequence[Columns], *, first_update: bool = False) -> bool:
         """Judge the rows of `step`; returns whether anything has been compared in this launch. Raises GateError.
 
-        `first_update`: these are the rows of the first of several updates, which have to pass where nothing has passed
-        before, and do not count as a step.
+        `first_update` marks the rows of the first of several updates. They must pass if nothing has passed before, but
+        they do not count as a step.
         """
         found = compare(parts, self.bounds)
         if found is not None:
@@ -201,7 +204,7 @@ class SamplerGate:
         return self.passed
 
     def judge(self, step: int, found: Difference, *, first_update: bool = False) -> None:
-        """What `check` does with the difference of `step`. Raises GateError."""
+        """Judge the difference of `step`, as `check` does. Raises GateError."""
         is_first = not self.passed
         if is_first:
             first = self.bounds.of_first_step()
@@ -247,24 +250,24 @@ class SamplerGate:
         more = f" to step {steps[-1]}" if len(steps) > 1 else ""
         return GateError(
             f"gates.sampler_logprob: step {steps[-1]}: {self._text(found)}{since}. Likely cause: {found.cause()}. "
-            f"Stored rollouts are used again: once the cause is mended, remove {stored}{more} to have them sampled "
+            f"Stored rollouts are used again: once the cause is fixed, remove {stored}{more} to have them sampled "
             "again. Bounds: gates.sampler_logprob_mean, gates.sampler_logprob_p99, gates.sampler_logprob_max, "
             "gates.sampler_logprob_share, gates.sampler_logprob_steps"
         )
 
 
 SAME_MODEL = 3.0
-"""A served teacher whose log-probs are as near to the student's as this times the sampler's is the student itself."""
+"""If a served teacher's mean difference from the student is at most this times the sampler's, it is the student."""
 SAME_MODEL_LEAST = 1e-6
-"""Nats; of two engines that agree to the last bit."""
+"""Nats; least value of that bound, for engines that agree to the last bit."""
 
 
 def check_teacher_is_another(parts: Sequence[Columns], config: Config, bounds: SamplerBounds, step: int) -> None:
-    """Raise GateError where a served teacher's scores of a run's first rollouts are the student's own log-probs.
+    """Raise GateError if a served teacher's scores of a run's first rollouts are the student's own log-probs.
 
-    The sampler, a server with the student's weights, gives the size of the noise: a teacher that is as near as that is
-    a server with the student's weights too. Looked at only at temperature 1, where the two can be compared, and before
-    the student has learnt anything.
+    The sampler is a server with the student's weights, so its difference gives the size of the noise. A teacher that is
+    as near to the student is also a server with the student's weights. This is checked only at temperature 1, where the
+    two can be compared, and only at step 0, before the student has learnt anything.
     """
     folders = {config.teacher.path.resolve(), config.student.path.resolve()}
     if not config.gates.teacher_identity or config.teacher.kind != "sglang" or len(folders) == 1:
@@ -279,6 +282,6 @@ def check_teacher_is_another(parts: Sequence[Columns], config: Config, bounds: S
         raise GateError(
             f"gates.teacher_identity: the teacher's scores of the first {teacher.tokens} tokens differ by "
             f"{teacher.mean:.1e} nats (mean) from the student's own log-probs, the sampler's by {sampler.mean:.1e}: "
-            "teacher.server serves the student's weights, and there is nothing to learn. Expected those of "
-            "teacher.path; correct teacher.server.url, or teacher.path where it is a copy of the student"
+            "teacher.server serves the student's weights, so there is nothing to learn. Expected the weights of "
+            "teacher.path; correct teacher.server.url, or teacher.path if it is a copy of the student"
         )

@@ -1,7 +1,7 @@
-"""What the checks of a start stand on: the configuration, the run directory, and what config.json says of each model.
+"""The ground of the start checks: the configuration, the run directory, and the architecture of each model.
 
-Not for ranks, processes or servers (`components.JobContext`, which is one more ground). Invariant: a ground can be
-made on any machine, without a process group.
+It holds no ranks, processes or servers; `components.JobContext` adds those and is also a ground. Invariant: a ground
+can be made on any machine, without a process group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tropd_mcore.weights.architecture import Architecture
 
 
 class Ground(Protocol):
-    """What a check may look at."""
+    """The data that a check may read."""
 
     @property
     def config(self) -> Config: ...
@@ -24,7 +24,7 @@ class Ground(Protocol):
 
     @property
     def models(self) -> dict[str, Architecture]:
-        """By the key of their folder."""
+        """Architectures by the key of their folder."""
 
     @property
     def student(self) -> Architecture: ...
@@ -34,7 +34,7 @@ class Ground(Protocol):
 
 
 class NamedModels:
-    """The two models that every run has, of a ground whose `models` have been read."""
+    """Gives names to the two models that every run has, once `models` has been read."""
 
     models: dict[str, Architecture]
 

@@ -1,8 +1,8 @@
-"""A new run begins with the weights of another run's checkpoint, with or without the state of its optimizer.
+"""Starts a new run from the weights of another run's checkpoint, with or without its optimizer state.
 
-Not for which checkpoint (`beginning`), for resuming (`job`), nor for Hugging Face folders (`student.path`). Invariants:
-only a run without a checkpoint of its own begins from another one; the schedule, the random states and a self-teacher's
-average are those of the new run.
+This module does not choose the checkpoint (`beginning`), resume a run (`job`) or read Hugging Face folders
+(`student.path`). Invariants: only a run without a checkpoint starts from another run's. The schedule, the random
+states and a self-teacher's average belong to the new run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 
 
 def begin_weights(source: Source, student: Model) -> None:
-    """Fill the student before its optimizer is built, which copies the weights. Collective."""
+    """Fill the student. Call it before the optimizer is built, because the optimizer copies the weights. Collective."""
     load(source.path, TrainState(student), begin=True)
     _tell(source)
 
 
 def begin_optimizer(source: Source, state: TrainState) -> None:
-    """Fill student, main weights and moments; the schedule stays at its first step. Collective."""
+    """Fill student, main weights and moments. The schedule stays at its first step. Collective."""
     load(source.path, state, begin=True)
     _tell(source)
 

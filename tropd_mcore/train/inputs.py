@@ -1,7 +1,7 @@
-"""What a launch was given, by content: digests of data files and model folders, versions, the number of ranks.
+"""Records the inputs of a launch by content: digests of data files and model folders, versions, the number of ranks.
 
-Not for what may differ between two launches (`train.resume`). Invariants: the record in <run.dir>/inputs.json is of
-launches that were accepted; every rank has the same digests; files are read by all ranks together, each its share.
+This module does not decide what may differ between two launches (`train.resume`). Invariants: <run.dir>/inputs.json
+records accepted launches only. Every rank has the same digests. The ranks share the reading of files.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sglang")
-"""Distributions whose versions decide the numbers of a run."""
+"""Distributions whose versions affect the numbers of a run."""
 
 Read = tuple[Path, Fingerprint, str]
-"""A file that was read: path, what tells it from a later one, SHA-256."""
+"""A file that was read: path, fingerprint (size and times), SHA-256."""
 
 
 class _Record(BaseModel):
@@ -67,22 +67,22 @@ class ModelInput(_Record):
 
     @property
     def digest(self) -> FolderDigest:
-        """Its digests as a whole."""
+        """The digests of the folder's files."""
         return FolderDigest(self.files)
 
 
 class Beginning(_Record):
-    """The checkpoint that a run began from."""
+    """The checkpoint that a run started from."""
 
     path: str
     step: int
     sha256: str
-    """Of its tropd.json"""
+    """Digest of its tropd.json."""
     with_optimizer: bool
 
 
 class Inputs(_Record):
-    """Everything that a launch was given."""
+    """All inputs of a launch."""
 
     data: dict[str, DataInput]
     """By configuration key"""
@@ -93,14 +93,14 @@ class Inputs(_Record):
     launch: dict[str, str] = {}
     """Versions, platform and number of ranks"""
     init_from: Beginning | None = None
-    """None where the run began with the weights of student.path."""
+    """None if the run started from the weights of student.path."""
 
 
 def read_inputs(context: JobContext) -> Inputs:
-    """Read every input of this launch for its digest. Collective; raises DataError and ModelError.
+    """Compute the digest of every input of this launch. Collective; raises DataError and ModelError.
 
-    Cost: a full read of what was not read before, spread over the ranks: about 1 GiB per second and rank, or what the
-    disk gives.
+    Cost: files whose digests are not remembered are read in full. The ranks share the files, at about 1 GiB per second
+    per rank, or as fast as the disk reads.
     """
     layout = context.layout
     control = layout.groups.control
@@ -115,9 +115,9 @@ def read_inputs(context: JobContext) -> Inputs:
 
 
 def read_inputs_alone(ground: Ground, *, ranks: int | None, platform: str) -> Inputs:
-    """Return what `read_inputs` would, read by this process alone; nothing is written. Raises DataError, ModelError.
+    """Return the result of `read_inputs`, read by this process alone. Nothing is written. Raises DataError, ModelError.
 
-    `ranks` is None where their number is not known; then that of the launch before is taken.
+    If `ranks` is None, the number of ranks is taken from the previous launch.
     """
     wanted = _unread(ground)
     with progress(log, f"reading {len(wanted)} files of model folders for their digests"):
@@ -131,7 +131,7 @@ def read_inputs_alone(ground: Ground, *, ranks: int | None, platform: str) -> In
 
 
 def load_inputs(run_dir: RunDir) -> Inputs | None:
-    """The record of the launch before; None where there is none. Raises ConfigError where it is damaged."""
+    """Return the record of the previous launch; None if there is none. Raises ConfigError if it is damaged."""
     path = run_dir.inputs
     if not path.exists():
         return None
@@ -140,20 +140,20 @@ def load_inputs(run_dir: RunDir) -> Inputs | None:
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise ConfigError(
-            [f"{path}: the record of what the run reads is damaged ({reason}): restore it, or remove it, and contents "
-             "are compared with no record"]
+            [f"{path}: the record of the run's inputs is damaged ({reason}); restore it, or remove it to skip the "
+             "comparison of contents"]
         ) from error  # fmt: skip
 
 
 def save_inputs(run_dir: RunDir, inputs: Inputs) -> None:
-    """Publish the record. Raises DataError where the place cannot be written."""
+    """Publish the record. Raises DataError if it cannot be written."""
     publish_text(run_dir.inputs, inputs.model_dump_json(indent=1) + "\n")
 
 
 def teacher_name(config: Config, inputs: Inputs, identity: str = "") -> str:
-    """What tells the scores of one teacher from those of another, wherever its folder is.
+    """Return text that distinguishes the scores of different teachers; it does not depend on the teacher's path.
 
-    `identity` is that of the server where one scores (see `teacher.identity`).
+    `identity` is the identity of the server if a server scores (see `teacher.identity`).
     """
     teacher = config.teacher
     parts = {
@@ -169,12 +169,12 @@ def teacher_name(config: Config, inputs: Inputs, identity: str = "") -> str:
 
 
 def _files(ground: Ground) -> dict[str, list[Path]]:
-    """{configuration key: files} of every model folder."""
+    """Return {configuration key: files} of every model folder."""
     return {key: [path / name for name in model_files(path)] for key, path in model_paths(ground.config).items()}
 
 
 def _unread(ground: Ground) -> list[Path]:
-    """Files whose digest nobody remembers, each once, the largest first so that the shares are about equal."""
+    """Return the files without a remembered digest, each once, the largest first so the ranks' shares are similar."""
     memory = load_memory(ground.run_dir.digests)
     try:
         paths = {path.resolve() for files in _files(ground).values() for path in files}
@@ -185,7 +185,7 @@ def _unread(ground: Ground) -> list[Path]:
 
 
 def _remembered(ground: Ground, launch: dict[str, str], read: list[Read]) -> Inputs:
-    """The record, from what all ranks read and what is remembered; both are remembered from now on."""
+    """Compose the record from the files that all ranks read and the remembered digests, and remember both."""
     memory = load_memory(ground.run_dir.digests)
     found = _compose(ground, launch, read, memory)
     memory.remember(read)
@@ -206,7 +206,7 @@ def _compose(ground: Ground, launch: dict[str, str], read: list[Read], memory: D
         for key, folder in model_paths(config).items()
     }
     paths, responses = {"data.prompts": config.data.prompts}, config.data.teacher_responses
-    # A file that nobody reads may be missing; where it is there, its changes are said.
+    # A file that the run does not read may be missing. If it exists, its changes are reported.
     if responses is not None and (reads_responses(config) or responses.is_file()):
         paths["data.teacher_responses"] = responses
     return Inputs(
@@ -230,7 +230,7 @@ def _data_input(key: str, path: Path) -> DataInput:
 
 
 def _code(config: Config) -> dict[str, str]:
-    """The file of a custom objective, where Python can tell it."""
+    """Return the digest of a custom objective's source file, if Python can find that file."""
     if config.objective.function_path is None:
         return {}
     spec = importlib.util.find_spec(config.objective.function_path.partition(":")[0])

@@ -1,7 +1,7 @@
-"""From a configuration to a finished run on this rank: makes each part once, checks what can be checked, trains.
+"""Runs a job on this rank, from a configuration to a finished run: builds each part once, checks it, trains.
 
-Not for the command line (`train.__main__`). Order: what is cheap and likely to be wrong comes first; nothing is written
-outside the run directory; servers that were started here are stopped on every way out.
+This module does not parse the command line (`train.__main__`). Checks that are cheap and likely to fail come first.
+Invariants: nothing is written outside the run directory. Servers that were started here are stopped on every exit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 def run_job(config: Config, sources: dict[str, str], environment: RankEnvironment) -> None:
     """Train `config` to its end (or for `run.stop_after` steps) and export the student.
 
-    Raises TropdError; StopRequested, with what was saved, where the job was asked to stop.
+    Raises TropdError. If the job was asked to stop, raises StopRequested with a message that says what was saved.
     """
     problems = layout_problems(config.parallel, environment.world_size)
     if problems:
@@ -138,7 +138,7 @@ def _train(context: JobContext, loaded: LoadedInputs, start: Start, cleanup: Exi
         Trainer(components, first_step=first_step, last_step=last_step).fit()
     if last_step < config.run.steps:
         log.info(
-            "stopped after step %d of %d (run.stop_after=%s); the same command goes on from %s",
+            "stopped after step %d of %d (run.stop_after=%s); the same command resumes from %s",
             last_step,
             config.run.steps,
             config.run.stop_after,
@@ -214,7 +214,10 @@ def _make_components(
 
 
 def export(context: JobContext, student: Model, step: int) -> None:
-    """Write the student as a Hugging Face folder to <run.dir>/export, which goes once that is complete. Collective."""
+    """Write the student as a Hugging Face folder to <run.dir>/export. Collective.
+
+    An older export is replaced only when the new one is complete.
+    """
     run_dir, control = context.run_dir, context.layout.groups.control
     fresh = run_dir.export.with_name("export.fresh")
     if context.layout.rank == 0:
@@ -228,7 +231,7 @@ def export(context: JobContext, student: Model, step: int) -> None:
 
 
 def _hold_run_dir(context: JobContext, cleanup: ExitStack) -> None:
-    """Rank 0 holds the directory; the others, who see it then, notice like it where it goes. Collective."""
+    """Lock the run directory on rank 0, then watch it on the others, so every rank notices its removal. Collective."""
     run_dir, rank = context.run_dir, context.layout.rank
     for mine, hold in ((rank == 0, lambda: run_dir.lock(context.config.run.lock)), (rank != 0, run_dir.watch)):
         with raise_on_all_ranks(context.layout.groups.control):
@@ -237,4 +240,4 @@ def _hold_run_dir(context: JobContext, cleanup: ExitStack) -> None:
     if rank == 0:
         remove_left_over()
         if removed := run_dir.clean():
-            log.info("removed %d files in %s that a killed launch had not finished", removed, run_dir.root)
+            log.info("removed %d unfinished files of a killed launch in %s", removed, run_dir.root)

@@ -1,8 +1,8 @@
-"""The launcher of one node: starts its ranks by torch's elastic agent, passes signals on, and says how they ended.
+"""The launcher of one node: starts its ranks with torch's elastic agent, forwards signals, and reports how they ended.
 
-Not for the command line (`cli.train_command`) or for the meeting of the nodes (`rendezvous`). Invariants: when it
-returns, no process that it or its ranks started is left; a failure is told in one line, by the rank that met it or
-here, and never by torch; nothing of a run is lost by any signal (`docs/launch.md`).
+This module does not parse the command line (`cli.train_command`) or connect the nodes (`rendezvous`). Invariants: when
+it returns, no process that it or its ranks started is left. A failure is reported in one line, by the rank on which it
+happened or by the launcher, never by torch. No signal loses anything that a resume needs (`docs/launch.md`).
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ log = logging.getLogger(__name__)
 
 MONITOR_INTERVAL_S = 0.1
 STORE_INTERVAL_S = 2.0
-"""Between two looks at what other nodes say."""
+"""Time between two checks of the messages of other nodes."""
 LINGER_S = 1.5 * STORE_INTERVAL_S
 GONE_LIMIT_S = 10.0
-"""Longest wait for killed processes to be gone."""
+"""Longest wait until killed processes are gone."""
 FAILURE_KEY = "failure"
-"""In the store: the line of the failure that ended a node."""
+"""Store key of the line about the failure that ended a node."""
 STOP_KEY = "stop"
-"""In the store: the signal that asked a node to stop."""
+"""Store key of the signal that asked a node to stop."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is launched on this node."""
+    """What to launch on this node."""
 
     place: Place
     arguments: tuple[str, ...]
-    """Of `python -m tropd_mcore.train`, on every rank."""
+    """Arguments of `python -m tropd_mcore.train` on every rank."""
     run_dir: Path
     steps: int
     rank_timeout_s: float
 
 
 def launch(job: Job) -> int:
-    """Run the ranks of this node to their end; returns the exit code of `tropd train`. Only from the main thread."""
+    """Run the ranks of this node to their end; returns the exit code of `tropd train`. Call it from the main thread."""
     return _Launcher(job).run()
 
 
 class _Launcher:
-    """What the main thread, which runs the agent, and the thread of the signals share."""
+    """State shared by the main thread, which runs the agent, and the signal thread."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -75,11 +75,11 @@ class _Launcher:
         self.started = False
         """Whether ranks were started."""
         self.failed = False
-        """Whether a failure was told to the other nodes."""
+        """Whether a failure was reported to the other nodes."""
         self.interrupted = False
-        """Whether the thread of the signals is ending the process."""
+        """Whether the signal thread is ending the process."""
         self.word = threading.Lock()
-        """Taken for good by the thread that says how the job ended."""
+        """Taken, and never released, by the thread that reports how the job ended."""
 
     def run(self) -> int:
         _quiet()
@@ -106,28 +106,28 @@ class _Launcher:
             kill_family()
         self._linger()
         if self.interrupted:
-            threading.Event().wait()  # the other thread ends the process
+            threading.Event().wait()  # the signal thread ends the process
         return code
 
     def _linger(self) -> None:
-        """On the first node, keep the store until the others have read why this one ended."""
+        """On the first node, keep the store alive until the other nodes have read why this node ended."""
         place = self.job.place
         if place.nodes > 1 and place.node_rank == 0 and self.started and (self.failed or self.stop is not None):
             time.sleep(LINGER_S)
 
     def say_once(self, line: str) -> None:
-        """Say how the job ended, unless that has been said."""
+        """Report how the job ended, unless that was already reported."""
         if self.word.acquire(blocking=False):
             signals.say(line)
 
     def hear(self, number: signal.Signals) -> None:
-        """Act on a signal, in the thread of `signals`."""
+        """React to a signal, in the thread of `signals`."""
         if number != signal.SIGINT:
             self.ask_to_stop(number.name)
             return
         self.interrupted = True
         family = psutil.Process().children(recursive=True)
-        # said before the ranks go: else the main thread, which sees them go, might give it another name
+        # Report before the ranks end. Otherwise the main thread sees them end and might report another cause.
         self.say_once(f"interrupted {where(self.job)}; the same command resumes")
         for process in psutil.Process().children():
             _kill_group(process.pid)
@@ -136,7 +136,7 @@ class _Launcher:
         signals.end(INTERRUPTED)
 
     def ask_to_stop(self, reason: str) -> None:
-        """Let all ranks of the job end at their next safe point; the main thread passes it on to ours."""
+        """Ask all ranks of the job to end at their next safe point. The main thread tells this node's ranks."""
         if self.stop is not None:
             return
         self.stop = reason
@@ -146,14 +146,14 @@ class _Launcher:
             signals.end(0)
 
     def publish(self, line: str, *, limit_s: float = GONE_LIMIT_S) -> None:
-        """Tell the other nodes why this one ended."""
+        """Tell the other nodes why this node ended."""
         self.failed = True
         store = self.meeting.store
         if store is None or self.job.place.nodes == 1:
             return
 
         def write() -> None:
-            with contextlib.suppress(RuntimeError):  # the first node is gone: the others see that themselves
+            with contextlib.suppress(RuntimeError):  # the first node is gone, and the others notice that themselves
                 store.compare_set(FAILURE_KEY, "", line)
 
         writer = threading.Thread(target=write, daemon=True)
@@ -173,21 +173,22 @@ class _Launcher:
 
 
 class _Agent(LocalElasticAgent):
-    """torch's agent, which ends all ranks at once where one failed or another node ended, and knows whose fault it is.
+    """torch's agent, changed to end all ranks at once if a rank failed or another node ended, and to find the cause.
 
-    Without that a rank that waits for a dead one gets SIGTERM, which ours take for a request to save, and 30 s.
+    torch's own agent sends SIGTERM to a rank that waits for a dead rank and gives it 30 s, but ranks of this project
+    treat SIGTERM as a request to save.
     """
 
     def __init__(self, spec: WorkerSpec, launcher: _Launcher) -> None:
         super().__init__(spec, logs_specs=_Console(), start_method="spawn")
         self.code = BUG
-        """Exit code of the launcher, once a rank failed."""
+        """Exit code of the launcher if a rank failed."""
         self._launcher = launcher
         self._passed_on = False
         self._stopped = StoppedRanks(launcher.job.rank_timeout_s, signals.say)
         self._other_nodes: threading.Thread | None = None
         self._line: str | None = None
-        """Why another node ended."""
+        """Why another node ended; None while all nodes run."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._launcher.started = True
@@ -214,7 +215,7 @@ class _Agent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)
 
     def _pass_on(self, ranks: list[subprocess.Popen[bytes]]) -> None:
-        """Ask our ranks to stop, and through the store the other nodes; once."""
+        """Ask this node's ranks to stop and, through the store, the other nodes. Called once."""
         launcher, self._passed_on = self._launcher, True
         for process in ranks:
             process.send_signal(signal.SIGTERM)
@@ -223,7 +224,7 @@ class _Agent(LocalElasticAgent):
                 launcher.meeting.store.set(STOP_KEY, str(launcher.stop))
 
     def _end_stopped(self, rank: int, why: str, ranks: dict[int, subprocess.Popen[bytes]]) -> None:
-        """End the job because of a rank that does not even get as far as the watch of the ranks."""
+        """End the job because of a stopped rank that the ranks' own watch did not report."""
         self.code = EXPLAINED
         line = f"{_who(rank, ranks[rank].pid)} {why}; the same command resumes"
         self._launcher.say_once(f"error: {line}")
@@ -231,7 +232,7 @@ class _Agent(LocalElasticAgent):
         _end_ranks(ranks)
 
     def _tell(self, failed: dict[int, subprocess.Popen[bytes]], *, alone: bool) -> None:
-        """Say what no rank could say itself; tell the other nodes."""
+        """Report failures that no rank could report itself, and tell the other nodes."""
         launcher = self._launcher
         if launcher.interrupted:
             return
@@ -253,16 +254,16 @@ class _Agent(LocalElasticAgent):
         launcher.publish(line)
 
     def _elsewhere(self) -> str | None:
-        """Why another node ended; None while all go on."""
+        """Return why another node ended; None while all nodes run."""
         if self._other_nodes is None and self._launcher.job.place.nodes > 1:
             self._other_nodes = threading.Thread(target=self._listen, name="other nodes", daemon=True)
             self._other_nodes.start()
         return self._line
 
     def _listen(self) -> None:
-        """Look at what other nodes say, and take over a stop that one of them was asked for.
+        """Read the messages of other nodes, and take over a request to stop from one of them.
 
-        In a thread: a store whose process is stopped answers nothing, whatever time limit it was given.
+        It runs in a thread, because a store whose process is stopped never answers, whatever its time limit is.
         """
         launcher = self._launcher
         place, store = launcher.job.place, launcher.meeting.store
@@ -279,7 +280,7 @@ class _Agent(LocalElasticAgent):
 
 
 class _Console(LogsSpecs):
-    """Ranks write where the launcher does; no files, and no folder in /tmp that nobody removes."""
+    """Lets ranks write to the launcher's output. It creates no files and leaves no folder in /tmp."""
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         console = dict.fromkeys(envs, "")
@@ -291,7 +292,7 @@ class _Console(LogsSpecs):
 
 
 def _who(rank: int, pid: int) -> str:
-    """A rank of this machine as a message names it."""
+    """Return the name of a rank of this machine for a message."""
     return f"rank {rank} (pid {pid} on {socket.gethostname()})"
 
 
@@ -308,12 +309,12 @@ def where(job: Job) -> str:
 
 
 def kill_family() -> None:
-    """End every process below this one, and wait until they are gone."""
+    """End every descendant of this process, and wait until they are gone."""
     _reap(psutil.Process().children(recursive=True))
 
 
 def _end_ranks(ranks: dict[int, subprocess.Popen[bytes]]) -> None:
-    """SIGKILL to ranks that run, which a stopped one gets as well; they hold nothing that a resume needs."""
+    """Send SIGKILL to the running ranks, which also ends a stopped one. They hold nothing that a resume needs."""
     family = psutil.Process().children(recursive=True)
     for process in ranks.values():
         if process.poll() is None:
@@ -325,13 +326,13 @@ def _end_ranks(ranks: dict[int, subprocess.Popen[bytes]]) -> None:
 
 
 def _kill_group(pid: int) -> None:
-    """SIGKILL to a rank and to what shares its process group; the agent gives each rank a group of its own."""
+    """Send SIGKILL to a rank and to all of its process group. The agent gives each rank a separate group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def _reap(family: list[psutil.Process]) -> None:
-    """Wait for processes to go, as servers do with their rank, and end those that do not."""
+    """Wait for processes to end, as servers do after their rank, and kill those that do not."""
     _, alive = psutil.wait_procs(family, timeout=GONE_LIMIT_S / 4)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -340,23 +341,23 @@ def _reap(family: list[psutil.Process]) -> None:
 
 
 def _blame(code: int) -> int:
-    """Order of failures that are seen together: what explains itself, then signals and bugs, then who only followed."""
+    """Order failures that are seen together: explained errors, then signals and bugs, then ranks that only followed."""
     if code in (EXPLAINED, INTERRUPTED):
         return 0
     return 2 if code in (BYSTANDER, STOPPED) else 1
 
 
 def _rank_environment(ranks: int) -> dict[str, str]:
-    """What ranks get unless the user has set it."""
-    values = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # lines about connections that end with a rank
+    """Return environment variables that ranks get unless the user has set them."""
+    values = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # hides lines about connections that end with a rank
     if ranks > 1:
         values["OMP_NUM_THREADS"] = "1"  # as torchrun does
     return values
 
 
 def _quiet() -> None:
-    """torch's own lines about ranks that end follow no message of ours."""
-    elastic = logging.getLogger("torch.distributed.elastic")  # each of its modules sets a level of its own
+    """Silence torch's own lines about ranks that end; this launcher reports them."""
+    elastic = logging.getLogger("torch.distributed.elastic")  # a level here would not help: each module sets its own
     elastic.addHandler(logging.NullHandler())
     elastic.propagate = False
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # this launcher handles the others

@@ -1,8 +1,8 @@
-"""What a run reads before it builds anything: tokenizers, prompts, stored responses, and whether they fit together.
+"""Reads tokenizers, prompts and stored responses before anything is built, and checks that they fit together.
 
-Not for weights or servers (`parts`), nor for who looks (`start_checks`: the ranks of a job, or `tropd doctor`).
-Invariants: everything that is wrong with the data is found here, before a model is built or a server is asked, and all
-of it is said at once; nothing here is collective, and nothing is written.
+This module does not handle models or servers (`components`). `start_checks` calls it, for the ranks of a job or for
+`tropd doctor`. Invariants: every problem of the data is found here, before a model is built or a server is asked, and
+all problems are reported at once. Nothing here is collective, and nothing is written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedInputs:
-    """What the run reads before it builds anything."""
+    """Everything that a run reads before it builds anything."""
 
     renderer: Renderer
     prompts: PromptSet
@@ -43,17 +43,17 @@ class LoadedInputs:
     longest: int
     """Most tokens that a sample can have."""
     solution_prompts: SolutionPrompts | None
-    """What the teacher reads where that is the student itself; None elsewhere."""
+    """Prompts with solutions, which the student reads as its own teacher; None for another teacher."""
     ends: EndTokens
-    """What ends a response."""
+    """Tokens that end a response."""
     excluded: tuple[int, ...]
-    """Ids of tokens that only the teacher has, which are no candidates (teacher.extra_tokens)."""
+    """Ids of tokens that only the teacher has, which cannot be in the top-k (teacher.extra_tokens)."""
     day: date
-    """The day that chat templates print."""
+    """The date that chat templates print."""
 
 
 def together(looks: Iterable[Callable[[], object]]) -> None:
-    """Look at everything, then raise what was met: an error alone as it is, several as one DataError of their lines."""
+    """Run all checks, then raise their errors: a single error unchanged, several as one DataError of their lines."""
     met: list[TropdError] = []
     for look in looks:
         try:
@@ -68,7 +68,7 @@ def together(looks: Iterable[Callable[[], object]]) -> None:
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Put the configuration key of a model folder before what is wrong with it."""
+    """Prefix errors about a model folder with its configuration key."""
     try:
         yield
     except ModelError as error:
@@ -76,7 +76,7 @@ def _named(key: str) -> Iterator[None]:
 
 
 def _each_once(paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
-    """(key, folder) of each folder, by its first key."""
+    """Yield (key, folder) for each distinct folder, with its first key."""
     first: dict[Path, tuple[str, Path]] = {}
     for key, path in paths.items():
         first.setdefault(path.resolve(), (key, path))
@@ -84,7 +84,7 @@ def _each_once(paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
 
 
 def read_models(config: Config) -> dict[str, Architecture]:
-    """Return what config.json says of every model, by key. Raises TropdError with all that cannot be used."""
+    """Return the architecture of every model, by key. Raises TropdError that names every unusable config.json."""
     found: dict[str, Architecture] = {}
 
     def read(key: str, path: Path) -> None:
@@ -96,7 +96,7 @@ def read_models(config: Config) -> dict[str, Architecture]:
 
 
 def check_weights(ground: Ground) -> None:
-    """Raise where the tensors that this run loads are not those that config.json says; only headers are read."""
+    """Raise if the tensors that this run loads do not match config.json. Only headers are read."""
     config = ground.config
 
     def look(key: str, path: Path) -> None:
@@ -109,16 +109,17 @@ def check_weights(ground: Ground) -> None:
 
 
 def check_tokenizers(ground: Ground) -> None:
-    """Raise where a tokenizer of the run is not the one of its files (gates.tokenizer)."""
+    """Raise if a tokenizer of the run differs from its files (gates.tokenizer)."""
     if ground.config.gates.tokenizer:
         paths = _each_once(model_paths(ground.config))
         together(partial(check_tokenizer, path, key=key) for key, path in paths)
 
 
 def check_vocabularies(ground: Ground) -> None:
-    """Raise where a model does not have the student's tokens: the teacher unless told not to look, the reference.
+    """Raise if the teacher or the reference does not have the student's tokens, unless gates.vocabulary is off.
 
-    Also where a model has fewer tokens than the candidates that are asked of it.
+    Also raises if a model has fewer tokens than the top-k that it must return, or if the reference's vocabulary is
+    smaller than the student's.
     """
     config = ground.config
     problems = [
@@ -143,13 +144,13 @@ def check_vocabularies(ground: Ground) -> None:
         raise ConfigError(
             [
                 f"objective.reference={reference_path(config)}: its vocabulary has {reference.vocab_size} entries, the "
-                f"student's {ground.student.vocab_size}; choose a reference that knows every token of the student"
+                f"student's {ground.student.vocab_size}; choose a reference that has every token of the student"
             ]
         )
 
 
 def template_day(ground: Ground) -> date:
-    """Return the configured day, else the recorded one, else today, which `start.accept` records. Raises DataError."""
+    """Return the configured date, else the recorded one, else today, which `start.accept` records. Raises DataError."""
     return ground.config.data.template_date or ground.run_dir.recorded_template_date() or date.today()
 
 
@@ -162,10 +163,10 @@ def read_prompts(
     answers: bool = True,
     responses: bool = True,
 ) -> PromptSet:
-    """Return the prompts, with all that the run needs of them. Raises DataError with every problem of the files.
+    """Return the prompts with everything that the run needs of them. Raises DataError with every problem of the files.
 
-    `answers`: whether they are looked at, which takes milliseconds each. `responses`: whether data.teacher_responses is
-    there; one that nobody continues is not read.
+    `answers`: whether to check reference answers, which takes milliseconds each. `responses`: whether the file
+    data.teacher_responses exists; it is read only if the run continues responses.
     """
     config = ground.config
     needs = needs_of(config, vocab_size=ground.student.vocab_size, end_ids=ends.ids)
@@ -180,20 +181,20 @@ def read_prompts(
 
 
 def excluded_tokens(ground: Ground) -> tuple[int, ...]:
-    """Return the ids of tokens that only the teacher has and that are no candidates. Raises DataError."""
+    """Return the ids of tokens that only the teacher has and that cannot be in the top-k. Raises DataError."""
     config = ground.config
     if config.teacher.extra_tokens == "refuse":
         return ()
     found = check_same_vocabulary(config.student.path, config.teacher.path, allow_extra=True)
     if found:
-        log.info("%d tokens that only the teacher has are no candidates, the first is id %d", len(found), found[0])
+        log.info("%d tokens that only the teacher has are excluded, the first is id %d", len(found), found[0])
     return found
 
 
 def solution_prompts(ground: Ground, renderer: Renderer, prompts: PromptSet) -> SolutionPrompts | None:
-    """Return what a self-teacher reads; None for another teacher.
+    """Return the prompts with solutions that a self-teacher reads; None for another teacher.
 
-    Raises DataError where a prompt cannot take a solution, ConfigError where a response would not fit after one.
+    Raises DataError if a solution cannot be put into a prompt, and ConfigError if a response would not fit after one.
     """
     config, own = ground.config, ground.config.objective.self_teaching
     if own is None:
@@ -209,9 +210,9 @@ def solution_prompts(ground: Ground, renderer: Renderer, prompts: PromptSet) -> 
 
 
 def check_lengths(ground: Ground, prompts: PromptSet) -> int:
-    """Return the most tokens a sample of this run can have.
+    """Return the largest number of tokens that a sample of this run can have.
 
-    Raises ConfigError where packs or contexts are too short.
+    Raises ConfigError if packs or model contexts are too short.
     """
     config = ground.config
     lengths = {"longest_prompt": prompts.longest_prompt, "longest_response": prompts.longest_response}

@@ -1,9 +1,9 @@
-"""Every Megatron model of the job against an independent reading of its folder, on one short text, before it is used.
+"""Compares every Megatron model of the job with transformers on one short text, before the model is used.
 
-Not for servers: the rollout server is compared at every step (`gates`), a served teacher by its fingerprint
-(`teacher_identity`). Invariants: the other side is transformers alone, in float32, from the files; where it cannot be
-had, the log says why and what else compares the model; what was compared once is not compared again until the files,
-the layout or a version change.
+This module does not check servers: the rollout server is compared at every step (`gates`), and a served teacher by its
+fingerprint (`teacher.identity_check`). Invariants: transformers alone computes the other side, in float32, from the
+files. If that is not possible, the log says why, and which other check compares the model. A model is compared again
+only if its files, the layout or a version changes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReadingBounds:
-    """What |Megatron - transformers| may be over the tokens of the text, nats."""
+    """Bounds on |Megatron - transformers| over the tokens of the text, nats."""
 
     mean: float
     p99: float
@@ -45,10 +45,10 @@ class ReadingBounds:
 
 
 EXACT = ReadingBounds(mean=1e-4, p99=1e-4, largest=1e-3)
-"""Both in float32 on a CPU. Measured: 1e-5 at most; the least likely tokens of a vocabulary differ by ten times as much
-(docs/models.md)."""
+"""For float32 on a CPU on both sides. Measured: 1e-5 at most; the least likely tokens of a vocabulary differ by ten
+times as much (docs/models.md)."""
 ROUNDED = ReadingBounds(mean=0.1, p99=0.25, largest=2.0)
-"""Megatron in bfloat16, or in float32 on a GPU, whose matrix products may be TF32. Measured in bfloat16 on a CPU:
+"""For Megatron in bfloat16, or in float32 on a GPU, whose matrix products may be TF32. Measured in bfloat16 on a CPU:
 0.024, 0.085 and 0.15 at most (docs/models.md)."""
 
 
@@ -61,11 +61,11 @@ class ReadingDifference:
     p99: float
     largest: float
     first: float
-    """Of the second token of the text, which depends on one position alone."""
+    """Difference of the second token of the text, which depends on one position only."""
 
     @classmethod
     def of(cls, found: npt.NDArray[np.float64], expected: FloatArray) -> ReadingDifference:
-        """`found` [replicas, tokens], `expected` [tokens]; a missing or non-finite number is an infinite difference."""
+        """Compare `found` [replicas, tokens] with `expected` [tokens]. A missing or non-finite number is infinite."""
         gap = np.abs(found - expected.astype(np.float64))
         gap[~np.isfinite(gap)] = np.inf
         worst = gap[int(gap.max(axis=1).argmax())]
@@ -73,7 +73,7 @@ class ReadingDifference:
         return cls(len(worst), float(worst.mean()), p99, float(worst.max()), float(worst[0]))
 
     def within(self, bounds: ReadingBounds) -> bool:
-        """Whether it is no more than rounding."""
+        """Return whether the difference can be explained by rounding."""
         return self.mean <= bounds.mean and self.p99 <= bounds.p99 and self.largest <= bounds.largest
 
     def __str__(self) -> str:
@@ -81,11 +81,11 @@ class ReadingDifference:
 
 
 def check_model(context: JobContext, key: str, model: Model, inputs: Inputs) -> None:
-    """Compare `model`, just loaded from the folder of `key`, with transformers' reading of that folder. Collective.
+    """Compare `model`, just loaded from the folder of `key`, with transformers on that folder. Collective.
 
-    Logs the difference, that it was compared at an earlier launch, or why it is not compared. Costs the reading of the
-    folder and one forward pass over some hundred tokens on the CPU of rank 0, while the other ranks wait. Raises
-    GateError where the two differ by more than rounding.
+    Logs the difference, or that it was compared at an earlier launch, or why it is not compared. Cost: rank 0 reads the
+    folder and runs one forward pass over some hundred tokens on the CPU, while the other ranks wait. Raises GateError
+    if the two differ by more than rounding.
     """
     config, control = context.config, context.layout.groups.control
     if not config.gates.model_reading:
@@ -104,7 +104,7 @@ def check_model(context: JobContext, key: str, model: Model, inputs: Inputs) -> 
 
 
 def bounds_of(model: Model) -> ReadingBounds:
-    """The bounds for the dtype and the device of `model`."""
+    """Return the bounds for the dtype and device of `model`."""
     dtype = str(model.config.params_dtype).removeprefix("torch.")
     return EXACT if is_exact(dtype, None, model.platform.name) else ROUNDED
 
@@ -112,7 +112,10 @@ def bounds_of(model: Model) -> ReadingBounds:
 def _reading(
     context: JobContext, key: str, folder: Path, compared: dict[str, Any]
 ) -> tuple[IntArray, FloatArray] | None:
-    """(token ids, their log-probs by transformers) on rank 0; None, with a line in the log, where nothing is to do."""
+    """Return (token ids, their log-probs by transformers); None, with a log line, if nothing is to be compared.
+
+    Called on rank 0.
+    """
     known = _remembered(context).get(key)
     if known is not None and known["of"] == compared:
         log.info("gates.model_reading: %s was compared at an earlier launch (%.1e nats at most)", key, known["largest"])
@@ -129,20 +132,20 @@ def _reading(
 
 @lru_cache(maxsize=4)
 def _independent(folder: Path, files: str) -> tuple[IntArray, FloatArray]:
-    """One reading serves all keys that name the same folder with the same content."""
+    """Compute the log-probs once for all keys that name the same folder with the same content."""
     ids = probe_ids(folder)
     return ids, independent_log_probs(folder, ids)
 
 
 def _others(key: str, config: Config) -> str:
-    """What else compares the model of `key`; empty where nothing does."""
+    """Return which other check compares the model of `key`; "" if none does."""
     if key == "student.path" and config.gates.sampler_logprob and config.run.replay is None:
         return "the rollout server's reading of the same weights is compared at every step (gates.sampler_logprob)"
     return ""
 
 
 def _fingerprint(context: JobContext, key: str, model: Model, inputs: Inputs) -> dict[str, Any]:
-    """Everything that the comparison depends on, as JSON values."""
+    """Return everything that the comparison depends on, as JSON values."""
     layout, settings = context.layout, LossSettings.from_config(context.config)
     return {
         "files": inputs.models[key].digest.whole(),
@@ -154,7 +157,7 @@ def _fingerprint(context: JobContext, key: str, model: Model, inputs: Inputs) ->
 
 
 def _remembered(context: JobContext) -> dict[str, Any]:
-    """{configuration key: what was compared}; without what cannot be used, which costs another comparison."""
+    """Return {configuration key: record of the comparison}. Unusable records are dropped and compared again."""
     try:
         values = json.loads(context.run_dir.model_checks.read_text(encoding="utf-8"))
         return {
@@ -176,7 +179,7 @@ def _message(key: str, folder: Path, difference: ReadingDifference, bounds: Read
     elif difference.first <= bounds.mean:
         cause = (
             "the attention: the first token agrees and later ones do not, so a rotary base, a scaling or a window in "
-            "config.json is read otherwise"
+            "config.json is read differently"
         )
     elif not np.isfinite(difference.largest):
         cause = "a weight that is not finite, or one that was not loaded"

@@ -1,8 +1,9 @@
-"""Who carries the loss of a teacher prefix, where the teacher can fail on the sample that should.
+"""Moves the loss of a teacher prefix to another sample if the teacher could not score the sample that carries it.
 
-Not for who carries it in the first place (`data.supervision`, `rollout_source`). Invariants: after `settle`, a prefix
-that any scored sample of its prompt has is a row of one scored sample; what was decided is on disk before the step
-changes anything, so that a repetition decides the same; where every sample was scored, nothing is asked twice.
+Samples of one prompt share their teacher prefix, and only one sample carries its loss. This module does not make the
+first choice (`data.supervision`, `rollout_source`). Invariants: after `settle`, the prefix of a prompt with a scored
+sample is supervised in exactly one scored sample. The decision is on disk before the step changes anything, so a
+repeated step decides the same. If every sample was scored, nothing is asked twice.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Pack = Callable[[list[Rollout]], PackedStep]
 
 
 class PrefixLosses:
-    """`teacher` is None where there is no prefix loss, or a teacher that scores every sample or stops the run."""
+    """Settles which samples carry prefix losses.
+
+    `teacher` is None if there is no prefix loss, or if the teacher scores every sample or stops the run.
+    """
 
     def __init__(self, teacher: ServedTeacher | None, scores: ScoreSource, rollouts: RolloutSource) -> None:
         self._teacher = teacher
@@ -33,11 +37,11 @@ class PrefixLosses:
     def settle(
         self, step: int, rollouts: list[Rollout], packed: PackedStep, pack: Pack
     ) -> tuple[list[Rollout], PackedStep]:
-        """Rollouts and packs in which scored samples carry the prefix losses. Collective.
+        """Return rollouts and packs in which scored samples carry the prefix losses. Collective.
 
-        Pack lengths and places do not depend on carriers, so every sample stays on its rank. A sample that takes over
-        was scored from its response on and is asked for once more, from the prompt's end. Scores on disk were stored
-        after this was settled.
+        Pack lengths and places do not depend on the choice of carriers, so every sample stays on its rank. A sample
+        that takes over was scored from its response on; the teacher is asked once more, from the end of the prompt.
+        If scores are on disk, this was settled before they were stored.
         """
         if self._teacher is None or self._scores.are_stored(step, packed):
             return rollouts, packed

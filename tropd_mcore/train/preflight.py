@@ -1,9 +1,9 @@
-"""What is wrong with a launch, found in one process before heavy imports, ranks, servers or models: the cheap tier.
+"""The cheap checks of a launch: they run in one process before heavy imports, ranks, servers or models.
 
-Not for what has to read a tokenizer, weights or the data (`train.start_checks`, which the job runs and `tropd doctor`
-repeats). Invariants: nothing heavy is imported (no torch, transformers, megatron or sglang) and nothing is written;
-everything that is found is told at once, each line with its key; the job, `tropd train` and `tropd doctor` go through
-the same list (`CHEAP_CHECKS`).
+Checks that read a tokenizer, weights or the data are in `train.start_checks`, which the job runs and `tropd doctor`
+repeats. Invariants: nothing heavy is imported (no torch, transformers, megatron or sglang), and nothing is written. All
+problems are reported at once, one line each with its key. The job, `tropd train` and `tropd doctor` run the same list
+(`CHEAP_CHECKS`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from tropd_mcore.weights.architecture import cut_problems, read_architecture
 
 @dataclass(frozen=True)
 class Launch:
-    """What the cheap checks look at."""
+    """Input of the cheap checks."""
 
     config: Config
     world_size: int | None = None
-    """Ranks of all machines; None = not known yet."""
+    """Number of ranks on all machines; None = not known yet."""
     nodes: int | None = None
-    """Machines that share them; None = not known."""
+    """Number of machines; None = not known."""
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     @property
     def ranks_here(self) -> int | None:
-        """Ranks that this machine starts; None where that is not known."""
+        """Number of ranks that this machine starts; None if not known."""
         if self.world_size is None or self.nodes is None:
             return None
         return -(-self.world_size // self.nodes)
@@ -45,13 +45,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class CheapCheck:
-    """One check of the cheap tier."""
+    """One cheap check."""
 
     name: str
-    """What `tropd doctor` calls it where nothing is wrong."""
+    """Name that `tropd doctor` prints if nothing is wrong."""
     find: Callable[[Launch], Iterator[Fault]]
     tell: Callable[[Launch], str]
-    """What it says there."""
+    """Text that `tropd doctor` prints after that name."""
 
 
 def cheap(
@@ -61,10 +61,10 @@ def cheap(
     nodes: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Return what a launch of `config` would end with, one line each, in under a second.
+    """Return the problems that would end a launch of `config`, one line each. Takes less than a second.
 
-    `world_size` is the number of ranks on all `nodes` machines; None where it is not known. `environ` is the
-    launcher's environment (None = that of this process).
+    `world_size` is the number of ranks on all `nodes` machines; None if not known. `environ` is the launcher's
+    environment (None = the environment of this process).
     """
     launch = Launch(config, world_size, nodes, os.environ if environ is None else environ)
     return [fault.text for check in CHEAP_CHECKS for fault in check.find(launch) if fault.level != "warning"]
@@ -77,19 +77,19 @@ def _layout(launch: Launch) -> Iterator[Fault]:
 
 
 def _models_in_the_job(launch: Launch) -> dict[str, Path]:
-    """{configuration key: folder} of the models that are cut over the ranks and have a config.json."""
+    """Return {configuration key: folder} of the models that are sharded over the ranks and have a config.json."""
     served = {"teacher.path"} if launch.config.teacher.kind == "sglang" else set()
     paths = model_paths(launch.config)
     return {key: paths[key] for key in paths if key not in served and (paths[key] / "config.json").is_file()}
 
 
 def _cuts(launch: Launch) -> Iterator[Fault]:
-    """Every model in the job can be cut over tensor ranks and pipeline stages."""
+    """Check that every model in the job divides over tensor ranks and pipeline stages."""
     config = launch.config
     for key, folder in _models_in_the_job(launch).items():
         try:
             arch = read_architecture(folder)
-        except ModelError:  # told by the checks that read models
+        except ModelError:  # reported by the checks that read models
             continue
         interleaved = key == "student.path" or config.objective.self_teaching is not None
         stages = config.parallel.virtual_pipeline if interleaved else None
@@ -148,4 +148,4 @@ CHEAP_CHECKS: tuple[CheapCheck, ...] = (
     CheapCheck("ports", lambda launch: ports(launch.config), _ports),
     CheapCheck("devices", lambda launch: devices(launch.config, launch.ranks_here, launch.environ), _devices),
 )
-"""All checks of the cheap tier, in the order of their lines."""
+"""All cheap checks, in the order of their lines."""

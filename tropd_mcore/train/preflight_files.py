@@ -1,7 +1,7 @@
-"""Are the files and folders that a configuration names there, and of the right kind?
+"""Checks that the files and folders of a configuration exist and are of the right kind.
 
-Read are names, config.json, and the prompts where no model can be read. Not for tokenizers, weights and what depends on
-them (`train.start_checks`). Invariant: a file that the run does not read is not asked for.
+These checks read names and config.json, and the prompts if a model folder is faulty. They do not read tokenizers or
+weights (`train.start_checks`). Invariant: a file that the run does not read need not exist.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tropd_mcore.train.preflight_types import Fault
 from tropd_mcore.weights.architecture import read_architecture
 
 INFO_FILE = "tropd.json"
-"""What makes a folder a checkpoint. Source: `mcore.checkpoint_info`, which is not imported here for its cost."""
+"""File that makes a folder a checkpoint. Source: `mcore.checkpoint_info`, which is too slow to import here."""
 
 
 def model_folders(config: Config) -> Iterator[Fault]:
-    """Student, teacher and reference are folders with a config.json that can be used."""
+    """Check that student, teacher and reference are folders with a usable config.json."""
     for key, folder in model_paths(config).items():
         if not folder.exists():
             yield Fault(key, f"{key}={folder}: not found; expected a Hugging Face model folder")
@@ -39,7 +39,7 @@ def model_folders(config: Config) -> Iterator[Fault]:
 
 
 def _inside(folder: Path) -> str:
-    """What to write instead, where a model is one level below or the folder is a checkpoint."""
+    """Return a hint for a folder that is a checkpoint or has a model one level below; "" for other folders."""
     if (folder / INFO_FILE).is_file():
         return "it is a checkpoint: `tropd convert mcore-to-hf` makes a model folder of it"
     try:
@@ -50,7 +50,7 @@ def _inside(folder: Path) -> str:
 
 
 def data_files(config: Config) -> Iterator[Fault]:
-    """The prompts are a file, and so are the teacher responses where the run reads them."""
+    """Check that the prompts are a file, and also the teacher responses if the run reads them."""
     prompts, responses = config.data.prompts, config.data.teacher_responses
     if (problem := file_problem(prompts)) is not None:
         yield Fault("data.prompts", f"data.prompts={prompts}: {problem}; expected a JSONL file")
@@ -68,7 +68,7 @@ def data_files(config: Config) -> Iterator[Fault]:
 
 
 def prompt_lines(config: Config) -> Iterator[Fault]:
-    """What is wrong with the prompts as they stand in their file, where no tokenizer is there to read them with."""
+    """Check the prompt file itself if a model folder is faulty, because the full check needs a tokenizer."""
     if next(model_folders(config), None) is None or file_problem(config.data.prompts) is not None:
         return
     try:
@@ -78,7 +78,7 @@ def prompt_lines(config: Config) -> Iterator[Fault]:
 
 
 def file_problem(path: Path) -> str | None:
-    """Return why `path` is no file that can be read; None where it is one."""
+    """Return why `path` is not a readable file; None if it is."""
     if path.is_dir():
         return "is a folder"
     if not path.exists():
@@ -87,13 +87,13 @@ def file_problem(path: Path) -> str | None:
 
 
 def run_directory(config: Config) -> Iterator[Fault]:
-    """The run directory, or the nearest folder above it that exists, can be written."""
+    """Check that the run directory, or the nearest existing folder above it, can be written."""
     if (problem := folder_problem(config.run.dir)) is not None:
         yield Fault("run.dir", f"run.dir={config.run.dir}: {problem}; choose another run.dir")
 
 
 def folder_problem(path: Path) -> str | None:
-    """Return why the folder `path` cannot be written, or made; None where it can be."""
+    """Return why the folder `path` cannot be written or created; None if it can be."""
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not existing.is_dir():
         return f"{existing} is a file" if existing != path else "is a file"
@@ -105,7 +105,7 @@ def folder_problem(path: Path) -> str | None:
 
 
 def starting_points(config: Config) -> Iterator[Fault]:
-    """The checkpoint that a run begins from and the run that it replays are there."""
+    """Check that the checkpoint that a run starts from and the run that it replays exist."""
     begins, replay = config.run.init_from, config.run.replay
     has_own = any(config.run.dir.glob(f"checkpoints/step_*/{INFO_FILE}"))
     if begins is not None and not has_own and not begins.is_dir():

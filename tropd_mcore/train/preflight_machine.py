@@ -1,6 +1,6 @@
-"""Does this machine have what a launch needs: packages, keys in the environment, free ports, GPUs? Without torch.
+"""Checks that this machine has what a launch needs: packages, API keys, free ports, GPUs. torch is not imported.
 
-Not for versions or memory (`tropd doctor`). Invariant: a GPU counts only where a process of ours could open it.
+Versions and memory are checked by `tropd doctor`. Invariant: a GPU counts only if a process of this job could open it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def used_servers(config: Config) -> dict[str, ServerConfig]:
-    """Return {section: settings} of the servers that the job asks; a replay samples from none."""
+    """Return {section: settings} of the servers that the job uses. A replay uses no rollout server."""
     servers = {} if config.run.replay is not None else {"rollout.server": config.rollout.server}
     if config.teacher.kind == "sglang":
         servers["teacher.server"] = config.teacher.server
@@ -38,7 +38,7 @@ def started_servers(config: Config) -> dict[str, ServerConfig]:
 
 
 def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
-    """Every package that the configuration makes somebody import, each with the key that asks for it."""
+    """Check that every package that the configuration needs is installed; a fault names the key that needs it."""
     wanted = [
         ("torch", "platform.kind", "training", "torch"),
         ("megatron.core", "platform.kind", "training", "megatron-core"),
@@ -69,7 +69,7 @@ def importable(module: str) -> bool:
 
 
 def api_keys(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
-    """Every environment variable that holds the API key of a server that the job asks is set."""
+    """Check that the environment variable with the API key of each server in use is set."""
     for section, server in used_servers(config).items():
         variable = server.api_key_env
         if variable is not None and server.url is not None and not environ.get(variable):
@@ -81,7 +81,7 @@ def api_keys(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
 
 
 def ports(config: Config) -> Iterator[Fault]:
-    """Every fixed port of a server to start is free, or held by the server of an earlier launch of this run."""
+    """Check that each fixed port of a server to start is free, or held by a server of an earlier launch of this run."""
     for section, server in started_servers(config).items():
         if server.port is None or _is_left_over(config, section, server.port):
             continue
@@ -99,7 +99,7 @@ def ports(config: Config) -> Iterator[Fault]:
 
 
 def _is_left_over(config: Config, section: str, port: int) -> bool:
-    """Whether the record of an earlier launch says that its server has the port; the launch decides what to do."""
+    """Return whether a server of an earlier launch has the port, by its record. The launch then decides what to do."""
     record = config.run.dir / "logs" / f"{section.partition('.')[0]}.server.json"
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
@@ -109,9 +109,9 @@ def _is_left_over(config: Config, section: str, port: int) -> bool:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> int | None:
-    """Return how many GPUs a process of ours could open; None where this system does not say (WSL).
+    """Return how many GPUs a process of this job could open; None if the system does not tell (WSL).
 
-    That is CUDA_VISIBLE_DEVICES where it is set, else the device files of NVIDIA's driver.
+    The number comes from CUDA_VISIBLE_DEVICES if it is set, otherwise from the device files of NVIDIA's driver.
     """
     if (DEVICES / "dxg").exists():
         return None
@@ -124,12 +124,12 @@ def visible_gpus(environ: Mapping[str, str]) -> int | None:
 
 
 def uses_cuda(config: Config, environ: Mapping[str, str]) -> bool:
-    """Return whether the job will run on GPUs, as far as that can be told without torch."""
+    """Return whether the job will run on GPUs, as far as this is known without torch."""
     return config.platform.kind == "cuda" or (config.platform.kind == "auto" and bool(visible_gpus(environ)))
 
 
 def devices(config: Config, ranks: int | None, environ: Mapping[str, str]) -> Iterator[Fault]:
-    """This machine has a GPU for each of its `ranks` (None = not known) and for each rank of a server."""
+    """Check that this machine has a GPU for each of its `ranks` (None = not known) and for each rank of a server."""
     kind, gpus = config.platform.kind, visible_gpus(environ)
     if gpus is None:
         return
@@ -171,7 +171,7 @@ def _no_gpu(config: Config, ranks: int | None, environ: Mapping[str, str]) -> Fa
     return Fault(
         "platform.kind",
         f"platform.kind=auto: no GPU is visible on this machine{why}, so {what} on the CPU; set platform.kind=cuda to "
-        "have that refused, or platform.kind=cpu where it is meant",
+        "refuse that, or platform.kind=cpu if it is intended",
         level="warning",
     )
 

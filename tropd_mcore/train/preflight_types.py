@@ -1,4 +1,4 @@
-"""What a check of a launch says: one line that begins with a key, and how much it weighs."""
+"""The result of a check of a launch: one line that begins with a key, and a level."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is wrong with a launch, or may be."""
+    """A problem, or possible problem, of a launch."""
 
     key: str
-    """The configuration key, or section, that a user would change."""
+    """Configuration key or section that the user would change."""
     text: str
     """One line that begins with the key: what was expected, what was found, what to do."""
     level: Literal["refused", "not yet made", "warning"] = "refused"
-    """`refused`: the job ends with it. `not yet made`: so too, until another command has made the file. `warning`: the
-    job goes on."""
+    """`refused`: the job ends. `not yet made`: the job ends too, until another command has made the file. `warning`:
+    the job continues."""

@@ -1,8 +1,8 @@
-"""How the launchers of a job find each other: a store on the first node, and what each node says of itself there.
+"""Connects the launchers of a job through a store on the first node, where each node describes itself.
 
-Not for ranks (they use the same store through torch.distributed). Invariants: a job on one machine listens on loopback
-alone; nodes that were started with different arguments are told apart before any rank starts; nothing waits in silence
-or for longer than the limit.
+Ranks use the same store through torch.distributed, not through this module. Invariants: a job on one machine listens
+only on loopback. Nodes that were started with different arguments are detected before any rank starts. Every wait is
+logged and has a limit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 JOIN_LIMIT_S = 900.0
-"""Longest wait for the other nodes; what torchrun allows."""
+"""Longest wait for the other nodes, the same as torchrun's."""
 ATTEMPT_S = 5.0
-"""One attempt to connect, short so that a signal does not wait for it."""
+"""Longest attempt to connect; short, because a signal is delayed by it."""
 POLL_S = 0.5
 OPERATION_LIMIT = timedelta(seconds=60)
 
@@ -38,30 +38,30 @@ class LaunchError(TropdError):
 
 @dataclass(frozen=True)
 class Node:
-    """What a launcher says of itself to the others."""
+    """Description of a launcher for the other launchers."""
 
     rank: int
     nodes: int
     ranks: int
-    """Ranks that it starts."""
+    """Number of ranks that it starts."""
     job: str
-    """Digest of the configuration that it trains."""
+    """Digest of its configuration."""
     host: str
     pid: int
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this launcher stands."""
+    """Position of this launcher in the job."""
 
     nodes: int
     node_rank: int
     address: str
-    """Of the first node."""
+    """Address of the first node."""
     port: int
-    """On the first node; 0 = one that the OS chooses, for a job of one node."""
+    """Port on the first node; 0 = chosen by the OS, for a job of one node."""
     ranks: int
-    """Ranks of this node."""
+    """Number of ranks on this node."""
     job: str
     """Digest of the configuration."""
 
@@ -73,7 +73,7 @@ class NodesMeet(RendezvousHandler):
         self._place = place
         self._limit_s = limit_s
         self.store: Store | None = None
-        """Known once the nodes have met."""
+        """The store; None until all nodes have joined."""
 
     @property
     def use_agent_store(self) -> bool:
@@ -83,7 +83,7 @@ class NodesMeet(RendezvousHandler):
         return "static"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet the other nodes. Raises LaunchError where they do not come, or were started for another job."""
+        """Wait for the other nodes. Raises LaunchError if they do not join or were started for another job."""
         place = self._place
         deadline = time.monotonic() + self._limit_s
         base = _host_store(place) if place.node_rank == 0 else _join_store(place, deadline)
@@ -92,7 +92,7 @@ class NodesMeet(RendezvousHandler):
         if place.nodes > 1:
             try:
                 self._introduce(store, deadline)
-            except RuntimeError as error:  # every error of a store
+            except RuntimeError as error:  # base class of every store error
                 reason = str(error).partition("\n")[0][:200]
                 raise LaunchError(
                     f"the launcher of node 0 at {place.address}:{place.port} has ended ({reason}); see its output"
@@ -109,8 +109,8 @@ class NodesMeet(RendezvousHandler):
         if found != mine:
             other = Node(**json.loads(found))
             raise LaunchError(
-                f"NODE_RANK={place.node_rank} is taken by {other.host} (pid {other.pid}); every node of a job has "
-                f"another number, 0 to {place.nodes - 1}, and every job another MASTER_PORT"
+                f"NODE_RANK={place.node_rank} is taken by {other.host} (pid {other.pid}); every node of a job needs "
+                f"its own number, 0 to {place.nodes - 1}, and every job its own MASTER_PORT"
             )
         missing = list(range(place.nodes))
         with progress(
@@ -121,7 +121,7 @@ class NodesMeet(RendezvousHandler):
                 state.advance(place.nodes - len(missing) - state.done)
                 if time.monotonic() > deadline:
                     raise LaunchError(
-                        f"node {', '.join(map(str, missing))} of {place.nodes} did not come in {self._limit_s:g} s; "
+                        f"node {', '.join(map(str, missing))} of {place.nodes} did not join in {self._limit_s:g} s; "
                         f"start the same command there with NODE_RANK={missing[0]} MASTER_ADDR={place.address} "
                         f"MASTER_PORT={place.port}"
                     )
@@ -152,7 +152,7 @@ class NodesMeet(RendezvousHandler):
 
 
 def _host_store(place: Place) -> TCPStore:
-    """The store of the job. On one node it listens on loopback; else where the other nodes can reach it."""
+    """Start the store of the job. On one node it listens on loopback, otherwise on all addresses."""
     family = socket.AF_INET6 if place.nodes > 1 and socket.has_dualstack_ipv6() else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

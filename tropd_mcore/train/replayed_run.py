@@ -1,7 +1,7 @@
-"""Do the rollouts of `run.replay` mean here what they meant where they were sampled?
+"""Checks that the rollouts of `run.replay` mean the same here as in the run that sampled them.
 
-Not for their scores, which are used for the same teacher alone (`score_source`), or for the log-probs, which the
-sampler gate compares. Invariant: ids that another tokenizer made are refused; what else differs is said.
+Their scores are not checked here, because they are used only for the same teacher (`score_source`). Their log-probs are
+compared by the sampler gate. Invariant: ids from another tokenizer are refused, and all other differences are reported.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ COMPARED = (
     "data.chat_template_kwargs",
     "data.template_date",
 )
-"""Keys, or sections, that decided the stored rollouts and that this run's own value does not change any more."""
+"""Keys and sections that shaped the stored rollouts. This run's own values of them have no effect on these rollouts."""
 
 
 def check_replayed(config: Config, now: Inputs) -> None:
-    """Print what differs between the replayed run and this one; nothing where `run.replay` is not set.
+    """Print the differences between the replayed run and this one. Does nothing if `run.replay` is not set.
 
-    Raises DataError where its student had another vocabulary, ConfigError where its records are damaged.
+    Raises DataError if its student had another vocabulary, and ConfigError if its records are damaged.
     """
     if config.run.replay is None:
         return
@@ -56,13 +56,13 @@ def check_replayed(config: Config, now: Inputs) -> None:
         if theirs.sha256 != ours.sha256:
             _say(config, f"its rollouts answer other prompts: {theirs.path} there, {ours.path} here")
     for change in _other_sampling(config, other):
-        _say(config, f"its rollouts were sampled otherwise, here {change} has no effect")
+        _say(config, f"its rollouts were sampled with other settings, so here {change} has no effect")
 
 
 def _recorded(inputs: Mapping[str, Input], key: str, other: RunDir) -> Input:
     if key not in inputs:
         raise ConfigError(
-            [f"{other.inputs}: expected {key} in it (edited?); restore it, or remove it, and it is not compared"]
+            [f"{other.inputs}: expected {key} in it (edited?); restore it, or remove the file to skip the comparison"]
         )
     return inputs[key]
 
@@ -78,7 +78,7 @@ def _compare_student(config: Config, theirs: ModelInput, ours: ModelInput) -> No
             raise DataError(
                 f"run.replay={config.run.replay}: its rollouts are ids of another tokenizer.json than that of "
                 f"student.path={config.student.path}, and the student of that run ({folder}) is gone, so the two "
-                "cannot be compared; sample rollouts anew without run.replay"
+                "cannot be compared; sample new rollouts without run.replay"
             )
     if theirs.digest.weights() != ours.digest.weights():
         _say(config, f"its rollouts come from another student: {theirs.path} there, {ours.path} here")

@@ -1,8 +1,8 @@
-"""Is this launch the same run as the one before? What changed is printed, or refused with the way out.
+"""Checks that a launch continues the same run as the previous launch. Changes are printed, or refused with advice.
 
-Not for which keys may change (`train.resume_rules`) or for digests (`train.inputs`). Invariants: every difference that
-can be seen is printed or refused, never passed over; a refused launch leaves the records as they are; where nothing was
-sampled or trained yet, nothing is refused.
+This module does not decide which keys may change (`train.resume_rules`) and does not compute digests (`train.inputs`).
+Invariants: every visible difference is printed or refused. A refused launch leaves the records unchanged. If nothing
+was sampled or trained yet, nothing is refused.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from tropd_mcore.weights.digest import short
 log = logging.getLogger(__name__)
 
 PRECISION_KEYS = frozenset({"teacher.kind", "teacher.dtype", "teacher.server.dtype"})
-"""Keys that decide together how the teacher rounds."""
+"""Keys that together determine the dtype of the teacher's computation."""
 
 
 @dataclass(frozen=True)
 class Before:
-    """What is known of the launches before this one."""
+    """Information about the launches before this one."""
 
     root: Path
     begun: bool
-    """Whether there is anything that this launch would go on with."""
+    """Whether there is anything that this launch would continue."""
     checkpoint: Path | None
-    """The newest one; None before the first."""
+    """The newest checkpoint; None before the first."""
     values: Mapping[str, Any] | None
-    """{dotted key: value} of the last accepted launch; None where there is no record."""
+    """{dotted key: value} of the last accepted launch; None if there is no record."""
     template_date: date | None = None
-    """The day that chat templates print where the configuration sets none; None where none is recorded."""
+    """Recorded date that chat templates print if the configuration sets none; None if none is recorded."""
 
     @property
     def way_out(self) -> str:
-        """What to do where a change is refused."""
+        """Advice for a refused change."""
         if self.checkpoint is None:
             return "restore the recorded values, or begin a new run with another run.dir"
         return (
@@ -55,23 +55,23 @@ class Before:
 
 
 def read_before(run_dir: RunDir, checkpoint: Path | None) -> Before:
-    """Read the record of the launch before. Raises ConfigError or DataError where it is damaged."""
+    """Read the record of the previous launch. Raises ConfigError or DataError if it is damaged."""
     text, begun = run_dir.recorded_config(), run_dir.has_begun()
     values = None
     if text is not None:
         record = read_record(text, str(run_dir.config))
         values = record.values
         for key in record.unknown:
-            log.warning("%s: %s is a key of another version and was not compared", run_dir.config, key)
+            log.warning("%s: %s is a key of another version, so it was not compared", run_dir.config, key)
     elif begun:
-        log.warning("%s is missing: what this launch changes in the run cannot be told", run_dir.config)
+        log.warning("%s is missing, so changes made by this launch cannot be detected", run_dir.config)
     return Before(run_dir.root, begun, checkpoint, values, run_dir.recorded_template_date())
 
 
 def check_config(before: Before, config: Config) -> list[Change]:
-    """Print the changes that are allowed; returns those of paths, which `check_inputs` decides by content.
+    """Print the allowed changes; returns the changed paths, which `check_inputs` judges by content.
 
-    Raises ConfigError naming every key that may not change, with the reason and the way out.
+    Raises ConfigError that names every key that may not change, with the reason and advice.
     """
     if before.values is None:
         return []
@@ -89,16 +89,14 @@ def check_config(before: Before, config: Config) -> list[Change]:
         else:
             printed.append(f"{change} ({rule.reason})" if rule.reason else str(change))
     if problems:
-        problems += [
-            f"{change} was not looked at; it is free where both have the same content" for change in by_content
-        ]
+        problems += [f"{change} was not checked; it is allowed if the content is the same" for change in by_content]
         raise ConfigError([*problems, _conclusion(before)])
     _print(before, printed)
     return by_content
 
 
 def _decided(change: Change, before: Before, config: Config) -> Rule:
-    """The rule of the changed key, with what depends on other keys and on the run decided: free, refused or content."""
+    """Return the rule of the changed key as free, refused or content; other keys and the run decide the rest."""
     rule = rule_of(change.key)
     assert rule is not None, f"{change.key} has no rule"
     if _names_the_day(change, before):
@@ -116,7 +114,7 @@ def _decided(change: Change, before: Before, config: Config) -> Rule:
 
 
 def _teacher_dtype(values: Mapping[str, Any]) -> Any:
-    """`derived.teacher_dtype` of recorded values."""
+    """Return `derived.teacher_dtype` for recorded values."""
     served = values.get("teacher.server.dtype") if values.get("teacher.kind") == "sglang" else None
     return served or values.get("teacher.dtype")
 
@@ -124,14 +122,14 @@ def _teacher_dtype(values: Mapping[str, Any]) -> Any:
 def check_inputs(
     before: Before, recorded: Inputs | None, now: Inputs, by_content: list[Change], config: Config
 ) -> None:
-    """Print what was moved and what else is not as it was; `by_content` are changes of paths.
+    """Print moved inputs and other differences; `by_content` are the changes of paths.
 
-    Raises ConfigError naming every input whose content changed, with the reason and the way out.
+    Raises ConfigError that names every input whose content changed, with the reason and advice.
     """
     if not before.begun:
         return
     if recorded is None and before.values is not None:
-        _print(before, ["what the launches before read is not in the record, so contents were not compared; it is now"])
+        _print(before, ["earlier launches recorded no inputs, so contents were not compared; this launch records them"])
     renamed = {change.key: change for change in by_content}
     printed, problems = [], []
     for key in sorted({*now.models, *now.data, *renamed}):
@@ -163,7 +161,7 @@ def _is_unused(key: str, now: Inputs, config: Config) -> bool:
 
 
 def _other_beginning(before: Before, recorded: Inputs | None, now: Inputs) -> Iterator[str]:
-    """Where no checkpoint has taken its place, the checkpoint that the run begins from is the recorded one."""
+    """Yield a problem if run.init_from has new content before the run has a checkpoint of its own."""
     if before.checkpoint is not None or recorded is None or recorded.init_from is None or now.init_from is None:
         return
     old, new = recorded.init_from, now.init_from
@@ -172,12 +170,12 @@ def _other_beginning(before: Before, recorded: Inputs | None, now: Inputs) -> It
 
 
 def _is_taken_back(change: Change) -> bool:
-    """Whether a key of the beginning was only removed, which later launches may do."""
+    """Return whether run.init_from was only removed, which later launches may do. Other keys always pass."""
     return change.key != "run.init_from" or change.new in (None, NOTHING)
 
 
 def _names_the_day(change: Change, before: Before) -> bool:
-    """Whether data.template_date is only set to the day that the run had without it."""
+    """Return whether data.template_date was only set to the date that the run already uses."""
     return (
         change.key == "data.template_date"
         and change.old is None
@@ -196,7 +194,7 @@ def _print(before: Before, lines: list[str]) -> None:
 
 
 def _difference(key: str, recorded: Inputs | None, now: Inputs) -> str | None:
-    """What is not as recorded behind the path of `key`; None where it is the same."""
+    """Return how the content behind the path of `key` differs from the record; None if it is the same."""
     old_model, new_model = recorded.models.get(key) if recorded is not None else None, now.models.get(key)
     if old_model is not None and new_model is not None:
         return _model_difference(old_model, new_model)
@@ -222,7 +220,7 @@ def _model_difference(old: ModelInput, new: ModelInput) -> str | None:
 
 
 def _surroundings(recorded: Inputs | None, now: Inputs) -> Iterator[str]:
-    """Versions, ranks and code that are not as they were: said, never refused."""
+    """Yield changed versions, numbers of ranks and code. They are printed, never refused."""
     if recorded is None:
         return
     for name in sorted({*recorded.launch, *now.launch}):

@@ -1,8 +1,8 @@
-"""Which keys may change between two launches of a run, and why the others may not.
+"""Rules for which keys may change between two launches of a run, and why the others may not.
 
-Not for finding changes (`config.record`) or for the contents behind paths (`train.inputs`). Invariant: every key of
-the schema is decided here, by its own name or by that of a section whose keys all have the same answer; a new key in
-another section has no rule until somebody gives it one (`tests/unit/test_resume_rules.py`).
+This module does not find changes (`config.record`) or compare the contents behind paths (`train.inputs`). Invariant:
+every key of the schema has a rule here, under its own name or under a section whose keys share one rule. A new key in
+any other section needs a rule of its own (`tests/unit/test_resume_rules.py`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of a change of a key in a run that has begun.
+    """How a changed key is treated in a run that has begun.
 
-    `free`: printed. `refused`: the run is not the same with another value. `content`: a path, free where the content
-    behind it is the recorded one. `verdicts`: refused where the objective learns from the verifier. `beginning`:
-    decides how a run begins, so refused where it is set anew or where no checkpoint has taken its place.
+    `free`: the change is printed. `refused`: with another value the run would not be the same. `content`: a path; free
+    if the content behind it is the recorded one. `verdicts`: refused if the objective learns from the verifier.
+    `beginning`: decides how a run starts; refused until the run has a checkpoint of its own, and afterwards
+    run.init_from may only be removed.
     """
 
     kind: Literal["free", "refused", "content", "verdicts", "beginning"]
     reason: str
-    """Why it is refused, or what a change brings; empty where there is nothing to say."""
+    """Why a change is refused, or what effect it has; "" if there is nothing to add."""
 
 
 def free(note: str = "") -> Rule:
@@ -40,15 +41,15 @@ _LOSS = refused("the steps so far minimised another loss")
 _ADAM = refused("the moments in the checkpoints were made with the recorded value")
 _SCHEDULE = free("the learning rate follows the new schedule from the next optimizer step on")
 _ROUNDING = free("the same numbers up to rounding")
-_SERVER = free("the same model behind another door")
+_SERVER = free("the same model, served differently")
 _TEACHER_PRECISION = refused("another rounding of the teacher is another teacher")
-_ARGUMENTS = "arguments such as --quantization or --kv-cache-dtype round otherwise, and are not looked at here"
+_ARGUMENTS = "arguments such as --quantization or --kv-cache-dtype change the rounding and are not checked here"
 
 RULES: dict[str, Rule] = {
     "run.dir": free("the run directory was moved"),
     "run.steps": free(
         "the learning-rate schedule, the guidance (unless objective.guidance.total_steps is set) and the objective's "
-        "own schedule now end there, so that their next values jump"
+        "own schedule now end there, so their next values jump"
     ),
     "run.seed": refused("prompt order and trust uniforms of the next steps would not be those of this run"),
     "run.checkpoint_every": free(),
@@ -60,13 +61,13 @@ RULES: dict[str, Rule] = {
     "run.lock": free(),
     "run.rank_timeout_s": free(),
     "run.stall_timeout_s": free(),
-    "run.replay": refused("the rollouts of the next steps would come from elsewhere"),
+    "run.replay": refused("the rollouts of the next steps would come from another source"),
     "run.init_from": Rule("beginning", "it names the weights that a run begins with, and this one has begun"),
     "run.init_optimizer": Rule("beginning", "it decides how a run begins, and this one has begun"),
     "run.stop_after": free(),
     "platform": free("other kernels: the same numbers up to rounding"),
     "parallel": free("the same numbers up to rounding; random states are not carried over"),
-    "student.path": Rule("content", "the checkpoints hold another student, whose config and tokenizer these are not"),
+    "student.path": Rule("content", "the checkpoints hold another student, with its own config and tokenizer"),
     "student.dtype": refused("the checkpoints hold weights of the recorded dtype"),
     "student.recompute": _ROUNDING,
     "teacher.kind": _SERVER,
@@ -74,17 +75,17 @@ RULES: dict[str, Rule] = {
     "teacher.dtype": _TEACHER_PRECISION,
     "teacher.server": _SERVER,
     "teacher.server.dtype": _TEACHER_PRECISION,
-    "teacher.server.extra_args": free(f"a teacher of other numbers where they say so: {_ARGUMENTS}"),
+    "teacher.server.extra_args": free(f"the teacher's numbers may change: {_ARGUMENTS}"),
     "teacher.extra_tokens": free("the tokens of student and teacher are checked again"),
     "teacher.check_every": free(),
     "teacher.on_failure": free(),
     "data.prompts": Rule("content", "the order of the prompts follows from the whole file"),
-    "data.teacher_responses": Rule("content", "prefixes of the next steps would be those of other responses"),
-    "data.chat_template_kwargs": refused("the same prompts would be rendered otherwise"),
-    "data.template_date": refused("the same prompts would be rendered otherwise"),
+    "data.teacher_responses": Rule("content", "the prefixes of the next steps would come from other responses"),
+    "data.chat_template_kwargs": refused("the same prompts would be rendered differently"),
+    "data.template_date": refused("the same prompts would be rendered differently"),
     "data.max_prompt_tokens": free("a bound on the file, which is checked again"),
     "data.shuffle": refused("the order of the prompts would not be that of this run"),
-    "rollout.prompts_per_step": refused("which prompts a step has follows from it"),
+    "rollout.prompts_per_step": refused("it decides which prompts a step has"),
     "rollout.samples_per_prompt": _SAMPLING,
     "rollout.max_new_tokens": _SAMPLING,
     "rollout.end_tokens": _SAMPLING,
@@ -93,7 +94,7 @@ RULES: dict[str, Rule] = {
     "rollout.top_k": _SAMPLING,
     "rollout.truncate": _SAMPLING,
     "rollout.server": free("the student's weights are published to it as before"),
-    "rollout.server.extra_args": free(f"a sampler of other numbers where they say so: {_ARGUMENTS}"),
+    "rollout.server.extra_args": free(f"the sampler's numbers may change: {_ARGUMENTS}"),
     "objective": _LOSS,
     "objective.reference": Rule("content", "the steps so far were compared with another reference"),
     "loss.form": _ROUNDING,
@@ -123,7 +124,7 @@ RULES: dict[str, Rule] = {
     "monitor": free(),
     "gates": free(),
 }
-"""Dotted key, or section for all of its keys that are not named themselves -> rule."""
+"""Dotted key -> rule. A section stands for all of its keys that have no entry of their own."""
 
 WHOLE_SECTIONS = frozenset(
     {
@@ -131,11 +132,11 @@ WHOLE_SECTIONS = frozenset(
         "objective", "verifier", "monitor", "gates",
     }
 )  # fmt: skip
-"""Sections whose keys, new ones too, all have one answer unless they are named themselves."""
+"""Sections whose keys, including new ones, share one rule unless they have an entry of their own."""
 
 
 def rule_of(key: str) -> Rule | None:
-    """Return the rule of a leaf of the schema, or of a key below one that holds a mapping; None where there is none."""
+    """Return the rule of a leaf of the schema, or of a key inside a leaf that holds a mapping; None if it has none."""
     if key in RULES:
         return RULES[key]
     parts = key.split(".")

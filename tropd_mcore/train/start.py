@@ -1,7 +1,7 @@
-"""Where a launch starts: its first step, what it goes on with, whether it is the same run as before, and its record.
+"""The start of a launch: its first step, its checkpoint, the comparison with earlier launches, and the new record.
 
-Not for what the comparison says (`resume`) or for making parts (`job`). Invariants: records are replaced by `accept`
-alone, after everything that can refuse the launch; all ranks have the same start.
+This module does not judge the comparison (`resume`) or build parts (`job`). Invariants: only `accept` replaces records,
+after everything that can refuse the launch. All ranks have the same start.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A launch whose configuration may go on in its run directory; contents were not compared yet."""
+    """A launch whose configuration may continue in its run directory. Contents were not compared yet."""
 
     first_step: int
-    """Steps that are done."""
+    """Number of steps that are done."""
     checkpoint: Path | None
-    """The newest one of this run; None before the first."""
+    """The newest checkpoint of this run; None before the first."""
     source: Source | None
-    """The checkpoint that the run begins from, where it has none of its own yet."""
+    """The checkpoint of another run that this run starts from; None once it has its own, or without run.init_from."""
     before: Before
     by_content: list[Change]
-    """Changed paths, which may go on where the content is the same."""
+    """Changed paths, which are allowed if the content is the same."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the parts of a launch need to know of it."""
+    """Information about a launch that its parts need."""
 
     first_step: int
     checkpoint: Path | None
     source: Source | None
     inputs: Inputs
     resolved: str
-    """The configuration, with the source of each value"""
+    """The configuration as YAML, with the source of each value."""
     run: str
-    """The name of the run, which its checkpoints carry"""
+    """Name of the run, which is stored in its checkpoints."""
 
 
 def open_launch(ground: Ground) -> Opened:
-    """Return where a launch would go on, its configuration compared with the recorded one.
+    """Find where a launch continues, and compare its configuration with the recorded one.
 
-    Raises ConfigError as `check_config` does, or as `find_source` does where the run begins from a checkpoint.
+    Raises ConfigError as `check_config` does, and errors of `find_source` if the run starts from another checkpoint.
     """
     config, run_dir = ground.config, ground.run_dir
     for path in without_info(run_dir.checkpoints):
@@ -77,7 +77,7 @@ def open_launch(ground: Ground) -> Opened:
 
 
 def compare_contents(ground: Ground, opened: Opened, inputs: Inputs) -> Inputs:
-    """Compare what the launch reads with what the launches before read; returns it with what the run began from.
+    """Compare the inputs of the launch with the recorded ones; returns them, with the checkpoint of run.init_from.
 
     Raises ConfigError as `check_inputs` does.
     """
@@ -91,7 +91,7 @@ def compare_contents(ground: Ground, opened: Opened, inputs: Inputs) -> Inputs:
 
 
 def make_start(context: JobContext, opened: Opened, inputs: Inputs, sources: Mapping[str, str]) -> Start:
-    """Return what the parts of a launch need to know of it; `inputs` were compared. Collective."""
+    """Return the information that the parts of a launch need; `inputs` have been compared. Collective."""
     run = on_rank_zero(lambda: context.run_dir.recorded_id() or uuid.uuid4().hex[:12], context.layout.groups.control)
     return Start(
         opened.first_step, opened.checkpoint, opened.source, inputs, resolved_yaml(context.config, sources), run
@@ -99,9 +99,9 @@ def make_start(context: JobContext, opened: Opened, inputs: Inputs, sources: Map
 
 
 def accept(context: JobContext, start: Start, day: date) -> None:
-    """Record the launch as the one that the next is compared with. Collective; raises DataError on a full disk.
+    """Record the launch, so the next launch is compared with it. Collective; raises DataError on a full disk.
 
-    `day` is the one that the prompts were rendered with; later launches keep it where the configuration sets none.
+    `day` is the date that the prompts were rendered with. Later launches keep it if the configuration sets none.
     """
     with raise_on_all_ranks(context.layout.groups.control):
         if context.layout.rank == 0:

@@ -1,8 +1,9 @@
-"""Every check of a start that needs no server and no model in memory, in one list: the job and `tropd doctor` run it.
+"""One list of all start checks that need no server and no model in memory. The job and `tropd doctor` run it.
 
-Not for the checks themselves (`preflight`, `loaded_inputs`, `start`, `stored_responses`, `replayed_run`) or for gates,
-which need models. Invariants: a check is a function of the configuration, the files and what earlier checks found, so
-it says the same on any machine that has the files; it writes nothing; a check that is not in the list is run by nobody.
+The checks themselves are in `preflight`, `loaded_inputs`, `start`, `stored_responses` and `replayed_run`. Gates, which
+need models, are not in the list. Invariants: a check depends only on the configuration, the files and the results of
+earlier checks, so its result is the same on every machine that has the files. A check writes nothing. Nothing runs a
+check that is not in the list.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class State(NamedModels):
-    """What the checks look at, and what they have found so far. A ground (`train.ground`) once the models are read."""
+    """Input and results of the checks. It is a ground (`train.ground`) once the models have been read."""
 
     config: Config
     run_dir: RunDir
     models: dict[str, Architecture] = field(default_factory=dict)
     platform: str = "auto"
-    """`cpu` or `cuda` once that is known."""
+    """`cpu` or `cuda` once it is known."""
     world_size: int | None = None
     rank: int = 0
     responses_there: bool = True
-    """False where `tropd prefixes` has still to make them: then the prompts are read without."""
+    """False if `tropd prefixes` has not made the responses yet. The prompts are then read without them."""
     opened: Opened | None = None
     renderer: Renderer | None = None
     ignored: IgnoredTokens | None = None
@@ -62,24 +63,24 @@ class State(NamedModels):
     solutions: SolutionPrompts | None = None
     excluded: tuple[int, ...] | None = None
     inputs: Inputs | None = None
-    """What the launch reads, by content; made between the two lists of checks."""
+    """Inputs of the launch by content; computed between INPUT_CHECKS and CONTENT_CHECKS."""
     done: list[str] = field(default_factory=list)
-    """Names of the checks that were run, for tests and messages."""
+    """Names of the checks that have run, for tests and messages."""
 
     @classmethod
     def of(cls, context: JobContext) -> State:
-        """The state of a job whose checks have not begun."""
+        """Return the state of a job before its checks."""
         layout = context.layout
         return cls(
             context.config, context.run_dir, context.models, context.platform.name, layout.world_size, layout.rank
         )
 
     def has(self, name: str) -> bool:
-        """Whether an earlier check has found the field `name`."""
+        """Return whether an earlier check has set the field `name`."""
         return bool(self.models) if name == "models" else getattr(self, name) is not None
 
     def loaded_inputs(self) -> LoadedInputs:
-        """All that was read, after the last check of INPUT_CHECKS."""
+        """Return everything that was read. Call it after the last check of INPUT_CHECKS."""
         assert self.renderer is not None and self.prompts is not None and self.ignored is not None
         assert self.longest is not None and self.ends is not None and self.excluded is not None
         assert self.day is not None
@@ -93,31 +94,31 @@ class StartCheck:
     """One check of the list."""
 
     name: str
-    """The configuration key, or section, that it is about."""
+    """Configuration key or section that it checks."""
     look: Callable[[State], object]
-    """Raises TropdError with everything that is wrong; what it returns is kept in the field `keeps`."""
+    """Performs the check. Raises TropdError with every problem; its return value is stored in the field `keeps`."""
     keeps: str | None = None
     needs: tuple[str, ...] = ("models",)
-    """Fields of the state without which it cannot look."""
+    """Fields of the state that it requires."""
     alone: bool = True
-    """Whether rank 0 looks for all ranks, and what it found is sent to them; else every rank reads by itself."""
+    """Whether rank 0 runs it and sends the result to all ranks. Otherwise every rank runs it."""
 
 
 def take(check: StartCheck, state: State, value: object) -> None:
-    """Keep what `check` found."""
+    """Store the result of `check` in `state`."""
     state.done.append(check.name)
     if check.keeps is not None:
         setattr(state, check.keeps, value)
 
 
 def run_checks(checks: Iterable[StartCheck], state: State, context: JobContext) -> None:
-    """Run `checks` in a job. Collective: all ranks get what was found, or an error. Raises TropdError."""
+    """Run `checks` in a job. Collective: all ranks get the results, or all raise TropdError."""
     control = context.layout.groups.control
     for check in checks:
         if check.alone:
             value = on_rank_zero(partial(check.look, state), control)
         else:
-            # Every rank reads, perhaps from a disk of its own: what one alone cannot read is met by all.
+            # Every rank reads, perhaps from its own disk. If one rank cannot read, all ranks raise.
             value = None
             with raise_on_all_ranks(control):
                 value = check.look(state)
@@ -125,7 +126,7 @@ def run_checks(checks: Iterable[StartCheck], state: State, context: JobContext) 
 
 
 def run_before_groups(checks: Iterable[StartCheck], state: State) -> None:
-    """Run `checks` on each rank by itself, before there are groups. Raises TropdError."""
+    """Run `checks` on each rank separately, before there are process groups. Raises TropdError."""
     for check in checks:
         take(check, state, check.look(state))
 
@@ -194,7 +195,7 @@ MODELS = StartCheck(
 )
 BACKEND = StartCheck("loss.backend", _backend, needs=(), alone=False)
 BEFORE_GROUPS = (MODELS, BACKEND)
-"""What every rank looks at before it knows the others."""
+"""Checks that every rank runs before it has joined the others."""
 
 INPUT_CHECKS = (
     StartCheck("launch", _launch, needs=()),
@@ -212,14 +213,14 @@ INPUT_CHECKS = (
     StartCheck("objective.template", _solutions, "solutions", needs=("models", "prompts"), alone=False),
     StartCheck("teacher.extra_tokens", lambda state: loaded_inputs.excluded_tokens(state), "excluded"),
 )
-"""What is read and looked at before anything is built."""
+"""Checks of files and settings before anything is built."""
 
 CONTENT_CHECKS = (
     StartCheck("resume", _contents, "inputs", needs=("opened", "inputs")),
     StartCheck("run.replay", _replayed, needs=("inputs",)),
     StartCheck("data.teacher_responses", _responses, needs=("inputs", "prompts")),
 )
-"""What compares contents with records; `state.inputs` is there."""
+"""Checks that compare contents with records. They need `state.inputs`."""
 
 START_CHECKS = (*BEFORE_GROUPS, *INPUT_CHECKS, *CONTENT_CHECKS)
-"""All checks of a start, in their order."""
+"""All start checks in order."""

@@ -1,8 +1,8 @@
-"""Ranks of this machine that were stopped (SIGSTOP, a debugger), as the launcher sees them from outside.
+"""Finds ranks of this machine that were stopped (by SIGSTOP or a debugger). The launcher uses it.
 
-Not for ranks of other machines or for ranks that hang while they run: these the ranks see of each other (`watch`), but
-only once each has begun to beat. Invariant: time counts only while the launcher runs itself, so that a machine that
-slept, or Ctrl-Z over the whole job, accuses nobody.
+Ranks of other machines, and ranks that hang while they run, are found by the ranks themselves (`watch`), but only after
+a rank has sent its first beat. Invariant: time counts only while the launcher itself runs. A machine that slept, or
+Ctrl-Z on the whole job, therefore causes no error.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping
 import psutil
 
 LOOK_S = 1.0
-"""Between two looks."""
+"""Time between two checks."""
 SAY_AFTER_S = 20.0
-"""A rank that is stopped for so long is told of."""
+"""A rank that has been stopped for this time is reported."""
 GRACE_S = 5.0
-"""More than the ranks have for each other, so that those that watch it speak first: they know what it was at."""
+"""Added to the limit of the ranks' own watch, so the ranks report first: they know what the stopped rank was doing."""
 
 
 class StoppedRanks:
-    """For how long each rank has been stopped. `say` gets the line about one that may still go on."""
+    """Measures how long each rank has been stopped. `say` prints the line about a rank that may still continue."""
 
     def __init__(self, limit_s: float, say: Callable[[str], None]) -> None:
         self._limit_s = limit_s + GRACE_S
@@ -32,7 +32,7 @@ class StoppedRanks:
         self._last = time.monotonic()
 
     def look(self, pids: Mapping[int, int]) -> tuple[int, str] | None:
-        """Look at the ranks {rank: pid}; returns one that was stopped for too long, and why the job has to end."""
+        """Check the ranks {rank: pid}; returns a rank that was stopped for too long, and the reason to end the job."""
         now = time.monotonic()
         if now - self._last < LOOK_S:
             return None

@@ -1,7 +1,8 @@
-"""Are the stored responses of this run those of its teacher to its prompts?
+"""Checks that the stored responses of this run come from its teacher and answer its prompts.
 
-Not for their lines (`data.responses`) or for a resumed run, whose file has the recorded content (`train.resume`).
-Invariant: what a record says otherwise is refused, or said where the date in a template alone may be the reason.
+This module does not parse the responses (`data.responses`). In a resumed run their content is compared with the record
+instead (`train.resume`). Invariant: a difference from the record is refused, or only reported if the date in the chat
+template may be its only cause.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -> None:
-    """Compare the record beside data.teacher_responses with teacher and prompts, where responses are continued.
+    """Compare the record beside data.teacher_responses with teacher and prompts, if the run continues responses.
 
-    Raises DataError where they are another teacher's, or answer other prompts under the same ids.
+    Raises DataError if the responses come from another teacher, or answer other prompts under the same ids.
     """
     config = ground.config
     path = config.data.teacher_responses
@@ -46,7 +47,7 @@ def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -
     if not others:
         return
     what = (
-        f"data.teacher_responses={path}: {len(others)} responses answer another text than the prompt of their id here"
+        f"data.teacher_responses={path}: {len(others)} responses answer another text than the prompt with their id here"
     )
     if origin.day is not None and prompts.printed_date not in (None, origin.day):
         log.warning("%s (the first is %r): the template printed %s there, %s here; set data.template_date=%s",

@@ -1,8 +1,8 @@
 """The training loop: sample, pack, score, update, log, maybe checkpoint.
 
-Not for how any of it is done; every part was made once from the configuration (`train.job`). Invariants: the state at
-the start of step t is the checkpointed state, the rollouts of t come from exactly these weights, what decides a step is
-on disk or follows from that state before the step changes anything, and all updates of a step see the same decision.
+The parts that do the work are built once from the configuration (`train.job`). Invariants: the state at the start of
+step t is the checkpointed state, and the rollouts of t come from exactly these weights. Everything that determines a
+step is on disk, or follows from that state, before the step changes anything. All updates of a step use the same data.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ RESUMES = "the same command resumes"
 
 @dataclass(frozen=True)
 class Components:
-    """What the loop needs, each made once."""
+    """The parts that the loop uses, each built once."""
 
     config: Config
     layout: Layout
@@ -76,9 +76,9 @@ class Components:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     teacher_model: Model | None
-    """The teacher in this process; None where another process scores, or the student's average."""
+    """The teacher in this process; None if a server or the student's average scores."""
     average: WeightAverage | None
-    """The student's average where that is the teacher."""
+    """The student's average if it is the teacher, else None."""
     ignored: IgnoredTokens
     rollouts: RolloutSource
     prefixes: PrefixLosses
@@ -88,19 +88,19 @@ class Components:
     renderer: Renderer
     sampler_bounds: SamplerBounds
     teacher_check: TeacherCheck | None = None
-    """Who sees that a served teacher stays what it was; None where there is none, or nobody shall."""
+    """Checks that a served teacher does not change; None if there is no served teacher or the check is off."""
     clock: StepClock = field(default_factory=StepClock)
-    """Seconds of the phases; the rollout server's part of it is measured where that is used."""
+    """Measures the seconds of each phase. The rollout server's share is measured in the code that uses the server."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout batch with all that its updates must not change; one entry a micro-batch in the last two."""
+    """A rollout batch with everything that its updates share. The last two fields have one entry per micro-batch."""
 
     step: int
     rollouts: list[Rollout]
     verdicts: Verdicts
-    """On rank 0 only; empty elsewhere."""
+    """On rank 0 only; empty on the other ranks."""
     packed: PackedStep
     scores: list[TeacherScores | None]
     context: list[RowContext | None]
@@ -126,19 +126,19 @@ class Trainer:
         self.last_step = last_step
         self.sampler_gate = SamplerGate(components.config, components.sampler_bounds)
         self.compared = False
-        """Whether sampler and trainer have been compared since the launch; the same on all ranks."""
+        """Whether sampler and trainer have been compared in this launch; the same on all ranks."""
         self.saved = first_step
-        """Steps in the newest checkpoint, from which a resume would begin."""
+        """Steps in the newest checkpoint, from which a resume would start."""
         self.done = first_step
-        """Steps whose updates the weights have seen, and that are in the metrics."""
+        """Steps whose updates are in the weights and whose metrics are written."""
 
     def fit(self) -> None:
-        """Train; a step that was interrupted before is repeated with the rollouts and scores it had.
+        """Train. A step that an earlier launch did not finish is repeated with its stored rollouts and scores.
 
-        Raises StopRequested, once what was done is saved, where any rank was asked to stop.
+        If any rank was asked to stop, saves the finished steps and raises StopRequested.
         """
         clock = self.components.clock
-        clock.take()  # the seconds before the first step are nobody's
+        clock.take()  # drop the seconds before the first step
         with stopping.safe_points():
             try:
                 for step in range(self.first_step, self.last_step):
@@ -149,22 +149,22 @@ class Trainer:
                 with stopping.held():
                     raise StopRequested(f"stopped by {request} {self.save_for_stop()}") from None
             except ServerError as error:
-                # a scheduler may end our servers together with us, while a stop is held back
+                # A scheduler may end the servers together with the job, while a stop is held back.
                 reason = asked_to_stop(self.components.layout.groups.control)
                 if reason is None:
                     raise
                 raise StopRequested(f"stopped by {reason} {self.without_checkpoint(error)}") from None
 
     def step(self, step: int, clock: StepClock) -> None:
-        """One step, from its prompts to its checkpoint."""
+        """Run one step, from its prompts to its checkpoint."""
         with raise_on_all_ranks(self.components.layout.groups.control):
             self.components.run_dir.check_held()
         batch = self.prepare(step, clock)
-        with stopping.held():  # what comes now is short beside what went before, and not torn
+        with stopping.held():  # the rest of the step is short, and a stop must not split it
             self.train(batch, clock)
 
     def train(self, batch: Batch, clock: StepClock) -> None:
-        """The updates of a step, its metrics, and its checkpoint if one is due."""
+        """Run the updates of a step, write its metrics, and write its checkpoint if one is due."""
         step = batch.step
         tokens: list[NumpyColumns] = []
         reports: list[OptimizerReport] = []
@@ -187,7 +187,7 @@ class Trainer:
             self.forget(step)
 
     def prepare(self, step: int, clock: StepClock) -> Batch:
-        """Everything that is made from the weights as they are at the start of the step."""
+        """Compute everything that uses the weights as they are at the start of the step."""
         components = self.components
         with clock.phase("rollout"):
             rollouts = components.rollouts.at_step(step)
@@ -212,7 +212,7 @@ class Trainer:
         return Batch(step, rollouts, verdicts, packed, scores, context)
 
     def pack(self, rollouts: list[Rollout]) -> PackedStep:
-        """This rank's micro-batches of the step, those of one update together."""
+        """Return this rank's micro-batches of the step, grouped by update."""
         config, layout = self.components.config, self.components.layout
         return pack(
             rollouts,
@@ -231,7 +231,7 @@ class Trainer:
         )
 
     def verify(self, rollouts: list[Rollout]) -> Verdicts:
-        """The verifier's verdicts on rank 0, nothing elsewhere."""
+        """Return the verifier's verdicts on rank 0, and empty ones on the other ranks."""
         layout = self.components.layout
         with raise_on_all_ranks(layout.groups.control):
             if layout.rank == 0:
@@ -239,14 +239,17 @@ class Trainer:
         return Verdicts()
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        """Each part of the batch in turn, as often as there are epochs."""
+        """Yield each mini-batch in turn, once per epoch."""
         slices = batch.packed.mini_batches
         for number in range(len(slices) * self.components.config.objective.policy.epochs):
             epoch, part = divmod(number, len(slices))
             yield Update(number, epoch, slices[part])
 
     def forward_backward(self, batch: Batch, update: Update) -> list[LossResult | None]:
-        """Gradients of the update's loss, divided by its global token count; refuses a loss that is not finite."""
+        """Compute the gradients of the update's loss, divided by its global token count.
+
+        Raises TrainingError on all ranks if the loss is not finite.
+        """
         components, part = self.components, update.part
         micro_batches = batch.packed.micro_batches[part]
         loss = make_distillation_loss(
@@ -266,7 +269,7 @@ class Trainer:
         return results
 
     def gather_tokens(self, batch: Batch, update: Update, results: Sequence[LossResult | None]) -> list[NumpyColumns]:
-        """The rows of the update from all ranks on rank 0, nothing elsewhere. Collective."""
+        """Return the rows of the update from all ranks on rank 0, and nothing on the other ranks. Collective."""
         layout = self.components.layout
         mine: NumpyColumns = {}
         if layout.is_last_stage and layout.tp_rank == 0:
@@ -276,10 +279,10 @@ class Trainer:
         return gather_on_rank_zero(mine, layout.groups.control)
 
     def check_sampler(self, batch: Batch, update: Update, tokens: list[NumpyColumns]) -> None:
-        """Do sampler and trainer agree on the step's rollouts, as they were before its first update? Collective.
+        """Check that sampler and trainer agree on the step's rollouts, with log-probs from before its first update.
 
-        Asked before the optimizer moves for the first time in a launch, and once a step, when all of its rollouts have
-        been looked at. `tokens` are those of the step's updates up to this one.
+        The check runs before the first optimizer step of a launch, and once per step, when the first epoch has covered
+        all rollouts. `tokens` are the rows of the step's updates up to this one. Collective.
         """
         components = self.components
         whole = update.number == len(batch.packed.mini_batches) - 1
@@ -295,7 +298,7 @@ class Trainer:
         self.compared = on_rank_zero(check, components.layout.groups.control)
 
     def update(self, step: int, results: list[LossResult | None]) -> OptimizerReport:
-        """One optimizer step, or none where no token counts; the report is of the whole job, on every rank."""
+        """Run one optimizer step, or none if no token counts. Returns the report of the whole job on every rank."""
         components = self.components
         loss_sum, token_count = sum_over_job(results, components.layout)
         if token_count == 0:
@@ -315,7 +318,7 @@ class Trainer:
     def record(
         self, batch: Batch, table: TokenTable, reports: list[OptimizerReport], clock: StepClock
     ) -> StepRecord | None:
-        """Everything the metrics are made from, on rank 0; None elsewhere."""
+        """Return the input of the metrics on rank 0, and None on the other ranks."""
         config, layout = self.components.config, self.components.layout
         if layout.rank != 0:
             return None
@@ -334,13 +337,13 @@ class Trainer:
         )
 
     def log(self, step: int, record: StepRecord | None) -> None:
-        """Write the metrics of the step; where that fails on rank 0, all ranks stop. Collective."""
+        """Write the metrics of the step. If that fails on rank 0, all ranks raise. Collective."""
         with raise_on_all_ranks(self.components.layout.groups.control):
             self.components.run_dir.check_held()
             self.components.monitor.log(step, record)
 
     def keep_tokens(self, batch: Batch, table: TokenTable) -> None:
-        """Token values of a few samples, and the verdicts of all, for the report."""
+        """Store token values of a few samples, and the verdicts on all samples, for the report."""
         components = self.components
         with raise_on_all_ranks(components.layout.groups.control):
             if components.layout.rank == 0 and components.config.monitor.token_samples:
@@ -349,7 +352,7 @@ class Trainer:
                 save_token_sample(components.run_dir.tokens(batch.step), table, samples, verdicts)
 
     def keep(self, step: int) -> None:
-        """Every `checkpoint_every` steps and at the end, a checkpoint."""
+        """Write a checkpoint every `checkpoint_every` steps and at the end."""
         done = step + 1
         if done % self.components.config.run.checkpoint_every == 0 or done == self.last_step:
             self.save(done)
@@ -375,21 +378,21 @@ class Trainer:
         return folder
 
     def may_stop(self) -> None:
-        """Raise StopRequested on every rank where any of them was asked to stop. Collective: one small all-gather."""
+        """If any rank was asked to stop, raise StopRequested on every rank. Collective: one small all-gather."""
         stop_together(self.components.layout.groups.control)
 
     def save_for_stop(self) -> str:
-        """Save what no checkpoint has yet; returns where the run stands, for a message. Collective."""
+        """Save the steps that no checkpoint has yet; returns the position of the run, for a message. Collective."""
         if self.done == self.saved:
             return f"{self.position}; {RESUMES}"
         try:
             folder = self.save(self.done)
-        except ServerError as error:  # a scheduler may end the teacher's server too, before it was looked at
+        except ServerError as error:  # a scheduler may also end the teacher's server, before its last check
             return self.without_checkpoint(error)
         return f"{self.position}, saved {folder}; {RESUMES}"
 
     def without_checkpoint(self, error: ServerError) -> str:
-        """Where the run stands after a stop that could save nothing, for a message."""
+        """Return the position of the run after a stop without a checkpoint, for a message."""
         return f"{self.position}, without a checkpoint of steps {self.saved} to {self.done}: {error}; {RESUMES}"
 
     @property
@@ -400,7 +403,7 @@ class Trainer:
     def forget(self, step: int) -> None:
         """Remove stored files of earlier steps that no resume needs and no key keeps. Collective."""
         components, run = self.components, self.components.config.run
-        served = components.config.teacher.kind == "sglang"  # what a teacher in the job said can be computed again
+        served = components.config.teacher.kind == "sglang"  # scores of a teacher in the job can be computed again
         kept = Kept(
             rollouts=run.keep_rollouts,
             scores=run.keep_scores,
@@ -414,7 +417,7 @@ class Trainer:
 
 
 def sum_over_job(results: Sequence[LossResult | None], layout: Layout) -> tuple[float, int]:
-    """(sum of the surrogate loss, number of tokens that count) over all ranks, the same on each. Collective."""
+    """Return (sum of the surrogate loss, number of tokens that count) over all ranks, the same on each. Collective."""
     mine = (0.0, 0)
     if layout.tp_rank == 0:
         present = [result for result in results if result is not None]

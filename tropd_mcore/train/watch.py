@@ -1,9 +1,10 @@
-"""Who is alive, who gets on, and who is waited for: one thread per rank, over the store of the job.
+"""Detects dead, hanging and late ranks, with one thread per rank and the store of the job.
 
-Not for servers (`serving`) or for what a launcher sees of its own ranks (`launch`). Each rank beats into the store, and
-looks at the beat of the next one in a ring, so that each is looked at. Invariants: a rank without a beat for
-run.rank_timeout_s, or a job in which no rank gets on for run.stall_timeout_s, is ended with one line that names the
-rank; time counts while the one who looks was running itself, so that a machine that slept accuses nobody.
+Each rank regularly writes a beat (a small status record) into the store, and checks the beat of the next rank in a
+ring, so every rank is checked. This module does not watch servers (`serving`), and a launcher watches its own ranks
+separately (`launch`). Invariants: the job is ended, with one line that names the rank, if a rank has no new beat for
+run.rank_timeout_s or if no rank makes progress for run.stall_timeout_s. Time counts only while the checking process
+itself runs, so a machine that slept causes no error.
 """
 
 from __future__ import annotations
@@ -29,57 +30,57 @@ from tropd_mcore.train.exits import EXPLAINED
 log = logging.getLogger(__name__)
 
 BEAT_S = 2.0
-"""Between two beats, and between two looks; less where run.rank_timeout_s is short."""
+"""Time between two beats, and between two checks; shorter if run.rank_timeout_s is short."""
 WAITING_S = 30.0
-"""Rank 0 says whom it waits for after this time, and again after each further one."""
+"""Rank 0 logs which ranks it waits for after this time, and again after each further period of this length."""
 CLOSE_LIMIT_S = 3.0
 BEGIN_LIMIT_S = 600.0
-"""Longest time between the first beat of a rank and that of the next one: they start together."""
+"""Longest time between the first beats of two neighbouring ranks, which start together."""
 LEFT = -1
-"""The number of the last beat of a rank that has done its work."""
+"""Number of the last beat of a rank that has finished."""
 STORE_TIMEOUT = timedelta(seconds=20)
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """Status record of a rank."""
 
     number: int
     host: str
     pid: int
     activity: str
     ticks: int
-    """Grows whenever the rank gets on."""
+    """Grows whenever the rank makes progress."""
     meetings: int
-    """Collectives of the control group that it has come to."""
+    """Number of collectives of the control group that it has entered."""
     waits: bool
-    """Whether it is in one of them now."""
+    """Whether it is inside one of them now."""
 
     def who(self, rank: int) -> str:
-        """Return the rank as a message names it."""
+        """Return the name of the rank for a message."""
         return f"rank {rank} ({self.host}, pid {self.pid})"
 
     def at(self) -> str:
-        """Return what it was at, for the end of a sentence."""
+        """Return what the rank was doing, for the end of a sentence."""
         return f", in {self.activity}" if self.activity else ""
 
 
 class Watched:
-    """Since when a number of another rank has not moved, in seconds that this process saw go by."""
+    """Measures how long a value of another rank has not changed, in seconds during which this process ran."""
 
     def __init__(self) -> None:
         self.value: object = None
         self.still_s = 0.0
 
     def look(self, value: object, seconds: float) -> float:
-        """Take note of `value` after `seconds`; returns for how long it has been the same."""
+        """Record `value` after `seconds`; returns for how long it has been the same."""
         self.still_s = self.still_s + seconds if value == self.value else 0.0
         self.value = value
         return self.still_s
 
 
 class Watch:
-    """The thread of one rank. `end` is called with the line to say once the job has to end."""
+    """The watch thread of one rank. If the job must end, `end` is called with the line to print."""
 
     def __init__(
         self,
@@ -106,16 +107,16 @@ class Watch:
         self._unreachable_s = 0.0
         self._last = time.monotonic()
         self._known: set[int] = set()
-        """Ranks that have beaten once."""
+        """Ranks that have written a beat."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat and to look; the thread ends with the process or with `close`."""
+        """Start the thread. It ends with the process or with `close`."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, and say that this rank has left: at the end of a job its ranks go one after the other."""
+        """Stop, and write that this rank has left, because ranks finish one after the other at the end of a job."""
         self._over.set()
         self._thread.join(CLOSE_LIMIT_S)
 
@@ -123,7 +124,7 @@ class Watch:
         turn, since_turn = None, 0.0
         while not self._over.wait(self._interval_s):
             now = time.monotonic()
-            # a process that was stopped, or a machine that slept, has seen none of the time that went by
+            # Limit the time that counts: this process may have been stopped, or the machine may have slept.
             seconds, self._last = min(now - self._last, 2 * self._interval_s + 1.0), now
             since_turn += seconds
             if turn is not None and (turn.is_alive() or turn.error is not None):
@@ -142,7 +143,7 @@ class Watch:
                 self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat())))
 
     def try_turn(self, seconds: float) -> None:
-        """`turn` over a connection of our own, made where there is none. Raises RuntimeError, as a store does."""
+        """Run `turn` over a separate connection, which is opened if needed. Raises RuntimeError, as a store does."""
         try:
             if self._store is None:
                 self._store = self._connect()
@@ -152,7 +153,7 @@ class Watch:
             raise
 
     def turn(self, store: Store, seconds: float) -> None:
-        """Beat once, then look at the others, `seconds` after the last turn."""
+        """Write one beat, then check the others, `seconds` after the last turn."""
         self._number += 1
         store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat())))
         beats = self._read(store, range(self._world_size) if self._rank == 0 else [self._neighbour])
@@ -176,7 +177,7 @@ class Watch:
         )
 
     def _read(self, store: Store, ranks: range | list[int]) -> dict[int, Beat]:
-        """The beats of those ranks that have one."""
+        """Return the beats of those of `ranks` that have written one."""
         self._known.update(rank for rank in ranks if rank not in self._known and store.check([f"beat/{rank}"]))
         there = sorted(self._known)
         if not there:
@@ -185,7 +186,7 @@ class Watch:
         return {rank: Beat(**json.loads(text)) for rank, text in zip(there, texts, strict=True)}
 
     def _look_at_neighbour(self, beat: Beat | None, seconds: float) -> None:
-        """End the job where the next rank has been silent for too long, or has not begun long after this one."""
+        """End the job if the next rank has been silent for too long, or has not started long after this rank."""
         limit = self._run.rank_timeout_s
         if beat is None:
             if self._next.look(None, seconds) > max(limit, BEGIN_LIMIT_S):
@@ -202,13 +203,13 @@ class Watch:
         )
 
     def _look_at_job(self, beats: dict[int, Beat], seconds: float) -> None:
-        """On rank 0: say who is waited for, and end a job in which nobody gets on."""
+        """On rank 0: log which ranks are waited for, and end the job if no rank makes progress."""
         still = self._job.look(
             [(beat.ticks, beat.meetings, beat.waits, beat.activity) for beat in beats.values()], seconds
         )
         if still > self._run.stall_timeout_s:
             self._end(
-                f"no rank has got on with anything for {self._run.stall_timeout_s:g} s; {self._waited_for(beats)} "
+                f"no rank has made progress for {self._run.stall_timeout_s:g} s; {self._waited_for(beats)} "
                 "(run.stall_timeout_s); the same command resumes"
             )
         since = self._meetings.since
@@ -220,12 +221,12 @@ class Watch:
             log.info("waiting for %s, %.0f s", self._waited_for(beats, waiting=True), waited)
 
     def _waited_for(self, beats: dict[int, Beat], *, waiting: bool = False) -> str:
-        """Who is waited for, in words."""
+        """Return text about the ranks that the others wait for."""
         absent = [f"rank {rank} (has not begun)" for rank in range(self._world_size) if rank not in beats]
         return _listed(absent) if absent else _late(beats, waiting=waiting)
 
     def _miss_store(self, error: Exception, seconds: float) -> None:
-        """The store is not reachable: its launcher is stopped, gone, or on a machine that is."""
+        """Handle a store that is not reachable: its launcher, or the launcher's machine, is stopped or gone."""
         before, self._unreachable_s = self._unreachable_s, self._unreachable_s + seconds
         if before < WAITING_S <= self._unreachable_s:
             log.warning(
@@ -240,16 +241,16 @@ class Watch:
 
 
 def _late(beats: dict[int, Beat], *, waiting: bool = False) -> str:
-    """The ranks that came to fewer collectives than the others, or where none did, what each is at."""
+    """Return the ranks that entered fewer collectives than the others; if there are none, what each rank is doing."""
     most = max(beat.meetings for beat in beats.values())
     late = {rank: beat for rank, beat in beats.items() if beat.meetings < most}
     if not late:
-        # all came to the same one, or none of them is in any: the work itself is what does not end
+        # All ranks have entered equally many collectives, so the work of a rank outside of one does not end.
         late = {rank: beat for rank, beat in beats.items() if not beat.waits} or beats
     text = _listed([f"rank {rank} ({beat.activity or 'no long work'})" for rank, beat in late.items()])
     if waiting:
         return text
-    return f"the others wait for {text}" if len(late) < len(beats) else f"all ranks are at it: {text}"
+    return f"the others wait for {text}" if len(late) < len(beats) else f"current work: {text}"
 
 
 def _listed(names: list[str]) -> str:
@@ -257,7 +258,7 @@ def _listed(names: list[str]) -> str:
 
 
 class _Turn(threading.Thread):
-    """One turn in a thread of its own: a store whose process is stopped answers nothing, whatever its time limit."""
+    """Runs one turn in a separate thread, because a store whose process is stopped never answers or times out."""
 
     def __init__(self, watch: Watch, seconds: float) -> None:
         super().__init__(name="watch turn", daemon=True)
@@ -267,7 +268,7 @@ class _Turn(threading.Thread):
     def run(self) -> None:
         try:
             self._watch.try_turn(self._seconds)
-        except RuntimeError as error:  # every error of a store
+        except RuntimeError as error:  # base class of every store error
             self.error = error
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face folders and the map between their tensors and Megatron's: pure torch and safetensors, no Megatron."""
+"""Reads and writes Hugging Face folders and maps their tensors to Megatron's, with torch and safetensors only."""

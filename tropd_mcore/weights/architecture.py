@@ -1,7 +1,7 @@
-"""What a Hugging Face config.json says of a dense decoder, as one value that decides every weight shape and name.
+"""Reads a Hugging Face config.json of a dense decoder into an `Architecture`, which fixes every weight shape and name.
 
-Not for weights (`hf_folder`) or for building a model (`mcore.model`). Invariant: an `Architecture` describes a model
-that can be reproduced exactly; whatever would change its logits and is not supported is refused here, by name.
+This module does not read weights (`hf_folder`) or build a model (`mcore.model`). Invariant: an `Architecture` describes
+a model that can be reproduced exactly. An unsupported option that would change its logits is refused here, by name.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class FamilyTraits:
-    """What distinguishes the supported families; all share RMSNorm, rotary embeddings, grouped queries and SwiGLU."""
+    """Differences between the supported families. All share RMSNorm, rotary embeddings, grouped queries and SwiGLU."""
 
     language_model: str
-    """Class with an output layer, as `architectures` of config.json names it. Source: transformers."""
+    """Class with an output layer, as named in `architectures` of config.json. Source: transformers."""
     qk_norm: bool
     qkv_bias: bool
     has_windows: bool = False
-    """Whether layers can attend to a window of the context, which `use_sliding_window` then decides."""
+    """Whether layers can attend to a window of the context; `use_sliding_window` then switches it on."""
     head_dim: int | None = None
-    """Of a config.json that does not state one; None = hidden_size / num_attention_heads. Source: transformers."""
+    """Default if config.json states none; None = hidden_size / num_attention_heads. Source: transformers."""
     kv_heads_follow: bool = False
-    """Whether a config.json without num_key_value_heads means num_attention_heads; else it has to state them."""
+    """Whether num_key_value_heads defaults to num_attention_heads; otherwise config.json must state it."""
 
 
 FAMILIES: dict[str, FamilyTraits] = {
@@ -49,7 +49,7 @@ FAMILIES: dict[str, FamilyTraits] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense decoder-only model. Sizes are of the whole model, before any sharding or padding."""
+    """A dense decoder-only model. Sizes refer to the whole model, before any sharding or padding."""
 
     family: str
     """`model_type` of config.json: qwen3, qwen2 or llama."""
@@ -60,26 +60,26 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    """Rows of the embedding as stored, tokenizer padding included, tensor-parallel padding not."""
+    """Rows of the stored embedding: with the padding of the tokenizer, without tensor-parallel padding."""
     rope_theta: float
     rope_scaling: dict[str, Any] | None
-    """`rope_type` and the parameters that it needs; None for plain rotary embeddings. Never holds rope_theta."""
+    """`rope_type` and its parameters; None for plain rotary embeddings. Never contains rope_theta."""
     rms_norm_eps: float
     tied_embeddings: bool
-    """The output layer is the embedding."""
+    """Whether the output layer is the embedding."""
     qk_norm: bool
     qkv_bias: bool
     max_position_embeddings: int
     dtype: str
-    """dtype that config.json states: float32, bfloat16 or float16."""
+    """dtype stated in config.json: float32, bfloat16 or float16."""
 
 
 def read_architecture(folder: Path) -> Architecture:
     """Read <folder>/config.json.
 
-    Understands the rotary keys of transformers 5 (`rope_parameters`) and of older releases (`rope_theta`,
-    `rope_scaling`). Raises ModelError for a missing or damaged file, an unknown family, an option that the Megatron
-    model does not reproduce, or keys that say different things.
+    Reads the rotary keys of transformers 5 (`rope_parameters`) and of older releases (`rope_theta`, `rope_scaling`).
+    Raises ModelError for a missing or damaged file, an unknown family, an option that the Megatron model does not
+    reproduce, or keys that contradict each other.
     """
     path = Path(folder) / "config.json"
     if (found := folder_in_the_way(Path(folder))) is not None:
@@ -101,7 +101,7 @@ def architecture_from_config(config: dict[str, Any], *, source: str) -> Architec
     if problems:
         raise ModelError(f"{source}: {'; '.join(problems)}")
     num_heads = _positive_int(config, "num_attention_heads", source)
-    # transformers takes null for num_attention_heads everywhere, and an absent key for 32 in the Qwen families.
+    # transformers reads null as num_attention_heads in all families, but an absent key as 32 in the Qwen families.
     stated = traits.kv_heads_follow or "num_key_value_heads" in config
     num_kv_heads = _positive_int(config, "num_key_value_heads", source, default=num_heads if stated else None)
     hidden_size = _positive_int(config, "hidden_size", source)
@@ -132,12 +132,12 @@ def architecture_from_config(config: dict[str, Any], *, source: str) -> Architec
 
 
 def architecture_to_json(arch: Architecture) -> dict[str, Any]:
-    """The fields of `arch` as JSON values; `architecture_from_json` is the inverse."""
+    """Return the fields of `arch` as JSON values. `architecture_from_json` is the inverse."""
     return dataclasses.asdict(arch)
 
 
 def architecture_from_json(values: dict[str, Any], *, source: str) -> Architecture:
-    """Rebuild what `architecture_to_json` wrote. Raises ModelError naming missing or unknown fields."""
+    """Rebuild an Architecture from `architecture_to_json`. Raises ModelError that names missing or unknown fields."""
     expected = {field.name for field in dataclasses.fields(Architecture)}
     missing, unknown = sorted(expected - set(values)), sorted(set(values) - expected)
     if missing or unknown:
@@ -146,9 +146,9 @@ def architecture_from_json(values: dict[str, Any], *, source: str) -> Architectu
 
 
 def check_same_architecture(found: Architecture, expected: Architecture, *, source: str) -> None:
-    """Raise ModelError naming every field in which `found` (of `source`) differs, dtype and context length apart.
+    """Raise ModelError that names every field in which `found` (read from `source`) differs from `expected`.
 
-    dtype and max_position_embeddings change neither a weight's name nor its shape.
+    dtype and max_position_embeddings are not compared, because they change no name or shape of a weight.
     """
     free = {"dtype", "max_position_embeddings"}
     differences = [
@@ -161,7 +161,7 @@ def check_same_architecture(found: Architecture, expected: Architecture, *, sour
 
 
 def cut_problems(arch: Architecture, parallel: ParallelConfig, virtual_pipeline: int | None) -> list[str]:
-    """Return what of `arch` cannot be cut evenly; `virtual_pipeline` is None for a model that is not interleaved."""
+    """Return the sizes of `arch` that do not divide evenly; `virtual_pipeline` is None without interleaving."""
     stages = parallel.pipeline * (virtual_pipeline or 1)
     cuts = [
         ("num_hidden_layers", arch.num_layers, "parallel.pipeline * parallel.virtual_pipeline", stages),

@@ -1,7 +1,7 @@
-"""Pairs of keys of a config.json that say different things, and options that some programs apply and Megatron does not.
+"""Finds contradicting keys in a config.json, and options that some programs apply and Megatron does not.
 
-Rotary keys are in `rope`; what the tensors say against config.json is in `hf_folder`. Invariant: what passes is read
-alike by transformers, by SGLang and by us. Harmless, because no program reads the second value:
+Rotary keys are checked in `rope`, and tensors against config.json in `hf_folder`. Invariant: transformers, SGLang and
+this project read a config.json that passes in the same way. The following contradictions are harmless and allowed:
 
 - sliding_window and max_window_layers while use_sliding_window is false (every Qwen2.5 folder has them);
 - attention_bias of qwen2, whose q, k and v always have a bias; max_window_layers without use_sliding_window;
@@ -9,7 +9,7 @@ alike by transformers, by SGLang and by us. Harmless, because no program reads t
 - dtype against the dtype of the tensors, and several dtypes in one folder: trainer and server both round to the
   configured dtype (student.dtype, teacher.dtype);
 - metadata.total_size of an index, which no loader compares;
-- eos_token_id and bos_token_id of config.json against generation_config.json: they are united where responses end.
+- eos_token_id and bos_token_id of config.json against generation_config.json: a response ends at any of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
-    "bias": (False, None),  # of llama: another name of attention_bias in SGLang
+    "bias": (False, None),  # llama: SGLang's other name of attention_bias
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "is_causal": (True, None),
-    # SGLang alone reads these four
-    "rope_is_neox_style": (True,),  # of llama
-    "scale_emb": (1, 1.0),  # of qwen2
-    "original_num_attention_heads": (None,),  # of qwen2: it divides hidden_size by it
+    # Only SGLang reads these four.
+    "rope_is_neox_style": (True,),  # llama
+    "scale_emb": (1, 1.0),  # qwen2
+    "original_num_attention_heads": (None,),  # qwen2: SGLang divides hidden_size by it
     "final_logit_softcapping": (None,),
     "per_layer_config": (None, {}),
     "quantization_config": (None,),
@@ -37,13 +37,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "language_config": (None,),
     "thinker_config": (None,),
 }
-"""Options whose other values change the logits in some program; the first value is the default."""
+"""Option -> allowed values. Any other value changes the logits in some program. The first value is the default."""
 
 
 def contradictions(config: dict[str, Any], *, language_model: str, has_windows: bool) -> list[str]:
-    """Every reason why programs would read this config.json differently, naming the keys and values of each.
+    """Return every reason why programs would read this config.json differently, with keys and values.
 
-    `language_model` is the family's class with an output layer, `has_windows` whether its layers can have a window.
+    `language_model` is the family's class with an output layer. `has_windows` tells whether its layers can have a
+    window.
     """
     family = config["model_type"]
     return [
@@ -84,21 +85,21 @@ def _layer_types(config: dict[str, Any]) -> list[str]:
 
 
 def _sliding_window(config: dict[str, Any], family: str) -> list[str]:
-    """A llama has no window in transformers, but a folder made from a Mistral still states its own.
+    """Check a family without windows. transformers gives llama no window, but a folder made from Mistral states one.
 
-    Of a family whose layers can have one, `use_sliding_window` decides (`_ALLOWED`).
+    For families with windows, `use_sliding_window` is checked instead (`_ALLOWED`).
     """
     window, context = config.get("sliding_window"), config.get("max_position_embeddings")
     if not isinstance(window, int) or not isinstance(context, int) or window >= context:
         return []
     return [
-        f"model_type is {family}, which attends to everything, but sliding_window is {window} with "
+        f"model_type is {family}, which attends to the whole context, but sliding_window is {window} with "
         f"max_position_embeddings {context}; remove sliding_window or correct model_type"
     ]
 
 
 def _architectures(config: dict[str, Any], family: str, language_model: str) -> list[str]:
-    """transformers goes by model_type, SGLang by architectures."""
+    """Check that both name one model: transformers reads model_type, SGLang reads architectures."""
     stated = config.get("architectures")
     if not stated or stated == [language_model]:
         return []
@@ -113,7 +114,7 @@ def _dtypes(config: dict[str, Any]) -> list[str]:
 
 
 def _types(config: dict[str, Any]) -> list[str]:
-    """Values of a wrong JSON type that Python takes for true."""
+    """Find values of a wrong JSON type that Python would treat as true."""
     tied = config.get("tie_word_embeddings")
     if tied is None or isinstance(tied, bool):
         return []

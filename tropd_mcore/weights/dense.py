@@ -1,7 +1,7 @@
-"""The parameters that all supported dense decoders share, in the order of a Hugging Face file.
+"""Rules for the parameters that all supported dense decoders share, in the order of a Hugging Face file.
 
-Not for what a single family adds: `qwen3`, `qwen2` and `llama` do that. Invariant: the names of both Megatron layer
-specs lead to the same rule; in the Transformer Engine spec a norm is part of the linear layer that follows it.
+Parameters that only one family has are in `qwen3`, `qwen2` and `llama`. Invariant: the names of both Megatron layer
+specs lead to the same rule. In the Transformer Engine spec a norm is part of the linear layer that follows it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OUTPUT = "lm_head.weight"
 
 
 def dense_table(arch: Architecture, *, attention_extras: list[Rule]) -> list[Rule]:
-    """Rules of a dense decoder; `attention_extras` follow the projections of each layer."""
+    """Return the rules of a dense decoder; `attention_extras` come after the QKV projection of each layer."""
     hidden, heads = arch.hidden_size, arch.num_heads * arch.head_dim
     return [
         Rule(("embedding.word_embeddings.weight",), (EMBEDDING,), ((arch.vocab_size, hidden),), Split.VOCAB),
@@ -47,7 +47,7 @@ def dense_table(arch: Architecture, *, attention_extras: list[Rule]) -> list[Rul
 
 
 def qkv_rule(arch: Architecture, kind: str) -> Rule:
-    """The joint query, key and value projection; `kind` is weight or bias."""
+    """Return the rule of the joint query, key and value projection; `kind` is weight or bias."""
     rows = (arch.num_heads * arch.head_dim, *(arch.num_kv_heads * arch.head_dim,) * 2)
     columns = (arch.hidden_size,) if kind == "weight" else ()
     return Rule(
@@ -59,7 +59,7 @@ def qkv_rule(arch: Architecture, kind: str) -> Rule:
 
 
 def head_norm_rules(arch: Architecture) -> list[Rule]:
-    """RMSNorm of each query and key head."""
+    """Return the rules of the RMSNorm on each query and key head."""
     return [
         Rule(
             (LAYER + f"self_attention.{part}_layernorm.weight",),

@@ -1,8 +1,9 @@
-"""Digests of what a run reads: a model folder file by file, a data file with its number of lines.
+"""Digests of the files that a run reads: a model folder file by file, a data file with its number of lines.
 
-Not for who compares them (`train.inputs`) or for checkpoints. Invariants: a digest says nothing of places, so a moved
-or copied folder has the same one; only files that a run reads count; a large file is read once, because its digest is
-remembered beside size and times (modification and change), and a file that is just being written is not remembered.
+This module does not compare digests (`train.inputs`) and does not handle checkpoints. Invariants: a digest does not
+depend on the path, so a moved or copied folder keeps it. Only files that a run reads count. A large file is read once:
+its digest is remembered together with its size and its modification and change times. A file that may still be
+changing is not remembered.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from tropd_mcore.progress import tick
 from tropd_mcore.weights.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, INDEX_FILE, TOKENIZER_FILES
 
 SHOWN_FILES = 4
-"""Files of a folder that are named in one line."""
+"""Most files of a folder that a message names."""
 REMEMBERED_BYTES = 1 << 20
-"""Smaller files are read again at each launch: that costs less than to remember them."""
+"""Smaller files are read again at each launch, because that costs less than remembering them."""
 SETTLED_NS = 2_000_000_000
-"""A file that was written less than this before it was read may still change without another time stamp."""
+"""A file read within this time after it was written may still change without a new time stamp."""
 
 Fingerprint = tuple[int, int, int]
 """Size in bytes, modification and change time in ns."""
@@ -33,20 +34,20 @@ Fingerprint = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class FolderDigest:
-    """The SHA-256 of each file of a model folder that a run reads, by its name in the folder."""
+    """SHA-256 of each file of a model folder that a run reads, by its name in the folder."""
 
     files: Mapping[str, str]
 
     def whole(self) -> str:
-        """One digest of all files: names and contents."""
+        """Return one digest of the names and contents of all files."""
         return _of_names(self.files)
 
     def weights(self) -> str:
-        """The same of the safetensors alone."""
+        """Return the same for the safetensors files only."""
         return _of_names({name: value for name, value in self.files.items() if name.endswith(".safetensors")})
 
     def changes(self, new: FolderDigest) -> str | None:
-        """The files in which `new` differs, with old and new digest, on one line; None where it is the same."""
+        """Return, on one line, the files in which `new` differs, with old and new digest; None if there are none."""
         names = sorted(name for name in {*self.files, *new.files} if self.files.get(name) != new.files.get(name))
         if not names:
             return None
@@ -57,7 +58,7 @@ class FolderDigest:
         return f"sha256 of {', '.join(shown)}{more}"
 
     def tokenizer(self) -> str:
-        """The same of the files that turn text into ids."""
+        """Return the same for the files that turn text into ids."""
         return _of_names({name: value for name, value in self.files.items() if name in TOKENIZER_FILES})
 
 
@@ -71,37 +72,37 @@ class DataDigest:
 
 @dataclass
 class DigestMemory:
-    """Digests of large files that were read before, by resolved path."""
+    """Remembers digests of large files that were read before, by resolved path."""
 
     known: dict[str, tuple[Fingerprint, str]] = field(default_factory=dict)
 
     def recall(self, path: Path) -> str | None:
-        """The digest of `path` if the file is still the one that was read. Raises OSError."""
+        """Return the digest of `path` if the file has not changed since it was read, else None. Raises OSError."""
         found = self.known.get(str(path.resolve()))
         return found[1] if found is not None and found[0] == fingerprint(path) else None
 
     def remember(self, read: Iterable[tuple[Path, Fingerprint, str]]) -> None:
-        """Keep the digests of the large ones among files that were read."""
+        """Remember the digests of the large files among `read`."""
         for path, print_, digest in read:
             if print_[0] >= REMEMBERED_BYTES and time.time_ns() - max(print_[1:]) > SETTLED_NS:
                 self.known[str(path.resolve())] = (print_, digest)
 
     def forget_all_but(self, paths: Collection[str]) -> None:
-        """Drop the files that are not among these resolved paths."""
+        """Drop all files except these resolved paths."""
         self.known = {path: found for path, found in self.known.items() if path in paths}
 
     def save(self, path: Path) -> None:
-        """Publish as JSON. Raises DataError where the place cannot be written."""
+        """Publish the memory as JSON. Raises DataError if `path` cannot be written."""
         publish_text(path, json.dumps(self.known, indent=1) + "\n")
 
 
 def short(digest: str | None) -> str:
-    """A digest as messages show it."""
+    """Return a digest in the short form that messages show."""
     return digest[:12] if digest is not None else "none"
 
 
 def load_memory(path: Path) -> DigestMemory:
-    """What `DigestMemory.save` wrote; an empty memory, which costs another reading, where it cannot be used."""
+    """Read what `DigestMemory.save` wrote. If it cannot be used, returns an empty memory and files are read again."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = {
@@ -114,16 +115,16 @@ def load_memory(path: Path) -> DigestMemory:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """What tells a file that was written again from one that was not, without reading it. Raises OSError."""
+    """Return size and times, which change when a file is written again. Does not read the file. Raises OSError."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names in `folder` of the files that a run reads, sorted: config, tokenizer, templates, the weights in use.
+    """Return the names of the files in `folder` that a run reads, sorted: config, tokenizer, templates, weights.
 
-    Weights in use are those that the index names where there is one. Files that are missing are left out: who needs
-    them says so.
+    If there is an index, only the weights that it names count. Missing files are left out; the code that needs them
+    reports them.
     """
     folder = Path(folder)
     names = {"config.json", INDEX_FILE, *COMPANION_FILES, *_weight_files(folder)}
@@ -141,7 +142,7 @@ def _weight_files(folder: Path) -> set[str]:
 
 
 def read_files(paths: Iterable[Path]) -> list[tuple[Path, Fingerprint, str]]:
-    """(path, fingerprint, SHA-256) of each file, read in full. Raises ModelError where one cannot be read."""
+    """Read each file in full; returns (path, fingerprint, SHA-256) of each. Raises ModelError if one cannot be read."""
     read = []
     for path in paths:
         try:
@@ -158,9 +159,9 @@ def read_files(paths: Iterable[Path]) -> list[tuple[Path, Fingerprint, str]]:
 
 
 def folder_digest(folder: Path, memory: DigestMemory | None = None) -> FolderDigest:
-    """The digest of a model folder; files that `memory` knows are not read again, what is read goes into it.
+    """Return the digest of a model folder. Files that `memory` knows are not read; other files are added to it.
 
-    Raises ModelError where a file cannot be read.
+    Raises ModelError if a file cannot be read.
     """
     memory = memory or DigestMemory()
     paths = {name: Path(folder) / name for name in model_files(folder)}
@@ -173,7 +174,7 @@ def folder_digest(folder: Path, memory: DigestMemory | None = None) -> FolderDig
 
 
 def data_digest(path: Path, *, key: str) -> DataDigest:
-    """The digest of a data file; `key` names it in messages. Raises DataError where it cannot be read."""
+    """Return the digest of a data file; `key` names it in messages. Raises DataError if it cannot be read."""
     digest, lines, last = hashlib.sha256(), 0, b"\n"
     if (found := in_the_way(Path(path))) is not None and found.what != EMPTY:
         raise DataError(f"{key}={shown(path)}: cannot be read: expected JSONL; {found}")

@@ -1,7 +1,7 @@
-"""The rules of a model by family, and the checks that nothing is left over on either side.
+"""Lists the weight rules of each model family, and checks that no tensor is left over on either side.
 
-Not for what a rule does (`mapping`). Invariant: the order of `rules`, and so of an export, is that of a Hugging Face
-file: embedding, layers from the first to the last, final norm, output layer.
+This module does not define what a rule does (`mapping`). Invariant: the order of `rules`, and therefore of an export,
+is the order of a Hugging Face file: embedding, layers from first to last, final norm, output layer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TABLES: dict[str, Callable[[Architecture], list[Rule]]] = {
     "llama": llama.table,
 }
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-"""Old files store the rotary frequencies; they follow from config.json."""
+"""Old files store the rotary frequencies, although config.json determines them."""
 _LISTED = 6
 
 
 def rules(arch: Architecture) -> list[Rule]:
-    """Every parameter of the model, layers written out."""
+    """Return one rule per parameter of the model, with separate rules for each layer."""
     table = TABLES[arch.family](arch)
     first = next(index for index, rule in enumerate(table) if rule.per_layer)
     last = len(table) - next(index for index, rule in enumerate(reversed(table)) if rule.per_layer)
@@ -34,7 +34,7 @@ def rules(arch: Architecture) -> list[Rule]:
 
 
 def hf_weight_plan(arch: Architecture) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor of the model's Hugging Face folder, in the order of an export."""
+    """Return (name, shape) of every tensor of the model's Hugging Face folder, in the order of an export."""
     return [
         (name, shape)
         for rule in rules(arch)
@@ -44,15 +44,15 @@ def hf_weight_plan(arch: Architecture) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def rule_by_mcore_name(arch: Architecture) -> dict[str, Rule]:
-    """{parameter name in either layer spec, layers counted over the whole model: rule}."""
+    """Return {parameter name: rule} for the names of both layer specs, with layers numbered over the whole model."""
     return {name: rule for rule in rules(arch) for name in rule.mcore_names}
 
 
 def check_hf_names(found: Iterable[str], arch: Architecture, *, source: str) -> None:
-    """Raise ModelError where a folder's tensors are not those of the architecture; names what differs.
+    """Raise ModelError that names the differences if a folder's tensors do not match the architecture.
 
-    Stored rotary frequencies are left out, and so is the output layer of a tied model (`HfReader` compares it with
-    the embedding).
+    Stored rotary frequencies are ignored. So is a stored output layer of a tied model, which `mcore.weights_io`
+    compares with the embedding.
     """
     expected = {name for name, _ in hf_weight_plan(arch)}
     names = {name for name in found if not is_derived(name)}
@@ -69,9 +69,9 @@ def check_hf_names(found: Iterable[str], arch: Architecture, *, source: str) -> 
 
 
 def check_mcore_names(found: Iterable[str], arch: Architecture, *, source: str) -> None:
-    """Raise ModelError where a Megatron model has a parameter without a rule or lacks one (all stages together).
+    """Raise ModelError if a Megatron model, over all stages, has a parameter without a rule or a rule without one.
 
-    The output layer of a tied model may be absent: it exists on a last stage that is not the first one only.
+    The output layer of a tied model may be absent. It exists only on a last stage that is not also the first stage.
     """
     names = set(found)
     unknown = sorted(names - set(rule_by_mcore_name(arch)))
@@ -90,11 +90,11 @@ def check_mcore_names(found: Iterable[str], arch: Architecture, *, source: str) 
 
 
 def is_derived(name: str) -> bool:
-    """Whether a stored tensor is no weight, because it follows from config.json."""
+    """Return whether a stored tensor is not a weight, because config.json determines it."""
     return name.endswith(_DERIVED_SUFFIX)
 
 
 def listed(names: list[str]) -> str:
-    """The first names, and how many follow."""
+    """Return the first names as text, and how many more there are."""
     rest = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,8 +1,8 @@
-"""Hugging Face model folders: lazy reading of safetensors, and writing a complete folder at once.
+"""Hugging Face model folders: lazy reading of safetensors, and writing a complete folder.
 
-Not for renaming or cutting tensors (`mapping`). Invariants: a reader has checked every shard's header before it gives
-out a tensor, and every loader of the folder takes the same tensors from the same files; a folder that was written has
-every tensor of its architecture and the source's tokenizer files.
+This module does not rename or shard tensors (`mapping`). Invariants: a reader has checked the header of every shard
+before it returns a tensor. Every program that loads an accepted folder takes the same tensors from the same files. A
+written folder has every tensor of its architecture and the tokenizer files of its source.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-"""What the ids of a text depend on."""
+"""Files that determine the token ids of a text."""
 COMPANION_FILES = ("generation_config.json", *TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
-"""Copied unchanged beside config.json, where the source has them."""
+"""Files that are copied unchanged, if the source has them."""
 COMPANION_FOLDERS = ("additional_chat_templates",)
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""How safetensors abbreviates them."""
+"""Abbreviations of safetensors -> dtype names."""
 _PLAIN_DTYPES = {*_DTYPE_NAMES, "F64"}
-"""Stored numbers that are the weights themselves; narrower ones mean nothing without scales."""
+"""Dtypes whose numbers are the weights themselves. Narrower dtypes need scales."""
 _OTHER_MODEL_FILES = {
     "adapter_config.json": "transformers would load the adapter and its base model instead; merge the adapter first",
     "hf_quant_config.json": "SGLang would load the folder as a quantised model; convert it to bfloat16 first",
 }
 _ORIGINAL_FILE = "consolidated.safetensors"
-"""The publisher's own format beside model.safetensors; SGLang leaves it out as well."""
+"""The publisher's own format, stored beside model.safetensors. SGLang ignores it too."""
 
 
 _FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
-"""Ends of names of weights in other formats; the first four are pickles, which can run code when they are read."""
+"""Suffixes of weights in other formats. The first four are pickles, which can run code when they are read."""
 
 
 class HfReader:
-    """The tensors of one folder, read slice by slice. Use as a context manager, or call `close`."""
+    """Reads the tensors of one folder slice by slice. Use it as a context manager, or call `close`."""
 
     def __init__(self, folder: Path) -> None:
-        """Open every shard and read its header; no tensor is read.
+        """Open every shard and read its header. No tensor is read.
 
         Raises ModelError for a missing folder or config.json, an unsupported architecture, a missing or truncated
-        shard, an index that does not say what its shards hold, or files of which each loader would take others.
+        shard, an index that does not match its shards, or files that different programs would load differently.
         """
         self.folder = Path(folder)
         self.arch: Architecture = read_architecture(self.folder)
@@ -91,32 +91,32 @@ class HfReader:
         self.close()
 
     def close(self) -> None:
-        """Forget the open files; slices already taken stay valid."""
+        """Release the open files. Tensors that were already read stay valid."""
         self._shards.clear()
 
     def names(self) -> list[str]:
-        """Names of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return sorted(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor. Raises ModelError if the folder lacks it."""
+        """Return the shape of one tensor. Raises ModelError if the folder lacks it."""
         return tuple(self._slice(name).get_shape())
 
     def dtypes(self) -> set[str]:
-        """Names of the dtypes of all weights (of the architecture; not of what old files store besides)."""
+        """Return the dtype names of all weights of the architecture. Other tensors of old files are not included."""
         stored = {self._slice(name).get_dtype() for name, _ in hf_weight_plan(self.arch) if name in self._file_of}
         return {_DTYPE_NAMES.get(code, code) for code in stored}
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor on the CPU. Raises ModelError if the folder lacks it or its file cannot be read."""
+        """Return one whole tensor on the CPU. Raises ModelError if the folder lacks it or its file cannot be read."""
         return self[name][:]
 
     def __getitem__(self, name: str) -> Sliceable:
-        """A lazy view: indexing with slices reads them from the file. Raises ModelError if the folder lacks it."""
+        """Return a lazy view; slicing it reads from the file. Raises ModelError if the folder lacks the tensor."""
         return self._slice(name)
 
     def check(self) -> None:
-        """Raise ModelError where a name or a shape is not that of config.json, or a tensor holds no plain numbers."""
+        """Raise ModelError if a name or shape does not match config.json, or if a tensor is quantised."""
         check_hf_names(self._file_of, self.arch, source=str(self.folder))
         for name, expected in hf_weight_plan(self.arch):
             found = self.shape(name)
@@ -158,9 +158,9 @@ class HfReader:
         held = {file: set(self._open(file).keys()) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in held[file]:
-                raise ModelError(f"{self.folder / file}: tensor {name} not found, but {INDEX_FILE} says it is there")
+                raise ModelError(f"{self.folder / file}: tensor {name} not found, but {INDEX_FILE} lists it there")
         for file, names in held.items():
-            # transformers and SGLang load all that a shard holds, whatever the index says of it.
+            # transformers and SGLang load every tensor of a shard, whatever the index says.
             stray = sorted(name for name in names if weight_map.get(name) != file and not is_derived(name))
             if stray:
                 there = weight_map.get(stray[0], "no file")
@@ -180,9 +180,9 @@ def write_hf_folder(
 ) -> None:
     """Write a folder that transformers and SGLang load: safetensors, config.json, tokenizer and chat template.
 
-    `weights` gives CPU tensors of one dtype, which config.json then states; at most `max_shard_bytes` of them are
-    held at a time. Everything but the weights comes from `source_folder`. Raises ModelError where `out` is not new or
-    empty, cannot be written, or the names and shapes are not those of `source_folder`'s config.json.
+    `weights` yields CPU tensors of one dtype, which is written into config.json. At most `max_shard_bytes` of them are
+    held at a time. Everything except the weights comes from `source_folder`. Raises ModelError if `out` is not new or
+    empty, if it cannot be written, or if names and shapes do not match the config.json of `source_folder`.
     """
     out, source_folder = Path(out), Path(source_folder)
     arch = read_architecture(source_folder)
@@ -198,7 +198,7 @@ def write_hf_folder(
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation settings, those that `source` has."""
+    """Copy tokenizer, chat template and generation settings, as far as `source` has them."""
     for name in COMPANION_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -208,9 +208,9 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse files because of which transformers, SGLang and we would load different weights."""
+    """Refuse files that make transformers, SGLang and this project load different weights."""
     for path in sorted(folder.glob("*.safetensors")):
-        if not path.is_file():  # who opens a pipe waits for ever
+        if not path.is_file():  # for example a pipe: opening it would wait for ever
             raise ModelError(f"{shown(path)}: expected a safetensors file; {in_the_way(path)}")
     for name, reason in _OTHER_MODEL_FILES.items():
         if (folder / name).exists():
@@ -233,7 +233,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _other_weights(folder: Path) -> str:
-    """What the folder holds in place of safetensors, as the end of a message."""
+    """Return the end of a message that names the weights found instead of safetensors."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix in _FOREIGN_WEIGHTS)
     if not names:
         return "; expected the weights there"
@@ -254,7 +254,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _checked(
     weights: Iterable[tuple[str, Tensor]], arch: Architecture, source_folder: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass `weights` on and raise at the first surprise, or at the end if one is missing."""
+    """Yield `weights` unchanged; raise at the first one that does not fit, or at the end if one is missing."""
     plan = dict(hf_weight_plan(arch))
     seen: set[str] = set()
     dtypes: set[torch.dtype] = set()
@@ -275,6 +275,7 @@ def _checked(
 
 def _write_shards(folder: Path, weights: Iterator[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
     """Write the shards and, if there are several, their index; returns the dtype."""
+    # Phase 1: stream the tensors into shards with temporary names, because the final names contain the shard count.
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
     held_bytes = total_bytes = 0
@@ -294,6 +295,7 @@ def _write_shards(folder: Path, weights: Iterator[tuple[str, Tensor]], max_shard
         held_bytes, total_bytes, dtype = held_bytes + size, total_bytes + size, tensor.dtype
     flush()
     assert dtype is not None, "the check of names has passed, so there are tensors"
+    # Phase 2: final names, then the index.
     if len(shards) == 1:
         (folder / _temporary_name(0)).rename(folder / SINGLE_FILE)
         return dtype
@@ -311,7 +313,7 @@ def _temporary_name(number: int) -> str:
 
 
 def _write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the dtype that was written, under the keys that the source uses."""
+    """Write the source's config.json with the new dtype, under the dtype keys that the source uses."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     config |= dict.fromkeys(keys or ["dtype"], str(dtype).removeprefix("torch."))

@@ -1,7 +1,7 @@
-"""How much memory a process on this host may still take, how it gives back what it freed, and sizes in messages.
+"""Host memory: how much a process may still take, returning freed memory to the system, and sizes in messages.
 
-Not for GPU memory. Invariant: a limit of the container or of the batch system counts like the size of the machine,
-because the process that exceeds it is killed without a word.
+This module does not handle GPU memory. Invariant: a limit of the container or of the batch system counts like the size
+of the machine, because a process that exceeds it is killed without a message.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PROC_CGROUP = Path("/proc/self/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that this process can take before the machine, or the control group it runs in, has no more."""
+    """Return the bytes that this process can take before the machine, or its control group, has none left."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -24,9 +24,9 @@ def available_memory() -> int:
 
 
 def cgroup_room(root: Path = _CGROUP_ROOT, membership: Path = _PROC_CGROUP) -> int | None:
-    """Bytes left below the tightest memory limit of this process's control groups; None where none is set.
+    """Return the bytes left below the tightest memory limit of this process's control groups; None without a limit.
 
-    Knows version 2, and version 1 with its memory controller at <root>/memory. Pages of the file cache that can be
+    Supports version 2, and version 1 with its memory controller at <root>/memory. Pages of the file cache that can be
     dropped count as free.
     """
     try:
@@ -45,10 +45,10 @@ def cgroup_room(root: Path = _CGROUP_ROOT, membership: Path = _PROC_CGROUP) -> i
 
 
 def release_freed_memory() -> None:
-    """Give freed memory back to the machine, also what lies between blocks that are in use.
+    """Return freed memory to the system, including memory between blocks that are in use.
 
-    By itself glibc returns only the end of its heap, so that large buffers which are made and freed among small blocks
-    that stay leave a hole each time. Equals malloc_trim(0), and nothing with another C library. Cost: milliseconds.
+    By default glibc returns only the end of its heap. Large buffers that are freed between small blocks in use then
+    leave holes. This function calls malloc_trim(0); with another C library it does nothing. Cost: milliseconds.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -56,12 +56,12 @@ def release_freed_memory() -> None:
 
 
 def gib(size: float) -> str:
-    """`size` bytes as text, in GiB."""
+    """Return `size` bytes as text in GiB."""
     return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / GIB:.2g} GiB"
 
 
 def _rooms(root: Path, path: str, limit_file: str, used_file: str, cache_key: str) -> list[int]:
-    """Room in each group from the process's own up to the root, of those that have a limit."""
+    """Return the free bytes of each control group with a limit, from the process's own group up to the root."""
     rooms = []
     group = root / path.lstrip("/")
     for folder in [group, *group.parents]:
@@ -74,7 +74,7 @@ def _rooms(root: Path, path: str, limit_file: str, used_file: str, cache_key: st
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None where there is no file, or no limit ("max")."""
+    """Return the number in a file; None if there is no file or no limit ("max")."""
     try:
         text = path.read_text(encoding="utf-8").strip()
     except OSError:

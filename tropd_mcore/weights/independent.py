@@ -1,8 +1,8 @@
-"""What a model folder says of a short text, computed by transformers on the CPU from nothing but the folder.
+"""Log-probs of a short text from a model folder, computed by transformers on the CPU from the folder alone.
 
-The oracle of `train.model_check` and of a served teacher's fingerprint; not for scoring in training, and nothing of
-the Megatron side is used. Invariants: no code from the folder runs, no network is asked, and a folder that lacks a
-tensor is an error (transformers would draw random numbers for it).
+They are the reference for `train.model_check` and for the fingerprint of a served teacher. This module does not score
+in training and uses no code of the Megatron side. Invariants: no code from the folder runs, and no network is used. A
+folder that lacks a tensor is an error, because transformers would fill it with random numbers.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ PROBE_TEXT = (
     "The teacher reads the same words and says how likely each of them is, given all the words before it; "
     "the student does so too, and what is compared are the two logarithms, token by token, in nats."
 )
-"""The text that models are compared on: prose, digits, code, line breaks, four scripts, emoji."""
+"""Text on which models are compared: prose, digits, code, line breaks, four scripts, emoji."""
 PROBE_TOKENS = 128
-"""Tokens of it that are used: enough positions to tell another rotary base or scaling."""
+"""Number of its tokens that are used: enough positions to detect another rotary base or scaling."""
 _SPARE_BYTES = 512 * 2**20
-"""Of the interpreter and of what torch allocates beside tensors."""
+"""Memory of the interpreter and of torch's allocations other than tensors."""
 _COPIES_OF_LOGITS = 4
-"""Logits, their log-softmax and what the model holds meanwhile; float32 [tokens, vocabulary]."""
+"""Copies of float32 [tokens, vocabulary]: logits, their log-softmax and what the model holds in between."""
 
 
 def probe_ids(folder: Path, *, limit: int = PROBE_TOKENS) -> IntArray:
-    """The first token ids of PROBE_TEXT, int32 [at most `limit`, and at most the model's context].
+    """Return the first token ids of PROBE_TEXT, int32 [at most `limit`, and at most the model's context].
 
-    By the folder's tokenizer.json, read directly; ids from a fixed seed where it has none. Ids that the model's
-    vocabulary does not have are left out. Raises ModelError where a file is damaged or fewer than two ids remain.
+    Reads the folder's tokenizer.json directly. If there is none, returns ids drawn with a fixed seed. Ids that the
+    model's vocabulary does not have are left out. Raises ModelError if a file is damaged or fewer than two ids remain.
     """
     arch = read_architecture(folder)
     path = Path(folder) / "tokenizer.json"
@@ -70,15 +70,15 @@ def probe_ids(folder: Path, *, limit: int = PROBE_TOKENS) -> IntArray:
 
 
 def memory_needed(folder: Path, *, tokens: int = PROBE_TOKENS) -> int:
-    """Bytes of host memory that `independent_log_probs` takes: float32 parameters, logits, a fixed rest."""
+    """Return the host memory in bytes that `independent_log_probs` needs: float32 parameters, logits, a fixed rest."""
     arch = read_architecture(folder)
     parameters = [prod(shape) for _, shape in hf_weight_plan(arch)]
-    # The largest tensor counts twice: while it is converted to float32 both forms are in memory.
+    # The largest tensor counts twice, because both dtypes are in memory while it is converted to float32.
     return 4 * (sum(parameters) + max(parameters) + _COPIES_OF_LOGITS * tokens * arch.vocab_size) + _SPARE_BYTES
 
 
 def fits(folder: Path, *, tokens: int = PROBE_TOKENS) -> str | None:
-    """None where the host has the memory for the log-probs of `tokens`, else one clause that says why not."""
+    """Return None if the host has enough memory for the log-probs of `tokens`, otherwise a clause that says why not."""
     needed, available = memory_needed(folder, tokens=tokens), available_memory()
     if needed <= available:
         return None
@@ -86,10 +86,10 @@ def fits(folder: Path, *, tokens: int = PROBE_TOKENS) -> str | None:
 
 
 def independent_log_probs(folder: Path, token_ids: IntArray, *, dtype: str = "float32") -> FloatArray:
-    """Log-probs of token_ids[1:], each given those before it: float32 [len(token_ids) - 1], nats.
+    """Return log-probs of token_ids[1:], each given the tokens before it: float32 [len(token_ids) - 1], nats.
 
-    `dtype` is that of parameters and activations; the softmax is float32. Uses all cores of this process and logs a
-    line at least every 30 s. Raises ModelError where transformers cannot load the folder or it lacks a tensor.
+    `dtype` is the dtype of parameters and activations; the softmax is float32. Uses all cores of this process and logs
+    a line at least every 30 s. Raises ModelError if transformers cannot load the folder or it lacks a tensor.
     """
     ids = torch.from_numpy(np.asarray(token_ids, dtype=np.int64))
     size = memory_needed(folder, tokens=len(ids))
@@ -103,9 +103,9 @@ def independent_log_probs(folder: Path, token_ids: IntArray, *, dtype: str = "fl
 
 
 def independent_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """transformers' own model of a folder, on the CPU, in eval mode, with its plain attention.
+    """Return transformers' model of a folder, on the CPU, in eval mode, with eager attention.
 
-    Raises ModelError where the folder cannot be loaded, or lacks or misshapes a tensor.
+    Raises ModelError if the folder cannot be loaded, lacks a tensor, or has one of another shape.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -135,7 +135,7 @@ def independent_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> An
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """All cores that this process may use; launchers start ranks with one thread each, and the others wait."""
+    """Use all cores that this process may use. A launcher gives each rank one thread, and the other ranks wait now."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
     try:

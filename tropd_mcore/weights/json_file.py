@@ -1,6 +1,6 @@
-"""Reading a JSON object from a model folder, strictly: a key that is there twice is an error, not its last value.
+"""Reads a JSON object from a model folder strictly: a repeated key is an error. (Other readers take its last value.)
 
-Not for the configuration of a run. Invariant: what is returned is what every JSON reader finds in the file.
+This module does not read the configuration of a run. Invariant: every JSON reader finds the same values in the file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tropd_mcore.files import shown
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in `path`. Raises ModelError where the file cannot be read, is no JSON object or repeats a key."""
+    """Return the object in `path`. Raises ModelError if the file cannot be read, is no JSON object or repeats a key."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -23,7 +23,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             both = " and ".join(repr(value) for key, value in pairs if key == twice)
-            raise ModelError(f"{path}: {twice} is there {keys.count(twice)} times ({both}); remove the wrong one")
+            raise ModelError(f"{path}: {twice} appears {keys.count(twice)} times ({both}); remove the wrong one")
         return values
 
     if (other := in_the_way(path)) is not None:
@@ -31,7 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"{shown(path)}: not valid JSON ({error}); mend it or fetch the file again") from error
+        raise ModelError(f"{shown(path)}: not valid JSON ({error}); correct it or download the file again") from error
     except OSError as error:
         raise ModelError(f"{shown(path)}: cannot be read ({error.strerror})") from error
     if not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""Llama 2 and 3 dense: neither head norms nor biases."""
+"""Weight rules of dense Llama 2 and 3 models, which have no head norms and no biases."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from tropd_mcore.weights.mapping import Rule
 
 
 def table(arch: Architecture) -> list[Rule]:
-    """Rules of a Llama model. Source: transformers `LlamaForCausalLM`."""
+    """Return the rules of a Llama model. Source: transformers `LlamaForCausalLM`."""
     return dense_table(arch, attention_extras=[])

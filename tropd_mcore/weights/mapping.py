@@ -1,9 +1,12 @@
-"""How one Megatron parameter is made of Hugging Face tensors, and back, for any tensor-parallel size.
+"""Builds the shards of one Megatron parameter from Hugging Face tensors, and back, for any tensor-parallel size.
 
-Not for files (`hf_folder`), for the list of a family's parameters (`families`) or for process groups. Invariant: a
-shard is a concatenation of slices of Hugging Face tensors (`pieces`) plus zero rows of vocabulary padding, and the
-shards of all ranks together hold every element exactly once. Import and export read the same `pieces`, nothing is
-computed, so the round trip is byte-equal.
+A shard is a concatenation of slices of Hugging Face tensors (`pieces`), plus zero rows of vocabulary padding. Import
+(`to_mcore_shard`) and export (`to_hf`) use the same `pieces` and compute nothing, so a round trip is byte-equal. This
+module does not read files (`hf_folder`), list a family's parameters (`families`) or use process groups. Invariant: for
+a parameter that is split, the shards of all ranks together hold every element exactly once.
+
+Example: 4 query heads, 2 key/value heads, 2 tensor ranks. Megatron interleaves the QKV rows by key/value group, so the
+whole projection is [q0 q1 k0 v0 | q2 q3 k1 v1], and each rank holds one side of the bar.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from tropd_mcore.weights.architecture import Architecture
 
 
 class Split(Enum):
-    """How tensor parallelism cuts a parameter."""
+    """How tensor parallelism shards a parameter."""
 
     REPLICATED = "the same tensor on every rank"
     COLUMN = "rows in equal parts (outputs of a linear layer)"
@@ -33,23 +36,23 @@ class Split(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter. `{i}` in a name stands for the layer index counted over the whole model."""
+    """Maps one Megatron parameter to Hugging Face tensors. `{i}` in a name is the layer index in the whole model."""
 
     mcore_names: tuple[str, ...]
-    """The parameter's name, one entry a layer spec that names it differently (local modules, Transformer Engine)."""
+    """Names of the parameter: one entry per layer spec with a name of its own (local modules, Transformer Engine)."""
     hf_names: tuple[str, ...]
-    """The tensors it is made of: one, or query, key, value, or gate, up."""
+    """Hugging Face tensors of the parameter: one tensor, or (query, key, value), or (gate, up)."""
     hf_shapes: tuple[tuple[int, ...], ...]
     split: Split
     exported: bool = True
-    """False for the output layer of a tied model: a copy of the embedding that a last pipeline stage holds."""
+    """False for the output layer of a tied model, which is a copy of the embedding on the last pipeline stage."""
 
     @property
     def per_layer(self) -> bool:
         return "{i}" in self.mcore_names[0]
 
     def at_layer(self, index: int) -> Rule:
-        """This rule with `{i}` replaced by `index`."""
+        """Return this rule with `{i}` replaced by `index`."""
         return replace(
             self,
             mcore_names=tuple(name.replace("{i}", str(index)) for name in self.mcore_names),
@@ -59,7 +62,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows (columns for Split.ROW) [start, stop) of the rule's Hugging Face tensor number `source`."""
+    """Rows [start, stop) of the Hugging Face tensor `rule.hf_names[source]`; columns for Split.ROW."""
 
     source: int
     start: int
@@ -67,24 +70,30 @@ class Piece:
 
 
 class Sliceable(Protocol):
-    """A tensor, or a file's lazy view of one."""
+    """A tensor, or a lazy view of a tensor in a file."""
 
     def __getitem__(self, index: Any) -> Tensor: ...
 
 
 def pieces(rule: Rule, arch: Architecture, *, tp_rank: int, tp_size: int, padded_vocab: int) -> list[Piece]:
-    """The slices of Hugging Face tensors that rank `tp_rank` of `tp_size` concatenates, in order."""
+    """Return the slices of Hugging Face tensors that rank `tp_rank` of `tp_size` concatenates, in order.
+
+    Raises ModelError if a size does not divide by `tp_size`.
+    """
     dim = 1 if rule.split is Split.ROW else 0
     lengths = [shape[dim] for shape in rule.hf_shapes]
     if rule.split is Split.REPLICATED:
         return [Piece(0, 0, lengths[0])]
     if rule.split is Split.VOCAB:
+        # Shards divide the padded vocabulary. Stored rows may end earlier, so the last shards can be short or empty.
         width = _part(padded_vocab, tp_size, rule)
         start, stop = (min(bound, lengths[0]) for bound in (tp_rank * width, (tp_rank + 1) * width))
         return [Piece(0, start, stop)] if stop > start else []
     if rule.split is Split.GATE_UP:
+        # Not a plain row split of [gate; up]: rank r needs its rows of both, because SwiGLU multiplies them locally.
         width = _part(lengths[0], tp_size, rule)
         return [Piece(source, tp_rank * width, (tp_rank + 1) * width) for source in (0, 1)]
+    # QKV, COLUMN and ROW: put the whole parameter in Megatron's order, then take an equal window of it.
     whole = _interleaved(arch) if rule.split is Split.QKV else [Piece(0, 0, lengths[0])]
     width = _part(sum(lengths), tp_size, rule)
     return _window(whole, tp_rank * width, (tp_rank + 1) * width)
@@ -99,10 +108,10 @@ def to_mcore_shard(
     tp_size: int,
     padded_vocab: int,
 ) -> Tensor:
-    """The shard of rank `tp_rank`, in the dtype of `hf_tensors`; reads only the slices that it needs.
+    """Return the shard of rank `tp_rank` in the dtype of `hf_tensors`. Reads only the slices that it needs.
 
-    Shape: that of the Hugging Face tensors concatenated, divided by tp_size along the split dim; vocabulary shards
-    are padded with zero rows to padded_vocab / tp_size.
+    Shape: the concatenated Hugging Face tensors, divided by tp_size along the split dim. Vocabulary shards are padded
+    with zero rows to padded_vocab / tp_size.
     """
     parts = []
     for piece in pieces(rule, arch, tp_rank=tp_rank, tp_size=tp_size, padded_vocab=padded_vocab):
@@ -117,10 +126,10 @@ def to_mcore_shard(
 
 
 def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> dict[str, Tensor]:
-    """{Hugging Face name: full tensor} of the shards of all tensor-parallel ranks, in rank order; same device.
+    """Return {Hugging Face name: full tensor} from the shards of all tensor ranks in rank order, on their device.
 
-    The inverse of `to_mcore_shard`: padding rows are dropped; of a replicated parameter, rank 0's copy is taken.
-    Raises ModelError where the shards are not of the shape that the rule expects.
+    This is the inverse of `to_mcore_shard`: padding rows are dropped, and a replicated parameter is taken from rank 0.
+    Raises ModelError if the shapes of the shards do not match the rule.
     """
     if rule.split is Split.REPLICATED:
         _check_shape(rule, shards[0], rule.hf_shapes[0])
@@ -128,6 +137,7 @@ def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> dict[str,
     tp_size = len(shards)
     dim = 1 if rule.split is Split.ROW else 0
     padded_vocab = sum(shard.shape[0] for shard in shards)
+    # Every element of `full` is written, because the pieces of all ranks cover each tensor exactly once.
     full = [torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device) for shape in rule.hf_shapes]
     for rank, shard in enumerate(shards):
         plan = pieces(rule, arch, tp_rank=rank, tp_size=tp_size, padded_vocab=padded_vocab)
@@ -142,7 +152,7 @@ def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> dict[str,
 
 
 def _interleaved(arch: Architecture) -> list[Piece]:
-    """Megatron's order of the whole projection: for each key/value group its queries, its key, its value."""
+    """Return the QKV rows in Megatron's order: for each key/value group its queries, its key, its value."""
     queries = arch.num_heads // arch.num_kv_heads * arch.head_dim
     order = []
     for group in range(arch.num_kv_heads):
@@ -152,7 +162,7 @@ def _interleaved(arch: Architecture) -> list[Piece]:
 
 
 def _window(whole: list[Piece], start: int, stop: int) -> list[Piece]:
-    """The part [start, stop) of the concatenation of `whole`."""
+    """Return the part [start, stop) of the concatenation of `whole`; pieces at its ends are shortened."""
     found, offset = [], 0
     for piece in whole:
         length = piece.stop - piece.start

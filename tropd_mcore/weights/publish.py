@@ -1,7 +1,7 @@
-"""Publish a folder at once: written beside its final place, flushed to the disk, renamed.
+"""Publishes a folder atomically: it is written beside its final place, flushed to disk, then renamed.
 
-Not for single files. Invariant: under the final name there is either nothing or the complete folder, whenever the
-process or the machine dies.
+This module does not publish single files. Invariant: whenever the process or the machine dies, the final name is either
+absent or names a complete folder.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tropd_mcore.files import shown, sync
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty sibling of `out` to write into; on success it becomes `out`, on an exception it is removed.
+    """Yield an empty sibling of `out` to write into. On success it becomes `out`; on an exception it is removed.
 
-    A leftover of a killed run is replaced. Raises ModelError where `out` exists and is not an empty directory, or
-    where its parent cannot be written to; an OSError of the block counts as such.
+    A leftover of a killed run is replaced. Raises ModelError if `out` exists and is not an empty directory, or if its
+    parent cannot be written. An OSError in the block is raised as ModelError too.
     """
     check_new_folder(out)
     partial = out.parent / f".{out.name}.partial"
@@ -40,13 +40,13 @@ def new_folder(out: Path) -> Iterator[Path]:
             f"cannot write {shown(out)}: {error.strerror or error}; make room there, or choose another place"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there any more once it was renamed
+        shutil.rmtree(partial, ignore_errors=True)  # does nothing after the rename
 
 
 def replace_folder(fresh: Path, final: Path) -> None:
-    """Give `fresh` the name `final`; a folder of that name goes. Raises ModelError where the place cannot be written.
+    """Rename `fresh` to `final` and remove an older folder of that name. Raises ModelError if writing fails.
 
-    A crash in between leaves the new one under its old name, or the old one as `.<name>.replaced`.
+    A crash in between leaves the new folder under the name `fresh`, or the old one as `.<name>.replaced`.
     """
     replaced = final.with_name(f".{final.name}.replaced")
     try:
@@ -63,7 +63,7 @@ def replace_folder(fresh: Path, final: Path) -> None:
 
 
 def check_new_folder(out: Path) -> None:
-    """Raise ModelError where `out` exists and is not an empty directory."""
+    """Raise ModelError if `out` exists and is not an empty directory."""
     if out.exists() and not out.is_dir():
         raise ModelError(f"output {out}: a file of that name exists; expected a new or empty directory")
     if out.is_dir() and any(out.iterdir()):

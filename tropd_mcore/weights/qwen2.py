@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 dense: a bias on query, key and value, none on the output projection."""
+"""Weight rules of dense Qwen2 and Qwen2.5 models: a bias on query, key and value, none on the output projection."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from tropd_mcore.weights.mapping import Rule
 
 
 def table(arch: Architecture) -> list[Rule]:
-    """Rules of a Qwen2 model. Source: transformers `Qwen2ForCausalLM`."""
+    """Return the rules of a Qwen2 model. Source: transformers `Qwen2ForCausalLM`."""
     return dense_table(arch, attention_extras=[qkv_rule(arch, "bias")])

@@ -1,4 +1,4 @@
-"""Qwen3 dense: an RMSNorm on every query and key head, no bias."""
+"""Weight rules of dense Qwen3 models: an RMSNorm on every query and key head, no bias."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from tropd_mcore.weights.mapping import Rule
 
 
 def table(arch: Architecture) -> list[Rule]:
-    """Rules of a Qwen3 model. Source: transformers `Qwen3ForCausalLM`."""
+    """Return the rules of a Qwen3 model. Source: transformers `Qwen3ForCausalLM`."""
     return dense_table(arch, attention_extras=head_norm_rules(arch))

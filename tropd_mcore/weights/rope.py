@@ -1,9 +1,8 @@
-"""Rotary positions of a config.json, of either generation of keys, read only where every program reads them alike.
+"""Reads the rotary settings of a config.json, and refuses those that programs would read differently.
 
-transformers 5 writes `rope_parameters`, older releases `rope_theta` and `rope_scaling`. transformers 5 lets a
-`rope_scaling` replace the whole of `rope_parameters`, its `rope_theta` included; servers and other releases read one or
-the other. Invariant: a value that stands in two places is the same in both, and every key is one that has an effect on
-the kind of rotation it stands beside.
+transformers 5 writes `rope_parameters`; older releases write `rope_theta` and `rope_scaling`. In transformers 5 a
+`rope_scaling` replaces all of `rope_parameters`, including its `rope_theta`. Servers and other releases read only one
+of the two. Invariant: a value in two places is the same in both, and every given key has an effect on its `rope_type`.
 """
 
 from __future__ import annotations
@@ -14,41 +13,41 @@ from typing import Any
 from tropd_mcore.errors import ModelError
 
 DEFAULT_THETA = 10000.0
-"""Base where no key states one. Source: transformers 5."""
+"""Base if no key states one. Source: transformers 5."""
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""What each supported kind needs."""
+"""Supported rope_type -> parameters that it needs."""
 _WITHOUT_EFFECT = {"linear": ("original_max_position_embeddings",)}
-"""Accepted beside it: no program reads it there."""
+"""rope_type -> parameters that are accepted although no program reads them for this type."""
 _TWO_PLACES = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-"""Keys that may stand at the top level of config.json and among the rotary parameters."""
+"""Keys that may appear at the top level of config.json and among the rotary parameters."""
 
 
 def read_rope(config: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
-    """(base, `rope_type` and its parameters or None for plain rotary embeddings); `source` names the file in errors.
+    """Return (base, scaling). `source` names the file in errors.
 
-    Raises ModelError for a kind that is not supported, a parameter that is missing or unknown, and for two keys that
-    say different things.
+    The scaling holds `rope_type` and its parameters; it is None for plain rotary embeddings. Raises ModelError for an
+    unsupported rope_type, a missing or unknown parameter, and keys that contradict each other.
     """
-    given = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}  # empty says nothing
+    given = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}  # {} counts as absent
     for key, values in given.items():
         if not isinstance(values, dict):
             raise ModelError(f"{source}: {key} is {values!r}; expected an object")
     if len(given) == 2 and _normal(config, given["rope_parameters"]) != _normal(config, given["rope_scaling"]):
         raise ModelError(
-            f"{source}: rope_scaling {config['rope_scaling']} beside rope_parameters {config['rope_parameters']}: no "
-            "two programs read the pair alike; write what is meant into rope_parameters, rope_theta included, and "
-            "remove rope_scaling"
+            f"{source}: rope_scaling {config['rope_scaling']} beside rope_parameters {config['rope_parameters']}: "
+            "programs read this pair differently; write the intended values into rope_parameters, including "
+            "rope_theta, and remove rope_scaling"
         )
     key, values = next(iter(given.items()), ("rope_parameters", {}))
     return _read(config, key, values, source)
 
 
 def _normal(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """All that `values` would say without the other key, under one name each."""
+    """Return everything that `values` would mean without the other key, with one name per setting."""
     said = {name: value for name, value in values.items() if value is not None}
     if said.get("rope_type", said.get("type")) == said.get("type"):
         said["rope_type"] = said.pop("type", "default")
@@ -56,7 +55,7 @@ def _normal(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(config: dict[str, Any], key: str, values: dict[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
-    """What `values`, found under `key`, says together with the top level of config.json."""
+    """Read `values`, found under `key`, together with the top level of config.json."""
     nested = [name for name, value in values.items() if isinstance(value, dict)]
     if nested:
         raise ModelError(f"{source}: {key} has parameters by layer type ({', '.join(nested)}); supported: one for all")
@@ -84,7 +83,7 @@ def _read(config: dict[str, Any], key: str, values: dict[str, Any], source: str)
 
 
 def _kind(key: str, values: dict[str, Any], source: str) -> str:
-    """`rope_type`, or `type` as older releases call it."""
+    """Return `rope_type`, which older releases call `type`."""
     old, new = values.get("type"), values.get("rope_type")
     if old is not None and new is not None and old != new:
         raise ModelError(f"{source}: {key} has rope_type {new!r} and type {old!r}; remove the wrong one")
@@ -95,7 +94,7 @@ def _kind(key: str, values: dict[str, Any], source: str) -> str:
 
 
 def _with_top_level(config: dict[str, Any], key: str, values: dict[str, Any], source: str) -> dict[str, Any]:
-    """`values`, completed by what only the top level states."""
+    """Return `values`, completed with settings that only the top level states."""
     merged = {name: value for name, value in values.items() if value is not None}
     for name in _TWO_PLACES:
         above = config.get(name)
@@ -109,5 +108,5 @@ def _with_top_level(config: dict[str, Any], key: str, values: dict[str, Any], so
 
 
 def _is_positive(value: Any) -> bool:
-    """A finite positive number; JSON's true and NaN are none."""
+    """Return whether `value` is a finite positive number. JSON's true and NaN are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -1,10 +1,10 @@
-"""Imported by every Python process of a job that the fault suite starts: says where it is, and waits where it is told.
+"""Imported by every Python process of a job of the fault suite. It reports its position and waits on request.
 
-The folder is on PYTHONPATH of the job, and `TROPD_FAULTS` names a folder that the suite shares with it:
+The folder is on the job's PYTHONPATH. `TROPD_FAULTS` names a folder that the suite shares with the job:
 
-    point.<rank>     what the rank is at, one line, rewritten at each edge of a phase
+    point.<rank>     position of the rank, one line, rewritten at each edge of a phase
     wanted.<rank>    JSON {"edge": ..., "nth": 1, "then": "wait" | "go on" | "raise"}, written by the suite
-    reached.<rank>   written by the rank when it is there; with `wait`, it goes on when `go.<rank>` appears
+    reached.<rank>   written by the rank when it is there; with `wait`, it continues when `go.<rank>` appears
 
 The product is not changed on disk. Further variables: `TROPD_FAULTS_HIDE` names packages that cannot be imported here,
 `TROPD_FAULTS_NO_FLOCK` makes flock fail as on a file system without it.
@@ -33,14 +33,14 @@ class Points:
     def __init__(self, folder: str) -> None:
         rank = os.environ.get("RANK", "x")
         self._passed = 0
-        """How often the wanted edge was passed."""
+        """Number of times that the wanted edge was passed."""
         self._point = os.open(os.path.join(folder, f"point.{rank}"), os.O_CREAT | os.O_WRONLY, 0o666)
         self._wanted, self._reached, self._go = (
             os.path.join(folder, f"{name}.{rank}") for name in ("wanted", "reached", "go")
         )
 
     def at(self, edge: str) -> None:
-        """Say that this process is at `edge`, and do what is wanted there."""
+        """Report that this process is at `edge`, and do the requested action."""
         os.pwrite(self._point, f"{edge:<60}\n".encode(), 0)
         try:
             with open(self._wanted, encoding="utf-8") as stream:
@@ -64,7 +64,7 @@ class Points:
 
 
 class Wrapping(importlib.abc.MetaPathFinder):
-    """Wraps functions of modules when those are imported, so that everybody who imports them gets the wrapped ones."""
+    """Wraps functions of modules on import, so that every importer gets the wrapped ones."""
 
     def __init__(self, phases: dict[str, str], points: Points) -> None:
         self._points = points
@@ -76,7 +76,7 @@ class Wrapping(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own spec, with a loader that wraps afterwards; None where nothing of it is wanted."""
+        """The module's own spec, with a loader that wraps afterwards. None if no function of it is wrapped."""
         if name not in self._by_module:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -111,7 +111,7 @@ class Wrapping(importlib.abc.MetaPathFinder):
 
 
 class Hiding(importlib.abc.MetaPathFinder):
-    """Packages that are not installed here."""
+    """Finder for packages that must look as if they were not installed."""
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
@@ -119,7 +119,7 @@ class Hiding(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Refuse what is hidden."""
+        """Refuse hidden packages."""
         if name.partition(".")[0] in self._names:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return None

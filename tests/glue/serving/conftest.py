@@ -1,4 +1,4 @@
-"""Short waits, and a place for the server process of a test."""
+"""Short waits, and a folder for the server process of a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment of a started server: what it inherits, and what keeps it to this host and this user."""
+"""The environment of a started server: inherited variables, and limits to this host and this user."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ OF_TORCHRUN = (
 def environment_of(
     device: str, *, ranks: int = 1, threads: int = 1, arguments: tuple[str, ...] = (), **extra: str
 ) -> dict[str, str]:
-    """Of a server, without what pytest adds to ours."""
+    """The environment of a server, without pytest's additions to ours."""
     place = Place(device, 5, Path("/own"), "secret", ranks, threads, arguments)
     return {name: value for name, value in server_environment(place, extra).items() if not name.startswith("PYTEST_")}
 
 
 def own() -> dict[str, str]:
-    """What every started server has of its own."""
+    """Variables that every started server gets."""
     user = pwd.getpwuid(os.getuid()).pw_name
     return {
         "TROPD_SERVER_KEY": "secret",
@@ -82,7 +82,7 @@ def test_a_gpu_server_inherits_all_of_our_environment_and_has_its_own_key_folder
 
 
 @pytest.mark.parametrize("name", [*OF_TORCHRUN, "SGLANG_RETURN_ORIGINAL_LOGPROB"])
-def test_what_torchrun_told_this_rank_and_what_changes_log_probs_is_not_inherited(
+def test_variables_of_torchrun_and_variables_that_change_log_probs_are_not_inherited(
     ours: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -109,7 +109,7 @@ def test_a_cpu_server_gets_its_threads_and_each_of_several_ranks_its_cpus(
     }
 
 
-def test_a_server_asks_itself_without_a_proxy_and_the_users_own_exceptions_stay(
+def test_a_server_reaches_itself_without_a_proxy_and_keeps_the_users_no_proxy_entries(
     ours: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy:1")
@@ -128,10 +128,10 @@ def test_a_server_asks_itself_without_a_proxy_and_the_users_own_exceptions_stay(
         ({"no_proxy": "a.example,b", "NO_PROXY": "b, c"}, "a.example,b,c,127.0.0.1,localhost,::1"),
     ],
 )
-def test_exceptions_under_either_name_hold_under_both(
+def test_no_proxy_entries_under_either_name_are_set_under_both(
     ours: dict[str, str], monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str
 ) -> None:
-    """Most programs read the first of the two that is there."""
+    """Most programs read the first of the two names that exists."""
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     found = environment_of("cuda")
@@ -139,12 +139,12 @@ def test_exceptions_under_either_name_hold_under_both(
 
 
 @pytest.mark.parametrize("argument", ["--dp-size", "--dp=2", "--nnodes", "--dist-init-addr", "--data-parallel-size"])
-def test_a_server_of_several_groups_or_hosts_meets_as_sglang_does(ours: dict[str, str], argument: str) -> None:
-    """One file for all groups would mix their ranks."""
+def test_a_server_of_several_groups_or_hosts_uses_sglangs_own_rendezvous(ours: dict[str, str], argument: str) -> None:
+    """A rendezvous file shared by all groups would mix their ranks."""
     assert environment_of("cuda", arguments=("--log-level", "info", argument, "2")) == ours | own()
 
 
-def test_the_key_is_in_no_log_line_and_a_bad_call_of_a_library_breaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_in_no_log_line_and_a_broken_log_call_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The liars: a line without its argument, an argument that cannot be written, and one that raises."""
 
     class Broken:
@@ -166,7 +166,7 @@ def test_the_key_is_in_no_log_line_and_a_bad_call_of_a_library_breaks_nothing(mo
     assert sys.argv == ["server", "--api-key=secret"] and KEY_VARIABLE not in os.environ
 
 
-def test_a_key_is_not_shown_by_what_holds_it() -> None:
+def test_the_repr_of_objects_that_hold_the_key_does_not_show_it() -> None:
     assert "secret" not in repr(Place("cuda", 5, Path("/own"), "secret"))
     endpoint = Endpoint("http://x", ServerConfig(), "rollout.server", "rollout.server", api_key="secret")
     assert "secret" not in repr(endpoint)

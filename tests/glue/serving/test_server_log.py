@@ -1,4 +1,4 @@
-"""The log of a server: what is shown of it, and that it stays small while the server writes."""
+"""The log of a server: the lines that are shown, and its bounded size while the server writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tropd_mcore.serving import log_file as log_module
 from tropd_mcore.serving.log_file import ServerLog
 
 
-def test_the_end_is_described_by_signal_by_silence_and_without_a_process(site: ServerSite) -> None:
+def test_the_end_of_a_server_is_described_for_a_signal_for_silence_and_after_its_stop(site: ServerSite) -> None:
     process = site.started({"silent": True, "says": "started"})
     rest = f"; last line: 'started'; log: {site.log}"
     wait_for(lambda: "started" in site.log.read_text())
@@ -41,7 +41,7 @@ def test_the_end_is_described_by_signal_by_silence_and_without_a_process(site: S
         ("   \n\n", ""),
     ],
 )  # fmt: skip
-def test_the_line_shown_of_a_log_is_the_last_that_names_an_exception_or_else_the_last_with_text(
+def test_the_line_shown_from_a_log_is_the_last_exception_or_else_the_last_text(
     site: ServerSite, says: str, shown: str
 ) -> None:
     process = site.process()
@@ -81,7 +81,7 @@ def test_a_log_is_cut_while_the_server_writes_to_it_and_every_line_is_in_one_of_
     server_log.close()
 
 
-def test_the_size_is_looked_at_while_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_size_is_checked_while_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_module, "LOOK_EVERY_S", 0.01)
     server_log = ServerLog(tmp_path / "rollout.log", 1000)
     with server_log.open() as stream:
@@ -94,8 +94,8 @@ def test_the_size_is_looked_at_while_the_server_runs(tmp_path: Path, monkeypatch
     assert (tmp_path / "rollout.log.1").read_bytes()[-1:] == b"2"
 
 
-def test_the_last_line_is_found_though_the_log_was_cut_after_it(tmp_path: Path) -> None:
-    """Nothing of an earlier launch comes with it, and a line that the cut went through is one line."""
+def test_the_last_line_is_found_even_if_the_log_was_cut_after_it(tmp_path: Path) -> None:
+    """No line of an earlier launch is included, and a line at the cut stays one line."""
     path = tmp_path / "rollout.log"
     path.write_bytes(b"ValueError: of an earlier launch\n" * 2)
     server_log = ServerLog(path, 1000)
@@ -114,7 +114,7 @@ def test_the_last_line_is_found_though_the_log_was_cut_after_it(tmp_path: Path) 
     server_log.close()
 
 
-def test_a_log_that_cannot_be_copied_leaves_nothing_half_is_told_once_and_is_cut_once_there_is_room(
+def test_a_log_that_cannot_be_copied_is_reported_once_left_whole_and_cut_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(log_module, "LOOK_EVERY_S", 0.01)
@@ -139,11 +139,11 @@ def test_a_log_that_cannot_be_copied_leaves_nothing_half_is_told_once_and_is_cut
     server_log.close()
     assert not partial.exists() and (tmp_path / "rollout.log.1").read_bytes() == b"x" * 2000
     assert [message for message in caplog.messages if "No space left" in message] == [
-        f"{tmp_path}/rollout.log: cannot be rotated yet (No space left on device); it goes on growing"
+        f"{tmp_path}/rollout.log: cannot be rotated yet (No space left on device); it keeps growing"
     ]
 
 
-def test_a_log_that_an_earlier_launch_left_large_is_moved_away_at_the_start(site: ServerSite) -> None:
+def test_a_large_log_of_an_earlier_launch_is_moved_away_at_the_start(site: ServerSite) -> None:
     site.run_dir.mkdir()
     site.log.write_text("old\n" * 1000)
     site.started({"silent": True, "says": "new"}, config={"log_max_mib": 0.001})

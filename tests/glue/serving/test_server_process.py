@@ -22,7 +22,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 
 
 def is_free(port: int) -> bool:
-    """For a process that does not insist."""
+    """Whether the port can be bound without special socket options."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
@@ -40,7 +40,7 @@ def test_a_server_is_ready_once_its_health_is_200_and_not_before(site: ServerSit
     assert process.alive() and process.client().healthy() and process.client().same_host
 
 
-def test_the_server_gets_its_model_its_place_and_its_settings_on_the_command_line(site: ServerSite) -> None:
+def test_the_server_gets_its_model_address_and_settings_on_the_command_line(site: ServerSite) -> None:
     config = {"tensor_parallel": 2, "max_total_tokens": 99, "mem_fraction": 0.5, "dtype": "float32"}
     process = site.started({"silent": True}, config=config)
     expected = ["--model-path", str(site.model), "--host", "127.0.0.1", "--port", str(process.port)]
@@ -66,7 +66,7 @@ def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: S
     assert site.told()["environment"]["OMP_NUM_THREADS"] == "3"
 
 
-def test_the_server_inherits_our_environment_without_the_rank_that_torchrun_made_us(
+def test_the_server_inherits_our_environment_without_torchruns_rank_variables(
     site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
@@ -79,7 +79,7 @@ def test_the_server_inherits_our_environment_without_the_rank_that_torchrun_made
     assert "RANK" not in environment and "TORCHELASTIC_RUN_ID" not in environment
 
 
-def test_the_server_leads_a_process_group_and_its_record_tells_pid_start_and_port(site: ServerSite) -> None:
+def test_the_server_leads_a_process_group_and_its_record_has_pid_start_and_port(site: ServerSite) -> None:
     process = site.started({"silent": True})
     assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
     record = json.loads(site.record.read_text())
@@ -110,7 +110,7 @@ def test_the_server_requires_a_random_key_that_no_command_line_no_file_and_no_ch
     assert key not in repr(process.spec) + process.describe_end()
 
 
-def test_a_restarted_server_has_the_same_key_and_another_launch_another(site: ServerSite) -> None:
+def test_a_restarted_server_keeps_its_key_and_another_launch_has_another_key(site: ServerSite) -> None:
     process = site.started({"silent": True})
     keys = site.told()["keys"]
     process.stop()
@@ -123,7 +123,7 @@ def test_a_restarted_server_has_the_same_key_and_another_launch_another(site: Se
     assert site.told()["keys"] != keys
 
 
-def test_what_a_server_makes_is_for_this_user_alone(site: ServerSite) -> None:
+def test_files_that_a_server_creates_are_private_to_its_user(site: ServerSite) -> None:
     site.started({"silent": True})
     assert site.notes.stat().st_mode & 0o077 == 0, "a file that the server itself has written"
     folder = Path(site.told()["environment"]["TMPDIR"])
@@ -133,10 +133,10 @@ def test_what_a_server_makes_is_for_this_user_alone(site: ServerSite) -> None:
     assert not folder.exists()
 
 
-def test_a_stopped_server_is_known_as_stopped_and_killed_without_a_grace(
+def test_a_suspended_server_is_reported_as_stopped_and_killed_without_a_grace_period(
     site: ServerSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is stopped does not see SIGTERM; the grace of this test would outlast it."""
+    """A suspended process does not see SIGTERM. The grace period of this test is longer than its time limit."""
     monkeypatch.setattr(record_module, "STOP_GRACE_S", 600.0)
     process = site.started({"silent": True})
     assert process.stopped() is None
@@ -158,7 +158,7 @@ def test_a_request_to_stop_ends_the_wait_for_a_server_that_starts(
         process.wait_ready()
 
 
-def test_nobody_else_is_given_the_port_while_the_server_starts(site: ServerSite) -> None:
+def test_the_port_stays_reserved_while_the_server_starts(site: ServerSite) -> None:
     process = site.started({"silent": True})
     assert process.port is not None and not is_free(process.port)
     process.stop()
@@ -245,9 +245,7 @@ def test_stopping_ends_the_server_with_its_children_and_is_harmless_when_repeate
     site.process().stop()
 
 
-def test_a_server_that_does_not_heed_the_first_signal_is_killed(
-    site: ServerSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_ignores_the_first_signal_is_killed(site: ServerSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "STOP_GRACE_S", 0.05)
     process = site.started({"silent": True, "stubborn": True})
     pid = process.pid
@@ -272,7 +270,7 @@ sys.stdin.read()
 
 
 def parent_of_a_server(site: ServerSite, parent_pid: str) -> subprocess.Popen[bytes]:
-    """A process that starts a server which takes `parent_pid` for its parent; empty: what is so."""
+    """A process that starts a server with `parent_pid` as its parent. Empty: the real parent."""
     return subprocess.Popen(
         [sys.executable, "-S", "-c", PARENT, parent_pid],
         stdin=subprocess.PIPE,
@@ -294,7 +292,7 @@ def test_a_server_dies_with_the_process_that_started_it_however_that_ends(site: 
         wait_for(lambda: not runs(pid))
 
 
-def test_a_server_whose_parent_has_ended_before_it_looked_does_not_start(site: ServerSite) -> None:
+def test_a_server_whose_parent_ended_before_its_first_look_does_not_start(site: ServerSite) -> None:
     with parent_of_a_server(site, str(os.getpid())) as parent:
         assert parent.stdout is not None and parent.stderr is not None
         pid = int(parent.stdout.readline())

@@ -39,7 +39,7 @@ def gone_owner() -> tuple[int, float]:
 
 
 def write_record(path: Path, pid: int, *, later_s: float = 0.0, owner: int | None = None, **changes: Any) -> Path:
-    """The record of the server `pid`, which a process that has ended has started, or `owner`."""
+    """The record of the server `pid`, started by a process that has ended, or by `owner`."""
     owner_pid, owner_start = gone_owner() if owner is None else (owner, psutil.Process(owner).create_time())
     path.parent.mkdir(exist_ok=True)
     record = {
@@ -62,7 +62,7 @@ def test_a_server_that_an_earlier_launch_left_behind_is_stopped_first(
     assert not runs(sleeper.pid) and json.loads(site.record.read_text())["pid"] == process.pid
 
 
-def test_a_left_over_server_goes_with_its_record(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_leftover_server_is_stopped_and_its_record_removed(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     record = write_record(tmp_path / "record.json", sleeper.pid, later_s=0.5)
     assert stop_left_over(record, key="rollout.server")
     assert not runs(sleeper.pid) and not record.exists()
@@ -87,7 +87,9 @@ def test_a_process_that_leads_no_group_is_left_alone(tmp_path: Path) -> None:
         member.wait()
 
 
-def test_a_record_of_a_process_that_has_ended_is_no_left_over(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_record_of_an_ended_process_is_not_a_leftover_server(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
     record = write_record(tmp_path / "record.json", sleeper.pid)
     sleeper.kill()
     sleeper.wait()
@@ -106,7 +108,7 @@ def test_a_damaged_record_is_ignored_with_a_warning(
 
 @pytest.fixture
 def owner() -> Iterator[int]:
-    """A live process that is not this one, as the job is for a command."""
+    """A running process other than this one, like the job for a command."""
     process = subprocess.Popen(["sleep", "600"])
     yield process.pid
     process.kill()
@@ -121,20 +123,20 @@ def test_the_server_of_another_live_process_is_left_alone_and_the_line_names_tha
     with pytest.raises(ServerError) as caught:
         site.process({"silent": True}).start()
     assert str(caught.value) == (
-        f"rollout.server: {site.record} is of a server (pid {sleeper.pid}) that process {owner} (sleep 600) uses: "
-        "wait until that has ended, or take another run.dir"
+        f"rollout.server: {site.record} is the record of a server (pid {sleeper.pid}) that process {owner} (sleep 600) "
+        "uses: wait until that process has ended, or choose another run.dir"
     )
     assert runs(sleeper.pid) and json.loads(site.record.read_text())["pid"] == sleeper.pid
 
 
-def test_a_process_with_the_owners_pid_that_started_later_is_no_owner(
+def test_a_later_process_with_the_owners_pid_does_not_count_as_the_owner(
     tmp_path: Path, sleeper: subprocess.Popen[bytes], owner: int
 ) -> None:
     record = write_record(tmp_path / "record.json", sleeper.pid, owner=owner, owner_start_time=1.0)
     assert stop_left_over(record, key="x") and not runs(sleeper.pid)
 
 
-def test_a_server_of_another_host_is_left_alone_and_its_name_is_taken(
+def test_a_server_of_another_host_is_left_alone_and_its_name_stays_in_use(
     tmp_path: Path, sleeper: subprocess.Popen[bytes]
 ) -> None:
     record = write_record(tmp_path / "teacher.server.json", sleeper.pid, host="elsewhere")
@@ -142,7 +144,7 @@ def test_a_server_of_another_host_is_left_alone_and_its_name_is_taken(
     assert is_in_use(record) and free_name(tmp_path, "teacher") == "teacher-2"
 
 
-def test_a_command_takes_another_name_than_servers_of_live_processes_have(
+def test_a_command_avoids_the_names_of_servers_of_live_processes(
     tmp_path: Path, sleeper: subprocess.Popen[bytes], owner: int
 ) -> None:
     assert free_name(tmp_path, "evaluation") == "evaluation"
@@ -170,7 +172,7 @@ process.stop()
 """
 
 
-def test_two_live_commands_on_one_run_directory_have_a_server_each_and_stop_their_own(
+def test_two_live_commands_on_one_run_directory_each_start_and_stop_their_own_server(
     site: ServerSite, tmp_path: Path
 ) -> None:
     """Real processes of the product, the second while the first lives."""
@@ -193,8 +195,8 @@ def test_two_live_commands_on_one_run_directory_have_a_server_each_and_stop_thei
     assert not runs(int(pid)) and not (site.run_dir / "teacher.server.json").exists()
 
 
-def test_what_a_leader_that_is_gone_has_left_in_its_group_is_killed() -> None:
-    """Its number is free once it was waited for."""
+def test_processes_left_in_the_group_of_a_dead_server_are_killed() -> None:
+    """Its pid is free after it was waited for."""
     command = "sleep 600 & echo $!"
     with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
         assert leader.stdout is not None

@@ -1,4 +1,4 @@
-"""Restarts of a started server: bounded, and nobody asks the new process before it was looked at."""
+"""Restarts of a started server are bounded, and the new process is checked before it gets requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 
 
 def supervised(tmp_path: Path, events: list[str], *, max_restarts: int = 2) -> SupervisedServer:
-    """A server whose process only takes notes."""
+    """A server whose process only records its calls."""
     server = SupervisedServer(
         ServerSpec(
             key="teacher.server",
@@ -37,7 +37,7 @@ def supervised(tmp_path: Path, events: list[str], *, max_restarts: int = 2) -> S
 
 @pytest.mark.parametrize("fails", ["start", "wait_ready"])
 @pytest.mark.parametrize("error", [ServerError("no"), KeyboardInterrupt()])
-def test_a_server_that_does_not_get_ready_is_stopped(tmp_path: Path, fails: str, error: BaseException) -> None:
+def test_a_server_that_does_not_become_ready_is_stopped(tmp_path: Path, fails: str, error: BaseException) -> None:
     events: list[str] = []
     server = supervised(tmp_path, events)
 
@@ -67,7 +67,7 @@ def test_a_start_that_fails_half_way_leaves_no_folder(tmp_path: Path, monkeypatc
     assert len(made) == 1 and not made[0].exists()
 
 
-def test_the_new_process_is_looked_at_after_every_restart(tmp_path: Path) -> None:
+def test_the_new_process_is_checked_after_every_restart(tmp_path: Path) -> None:
     events: list[str] = []
     server = supervised(tmp_path, events)
     server.recover(ServerDied("gone"))
@@ -76,7 +76,7 @@ def test_the_new_process_is_looked_at_after_every_restart(tmp_path: Path) -> Non
     assert events == ["restart", "restart", "looked at"] and server.restarts == 2
 
 
-def test_a_process_that_dies_while_it_is_looked_at_is_restarted_as_often_as_allowed(tmp_path: Path) -> None:
+def test_a_process_that_dies_during_its_check_is_restarted_as_often_as_allowed(tmp_path: Path) -> None:
     events: list[str] = []
     server = supervised(tmp_path, events, max_restarts=3)
 
@@ -90,7 +90,7 @@ def test_a_process_that_dies_while_it_is_looked_at_is_restarted_as_often_as_allo
     assert events == ["restart", "looked at"] * 3
 
 
-def test_what_is_found_out_about_the_new_process_is_met_by_the_caller(tmp_path: Path) -> None:
+def test_an_error_found_by_the_check_of_a_new_process_reaches_the_caller(tmp_path: Path) -> None:
     server = supervised(tmp_path, [])
 
     def look() -> None:
@@ -101,7 +101,7 @@ def test_what_is_found_out_about_the_new_process_is_met_by_the_caller(tmp_path: 
         server.recover(ServerDied("gone"))
 
 
-def test_of_a_hung_server_the_error_is_shown_and_not_that_its_process_runs(
+def test_for_a_hung_server_the_error_is_shown_instead_of_that_its_process_runs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = supervised(tmp_path, [], max_restarts=1)
@@ -109,8 +109,8 @@ def test_of_a_hung_server_the_error_is_shown_and_not_that_its_process_runs(
     assert "hung: no answer for 60 s; restart 1 of 1" in caplog.text and "it ended" not in caplog.text
 
 
-def test_a_command_asks_the_new_process_for_what_is_missing_only(tmp_path: Path) -> None:
-    """What had come and an error about one request are kept; a server at a url ends the command."""
+def test_after_a_restart_a_command_requests_only_what_is_missing(tmp_path: Path) -> None:
+    """Received answers and an error about one request are kept. With a server at a URL the command ends."""
     server = supervised(tmp_path, [])
     refused = ServerError("400")
     rounds: list[list[Any]] = [["a", ServerDied("gone"), refused, ServerDied("gone")], ["b", "d"]]

@@ -1,4 +1,4 @@
-"""Retries, time-outs, hangs and foreign text between a client and a server on loopback that misbehaves."""
+"""Retries, time-outs, hangs and foreign text between a client and a misbehaving server on loopback."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from tropd_mcore.serving.wire import Generation, GenerationRequest
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LONG_S = 60.0
-"""A wait that no test sees the end of."""
+"""A wait that is longer than any test."""
 
 
 class Server:
-    """Answers /generate by `generate` and everything else with 200 and {}, unless told otherwise by path."""
+    """Answers /generate by `generate` and all other paths with 200 and {}, unless another answer is given by path."""
 
     def __init__(self, generate: Handler, **handlers: Handler) -> None:
         self.handlers = {"/generate": generate, **{f"/{path}": handler for path, handler in handlers.items()}}
         self.asked: list[str] = []
         self.url = ""
         self.released = False
-        """Nothing is held back any more, so that the server can be stopped"""
+        """Releases all held answers, so that the server can be stopped"""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(request.path)
@@ -95,7 +95,7 @@ async def hangs(request: web.Request) -> web.StreamResponse:
 
 
 def then(*answers: Callable[[], web.Response] | None) -> Handler:
-    """These answers one after the other, the last for ever; None: a good one."""
+    """These answers one after the other, then the last one repeatedly. None: a good answer."""
     left = list(answers)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -124,19 +124,19 @@ def answered(answer: object) -> bool:
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
-def test_what_may_pass_is_asked_again(serve: Callable[..., Server], status: int) -> None:
+def test_a_transient_http_status_is_retried(serve: Callable[..., Server], status: int) -> None:
     client = client_of(serve(then(lambda: web.Response(status=status), None)).url)
     assert answered(one(client)) and client.retries == 1
 
 
-def test_a_429_for_ever_is_an_error_that_says_how_often_it_was_asked(serve: Callable[..., Server]) -> None:
+def test_an_endless_429_is_an_error_that_gives_the_number_of_attempts(serve: Callable[..., Server]) -> None:
     server = serve(then(lambda: web.Response(status=429, body=b"slow down")))
     assert str(one(client_of(server.url))) == (
         "rollout.server: /generate answered 429: slow down (3 attempts; rollout.server.max_retries)"
     )
 
 
-def test_the_time_that_a_server_asks_for_is_waited_for(
+def test_a_retry_waits_as_long_as_the_server_asks(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within bounds; the liar before it: without the header the wait of this test is 0.01 s."""
@@ -149,14 +149,14 @@ def test_the_time_that_a_server_asks_for_is_waited_for(
     assert answered(one(client_of(server.url)))
 
 
-def test_the_time_that_a_server_asks_for_is_a_number_or_a_date_and_never_nonsense() -> None:
+def test_retry_after_may_be_a_number_or_a_date_and_nonsense_counts_as_zero() -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     assert 20 < _retry_after_s(later) <= 30
     assert _retry_after_s("7") == 7 and _retry_after_s("7200") == 60
     assert [_retry_after_s(header) for header in (None, "", "soon", "-5", "nan")] == [0.0] * 5
 
 
-def test_an_update_is_repeated_only_where_the_server_did_nothing(serve: Callable[..., Server]) -> None:
+def test_a_weight_update_is_retried_only_if_the_server_did_nothing(serve: Callable[..., Server]) -> None:
     server = serve(fine, end_weight_update=then(lambda: web.Response(status=429), lambda: web.json_response({})))
     client_of(server.url).end_weight_update()
     assert server.asked.count("/end_weight_update") == 2
@@ -166,7 +166,7 @@ def test_an_update_is_repeated_only_where_the_server_did_nothing(serve: Callable
     assert server.asked.count("/end_weight_update") == 1
 
 
-def test_a_time_out_is_asked_again(serve: Callable[..., Server]) -> None:
+def test_a_request_that_timed_out_is_retried(serve: Callable[..., Server]) -> None:
     late = [True]
 
     async def once_late(request: web.Request) -> web.StreamResponse:
@@ -178,8 +178,8 @@ def test_a_time_out_is_asked_again(serve: Callable[..., Server]) -> None:
     assert answered(one(client)) and client.retries == 1
 
 
-def test_a_request_that_is_late_for_ever_is_an_error_while_others_are_answered(serve: Callable[..., Server]) -> None:
-    """It costs its own sample and no server."""
+def test_a_request_that_never_ends_is_an_error_even_while_others_are_answered(serve: Callable[..., Server]) -> None:
+    """It costs only its own sample, not the server."""
 
     async def some(request: web.Request) -> web.StreamResponse:
         if (await request.json())["input_ids"] == [9]:
@@ -195,7 +195,7 @@ def test_a_request_that_is_late_for_ever_is_an_error_while_others_are_answered(s
     assert all(answered(answer) for answer in answers[1:])
 
 
-def test_where_no_request_is_answered_the_server_counts_as_hung_though_it_says_it_is_well(
+def test_a_server_that_answers_no_request_counts_as_hung_even_if_it_reports_health(
     serve: Callable[..., Server],
 ) -> None:
     server = serve(hangs)
@@ -205,8 +205,8 @@ def test_where_no_request_is_answered_the_server_counts_as_hung_though_it_says_i
     assert server.asked.count("/generate") <= 6, "the others were not tried one after the other"
 
 
-def test_a_server_that_answers_nothing_is_found_beside_the_requests(serve: Callable[..., Server]) -> None:
-    """The requests themselves would wait for request_timeout_s."""
+def test_a_silent_server_is_detected_before_its_requests_time_out(serve: Callable[..., Server]) -> None:
+    """Without the probe, the requests would wait for request_timeout_s."""
     client = client_of(serve(hangs, model_info=hangs).url, hang_timeout_s=0.5, request_timeout_s=LONG_S)
     error = one(client)
     assert isinstance(error, ServerHung)
@@ -214,7 +214,7 @@ def test_a_server_that_answers_nothing_is_found_beside_the_requests(serve: Calla
     assert f"(at {client.url}; rollout.server.hang_timeout_s=0.5)" in str(error)
 
 
-def test_what_had_come_before_a_server_hung_is_kept(serve: Callable[..., Server]) -> None:
+def test_answers_received_before_a_server_hung_are_kept(serve: Callable[..., Server]) -> None:
     async def some(request: web.Request) -> web.StreamResponse:
         if (await request.json())["input_ids"] == [9]:
             await hangs(request)
@@ -227,10 +227,10 @@ def test_what_had_come_before_a_server_hung_is_kept(serve: Callable[..., Server]
 
 
 @pytest.mark.parametrize("health", [200, 500, None])
-def test_a_server_that_works_for_long_and_answers_for_itself_is_not_hung(
+def test_a_slow_server_that_still_answers_probes_does_not_count_as_hung(
     serve: Callable[..., Server], health: int | None
 ) -> None:
-    """Longer than a silent server would have, whatever its health says; a busy engine says nothing for 20 s."""
+    """Longer than for a silent server, whatever its health status. A busy engine is silent for up to 20 s."""
 
     async def slow(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(5.0)
@@ -242,7 +242,7 @@ def test_a_server_that_works_for_long_and_answers_for_itself_is_not_hung(
     assert answered(one(client_of(serve(slow, health=healthy).url, hang_timeout_s=2.0)))
 
 
-def test_an_engine_that_gives_nothing_has_longer_than_a_server_that_is_silent(serve: Callable[..., Server]) -> None:
+def test_a_stalled_engine_is_given_more_time_than_a_silent_server(serve: Callable[..., Server]) -> None:
     async def unwell(_request: web.Request) -> web.StreamResponse:
         return web.Response(status=503)
 
@@ -252,8 +252,8 @@ def test_an_engine_that_gives_nothing_has_longer_than_a_server_that_is_silent(se
     assert time.monotonic() - started >= watch_module.ENGINE_FACTOR * 0.2
 
 
-def test_a_stopped_process_behind_a_server_that_answers_is_found_and_named(serve: Callable[..., Server]) -> None:
-    """The HTTP process lives, the scheduler is stopped; also while weights are updated."""
+def test_a_suspended_process_behind_an_answering_server_is_found_and_named(serve: Callable[..., Server]) -> None:
+    """The HTTP process runs and the scheduler is suspended. Also during a weight update."""
     words = "a process of it (77) is stopped (state T)"
     server = serve(hangs, update_weights_from_tensor=hangs)
     client = client_of(server.url, hang_timeout_s=0.3, request_timeout_s=LONG_S, stopped=lambda: words)
@@ -263,10 +263,10 @@ def test_a_stopped_process_behind_a_server_that_answers_is_found_and_named(serve
         client.update_weights([b"x"], version="v")
 
 
-def test_a_server_that_is_silent_in_an_update_is_found_and_one_that_loads_for_long_is_not(
+def test_a_server_silent_in_an_update_is_detected_and_a_slow_load_is_tolerated(
     serve: Callable[..., Server],
 ) -> None:
-    """While it is paused by us, /health would wait for the engine; another path tells that it lives."""
+    """While we pause it, /health would wait for the engine. Another path shows that it is alive."""
 
     async def loads(_request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(5.0)
@@ -280,7 +280,7 @@ def test_a_server_that_is_silent_in_an_update_is_found_and_one_that_loads_for_lo
         client_of(server.url, hang_timeout_s=0.5, request_timeout_s=LONG_S).update_weights([b"x"], version="v")
 
 
-def test_a_server_that_reads_a_large_update_by_value_has_as_much_longer(
+def test_the_time_limit_of_an_update_by_value_grows_with_its_size(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It answers nothing meanwhile; the liar before it: the same server with a body that is read at once."""
@@ -297,7 +297,7 @@ def test_a_server_that_reads_a_large_update_by_value_has_as_much_longer(
     client.update_weights([b"x" * 1000], version="v")
 
 
-def test_one_late_probe_of_a_process_that_was_stopped_itself_proves_nothing() -> None:
+def test_a_late_probe_by_a_process_that_was_itself_suspended_proves_nothing() -> None:
     streak = watch_module._Streak(since=0.0)
     streak.note(True, now=3600.0)
     assert not streak.lasts(60.0, now=3600.0)
@@ -320,7 +320,7 @@ def test_a_request_to_stop_ends_the_wait_for_answers_at_once(
     asked.join()
 
 
-def test_a_request_to_stop_does_not_tear_an_update(
+def test_a_request_to_stop_does_not_interrupt_a_weight_update(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def slow(_request: web.Request) -> web.StreamResponse:
@@ -331,10 +331,10 @@ def test_a_request_to_stop_does_not_tear_an_update(
     client_of(serve(fine, update_weights_from_tensor=slow).url).update_weights([b"x"], version="v")
 
 
-def test_a_bug_in_our_own_code_is_raised_as_it_is(
+def test_an_exception_of_our_own_code_is_raised_unchanged(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And does not wait for the others."""
+    """It does not wait for the others."""
 
     def breaks(*_: object) -> None:
         raise ZeroDivisionError("a bug")
@@ -347,7 +347,9 @@ def test_a_bug_in_our_own_code_is_raised_as_it_is(
 HTML = b"<html>\n<body>502 Bad \x1b[2JGateway</body></html>"
 
 
-def test_a_web_page_in_place_of_json_is_shown_with_its_type_and_its_beginning(serve: Callable[..., Server]) -> None:
+def test_an_answer_that_is_a_web_page_is_shown_with_its_content_type_and_beginning(
+    serve: Callable[..., Server],
+) -> None:
     async def page(_request: web.Request) -> web.StreamResponse:
         return web.Response(body=HTML, content_type="text/html")
 
@@ -364,8 +366,8 @@ def test_a_web_page_in_place_of_json_is_shown_with_its_type_and_its_beginning(se
             ask()
 
 
-def test_a_redirect_is_not_followed_and_named(serve: Callable[..., Server]) -> None:
-    """The key would go to another place with it."""
+def test_a_redirect_is_refused_and_its_target_named(serve: Callable[..., Server]) -> None:
+    """Following it would send the key to another server."""
 
     async def elsewhere(_request: web.Request) -> web.StreamResponse:
         return web.Response(status=302, headers={"Location": "http://login.example/"})
@@ -376,7 +378,7 @@ def test_a_redirect_is_not_followed_and_named(serve: Callable[..., Server]) -> N
     )
 
 
-def test_a_server_that_sends_elsewhere_is_not_healthy_and_nobody_is_asked_there(serve: Callable[..., Server]) -> None:
+def test_a_server_that_redirects_is_not_healthy_and_its_target_is_not_asked(serve: Callable[..., Server]) -> None:
     other = serve(fine)
 
     async def elsewhere(_request: web.Request) -> web.StreamResponse:
@@ -403,7 +405,7 @@ def test_no_text_of_a_server_reaches_the_log_or_a_message_as_more_than_one_print
         assert line.isprintable(), repr(line)
 
 
-def test_what_a_server_says_of_itself_is_printable(serve: Callable[..., Server]) -> None:
+def test_values_that_a_server_reports_about_itself_are_made_printable(serve: Callable[..., Server]) -> None:
     async def info(_request: web.Request) -> web.StreamResponse:
         return web.json_response(
             {
@@ -421,7 +423,9 @@ def test_what_a_server_says_of_itself_is_printable(serve: Callable[..., Server])
     assert found.model_path == "/m\\x07" and found.dtype.isprintable()
 
 
-def test_a_proxy_of_the_environment_is_not_used(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_from_the_environment_are_not_used(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The liar: nothing listens on the port of the proxy."""
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""Imported by every Python process of a mutation run at its start: counts lines and refuses the wrong sources.
+"""Imported at the start of every Python process of a mutation run. Counts lines and refuses wrong sources.
 
 The folder is on PYTHONPATH, so spawned ranks and commands that tests start load this too.
 """

@@ -1,7 +1,8 @@
 """The section `objective`: one module per family, one class per kind.
 
-Every module here but `base` is a family; its subclasses of `Objective` that have a `kind` are the kinds of the
-configuration, found by looking, so that a new family is a new file and no table. Invariant: a kind has one class.
+Every module here except `base` is a family. Its subclasses of `Objective` that have a `kind` are the kinds of the
+configuration. They are found by inspecting the modules, so a new family needs a new file and no entry in a table.
+Invariant: a kind has one class.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tropd_mcore.config.objectives.base import Objective
 
 
 def _kinds() -> dict[str, type[Objective]]:
-    """The class of each kind: TrOPD's family first, the user's own functions last, kinds as they stand in a module."""
+    """The class of each kind: TrOPD's family first, custom functions last, and within a module in its order."""
     found: dict[str, type[Objective]] = {}
     modules = [info.name for info in pkgutil.iter_modules(__path__)]
     for module in sorted(modules, key=lambda name: (name == "user_function", name != "trust_region", name)):

@@ -1,7 +1,8 @@
-"""What all objectives share: the section `policy_gradient`, and the questions that the rest of the system asks.
+"""What all objectives share: the section `policy_gradient` and the traits that the rest of the system reads.
 
-Not for the keys of one kind (the modules beside this one). Invariant: nobody outside asks which kind an objective is;
-what follows from a kind is answered here, by a trait that the kind's class overrides beside the keys it depends on.
+This module does not have the keys of a single kind (see the modules beside it). Invariant: no other code asks which
+kind an objective is. Whatever follows from a kind is a trait here, which the kind's class overrides beside the keys
+that the trait depends on.
 """
 
 from __future__ import annotations
@@ -21,53 +22,56 @@ if TYPE_CHECKING:
     from tropd_mcore.config.objectives.trust_region import GuidanceConfig
 
 Norm = Literal["truncated", "tail", "renorm", "teacher_renorm"]
-"""What becomes of the vocabulary outside the candidates (docs/method.md, 4)."""
+"""How a divergence treats the vocabulary outside the candidates (docs/method.md, 4)."""
 
 
 class PolicyGradientConfig(Section):
     """How an advantage becomes a gradient."""
 
     ratio: Literal["none", "importance", "ppo_clip"] = PolicyGradient.ratio  # type: ignore[assignment]
-    """p / p_old of the loss: 1 (one update a rollout batch), the ratio itself, or PPO's clipped surrogate."""
+    """Factor p / p_old of the policy gradient, where p_old is the student before the first update of the step. `none`:
+    1, for one update per rollout batch. `importance`: the ratio itself. `ppo_clip`: PPO's clipped surrogate."""
     clip_low: float = Field(default=PolicyGradient.clip_low, gt=0, lt=1)
-    """PPO clips the ratio below 1 - clip_low (`ppo_clip`). Source: PPO (0.2)."""
+    """`ppo_clip` only. The ratio is clipped below 1 - clip_low. Source: PPO (0.2)."""
     clip_high: PositiveFloat = PolicyGradient.clip_high
-    """PPO clips the ratio above 1 + clip_high (`ppo_clip`)."""
+    """`ppo_clip` only. The ratio is clipped above 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = PolicyGradient.dual_clip
-    """With an advantage A < 0, the loss is at most -dual_clip * A (`ppo_clip`); None = off. Source: dual-clip PPO, in
-    verl with 3.0. Objectives whose source lacks it have None (docs/settings.md)."""
+    """`ppo_clip` only. If the advantage A is negative, the loss is at most -dual_clip * A. null = off. Source:
+    dual-clip PPO, in verl with 3.0. Objectives whose source lacks it have null (docs/settings.md)."""
     mini_batches: PositiveInt = 1
-    """Optimizer steps a rollout batch makes, each on its own part of the prompts; more than 1 needs a ratio."""
+    """Number of parts into which the prompts of a rollout batch are split, with one optimizer step per part. More than
+    1 needs `ratio` (sdpo has its own)."""
     epochs: PositiveInt = 1
-    """Passes over the rollout batch; more than 1 needs a ratio."""
+    """Number of passes over the rollout batch. More than 1 needs `ratio` (sdpo has its own)."""
     mismatch: Literal["off", "tis", "icepop", "mask"] = PolicyGradient.mismatch  # type: ignore[assignment]
-    """Weight of trainer/sampler probability: off, truncated at tis_cap, zero outside the icepop band, or zero where
-    p_trainer - p_sampler < mask_below."""
+    """Weight of each sampled token that corrects for the difference between trainer and sampler, from
+    w = p_trainer / p_sampler. `off`: 1. `tis`: min(w, tis_cap), truncated importance sampling. `icepop`: w from
+    icepop_low to icepop_high, else 0. `mask`: 1, but 0 if p_trainer - p_sampler < mask_below."""
     tis_cap: PositiveFloat = PolicyGradient.tis_cap
-    """Upper bound of the truncated importance weight."""
+    """`tis` only. Upper bound of the truncated importance weight."""
     icepop_low: PositiveFloat = PolicyGradient.icepop_low
-    """Lower edge of the IcePop band."""
+    """`icepop` only. Lower edge of the band. Weights below it become 0."""
     icepop_high: PositiveFloat = PolicyGradient.icepop_high
-    """Upper edge of the IcePop band."""
+    """`icepop` only. Upper edge of the band. Weights above it become 0."""
     mask_below: float = PolicyGradient.mask_below
-    """Probability difference below which `mask` drops a token."""
+    """`mask` only. Probability difference p_trainer - p_sampler below which a token gets weight 0."""
     advantage_clip: PositiveFloat | None = PolicyGradient.advantage_clip
-    """Clamp of the log-ratio advantage to [-c, c], nats; None = off (the paper)."""
+    """Clamp the log-ratio in the advantage to [-c, c], in nats. null = off (the paper)."""
 
     @classmethod
     def of(cls, factory: catalogue.Factory) -> PolicyGradientConfig:
-        """Return the defaults of an objective."""
+        """Return the section's defaults for one objective."""
         return cls(**asdict(default(factory, "policy")))
 
     @property
     def constants(self) -> PolicyGradient:
-        """The part of the section that the loss knows; mini-batches and epochs are the trainer's."""
+        """The keys that the loss reads: all but `mini_batches` and `epochs`, which only the trainer reads."""
         return PolicyGradient(**self.model_dump(exclude={"mini_batches", "epochs"}))
 
 
 @dataclass(frozen=True)
 class BatchStatistic:
-    """A number of each token that depends on other tokens: a function of `objectives.parts.batch_statistics`."""
+    """A per-token number that depends on other tokens; its function is in `objectives.parts.batch_statistics`."""
 
     name: str
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -78,9 +82,9 @@ class SelfTeaching:
     """How the student becomes its own teacher."""
 
     average_rate: float
-    """Fraction of the difference by which the teacher's weights move after each optimizer step"""
+    """Fraction of the difference to the student by which the teacher's weights move after each optimizer step"""
     template: str
-    """What the teacher reads instead of the prompt, with {prompt} and {solution}"""
+    """Text that the teacher reads instead of the prompt, with {prompt} and {solution}"""
 
 
 @dataclass(frozen=True)
@@ -90,24 +94,24 @@ class FullVocabularyDivergence:
     name: str
     """fkl, rkl or jsd"""
     beta: float
-    """Weight of the teacher in the mixture of the jsd"""
+    """Weight of the teacher in the mixture, for jsd"""
 
 
 @dataclass(frozen=True)
 class Unused:
-    """Keys without effect where they are not at their default, and the setting that makes them so."""
+    """Keys that have no effect, and the setting that makes them so. Changing such a key is an error."""
 
     section: Section
     key: str
-    """Of the section, dotted"""
+    """Dotted key of the section"""
     names: tuple[str, ...]
     because: str
     defaults: Section | None = None
-    """Has the defaults where they are not those of the section's class"""
+    """Holds the defaults if they differ from those of the section's class"""
 
 
 class Objective(Section):
-    """Base of all kinds. A subclass has its `kind`, its keys, and those of the traits below that are not the usual."""
+    """Base of all kinds. A subclass defines its `kind`, its keys, and the traits below that differ from the default."""
 
     if TYPE_CHECKING:
         kind: str
@@ -117,52 +121,52 @@ class Objective(Section):
     needs_teacher_entropy: ClassVar[bool] = False
     """Whether it needs the teacher's entropy over the whole vocabulary"""
     has_own_ratio: ClassVar[bool] = False
-    """Whether it corrects for a policy that moved by itself, without policy_gradient.ratio"""
+    """Whether it corrects for several updates by a ratio of its own, without policy_gradient.ratio"""
     clips_log_ratio: ClassVar[bool] = True
     """Whether its advantage is a log-ratio, which policy_gradient.advantage_clip clamps"""
     needs_old_logp: ClassVar[bool] = False
     """Whether it needs log p from before the update even with a single update"""
     teacher_topk_key: ClassVar[str] = "topk"
-    """The key under `objective` that says how many teacher candidates a token are scored"""
+    """The key under `objective` that sets the number of teacher candidates per token"""
 
     @property
     def family(self) -> str:
-        """The module that has the class; its equations and its oracle are in modules of the same name."""
+        """Name of the class's module. The equations and the oracle are in modules of the same name."""
         return type(self).__module__.rpartition(".")[2]
 
     @property
     def teacher_topk(self) -> int:
-        """Teacher candidates per token that are scored."""
+        """Number of teacher candidates per token that are scored."""
         return int(self.topk)  # type: ignore[attr-defined]
 
     @property
     def student_candidates(self) -> int:
-        """The student's own candidates per token; 0 where none are needed."""
+        """Number of student candidates per token; 0 if none are needed."""
         return int(getattr(self, "student_topk", 0))
 
     @property
     def policy(self) -> PolicyGradientConfig:
-        """The section `policy_gradient`; without one, the defaults, which change nothing."""
+        """The section `policy_gradient`; if there is none, the defaults, which change nothing."""
         return PolicyGradientConfig()
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps that a rollout batch makes."""
+        """Optimizer steps per rollout batch."""
         return self.policy.mini_batches * self.policy.epochs
 
     @property
     def active_guidance(self) -> GuidanceConfig | None:
-        """The section `guidance` where there is one that is enabled."""
+        """The section `guidance` if there is one and it is enabled, else None."""
         return None
 
     @property
     def has_prefix_loss(self) -> bool:
-        """Whether there is a term for the tokens of a teacher prefix: only then are they rows."""
+        """Whether tokens of a teacher prefix have a loss. Only then are they rows of the loss."""
         return False
 
     @property
     def compares_samples(self) -> bool:
-        """Whether the samples of a prompt are compared, so that one is not enough."""
+        """Whether the samples of a prompt are compared, which needs at least two of them."""
         return False
 
     @property
@@ -172,34 +176,35 @@ class Objective(Section):
 
     @property
     def self_teaching(self) -> SelfTeaching | None:
-        """Set where the teacher is an average of the student, which reads a correct solution."""
+        """Set if the teacher is an average of the student that reads a correct solution, else None."""
         return None
 
     @property
     def full_vocabulary_divergence(self) -> FullVocabularyDivergence | None:
-        """Set where the loss is a divergence over the whole vocabulary, which needs the teacher's hidden states."""
+        """Set if the loss is a divergence over the whole vocabulary, which needs the teacher's hidden states, else
+        None."""
         return None
 
     @property
     def function_path(self) -> str | None:
-        """The import path of a function that is not in this package."""
+        """Import path of a loss function outside this package, else None."""
         return None
 
     @property
     def needs_statistic(self) -> bool:
-        """Whether the loss of a token depends on other tokens at any time of the run."""
+        """Whether the loss of a token depends on other tokens at any step of the run."""
         return self.statistic(0.0) is not None or self.statistic(1.0) is not None
 
     def statistic(self, progress: float) -> BatchStatistic | None:
-        """Return what the loss of a token takes from other tokens at `progress` = step / run.steps."""
+        """Return the number that the loss of a token takes from other tokens at `progress` = step / run.steps."""
         return None
 
     def reference_folder(self, student: Path) -> Path | None:
-        """Return the folder of the frozen reference model, of which `student` is the default; None without one."""
+        """Return the folder of the frozen reference model, by default `student`; None if there is no reference."""
         return None
 
     def constants(self, progress: float) -> dict[str, Any]:
-        """Return the constants by the keywords of `objectives.catalogue`; names that it does not have are ignored."""
+        """Return the constants under the keywords of `objectives.catalogue`. Names unknown there are ignored."""
         keys = {name: getattr(self, name) for name in type(self).model_fields}
         return keys | {"policy": self.policy.constants}
 
@@ -210,19 +215,19 @@ class Objective(Section):
         return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
 
     def problems(self) -> Iterator[str]:
-        """Yield a line for each setting that would train nothing or the wrong thing, as far as this section shows."""
+        """Yield one line for each setting of this section that would train nothing or the wrong thing."""
         yield from ()
 
     def unused(self) -> Iterator[Unused]:
-        """Yield the keys that other keys leave without effect."""
+        """Yield the keys that have no effect because of other keys."""
         yield from ()
 
 
 class PolicyGradientObjective(Objective):
-    """An objective with the section `policy_gradient`, whose defaults are those of the objective's source.
+    """An objective with the section `policy_gradient`, whose defaults follow the objective's source.
 
-    A class states them as the default of that field (docs/settings.md). A key that the configuration leaves out has the
-    default of the objective, also where other keys of the section are given.
+    Each class gives them as the default of that field (docs/settings.md). A key that the configuration leaves out has
+    the default of the objective, even if other keys of the section are given.
     """
 
     if TYPE_CHECKING:
@@ -264,7 +269,7 @@ def _short(value: object) -> str:
 
 
 def renormalised_on_one(key: str) -> str:
-    """Return the line about a divergence that is always 0."""
+    """Return the message about a divergence that is always 0."""
     return (
         f"{key} = 1 with norm=renorm: renormalised on one token, student and teacher are equal and the divergence "
         f"is always 0; set {key} to 2 or more, or another norm"

@@ -1,4 +1,4 @@
-"""The keys of the objectives with a policy gradient on several candidates of a state (docs/objectives.md)."""
+"""The keys of objectives with a policy gradient on several candidates per position (docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from tropd_mcore.objectives.catalogue import default
 
 
 class RethinkingObjective(PolicyGradientObjective):
-    """Rethinking OPD: a policy gradient on several candidates of each state instead of the sampled token alone."""
+    """Rethinking OPD: a policy gradient on several candidates per position instead of the sampled token alone."""
 
     kind: Literal["rethinking"] = "rethinking"
     support: Literal["student", "teacher", "intersection", "union", "xor"] = default(catalogue.rethinking, "support")
-    """Whose top-k the candidates are; xor = in one of the two only."""
+    """Which top-k tokens are the candidates: the student's, the teacher's, those in both (`intersection`), in either
+    (`union`), or in exactly one (`xor`)."""
     topk: PositiveInt = 16
-    """Candidates of the teacher. Source: Rethinking OPD (16)."""
+    """Number of teacher candidates per token. Source: Rethinking OPD (16)."""
     student_topk: PositiveInt = 16
-    """Candidates of the student."""
+    """Number of student candidates per token."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.rethinking)
 
     def problems(self) -> Iterator[str]:
-        """One candidate is not degenerate: its log-probs are over the whole vocabulary, only its weight is 1."""
+        """A single candidate is allowed: its log-probs are over the whole vocabulary, only its weight is 1."""
         if self.policy_gradient.mismatch != "off":
             yield (
                 f"objective.policy_gradient.mismatch={self.policy_gradient.mismatch} weighs sampled tokens, but the "
@@ -32,7 +33,7 @@ class RethinkingObjective(PolicyGradientObjective):
             )
         if self.updates_per_step > 1 and self.support in ("teacher", "union", "xor"):
             yield (
-                f"objective.support={self.support} with {self.updates_per_step} updates a rollout batch: the student's "
-                "log-probs of the teacher's candidates are not kept from before the first update, so they have no "
-                "ratio; set support=student or intersection, or make one update"
+                f"objective.support={self.support} with {self.updates_per_step} updates per rollout batch: the "
+                "student's log-probs of the teacher's candidates are not kept from before the first update, so they "
+                "have no ratio; set support=student or intersection, or make one update"
             )

@@ -1,4 +1,4 @@
-"""The keys of the objectives with a differentiable divergence from the teacher (docs/objectives.md)."""
+"""The keys of objectives with a differentiable divergence from the teacher (docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tropd_mcore.objectives.catalogue import default
 
 
 class EopdObjective(PolicyGradientObjective):
-    """Entropy-aware OPD: the log-ratio reward on every token plus a forward KL where the teacher is uncertain."""
+    """Entropy-aware OPD: the log-ratio reward on every token, plus a forward KL on tokens with an uncertain teacher."""
 
     kind: Literal["eopd"] = "eopd"
     entropy_threshold: float = Field(default=default(catalogue.eopd, "entropy_threshold"), ge=0)
-    """Teacher entropy over the full vocabulary, nats, above which the forward KL is added. Source: EOPD (0.8)."""
+    """Teacher entropy over the full vocabulary, in nats, above which the forward KL is added. Source: EOPD (0.8)."""
     topk: PositiveInt = 16
-    """Teacher support size. Source: EOPD (16); TrOPD's tables use 64."""
+    """Number of teacher candidates (top-k) per token. Source: EOPD (16); TrOPD's tables use 64."""
     norm: Norm = default(catalogue.eopd, "norm")
-    """Support normalisation of the forward KL."""
+    """How the forward KL treats the vocabulary outside the top-k (docs/method.md, 4)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.eopd)
     needs_teacher_entropy: ClassVar[bool] = True
 
@@ -40,13 +40,13 @@ class EopdObjective(PolicyGradientObjective):
 
 
 class JsdObjective(PolicyGradientObjective):
-    """TrOPD's JSD baseline: a top-k half from the teacher's side, a one-sample half from the student's."""
+    """TrOPD's JSD baseline: the teacher's half on its top-k, the student's half estimated from the sampled token."""
 
     kind: Literal["jsd"] = "jsd"
     beta: float = Field(default=default(catalogue.jsd, "beta"), gt=0, lt=1)
     """Weight of the teacher in the mixture. Source: TrOPD section 4 (0.5)."""
     topk: PositiveInt = 64
-    """Teacher support size."""
+    """Number of teacher candidates (top-k) per token."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.jsd)
 
 
@@ -55,17 +55,20 @@ class GkdObjective(Objective):
 
     kind: Literal["gkd"] = "gkd"
     divergence: Literal["fkl", "rkl", "jsd", "k1"] = default(catalogue.gkd, "divergence")
-    """KL(q || p), KL(p || q), the JSD of `beta`; `k1` (the one-sample estimate itself) is refused."""
+    """Divergence of student p and teacher q. `fkl`: KL(q || p). `rkl`: KL(p || q). `jsd`: the Jensen-Shannon divergence
+    with `beta`. `k1`, the one-sample estimate, is an error."""
     beta: float = Field(default=default(catalogue.gkd, "beta"), gt=0, lt=1)
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; `jsd` only."""
+    """`jsd` only. Weight of the teacher: beta KL(q || m) + (1 - beta) KL(p || m), with m = beta q + (1 - beta) p."""
     full_vocabulary: bool = default(catalogue.gkd, "full_vocabulary")
-    """Over the whole vocabulary instead of the teacher's top-k; needs teacher.kind=megatron."""
+    """Compute the divergence over the whole vocabulary instead of the teacher's top-k. Needs teacher.kind=megatron."""
     topk: PositiveInt = 64
-    """Teacher support size."""
+    """Number of teacher candidates (top-k) per token."""
     norm: Literal["truncated", "tail", "renorm"] = default(catalogue.gkd, "norm")
-    """Support normalisation on the top-k; a truncated reverse KL is refused."""
+    """How the divergence treats the vocabulary outside the top-k (docs/method.md, 4). A `truncated` reverse KL is an
+    error."""
     gradient: Literal["direct", "advantage"] = "direct"
-    """`advantage` (minus the divergence as reward of the sampled token) is refused: it depends on the state only."""
+    """`direct`: differentiate the divergence. `advantage`, minus the divergence as reward of the sampled token, is an
+    error, because it does not depend on that token."""
 
     @property
     def full_vocabulary_divergence(self) -> FullVocabularyDivergence | None:
@@ -75,18 +78,18 @@ class GkdObjective(Objective):
         if self.divergence == "k1":
             yield (
                 "objective.divergence=k1: the expected gradient of the one-sample estimate itself is zero, because "
-                "that of log p over the student's own samples is; set objective.kind=opd, which rewards the sampled "
-                "token with it"
+                "the expected gradient of log p over the student's own samples is zero; set objective.kind=opd, which "
+                "uses the estimate as reward of the sampled token"
             )
         if self.gradient == "advantage":
             yield (
-                "objective.gradient=advantage: a divergence is the same for whatever token was sampled, and the "
-                "expected gradient of such an advantage is zero; set objective.gradient=direct"
+                "objective.gradient=advantage: a divergence does not depend on the sampled token, so the expected "
+                "gradient of such an advantage is zero; set objective.gradient=direct"
             )
         if self.divergence == "rkl" and self.norm == "truncated" and not self.full_vocabulary:
             yield (
                 "objective.norm=truncated with objective.divergence=rkl: the sum over the top-k falls as the student "
-                "leaves the top-k, so its gradient pushes probability out even where the student equals the teacher; "
+                "leaves the top-k, so its gradient pushes probability out even if the student equals the teacher; "
                 "set objective.norm=tail or renorm"
             )
         if self.topk == 1 and self.norm == "renorm" and not self.full_vocabulary:
@@ -104,11 +107,12 @@ class LsmObjective(Objective):
 
     kind: Literal["lsm"] = "lsm"
     topk: PositiveInt = 32
-    """Teacher support size. Source: Revisiting OPD (32)."""
+    """Number of teacher candidates (top-k) per token. Source: Revisiting OPD (32)."""
     sampled_tail: bool = default(catalogue.lsm, "sampled_tail")
-    """Append the sampled token to the support where it is outside."""
+    """Add the sampled token to the candidates if it is not one of them."""
     clip_log_ratio: PositiveFloat | None = default(catalogue.lsm, "clip_log_ratio")
-    """Bound of |log p~ - log q~|, nats, as a constant factor of the gradient; None = off, the authors' default."""
+    """Bound c in nats. The log-ratio log(p~ / q~), which is a constant factor of the gradient, is clamped to [-c, c].
+    p~ and q~ are p and q renormalised on the candidates. null = off, the authors' default."""
 
     def problems(self) -> Iterator[str]:
         if self.topk == 1 and not self.sampled_tail:

@@ -1,4 +1,4 @@
-"""The keys of the objectives that teach by a reward on the sampled token (docs/objectives.md)."""
+"""The keys of objectives with a reward on the sampled token (docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from tropd_mcore.objectives.catalogue import default
 
 
 class RewardObjective(PolicyGradientObjective):
-    """What all of them share."""
+    """Base of these objectives."""
 
     topk: PositiveInt = 64
-    """Teacher support size, for the metrics only."""
+    """Number of teacher candidates (top-k) per token, used for metrics only."""
 
 
 class ReopoldObjective(RewardObjective):
-    """Relaxed OPD: the reward floored; in two stages, first without very negative tokens, then uncertain ones only."""
+    """Relaxed OPD: the reward has a floor. With two stages, it first trains tokens above the floor, then only tokens on
+    which the student is uncertain."""
 
     kind: Literal["reopold"] = "reopold"
     stages: Literal[1, 2] = 1
-    """1 floors the reward of every token (Clip Outlier of TrOPD's tables); 2 adds the phases of the paper, each a mean
-    over the tokens that it trains."""
+    """1: floor the reward of every token (Clip Outlier in TrOPD's tables). 2: also use the two phases of the paper. The
+    loss of a phase is the mean over the tokens that it trains."""
     floor: float = default(catalogue.reopold, "floor")
-    """Least reward, nats: log(lambda / (1 - lambda)). Source: REOPOLD eq. 7, lambda = 0.3."""
+    """Lowest reward in nats, log(lambda / (1 - lambda)). Source: REOPOLD eq. 7, lambda = 0.3."""
     switch_at: Fraction = 0.5
-    """Fraction of run.steps after which the second phase begins (stages: 2)."""
+    """Only with stages=2. Fraction of run.steps after which the second phase begins."""
     entropy_fraction: float = Field(default=0.2, gt=0, le=1)
-    """Share of the batch's tokens, by student entropy, that the second phase trains. Source: REOPOLD eq. 8 (0.2)."""
+    """Only with stages=2. Share of the batch's tokens that the second phase trains: those with the highest student
+    entropy. Source: REOPOLD eq. 8 (0.2)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.reopold)
 
     @property
@@ -59,20 +61,22 @@ class ReopoldObjective(RewardObjective):
             yield Unused(self, "objective", ("switch_at", "entropy_fraction"), "objective.stages=1")
 
     def _phase(self, progress: float) -> str:
-        """Which tokens are trained at `progress`: the keyword `train` of the loss function."""
+        """Which tokens are trained at `progress`, as the keyword `train` of the loss function."""
         if self.stages == 1:
             return "all"
         return "above_floor" if progress < self.switch_at else "selected"
 
 
 class EntropyOpdObjective(RewardObjective):
-    """OPD on the tokens where the student is most uncertain."""
+    """OPD on the tokens on which the student is most uncertain."""
 
     kind: Literal["entropy_opd"] = "entropy_opd"
     fraction: float = Field(default=0.2, gt=0, le=1)
-    """Share of the global batch's tokens, by student entropy, that are trained. Source: TrOPD section 4 (20 %)."""
+    """Share of the global batch's tokens that are trained: those with the highest student entropy. Source: TrOPD
+    section 4 (20 %)."""
     denominator: Literal["selected", "all"] = default(catalogue.entropy_opd, "denominator")
-    """The loss is the mean over the selected tokens, or the sum over them divided by the number of all tokens."""
+    """The sum of the loss over the selected tokens is divided by their number (`selected`) or by the number of all
+    tokens (`all`)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.entropy_opd)
 
     @property
@@ -84,13 +88,14 @@ class EntropyOpdObjective(RewardObjective):
 
 
 class ExopdObjective(RewardObjective):
-    """G-OPD: the reward relative to a reference, scaled; above 1 it extrapolates past the teacher (ExOPD)."""
+    """G-OPD: a scaled reward relative to a reference model. A scale above 1 extrapolates past the teacher (ExOPD)."""
 
     kind: Literal["exopd"] = "exopd"
     scale: PositiveFloat = default(catalogue.exopd, "scale")
-    """lambda of the G-OPD reward; 1 is plain OPD. Source: ExOPD (1.25)."""
+    """lambda of the G-OPD reward scale (log q - log ref) - (log p - log ref), with reference model ref. 1 is plain OPD.
+    Source: ExOPD (1.25)."""
     reference: Path | None = None
-    """Hugging Face folder of the reference model; None = the student as the run found it."""
+    """Hugging Face folder of the reference model. null = student.path, the student before training."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.exopd)
     """Source of the mismatch weight: G-OPD's code, token level, at most 5.0."""
 
@@ -99,16 +104,17 @@ class ExopdObjective(RewardObjective):
 
 
 class TopdObjective(RewardObjective):
-    """TOP-D: a reward bounded by mixing probabilities, with the mean of what follows, normalised over the group."""
+    """TOP-D: a reward that mixing probabilities bounds below, plus the mean reward of later tokens, normalised over the
+    samples of a prompt."""
 
     kind: Literal["topd"] = "topd"
     mixing: float = Field(default=default(catalogue.topd, "mixing"), gt=0, lt=1)
-    """alpha of log(alpha rho + 1 - alpha), rho = teacher's / student's probability; bounded below by log(1 - alpha).
-    Source: TOP-D (0.9)."""
+    """alpha of the reward log(alpha rho + 1 - alpha), with rho = teacher's / student's probability. The reward is never
+    below log(1 - alpha). Source: TOP-D (0.9)."""
     future_mean: bool = True
-    """Add the mean reward of the tokens that follow."""
+    """Add to each token's reward the mean reward of the tokens after it."""
     normalise: bool = True
-    """Subtract the mean and divide by the standard deviation over all tokens of a prompt's samples."""
+    """Subtract the mean and divide by the standard deviation, both over all tokens of a prompt's samples."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.topd)
     clips_log_ratio: ClassVar[bool] = False
 
@@ -122,11 +128,12 @@ class TopdObjective(RewardObjective):
 
 
 class VopdObjective(RewardObjective):
-    """vOPD: the log-ratio with the state's own baseline, KL(p || q) on the student's top tokens, a constant."""
+    """vOPD: the log-ratio plus a baseline per position, KL(p || q) on the student's top-k, which is a constant."""
 
     kind: Literal["vopd"] = "vopd"
     student_topk: PositiveInt = 100
-    """Student candidates of the baseline, renormalised on both sides. Source: vOPD's code (100)."""
+    """Number of student candidates for the baseline KL(p || q). p and q are renormalised on them. Source: vOPD's code
+    (100)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.vopd)
 
     def problems(self) -> Iterator[str]:
@@ -138,11 +145,12 @@ class VopdObjective(RewardObjective):
 
 
 class IwOpdObjective(RewardObjective):
-    """IW-OPD: early tokens weigh more, by how much of the sample's advantage is still to come."""
+    """IW-OPD: a token weighs more, the more of the sample's total |advantage| comes after it."""
 
     kind: Literal["iw_opd"] = "iw_opd"
     gamma: float = Field(default=0.5, ge=0)
-    """h_t = 1 + gamma (1 - share of the sample's |A| that is before t). Source: IW-OPD (0.5)."""
+    """Strength of the weight h_t = 1 + gamma (1 - share of the sample's sum of |advantage| before token t).
+    Source: IW-OPD (0.5)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.iw_opd)
 
     def statistic(self, progress: float) -> BatchStatistic | None:
@@ -150,11 +158,11 @@ class IwOpdObjective(RewardObjective):
 
 
 class PowerOpdObjective(RewardObjective):
-    """PowerOPD: the reward q^a - p^a, bounded in [-1, 1]."""
+    """PowerOPD: the reward q^a - p^a, which is in [-1, 1]."""
 
     kind: Literal["power_opd"] = "power_opd"
     power: PositiveFloat = default(catalogue.power_opd, "power")
-    """a of q^a - p^a: the larger it is, the less a token counts that both models find unlikely. Towards 0 the reward
-    divided by a becomes the log-ratio. Source: PowerOPD's code (5)."""
+    """Exponent a of the reward q^a - p^a. The larger it is, the less weight tokens have that both models find unlikely.
+    As a tends to 0, the reward divided by a tends to the log-ratio. Source: PowerOPD's code (5)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.power_opd)
     clips_log_ratio: ClassVar[bool] = False

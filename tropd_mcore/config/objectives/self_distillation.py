@@ -1,4 +1,4 @@
-"""The keys of the objectives whose teacher is the student itself (docs/objectives.md)."""
+"""The keys of objectives whose teacher is the student itself (docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ _TEMPLATE = "{prompt}\n\nA correct solution:\n\n{solution}\n\nNow solve the orig
 
 
 class SdpoObjective(PolicyGradientObjective):
-    """Self-distillation: the teacher is the student (an average of its weights) that has seen a solution."""
+    """Self-distillation: the teacher is the student, with an average of its weights, that has seen a solution."""
 
     kind: Literal["sdpo"] = "sdpo"
     alpha: Fraction = default(catalogue.sdpo, "alpha")
-    """(1 - alpha) KL(p || m) + alpha KL(q || m), m = (1 - alpha) p + alpha q; 0 is KL(q || p), 1 is KL(p || q)."""
+    """Weight of the teacher in the divergence (1 - alpha) KL(p || m) + alpha KL(q || m), with m = (1 - alpha) p + alpha
+    q. 0 = KL(q || p), 1 = KL(p || q)."""
     student_topk: PositiveInt = 100
-    """Student candidates. Source: SDPO (100)."""
+    """Number of student candidates per token, on which the divergence is computed. Source: SDPO (100)."""
     topk: PositiveInt = 64
-    """Teacher support size, for the metrics only."""
+    """Number of teacher candidates (top-k) per token, used for metrics only."""
     norm: Literal["tail", "renorm"] = default(catalogue.sdpo, "norm")
-    """The rest of the vocabulary as one bucket, or both sides renormalised on the candidates."""
+    """How the divergence treats the vocabulary outside the candidates. `tail`: as one bucket. `renorm`: student and
+    teacher are renormalised on the candidates."""
     ratio_cap: PositiveFloat = default(catalogue.sdpo, "ratio_cap")
-    """Upper bound of the detached ratio p / p_old that multiplies the divergence."""
+    """Upper bound of the ratio p / p_old, a constant that multiplies the divergence."""
     average_rate: float = Field(default=0.05, ge=0, le=1)
-    """Weights of the teacher move by this fraction of the difference after each optimizer step; 0 keeps the first
-    student, 1 is the last one. Source: SDPO (0.05)."""
+    """After each optimizer step, the teacher's weights move towards the student's by this fraction of the difference.
+    0 = the teacher stays the initial student, 1 = it is always the latest student. Source: SDPO (0.05)."""
     template: str = _TEMPLATE
-    """What the teacher reads instead of the prompt's last user message, or of a text prompt; {prompt} and {solution},
-    which has to be there, are filled in."""
+    """Text that the teacher reads instead of the prompt's last user message, or instead of a text prompt. {prompt} and
+    {solution} are filled in. {solution} is required."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.sdpo)
-    """`mini_batches`, `epochs` and `mismatch`, whose weight also multiplies the divergence; there is no advantage.
-    Source of the weight: SDPO's code, token level, at most 2.0."""
+    """Only `mini_batches`, `epochs` and `mismatch` apply, because there is no advantage. The mismatch weight multiplies
+    the divergence too. Source of the weight: SDPO's code, token level, at most 2.0."""
     learns_from_verifier: ClassVar[bool] = True
     has_own_ratio: ClassVar[bool] = True
 
@@ -52,7 +54,7 @@ class SdpoObjective(PolicyGradientObjective):
         return SelfTeaching(self.average_rate, self.template)
 
     def problems(self) -> Iterator[str]:
-        """The divergence has no advantage, and a ratio of its own."""
+        """The divergence has no advantage, and it has its own ratio."""
         policy = self.policy_gradient
         if self.student_topk == 1 and self.norm == "renorm":
             yield renormalised_on_one("objective.student_topk")
@@ -67,24 +69,27 @@ class SdpoObjective(PolicyGradientObjective):
 
 
 class OpsdObjective(Objective):
-    """On-policy self-distillation: forward KL to the student that has seen a solution, each entry bounded."""
+    """On-policy self-distillation: forward KL from the student that has seen a solution, with each entry bounded."""
 
     kind: Literal["opsd"] = "opsd"
     entry_clip: PositiveFloat = default(catalogue.opsd, "entry_clip")
-    """Upper bound of what one entry adds to the divergence, q log(q / p), nats; an entry above it has no gradient.
-    Source: OPSD for the bound; the value is ours, because the authors' code at 590ec26 has none."""
+    """Upper bound of the contribution q log(q / p) of one entry to the divergence, in nats. An entry above it has no
+    gradient. Source: OPSD for the bound. The value is chosen here, because the authors' code at 590ec26 has none."""
     student_topk: PositiveInt = 100
-    """Student candidates, on which the divergence is taken. Source: as `sdpo`; OPSD has the whole vocabulary."""
+    """Number of student candidates per token, on which the divergence is computed. Source: as `sdpo`; OPSD uses the
+    whole vocabulary."""
     topk: PositiveInt = 64
-    """Teacher support size, for the metrics only."""
+    """Number of teacher candidates (top-k) per token, used for metrics only."""
     norm: Literal["truncated", "tail"] = default(catalogue.opsd, "norm")
-    """The rest of the vocabulary left out, or as one more entry, which is bounded too."""
+    """How the divergence treats the vocabulary outside the candidates. `truncated`: left out. `tail`: as one more
+    entry, which is bounded too."""
     average_rate: float = Field(default=0.0, ge=0, le=1)
-    """Weights of the teacher move by this fraction of the difference after each optimizer step; 0 keeps the first
-    student, 1 is the last one. Source: OPSD's scripts (a fixed teacher)."""
+    """After each optimizer step, the teacher's weights move towards the student's by this fraction of the difference.
+    0 = the teacher stays the initial student, 1 = it is always the latest student. Source: OPSD's scripts (a fixed
+    teacher)."""
     template: str = _TEMPLATE
-    """What the teacher reads instead of the prompt's last user message, or of a text prompt; {prompt} and {solution},
-    which has to be there, are filled in."""
+    """Text that the teacher reads instead of the prompt's last user message, or instead of a text prompt. {prompt} and
+    {solution} are filled in. {solution} is required."""
     learns_from_verifier: ClassVar[bool] = True
 
     @property
@@ -96,7 +101,7 @@ class OpsdObjective(Objective):
 
 
 def _template_problems(template: str) -> Iterator[str]:
-    """Yield a line where the teacher would not read the solution."""
+    """Yield a line if the teacher would not read the solution."""
     if "{solution}" not in template:
         yield (
             "objective.template: expected {solution}, where the teacher reads the correct solution, found "

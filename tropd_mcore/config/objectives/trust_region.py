@@ -1,4 +1,4 @@
-"""The keys of TrOPD, of plain on-policy distillation, which trusts every token, and of AOPD's gate."""
+"""The keys of TrOPD, of plain on-policy distillation (which trusts every token) and of AOPD's gate."""
 
 from __future__ import annotations
 
@@ -31,44 +31,50 @@ class TrustConfig(Section):
 
 
 class OutlierConfig(Section):
-    """What the others learn from."""
+    """What distrusted tokens (outliers) learn from."""
 
     mode: Literal["fkl_direct", "fkl_scalar", "mask", "clip"] = default(catalogue.tropd, "outlier_mode")
-    """Loss of a distrusted token: differentiable top-k FKL (paper), the same as a scalar advantage, none, or a
-    reward floored at clip_tau. `mask` and `clip` use the static region r > clip_tau (TrOPD table 1)."""
+    """Loss of a distrusted token. `fkl_direct`: the differentiable forward KL on the teacher's top-k (the paper).
+    `fkl_scalar`: minus that forward KL as a scalar advantage. `mask`: none. `clip`: the reward with the floor clip_tau.
+    `mask` and `clip` trust tokens with a log-ratio above clip_tau, whatever trust.mode is (TrOPD table 1)."""
     weight: float = Field(default=default(catalogue.tropd, "outlier_weight"), ge=0)
     """Factor of the outlier term. Source: TrOPD eq. of J_on (1:1)."""
     topk: PositiveInt = 64
-    """Teacher support size k. Source: TrOPD section 4."""
+    """Number k of teacher candidates (top-k) per token. Source: TrOPD section 4."""
     norm: Norm = default(catalogue.tropd, "outlier_norm")
-    """Support normalisation of the FKL (docs/method.md, 4)."""
+    """How the forward KL treats the vocabulary outside the top-k (docs/method.md, 4)."""
     clip_tau: float = default(catalogue.tropd, "clip_tau")
-    """Floor of the log-ratio, in nats, of `clip` and `mask`. Source: REOPOLD, lambda = 0.3."""
+    """`mask` and `clip` only. Log-ratio, in nats, above which a token is trusted; with `clip` also the floor of the
+    reward. Source: REOPOLD, lambda = 0.3."""
 
 
 class GuidanceConfig(Section):
-    """Prefixes of teacher responses that the student continues."""
+    """Guidance: the student continues prefixes of teacher responses."""
 
     enabled: bool = True
-    """Continue teacher prefixes; needs data.teacher_responses."""
+    """Let the student continue prefixes of teacher responses. Needs data.teacher_responses."""
     beta: float = Field(default=default(catalogue.tropd, "beta"), ge=0)
-    """Weight of the prefix loss. Source: TrOPD section 3.3."""
+    """Weight of the loss on prefix tokens. Source: TrOPD section 3.3."""
     loss: Literal["nll", "none", "topk_fkl", "scalar_adv"] = default(catalogue.tropd, "prefix_loss")
-    """Prefix loss: NLL (gradient of the K1 forward KL), none, top-k FKL, or the detached advantage of the authors."""
+    """Loss of a prefix token. `nll`: negative log-likelihood, the gradient of the K1 estimate of the forward KL.
+    `none`: no loss. `topk_fkl`: forward KL on the teacher's top-k. `scalar_adv`: the authors' detached advantage."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """alpha(t): (1 + cos(pi t / T)) / 2, 1 - t / T, or 1; 0 after T (constant: 1)."""
+    """Fraction alpha of the teacher response that is used as prefix at step t. `cosine`: (1 + cos(pi t / T)) / 2.
+    `linear`: 1 - t / T. Both are 0 after T = total_steps. `constant`: always 1."""
     total_steps: PositiveInt | None = None
-    """T of the schedule; None = run.steps."""
+    """Number of steps T of the schedule. null = run.steps."""
     length_mode: Literal["proportional", "cap"] = "proportional"
-    """Prefix length: floor(alpha * len(response)), or min(floor(alpha * longest response), len(response))."""
+    """Length of the prefix in tokens. `proportional`: floor(alpha * len(response)). `cap`:
+    min(floor(alpha * longest response), len(response))."""
     min_continuation: PositiveInt = 64
-    """Tokens of the teacher response that are always left to the student."""
+    """Smallest number of tokens of the teacher response that are left to the student."""
     continuation_budget: Literal["full", "shared"] = "full"
-    """New tokens after the prefix: rollout.max_new_tokens, or that minus the prefix."""
+    """Limit on new tokens after the prefix. `full`: rollout.max_new_tokens. `shared`: rollout.max_new_tokens minus the
+    prefix length."""
 
 
 class TropdSections(PolicyGradientObjective):
-    """TrOPD's sections, for TrOPD itself and for what extends it."""
+    """The sections of TrOPD, shared by TrOPD and the objectives that extend it."""
 
     trust: TrustConfig = TrustConfig()
     outlier: OutlierConfig = OutlierConfig()
@@ -86,7 +92,7 @@ class TropdSections(PolicyGradientObjective):
 
     @property
     def has_prefix_loss(self) -> bool:
-        """Where guidance.loss is not `none`: beta = 0 is a term of weight 0, whose rows count."""
+        """True if guidance.loss is not `none`. With beta = 0 the term has weight 0 and its rows still count."""
         return self.guidance.enabled and self.guidance.loss != "none"
 
     def constants(self, progress: float) -> dict[str, Any]:
@@ -127,7 +133,7 @@ class TropdSections(PolicyGradientObjective):
 
 
 class TropdObjective(TropdSections):
-    """TrOPD, docs/method.md."""
+    """TrOPD (docs/method.md)."""
 
     kind: Literal["tropd"] = "tropd"
 
@@ -144,27 +150,29 @@ class TropdObjective(TropdSections):
 
 
 class OpdObjective(PolicyGradientObjective):
-    """Plain on-policy distillation: the same code with the gate open and no guidance."""
+    """Plain on-policy distillation: the code of TrOPD with every token trusted and no guidance."""
 
     kind: Literal["opd"] = "opd"
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.opd)
     topk: PositiveInt = 64
-    """Teacher support size, for the metrics only."""
+    """Number of teacher candidates (top-k) per token, used for metrics only."""
 
     def description(self) -> str:
         return f"every token trusted, top-{self.topk} of the teacher for the metrics"
 
 
 class AopdObjective(PolicyGradientObjective):
-    """Asymmetric OPD: forward KL where the teacher gives the token no more than the student, else the reward."""
+    """Asymmetric OPD: a forward KL if the teacher's probability of the token does not exceed the student's, else the
+    reward."""
 
     kind: Literal["aopd"] = "aopd"
     threshold: float = Field(default=default(catalogue.aopd, "threshold"), ge=-1, le=1)
-    """Gate q(x) - p(x) <= threshold; -1 is OPD, 1 is a forward KL everywhere. Source: AOPD (0)."""
+    """A token x learns from the forward KL if q(x) - p(x) <= threshold. -1 = OPD, 1 = the forward KL on every token.
+    Source: AOPD (0)."""
     topk: PositiveInt = 64
-    """Teacher support size."""
+    """Number of teacher candidates (top-k) per token."""
     norm: Norm = default(catalogue.aopd, "norm")
-    """Support normalisation of the forward KL."""
+    """How the forward KL treats the vocabulary outside the top-k (docs/method.md, 4)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.aopd)
 
     def problems(self) -> Iterator[str]:
@@ -173,13 +181,13 @@ class AopdObjective(PolicyGradientObjective):
 
 
 class TropdAopdObjective(TropdSections):
-    """TrOPD plus AOPD's forward KL on the tokens that the teacher gives no more than the student."""
+    """TrOPD plus AOPD's forward KL on tokens whose teacher probability does not exceed the student's."""
 
     kind: Literal["tropd_aopd"] = "tropd_aopd"
     aopd_threshold: float = Field(default=default(catalogue.tropd_aopd, "aopd_threshold"), ge=-1, le=1)
-    """Gate q(x) - p(x) <= aopd_threshold of the added forward KL."""
+    """A token x also learns from AOPD's forward KL if q(x) - p(x) <= aopd_threshold."""
     aopd_weight: float = Field(default=default(catalogue.tropd_aopd, "aopd_weight"), ge=0)
-    """Weight of the added forward KL."""
+    """Weight of AOPD's forward KL."""
 
     def constants(self, progress: float) -> dict[str, Any]:
         return super().constants(progress) | {"aopd_threshold": self.aopd_threshold, "aopd_weight": self.aopd_weight}

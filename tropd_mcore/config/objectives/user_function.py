@@ -1,4 +1,4 @@
-"""The keys of an objective that is a function of the user's own (docs/objectives.md)."""
+"""The keys of an objective that is a user-supplied function (docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from tropd_mcore.config.objectives.base import PolicyGradientConfig, PolicyGradi
 
 
 class CustomObjective(PolicyGradientObjective):
-    """An objective of one's own: a function like those in `objectives`."""
+    """A custom objective: a user-supplied function with the interface of those in `objectives`."""
 
     kind: Literal["custom"] = "custom"
     function: str
-    """Import path `package.module:function` of a function (TokenInputs, *, ...) -> TokenLosses."""
+    """Import path `package.module:function` of a function (TokenInputs, *, ...) -> TokenLosses that computes the
+    loss."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the function; `policy` is policy_gradient, for a function that has such a keyword."""
+    """Keyword arguments of the function. A function with the keyword `policy` also gets the section policy_gradient."""
     topk: PositiveInt = 64
-    """Teacher support size."""
+    """Number of teacher candidates (top-k) per token."""
     student_topk: int = Field(default=0, ge=0)
-    """Student candidates; 0 = none."""
+    """Number of student candidates per token. 0 = none."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig()
 
     @property
     def has_prefix_loss(self) -> bool:
-        """Where the arguments say so, by the keyword that `tropd` itself has."""
+        """True if the arguments set `prefix_loss`, the keyword of `tropd`, to anything but `none`."""
         return bool(self.arguments.get("prefix_loss", "none") != "none")
 
     @property
@@ -35,5 +36,5 @@ class CustomObjective(PolicyGradientObjective):
         return self.function
 
     def unused(self) -> Iterator[Unused]:
-        """Nothing: the function decides what it reads."""
+        """Yield nothing: only the function knows which keys it reads."""
         yield from ()

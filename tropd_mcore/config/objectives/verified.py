@@ -1,4 +1,4 @@
-"""The keys of the objectives whose advantage comes from a verifier (docs/objectives.md)."""
+"""The keys of objectives whose advantage comes from a verifier (docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tropd_mcore.objectives.catalogue import default
 
 
 class VerifiedObjective(PolicyGradientObjective):
-    """What both share: the advantage of a sample relative to the others of its prompt."""
+    """Base of both objectives: the advantage of a sample is relative to the other samples of its prompt."""
 
     topk: PositiveInt = 64
-    """Teacher support size, for the metrics only."""
+    """Number of teacher candidates (top-k) per token, used for metrics only."""
     learns_from_verifier: ClassVar[bool] = True
     clips_log_ratio: ClassVar[bool] = False
 
@@ -36,13 +36,14 @@ class VerifiedObjective(PolicyGradientObjective):
 
 
 class KdrlObjective(VerifiedObjective):
-    """KDRL: a verifier's group-relative advantage plus a K2 penalty towards the teacher."""
+    """KDRL: a group-relative advantage from a verifier, plus a K2 penalty towards the teacher."""
 
     kind: Literal["kdrl"] = "kdrl"
     beta_start: float = Field(default=default(catalogue.kdrl, "beta"), ge=0)
-    """Weight of (log q - log p)^2 / 2 at the first step, then linear to beta_end. Source: KDRL (5e-3 to 1e-3)."""
+    """Weight of the penalty (log q - log p)^2 / 2 at the first step. It changes linearly to beta_end.
+    Source: KDRL (5e-3 to 1e-3)."""
     beta_end: float = Field(default=1e-3, ge=0)
-    """Weight that is reached at run.steps."""
+    """Weight of the penalty that is reached at run.steps. Source: as beta_start."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.kdrl)
 
     def constants(self, progress: float) -> dict[str, Any]:
@@ -51,18 +52,19 @@ class KdrlObjective(VerifiedObjective):
 
 
 class RladObjective(VerifiedObjective):
-    """RLAD: a verifier's group-relative advantage whose importance ratio is anchored between old policy and teacher."""
+    """RLAD: a group-relative advantage from a verifier, with an importance ratio anchored between old policy and
+    teacher."""
 
     kind: Literal["rlad"] = "rlad"
     anchor: Fraction = default(catalogue.rlad, "anchor")
-    """alpha of p / (p_old^alpha q^(1 - alpha)); 1 is GRPO, 0 anchors at the teacher."""
+    """alpha of the ratio p / (p_old^alpha q^(1 - alpha)). 1 = GRPO, 0 = the ratio is anchored at the teacher."""
     reference_weight: float = Field(default=default(catalogue.rlad, "reference_weight"), ge=0)
-    """Weight of the KL to the reference (one-sample K3); 0 needs no reference model."""
+    """Weight of the KL to the reference model, estimated from one sample (K3). 0 = no reference model is needed."""
     reference: Path | None = None
-    """Hugging Face folder of the reference model; None = the student as the run found it."""
+    """Hugging Face folder of the reference model. null = student.path, the student before training."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.rlad)
-    """The ratio is far from 1 before any update, where student and teacher disagree. A dual clip would therefore leave
-    tokens with A < 0 and q much below p without gradient."""
+    """If student and teacher disagree, the ratio is far from 1 even before any update. A dual clip would therefore
+    leave tokens with A < 0 and q much below p without a gradient."""
     needs_old_logp: ClassVar[bool] = True
 
     def reference_folder(self, student: Path) -> Path | None:

@@ -1,6 +1,6 @@
-"""The losses of other projects, loaded from the user's own checkouts, as peers of `tropd conformance`.
+"""The losses of other projects as peers of `tropd conformance`, loaded from checkouts that the user provides.
 
-Nothing of theirs is in this repository: an adapter names the files it loads and calls them with the inputs of a case.
-It changes the form of these inputs (dtype, dimensions, padding columns), never the mathematics. docs/peers.md says what
-was found, and at which commits.
+This repository contains none of their code. An adapter names the files that it loads and calls them with the inputs of
+a case. It changes the form of these inputs (dtype, dimensions, padding columns), never the mathematics. docs/peers.md
+has the findings and the commits.
 """

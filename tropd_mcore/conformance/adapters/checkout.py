@@ -1,7 +1,7 @@
-"""Loads single files of a project that is not installed, with stand-ins for what they import and do not use.
+"""Loads single files of a project that is not installed, with stand-ins for modules that they import but do not use.
 
-Not for installed packages. Invariants: the project's names find in `sys.modules` afterwards what they found before;
-what is not loaded for real cannot be called (`StandIn`), so that no number comes from a replacement.
+It is not for installed packages. Invariants: afterwards `sys.modules` has the same entries for the project's names as
+before. A stand-in cannot be called (`StandIn`), so no number can come from a replacement.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OPTION = "--peer MODULE:FUNCTION@PATH (tropd conformance) or --peer-root {}=PAT
 
 
 class StandIn(ModuleType):
-    """A module in name only: each of its attributes is a class that can be inherited from and subscripted, no more."""
+    """A placeholder module: each attribute is a class that can only be inherited from and subscripted."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -33,7 +33,7 @@ class StandIn(ModuleType):
         full_name = f"{self.__name__}.{name}"
 
         def refuse(*args: object, **keywords: object) -> None:
-            raise RuntimeError(f"{full_name} is a stand-in for what the loaded file should not need; it was called")
+            raise RuntimeError(f"{full_name} is a stand-in that the loaded file should not need; it was called")
 
         members = {"__init__": refuse, "__class_getitem__": classmethod(lambda cls, item: cls)}
         value = type(name, (), members)
@@ -43,7 +43,7 @@ class StandIn(ModuleType):
 
 @contextmanager
 def in_sys_modules(modules: Mapping[str, ModuleType]) -> Iterator[None]:
-    """Within the block, imports find `modules`; afterwards what they found before."""
+    """Within the block, imports find `modules`. Afterwards the previous entries are restored."""
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     try:
@@ -64,14 +64,14 @@ class Checkout:
     """name of the project, for messages"""
     root: Path
     commit: str
-    """that the adapter was written for"""
+    """the commit for which the adapter was written"""
     _loaded: dict[str, ModuleType] = field(default_factory=dict)
 
     def load(self, module_name: str, *, real: tuple[str, ...] = (), absent: tuple[str, ...] = ()) -> Any:
-        """Execute the file of `module_name` ("package.module" is package/module.py) and return what it defines.
+        """Execute the file of `module_name` ("package.module" is package/module.py) and return its names.
 
-        `real`: modules of the project that it needs, loaded before; `absent`: modules that it only imports. Raises
-        PeerMissing where the file is not there, or imports what is in neither list and not installed.
+        `real`: modules of the project that it needs, loaded before. `absent`: modules that it only imports. Raises
+        PeerMissing if the file is missing, or if it imports a module that is in neither list and not installed.
         """
         if module_name in self._loaded:
             return _Names(self._loaded[module_name], self)
@@ -97,7 +97,7 @@ class Checkout:
 
 
 class _Names:
-    """The names of a loaded file, one of which may have gone since the adapter was written."""
+    """The names of a loaded file. A name may have been removed since the adapter was written."""
 
     def __init__(self, module: ModuleType, files: Checkout) -> None:
         self._module, self._files = module, files
@@ -117,7 +117,7 @@ _CHECKOUTS: dict[tuple[str, Path], Checkout] = {}
 
 
 def checkout(peer: str, root: Path | None, commit: str) -> Checkout:
-    """Return the checkout at `root`, the same object each time. Raises PeerMissing where no path was given."""
+    """Return the checkout at `root`, the same object each time. Raises PeerMissing if no path was given."""
     if root is None:
         raise PeerMissing(
             f"{peer}: expected the path of a checkout (the adapter was written for commit {commit}), found none; "
@@ -127,7 +127,7 @@ def checkout(peer: str, root: Path | None, commit: str) -> Checkout:
 
 
 def _with_parents(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
-    """The modules and stand-ins for the packages that they are in, each the attribute of its parent."""
+    """The modules, and stand-ins for their parent packages, each set as an attribute of its parent."""
     complete: dict[str, ModuleType] = {}
     for name in modules:
         parts = name.split(".")

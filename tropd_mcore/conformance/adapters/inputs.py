@@ -1,6 +1,6 @@
-"""What adapters share: a case in the form that a trainer hands to its loss, and the sum that they all return.
+"""Shared by the adapters: a case in the form that a trainer passes to its loss, and the sum that they all return.
 
-The composite is what the benchmarks measure: the three terms of trust-region distillation that need the vocabulary.
+The benchmarks measure the composite: the three terms of trust-region distillation that need the vocabulary.
 
 Shapes: T tokens, W vocabulary shard of this rank, K teacher top-k.
 """
@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from tropd_mcore.conformance.peers import PeerCase
 
 PADDING_LOGIT = -1e4
-"""What an adapter writes over padding columns: the peers' functions take no vocabulary size, so that a column of any
-value is a token to them. e^-10000 is 0 in every dtype, and finite logits keep 0 x logit at 0."""
+"""Adapters write this over padding columns. The peers' functions take no vocabulary size, so to them every column is a
+token. e^-10000 is 0 in every dtype, and with finite logits 0 x logit is 0."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CompositeInputs:
     advantage_T: Tensor
     entropy_weight_T: Tensor
     chunk_tokens: int
-    """for peers that work in chunks"""
+    """for peers that compute in chunks"""
 
     @property
     def vocab_start(self) -> int:
@@ -45,15 +45,15 @@ class CompositeInputs:
         return self.group.rank() * self.logits_TW.shape[1]
 
     def total(self, logp_T: Tensor, divergence_T: Tensor | None, entropy_T: Tensor) -> Tensor:
-        """Return the sum over tokens; without the divergence where a peer has none."""
+        """Return the sum over tokens, without the divergence if the peer has none."""
         loss_T = -self.advantage_T * logp_T - self.entropy_weight_T * entropy_T
         return (loss_T if divergence_T is None else loss_T + divergence_T).sum()
 
 
 def student_logits(case: PeerCase) -> Tensor:
-    """cap(z) / temperature with padding columns at PADDING_LOGIT, [T, W]; a tensor of its own, which a peer may change.
+    """cap(z) / temperature with padding columns at PADDING_LOGIT, [T, W]; a new tensor that a peer may change in place.
 
-    A softcap is part of a model's output layer, and trainers divide by the rollout's temperature before their loss.
+    A softcap is part of a model's output layer, and trainers divide by the rollout temperature before their loss.
     """
     return _without_padding(_scaled(case.logits_TW, case.softcap, case.temperature), case)
 
@@ -64,33 +64,33 @@ def teacher_logits(case: PeerCase) -> Tensor:
 
 
 def counted(case: PeerCase) -> Tensor:
-    """The tokens that have a loss, bool [T]: the student's, and for the elementary objectives the teacher's too."""
+    """The tokens with a loss, bool [T]: the student's, and for the elementary objectives also the teacher's."""
     return case.student_mask_T if case.name.startswith("gkd") else case.student_mask_T | case.prefix_mask_T
 
 
 def summed(case: PeerCase, loss_T: Tensor) -> Tensor:
-    """Weight x loss over the tokens that have one."""
+    """Sum of weight x loss over the tokens with a loss."""
     return (case.weight_T * loss_T.masked_fill(~counted(case), 0.0)).sum()
 
 
 def topk_forward_kl(topk_logp_TK: Tensor, student_topk_logp_TK: Tensor) -> Tensor:
-    """sum_K q (log q - log p), [T], for peers that give log-probs and leave the divergence to the caller."""
+    """sum_K q (log q - log p), [T], for peers that return log-probs and leave the divergence to the caller."""
     return (topk_logp_TK.exp() * (topk_logp_TK - student_topk_logp_TK)).sum(dim=-1)
 
 
 @contextmanager
 def megatron_tensor_group(group: ProcessGroup) -> Iterator[None]:
-    """Within the block, Megatron's tensor-parallel group is `group`: for peers that ask Megatron for it."""
+    """Within the block, Megatron's tensor-parallel group is `group`, for peers that ask Megatron for the group."""
     from megatron.core import parallel_state
 
-    # The one place that all of Megatron's tensor-parallel getters read. Megatron's own initialisation makes groups of
-    # all kinds on all ranks of the job, which may be more than those that share this vocabulary.
+    # All of Megatron's tensor-parallel getters read this variable. Megatron's own initialisation would make groups of
+    # all kinds on all ranks of the job, which may be more ranks than share this vocabulary.
     with mock.patch.object(parallel_state, "_TENSOR_MODEL_PARALLEL_GROUP", group):
         yield
 
 
 def _scaled(logits_TW: Tensor, softcap: float | None, temperature: float) -> Tensor:
-    """In float32 for bfloat16 logits, so that nothing is rounded twice; untouched where there is nothing to do."""
+    """Scaled in float32 for bfloat16 logits, so that nothing is rounded twice; unchanged without scaling."""
     if softcap is None and temperature == 1.0:
         return logits_TW
     wide_TW = logits_TW.float() if logits_TW.dtype == torch.bfloat16 else logits_TW

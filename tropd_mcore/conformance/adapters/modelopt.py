@@ -1,7 +1,7 @@
 """Model-Optimizer: the two logit losses of its Megatron distillation plugin.
 
-Their callers (the loss functions of Megatron-LM's post-training and of Megatron-Bridge) sum a loss that is marked
-`tp_reduce` over the tensor ranks in place, which autograd does not see, and leave the other alone: so does the adapter.
+Their callers are the loss functions of Megatron-LM's post-training and of Megatron-Bridge. They sum a loss marked
+`tp_reduce` over the tensor ranks in place, which autograd does not see, and do not sum the other. So does the adapter.
 
 Shapes: T tokens, W vocabulary shard of this rank, K teacher top-k.
 """
@@ -41,7 +41,7 @@ def full_kl(case: PeerCase, *, root: Path | None = None) -> Tensor:
 
 @covers("gkd/fkl-renorm", "gkd/rkl-renorm", without=("uneven",), dtypes=("float32", "bfloat16"))
 def topk_kl(case: PeerCase, *, root: Path | None = None) -> Tensor:
-    """`TopKLogitsKLLoss`. It picks the teacher's top-k itself, so that it gets teacher logits whose top-k it is."""
+    """`TopKLogitsKLLoss`. It selects the teacher's top-k itself, so it gets teacher logits that have this top-k."""
     module = checkout("modelopt", root, COMMIT).load(MODULE, absent=IMPORTS)
     topk = case.topk_ids_TK.shape[1]
     loss = module.TopKLogitsKLLoss(_model_config(case), reverse=case.name == "gkd/rkl-renorm", top_k=topk)

@@ -1,7 +1,7 @@
 """ms-swift: GKD of its Megatron trainer on the teacher's top-k and on the full vocabulary, log-prob and entropy.
 
-Its trainer hands the pieces to `gkd_loss` as the adapter does. That returns a sum without weights, hence one call a
-token here. The math stays in the dtype of the logits, which Megatron converts to float32.
+Its trainer passes the same arguments to `gkd_loss` as the adapter. `gkd_loss` returns a sum without weights, so the
+adapter calls it once per token. It computes in the dtype of the logits, which Megatron converts to float32.
 
 Shapes: T tokens, W vocabulary shard of this rank, K teacher top-k.
 """

@@ -1,6 +1,6 @@
-"""What a user writes first: gather the whole vocabulary on every rank and let autograd do the rest.
+"""The naive implementation: gather the whole vocabulary on every rank and use autograd.
 
-Needs no checkout. Costs the whole vocabulary in memory on every rank, several times.
+It needs no checkout. Every rank holds the logits of the whole vocabulary several times in memory.
 
 Shapes: T tokens, W vocabulary shard of this rank, V vocabulary, K teacher top-k.
 """
@@ -37,7 +37,7 @@ def composite(inputs: CompositeInputs, *, root: Path | None = None) -> Tensor:
 
 
 def _gathered(logits_TW: Tensor, group: ProcessGroup) -> Tensor:
-    """[T, V]; this rank's columns keep their history, the others' are constants, as Megatron's replicas need it."""
+    """[T, V]. Only this rank's columns keep their autograd history, as Megatron's replicas of the loss require."""
     shards = [torch.empty_like(logits_TW) for _ in range(group.size())]
     dist.all_gather(shards, logits_TW.detach().contiguous(), group=group)
     shards[group.rank()] = logits_TW

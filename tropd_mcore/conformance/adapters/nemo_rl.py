@@ -59,7 +59,7 @@ def entropy(case: PeerCase, *, root: Path | None = None) -> Tensor:
 def distillation(case: PeerCase, *, root: Path | None = None) -> Tensor:
     """`get_distillation_topk_logprobs_from_logits` and `DistillationLossFn`, whose default is the renormalised top-k.
 
-    The loss is of the next token, so that the last row is repeated; the weights go in as its token mask.
+    The loss is of the next token, so the last row is repeated. The weights are passed as its token mask.
     """
     files = checkout("nemo_rl", root, COMMIT)
     model_utils, losses = _model_utils(files), _losses(files)
@@ -106,7 +106,7 @@ def fused_log_prob(
     chunk_tokens: int,
     root: Path | None = None,
 ) -> Tensor:
-    """`ChunkedDistributedHiddenStatesToLogprobs`: log p(x) of all tokens, [T], logits made chunk by chunk.
+    """`ChunkedDistributedHiddenStatesToLogprobs`: log p(x) of all tokens, [T], with logits computed chunk by chunk.
 
     `hidden_SD` is this rank's T / N rows (sequence parallel), `weight_WD` its rows of the output layer.
     """

@@ -1,4 +1,4 @@
-"""The objectives with a policy gradient on several candidates of a state."""
+"""The objectives with a policy gradient on several candidates per state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from tropd_mcore.conformance.oracle.token import Candidate, Token
 
 
 def rethinking(objective: RethinkingObjective, token: Token, decide: Decisions) -> Tensor:
-    """The reward log q - log p of each candidate, weighted by p renormalised on them, as a policy gradient on each."""
+    """L = -sum_v A_v log p_v over the support S, or with ratio and clip, A_v = w_v (log q_v - log p_old,v).
+
+    w_v = p_old,v / sum_S p_old; all times the mismatch weight, 1 if it is off. Source: Rethinking OPD.
+    """
     chosen = _support(objective.support, token)
     if not chosen:
         return 0.0 * token.log_p
@@ -37,7 +40,7 @@ def rethinking(objective: RethinkingObjective, token: Token, decide: Decisions) 
 
 
 def _support(which: str, token: Token) -> list[Candidate]:
-    """The candidates, each once; what the student knew of an entry is kept where the teacher proposes it as well."""
+    """The candidates, each once. If student and teacher propose the same id, the student's old log-prob is kept."""
     own = {candidate.vocabulary_id: candidate for candidate in token.own_candidates}
     teacher = {
         candidate.vocabulary_id: replace(candidate, old_log_p=own[candidate.vocabulary_id].old_log_p)

@@ -1,9 +1,9 @@
-"""Divergences between teacher q and student p on a set of candidates, as sums over its parts.
+"""Divergences between teacher q and student p on a set of candidates, as sums over parts.
 
-With m and c the mass that q and p have on the candidates, the parts are
+With m and c the mass of q and p on the candidates, the parts are
 
     truncated        (p, q) of each candidate
-    tail             these, and the rest of the vocabulary as one part (1 - c, 1 - m)
+    tail             the same, and the rest of the vocabulary as one part (1 - c, 1 - m)
     renorm           (p / c, q / m) of each candidate
     teacher_renorm   (p, q / m) of each candidate
 """
@@ -23,7 +23,7 @@ Part = tuple[Tensor, float]
 
 
 def parts_of(token: Token, candidates: Iterable[Candidate], norm: str) -> list[Part]:
-    """The parts of a candidate set, each candidate counted once."""
+    """Return the parts of a candidate set. Each candidate counts once."""
     chosen = {candidate.vocabulary_id: candidate.log_q for candidate in candidates}
     pairs = [(token.log_p_V[vocabulary_id], log_q) for vocabulary_id, log_q in chosen.items()]
     student_mass = torch.stack([log_p.exp() for log_p, _ in pairs]).sum()

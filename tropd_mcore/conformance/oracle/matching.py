@@ -1,4 +1,4 @@
-"""The objectives that teach by a divergence from the teacher."""
+"""The objectives that train by a divergence from the teacher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tropd_mcore.conformance.oracle.token import Candidate, Token
 
 
 def eopd(objective: EopdObjective, token: Token, decide: Decisions) -> Tensor:
-    """The log-ratio as a reward, plus the forward KL where the teacher's entropy is above the threshold."""
+    """-r log p(x) + [H(q) > threshold] sum_A q log(q / p), with r = log q(x) - log p_old(x). Source: EOPD."""
     reward = clipped_reward(token.log_ratio, objective.policy_gradient)
     loss = policy_loss(token, reward, objective.policy_gradient, decide)
     if decide.above("teacher entropy", token.teacher_entropy, objective.entropy_threshold):
@@ -31,10 +31,11 @@ def eopd(objective: EopdObjective, token: Token, decide: Decisions) -> Tensor:
 
 
 def jsd(objective: JsdObjective, token: Token, decide: Decisions) -> Tensor:
-    """beta sum_A q log(q / m) + (1 - beta) E_x[log(p(x) / m(x))], the expectation by the one x ~ p.
+    """beta sum_A q log(q / m) + (1 - beta) E_x[log(p(x) / m(x))], the expectation estimated by one x ~ p.
 
-    The derivative of the expectation in log p(x) is that of the sampling, log(p / m), and that of the mixture in it,
-    1 - (1 - beta) p / m = beta q / m; less beta, which has mean 0 and makes it 0 where p = q. Source: TrOPD, J_JSD.
+    The gradient of the expectation is E_x[g grad log p(x)]. g has a part from the sampling, log(p / m), and one from
+    the mixture, 1 - (1 - beta) p / m = beta q / m. Subtracting beta from g changes nothing in the mean and makes it 0
+    where p = q. Source: TrOPD, J_JSD.
     """
     beta = objective.beta
     teacher_half = kl_of_teacher_to_mixture(parts_of(token, token.teacher_candidates, "truncated"), beta)
@@ -61,9 +62,10 @@ def gkd(objective: GkdObjective, token: Token, decide: Decisions) -> Tensor:
 
 
 def lsm(objective: LsmObjective, token: Token, decide: Decisions) -> Tensor:
-    """KL(p~ || q~), both renormalised on the teacher's candidates and, if asked, the sampled token.
+    """L = sum p~ log(p~ / q~), both renormalised on the teacher's candidates and, if configured, the sampled token.
 
-    With a bound, the log-ratio is held within it and constant: dL/dz = p~ (held - L), as p~ (log-ratio - L) without.
+    With a bound, the log-ratio is clamped to it and constant, so dL/dz = p~ (clamped - L). Without one,
+    dL/dz = p~ (log-ratio - L). Source: Revisiting OPD.
     """
     candidates = list(token.teacher_candidates)
     if objective.sampled_tail and all(candidate.vocabulary_id != token.x for candidate in candidates):

@@ -1,7 +1,7 @@
-"""From an advantage of the sampled token to its loss: ratio, PPO's clip, dual clip, weight of the engines' mismatch.
+"""From the advantage of a sampled token to its loss: ratio, PPO's clip, dual clip, mismatch weight of the two engines.
 
-Source: PPO (Schulman et al.), dual-clip PPO (Ye et al.), truncated importance sampling, IcePop; the keys of
-objective.policy_gradient.
+Source: PPO (Schulman et al.), dual-clip PPO (Ye et al.), truncated importance sampling, IcePop. The constants are the
+keys of objective.policy_gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def policy_loss(token: Token, advantage: float, keys: PolicyGradientConfig, deci
 
 
 def surrogate(log_p: Tensor, anchor: float, advantage: float, keys: PolicyGradientConfig, decide: Decisions) -> Tensor:
-    """-A log p, -A w, or PPO's bound on it, with w = p / e^anchor."""
+    """-A log p, -A w, or PPO's bound on -A w, with w = p / e^anchor."""
     if keys.ratio == "none":
         return -advantage * log_p
     ratio = (log_p - anchor).exp()
@@ -31,7 +31,10 @@ def surrogate(log_p: Tensor, anchor: float, advantage: float, keys: PolicyGradie
 
 
 def clipped_surrogate(ratio: Tensor, advantage: float, keys: PolicyGradientConfig, decide: Decisions) -> Tensor:
-    """-min(w A, clip(w) A); for A < 0 at most -dual_clip A."""
+    """-min(w A, clip(w, 1 - clip_low, 1 + clip_high) A); for A < 0 at most -dual_clip A.
+
+    Written case by case: A > 0 is held above 1 + clip_high; A < 0 is held below 1 - clip_low and above dual_clip.
+    """
     low, high, value = 1.0 - keys.clip_low, 1.0 + keys.clip_high, float(ratio.detach())
     below, above = decide.above("ppo low", low, value), decide.above("ppo high", value, high)
     if advantage > 0 and above:
@@ -44,7 +47,7 @@ def clipped_surrogate(ratio: Tensor, advantage: float, keys: PolicyGradientConfi
 
 
 def mismatch_weight(token: Token, keys: PolicyGradientConfig, decide: Decisions) -> float:
-    """The weight of trainer over sampler, from the probabilities before the update."""
+    """Trainer over sampler, w = p_old(x) / p_sampler(x), truncated (tis), 0 outside a band (icepop), or a mask."""
     if keys.mismatch == "off":
         return 1.0
     trainer, sampler = math.exp(token.old_log_p), math.exp(token.rollout_log_p)
@@ -60,6 +63,6 @@ def mismatch_weight(token: Token, keys: PolicyGradientConfig, decide: Decisions)
 
 
 def clipped_reward(reward: float, keys: PolicyGradientConfig) -> float:
-    """The reward within +-advantage_clip."""
+    """The reward clamped to [-advantage_clip, advantage_clip]."""
     bound = keys.advantage_clip
     return reward if bound is None else max(-bound, min(bound, reward))

@@ -1,4 +1,7 @@
-"""The objectives that teach by a reward of the sampled token."""
+"""The objectives that train by a reward of the sampled token.
+
+r = log q(x) - log p_old(x); the loss of a token is -A log p(x), or with ratio and clip, for the A of each docstring.
+"""
 
 from __future__ import annotations
 
@@ -30,29 +33,29 @@ from tropd_mcore.conformance.oracle.token import Token
 
 
 def reopold(objective: ReopoldObjective, token: Token, decide: Decisions) -> Tensor:
-    """The log-ratio, not below the floor, where the phase trains (statistic 1). Source: REOPOLD eq. 4 and 7."""
+    """A = max(r, floor) on the tokens that the phase trains (statistic 1), else 0. Source: REOPOLD eq. 4 and 7."""
     floored = token.log_ratio if decide.above("floor", token.log_ratio, objective.floor) else objective.floor
     return policy_loss(token, token.statistic * floored, objective.policy_gradient, decide)
 
 
 def entropy_opd(objective: EntropyOpdObjective, token: Token, decide: Decisions) -> Tensor:
-    """The log-ratio of the selected tokens (statistic 1)."""
+    """A = r on the selected tokens (statistic 1), else 0."""
     return policy_loss(token, token.statistic * token.log_ratio, objective.policy_gradient, decide)
 
 
 def exopd(objective: ExopdObjective, token: Token, decide: Decisions) -> Tensor:
-    """scale (log q - log ref) - (log p - log ref). Source: G-OPD."""
+    """A = scale (log q - log ref) - (log p_old - log ref). Source: G-OPD."""
     reward = objective.scale * (token.log_q - token.reference_log_p) - (token.old_log_p - token.reference_log_p)
     return policy_loss(token, reward, objective.policy_gradient, decide)
 
 
 def topd(objective: TopdObjective, token: Token, decide: Decisions) -> Tensor:
-    """The reward that `statistics` makes of log(alpha rho + 1 - alpha)."""
+    """A = the statistic, which `topd_statistic` computes from log(alpha rho + 1 - alpha)."""
     return policy_loss(token, token.statistic, objective.policy_gradient, decide)
 
 
 def vopd(objective: VopdObjective, token: Token, decide: Decisions) -> Tensor:
-    """r + KL(p || q) on the student's candidates, renormalised; p is that of r."""
+    """A = r + sum p~ log(p~ / q~) over the student's candidates, renormalised, with p before the update as in r."""
     old = {candidate.vocabulary_id: _known(candidate.old_log_p) for candidate in token.own_candidates}
     student_mass = sum(math.exp(log_p) for log_p in old.values())
     teacher_mass = sum(math.exp(candidate.log_q) for candidate in token.own_candidates)
@@ -64,13 +67,13 @@ def vopd(objective: VopdObjective, token: Token, decide: Decisions) -> Tensor:
 
 
 def iw_opd(objective: IwOpdObjective, token: Token, decide: Decisions) -> Tensor:
-    """log q - log p of the sampler, times a weight that falls along the sample (the statistic). Source: IW-OPD."""
+    """A = (log q - log p_sampler) times a weight that falls along the sample (the statistic). Source: IW-OPD."""
     reward = token.log_q - token.rollout_log_p
     return policy_loss(token, token.statistic * reward, objective.policy_gradient, decide)
 
 
 def power_opd(objective: PowerOpdObjective, token: Token, decide: Decisions) -> Tensor:
-    """q^a - p^a."""
+    """A = q^a - p_old^a, a = power."""
     reward = math.exp(token.log_q) ** objective.power - math.exp(token.old_log_p) ** objective.power
     return policy_loss(token, reward, objective.policy_gradient, decide)
 
@@ -81,24 +84,24 @@ def _known(old_log_p: float | None) -> float:
 
 
 def reopold_counts(objective: ReopoldObjective, token: Token) -> bool:
-    """In two stages, the tokens that the phase trains."""
+    """With two stages, only the tokens that the phase trains; with one, all."""
     return objective.stages == 1 or (token.sampled_by_student and token.statistic > 0)
 
 
 def entropy_opd_counts(objective: EntropyOpdObjective, token: Token) -> bool:
-    """The selected tokens, or all."""
+    """Only the selected tokens, or all, by the key `denominator`."""
     return objective.denominator == "all" or (token.sampled_by_student and token.statistic > 0)
 
 
 def entropy_opd_statistic(
     objective: EntropyOpdObjective, batch: CaseBatch, progress: float, decide: Decisions
 ) -> list[float]:
-    """1 where the student is most uncertain."""
+    """1 for the tokens with the highest student entropy, else 0."""
     return _most_uncertain(objective.fraction, batch, decide)
 
 
 def reopold_statistic(objective: ReopoldObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
-    """1 for the tokens that the phase trains."""
+    """1 for the tokens that the phase trains, else 0."""
     if objective.stages == 1:
         return [1.0] * len(batch.tokens.target_ids_T)
     if progress < objective.switch_at:
@@ -107,7 +110,10 @@ def reopold_statistic(objective: ReopoldObjective, batch: CaseBatch, progress: f
 
 
 def topd_statistic(objective: TopdObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
-    """log(a rho + 1 - a), plus its mean over the later tokens of the sample, z-normalised over the prompt's tokens."""
+    """R_t = m_t + mean of m_s over the later tokens s of the sample, m = log(a rho + 1 - a), rho = q / p_old.
+
+    Then z-normalised over the tokens of the prompt's samples. Source: TOP-D.
+    """
     alpha = objective.mixing
     mixed = {row: math.log(alpha * math.exp(log_ratio(batch, row)) + 1.0 - alpha) for row in sampled_rows(batch)}
     returns = dict(mixed)
@@ -123,7 +129,7 @@ def topd_statistic(objective: TopdObjective, batch: CaseBatch, progress: float, 
 
 
 def iw_opd_statistic(objective: IwOpdObjective, batch: CaseBatch, progress: float, decide: Decisions) -> list[float]:
-    """1 + gamma (1 - sum of |A| before / sum of |A|), over a sample, A = log q - log p of the sampler (IW-OPD)."""
+    """1 + gamma (1 - sum_{s < t} |A_s| / sum_s |A_s|) over a sample, A = log q - log p_sampler. Source: IW-OPD."""
     tokens = batch.tokens
     size = {row: abs(float(tokens.teacher_logp_T[row] - tokens.rollout_logp_T[row])) for row in sampled_rows(batch)}
     found = zeros(batch)
@@ -143,7 +149,7 @@ def _above_floor(floor: float, batch: CaseBatch, decide: Decisions) -> list[floa
 
 
 def _most_uncertain(fraction: float, batch: CaseBatch, decide: Decisions) -> list[float]:
-    """1 for that share of the tokens which has the highest student entropy. Source: Entropy OPD; REOPOLD eq. 8."""
+    """1 for this fraction of the tokens, those with the highest student entropy. Source: Entropy OPD; REOPOLD eq. 8."""
     entropy = batch.tokens.old_entropy_T.tolist()
     ranked = sorted(sampled_rows(batch), key=lambda row: -entropy[row])
     count = round(fraction * len(ranked))

@@ -22,7 +22,10 @@ from tropd_mcore.conformance.oracle.token import Token
 
 
 def sdpo(objective: SdpoObjective, token: Token, decide: Decisions) -> Tensor:
-    """The generalised JSD on the student's candidates, times the bounded ratio of new to old policy, a constant."""
+    """min(p(x) / p_old(x), ratio_cap) c JSD_alpha on the student's candidates.
+
+    The ratio and the mismatch weight c are constants. Source: SDPO.
+    """
     parts = parts_of(token, token.own_candidates, objective.norm)
     ratio = math.exp(float(token.log_p.detach()) - token.old_log_p)
     factor = objective.ratio_cap if decide.above("ratio cap", ratio, objective.ratio_cap) else ratio
@@ -31,7 +34,10 @@ def sdpo(objective: SdpoObjective, token: Token, decide: Decisions) -> Tensor:
 
 
 def opsd(objective: OpsdObjective, token: Token, decide: Decisions) -> Tensor:
-    """sum min(q log(q / p), tau) over the student's candidates, and with `tail` the rest; what is held is constant."""
+    """sum min(q log(q / p), tau) over the student's candidates, with `tail` also the rest. A clipped entry is constant.
+
+    Source: OPSD.
+    """
     entries = []
     for log_p, log_q in parts_of(token, token.own_candidates, objective.norm):
         entry = math.exp(log_q) * (log_q - log_p)
@@ -41,7 +47,7 @@ def opsd(objective: OpsdObjective, token: Token, decide: Decisions) -> Tensor:
 
 
 def _generalised_jsd(parts: list[Part], alpha: float) -> Tensor:
-    """(1 - alpha) KL(p || m) + alpha KL(q || m), m = (1 - alpha) p + alpha q; its ends are the KL divergences."""
+    """(1 - alpha) KL(p || m) + alpha KL(q || m), m = (1 - alpha) p + alpha q; KL(q || p) for 0, KL(p || q) for 1."""
     if alpha == 0.0:
         return forward_kl(parts)
     if alpha == 1.0:

@@ -1,8 +1,7 @@
-"""How a token's loss finds other tokens: of its sample, its prompt's samples, the whole batch.
+"""How a token's loss finds other tokens: of its sample, of its prompt's samples, of the whole batch.
 
-What it takes from them is the family's (`<kind>_statistic`).
-
-Only tokens that the student sampled take part, with their numbers from before the update.
+The families compute the statistics themselves (`<kind>_statistic`). Only tokens that the student sampled take part,
+with their numbers from before the update.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from tropd_mcore.conformance.batch import CaseBatch
 
 
 def standard_score(value: float, population: list[float]) -> float:
-    """How many standard deviations of the population a value is above its mean."""
+    """(value - mean) / standard deviation of the population."""
     mean = sum(population) / len(population)
     return (value - mean) / math.sqrt(sum((other - mean) ** 2 for other in population) / len(population))
 

@@ -1,4 +1,4 @@
-"""One token: what an objective may know of it, over the whole vocabulary."""
+"""One token, with everything that an objective may use, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tropd_mcore.conformance.batch import Tokens
 
 @dataclass(frozen=True)
 class Candidate:
-    """A vocabulary entry that somebody proposes."""
+    """A vocabulary entry that teacher or student proposes."""
 
     vocabulary_id: int
     log_q: float
     old_log_p: float | None
-    """None where it was not kept"""
+    """None if it was not kept"""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token in one of the masks. p is the student, differentiable; all else is constant."""
+    """A token in one of the masks. Only log p is differentiable; everything else is constant."""
 
     log_p_V: Tensor
     log_q_V: Tensor
@@ -39,7 +39,7 @@ class Token:
     teacher_candidates: tuple[Candidate, ...]
     own_candidates: tuple[Candidate, ...]
     statistic: float
-    """of the batch, as the objective has it; 1 where it has none"""
+    """the objective's batch statistic of the token; 1 if it has none"""
     progress: float
     """step / run.steps"""
 
@@ -55,7 +55,7 @@ class Token:
 
 
 def make_token(tokens: Tokens, row: int, log_p_V: Tensor, log_q_V: Tensor, statistic: float, progress: float) -> Token:
-    """Return row `row` of a case; absent candidates are left out."""
+    """Return the token of row `row` of a case, without absent candidates."""
     topk = zip(tokens.topk_ids_TK[row].tolist(), tokens.teacher_topk_logp_TK[row].tolist(), strict=True)
     own = zip(
         tokens.own_ids_TL[row].tolist(),

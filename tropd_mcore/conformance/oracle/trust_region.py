@@ -1,5 +1,6 @@
-"""TrOPD, plain on-policy distillation and AOPD: which token is taught by a reward, which by a forward KL.
+"""TrOPD, plain on-policy distillation and AOPD: a reward for some tokens, a forward KL for others.
 
+r = log q(x) - log p_old(x); -A log p(x) stands for the policy loss of A, with ratio, clip and mismatch weight.
 Source: the unified objective of TrOPD; AOPD. Shapes: V vocabulary.
 """
 
@@ -24,13 +25,19 @@ LEARNS_FROM_PREFIXES = ("tropd", "tropd_aopd")
 
 
 def opd(objective: OpdObjective, token: Token, decide: Decisions) -> Tensor:
-    """The log-ratio as the reward of every token that the student sampled."""
+    """-r log p(x) on every token that the student sampled."""
     reward = clipped_reward(token.log_ratio, objective.policy_gradient)
     return policy_loss(token, reward, objective.policy_gradient, decide)
 
 
 def tropd(objective: TropdSections, token: Token, decide: Decisions) -> Tensor:
-    """Reward where trusted, forward KL (or what stands for it) where not; guidance on the teacher's tokens."""
+    """With trust t = P_trust(x) and FKL on the teacher's candidates, by outlier mode:
+
+        fkl_direct   -t r log p(x) + weight (1 - t) FKL        fkl_scalar   -(t r - weight (1 - t) FKL) log p(x)
+        clip         -(t r + weight (1 - t) tau) log p(x)      mask         -t r log p(x)
+
+    `mask` and `clip` have t = [r > tau]. Tokens of a teacher's prefix have the guidance loss instead.
+    """
     keys, outlier = objective.policy_gradient, objective.outlier
     divergence = forward_kl(parts_of(token, token.teacher_candidates, outlier.norm))
     if not token.sampled_by_student:
@@ -51,7 +58,7 @@ def tropd(objective: TropdSections, token: Token, decide: Decisions) -> Tensor:
 
 
 def aopd(objective: AopdObjective, token: Token, decide: Decisions) -> Tensor:
-    """A forward KL where q(x) - p(x) <= threshold, else the reward."""
+    """FKL if q(x) - p_old(x) <= threshold, else -r log p(x)."""
     if _teacher_gives_no_more(token, objective.threshold, decide):
         return forward_kl(parts_of(token, token.teacher_candidates, objective.norm))
     reward = clipped_reward(token.log_ratio, objective.policy_gradient)
@@ -59,7 +66,7 @@ def aopd(objective: AopdObjective, token: Token, decide: Decisions) -> Tensor:
 
 
 def tropd_aopd(objective: TropdAopdObjective, token: Token, decide: Decisions) -> Tensor:
-    """TrOPD, plus AOPD's forward KL where AOPD has it."""
+    """TrOPD + aopd_weight [q(x) - p_old(x) <= threshold] FKL on the student's tokens."""
     loss = tropd(objective, token, decide)
     if token.sampled_by_student and _teacher_gives_no_more(token, objective.aopd_threshold, decide):
         parts = parts_of(token, token.teacher_candidates, objective.outlier.norm)
@@ -80,7 +87,10 @@ def _trust(objective: TropdSections, token: Token, decide: Decisions) -> float:
 
 
 def _guidance(objective: TropdSections, token: Token, divergence: Tensor) -> Tensor:
-    """The gradient of the forward KL by one sample of the teacher's is that of -log p."""
+    """The loss of a teacher's token: beta times -log p, FKL, or r log p.
+
+    nll: for x ~ q, the mean of -grad log p(x) is the gradient of KL(q || p).
+    """
     guidance = objective.guidance
     if guidance.loss == "nll":
         return -guidance.beta * token.log_p

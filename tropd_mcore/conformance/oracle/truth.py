@@ -1,4 +1,4 @@
-"""The loss of a case and its gradients: the sum over its tokens, and autograd back to the logits and beyond."""
+"""The loss of a case and its gradients: a sum over tokens, and autograd back to logits, hidden states and weight."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tropd_mcore.conformance.oracle.decisions import Decisions
 from tropd_mcore.conformance.oracle.token import Token, make_token
 
 Form = Literal["fused", "logits"]
-"""Whether a loss is held to the exact product of the output layer, or to the rounded logits that it is given."""
+"""The reference logits: `fused` the exact product of the output layer, `logits` the rounded logits that are given."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is right. float64, whole vocabulary, no padding."""
+    """The correct loss and gradients. float64, whole vocabulary, no padding."""
 
     loss: float
     """sum over the tokens of weight x loss"""
@@ -40,6 +40,8 @@ class Truth:
 
 def evaluate(objective: ObjectiveConfig, batch: CaseBatch, progress: float, form: Form) -> Truth:
     """Return the truth of a case. `progress` is step / run.steps."""
+    # L = sum over the supervised tokens of weight x loss. dL/dlogits by autograd, over the whole vocabulary at once;
+    # then dL/dhidden = dL/dlogits @ weight and dL/dweight = dL/dlogits.T @ hidden.
     decide = Decisions()
     student_TV = _logits(batch.student, form)[:, : batch.vocab_size].clone().requires_grad_()
     teacher_TV = _logits(batch.teacher, form)[:, : batch.vocab_size]
@@ -85,13 +87,13 @@ def _log_softmax(logits_V: Tensor, temperature: float, softcap: float | None) ->
 
 
 def _loss(family: ModuleType, objective: ObjectiveConfig, token: Token, decide: Decisions) -> Tensor:
-    """The loss of one token: `<kind>` of its family."""
+    """The loss of one token, by the function `<kind>` of the family."""
     loss: Tensor = getattr(family, objective.kind)(objective, token, decide)
     return loss
 
 
 def _learns_from_prefixes(family: ModuleType, objective: ObjectiveConfig) -> bool:
-    """Whether the teacher's tokens are trained, and counted: of kinds that say so, unless a section switches it off."""
+    """Whether the teacher's tokens are trained and counted: if the kind says so and no section switches it off."""
     if objective.kind not in getattr(family, "LEARNS_FROM_PREFIXES", ()):
         return False
     return objective.has_prefix_loss or not hasattr(objective, "guidance")
@@ -100,7 +102,7 @@ def _learns_from_prefixes(family: ModuleType, objective: ObjectiveConfig) -> boo
 def _statistic(
     family: ModuleType, objective: ObjectiveConfig, batch: CaseBatch, progress: float, decide: Decisions
 ) -> list[float]:
-    """What each token takes from others: `<kind>_statistic` of its family; 1 where there is none."""
+    """The batch statistic of each token, by `<kind>_statistic` of the family; 1 if there is no such function."""
     statistic = getattr(family, f"{objective.kind}_statistic", None)
     if statistic is None:
         return [1.0] * len(batch.tokens.target_ids_T)
@@ -109,6 +111,6 @@ def _statistic(
 
 
 def _counts(family: ModuleType, objective: ObjectiveConfig, token: Token) -> bool:
-    """Whether the token is in the denominator: `<kind>_counts` of its family; all where there is none."""
+    """Whether the token is in the denominator, by `<kind>_counts` of the family; True if there is no such function."""
     counts = getattr(family, f"{objective.kind}_counts", None)
     return True if counts is None else bool(counts(objective, token))

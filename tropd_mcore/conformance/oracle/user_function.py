@@ -1,4 +1,4 @@
-"""The two functions of the user's own that the matrix has (`elementary`): the building blocks of all losses."""
+"""The two custom functions of the matrix (`elementary`), which are the building blocks of all losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEARNS_FROM_PREFIXES = ("custom",)
 
 
 def custom(objective: CustomObjective, token: Token, decide: Decisions) -> Tensor:
-    """-log p(x), or minus the entropy."""
+    """-log p(x), or minus the entropy, sum_v p_v log p_v."""
     if objective.function.endswith(":negative_log_prob"):
         return -token.log_p
     assert objective.function.endswith(":negative_entropy"), objective.function

@@ -1,4 +1,4 @@
-"""The objectives whose advantage is a verifier's, relative to the other samples of the prompt."""
+"""The objectives whose advantage comes from a verifier, relative to the other samples of the prompt."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from tropd_mcore.conformance.oracle.token import Token
 
 
 def kdrl(objective: KdrlObjective, token: Token, decide: Decisions) -> Tensor:
-    """The verifier's advantage (the statistic), and beta (log q - log p)^2 / 2."""
+    """-A log p(x) + beta (log q(x) - log p(x))^2 / 2, A the verifier's advantage (the statistic). Source: KDRL.
+
+    beta moves linearly from beta_start to beta_end over the run.
+    """
     beta = objective.beta_start + (objective.beta_end - objective.beta_start) * token.progress
     penalty = 0.5 * (token.log_q - token.log_p) ** 2
     return policy_loss(token, token.statistic, objective.policy_gradient, decide) + beta * penalty
 
 
 def rlad(objective: RladObjective, token: Token, decide: Decisions) -> Tensor:
-    """The verifier's advantage with the ratio p / (p_old^a q^(1 - a)), clipped; a KL to the reference by one sample."""
+    """PPO's clipped surrogate with the ratio p / (p_old^a q^(1 - a)), plus reference_weight (e^d - 1 - d).
+
+    d = log ref(x) - log p(x). Source: RLAD.
+    """
     keys = objective.policy_gradient
     anchor = objective.anchor * token.old_log_p + (1.0 - objective.anchor) * token.log_q
     advantage = token.statistic * mismatch_weight(token, keys, decide)
@@ -42,7 +48,7 @@ def rlad_statistic(objective: RladObjective, batch: CaseBatch, progress: float, 
 
 
 def _group_advantage(batch: CaseBatch) -> list[float]:
-    """The reward of the token's sample, z-normalised over the samples of its prompt. Source: GRPO."""
+    """(reward of the token's sample - mean) / standard deviation, over the samples of its prompt. Source: GRPO."""
     rewards, groups = batch.reward_S.tolist(), batch.group_S.tolist()
     found = zeros(batch)
     for row in sampled_rows(batch):

@@ -1,8 +1,8 @@
-"""Where the job runs: the one place that knows whether tensors live on a GPU or on a CPU.
+"""The platform of the job: only this package knows whether tensors live on a GPU or on a CPU.
 
-Not for the parallel layout (`mcore.parallel`) or for the model (`mcore.model`). Invariant: a platform is chosen once,
-from the configuration, and logged; no other module asks which one it is. A module of a platform is imported only when
-that platform is chosen, so the cuda path never imports a patch.
+This package does not define the parallel layout (`mcore.parallel`) or the model (`mcore.model`). Invariant: the
+platform is chosen once, from the configuration, and logged. No other module asks which platform it is. The module of a
+platform is imported only if that platform is chosen, so the cuda path never imports a patch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PlatformKind = Literal["auto", "cpu", "cuda"]
 
 
 class Platform(Protocol):
-    """What Megatron needs to know of the machine."""
+    """Properties of the machine that Megatron needs."""
 
     name: Literal["cpu", "cuda"]
     """`cpu` or `cuda`."""
@@ -47,7 +47,7 @@ class Platform(Protocol):
 
 
 def meant(kind: PlatformKind) -> Literal["cpu", "cuda"]:
-    """Return what `platform.kind` means on this machine: `auto` is cuda where torch sees a GPU, else cpu."""
+    """Resolve `platform.kind` on this machine: `auto` is cuda if torch sees a GPU, otherwise cpu."""
     if kind != "auto":
         return kind
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +56,7 @@ def meant(kind: PlatformKind) -> Literal["cpu", "cuda"]:
 def choose(kind: PlatformKind, local_rank: int = 0) -> Platform:
     """Return the platform that `platform.kind` asks for.
 
-    `local_rank` is this rank's index on its machine, which is its GPU. Raises ConfigError where the platform cannot
+    `local_rank` is this rank's index on its machine and the index of its GPU. Raises ConfigError if the platform cannot
     work on this machine.
     """
     platform: Platform

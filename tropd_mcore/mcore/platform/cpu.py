@@ -1,8 +1,8 @@
 """The CPU platform: Megatron's own parallelism on gloo, with the few GPU assumptions of megatron-core replaced.
 
-For tests and small runs; not for speed, and never where a GPU is present. Invariant: schedules, point-to-point
-communication, DDP, optimizer and checkpoints are Megatron's, unmodified; what is ours is listed in the modules
-`cpu_device`, `cpu_random`, `cpu_adam`, `cpu_attention` and `cpu_norm`.
+It serves tests and small runs. It is not fast, and it refuses to run if torch sees a GPU. Invariant: schedules,
+point-to-point communication, DDP, optimizer and checkpoints are Megatron's, unmodified. All replacements are in the
+modules `cpu_device`, `cpu_random`, `cpu_adam`, `cpu_attention` and `cpu_norm`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CpuPlatform:
             )
 
     def activate(self) -> None:
-        """Install the replacements; a second call does nothing. Holds for the calling thread (see `cpu_device`)."""
+        """Install the replacements for the calling thread (see `cpu_device`). A second call does nothing."""
         if cpu_device.is_active():
             return
         cpu_random.install()
@@ -66,7 +66,7 @@ class CpuPlatform:
         return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=CpuRMSNorm)
 
     def config_defaults(self) -> dict[str, Any]:
-        """Return no fusion at all: each is a CUDA kernel or a torch.compile."""
+        """Switch every fusion off: each one is a CUDA kernel or uses torch.compile."""
         return {
             "apply_rope_fusion": False,
             "bias_activation_fusion": False,

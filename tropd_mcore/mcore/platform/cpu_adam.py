@@ -1,8 +1,9 @@
-"""Adam with the contract of the fused GPU optimizers, which Megatron's distributed optimizer is written against.
+"""Adam with the interface of the fused GPU optimizers, which Megatron's distributed optimizer expects.
 
-Not a faster Adam. The contract: `step` is one number in each parameter group, and a parameter's state is exp_avg and
-exp_avg_sq. torch's AdamW keeps `step` in each parameter's state, and Megatron then loads one shared tensor for all of
-them, which advances once a parameter and step. Invariant: the update equals torch.optim.AdamW.
+It is not a faster Adam. In that interface each parameter group has one number `step`, and the state of a parameter is
+exp_avg and exp_avg_sq. torch's AdamW keeps `step` in the state of each parameter. After loading a checkpoint, Megatron
+would share one `step` tensor among all parameters, and each optimizer step would advance it once per parameter.
+Invariant: the update equals torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.optim.adam import adam
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
-    """Adam (`adam_w_mode=False`) or AdamW. It must not subclass torch's, which Megatron treats in its own way."""
+    """Adam (`adam_w_mode=False`) or AdamW. It must not subclass torch's, because Megatron treats those differently."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Let Megatron take CpuFusedAdam for an installed fused optimizer."""
+    """Make Megatron use CpuFusedAdam as if it were an installed fused optimizer."""
     megatron_optimizer.Adam = CpuFusedAdam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     megatron_distributed.Adam = CpuFusedAdam

@@ -1,7 +1,7 @@
 """Core attention for the CPU platform: causal, grouped queries, packed samples of any lengths, context parallel.
 
-Not for speed at long context: with context parallelism it gathers K and V and uses one dense mask. Invariant: the
-result equals causal attention inside each sample, whatever the packing and the number of context ranks.
+It is slow at long context: with context parallelism it gathers K and V and uses one dense mask. Invariant: the result
+equals causal attention inside each sample, whatever the packing and the number of context ranks.
 
 Legend: P positions on this context rank, H heads, G key/value heads, E head width.
 """
@@ -25,7 +25,7 @@ from tropd_mcore.data.packing import context_positions
 
 
 class CpuAttention(MegatronModule):
-    """Takes what Megatron's DotProductAttention takes, and packed (`thd`) and context-parallel input besides."""
+    """Takes the input of Megatron's DotProductAttention, and also packed (`thd`) and context-parallel input."""
 
     def __init__(
         self,
@@ -74,7 +74,10 @@ class CpuAttention(MegatronModule):
     def _attend_across_context(
         self, query: Tensor, key: Tensor, value: Tensor, boundaries: list[int], scale: float
     ) -> Tensor:
-        """[B, H, P, E]: gather K and V of all context ranks, mask by sample and position."""
+        """Return [B, H, P, E]: gather K and V of all context ranks, then mask by sample and position.
+
+        The dense mask has P rows and one column per position of all context ranks.
+        """
         key, value = (_gather_positions(x, self.cp_group) for x in (key, value))
         size, rank = self.cp_group.size(), self.cp_group.rank()
         sample_of, place_of = _places(boundaries, size, rank)
@@ -86,7 +89,7 @@ class CpuAttention(MegatronModule):
 
 
 def _attend_locally(query: Tensor, key: Tensor, value: Tensor, boundaries: list[int], scale: float) -> Tensor:
-    """[B, H, P, E]: one causal call a sample, which costs no mask and no work between samples."""
+    """Return [B, H, P, E]: one causal call per sample, which needs no mask and does no work between samples."""
     outputs = [
         F.scaled_dot_product_attention(
             query[:, :, start:stop],
@@ -103,7 +106,7 @@ def _attend_locally(query: Tensor, key: Tensor, value: Tensor, boundaries: list[
 
 
 def _gather_positions(x: Tensor, group: Any) -> Tensor:
-    """[B, G, P, E] of this rank -> [B, G, cp * P, E]; backward sums what the ranks contribute to our positions."""
+    """[B, G, P, E] of this rank -> [B, G, cp * P, E]. Backward sums all ranks' gradients of this rank's positions."""
     gathered = gather_from_sequence_parallel_region(
         x.permute(2, 0, 1, 3).contiguous(), tensor_parallel_output_grad=True, group=group
     )
@@ -111,7 +114,7 @@ def _gather_positions(x: Tensor, group: Any) -> Tensor:
 
 
 def _places(boundaries: list[int], size: int, rank: int) -> tuple[Tensor, Tensor]:
-    """(sample, position in it) of each position that a context rank holds, int64 [P] each."""
+    """Return (sample, position in the sample) of each position that a context rank holds, int64 [P] each."""
     starts = np.asarray(boundaries, dtype=np.int32)
     positions = context_positions(starts, size, rank)
     samples = np.searchsorted(starts, positions, side="right") - 1

@@ -1,11 +1,12 @@
-"""Makes the CPU stand where megatron-core writes "cuda".
+"""Redirects the "cuda" device that megatron-core hard-codes to the CPU.
 
-Not for code of this project, which passes devices explicitly. Two means: a TorchFunctionMode (the mechanism of
-`torch.set_default_device`, so no attribute of torch changes) for literals such as `device="cuda"` and `Tensor.cuda()`,
-and two functions of `torch.cuda` that Megatron calls without asking whether a GPU exists. `torch.cuda.is_available()`
-stays False. Invariant: a call that names no CUDA device is passed on as it is.
+Code of this project does not need it, because it passes devices explicitly. Two mechanisms are used. A
+TorchFunctionMode handles literals such as `device="cuda"` and `Tensor.cuda()`; `torch.set_default_device` uses the same
+mechanism, and no attribute of torch changes. In addition two functions of `torch.cuda` are replaced, because Megatron
+calls them without checking for a GPU. `torch.cuda.is_available()` stays False. Invariant: a call that names no CUDA
+device is passed on unchanged.
 
-The mode is thread-local: it holds in the thread that called `install`.
+The mode is thread-local: it applies only in the thread that called `install`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _CUDA_TYPE_NAMES = {
 
 
 class _CudaLiteralsOnCpu(TorchFunctionMode):
-    """Runs a torch function that names a CUDA device on the CPU."""
+    """Runs torch functions that name a CUDA device on the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -56,12 +57,12 @@ def is_active() -> bool:
 
 
 def install() -> None:
-    """Enter the mode for the life of the process and replace what Megatron calls of torch.cuda."""
+    """Enter the mode for the life of the process and replace the functions of torch.cuda that Megatron calls."""
     global _active
     assert not torch.cuda.is_available(), "the CPU platform never runs beside a GPU"
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]  # used as device=... only
     torch.cuda.synchronize = lambda device=None: None
-    # Megatron's jit_fuser is torch.compile: on a CPU it costs a C++ build in the first step and gains nothing.
+    # Megatron's jit_fuser is torch.compile. On a CPU that costs a C++ build in the first step and saves no time.
     torch._dynamo.config.disable = True
     _keep_mode_in_backward()
     _MODE.__enter__()
@@ -77,8 +78,8 @@ def _names_cuda(device: object) -> bool:
 def _keep_mode_in_backward() -> None:
     """Re-enter the mode around the autograd engine.
 
-    torch hands `backward` itself to the mode and runs it with the mode popped, so that code inside a backward pass (a
-    custom Function, recomputed activations) would see the literals.
+    torch passes `backward` itself to the mode and then runs it with the mode popped. Without this function, code inside
+    a backward pass (a custom Function, recomputed activations) would still see the "cuda" literals.
     """
     run_backward = torch.autograd._engine_run_backward
 

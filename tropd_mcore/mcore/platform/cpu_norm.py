@@ -1,7 +1,8 @@
-"""RMSNorm for the CPU platform, under the signature that Megatron's layer specs call.
+"""RMSNorm for the CPU platform, with the signature that Megatron's layer specs call.
 
-Not for other normalisations. Invariant: the weight carries `sequence_parallel`, by which Megatron knows that its
-gradient is partial on each tensor rank; torch's RMSNorm does not, and Megatron refuses it there.
+Other normalisations are not supported. Invariant: the weight has the attribute `sequence_parallel`, which tells
+Megatron that its gradient is partial on each tensor rank. The weight of torch's RMSNorm has no such attribute, so
+Megatron refuses torch's RMSNorm with sequence parallelism.
 """
 
 from __future__ import annotations

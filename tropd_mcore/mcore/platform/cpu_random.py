@@ -1,7 +1,7 @@
 """Megatron's tracker of random states, on the CPU generator.
 
-Not for prompts, sampling or trust uniforms, which have their own seeds. Invariant: `fork(name)` runs with the state of
-that name and leaves the default generator as it found it.
+Prompts, sampling and trust uniforms do not use it; they have seeds of their own. Invariant: `fork(name)` runs with the
+state of that name and leaves the default generator unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.core import tensor_parallel
 
 
 class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
-    """The same named states; a state is one of the CPU generator."""
+    """Megatron's tracker with the same named states; each state belongs to the CPU generator."""
 
     def add(self, name: str, seed: int) -> None:
         """Track a new state. Both name and seed must be new, as in Megatron's tracker."""
@@ -27,7 +27,7 @@ class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
 
     @contextlib.contextmanager
     def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Use the state `name` inside the block, and keep how far it got."""
+        """Use the state `name` inside the block and store its new value afterwards."""
         assert name in self.states_, f"random state {name} is not tracked"
         outer = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
@@ -41,8 +41,8 @@ class CpuRngStatesTracker(megatron_random.CudaRNGStatesTracker):
 def install() -> None:
     """Point megatron.core.tensor_parallel.random at the CPU generator.
 
-    `model_parallel_cuda_manual_seed` also seeds that generator: `torch.cuda.manual_seed`, which it calls, does nothing
-    without a GPU and says nothing.
+    `model_parallel_cuda_manual_seed` calls `torch.cuda.manual_seed`, which silently does nothing without a GPU. The
+    replacement therefore also seeds the CPU generator.
     """
     megatron_random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

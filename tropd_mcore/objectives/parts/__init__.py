@@ -1,1 +1,1 @@
-"""What objectives are made of: gate, divergences, policy gradient, correction of the engines' mismatch, statistics."""
+"""Building blocks of objectives: trust gate, divergences, policy gradient, mismatch correction, batch statistics."""

@@ -1,16 +1,19 @@
 """Divergences between teacher q and student p on a few candidates of each token.
 
-Pure functions of log-probs that are taken over the full vocabulary; the candidates A are the teacher's top-k or the
-student's own. Not for parallelism: the log-probs are replicated. Gradients flow through the student's log-probs only.
+Pure functions of log-probs over the full vocabulary. The candidates A are the teacher's top-k or the student's own. The
+log-probs are replicated over ranks, so parallelism plays no role here. Gradients flow through the student's log-probs
+only.
 
-What becomes of the rest of the vocabulary is the *norm*. With m = sum_A q and c = sum_A p:
+The *norm* says how the rest of the vocabulary is treated. With m = sum_A q and c = sum_A p:
 
     truncated        it is left out
-    tail             one more event, of probability 1 - m and 1 - c
-    renorm           left out, and both sides are divided by their mass, m and c
-    teacher_renorm   left out, and only the teacher is divided by m (forward KL only)
+    tail             it is one more event, with probability 1 - m under q and 1 - c under p
+    renorm           it is left out, and both sides are divided by their mass, m and c
+    teacher_renorm   it is left out, and only the teacher is divided by m (forward KL only)
 
-A teacher log-prob of -inf means no such candidate: it adds nothing to a sum, nor to m or c.
+A teacher log-prob of -inf marks an absent candidate. It adds nothing to any sum, nor to m or c.
+
+The derivatives below are in the scaled logits z_v, by dlog p_j/dz_v = [v = j] - p_v.
 
 Shapes: T tokens, K candidates, E events (K, or K + 1 with a tail).
 """
@@ -44,14 +47,14 @@ def topk_forward_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, 
 def entry_clipped_forward_kl(
     student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, *, bound: float, norm: str
 ) -> tuple[Tensor, Tensor]:
-    """sum over the events of min(q log(q / p), bound), nats, and how many of them are clipped, [T] each.
+    """sum over the events of min(q log(q / p), bound), nats, and the number of clipped events, [T] each.
 
-    Differentiable in the student only, and not through a clipped event, which is one whose contribution is above the
-    bound. Contributions below 0, where p > q, are not bounded. With U the events that are not clipped and m_U what q
-    has on them,
+    An event is clipped if its contribution is above the bound. Differentiable in the student only, and not through a
+    clipped event. Contributions below 0, where p > q, are not bounded. With U the events that are not clipped and m_U
+    the mass of q on them,
 
         truncated   d/dz_v = m_U p_v - q_v [v in U]
-        tail        the same, and p_v (m_U - (1 - m) / (1 - c)) outside A where the tail is in U
+        tail        the same, and p_v (m_U - (1 - m) / (1 - c)) outside A if the tail is in U
 
     bound = infinity is `topk_forward_kl`. Source: OPSD, arXiv 2601.18734v3, on the whole vocabulary.
     """
@@ -65,8 +68,8 @@ def topk_reverse_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, 
 
     With L the value, d = log p - log q and p~ = p / c, q~ = q / m:
 
-        truncated   sum_A p d. d/dz_v = p_v ((d_v + 1) [v in A] - (L + c)): the 1 is not cancelled, so that candidates
-                    lose probability even where p = q, and the value falls without bound as c does
+        truncated   sum_A p d. d/dz_v = p_v ((d_v + 1) [v in A] - (L + c)): the 1 does not cancel, so candidates lose
+                    probability even where p = q, and the value falls below 0 (to -m / e) as c falls
         tail        truncated + (1 - c) d_tail >= 0, d_tail = log((1 - c) / (1 - m)).
                     d/dz_v = p_v (d_v - L), with d_tail outside A
         renorm      sum_A p~ log(p~ / q~) >= 0. d/dz_v = p~_v (log(p~_v / q~_v) - L) in A, 0 outside
@@ -82,9 +85,9 @@ def topk_jensen_shannon(
 ) -> Tensor:
     """beta KL(q || mix) + (1 - beta) KL(p || mix), mix = beta q + (1 - beta) p, of each token, nats, [T].
 
-    0 < beta < 1; differentiable in the student only. Over the events of the norm, with p and q normalised as it says,
-    the derivative in log p_e is (1 - beta) p_e log(p_e / mix_e): what the mixture adds cancels. So truncated has no
-    uncancelled 1, and is 0 with gradient 0 where p = q. Source: GKD, eq. of JSD(beta).
+    0 < beta < 1; differentiable in the student only. Over the events e of the norm, with p and q normalised by it, the
+    derivative in log p_e is (1 - beta) p_e log(p_e / mix_e), because the other terms cancel. So unlike the reverse KL,
+    truncated has no leftover constant: where p = q it is 0 with gradient 0. Source: GKD, eq. of JSD(beta).
     """
     assert 0.0 < beta < 1.0, f"expected 0 < beta < 1, found {beta}"
     logp_TE, logq_TE, absent_TE = _events(student_topk_logp_TK, teacher_topk_logp_TK, norm)
@@ -97,9 +100,9 @@ def topk_jensen_shannon(
 def clipped_reverse_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor, *, bound: float) -> Tensor:
     """sum_A p~ clamp(log(p~ / q~), -bound, bound) of each token, [T]; `renorm`, differentiable in the student only.
 
-    The clamped log-ratio is a constant: d/dz_v = p~_v (clamp_v - value), which is that of the reverse KL where nothing
-    is clamped. Differentiating through the clamp would add 1 to the unclamped candidates only, and so take probability
-    from the very candidates on which teacher and student agree.
+    The clamped log-ratio is a constant: d/dz_v = p~_v (clamp_v - value). If nothing is clamped, this is the gradient of
+    the reverse KL. Differentiating through the clamp would add 1 to the unclamped candidates only, and so take
+    probability from the candidates on which teacher and student agree.
     """
     logp_TE, logq_TE, absent_TE = _events(student_topk_logp_TK, teacher_topk_logp_TK, "renorm")
     log_ratio_TE = (logp_TE - logq_TE).detach().clamp(-bound, bound)
@@ -107,13 +110,14 @@ def clipped_reverse_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tenso
 
 
 def _forward_kl_entries(student_TK: Tensor, teacher_TK: Tensor, norm: str) -> Tensor:
-    """q log(q / p) of each event, [T, E]; 0 where it does not count."""
+    """q log(q / p) of each event, [T, E]; 0 if the event does not count."""
     logp_TE, logq_TE, absent_TE = _events(student_TK, teacher_TK, norm)
     return (logq_TE.exp() * (logq_TE - logp_TE)).masked_fill(absent_TE, 0.0)
 
 
 def _events(student_TK: Tensor, teacher_TK: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, log q, does not count) of the events that `norm` makes of the candidates, [T, E] each."""
+    # LOGP_FLOOR instead of -inf: the absent entries are masked at the end, and 0 * inf would be NaN before that.
     absent_TK = teacher_TK == -math.inf
     logp_TK = student_TK.masked_fill(absent_TK, LOGP_FLOOR)
     logq_TK = teacher_TK.detach().masked_fill(absent_TK, LOGP_FLOOR)
@@ -133,6 +137,6 @@ def _sum_over(value_TE: Tensor, absent_TE: Tensor) -> Tensor:
 
 
 def _log_tail_mass(logp_TK: Tensor) -> Tensor:
-    """log(1 - sum_A p), [T]; the mass of A is kept one rounding step below 1, where the log would be -inf."""
+    """log(1 - sum_A p), [T]. The mass of A is kept one rounding step below 1, because at 1 the log would be -inf."""
     log_mass_T = logp_TK.logsumexp(dim=1).clamp_max(-torch.finfo(logp_TK.dtype).eps)
     return (-torch.expm1(log_mass_T)).log()

@@ -1,7 +1,8 @@
 """Correction for sampling with one engine and training with another: weights from trainer and sampler log-probs.
 
-Not for the ratio of a policy that has moved over several updates (`policy_gradient`): both sides are the policy that
-sampled, and only the numerical mismatch of the two engines is between them. Invariant: the weight is detached.
+Both log-probs belong to the policy that generated the sample. They differ only because two engines computed them. This
+module does not handle the ratio of a policy that has moved over several updates (`policy_gradient`). Invariant: the
+weight is detached.
 
 Shapes: T tokens.
 """
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
-"""Guard (nats) inside exp() only: e^20 is finite in float32 and far beyond every cap."""
+"""Limit (nats) inside exp() only: e^20 is finite in float32 and far above every cap."""
 
 
 def mismatch_weight(
@@ -31,8 +32,8 @@ def mismatch_weight(
 
         off      1
         tis      min(w, tis_cap), truncated importance sampling
-        icepop   w where icepop_low <= w <= icepop_high, else 0
-        mask     1, but 0 where p_trainer(x) - p_sampler(x) < mask_below (probabilities)
+        icepop   w if icepop_low <= w <= icepop_high, else 0
+        mask     0 if p_trainer(x) - p_sampler(x) < mask_below (probabilities), else 1
     """
     old_logp_T, rollout_logp_T = old_logp_T.detach(), rollout_logp_T.detach()
     if mode == "off":

@@ -1,7 +1,7 @@
 """From an advantage to a loss: the score-function form, its importance ratio, PPO's clip.
 
-Not for the choice of the advantage (`objectives`). Invariant: advantage and mismatch weight are constants; gradients
-flow through log p(x) alone.
+This module does not choose the advantage (`objectives`). Invariant: advantage and mismatch weight are constants;
+gradients flow through log p(x) only.
 
 Shapes: T tokens.
 """
@@ -19,16 +19,16 @@ from tropd_mcore.objectives.parts.mismatch import LOG_RATIO_LIMIT, mismatch_weig
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """One entry a token each; only the first is differentiable."""
+    """One entry per token in each field; only the first is differentiable."""
 
     loss_T: Tensor
     """surrogate, nats"""
     ratio_T: Tensor
-    """w; 1 where no ratio is taken"""
+    """w; 1 if no ratio is used"""
     clipped_T: Tensor
-    """1 where a clip makes the gradient 0, else 0"""
+    """1 if a clip makes the gradient 0, else 0"""
     advantage_T: Tensor
-    """A with the mismatch weight in it"""
+    """A times the mismatch weight"""
 
 
 def policy_loss(
@@ -40,20 +40,20 @@ def policy_loss(
     policy: PolicyGradient,
     anchor_logp_T: Tensor | None = None,
 ) -> PolicyLoss:
-    """Loss whose gradient is that of minus the expected advantage, for tokens sampled before the update.
+    """Return the loss whose gradient is that of minus the expected advantage, for tokens sampled before the update.
 
     With the mismatch weight c (of p_old to the sampler's p) and w = p / p_old:
 
         none         -c A log p
         importance   -c A w
-        ppo_clip     max(-w c A, -clip(w, 1 - clip_low, 1 + clip_high) c A), and where A < 0 at most -dual_clip c A
+        ppo_clip     max(-w c A, -clip(w, 1 - clip_low, 1 + clip_high) c A), and if A < 0 at most -dual_clip c A
 
-    At p = p_old all three have the same gradient. `anchor_logp_T` takes the place of log p_old in w, not in c. The
-    functions are of each entry alone, so that any shape will do.
+    At p = p_old all three have the same gradient, -c A grad log p. `anchor_logp_T` replaces log p_old in w, but not in
+    c. Every operation is elementwise, so tensors may have any shape.
     Source: PPO (Schulman et al.); dual clip (Ye et al.).
     """
     engine_T = engine_weight(old_logp_T, rollout_logp_T, policy)
-    # A weight of 0 drops the token also where its reward is infinite.
+    # `where`, because a weight of 0 must drop the token even if its reward is infinite.
     advantage_T = torch.where(engine_T > 0, engine_T * advantage_T.detach(), 0.0)
     one_T, never_T = torch.ones_like(advantage_T), torch.zeros_like(advantage_T)
     if policy.ratio == "none":
@@ -81,7 +81,9 @@ def engine_weight(old_logp_T: Tensor, rollout_logp_T: Tensor, policy: PolicyGrad
 
 
 def _clipped_surrogate(ratio_T: Tensor, advantage_T: Tensor, policy: PolicyGradient) -> tuple[Tensor, Tensor]:
-    """PPO's surrogate with the dual clip, and where one of the two holds it constant."""
+    """PPO's surrogate with the dual clip, [T], and bool [T]: whether one of the two clips holds it constant."""
+    # PPO: -min(w A, clip(w) A) = max(free, held). Dual clip: for A < 0, where free grows without bound in w, at most
+    # -dual_clip A. The gradient is 0 wherever a bound is taken instead of `free`.
     free_T = -ratio_T * advantage_T
     held_T = -ratio_T.clamp(1.0 - policy.clip_low, 1.0 + policy.clip_high) * advantage_T
     loss_T = torch.maximum(free_T, held_T)
@@ -95,5 +97,5 @@ def _clipped_surrogate(ratio_T: Tensor, advantage_T: Tensor, policy: PolicyGradi
 
 
 def clipped_reward(log_ratio_T: Tensor, bound: float | None) -> Tensor:
-    """The log-ratio clamped to [-bound, bound] nats; None leaves it as it is."""
+    """The log-ratio clamped to [-bound, bound] nats; unchanged if the bound is None."""
     return log_ratio_T if bound is None else log_ratio_T.clamp(-bound, bound)

@@ -1,7 +1,8 @@
-"""Which tokens the student's own sample may teach: the trust gate.
+"""The trust gate: which tokens of the student's own sample are trained by their reward.
 
-Not for what happens to a distrusted token (see `objectives`). Invariant: the weight is detached and a pure function of
-its arguments; the randomness of the Bernoulli gate is in `trust_u_T`, drawn once with the rollout and stored with it.
+This module does not decide what happens to a distrusted token (`objectives`). Invariant: the weight is detached and a
+pure function of its arguments. The randomness of the Bernoulli gate is in `trust_u_T`, drawn once with the rollout and
+stored with it.
 
 Shapes: T tokens.
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 
 def trust_gate(log_ratio_T: Tensor, *, mode: str, trust_u_T: Tensor, threshold: float) -> Tensor:
-    """Trust weight in [0, 1] of each token sampled by the student, detached.
+    """Return the trust weight in [0, 1] of each token sampled by the student, detached.
 
     With rho = q(x) / p(x) = exp(log_ratio), p the student and q the teacher:
 
@@ -22,8 +23,8 @@ def trust_gate(log_ratio_T: Tensor, *, mode: str, trust_u_T: Tensor, threshold: 
         threshold   1 if log_ratio > threshold (nats) else 0
         none        1
 
-    The comparison u < rho is made as log u < log_ratio; u = 0 accepts. Over x ~ p the mean of 1 - weight (bernoulli,
-    soft) is the total variation distance of p and q. Source: TrOPD, P_trust(x) = min(q/p, 1).
+    u < rho is computed as log u < log_ratio; u = 0 accepts. Over x ~ p the mean of 1 - weight (bernoulli, soft) is
+    sum_x p max(0, 1 - q / p), the total variation distance of p and q. Source: TrOPD, P_trust(x) = min(q/p, 1).
     """
     log_ratio_T = log_ratio_T.detach()
     if mode == "bernoulli":
