@@ -27,7 +27,7 @@ from tropd_mcore.mcore.model import Model, Recompute, build_model
 from tropd_mcore.mcore.optimizer import build_optimizer, learning_rate, optimizer_step
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment, destroy, initialize
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
-from tropd_mcore.mcore.platform import choose
+from tropd_mcore.mcore.platform import PlatformKind, choose
 from tropd_mcore.mcore.scoring import score_micro_batches, student_pass
 from tropd_mcore.mcore.weights_io import iterate_hf, load_hf, named_parameters
 from tropd_mcore.objectives.registry import objective_of
@@ -54,6 +54,7 @@ class Case:
     """Factor on the granularity of the pack length: more of it is a longer padding tail."""
     optimizer: OptimizerConfig = field(default=UNSHARDED_GRADIENTS)
     form: Literal["fused", "logits"] = "fused"
+    backend: Literal["eager", "triton"] = "eager"
     weight_gradient: WeightGradientMode = "deferred"
     overlap_chunks: bool = False
     chunk_tokens: int = 7
@@ -62,7 +63,7 @@ class Case:
         return LossSettings(
             temperature=temperature,
             form=self.form,
-            backend="eager",
+            backend=self.backend,
             weight_gradient=self.weight_gradient,
             chunk_tokens=self.chunk_tokens,
             overlap_chunks=self.overlap_chunks,
@@ -100,9 +101,9 @@ class Constants:
 
 
 @contextmanager
-def layout_of(case: Case) -> Iterator[tuple[Layout, Any]]:
-    """The layout of a case and its platform, inside `run_on_ranks`."""
-    platform = choose("cpu")
+def layout_of(case: Case, kind: PlatformKind = "cpu") -> Iterator[tuple[Layout, Any]]:
+    """The layout of a case and its platform, inside `run_on_ranks`; on cuda, one rank on the first GPU."""
+    platform = choose(kind)
     environment = RankEnvironment(dist.get_rank(), dist.get_world_size(), local_rank=0)
     layout = initialize(case.parallel, platform, seed=1, environment=environment)
     try:
@@ -127,7 +128,7 @@ def build(folder: Path, case: Case, layout: Layout, platform: Any, *, trainable:
     return model
 
 
-def pack_for(rollouts: list[Rollout], case: Case, layout: Layout) -> PackedStep:
+def pack_for(rollouts: list[Rollout], case: Case, layout: Layout, device: torch.device | str = "cpu") -> PackedStep:
     return pack(
         rollouts,
         tokens_per_micro_batch=case.tokens_per_micro_batch,
@@ -138,7 +139,7 @@ def pack_for(rollouts: list[Rollout], case: Case, layout: Layout) -> PackedStep:
         tp_size=layout.tp_size * case.pack_multiple,
         aggregation="token_mean",
         prefix_denominator="joint",
-        device="cpu",
+        device=device,
     )
 
 
@@ -146,7 +147,7 @@ def train_step(
     student: Model, teacher: Model, rollouts: list[Rollout], case: Case, constants: Constants
 ) -> tuple[PackedStep, list[LossResult | None], list[TeacherScores | None]]:
     """Score and train on one batch. Afterwards gradients are complete and no parameter has changed."""
-    packed = pack_for(rollouts, case, student.layout)
+    packed = pack_for(rollouts, case, student.layout, student.platform.device)
     settings = case.settings(constants.temperature)
     scores = score_micro_batches(teacher, packed.micro_batches, packed.pack_length, k=constants.k, settings=settings)
     loss = make_distillation_loss(student, constants.objective(), scores, [None] * len(scores), settings)
@@ -161,9 +162,10 @@ def gather_results(layout: Layout, packed: PackedStep, results: Sequence[LossRes
         pairs = [(batch, result) for batch, result in zip(packed.micro_batches, results, strict=True) if result]
         assert len(pairs) == len(results), "a micro-batch has no result on the last stage"
         columns = {
-            name: torch.cat([result.columns[name].double() for _, result in pairs]) for name in pairs[0][1].columns
+            name: torch.cat([result.columns[name].double().cpu() for _, result in pairs])
+            for name in pairs[0][1].columns
         }
-        place = torch.cat([batch.sample_index_T * 10_000 + batch.token_index_T for batch, _ in pairs])
+        place = torch.cat([batch.sample_index_T * 10_000 + batch.token_index_T for batch, _ in pairs]).cpu()
         loss_sum = sum(float(result.loss_sum) for _, result in pairs)
         mine = (loss_sum, sum(int(result.token_count) for _, result in pairs), place, columns)
     assert layout.is_last_stage or all(result is None for result in results), "a result outside the last stage"

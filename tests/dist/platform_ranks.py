@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from tests.dist.layouts import Case, layout_of
+from tropd_mcore.mcore.parallel import RankEnvironment, destroy, initialize
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.platform.cpu_adam import CpuFusedAdam
 from tropd_mcore.mcore.platform.cpu_attention import CpuAttention
@@ -142,3 +144,14 @@ def norm(x: Tensor, weight: Tensor, eps: float, sequence_parallel: bool) -> tupl
     with torch.no_grad():
         module.weight.copy_(weight)
     return module(x).detach(), module.weight.sequence_parallel  # type: ignore[attr-defined]
+
+
+def timeouts(limit: timedelta) -> dict[str, timedelta]:
+    """Longest wait of each process group that a layout makes, with the one that Megatron writes checkpoints with."""
+    environment = RankEnvironment(dist.get_rank(), dist.get_world_size(), local_rank=0)
+    layout = initialize(Case().parallel, choose("cpu"), seed=1, environment=environment, timeout=limit)
+    groups = {name: getattr(layout.groups, name) for name in ("tp", "pp", "dp", "cp", "dp_cp", "control")}
+    groups["gloo of dp_cp"] = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+    found = {name: group._get_backend(torch.device("cpu")).options._timeout for name, group in groups.items()}
+    destroy(layout)
+    return found

@@ -120,14 +120,15 @@ def reference_model(folder: Path) -> torch.nn.Module:
 def reference_step(student: torch.nn.Module, teacher: torch.nn.Module, rollouts: Sequence[Rollout]) -> Step:
     """TrOPD with the Bernoulli gate, direct truncated forward KL on outliers and NLL on prefixes, token mean."""
     student.zero_grad()
-    total = torch.zeros((), dtype=torch.float64)
+    device = next(student.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
     columns: dict[str, list[Tensor]] = {}
     all_logits = []
     for rollout in rollouts:
-        ids = torch.from_numpy(rollout.token_ids.astype(np.int64))
-        logits = student(ids[None]).logits[0]
+        ids = torch.from_numpy(rollout.token_ids.astype(np.int64)).to(device)
+        logits = student(ids[None]).logits[0].double()
         with torch.no_grad():
-            log_q = torch.log_softmax(teacher(ids[None]).logits[0], dim=-1)
+            log_q = torch.log_softmax(teacher(ids[None]).logits[0].double(), dim=-1)
         log_p = torch.log_softmax(logits / TEMPERATURE, dim=-1)
         all_logits.append(logits.detach())
         start = len(rollout.prompt_ids)
@@ -138,7 +139,7 @@ def reference_step(student: torch.nn.Module, teacher: torch.nn.Module, rollouts:
                 continue
             lp, lq, x = log_p[token - 1], log_q[token - 1], ids[token]
             ratio = float((lq[x] - lp[x]).detach())
-            top = [int(v) for v in lq.topk(TOPK).indices if v < VOCABULARY]
+            top = [v for v in lq.topk(TOPK).indices.tolist() if v < log_p.shape[1]]
             fkl = sum(lq[v].exp() * (lq[v] - lp[v]) for v in top)
             trusted = is_prefix or np.log(rollout.trust_u[token - first_response]) < ratio
             if is_prefix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 from itertools import pairwise
 
 import megatron.core
@@ -53,6 +54,13 @@ def test_fusion_defaults_are_fields_of_the_model_config(kind: type[CpuPlatform |
     """The cuda module can be imported and queried without a GPU, but not used."""
     platform = kind.__new__(kind)
     assert set(platform.config_defaults()) <= {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+def test_every_process_group_waits_as_long_as_the_job_says() -> None:
+    """Megatron's default is 30 minutes, which a publication of weights or a rollout phase can exceed."""
+    limit = timedelta(hours=5)
+    for name, found in run_on_ranks(platform_ranks.timeouts, 2, limit)[0].items():
+        assert found == limit, name
 
 
 def test_cuda_literals_run_on_the_cpu_also_in_backward() -> None:

@@ -116,6 +116,25 @@ def test_weight_gradients_are_fused_if_and_only_if_the_extension_is_installed(ma
     assert CudaPlatform(local_rank=0).config_defaults()["gradient_accumulation_fusion"] is has_apex
 
 
+class EngineLayer(torch.nn.Linear):
+    """Has the attribute of Transformer Engine's layers, as Megatron sets it without Apex."""
+
+    fuse_wgrad_accumulation = False
+
+
+def test_layers_of_the_engine_add_their_weight_gradients_themselves_without_apex(machine: Any) -> None:
+    """They need no extension for it, and what has no such attribute is left alone."""
+    machine(modules={"transformer_engine"}, gpus=1)
+    model = torch.nn.Sequential(EngineLayer(2, 2), torch.nn.Sequential(EngineLayer(2, 2)), torch.nn.Linear(2, 2))
+    platform = CudaPlatform(local_rank=0)
+    platform.prepare_training(model)
+    assert [getattr(part, "fuse_wgrad_accumulation", None) for part in model.modules()] == [
+        None, True, None, True, None,
+    ]  # fmt: skip
+    assert not EngineLayer.fuse_wgrad_accumulation
+    assert platform.config_defaults()["gradient_accumulation_fusion"] is False
+
+
 def saved_and_loaded(folder: Path, directory: Path) -> list[dict[str, str]]:
     """Digests of student and average: as saved, of new objects, and of these after the load."""
     setup = Setup()

@@ -101,8 +101,8 @@ def log_probs(folder: Path, rollout: Rollout) -> torch.Tensor:
     return logits[-len(rollout.response_ids) :].log_softmax(-1)
 
 
-def set_stage(root: Path) -> Stage:
-    """Write a student, a teacher, a reference, prompts with answers, and the rollouts of two steps.
+def set_stage(root: Path, *, steps: int = STEPS, dtype: torch.dtype = torch.float32) -> Stage:
+    """Write a student, a teacher, a reference (stored in `dtype`), prompts with answers, and rollouts of `steps` steps.
 
     The answer of a prompt is the text of its first sample, so that the verifier accepts one of two samples.
     """
@@ -110,11 +110,11 @@ def set_stage(root: Path) -> Stage:
 
     stage = Stage(root)
     for seed, name in enumerate(("student", "teacher", "reference")):
-        write_tiny_model(stage.model(name), seed=seed, num_hidden_layers=2)
+        write_tiny_model(stage.model(name), seed=seed, dtype=dtype, num_hidden_layers=2)
     tokenizer = tiny_tokenizer()
     generator = torch.Generator().manual_seed(3)
     lines = []
-    for step in range(STEPS):
+    for step in range(steps):
         rollouts = []
         for prompt in range(PROMPTS):
             name, text = f"s{step}p{prompt}", "how many apples " * (1 + prompt % 3)
@@ -125,7 +125,7 @@ def set_stage(root: Path) -> Stage:
             lines.append(json.dumps({"id": name, "prompt": text, "answer": answer}))
         save_rollouts(stage.run("sampled") / "rollouts" / f"step_{step:06d}.npz", rollouts)
     (root / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    stage.config.write_text(_config(stage))
+    stage.config.write_text(_config(stage, steps))
     return stage
 
 
@@ -150,9 +150,9 @@ def _sample(stage: Stage, prompt_id: str, prompt_ids: np.ndarray, index: int, ge
     return dataclasses.replace(rollout, rollout_logp=logp.numpy().astype(np.float32))
 
 
-def _config(stage: Stage) -> str:
+def _config(stage: Stage, steps: int) -> str:
     return f"""
-run: {{dir: none, steps: {STEPS}, replay: {stage.run("sampled")}, checkpoint_every: 1, export_at_end: false}}
+run: {{dir: none, steps: {steps}, replay: {stage.run("sampled")}, checkpoint_every: 1, export_at_end: false}}
 platform: {{kind: cpu}}
 parallel: {{tensor: 2}}
 student: {{path: {stage.model("student")}, dtype: float32}}

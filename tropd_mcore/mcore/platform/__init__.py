@@ -42,6 +42,9 @@ class Platform(Protocol):
     def config_defaults(self) -> dict[str, Any]:
         """Return the TransformerConfig fields (kernel fusions) that depend on the machine."""
 
+    def prepare_training(self, module: torch.nn.Module) -> None:
+        """Have the layers of a model that will be trained add up their weight gradients in float32."""
+
 
 def meant(kind: PlatformKind) -> Literal["cpu", "cuda"]:
     """Resolve `platform.kind` on this machine: `auto` is cuda if torch sees a GPU, otherwise cpu."""

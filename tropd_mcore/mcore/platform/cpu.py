@@ -75,3 +75,6 @@ class CpuPlatform:
             "gradient_accumulation_fusion": False,
             "persist_layer_norm": False,
         }
+
+    def prepare_training(self, module: torch.nn.Module) -> None:
+        """Nothing: the data-parallel wrapper adds each gradient to a float32 buffer."""

@@ -49,10 +49,20 @@ class CudaPlatform:
         return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TENorm)
 
     def config_defaults(self) -> dict[str, Any]:
-        """Return the kernel fusions; the weight-gradient fusion only where Apex's extension is installed."""
+        """Return the kernel fusions; the weight-gradient fusion of Megatron's layers only where Apex is installed."""
         return {
             "apply_rope_fusion": True,
             "bias_activation_fusion": True,
             "bias_dropout_fusion": True,
             "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         }
+
+    def prepare_training(self, module: torch.nn.Module) -> None:
+        """Have Transformer Engine's layers add their weight gradients to `main_grad` inside the matrix product.
+
+        Megatron asks them to only where Apex's extension is installed, which they do not use. Without it each gradient
+        would be rounded to bfloat16 before it is added. They read the attribute at every forward pass.
+        """
+        for part in module.modules():
+            if hasattr(part, "fuse_wgrad_accumulation"):
+                part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
