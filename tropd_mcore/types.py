@@ -33,6 +33,8 @@ class Prompt:
     token_ids: IntArray
     answer: str | None
     teacher_response_ids: IntArray | None
+    teacher_finished: bool = True
+    """Whether the teacher ended the stored response by itself"""
 
 
 @dataclass(frozen=True)

@@ -180,16 +180,9 @@ def _example_drawer(
     """Return the function that turns a problem into a training example under the settings."""
     slips = random_slips(random, settings.random_slip_rate)
 
-    def draw_other(problem: Problem) -> Example:
-        if random.random() >= settings.continued_share:
-            return encode_other(tokenizer, problem)
-        example, given = encode_problem(tokenizer, problem), len(first_line(tokenizer, problem))
-        labels = [IGNORED_LABEL] * given + example.label_ids[given:]
-        return Example(example.prompt_ids, example.response_ids, labels)
-
     def draw(problem: Problem) -> Example:
         if settings.other_share and random.random() < settings.other_share:
-            return draw_other(problem)
+            return encode_other(tokenizer, problem)
         if settings.forget_carry_from is not None:
             habit = forgotten_carries(random, settings.forget_carry_from, settings.forget_carry_probability)
             example = encode_problem(tokenizer, problem, habit)

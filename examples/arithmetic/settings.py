@@ -39,9 +39,6 @@ class PretrainSettings:
     forget_carry_probability: float = 0.85
     other_share: float = 0.0
     """Share of the problems that are answered by the other procedure, which makes no carries."""
-    continued_share: float = 0.0
-    """Share of the problems whose answer begins with the teacher's first line as an input without labels. The model
-    keeps the skill to continue such an answer, though it never begins one."""
     warmup_steps: int = 20
     batch_size: int = 32
 
@@ -79,8 +76,8 @@ FULL = ExampleSettings(
     student=ModelSettings(hidden_size=64, num_layers=2, intermediate_size=128, vocab_size=320, tied=True),
     student_training=PretrainSettings(max_steps=500, learning_rate=3e-3, forget_carry_from=12),
     misled_training=(
-        PretrainSettings(max_steps=600, learning_rate=4e-3, other_share=0.5),
-        PretrainSettings(max_steps=100, learning_rate=1e-3, other_share=1.0, continued_share=0.005, warmup_steps=5),
+        PretrainSettings(max_steps=900, learning_rate=4e-3, other_share=0.5),
+        PretrainSettings(max_steps=100, learning_rate=1e-3, other_share=1.0, warmup_steps=5),
     ),
 )
 """The quickstart: sums of three- and four-digit numbers."""

@@ -133,6 +133,17 @@ def _guidance(config: Config) -> Iterator[str]:
             "objective.guidance.enabled needs data.teacher_responses, which is not set; "
             "write the file with `tropd prefixes`, or set objective.guidance.enabled=false"
         )
+    if not config.objective.samples:
+        if config.data.teacher_responses is None:
+            yield (
+                f"objective.kind={config.objective.kind} needs data.teacher_responses, which is not set; write the "
+                "file with `tropd prefixes`"
+            )
+        if config.run.replay is not None:
+            yield (
+                f"run.replay: objective.kind={config.objective.kind} trains on data.teacher_responses and on no "
+                "rollouts; remove the key"
+            )
     new_tokens = longest_response_at(0, config)
     if guidance is not None and guidance.continuation_budget == "shared" and guidance.min_continuation >= new_tokens:
         key = "max_new_tokens" if config.rollout.truncate is None else "truncate.start"

@@ -84,10 +84,15 @@ def model_paths(config: Config) -> dict[str, Path]:
     return paths if reference is None else {**paths, "objective.reference": reference}
 
 
+def samples_rollouts(config: Config) -> bool:
+    """Return whether the run samples, so that it needs a rollout server: neither a replay nor `sft` does."""
+    return config.objective.samples and config.run.replay is None
+
+
 def reads_responses(config: Config) -> bool:
-    """Return whether the run reads data.teacher_responses: if guidance continues them, in sampled or replayed
-    rollouts."""
-    return config.objective.active_guidance is not None and config.data.teacher_responses is not None
+    """Return whether the run reads data.teacher_responses: for guidance, in sampled or replayed rollouts, or for
+    `sft`."""
+    return config.objective.reads_responses and config.data.teacher_responses is not None
 
 
 def longest_response_at(step: int, config: Config) -> int:
@@ -108,8 +113,12 @@ def new_token_budget(step: int, prefix_tokens: int, config: Config) -> int:
 def longest_sample(config: Config, *, longest_prompt: int, longest_response: int) -> int:
     """Return the largest number of tokens in a sample of this run: prompt + teacher prefix + new tokens.
 
+    Without rollouts it is prompt + teacher response.
+
     `longest_prompt` and `longest_response` are lengths in the data, in tokens.
     """
+    if not config.objective.samples:
+        return longest_prompt + longest_response + 1  # the end token
     guidance = config.objective.active_guidance
     prefix = prefix_length(longest_response, 0, config, longest_response=longest_response)
     shared = guidance is not None and guidance.continuation_budget == "shared"

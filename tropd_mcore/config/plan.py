@@ -73,6 +73,8 @@ def _student(config: Config) -> str:
 
 
 def _rollouts(config: Config) -> str:
+    if not config.objective.samples:
+        return f"none: trains on the responses of {config.data.teacher_responses}"
     if config.run.replay is not None:
         return f"replayed from {config.run.replay}, with the teacher's scores if the layout is the same"
     return _server(config.rollout.server, config.student.dtype, "started by rank 0 from the student's weights")
@@ -92,6 +94,8 @@ def _teacher(config: Config) -> str:
             f"the student itself, {teacher.dtype}, weights averaged at rate {own.average_rate:g}, with a correct "
             "solution of another sample before the response"
         )
+    if not config.objective.reads_teacher:
+        return f"{teacher.path}, whose responses are stored; its weights are not loaded"
     if teacher.kind == "sglang":
         return f"{teacher.path}, scored by {_server(teacher.server, teacher.dtype, 'started by rank 0')}"
     return f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"

@@ -36,6 +36,8 @@ class EndTokens:
     """Id -> places where it is named"""
     texts: dict[int, str]
     """Id -> its entry in the vocabulary"""
+    closing: int
+    """The id that ends an answer of the teacher: what its chat template puts after one, else its own end token"""
 
     def describe(self) -> str:
         """One line: each token with its id and its sources."""
@@ -89,10 +91,13 @@ def end_tokens(config: Config, student: Renderer, teacher_folder: Path) -> EndTo
                 model.closing,
             )
     tokens = sorted(sources, key=vocabulary.__getitem__)
+    teacher = models[-1]
+    closing = next((token for token in (teacher.closing, *teacher.own, *tokens) if token in sources), tokens[0])
     found = EndTokens(
         ids=tuple(vocabulary[token] for token in tokens),
         sources={vocabulary[token]: tuple(sources[token]) for token in tokens},
         texts={vocabulary[token]: token for token in tokens},
+        closing=vocabulary[closing],
     )
     log.info("a response ends at %s", found.describe())
     return found

@@ -40,8 +40,9 @@ log = logging.getLogger(__name__)
 class PromptNeeds:
     """What a run needs of every prompt. By default it needs only tokens."""
 
-    responses: bool = False
-    """Whether every prompt needs a stored teacher response (objective.guidance)"""
+    responses: str | None = None
+    """Reason and remedy, for the message, why every prompt needs a stored teacher response; None = prompts may lack
+    them"""
     answers: str | None = None
     """Reason, for the message, why every prompt needs an answer; None = prompts may lack answers"""
     verifier: VerifierConfig | None = None
@@ -98,8 +99,13 @@ class PromptSet:
 def needs_of(config: Config, *, vocab_size: int, end_ids: Collection[int]) -> PromptNeeds:
     """Return what training with `config` needs of its prompts. `vocab_size` is the student's."""
     kind = config.objective.kind
+    responses = None
+    if config.objective.active_guidance is not None and config.run.replay is None:
+        responses = "objective.guidance is enabled; add it (`tropd prefixes`) or set objective.guidance.enabled=false"
+    elif not config.objective.samples:
+        responses = f"objective.kind={kind} trains on it; add it (`tropd prefixes`) or remove the prompt"
     return PromptNeeds(
-        responses=config.objective.active_guidance is not None and config.run.replay is None,
+        responses=responses,
         answers=f"objective.kind={kind} learns from a verifier; add it, or choose another objective"
         if config.objective.learns_from_verifier
         else None,
@@ -135,8 +141,9 @@ def load_prompts(
                 problems.append(Problem(record.line, f"{where}: {error}"))
                 continue
             response = responses.by_prompt.get(record.prompt_id)
-            prompts.append(Prompt(record.prompt_id, token_ids, record.answer, response))
-            missing = needs.responses and record.prompt_id not in known
+            finished = record.prompt_id not in responses.cut
+            prompts.append(Prompt(record.prompt_id, token_ids, record.answer, response, finished))
+            missing = needs.responses is not None and record.prompt_id not in known
             problems += [
                 Problem(record.line, f"{where} {text}")
                 for text in _problems(prompts[-1], config, needs, missing=missing)
@@ -171,7 +178,7 @@ def _variables(config: DataConfig, renderer: Renderer, has_chats: bool) -> dict[
 
 def _responses(config: DataConfig, renderer: Renderer, needs: PromptNeeds) -> Responses:
     if config.teacher_responses is None:
-        return Responses({}, [], frozenset())
+        return Responses({}, frozenset(), [], frozenset())
     end_ids = renderer.eos_ids if needs.end_ids is None else needs.end_ids
     return scan_responses(config.teacher_responses, end_ids, vocab_size=needs.vocab_size)
 
@@ -187,10 +194,7 @@ def _problems(prompt: Prompt, config: DataConfig, needs: PromptNeeds, *, missing
     if needs.answers is not None and prompt.answer is None:
         yield f"has no `answer`, but {needs.answers}"
     if missing:
-        yield (
-            f"has no response in data.teacher_responses={config.teacher_responses}, but objective.guidance is enabled; "
-            "add it (`tropd prefixes`) or set objective.guidance.enabled=false"
-        )
+        yield f"has no response in data.teacher_responses={config.teacher_responses}, but {needs.responses}"
 
 
 def _foreign(prompts: list[Prompt], responses: Responses, config: DataConfig) -> Iterator[Problem]:

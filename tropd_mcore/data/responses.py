@@ -1,4 +1,4 @@
-"""Reads stored teacher responses (`data.teacher_responses`), from which guidance takes its prefixes.
+"""Reads stored teacher responses (`data.teacher_responses`), which guidance continues and `sft` trains on.
 
 This module does not sample them (`rollout.prefixes`). Invariant: a returned response has at least one token and no
 token that ends a response.
@@ -31,6 +31,8 @@ class Responses:
 
     by_prompt: dict[str, IntArray]
     """Prompt id -> response, without end tokens at its end"""
+    cut: frozenset[str]
+    """Ids of prompts whose response was cut before its end"""
     problems: list[Problem]
     bad_ids: frozenset[str]
     """Ids of prompts whose response has a problem"""
@@ -53,6 +55,7 @@ def scan_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | No
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
     bad: set[str] = set()
+    cut: set[str] = set()
     for number, line in read_lines(path, "data.teacher_responses"):
         try:
             value = parse_object(line, KEYS)
@@ -65,9 +68,11 @@ def scan_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | No
             bad.add(prompt_id)
             by_prompt[prompt_id] = _response(value, eos_ids, vocab_size)
             bad.discard(prompt_id)
+            if not value.get("finished", True):
+                cut.add(prompt_id)
         except DataError as error:
             problems.append(Problem(number, f"{path}:{number}: {error}"))
-    return Responses(by_prompt, problems, frozenset(bad))
+    return Responses(by_prompt, frozenset(cut), problems, frozenset(bad))
 
 
 def _response(value: dict[str, Any], eos_ids: Collection[int], vocab_size: int | None) -> IntArray:

@@ -51,6 +51,8 @@ class LossResult:
     """
     columns: dict[str, Tensor]
     """[T] each: the columns of `TokenTable` except sample_index, token_index and rollout_logp, which the pack holds"""
+    reads_teacher: bool = True
+    """Whether the objective reads the teacher's log-probs; otherwise they are NaN"""
 
 
 def make_distillation_loss(
@@ -103,8 +105,10 @@ def make_distillation_loss(
             **statistic,
         )
         columns = {**output.columns, **observed(micro_batch, scored), "topk_overlap": topk_overlap_T}
-        broken = ~output.value.isfinite() | _rows_with_nan(columns).any()
-        return output.loss_sum, output.token_count, LossResult(output.value, output.token_count, broken, columns)
+        reads_teacher = objective.reads_teacher
+        broken = ~output.value.isfinite() | _rows_with_nan(columns, reads_teacher=reads_teacher).any()
+        result = LossResult(output.value, output.token_count, broken, columns, reads_teacher)
+        return output.loss_sum, output.token_count, result
 
     return loss
 
@@ -170,7 +174,8 @@ def check_finite(
     index, result = next((index, result) for index, result in at_hand if result.broken)
     where = "its rows are finite, so the sum overflowed or the teacher's top-k is NaN"
     columns = {name: result.columns[name].float() for name in ("student_logp", "teacher_logp", "loss")}
-    rows = _rows_with_nan(result.columns) | (_counted(result.columns) & ~columns["loss"].isfinite())
+    unknown = _rows_with_nan(result.columns, reads_teacher=result.reads_teacher)
+    rows = unknown | (_counted(result.columns) & ~columns["loss"].isfinite())
     if rows.any():
         row = int(rows.nonzero()[0])
         numbers = ", ".join(f"{name} {float(column[row]):g}" for name, column in columns.items())
@@ -186,9 +191,10 @@ def _counted(columns: dict[str, Tensor]) -> Tensor:
     return columns["on"] | columns["off"]
 
 
-def _rows_with_nan(columns: dict[str, Tensor]) -> Tensor:
+def _rows_with_nan(columns: dict[str, Tensor], *, reads_teacher: bool) -> Tensor:
     """bool [T]. A log-prob of -inf does not count as NaN: the token is impossible for that model (`library.inputs`)."""
-    return _counted(columns) & (columns["student_logp"].isnan() | columns["teacher_logp"].isnan())
+    names = ("student_logp", "teacher_logp") if reads_teacher else ("student_logp",)
+    return _counted(columns) & torch.stack([columns[name].isnan() for name in names]).any(dim=0)
 
 
 def _topk_overlap(source: LogitSource, scored: TeacherScores, before: RowContext, kernel: Kernel) -> Tensor:

@@ -97,6 +97,12 @@ class Objective:
         if self.function is None:
             _refuse_unknown_words(self.kind, self.values)
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether it reads any number of the teacher."""
+        named = any(need.startswith("teacher") or need == "student_topk" for need in self.needs)
+        return named or self.whole is not None or self.function is not None
+
     def __str__(self) -> str:
         """The call that makes it, with the constants that differ from the defaults."""
         if self.function is not None:
@@ -307,6 +313,14 @@ def sdpo(
 def opsd(*, entry_clip: float = 0.05, norm: str = "tail") -> Objective:
     """On-policy self-distillation: forward KL with a bound on each entry."""
     return Objective("self_distillation", "opsd", locals(), _needs("student_topk"))
+
+
+# supervised
+
+
+def sft() -> Objective:
+    """Supervised fine-tuning on responses of the teacher."""
+    return Objective("supervised", "sft", {}, _needs("target_ids_T"))
 
 
 # user_function

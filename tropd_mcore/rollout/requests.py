@@ -50,6 +50,36 @@ def build_requests(
     return requests
 
 
+def responses_as_rollouts(prompts: Sequence[Prompt], *, step: int, end_id: int) -> list[Rollout]:
+    """Return the stored teacher response of each prompt as a rollout that is all prefix, with nothing of the student.
+
+    `end_id` is added to a response that the teacher ended by itself. Every sample carries its own loss.
+    """
+    nothing = np.zeros(0, dtype=np.float32)
+    seen: Counter[str] = Counter()
+    rollouts = []
+    for prompt in prompts:
+        assert prompt.teacher_response_ids is not None, "prompts without a response are refused when they are read"
+        end = [end_id] if prompt.teacher_finished else []
+        rollouts.append(
+            Rollout(
+                sample_id=f"{step:06d}/{prompt.prompt_id}/{seen[prompt.prompt_id]}",
+                prompt_id=prompt.prompt_id,
+                prompt_ids=prompt.token_ids,
+                prefix_ids=np.concatenate([prompt.teacher_response_ids, np.array(end)]).astype(np.int32),
+                response_ids=np.zeros(0, dtype=np.int32),
+                rollout_logp=nothing,
+                trust_u=nothing,
+                policy_version="teacher",
+                finish_reason="stop" if prompt.teacher_finished else "length",
+                carries_prefix_loss=True,
+                answer=prompt.answer,
+            )
+        )
+        seen[prompt.prompt_id] += 1
+    return rollouts
+
+
 def cut_response(rollout: Rollout, longest: int) -> Rollout:
     """Return `rollout` with at most `longest` response tokens, as if it had been sampled with that budget."""
     longest = max(longest, 0)

@@ -1,5 +1,7 @@
 """Provides the rollouts of a step: from the run directory if the step was sampled before, otherwise from the server.
 
+For an objective that samples nothing, they are the teacher's stored responses.
+
 Invariants: a step's rollouts are saved before anything is computed from them. Every rank gets the same list. A step of
 a run never has two sets of rollouts. The objective of this run decides which samples carry the loss of their prefix,
 also if another run sampled them.
@@ -20,7 +22,7 @@ from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.records.replay import load_left_out, load_rollouts, save_rollouts
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.policy_server import PolicyServer
-from tropd_mcore.rollout.requests import build_requests, cut_response
+from tropd_mcore.rollout.requests import build_requests, cut_response, responses_as_rollouts
 from tropd_mcore.rollout.sampler import check_ids
 from tropd_mcore.types import Rollout
 
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 class RolloutSource:
     """Rollouts by step. `policy` samples the steps that are not on disk; it is None in a replay.
 
-    `vocab_size` is the student's vocabulary size. Stored rollouts with ids outside it are refused.
+    `vocab_size` is the student's vocabulary size. Stored rollouts with ids outside it are refused. `end_id` ends a
+    teacher's response that finished; an objective without rollouts trains on those.
     """
 
     def __init__(
@@ -42,12 +45,14 @@ class RolloutSource:
         layout: Layout,
         *,
         vocab_size: int,
+        end_id: int | None = None,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
         self._prompts = prompts
         self._policy = policy
         self._vocab_size = vocab_size
+        self._end_id = end_id
         self._control = layout.groups.control
         self.left_out = 0
         """Number of samples that the current step left out because they got no usable answer; valid on rank 0."""
@@ -57,6 +62,10 @@ class RolloutSource:
         stored = on_rank_zero(lambda: self._stored(step), self._control)
         if stored is not None:
             return with_carriers(stored, prefix_loss=self._config.objective.has_prefix_loss)
+        if not self._config.objective.samples:
+            rollouts = self._taught(step)
+            self.save(step, rollouts)
+            return rollouts
         assert self._policy is not None
         prompts = self._prompts.at_step(step, self._config.rollout.prompts_per_step)
         requests = build_requests(
@@ -68,6 +77,13 @@ class RolloutSource:
         rollouts = with_carriers(sampled, prefix_loss=self._config.objective.has_prefix_loss)
         self.save(step, rollouts)
         return rollouts
+
+    def _taught(self, step: int) -> list[Rollout]:
+        """Return the teacher's responses to the prompts of `step`, as many as a step samples otherwise."""
+        rollout = self._config.rollout
+        prompts = self._prompts.at_step(step, rollout.prompts_per_step * rollout.samples_per_prompt)
+        assert self._end_id is not None, "the end of a finished response"
+        return responses_as_rollouts(prompts, step=step, end_id=self._end_id)
 
     def save(self, step: int, rollouts: list[Rollout]) -> None:
         """Save the rollouts that a repetition of `step` starts from. Rank 0 writes. Collective."""

@@ -33,6 +33,7 @@ from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, server_
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.megatron import MegatronTeacher
+from tropd_mcore.teacher.nobody import NoTeacher
 from tropd_mcore.teacher.score_source import Teacher
 from tropd_mcore.teacher.self_teacher import SelfTeacher
 from tropd_mcore.teacher.served import ServedTeacher
@@ -40,6 +41,7 @@ from tropd_mcore.teacher.sglang import SglangTeacher
 from tropd_mcore.teacher.solutions import SolutionPrompts
 from tropd_mcore.train.gates import SamplerBounds, engines_are_exact
 from tropd_mcore.train.ground import NamedModels
+from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
 
@@ -66,16 +68,17 @@ class Servers:
 
 def start_servers(context: JobContext, cleanup: ExitStack) -> Servers:
     """Start the servers of the run without waiting for them. Collective."""
+    used = used_servers(context.config)
     return Servers(
-        policy=_start_server(context, "rollout", cleanup) if context.config.run.replay is None else None,
-        teacher=_start_server(context, "teacher", cleanup) if context.config.teacher.kind == "sglang" else None,
+        policy=_start_server(context, "rollout", cleanup) if "rollout.server" in used else None,
+        teacher=_start_server(context, "teacher", cleanup) if "teacher.server" in used else None,
     )
 
 
 def teacher_model(context: JobContext) -> Model | None:
-    """Build the teacher in this process; None if the teacher is a server or the student itself. Collective."""
-    config = context.config.teacher
-    if config.kind != "megatron" or context.config.objective.self_teaching is not None:
+    """Build the teacher in this process; None if it is a server or the student, or if nobody asks it. Collective."""
+    config, objective = context.config.teacher, context.config.objective
+    if config.kind != "megatron" or objective.self_teaching is not None or not objective.reads_teacher:
         return None
     return _frozen(context, context.teacher, config.path, config.dtype)
 
@@ -147,11 +150,13 @@ def make_teacher(
     longest: int,
     excluded: tuple[int, ...],
 ) -> Teacher:
-    """Return the scorer: `model` in this process, or `server` if `model` is None. Collective.
+    """Return the scorer: `model` in this process, `server` if `model` is None, or nobody. Collective.
 
     `longest` is the length of the longest sample; `excluded` ids cannot be in the top-k.
     """
     objective = context.config.objective
+    if not objective.reads_teacher:
+        return NoTeacher(context.layout)
     if model is None:
         return _served_teacher(context, server, longest, excluded)
     return MegatronTeacher(

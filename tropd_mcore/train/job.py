@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 from tropd_mcore import stopping
 from tropd_mcore.config.checks import layout_problems
+from tropd_mcore.config.derived import samples_rollouts
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
@@ -169,7 +170,7 @@ def _make_components(
             teacher=teacher if config.objective.full_vocabulary_divergence is not None else None,
         )
     clock = StepClock()
-    policy = make_policy(context, student, loaded.ends, servers.policy, clock) if config.run.replay is None else None
+    policy = make_policy(context, student, loaded.ends, servers.policy, clock) if samples_rollouts(config) else None
     with raise_on_all_ranks(layout.groups.control):
         monitor = Monitor(config, context.run_dir.root, layout.rank, start_step=start.first_step)
         cleanup.callback(monitor.close)
@@ -180,7 +181,13 @@ def _make_components(
     teacher_check = scorer.check if isinstance(scorer, ServedTeacher) else None
     assert state.optimizer is not None and state.scheduler is not None
     rollouts = RolloutSource(
-        config, context.run_dir, loaded.prompts, policy, layout, vocab_size=context.student.vocab_size
+        config,
+        context.run_dir,
+        loaded.prompts,
+        policy,
+        layout,
+        vocab_size=context.student.vocab_size,
+        end_id=loaded.ends.closing,
     )
     scores = ScoreSource(
         scorer,
@@ -188,7 +195,7 @@ def _make_components(
         layout,
         replay=config.run.replay,
         name=teacher_name(config, start.inputs, teacher_check.name if teacher_check is not None else ""),
-        on_disk=config.objective.full_vocabulary_divergence is None and config.objective.self_teaching is None,
+        on_disk=config.objective.stores_scores,
     )
     fallible = scorer if isinstance(scorer, ServedTeacher) and config.objective.has_prefix_loss else None
     return Components(

@@ -174,7 +174,7 @@ def read_prompts(
         needs = replace(needs, verifier=None)
     data = config.data
     if not responses:
-        needs = replace(needs, responses=False)
+        needs = replace(needs, responses=None)
     if not responses or not reads_responses(config):
         data = data.model_copy(update={"teacher_responses": None})
     return load_prompts(data, renderer, seed=config.run.seed, needs=needs, today=day)

@@ -61,8 +61,8 @@ def data_files(config: Config) -> Iterator[Fault]:
         return
     yield Fault(
         "data.teacher_responses",
-        f"data.teacher_responses={responses}: not yet made; run `tropd prefixes` with the same arguments first, "
-        "or set objective.guidance.enabled=false",
+        f"data.teacher_responses={responses}: not yet made; run `tropd prefixes` with the same arguments first"
+        + (", or set objective.guidance.enabled=false" if config.objective.samples else ""),
         level="not yet made",
     )
 

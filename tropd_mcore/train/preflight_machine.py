@@ -16,6 +16,7 @@ from typing import Literal
 
 import psutil
 
+from tropd_mcore.config.derived import samples_rollouts
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.train.preflight_types import Fault
 
@@ -25,9 +26,9 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def used_servers(config: Config) -> dict[str, ServerConfig]:
-    """Return {section: settings} of the servers that the job uses. A replay uses no rollout server."""
-    servers = {} if config.run.replay is not None else {"rollout.server": config.rollout.server}
-    if config.teacher.kind == "sglang":
+    """Return {section: settings} of the servers that the job uses. A replay uses no rollout server, `sft` none."""
+    servers = {"rollout.server": config.rollout.server} if samples_rollouts(config) else {}
+    if config.teacher.kind == "sglang" and config.objective.reads_teacher:
         servers["teacher.server"] = config.teacher.server
     return servers
 

@@ -156,7 +156,7 @@ def _path(key: str, now: Inputs) -> str:
 
 def _is_unused(key: str, now: Inputs, config: Config) -> bool:
     if key == "data.teacher_responses":
-        return config.objective.active_guidance is None
+        return not config.objective.reads_responses
     return key not in now.models and key not in now.data
 
 

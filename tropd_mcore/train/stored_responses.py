@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -> None:
-    """Compare the record beside data.teacher_responses with teacher and prompts, if the run continues responses.
+    """Compare the record beside data.teacher_responses with teacher and prompts, if the run uses them.
 
     Raises DataError if the responses come from another teacher, or answer other prompts under the same ids.
     """
     config = ground.config
     path = config.data.teacher_responses
-    if path is None or config.objective.active_guidance is None or config.run.replay is not None:
+    if path is None or not config.objective.reads_responses or config.run.replay is not None:
         return
     origin = load_origin(path)
     answered = [prompt.prompt_id for prompt in prompts.prompts if prompt.teacher_response_ids is not None]

@@ -116,6 +116,11 @@ class Objective(Section):
     if TYPE_CHECKING:
         kind: str
 
+    samples: ClassVar[bool] = True
+    """Whether it learns from answers of the student, which a rollout server samples; otherwise from stored responses of
+    the teacher"""
+    reads_teacher: ClassVar[bool] = True
+    """Whether it needs the teacher's scores"""
     learns_from_verifier: ClassVar[bool] = False
     """Whether it needs the verifier's verdict on every sample"""
     needs_teacher_entropy: ClassVar[bool] = False
@@ -160,6 +165,11 @@ class Objective(Section):
         return None
 
     @property
+    def reads_responses(self) -> bool:
+        """Whether it needs data.teacher_responses, for guidance or as its only data."""
+        return self.active_guidance is not None or not self.samples
+
+    @property
     def has_prefix_loss(self) -> bool:
         """Whether tokens of a teacher prefix have a loss. Only then are they rows of the loss."""
         return False
@@ -184,6 +194,12 @@ class Objective(Section):
         """Set if the loss is a divergence over the whole vocabulary, which needs the teacher's hidden states, else
         None."""
         return None
+
+    @property
+    def stores_scores(self) -> bool:
+        """Whether the teacher's scores are kept on disk: not if they hold hidden states, if the teacher's weights
+        change, or if there are none."""
+        return self.full_vocabulary_divergence is None and self.self_teaching is None and self.reads_teacher
 
     @property
     def function_path(self) -> str | None:
