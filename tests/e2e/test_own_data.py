@@ -56,9 +56,9 @@ def tropd(folder: Path, line: str) -> str:
 
 
 def program(folder: Path, part: str) -> str:
-    """Output of the program of the page that has `part` in it."""
+    """Output of the program of the page that has `part` in it, over the replayed run."""
     (found,) = [text for text in blocks("python") if part in text]
-    return run(folder, sys.executable, "-c", found)
+    return run(folder, sys.executable, "-c", found.replace("runs/mine", "runs/replayed"))
 
 
 def test_the_converter_in_own_data_writes_lines_that_doctor_accepts(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_example_responses_in_own_data_can_be_read(folder: Path) -> None:
 
 def test_a_run_on_the_example_rollouts_of_own_data_writes_the_files_that_its_programs_read(folder: Path) -> None:
     assert "4 rollouts of step 0" in program(folder, "save_rollouts")
-    tropd(folder, commands("tropd train mine.yaml run.replay")[0])
+    tropd(folder, commands("tropd train mine.yaml run.dir")[0])
     assert program(folder, "metrics.jsonl").splitlines()[0].startswith("0 ")
     assert re.search(r"\d+ tokens, \d+ outliers, \[.*'log_ratio'", program(folder, "tokens/step_000000.npz"))
-    assert (folder / "runs" / "mine" / "export" / "config.json").is_file()
+    assert (folder / "runs" / "replayed" / "export" / "config.json").is_file()

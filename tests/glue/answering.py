@@ -14,7 +14,7 @@ from tropd_mcore.serving.wire import Generation, GenerationRequest
 
 
 class Client:
-    """Answers every request with one token and the first of its end tokens."""
+    """Answers every request with two tokens and the first of its end tokens."""
 
     key, url = "teacher.server", "http://127.0.0.1:1"
 
@@ -29,8 +29,8 @@ class Client:
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation]:
         self.requests += requests
-        ids = [np.array([70, request.stop_token_ids[-1]], np.int32) for request in requests]
-        return [Generation(each, np.zeros(2, np.float32), "stop", ("default",)) for each in ids]
+        ids = [np.array([70, 70, request.stop_token_ids[-1]], np.int32) for request in requests]
+        return [Generation(each, np.zeros(3, np.float32), "stop", ("default",)) for each in ids]
 
 
 def answered_by(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:

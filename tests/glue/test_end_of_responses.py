@@ -61,7 +61,7 @@ def test_rollouts_prefixes_and_evaluation_end_at_the_tokens_of_both_models(
     out = tmp_path / "responses.jsonl"
     assert main(["prefixes", str(recipe), "--out", str(out)]) == 0
     assert {request.stop_token_ids for request in client.requests} == {trained.ends.ids}
-    assert [json.loads(line)["response_ids"] for line in out.read_text().splitlines()] == [[70]] * 3
+    assert [json.loads(line)["response_ids"] for line in out.read_text().splitlines()] == [[70, 70]] * 3
     client.requests.clear()
 
     for model in ("student", "teacher"):

@@ -26,7 +26,7 @@ from tropd_mcore.serving.wire import Generation, GenerationRequest
 from tropd_mcore.train.inputs import read_inputs
 from tropd_mcore.train.stored_responses import check_responses
 
-GUIDED = {"kind": "tropd", "outlier": {"topk": 3}}
+GUIDED = {"kind": "tropd", "outlier": {"topk": 3}, "guidance": {"min_continuation": 1}}
 
 
 class Interrupted(Client):

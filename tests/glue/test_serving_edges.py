@@ -192,7 +192,7 @@ def test_a_refused_checksum_is_an_error_if_the_server_takes_weights_and_otherwis
         client = client_of(server.url)
         assert [client.weights_checksum(may_refuse=True) for _ in range(3)] == [None] * 3
     (line,) = caplog.messages
-    assert f"answered {status}" in line and "let rollout.server.api_key_env name that" in line
+    assert f"answered {status}" in line and "set rollout.server.api_key_env to the variable" in line
 
 
 def test_an_endpoint_that_the_server_lacks_gives_an_error_with_the_required_version() -> None:

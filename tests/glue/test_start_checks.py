@@ -36,7 +36,7 @@ student: {path: DIR/student}
 teacher: {path: DIR/teacher}
 data: {prompts: DIR/prompts.jsonl, teacher_responses: DIR/responses.jsonl, max_prompt_tokens: 64}
 rollout: {max_new_tokens: 32}
-objective: {kind: tropd, outlier: {topk: 3}}
+objective: {kind: tropd, outlier: {topk: 3}, guidance: {min_continuation: 1}}
 batch: {tokens_per_micro_batch: 256}
 """
 ALONE = RankEnvironment(rank=0, world_size=1, local_rank=0)

@@ -200,3 +200,12 @@ def test_the_longest_sample_includes_prompt_prefix_and_new_tokens():
     shared = make_config(objective={"kind": "tropd", "guidance": {"continuation_budget": "shared"}})
     assert data_problems(shared, longest_prompt=1800, longest_response=8192) == []
     assert data_problems(make_config(objective={"kind": "opd"}), longest_prompt=2048, longest_response=0) == []
+
+
+@pytest.mark.parametrize(("longest", "problems"), [(64, 1), (65, 0), (1, 1), (0, 0)])
+def test_guidance_that_gives_no_sample_a_prefix_is_refused(longest: int, problems: int) -> None:
+    """0 means that the responses are not there yet."""
+    config = make_config(objective={"kind": "tropd"}, batch={"tokens_per_micro_batch": 20_000})
+    found = data_problems(config, longest_prompt=5, longest_response=longest)
+    assert len(found) == problems
+    assert all("min_continuation = 64" in line and f"has {longest}, so no sample" in line for line in found)

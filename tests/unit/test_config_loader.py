@@ -300,3 +300,9 @@ def test_every_leaf_of_the_schema_has_a_description():
     kinds = {key for key in schema_keys() if key.endswith(".kind")}
     undocumented = [key for key, field in schema_keys().items() if not field.description and key not in kinds]
     assert undocumented == []
+
+
+def test_an_unknown_key_of_the_command_line_is_not_placed_in_the_file(tmp_path):
+    text = GOOD + "objective: {kind: tropd}\n" if "objective" not in GOOD else GOOD
+    (line,) = problems(tmp_path, text, ["objective.gidance.enabled=true"])
+    assert line.startswith("command line: objective.gidance: unknown key")

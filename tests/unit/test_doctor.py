@@ -29,6 +29,7 @@ student: {path: DIR/student}
 teacher: {kind: megatron, path: DIR/teacher}
 data: {prompts: DIR/prompts.jsonl, teacher_responses: DIR/responses.jsonl, max_prompt_tokens: 64}
 rollout: {max_new_tokens: 32}
+objective: {kind: tropd, guidance: {min_continuation: 1}}
 batch: {tokens_per_micro_batch: 256}
 """
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -153,3 +153,17 @@ def test_tensorboard_gets_only_values_that_exist(tmp_path, monkeypatch):
     sink.write(7, {"a": 1.5, "b": NAN})
     sink.close()
     assert written == {"a": 1.5, "closed": 1.0}
+
+
+def test_a_resumed_run_says_which_steps_metrics_jsonl_lacks(tmp_path, caplog) -> None:
+    path = tmp_path / "metrics.jsonl"
+    JsonLines(path, 3)
+    assert "no metrics of 3 of the 3 earlier steps, the first is step 0" in caplog.text
+    caplog.clear()
+    path.write_text('{"step": 0}\n{"step": 2}\n{"step": 3}\n')
+    JsonLines(path, 3)
+    assert "no metrics of 1 of the 3 earlier steps, the first is step 1" in caplog.text
+    caplog.clear()
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    JsonLines(path, 2)
+    assert not caplog.text

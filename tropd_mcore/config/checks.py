@@ -70,16 +70,33 @@ def backend_problems(backend: str, platform: str) -> list[str]:
 
 def data_problems(config: Config, *, longest_prompt: int, longest_response: int) -> list[str]:
     """Return the conflicts between the configuration and the lengths in the data: tokens, responses without EOS."""
+    problems = list(_prefixes_are_empty(config, longest_response))
     needed = longest_sample(config, longest_prompt=longest_prompt, longest_response=longest_response)
     budget = config.batch.tokens_per_micro_batch
     if needed <= budget:
-        return []
+        return problems
     prefix = needed - longest_prompt - config.rollout.max_new_tokens
     return [
+        *problems,
         f"batch.tokens_per_micro_batch = {budget} but the longest sample can have {longest_prompt} prompt + {prefix} "
         f"prefix + {config.rollout.max_new_tokens} new = {needed} tokens; set batch.tokens_per_micro_batch={needed} or "
-        "more, lower rollout.max_new_tokens, or set objective.guidance.continuation_budget=shared"
+        "more, lower rollout.max_new_tokens, or set objective.guidance.continuation_budget=shared",
     ]
+
+
+def _prefixes_are_empty(config: Config, longest_response: int) -> Iterator[str]:
+    """Yield a problem if guidance is on and no stored response is long enough to give a prefix."""
+    guidance = config.objective.active_guidance
+    if guidance is None or config.run.replay is not None:
+        return
+    if not longest_response or longest_response > guidance.min_continuation:  # 0: `tropd prefixes` has not run yet
+        return
+    lower = f"lower it (to {longest_response // 4 or 1}, for example), or " if longest_response > 1 else ""
+    yield (
+        f"objective.guidance.min_continuation = {guidance.min_continuation} leaves that many tokens of each response "
+        f"to the student, but the longest response in data.teacher_responses has {longest_response}, so no sample "
+        f"would get a prefix; {lower}set objective.guidance.enabled=false"
+    )
 
 
 def self_teacher_problems(config: Config, *, longest_prompt: int, context: int) -> list[str]:

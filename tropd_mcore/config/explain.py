@@ -30,8 +30,9 @@ def explain_validation_error(
         if detail["type"].startswith("union_tag"):
             keys.append("kind")
         dotted = ".".join(keys)
-        inside = (place for key, place in places.items() if key.startswith(f"{dotted}."))
-        place = next((places[key] for key in _ancestors(keys) if key in places), next(inside, name))
+        inside = [place for key, place in places.items() if key.startswith(f"{dotted}.")]
+        around = (places[key] for key in _ancestors(keys) if key in places)
+        place = places.get(dotted) or next(iter(inside), None) or next(around, name)
         lines.append(f"{place}: {_message(dotted, keys, detail, renamed)}")
     return lines
 

@@ -7,11 +7,14 @@ line is on disk before the next step starts, or no part of it is; a value that d
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from tropd_mcore.files import append_text, publish_text, read_step_lines
+
+log = logging.getLogger(__name__)
 
 
 class JsonLines:
@@ -20,6 +23,16 @@ class JsonLines:
     def __init__(self, path: Path, start_step: int) -> None:
         self._path = path
         truncate(path, start_step)
+        there = {record["step"] for record in read_step_lines(path)} if path.exists() else set()
+        if missing := sorted(set(range(start_step)) - there):
+            log.warning(
+                "%s: no metrics of %d of the %d earlier steps, the first is step %d (was the file changed?); the run "
+                "continues without them",
+                path,
+                len(missing),
+                start_step,
+                missing[0],
+            )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and flush it to disk. Raises DataError if the whole line cannot be written."""

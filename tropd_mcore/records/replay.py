@@ -42,7 +42,11 @@ _CONTENTS = "contents"
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout], *, left_out: int = 0) -> None:
-    """Publish the rollouts of one step at `path`; `left_out` counts samples that had no usable answer."""
+    """Publish the rollouts of one step at `path`; `left_out` counts samples that had no usable answer.
+
+    Raises DataError if the parts of a rollout do not fit together.
+    """
+    _refuse_what_does_not_fit(path, rollouts)
     arrays: dict[str, np.ndarray] = {}
     for name in _RAGGED:
         values = [getattr(rollout, name) for rollout in rollouts]
@@ -66,10 +70,43 @@ def load_left_out(path: Path) -> int:
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
-    """Return the rollouts of one step as they were saved. Raises `DataError` if the file is not a rollout file."""
+    """Return the rollouts of one step as they were saved.
+
+    Raises `DataError` if the file is not a rollout file, or if the parts of a rollout do not fit together.
+    """
     arrays = _read_arrays(path)
     ragged = {name: _split(arrays, name) for name in _RAGGED}
-    return [_rollout(arrays, ragged, index) for index in range(len(arrays["sample_id"]))]
+    rollouts = [_rollout(arrays, ragged, index) for index in range(len(arrays["sample_id"]))]
+    _refuse_what_does_not_fit(path, rollouts)
+    return rollouts
+
+
+def _refuse_what_does_not_fit(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Raise DataError for rollouts that were put together by hand and would fail, or mislead, much later."""
+    seen: set[str] = set()
+    for rollout in rollouts:
+        problem = _problem(rollout)
+        if rollout.sample_id in seen:
+            problem = "expected another sample_id than that of an earlier sample of the step"
+        if problem is not None:
+            raise DataError(f"{path}: sample {rollout.sample_id!r}: {problem}")
+        seen.add(rollout.sample_id)
+
+
+def _problem(rollout: Rollout) -> str | None:
+    """What does not fit in one rollout; None if all does."""
+    tokens = len(rollout.response_ids)
+    for name in ("rollout_logp", "trust_u"):
+        values = getattr(rollout, name)
+        if len(values) != tokens:
+            return f"expected one number in {name} for each of the {tokens} response tokens, found {len(values)}"
+        if not np.isfinite(values).all():
+            return f"expected finite numbers in {name}, found {values[~np.isfinite(values)][0]}"
+    if not len(rollout.prompt_ids):
+        return "expected at least one token in prompt_ids, found none"
+    if not tokens and not len(rollout.prefix_ids):
+        return "expected at least one token in response_ids or prefix_ids, found none"
+    return None
 
 
 def _split(arrays: dict[str, np.ndarray], name: str) -> list[Any]:

@@ -248,10 +248,17 @@ class SamplerGate:
     def _error(self, found: Difference, steps: list[int], since: str) -> GateError:
         stored = self._run_dir.rollouts(steps[0])
         more = f" to step {steps[-1]}" if len(steps) > 1 else ""
+        remedy = (
+            f"Stored rollouts are used again: once the cause is fixed, remove {stored}{more} to have them sampled again"
+        )
+        if self._replayed:
+            remedy = (
+                "The rollouts of run.replay are of another student, or their log-probs are rough: replay a run of this "
+                "student, or set gates.sampler_logprob=false if that is meant"
+            )
         return GateError(
             f"gates.sampler_logprob: step {steps[-1]}: {self._text(found)}{since}. Likely cause: {found.cause()}. "
-            f"Stored rollouts are used again: once the cause is fixed, remove {stored}{more} to have them sampled "
-            "again. Bounds: gates.sampler_logprob_mean, gates.sampler_logprob_p99, gates.sampler_logprob_max, "
+            f"{remedy}. Bounds: gates.sampler_logprob_mean, gates.sampler_logprob_p99, gates.sampler_logprob_max, "
             "gates.sampler_logprob_share, gates.sampler_logprob_steps"
         )
 
