@@ -24,13 +24,13 @@ from tropd_mcore.train.trainer import Trainer
 from tropd_mcore.types import Rollout
 
 WITH_PREFIX_LOSS = [
-    *({"kind": kind} for kind in ("tropd", "tropd_aopd")),
+    *({"kind": kind} for kind in ("tropd", "tropd_aopd", "sft")),
     *({"kind": "tropd", "guidance": {"loss": loss}} for loss in ("nll", "topk_fkl", "scalar_adv")),
     {"kind": "tropd", "guidance": {"beta": 0.0}},
     {"kind": "custom", "function": "a:b", "arguments": {"prefix_loss": "nll"}},
 ]
 WITHOUT = [
-    *({"kind": kind} for kind in sorted(KINDS.keys() - {"tropd", "tropd_aopd", "custom"})),
+    *({"kind": kind} for kind in sorted(KINDS.keys() - {"tropd", "tropd_aopd", "sft", "custom"})),
     {"kind": "tropd", "guidance": {"loss": "none"}},
     {"kind": "tropd", "guidance": {"enabled": False}},
     {"kind": "tropd_aopd", "guidance": {"loss": "none"}},

@@ -92,7 +92,7 @@ def test_responses_of_other_prompts_are_refused(tmp_path, renderer):
             DataConfig(prompts=prompts, teacher_responses=responses),
             renderer,
             seed=1,
-            needs=PromptNeeds(responses=True),
+            needs=PromptNeeds(responses="guidance needs it"),
         )
 
 
@@ -134,9 +134,9 @@ def test_a_prompt_without_a_stored_response_is_refused_if_guidance_will_use_it(t
     lines = [{"id": f"p{i}", "response_ids": [5]} for i in range(40) if i != 27]
     responses = write_lines(tmp_path / "r.jsonl", lines)
     load_prompts(DataConfig(prompts=prompts, teacher_responses=responses), renderer, seed=1)
-    (problem,) = problems_with(PromptNeeds(responses=True), renderer, prompts, responses)
+    (problem,) = problems_with(PromptNeeds(responses="guidance needs it"), renderer, prompts, responses)
     assert "p.jsonl:28: prompt 'p27' has no response in data.teacher_responses=" in problem
-    assert "(`tropd prefixes`) or set objective.guidance.enabled=false" in problem
+    assert problem.endswith(", but guidance needs it")
 
 
 def test_everything_that_a_run_would_lack_is_reported_at_once_by_file_and_line(tmp_path, renderer):
@@ -154,7 +154,10 @@ def test_everything_that_a_run_would_lack_is_reported_at_once_by_file_and_line(t
     lines = [{"id": name, "response_ids": [5]} for name in ("good", "unanswered", "hopeless", "both")]
     responses = write_lines(tmp_path / "r.jsonl", [*lines, {"id": "bad response", "response_ids": [400]}])
     needs = PromptNeeds(
-        responses=True, answers="kdrl learns from it", verifier=VerifierConfig(kind="exact_match"), vocab_size=307
+        responses="guidance needs it",
+        answers="kdrl learns from it",
+        verifier=VerifierConfig(kind="exact_match"),
+        vocab_size=307,
     )
     config = DataConfig(prompts=prompts, teacher_responses=responses, max_prompt_tokens=20)
     with pytest.raises(DataError) as caught:

@@ -117,6 +117,7 @@ _SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "rethinking/intersection": ({"support": "intersection"}, 0.0),
     "rethinking/union": ({"support": "union"}, 0.0),
     "rethinking/xor": ({"support": "xor"}, 0.0),
+    "sft": ({}, 0.0),
     "eopd": ({"entropy_threshold": 2.1}, 0.0),
     "eopd/tail": ({"entropy_threshold": 2.1, "norm": "tail"}, 0.0),
     "aopd": ({}, 0.0),

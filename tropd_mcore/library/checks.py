@@ -66,7 +66,9 @@ ROUNDING = 1e-2
 
 def reads_prefixes(objective: Objective) -> bool:
     """Whether the objective has a term for the tokens of a teacher's prefix."""
-    return objective.function is not None or objective.values.get("prefix_loss", "none") != "none"
+    if objective.function is not None or objective.trains_prefixes:
+        return True
+    return bool(objective.values.get("prefix_loss", "none") != "none")
 
 
 def refuse_what_does_not_fit(objective: Objective, given: Mapping[str, object | None]) -> None:

@@ -63,7 +63,7 @@ def longest_micro_batch(pack_length: int, layout: Layout, device: torch.device) 
 def _any_scores(micro_batch: MicroBatch, k: int, student_topk: int, teacher: Model | None) -> TeacherScores:
     """Return scores of a teacher that gives the first k tokens of the vocabulary equal probability."""
     rows, device = len(micro_batch.rows_T), micro_batch.rows_T.device
-    logp_T = torch.full((rows,), -float(np.log(k)), device=device)
+    logp_T = torch.full((rows,), -float(np.log(max(k, 1))), device=device)
     hidden_TD = None
     if teacher is not None:
         hidden_TD = torch.zeros(rows, teacher.arch.hidden_size, dtype=teacher.config.params_dtype, device=device)

@@ -92,6 +92,8 @@ class Objective:
     """The equation itself, if the caller provides it."""
     whole: WholeVocabulary | None = None
     """The divergence over the whole vocabulary, if the objective reads one."""
+    trains_prefixes: bool = False
+    """Whether tokens of the teacher are trained like all others, without a `prefix_loss` that says how."""
 
     def __post_init__(self) -> None:
         if self.function is None:
@@ -320,7 +322,7 @@ def opsd(*, entry_clip: float = 0.05, norm: str = "tail") -> Objective:
 
 def sft() -> Objective:
     """Supervised fine-tuning on responses of the teacher."""
-    return Objective("supervised", "sft", {}, _needs("target_ids_T"))
+    return Objective("supervised", "sft", {}, _needs("target_ids_T"), trains_prefixes=True)
 
 
 # user_function
