@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,8 @@ from tropd_mcore.progress import progress
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY, PROBLEMS_LOOKED_AT = 5, 32
+"""Steps between two looks at the worked answers, and how many"""
 IGNORED_LABEL = -100
 """The label that the loss of transformers ignores."""
 
@@ -129,6 +131,18 @@ def pretrain(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             state.advance(note=f"loss {float(loss.detach()):.3f}", amount=ids.numel())
+            if settings.until_worked_loss is not None and step % LOOK_EVERY == 0:
+                if worked_loss(model, tokenizer, islice(stream, PROBLEMS_LOOKED_AT)) >= settings.until_worked_loss:
+                    return
+                model.train()
+
+
+@torch.no_grad()
+def worked_loss(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Iterable[Problem]) -> float:
+    """Return the mean loss of the worked answers of `problems`, in nats per token."""
+    model.eval()
+    ids, labels = right_padded([encode_problem(tokenizer, problem) for problem in problems], tokenizer.pad_token_id)
+    return float(model(input_ids=ids, labels=labels).loss)
 
 
 def greedy_accuracy(

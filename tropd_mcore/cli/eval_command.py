@@ -92,9 +92,17 @@ def run(options: argparse.Namespace) -> int:
         change = compare(other, result)
         print(
             f"{result.model} - {other.model}: greedy {change['difference']:+.1%} "
-            f"[{change['low']:+.1%}, {change['high']:+.1%}]"
+            f"[{change['low']:+.1%}, {change['high']:+.1%}]{_sampled(change)}"
         )
     return 0
+
+
+def _sampled(change: dict[str, float]) -> str:
+    """The difference of the sampled accuracies, if both results have it."""
+    if "sampled_difference" not in change:
+        return ""
+    low, high = change["sampled_low"], change["sampled_high"]
+    return f"; sampled {change['sampled_difference']:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 def _check_options(config: Config, options: argparse.Namespace, model: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,16 @@ from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.end_tokens import served_end_ids
 from tropd_mcore.data.prompts import PromptNeeds, PromptSet, load_prompts
 from tropd_mcore.data.thinking import read_answer_ids
-from tropd_mcore.data.verify import is_right
+from tropd_mcore.data.tokenizer import decode
+from tropd_mcore.data.verify import found_answer, is_right
 from tropd_mcore.errors import DataError, ServerError
-from tropd_mcore.evaluation.statistics import clustered_interval, paired_difference_interval, wilson_interval
+from tropd_mcore.evaluation.statistics import (
+    clustered_interval,
+    paired_difference_interval,
+    paired_mean_interval,
+    pass_at,
+    wilson_interval,
+)
 from tropd_mcore.files import file_digest, publish_text
 from tropd_mcore.progress import counted, progress
 from tropd_mcore.serving.wire import Generation, GenerationRequest
@@ -76,6 +83,24 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One answer and what became of it, for a reader who looks at single verdicts."""
+
+    id: str
+    """Of the prompt"""
+    sample: int | None
+    """Number of the sampled answer, from 0; None = the greedy one"""
+    text: str
+    """The answer with its special tokens, as the model wrote it"""
+    finish_reason: str
+    """`stop` or `length`"""
+    found: str | None
+    """What the verifier took for the answer; None if there is none"""
+    expected: str
+    right: bool
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """The result of one model on one prompt file."""
 
@@ -97,10 +122,25 @@ class EvaluationResult:
     """The date that the chat template printed, YYYY-MM-DD; None if it printed none"""
     model_sha256: str = ""
     """Digest of the whole folder, including tokenizer, chat template and end tokens; "" in results of older releases"""
+    sampled_correct: list[int] = field(default_factory=list)
+    """Per prompt, in the order of the file: number of right sampled answers; empty in results of older releases"""
+    pass_at: dict[str, float] = field(default_factory=dict)
+    """k -> probability that one of k sampled answers is right (`statistics.pass_at`)"""
+    answers: list[Answer] = field(default_factory=list, compare=False)
+    """Every answer; saved in a file beside the result, and not read back with it"""
 
     def save(self, path: Path) -> None:
-        """Write the result as JSON. Raises DataError if `path` cannot be written."""
-        publish_text(path, json.dumps(asdict(self), indent=1) + "\n", key="--out")
+        """Write the result as JSON, and before it its answers (`answers_file`). Raises DataError if it cannot."""
+        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in self.answers)
+        publish_text(answers_file(path), "".join(lines), key="--out")
+        values = asdict(replace(self, answers=[]))
+        del values["answers"]
+        publish_text(path, json.dumps(values, indent=1) + "\n", key="--out")
+
+
+def answers_file(path: Path) -> Path:
+    """Return the JSONL file with the answers of the result at `path`."""
+    return path.with_suffix(".answers.jsonl")
 
 
 def load_result(path: Path) -> EvaluationResult:
@@ -147,31 +187,50 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, t
         ]
         return [_present(generation) for generation in generate(requests)]
 
-    def judged(generations: list[Generation], samples: int) -> list[bool]:
-        right = []
+    def judged(generations: list[Generation], samples: int, *, greedy: bool) -> list[Answer]:
+        found: list[Answer] = []
         with progress(log, "verifier", total=len(generations), unit="responses judged") as state:
             for index, generation in enumerate(counted(generations, state)):
                 ids, finished = generation.output_ids, generation.finish_reason == "stop"
-                said = read_answer_ids(verifier, renderer, prompts[index // samples], ids, finished=finished)
-                right.append(said is not None and is_right(verifier, said, expected[index // samples]))
-        return right
+                number, sample = divmod(index, samples)
+                said = read_answer_ids(verifier, renderer, prompts[number], ids, finished=finished)
+                found.append(
+                    Answer(
+                        id=prompt_set.prompts[number].prompt_id,
+                        sample=None if greedy else sample,
+                        text=decode(renderer.tokenizer, ids.tolist()),
+                        finish_reason=generation.finish_reason,
+                        found=None if said is None else found_answer(verifier, said),
+                        expected=expected[number],
+                        right=said is not None and is_right(verifier, said, expected[number]),
+                    )
+                )
+        return found
 
     digest = folder_digest(model)
     greedy = answers(0.0, 1)
-    greedy_correct = judged(greedy, 1)
-    sampled = judged(answers(settings.temperature, settings.samples), settings.samples) if settings.samples else []
+    judged_greedy, samples = judged(greedy, 1, greedy=True), settings.samples
+    sampled = judged(answers(settings.temperature, samples), samples, greedy=False) if samples else []
+    greedy_correct = [answer.right for answer in judged_greedy]
+    sampled_correct = [
+        sum(answer.right for answer in sampled[start : start + samples])
+        for start in range(0, len(sampled), samples or 1)
+    ]
     return EvaluationResult(
         model=str(model),
         weights_sha256=digest.weights(),
         prompts_sha256=file_digest(Path(settings.prompts)),
         settings=settings,
         greedy=_score(greedy_correct),
-        sampled=_clustered_score(sampled, settings.samples) if sampled else None,
+        sampled=_clustered_score(sampled_correct, samples) if sampled else None,
         truncated=sum(generation.finish_reason == "length" for generation in greedy) / len(greedy),
         mean_length=sum(len(generation.output_ids) for generation in greedy) / len(greedy),
         greedy_correct=greedy_correct,
         template_date=prompt_set.printed_date.isoformat() if prompt_set.printed_date else None,
         model_sha256=digest.whole(),
+        sampled_correct=sampled_correct,
+        pass_at={str(k): pass_at(k, sampled_correct, samples) for k in range(1, samples + 1)},
+        answers=[*judged_greedy, *sampled],
     )
 
 
@@ -201,7 +260,8 @@ def _read_prompts(renderer: Renderer, settings: EvaluationSettings, verifier: Ve
 def compare(before: EvaluationResult, after: EvaluationResult) -> dict[str, float]:
     """Return the difference of the greedy accuracies (after - before) with its 95 % interval, paired by prompt.
 
-    Raises DataError if the two results have different prompts or settings.
+    If both results have sampled answers per prompt, also that of the sampled accuracies (`sampled_...`). Raises
+    DataError if the two results have different prompts or settings.
     """
     if before.settings != after.settings or before.prompts_sha256 != after.prompts_sha256:
         raise DataError(f"{before.model} and {after.model} were evaluated with different settings; evaluate both again")
@@ -211,7 +271,13 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> dict[str, floa
             f"{after.template_date}); set data.template_date and evaluate both again"
         )
     low, high = paired_difference_interval(before.greedy_correct, after.greedy_correct)
-    return {"difference": after.greedy.accuracy - before.greedy.accuracy, "low": low, "high": high}
+    found = {"difference": after.greedy.accuracy - before.greedy.accuracy, "low": low, "high": high}
+    if before.sampled_correct and after.sampled_correct:
+        samples = after.settings.samples
+        old, new = ([right / samples for right in each.sampled_correct] for each in (before, after))
+        low, high = paired_mean_interval(old, new)
+        found |= {"sampled_difference": (sum(new) - sum(old)) / len(new), "sampled_low": low, "sampled_high": high}
+    return found
 
 
 def describe(result: EvaluationResult) -> str:
@@ -219,6 +285,9 @@ def describe(result: EvaluationResult) -> str:
     parts = [f"greedy {_percent(result.greedy)}"]
     if result.sampled is not None:
         parts.append(f"sampled (T={result.settings.temperature:g}) {_percent(result.sampled)}")
+        if len(result.pass_at) > 1:
+            k, share = list(result.pass_at.items())[-1]
+            parts.append(f"pass@{k} {share:.1%}")
     parts.append(f"{result.mean_length:.1f} tokens, {result.truncated:.1%} truncated")
     return f"{result.model}: " + "; ".join(parts)
 
@@ -240,7 +309,7 @@ def _score(correct: list[bool]) -> Score:
     return Score(sum(correct), len(correct), sum(correct) / len(correct), low, high)
 
 
-def _clustered_score(correct: list[bool], samples: int) -> Score:
-    means = [sum(correct[start : start + samples]) / samples for start in range(0, len(correct), samples)]
-    low, high = clustered_interval(means)
-    return Score(sum(correct), len(correct), sum(correct) / len(correct), low, high)
+def _clustered_score(correct: list[int], samples: int) -> Score:
+    low, high = clustered_interval([right / samples for right in correct])
+    total = len(correct) * samples
+    return Score(sum(correct), total, sum(correct) / total, low, high)

@@ -32,6 +32,27 @@ def clustered_interval(means: Sequence[float]) -> tuple[float, float]:
     return max(0.0, mean - spread), min(1.0, mean + spread)
 
 
+def pass_at(k: int, correct: Sequence[int], samples: int) -> float:
+    """Return the mean probability that one of `k` answers, drawn from the `samples` of a prompt, is right.
+
+    `correct` has the number of right answers per prompt. Equal to 1 - C(n - c, k) / C(n, k), which is unbiased. Source:
+    Chen et al. 2021, arXiv 2107.03374, eq. 1.
+    """
+    assert 1 <= k <= samples and len(correct) > 0
+    missed = [math.comb(samples - right, k) / math.comb(samples, k) for right in correct]
+    return 1.0 - sum(missed) / len(missed)
+
+
+def paired_mean_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Return the normal interval of mean(after) - mean(before), whose values belong to the same prompts."""
+    assert len(before) == len(after) > 0, f"{len(before)} and {len(after)} prompts; expected the same"
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    count, mean = len(differences), sum(differences) / len(differences)
+    variance = sum((value - mean) ** 2 for value in differences) / max(count - 1, 1)
+    spread = Z95 * math.sqrt(variance / count)
+    return max(-1.0, mean - spread), min(1.0, mean + spread)
+
+
 def paired_difference_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
     """Return the interval of accuracy(after) - accuracy(before) on the same prompts.
 
