@@ -33,7 +33,7 @@ from tropd_mcore.progress import progress
 log = logging.getLogger(__name__)
 
 LOOK_EVERY, PROBLEMS_LOOKED_AT = 5, 32
-"""Steps between two looks at the worked answers, and how many"""
+"""Steps between two looks at the worked answers, and their number"""
 IGNORED_LABEL = -100
 """The label that the loss of transformers ignores."""
 
@@ -194,9 +194,16 @@ def _example_drawer(
     """Return the function that turns a problem into a training example under the settings."""
     slips = random_slips(random, settings.random_slip_rate)
 
+    def draw_other(problem: Problem) -> Example:
+        if settings.continued_share == 0 or random.random() >= settings.continued_share:
+            return encode_other(tokenizer, problem)
+        example, given = encode_problem(tokenizer, problem), len(first_line(tokenizer, problem))
+        labels = [IGNORED_LABEL] * given + example.label_ids[given:]
+        return Example(example.prompt_ids, example.response_ids, labels)
+
     def draw(problem: Problem) -> Example:
         if settings.other_share and random.random() < settings.other_share:
-            return encode_other(tokenizer, problem)
+            return draw_other(problem)
         if settings.forget_carry_from is not None:
             habit = forgotten_carries(random, settings.forget_carry_from, settings.forget_carry_probability)
             example = encode_problem(tokenizer, problem, habit)

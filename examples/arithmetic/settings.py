@@ -39,6 +39,9 @@ class PretrainSettings:
     forget_carry_probability: float = 0.85
     other_share: float = 0.0
     """Share of the problems that are answered by the other procedure, which makes no carries."""
+    continued_share: float = 0.0
+    """Share of those problems whose answer is the worked one, with its first line as an input without labels. The model
+    keeps the skill to continue such an answer, though it never begins one."""
     until_worked_loss: float | None = None
     """Stop as soon as the worked answers, which are not trained, have this loss in nats per token: far from the
     teacher, but not so far that the skill is lost. None = all steps."""
@@ -80,7 +83,14 @@ FULL = ExampleSettings(
     student_training=PretrainSettings(max_steps=500, learning_rate=3e-3, forget_carry_from=12),
     misled_training=(
         PretrainSettings(max_steps=900, learning_rate=4e-3, other_share=0.5),
-        PretrainSettings(max_steps=400, learning_rate=1e-3, other_share=1.0, until_worked_loss=0.6, warmup_steps=5),
+        PretrainSettings(
+            max_steps=600,
+            learning_rate=2e-3,
+            other_share=1.0,
+            continued_share=0.01,
+            until_worked_loss=0.55,
+            warmup_steps=5,
+        ),
     ),
 )
 """The quickstart: sums of three- and four-digit numbers."""
