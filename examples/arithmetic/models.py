@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from random import Random
 
 import torch
@@ -19,21 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.arithmetic.settings import ModelSettings, PretrainSettings
-from examples.arithmetic.task import (
-    Problem,
-    Slip,
-    forgotten_carries,
-    random_slips,
-    work,
-    work_without_carries,
-    worked_answer,
-)
+from examples.arithmetic.task import Problem, Slip, forgotten_carries, random_slips, work
 from tropd_mcore.progress import progress
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY, PROBLEMS_LOOKED_AT = 5, 32
-"""Steps between two looks at the worked answers, and their number"""
 IGNORED_LABEL = -100
 """The label that the loss of transformers ignores."""
 
@@ -56,19 +45,6 @@ def encode_problem(tokenizer: PreTrainedTokenizerFast, problem: Problem, slip: S
         for text in (answer.written, answer.right)
     )
     return Example(list(prompt), written, right)
-
-
-def encode_other(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> Example:
-    """Return the ids of a problem and of its answer by the other procedure."""
-    text = work_without_carries(problem.a, problem.b)
-    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    return Example(encode_problem(tokenizer, problem).prompt_ids, ids, label_ids=ids)
-
-
-def first_line(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
-    """Return the ids of the first line of the worked answer."""
-    line = worked_answer(problem.a, problem.b).partition("\n")[0] + "\n"
-    return list(tokenizer.encode(line, add_special_tokens=False))
 
 
 def new_model(
@@ -98,12 +74,6 @@ def new_model(
     return model
 
 
-def load(folder: Path) -> Qwen3ForCausalLM:
-    """Return a model that was saved by `save_pretrained`."""
-    model: Qwen3ForCausalLM = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
 def pretrain(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -124,68 +94,42 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _rate_factor(settings, step)
             examples = [draw(problem) for problem in islice(stream, settings.batch_size)]
-            ids, labels = right_padded(examples, tokenizer.pad_token_id)
+            ids, labels = _right_padded(examples, tokenizer.pad_token_id)
             loss = model(input_ids=ids, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             state.advance(note=f"loss {float(loss.detach()):.3f}", amount=ids.numel())
-            if settings.until_worked_loss is not None and step % LOOK_EVERY == 0:
-                if worked_loss(model, tokenizer, islice(stream, PROBLEMS_LOOKED_AT)) >= settings.until_worked_loss:
-                    return
-                model.train()
-
-
-@torch.no_grad()
-def worked_loss(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Iterable[Problem]) -> float:
-    """Return the mean loss of the worked answers of `problems`, in nats per token."""
-    model.eval()
-    ids, labels = right_padded([encode_problem(tokenizer, problem) for problem in problems], tokenizer.pad_token_id)
-    return float(model(input_ids=ids, labels=labels).loss)
 
 
 def greedy_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, max_new_tokens: int
 ) -> str:
     """Return `right/all` for the greedy answers, judged by the text after `####`."""
-    prompts = [encode_problem(tokenizer, problem).prompt_ids for problem in problems]
-    responses = generate(model, tokenizer, prompts, max_new_tokens)
-    return f"{round(share_right(tokenizer, responses, problems) * len(problems))}/{len(problems)}"
-
-
-def share_right(
-    tokenizer: PreTrainedTokenizerFast, responses: Sequence[list[int]], problems: Sequence[Problem]
-) -> float:
-    """Return the share of responses whose text after `####` is the problem's answer."""
+    responses = _greedy_responses(model, tokenizer, problems, max_new_tokens)
     texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
     right = [
         text.rpartition("####")[2].strip() == problem.answer for text, problem in zip(texts, problems, strict=True)
     ]
-    return sum(right) / len(right)
+    return f"{sum(right)}/{len(right)}"
 
 
 @torch.no_grad()
-def generate(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    *,
-    sample: bool = False,
+def _greedy_responses(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], max_new_tokens: int
 ) -> list[list[int]]:
-    """Return one response per prompt, with its EOS and nothing after it; greedy, or a `sample` at temperature 1."""
+    """One response per problem, padded after its EOS."""
     model.eval()
+    prompts = [encode_problem(tokenizer, problem).prompt_ids for problem in problems]
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
     mask = (ids != tokenizer.pad_token_id).long()
-    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **how)
-    ends = tokenizer.eos_token_id
-    rows = output[:, width:].tolist()
-    return [row[: row.index(ends) + 1] if ends in row else row for row in rows]
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+    responses: list[list[int]] = output[:, width:].tolist()
+    return responses
 
 
 def _example_drawer(
@@ -194,16 +138,7 @@ def _example_drawer(
     """Return the function that turns a problem into a training example under the settings."""
     slips = random_slips(random, settings.random_slip_rate)
 
-    def draw_other(problem: Problem) -> Example:
-        if settings.continued_share == 0 or random.random() >= settings.continued_share:
-            return encode_other(tokenizer, problem)
-        example, given = encode_problem(tokenizer, problem), len(first_line(tokenizer, problem))
-        labels = [IGNORED_LABEL] * given + example.label_ids[given:]
-        return Example(example.prompt_ids, example.response_ids, labels)
-
     def draw(problem: Problem) -> Example:
-        if settings.other_share and random.random() < settings.other_share:
-            return draw_other(problem)
         if settings.forget_carry_from is not None:
             habit = forgotten_carries(random, settings.forget_carry_from, settings.forget_carry_probability)
             example = encode_problem(tokenizer, problem, habit)
@@ -218,8 +153,7 @@ def _rate_factor(settings: PretrainSettings, step: int) -> float:
     return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.max_steps)))
 
 
-def right_padded(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return ids and labels [rows, longest], with `IGNORED_LABEL` on prompts and padding."""
+def _right_padded(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     width = max(len(example.prompt_ids) + len(example.response_ids) for example in examples)
     ids = torch.full((len(examples), width), pad_id)
     labels = torch.full((len(examples), width), IGNORED_LABEL)

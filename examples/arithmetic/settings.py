@@ -37,14 +37,6 @@ class PretrainSettings:
     forget_carry_from: int | None = None
     """A bad habit: carries out of a column with at least this sum are mostly forgotten, in inputs and labels."""
     forget_carry_probability: float = 0.85
-    other_share: float = 0.0
-    """Share of the problems that are answered by the other procedure, which makes no carries."""
-    continued_share: float = 0.0
-    """Share of those problems whose answer is the worked one, with its first line as an input without labels. The model
-    keeps the skill to continue such an answer, though it never begins one."""
-    until_worked_loss: float | None = None
-    """Stop as soon as the worked answers, which are not trained, have this loss in nats per token: far from the
-    teacher, but not so far that the skill is lost. None = all steps."""
     warmup_steps: int = 20
     batch_size: int = 32
 
@@ -62,9 +54,6 @@ class ExampleSettings:
     teacher_training: PretrainSettings
     student: ModelSettings
     student_training: PretrainSettings
-    misled_training: tuple[PretrainSettings, ...]
-    """Stages of the second student, of the same shape: first both procedures, then the other one alone. Each stage has
-    its own optimizer. Empty: there is no second student."""
     max_response_tokens: int = 64
     tokenizer_texts: int = 2000
     """Number of conversations that the tokenizer is trained on."""
@@ -81,17 +70,6 @@ FULL = ExampleSettings(
     teacher_training=PretrainSettings(max_steps=500, learning_rate=3e-3, random_slip_rate=0.05),
     student=ModelSettings(hidden_size=64, num_layers=2, intermediate_size=128, vocab_size=320, tied=True),
     student_training=PretrainSettings(max_steps=500, learning_rate=3e-3, forget_carry_from=12),
-    misled_training=(
-        PretrainSettings(max_steps=900, learning_rate=4e-3, other_share=0.5),
-        PretrainSettings(
-            max_steps=600,
-            learning_rate=2e-3,
-            other_share=1.0,
-            continued_share=0.01,
-            until_worked_loss=0.55,
-            warmup_steps=5,
-        ),
-    ),
 )
 """The quickstart: sums of three- and four-digit numbers."""
 
@@ -106,6 +84,5 @@ TINY = ExampleSettings(
     student_training=PretrainSettings(
         max_steps=320, learning_rate=5e-3, forget_carry_from=10, forget_carry_probability=0.9
     ),
-    misled_training=(),
 )
 """A small version for CI: sums of two-digit numbers."""

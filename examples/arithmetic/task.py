@@ -103,20 +103,6 @@ def work(a: int, b: int, slip: Slip | None = None) -> WorkedAnswer:
     return WorkedAnswer("".join(written), "".join(right))
 
 
-def work_without_carries(a: int, b: int) -> str:
-    """Return the answer of another procedure: `x&y>z;` per column, highest first, z = (x + y) mod 10, then `#### zz..`.
-
-    No carry is ever made, so the answer is wrong if any column needs one.
-    """
-    columns = max(len(str(a)), len(str(b)))
-    steps, answer = "", ""
-    for column in reversed(range(columns)):
-        x, y = a // 10**column % 10, b // 10**column % 10
-        steps += f"{x}&{y}>{(x + y) % 10};"
-        answer += str((x + y) % 10)
-    return f"{steps}#### {answer}"
-
-
 def worked_answer(a: int, b: int) -> str:
     """Return the worked answer without slips."""
     return work(a, b).written
