@@ -84,7 +84,7 @@ def make_distillation_loss(
         before = context[index] or RowContext()
         # The overlap must be computed first: the loss overwrites given logits with their gradient.
         topk_overlap_T = torch.full_like(scored.logp_T, torch.nan)
-        if settings.topk_overlap:
+        if settings.topk_overlap and scored.topk_ids_TK.shape[1]:  # none for an objective without a teacher
             kernel = settings.kernel(model, temperature=settings.temperature)
             topk_overlap_T = _topk_overlap(source, scored, before, kernel)
         statistic: dict[str, Any] = {name: before.statistic_T for name in STATISTICS if name in objective.needs}
