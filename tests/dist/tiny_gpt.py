@@ -38,6 +38,7 @@ def layout(tensor: int = 1, context: int = 1) -> Iterator[None]:
         cpu_random.install()
         cpu_device.install()
         torch.cuda.current_stream = lambda device=None: None  # requested although no code waits for it
+    parallel_state.destroy_model_parallel()  # of a task that ended with an error, and left its groups in the process
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     try:

@@ -189,7 +189,7 @@ class Components:
             "raise_on_all_ranks": lambda control: nullcontext(),
             "Monitor": lambda *_, start_step: SimpleNamespace(close=self._close, start_step=start_step),
             "ScoreSource": self._score_source,
-            "RolloutSource": lambda config, run_dir, prompts, policy, layout, vocab_size: SimpleNamespace(
+            "RolloutSource": lambda config, run_dir, prompts, policy, layout, vocab_size, end_id: SimpleNamespace(
                 policy=policy
             ),
             "PrefixLosses": self._prefix_losses,
@@ -219,7 +219,7 @@ class Components:
             ignored="ignored",
             longest=9,
             solution_prompts=solution_prompts,
-            ends="ends",
+            ends=SimpleNamespace(closing=2),
             excluded=(),
         )
         context: Any = SimpleNamespace(
