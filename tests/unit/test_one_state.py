@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from tests.one_state import RIGHT, TEACHER_V, WRONG, expected_gradient, steps_to_leave, student, wrong_mass_after
 from tropd_mcore import objectives
+from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.objectives.catalogue import Objective
 
 PAGE = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text(encoding="utf-8")
@@ -52,6 +55,23 @@ def test_a_gate_lets_a_rare_mistake_fade_with_the_square_root_of_time() -> None:
     """t^-1 takes ten times the steps to a tenth of the mass, t^-1/2 to a third of it."""
     for name, (*_, early, late) in ROWS.items():
         assert (float(late) / float(early) > 0.25) == (name in FADES_SLOWLY), name
+
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "tropd, soft gate": {"kind": "tropd", "trust": {"mode": "soft"}},
+    "tropd, fkl_scalar": {"kind": "tropd", "outlier": {"mode": "fkl_scalar"}},
+    "tropd, mask": {"kind": "tropd", "outlier": {"mode": "mask"}},
+    "tropd, clip": {"kind": "tropd", "outlier": {"mode": "clip"}},
+    "gkd, fkl": {"kind": "gkd"}, "gkd, rkl": {"kind": "gkd", "divergence": "rkl"},
+    "gkd, jsd": {"kind": "gkd", "divergence": "jsd"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_traits_that_hints_follow_are_those_of_the_table(name: str) -> None:
+    section = TypeAdapter(ObjectiveConfig).validate_python(SECTIONS.get(name, {"kind": name}))
+    assert section.leaves_confident_mistakes is (name in LEAVES_FAST)
+    assert section.keeps_rare_mistakes is (name in FADES_SLOWLY)
 
 
 @pytest.mark.parametrize("wrong", [0.999, 0.2])

@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     model = options.model or config.run.dir / "export"
     _check_options(config, options, model)
     from tropd_mcore.evaluation.evaluate import compare, describe, load_result, read_prompts
+    from tropd_mcore.monitor.hints import of_evaluation
 
     others = [load_result(path) for path in options.compare_with]
     settings, today = _settings(config, options), template_date(config)
@@ -88,6 +89,9 @@ def run(options: argparse.Namespace) -> int:
         if options.out is not None:
             result.save(options.out)
     print(describe(result))
+    if result.sampled is not None and options.model is None:  # the student that this configuration trained
+        for line in of_evaluation(result.greedy.accuracy, result.sampled.accuracy, config):
+            print(line)
     for other in others:
         change = compare(other, result)
         print(

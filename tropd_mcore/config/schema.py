@@ -303,6 +303,12 @@ class MonitorConfig(Section):
     topk_overlap: bool = True
     """Measure the overlap of the teacher's and the student's top-k at each step. It costs one more top-k over the
     student's vocabulary shard."""
+    hint_distance: Fraction | None = 0.5
+    """Value of trust/tv at step 0 above which a line names objectives that learn faster from confident mistakes, if the
+    chosen one does not. null = off. See docs/choosing.md."""
+    hint_gap: Fraction | None = 0.08
+    """Difference of greedy and sampled accuracy above which `tropd eval` names objectives that remove rare mistakes
+    faster, if the run's one is slow at it. null = off. See docs/choosing.md."""
     token_samples: NonNegativeInt = 4
     """Number of samples per step, spread evenly over the step, whose per-token values are kept in <run.dir>/tokens for
     the report."""

@@ -16,6 +16,7 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import TropdError
 from tropd_mcore.files import writing
 from tropd_mcore.logs import has_colour
+from tropd_mcore.monitor import hints
 from tropd_mcore.monitor.catalogue import compute_metrics
 from tropd_mcore.monitor.console import Console
 from tropd_mcore.monitor.jsonl import JsonLines
@@ -44,6 +45,7 @@ class Monitor:
     """
 
     def __init__(self, config: Config, run_dir: Path, rank: int, start_step: int = 0) -> None:
+        self._config = config
         self._sinks: list[Sink] = []
         if rank == 0:
             with writing(run_dir):
@@ -59,6 +61,9 @@ class Monitor:
         for sink in self._sinks:
             with writing(Path("standard output"), key="the redirection of the output"):
                 sink.write(step, metrics)
+        if step == 0:
+            for line in hints.of_first_step(metrics, self._config):
+                log.warning("%s", line)
 
     def close(self) -> None:
         """Close every sink."""

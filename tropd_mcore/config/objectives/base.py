@@ -196,6 +196,17 @@ class Objective(Section):
         return None
 
     @property
+    def leaves_confident_mistakes(self) -> bool | None:
+        """Whether it leaves a confident mistake in a number of steps that grows with its logarithm only; None = not
+        known. docs/choosing.md derives it, tests/unit/test_one_state.py computes it."""
+        return None
+
+    @property
+    def keeps_rare_mistakes(self) -> bool | None:
+        """Whether a rare mistake fades only like the square root of time; None = not known."""
+        return None
+
+    @property
     def stores_scores(self) -> bool:
         """Whether the teacher's scores are kept on disk: not if they hold hidden states, if the teacher's weights
         change, or if there are none."""
@@ -266,6 +277,11 @@ class PolicyGradientObjective(Objective):
     @property
     def policy(self) -> PolicyGradientConfig:
         return self.policy_gradient
+
+    @property
+    def leaves_confident_mistakes(self) -> bool | None:
+        """Not by a reward of the sampled token: its expected gradient has a factor p at every token."""
+        return False
 
     def unused(self) -> Iterator[Unused]:
         policy, usual, key = self.policy_gradient, self.default_policy_gradient(), "objective.policy_gradient"

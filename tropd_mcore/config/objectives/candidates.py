@@ -37,3 +37,7 @@ class RethinkingObjective(PolicyGradientObjective):
                 "student's log-probs of the teacher's candidates are not kept from before the first update, so they "
                 "have no ratio; set support=student or intersection, or make one update"
             )
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False

@@ -38,6 +38,10 @@ class EopdObjective(PolicyGradientObjective):
         if self.topk == 1 and self.norm == "renorm":
             yield renormalised_on_one("objective.topk")
 
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False
+
 
 class JsdObjective(PolicyGradientObjective):
     """TrOPD's JSD baseline: the teacher's half on its top-k, the student's half estimated from the sampled token."""
@@ -48,6 +52,10 @@ class JsdObjective(PolicyGradientObjective):
     topk: PositiveInt = 64
     """Number of teacher candidates (top-k) per token."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.jsd)
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False
 
 
 class GkdObjective(Objective):
@@ -101,6 +109,14 @@ class GkdObjective(Objective):
         if self.full_vocabulary:
             yield Unused(self, "objective", ("norm",), "objective.full_vocabulary=true")
 
+    @property
+    def leaves_confident_mistakes(self) -> bool:
+        return self.divergence == "fkl"
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False
+
 
 class LsmObjective(Objective):
     """Local support matching: reverse KL renormalised on the teacher's top-k."""
@@ -117,3 +133,11 @@ class LsmObjective(Objective):
     def problems(self) -> Iterator[str]:
         if self.topk == 1 and not self.sampled_tail:
             yield renormalised_on_one("objective.topk")
+
+    @property
+    def leaves_confident_mistakes(self) -> bool:
+        return False
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False

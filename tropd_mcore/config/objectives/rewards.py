@@ -66,6 +66,10 @@ class ReopoldObjective(RewardObjective):
             return "all"
         return "above_floor" if progress < self.switch_at else "selected"
 
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False
+
 
 class EntropyOpdObjective(RewardObjective):
     """OPD on the tokens on which the student is most uncertain."""
@@ -143,6 +147,10 @@ class VopdObjective(RewardObjective):
                 "baseline of vopd is always 0; set it to 2 or more, or objective.kind=opd"
             )
 
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False
+
 
 class IwOpdObjective(RewardObjective):
     """IW-OPD: a token weighs more, the more of the sample's total |advantage| comes after it."""
@@ -156,6 +164,10 @@ class IwOpdObjective(RewardObjective):
     def statistic(self, progress: float) -> BatchStatistic | None:
         return BatchStatistic("history_weight", {"gamma": self.gamma})
 
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False
+
 
 class PowerOpdObjective(RewardObjective):
     """PowerOPD: the reward q^a - p^a, which is in [-1, 1]."""
@@ -166,3 +178,7 @@ class PowerOpdObjective(RewardObjective):
     As a tends to 0, the reward divided by a tends to the log-ratio. Source: PowerOPD's code (5)."""
     policy_gradient: PolicyGradientConfig = PolicyGradientConfig.of(catalogue.power_opd)
     clips_log_ratio: ClassVar[bool] = False
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return True

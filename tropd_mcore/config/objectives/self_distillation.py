@@ -67,6 +67,11 @@ class SdpoObjective(PolicyGradientObjective):
             yield "objective.policy_gradient.advantage_clip: objective.kind=sdpo has no advantage; remove it"
         yield from _template_problems(self.template)
 
+    @property
+    def leaves_confident_mistakes(self) -> None:
+        """Not known: its teacher changes."""
+        return None
+
 
 class OpsdObjective(Objective):
     """On-policy self-distillation: forward KL from the student that has seen a solution, with each entry bounded."""

@@ -25,5 +25,13 @@ class SftObjective(Objective):
     def has_prefix_loss(self) -> bool:
         return True
 
+    @property
+    def leaves_confident_mistakes(self) -> bool:
+        return True
+
     def description(self) -> str:
         return "negative log-likelihood of the teacher's responses"
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False

@@ -95,6 +95,14 @@ class TropdSections(PolicyGradientObjective):
         """True if guidance.loss is not `none`. With beta = 0 the term has weight 0 and its rows still count."""
         return self.guidance.enabled and self.guidance.loss != "none"
 
+    @property
+    def leaves_confident_mistakes(self) -> bool:
+        return self.outlier.mode == "fkl_direct" and self.trust.mode != "none" and self.outlier.weight > 0
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return self.outlier.mode != "clip" and self.trust.mode != "none"
+
     def constants(self, progress: float) -> dict[str, Any]:
         return {
             "trust_mode": self.trust.mode,
@@ -160,6 +168,10 @@ class OpdObjective(PolicyGradientObjective):
     def description(self) -> str:
         return f"every token trusted, top-{self.topk} of the teacher for the metrics"
 
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return False
+
 
 class AopdObjective(PolicyGradientObjective):
     """Asymmetric OPD: a forward KL if the teacher's probability of the token does not exceed the student's, else the
@@ -178,6 +190,14 @@ class AopdObjective(PolicyGradientObjective):
     def problems(self) -> Iterator[str]:
         if self.topk == 1 and self.norm == "renorm":
             yield renormalised_on_one("objective.topk")
+
+    @property
+    def leaves_confident_mistakes(self) -> bool:
+        return True
+
+    @property
+    def keeps_rare_mistakes(self) -> bool:
+        return True
 
 
 class TropdAopdObjective(TropdSections):

@@ -32,6 +32,14 @@ class CustomObjective(PolicyGradientObjective):
         return bool(self.arguments.get("prefix_loss", "none") != "none")
 
     @property
+    def leaves_confident_mistakes(self) -> None:
+        return None
+
+    @property
+    def keeps_rare_mistakes(self) -> None:
+        return None
+
+    @property
     def function_path(self) -> str | None:
         return self.function
 
