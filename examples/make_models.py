@@ -1,9 +1,12 @@
-"""Make the quickstart's example in one folder, from scratch: a tokenizer, prompts, a teacher and a weaker student.
+"""Make the quickstart's example in one folder, from scratch: a tokenizer, prompts, a teacher and two students.
+
+The first student has a bad habit (it forgets carries), the second a wrong prior (it uses another procedure). The small
+example has no second student.
 
     python -m examples.make_models models/arithmetic              # for the quickstart
     python -m examples.make_models models/arithmetic-tiny --tiny  # for CI
 
-    teacher/ student/          Hugging Face folders (Qwen3, float32) with the same tokenizer
+    teacher/ student/ misled/  Hugging Face folders (Qwen3, float32) with the same tokenizer
     train.jsonl heldout.jsonl  prompts: id, messages, answer
     example.json               settings, content hash, measured accuracies and times
 
@@ -17,24 +20,30 @@ import argparse
 import hashlib
 import json
 import logging
+import multiprocessing
+import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from examples.arithmetic.settings import FULL, TINY, ExampleSettings
+from examples.arithmetic.settings import FULL, SOFT, TINY, ExampleSettings
 from examples.arithmetic.task import Problem, make_splits, problem_stream, worked_answer
 from tropd_mcore import logs
 from tropd_mcore.files import partial_name, remove_left_partials
 from tropd_mcore.progress import progress
+from tropd_mcore.signals import die_with_parent
 
 SUMMARY = "example.json"
+MISLED = "misled"
+"""Folder of the second student. It has a wrong prior: it knows the teacher's procedure and uses another one."""
 
 log = logging.getLogger("examples.make_models")
 
@@ -53,7 +62,11 @@ def make_example(out: Path, settings: ExampleSettings, *, threads: int = 1) -> d
     remove_left_partials(out.parent, f".{out.name}.*")
     partial = partial_name(out)
     partial.mkdir(parents=True)
-    log.info("making %s: student (%d steps) and teacher (%d steps)", out, *_training_steps(settings))
+    log.info(
+        "making %s: student (%d steps), teacher (%d steps) and misled student (%d steps)",
+        out,
+        *_training_steps(settings),
+    )
     try:
         summary = {"content_hash": content_hash, "settings": asdict(settings), **_build(partial, settings, threads)}
         (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -85,26 +98,98 @@ def _build(folder: Path, settings: ExampleSettings, threads: int) -> dict[str, A
     for name, problems in (("train", splits.train), ("heldout", splits.heldout)):
         _write_lines(folder / f"{name}.jsonl", _prompt_lines(name, problems))
     clock.lap("data")
-    accuracy = {}
-    for name, shape, training in (
-        ("student", settings.student, settings.student_training),
-        ("teacher", settings.teacher, settings.teacher_training),
-    ):
-        model = models.new_model(shape, fast_tokenizer, settings.max_positions, seed=settings.seed)
-        models.pretrain(model, fast_tokenizer, stream, training, seed=settings.seed, what=name)
-        model.save_pretrained(folder / name)
+    misled = MISLED if settings.misled_training else None
+    for name in filter(None, ("student", "teacher", misled)):
         fast_tokenizer.save_pretrained(folder / name)
-        clock.lap(name)
+    made: dict[str, Any] = {}
+    with _beside(_make_misled, folder / misled, settings, threads) if misled else nullcontext():
+        for name, shape, training in (
+            ("student", settings.student, settings.student_training),
+            ("teacher", settings.teacher, settings.teacher_training),
+        ):
+            made[name] = models.new_model(shape, fast_tokenizer, settings.max_positions, seed=settings.seed)
+            models.pretrain(made[name], fast_tokenizer, stream, training, seed=settings.seed, what=name)
+            made[name].save_pretrained(folder / name)
+            clock.lap(name)
+    summary = {}
+    if misled:
+        clock.lap(misled)
+        made[misled] = models.load(folder / misled)
+        summary["distance"] = _distance(made[misled], made["teacher"], fast_tokenizer, splits.heldout, settings)
+    accuracy = {}
+    for name, model in made.items():
         with progress(log, f"{name}: answering {len(splits.heldout)} held-out problems"):
             accuracy[name] = models.greedy_accuracy(
                 model, fast_tokenizer, splits.heldout, max_new_tokens=settings.max_response_tokens
             )
-        clock.lap("evaluation")
-    return {"greedy_heldout_correct": accuracy, **clock.summary()}
+    clock.lap("evaluation")
+    return {"greedy_heldout_correct": accuracy, **summary, **clock.summary()}
 
 
-def _training_steps(settings: ExampleSettings) -> tuple[int, int]:
-    return settings.student_training.max_steps, settings.teacher_training.max_steps
+def _distance(
+    student: Any, teacher: Any, tokenizer: Any, problems: Sequence[Problem], settings: ExampleSettings
+) -> dict[str, float]:
+    """Return how far the second student is from the teacher. Raises NoExample if that is no wrong prior."""
+    from examples.arithmetic import distance
+
+    with progress(log, f"{MISLED}: measuring the distance to the teacher"):
+        found = distance.measure(
+            student, teacher, tokenizer, problems, max_new_tokens=settings.max_response_tokens, seed=settings.seed
+        )
+    if problems_found := found.problems():
+        raise NoExample(f"{MISLED}: {'; '.join(problems_found)}")
+    return found.rounded()
+
+
+def _make_misled(folder: Path, settings: ExampleSettings, threads: int) -> None:
+    """Train the second student and save it beside its tokenizer in `folder`."""
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from examples.arithmetic import models
+
+    torch.set_num_threads(threads)
+    digits = {"min_digits": settings.min_digits, "max_digits": settings.max_digits}
+    splits = make_splits(
+        Random(settings.seed), **digits, train=settings.train_prompts, heldout=settings.heldout_prompts
+    )
+    stream = problem_stream(Random(settings.seed + 1), **digits, exclude=splits)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = models.new_model(settings.student, tokenizer, settings.max_positions, seed=settings.seed + 1)
+    for number, stage in enumerate(settings.misled_training, start=1):
+        what = f"{MISLED}, stage {number} of {len(settings.misled_training)}"
+        models.pretrain(model, tokenizer, stream, stage, seed=settings.seed + number, what=what)
+    model.save_pretrained(folder)
+
+
+def _alone(function: Callable[..., None], parent: int, *arguments: Any) -> None:
+    """Run in a process that ends with its parent and leaves Ctrl-C to it."""
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logs.configure()
+    function(*arguments)
+
+
+@contextmanager
+def _beside(function: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Run `function` in another process meanwhile, and wait for it at the end. Raises RuntimeError if it fails."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_alone, args=(function, os.getpid(), *arguments))
+    process.start()
+    try:
+        yield
+        with progress(log, "waiting for the second student"):
+            process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(f"the second student was not made (exit code {process.exitcode})")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _training_steps(settings: ExampleSettings) -> tuple[int, int, int]:
+    misled = sum(stage.max_steps for stage in settings.misled_training)
+    return settings.student_training.max_steps, settings.teacher_training.max_steps, misled
 
 
 def _texts(problems: Iterable[Problem]) -> Iterator[str]:
@@ -165,6 +250,10 @@ class _Clock:
         }
 
 
+class NoExample(Exception):
+    """A model that was made is not what the example is about."""
+
+
 class _Ended(BaseException):
     """A signal asks this process to end. The files made so far are removed on the way out."""
 
@@ -190,17 +279,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.make_models", description="Make the arithmetic example.")
     parser.add_argument("out", type=Path, metavar="FOLDER", help="folder to make")
-    parser.add_argument("--tiny", action="store_true", help="make the small variant for CI")
+    variant = parser.add_mutually_exclusive_group()
+    variant.add_argument("--tiny", action="store_true", help="make the small variant for CI")
+    variant.add_argument("--soft", action="store_true", help="make a teacher that is unsure and a narrower student")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="number of CPU threads (default: 1)")
+    parser.add_argument("--seed", type=int, default=FULL.seed, metavar="N", help=f"random numbers ({FULL.seed})")
     options = parser.parse_args(arguments)
     logs.configure()
     _end_on_signals()
     try:
-        summary = make_example(options.out, TINY if options.tiny else FULL, threads=options.threads)
+        settings = replace(TINY if options.tiny else SOFT if options.soft else FULL, seed=options.seed)
+        summary = make_example(options.out, settings, threads=options.threads)
     except _Ended as ended:
         print(f"stopped while making {options.out}; nothing is left, the same command starts again", file=sys.stderr)
         return 128 + ended.number
-    except FileExistsError as error:
+    except (FileExistsError, NoExample) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -208,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: cannot write {options.out}: {reason}; make room there or name another folder", file=sys.stderr)
         return 2
     print(f"{options.out}: greedy held-out answers that are right: {summary['greedy_heldout_correct']}")
+    if "distance" in summary:
+        print(f"{MISLED}, distance to the teacher: {summary['distance']}")
     print(f"seconds: {summary['wall_s']}, of CPU: {summary['cpu_s']}")
     return 0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare clone to a distilled student and its report, on two CPU cores:
+# From a bare clone to a distilled student and its report, on two CPU cores, also on a machine with GPUs:
 #   bash examples/quickstart.sh [key=value ...]
 # Run it again to resume. Nothing that exists is installed or made again.
 set -euo pipefail
@@ -7,16 +7,33 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 SIZE="${QUICKSTART_SIZE:-full}"                 # full, or tiny: a smaller task for a quick look
 CONFIG="${QUICKSTART_CONFIG:-configs/quickstart-cpu.yaml}" # what to train
-VENV="${VENV:-.venv}"                           # folder of the environment; relative to the repository, or absolute
+# VENV: folder of the environment on a CPU (.venv); on a GPU see TRAINER_VENV and SERVER_VENV of setup_env.sh
 # 1: make the environment; 0: use that of PYTHON (the default if `tropd recipes` copied this file)
 SETUP="${SETUP:-$([[ -f examples/setup_env.sh ]] && echo 1 || echo 0)}"
 
-case "$VENV" in
+# platform.kind of the command line, else of the configuration
+KIND="$(sed -nE '/^platform:/,/^[^ #]/s/^(platform: *\{| ) *kind: *([a-z]*).*/\2/p' "$CONFIG")"
+for setting in "$@"; do
+  [[ "$setting" != platform.kind=* ]] || KIND="${setting#*=}"
+done
+GPUS="$(nvidia-smi -L 2>/dev/null || compgen -G "/dev/nvidia[0-9]*" || true)"
+SERVER=()                                       # settings that name the server's environment
+if [[ "$KIND" == cuda || ("$KIND" != cpu && -n "$GPUS") ]]; then
+  echo "platform: GPU"
+  export PLATFORM=gpu                           # for setup_env.sh
+  [[ "$SETUP" != 1 ]] || SERVER=("rollout.server.python=${SERVER_VENV:-.venv-server}/bin/python")
+  FOLDER="${TRAINER_VENV:-.venv-trainer}"
+else
+  echo "platform: CPU${GPUS:+; the GPUs of this machine are hidden}"
+  export PLATFORM=cpu CUDA_VISIBLE_DEVICES=     # trainer and SGLang's CPU engine refuse a GPU that they see
+  FOLDER="${VENV:-.venv}"
+fi
+case "$FOLDER" in
   /*) ;;
-  *) VENV="$PWD/$VENV" ;;
+  *) FOLDER="$PWD/$FOLDER" ;;
 esac
-export VENV
-INTERPRETER="$VENV/bin/python"
+[[ "$PLATFORM" == gpu ]] || export VENV="$FOLDER"
+INTERPRETER="$FOLDER/bin/python"
 [[ "$SETUP" == 1 ]] || INTERPRETER="${PYTHON:-python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of each rank and of the rollout server
 TROPD=("$INTERPRETER" -m tropd_mcore.cli.main)
@@ -27,9 +44,10 @@ case "$SIZE" in
   *) echo "error: QUICKSTART_SIZE is '$SIZE', expected full or tiny" >&2; exit 2 ;;
 esac
 RUN="${QUICKSTART_RUN:-$RUN}"                   # run directory
+STUDENT="${QUICKSTART_STUDENT:-student}"        # student (forgets carries) or, in the full size, misled (a wrong prior)
 SETTINGS=(
-  "run.dir=$RUN" "student.path=$MODELS/student" "teacher.path=$MODELS/teacher"
-  "data.prompts=$MODELS/train.jsonl" "data.teacher_responses=$MODELS/teacher_responses.jsonl" "$@"
+  "run.dir=$RUN" "student.path=$MODELS/$STUDENT" "teacher.path=$MODELS/teacher"
+  "data.prompts=$MODELS/train.jsonl" "data.teacher_responses=$MODELS/teacher_responses.jsonl" "${SERVER[@]}" "$@"
 )
 
 child=                                          # process (and process group) of the running step
@@ -64,16 +82,16 @@ step() {
   fi
 }
 
-[[ "$SETUP" != 1 ]] || step "environment ($VENV)" bash examples/setup_env.sh
+[[ "$SETUP" != 1 ]] || step "environment ($FOLDER)" bash examples/setup_env.sh
 
-step "models: a tokenizer, prompts, a teacher and a weaker student ($MODELS)" \
+step "models: a tokenizer, prompts, a teacher and weaker students ($MODELS)" \
   "$INTERPRETER" -m examples.make_models "$MODELS" "${MAKE[@]}"
 
 step "teacher responses, the prefixes that guide the student" \
   "${TROPD[@]}" prefixes "$CONFIG" "${SETTINGS[@]}" --max-new-tokens 48
 
 step "accuracy before: the student as it was made" \
-  "${TROPD[@]}" eval "$CONFIG" "${SETTINGS[@]}" --model "$MODELS/student" --prompts "$MODELS/heldout.jsonl" \
+  "${TROPD[@]}" eval "$CONFIG" "${SETTINGS[@]}" --model "$MODELS/$STUDENT" --prompts "$MODELS/heldout.jsonl" \
   --out "$RUN/evaluation_before.json"
 
 step "training ($CONFIG)" "${TROPD[@]}" train "$CONFIG" "${SETTINGS[@]}"
@@ -89,7 +107,9 @@ cat <<END
 Everything is in $RUN:
   export/                  the trained student, a Hugging Face folder
   report.html              curves and coloured rollouts
-  metrics.jsonl            one line a step
+  metrics.jsonl            one line per step
   config.resolved.yaml     every setting and where it came from
   checkpoints/ rollouts/   what a resumed run continues from
 END
+
+step "result" "$INTERPRETER" -m examples.quickstart_table "$RUN" "$MODELS"

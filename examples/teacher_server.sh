@@ -14,7 +14,7 @@ if [[ $# -lt 1 ]]; then
 fi
 MODEL="$1"
 shift
-PYTHON="${PYTHON:-python}"                      # interpreter of the environment that holds sglang
+PYTHON="${PYTHON:-python}"                      # interpreter that has sglang, on a GPU machine .venv-server/bin/python
 HOST="${HOST:-127.0.0.1}"                       # address to serve on; it must be reachable for the trainers
 PORT="${PORT:-30000}"                           # port to serve on
 TROPD_SERVER_KEY="${TROPD_SERVER_KEY:-}"        # API key that requests must carry; empty = no key
@@ -31,4 +31,7 @@ if [[ -n "$TROPD_SERVER_KEY" ]]; then
 else
   echo "no key: every user who reaches $HOST:$PORT can replace the weights; set TROPD_SERVER_KEY" >&2
 fi
-exec "$PYTHON" -m tropd_mcore.serving.sglang_launch --model-path "$MODEL" --host "$HOST" --port "$PORT" "$@"
+# by its path, because an environment that has only SGLang cannot import this project
+LAUNCH=(-P "$(dirname "${BASH_SOURCE[0]}")/../tropd_mcore/serving/sglang_launch.py")
+[[ -f "${LAUNCH[1]}" ]] || LAUNCH=(-m tropd_mcore.serving.sglang_launch)
+exec "$PYTHON" "${LAUNCH[@]}" --model-path "$MODEL" --host "$HOST" --port "$PORT" "$@"

@@ -117,7 +117,8 @@ def write_run(tmp_path: Path, name: str = "run <1>") -> Path:
         save_token_sample(run / "tokens" / f"step_{step:06d}.npz", table_of(rollouts, OUTLIERS), 3, VERDICTS)
     (run / "metrics.jsonl").write_text("".join(lines))
     (run / "config.resolved.yaml").write_text(
-        f"run:\n  seed: 0  # default\n  steps: 3\nstudent:\n  path: {student}\n"
+        f"run:\n  dir: {run}\n  seed: 0  # default\n  steps: 3\ndata:\n  prompts: p.jsonl\n"
+        f"student:\n  path: {student}\n"
         f"teacher:\n  path: {tmp_path / 'teacher'}\nverifier:\n  kind: exact_match\n"
         "objective:\n  kind: tropd\n  guidance:\n    enabled: true\n"
     )

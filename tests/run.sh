@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TIER="${1:-full}"                               # fast or full
 SETUP="${SETUP:-1}"                             # 0: use the environment as it is
 VENV="${VENV:-.venv}"                           # folder of the environment
-WORKERS="${WORKERS:-2}"                         # processes of the fast tier
+WORKERS="${WORKERS:-2}"                         # processes of the tests without servers
 export CUDA_VISIBLE_DEVICES=                    # the CPU platform refuses machines with a visible GPU
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # several ranks share the cores
 
@@ -26,7 +26,7 @@ step() {                                        # step NAME COMMAND...: run it a
 }
 
 if [[ "$SETUP" == 1 ]]; then
-  step setup bash examples/setup_env.sh
+  PLATFORM=cpu step setup bash examples/setup_env.sh
 fi
 case "$VENV" in
   /*) bin="$VENV/bin" ;;
@@ -38,6 +38,7 @@ step "mypy" "$bin/mypy"
 step "layers" "$bin/lint-imports" --no-cache
 step "fast tests" "$bin/python" -m pytest -n "$WORKERS" --dist loadfile --ignore tests/gpu -m "not slow and not sglang and not e2e"
 if [[ "$TIER" == full ]]; then
-  step "full tests" "$bin/python" -m pytest --ignore tests/gpu -m "slow or sglang or e2e"
+  step "slow tests" "$bin/python" -m pytest -n "$WORKERS" --dist loadfile --ignore tests/gpu -m "slow and not sglang and not e2e"
+  step "server tests" "$bin/python" -m pytest --ignore tests/gpu -m "sglang or e2e"
 fi
 echo "== all: $SECONDS s"

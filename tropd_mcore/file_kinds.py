@@ -15,6 +15,7 @@ HEAD_BYTES = 512
 """Number of bytes read from the start of a file; the mark of a tar archive ends at byte 262."""
 EMPTY = "an empty file"
 NOTHING = "nothing"
+PARQUET = "a parquet file"
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of a Git LFS pointer, a text of three lines in place of a large file."""
 _UNPACK = "unpack it"
@@ -22,7 +23,7 @@ _CONVERT = "convert it to JSONL, one object per line, in UTF-8"
 _SAFETENSORS = "save the model with safetensors (`save_pretrained(..., safe_serialization=True)`)"
 _BINARY = (
     (LFS_POINTER, "a Git LFS pointer", "fetch the file itself with `git lfs pull`"),
-    (b"PAR1", "a parquet file", _CONVERT),
+    (b"PAR1", PARQUET, f"{_CONVERT} (prompts: `tropd prompts`)"),
     (b"ARROW1", "an Arrow file", _CONVERT),
     (b"\x1f\x8b", "a gzip archive", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),

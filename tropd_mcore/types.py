@@ -189,13 +189,36 @@ class TokenTable:
     gate), student_logp (at that update), old_logp (before the first), rollout_logp, teacher_logp, log_ratio, loss,
     divergence (nats; NaN if not computed), advantage, ratio (p / p_old), clipped (1 if PPO's clip makes the gradient
     0), student_entropy, teacher_entropy (NaN if unknown), teacher_mass (m_A), student_mass (c_A), topk_overlap (NaN if
-    not computed), clipped_entries (`opsd` only: number of clipped entries of the divergence; NaN if not computed).
+    not computed), tv (distance of p and q on the teacher's top-k and the rest; NaN without a top-k), force (L1 norm of
+    the gradient of the token's loss in the scaled logits; NaN if not computed), clipped_entries (`opsd` only: number of
+    clipped entries of the divergence; NaN if not computed).
     """
 
     columns: dict[str, npt.NDArray[np.generic]]
 
     def __getitem__(self, name: str) -> npt.NDArray[np.generic]:
         return self.columns[name]
+
+
+@dataclass(frozen=True)
+class HeldOutDistance:
+    """The distance of the student to the teacher on stored responses of the teacher, in nats per token.
+
+    The first three are NaN if the teacher's log-probs are not known.
+    """
+
+    forward_kl: float
+    """Mean KL(q || p) on the teacher's top-k and the rest as one more token"""
+    sampled_kl: float
+    """Mean log q(x) - log p(x) of the stored tokens x"""
+    teacher_mass: float
+    """Mean probability that the teacher gives its top-k"""
+    nll: float
+    """Mean -log p(x) of the stored tokens x"""
+    tokens: int
+    unscored: int
+    """Tokens without scores of the teacher; they are not in the first three numbers"""
+    responses: int
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""All settings of the example, with two instances: `FULL` (quickstart) and `TINY` (CI).
+"""All settings of the example: `FULL` (quickstart), `SOFT` (a teacher that is unsure) and `TINY` (CI).
 
 Settings of training runs are in configs/. The cached example is identified by a hash of the settings and of the source
 files in this folder.
@@ -6,7 +6,7 @@ files in this folder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class PretrainSettings:
     forget_carry_from: int | None = None
     """A bad habit: carries out of a column with at least this sum are mostly forgotten, in inputs and labels."""
     forget_carry_probability: float = 0.85
+    swap_rate: float = 0.0
+    """Rate of lines whose operands stand in the other order. Both orders are right, so the model is unsure which"""
+    other_share: float = 0.0
+    """Share of the problems that are answered by the other procedure, which makes no carries."""
+    continued_share: float = 0.0
+    """Share of those problems whose answer is the worked one, with its first line as an input without labels. The model
+    keeps the skill to continue such an answer, though it never begins one."""
+    relapse_share: float = 0.0
+    """Share of those problems whose answer begins with a part of the worked answer's first line, an input without
+    labels, and then is the other procedure's. The model leaves the worked answer at every token of its first line."""
     warmup_steps: int = 20
     batch_size: int = 32
 
@@ -54,6 +64,9 @@ class ExampleSettings:
     teacher_training: PretrainSettings
     student: ModelSettings
     student_training: PretrainSettings
+    misled_training: tuple[PretrainSettings, ...]
+    """Stages of the second student, of the same shape: first both procedures, then the other one alone. Each stage has
+    its own optimizer. Empty: there is no second student."""
     max_response_tokens: int = 64
     tokenizer_texts: int = 2000
     """Number of conversations that the tokenizer is trained on."""
@@ -70,8 +83,23 @@ FULL = ExampleSettings(
     teacher_training=PretrainSettings(max_steps=500, learning_rate=3e-3, random_slip_rate=0.05),
     student=ModelSettings(hidden_size=64, num_layers=2, intermediate_size=128, vocab_size=320, tied=True),
     student_training=PretrainSettings(max_steps=500, learning_rate=3e-3, forget_carry_from=12),
+    misled_training=(
+        PretrainSettings(max_steps=900, learning_rate=4e-3, other_share=0.5),
+        PretrainSettings(
+            max_steps=400, learning_rate=2e-3, other_share=1.0, continued_share=0.1, relapse_share=0.3, warmup_steps=5
+        ),
+    ),
 )
 """The quickstart: sums of three- and four-digit numbers."""
+
+SOFT = replace(
+    FULL,
+    teacher_training=replace(FULL.teacher_training, swap_rate=0.5),
+    student=replace(FULL.student, hidden_size=48, intermediate_size=96, head_dim=24),
+    student_training=replace(FULL.student_training, swap_rate=0.5),
+    misled_training=(),
+)
+"""A teacher with two right procedures for every line, between which it chooses at random, and a narrower student."""
 
 TINY = ExampleSettings(
     min_digits=2,
@@ -84,5 +112,6 @@ TINY = ExampleSettings(
     student_training=PretrainSettings(
         max_steps=320, learning_rate=5e-3, forget_carry_from=10, forget_carry_probability=0.9
     ),
+    misled_training=(),
 )
 """A small version for CI: sums of two-digit numbers."""

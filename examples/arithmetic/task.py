@@ -57,6 +57,7 @@ class WorkedAnswer:
 Place = Literal["operand", "carry", "tens", "units"]
 Slip = Callable[[Place, int, int], int]
 """(place, right digit, sum of the previous column) -> the digit to write."""
+Swap = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ class Splits:
     heldout: tuple[Problem, ...]
 
 
-def work(a: int, b: int, slip: Slip | None = None) -> WorkedAnswer:
+def work(a: int, b: int, slip: Slip | None = None, swap: Swap | None = None) -> WorkedAnswer:
     """Add column by column, lowest first: one line `x+y+carry=sum` per column, sum in two digits, then `#### answer`.
+
+    `swap` decides per line whether it is `y+x+carry=sum`, which is as right.
 
     After a slip the work continues from what is written. A wrong carry enters the sum of its line. A wrong sum gives
     the carry of the next line and a digit of the answer.
@@ -90,9 +93,10 @@ def work(a: int, b: int, slip: Slip | None = None) -> WorkedAnswer:
 
     answer = ""
     for column in range(columns):
-        x = put("operand", a // 10**column % 10)
+        first, second = (b, a) if swap is not None and swap() else (a, b)
+        x = put("operand", first // 10**column % 10)
         put_text("+")
-        y = put("operand", b // 10**column % 10)
+        y = put("operand", second // 10**column % 10)
         put_text("+")
         total = x + y + put("carry", before // 10)
         put_text("=")
@@ -101,6 +105,20 @@ def work(a: int, b: int, slip: Slip | None = None) -> WorkedAnswer:
         answer = str(before if column == columns - 1 else before % 10) + answer
     put_text(f"#### {answer}")
     return WorkedAnswer("".join(written), "".join(right))
+
+
+def work_without_carries(a: int, b: int) -> str:
+    """Return the answer of another procedure: `x&y>z;` per column, highest first, z = (x + y) mod 10, then `#### zz..`.
+
+    No carry is ever made, so the answer is wrong if any column needs one.
+    """
+    columns = max(len(str(a)), len(str(b)))
+    steps, answer = "", ""
+    for column in reversed(range(columns)):
+        x, y = a // 10**column % 10, b // 10**column % 10
+        steps += f"{x}&{y}>{(x + y) % 10};"
+        answer += str((x + y) % 10)
+    return f"{steps}#### {answer}"
 
 
 def worked_answer(a: int, b: int) -> str:

@@ -69,6 +69,7 @@ class Case:
     frozen: tuple[str, ...] = ()
     """`hidden`, `weight`: inputs that need no gradient"""
     reduce_hidden_gradient: bool = True
+    measure_force: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class RankResult:
     """from main_grad where there is one"""
     forward_calls: Counter[str]
     backward_calls: Counter[str]
+    force_T: Tensor | None
+    """None if it is not measured"""
 
 
 def make_case(layout: str, dtype: torch.dtype = torch.float64, *, tokens: int = TOKENS, **changes: Any) -> Case:
@@ -151,6 +154,7 @@ def result_on_this_rank(case: Case, losses: Losses) -> RankResult:
             unique_run_lengths=DISTINCT,
             weight_gradient=case.mode,
             reduce_hidden_gradient=case.reduce_hidden_gradient,
+            measure_force=case.measure_force,
         )
     with counted_collectives() as backward_calls:
         if output.loss_sum.requires_grad:
@@ -165,6 +169,7 @@ def result_on_this_rank(case: Case, losses: Losses) -> RankResult:
         weight_gradient_WD,
         forward_calls,
         backward_calls,
+        output.columns.get("force"),
     )
 
 

@@ -69,6 +69,7 @@ class Case:
             overlap_chunks=self.overlap_chunks,
             logit_softcap=None,
             topk_overlap=True,
+            measure_force=True,
         )
 
     @property

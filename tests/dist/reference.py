@@ -142,13 +142,14 @@ def reference_step(student: torch.nn.Module, teacher: torch.nn.Module, rollouts:
             top = [v for v in lq.topk(TOPK).indices.tolist() if v < log_p.shape[1]]
             fkl = sum(lq[v].exp() * (lq[v] - lp[v]) for v in top)
             trusted = is_prefix or np.log(rollout.trust_u[token - first_response]) < ratio
-            if is_prefix:
-                total = total - BETA * lp[x]
-            elif trusted:
-                total = total - ratio * lp[x]
-            else:
-                total = total + OUTLIER_WEIGHT * fkl
+            loss = -BETA * lp[x] if is_prefix else -ratio * lp[x] if trusted else OUTLIER_WEIGHT * fkl
+            total = total + loss
+            (slope,) = torch.autograd.grad(loss, log_p, retain_graph=True)
+            pushed = slope[token - 1] - lp.exp() * slope[token - 1].sum()
+            inside = [float(lp[v].detach().exp() - lq[v].exp()) for v in top]
             row = {
+                "force": pushed.abs().sum(),
+                "tv": torch.tensor(0.5 * (sum(map(abs, inside)) + abs(sum(inside)))),
                 "student_logp": lp[x],
                 "teacher_logp": lq[x],
                 "student_entropy": -(lp.exp() * lp).sum(),

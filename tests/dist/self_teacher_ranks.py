@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.dist.layouts import Case, layout_of
-from tropd_mcore.data.packing import PackedStep, pack
+from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.packs import pack_on
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.weights_io import load_hf
 from tropd_mcore.teacher.megatron import MegatronTeacher
@@ -91,19 +92,9 @@ def _score(
 
 
 def _pack(rollouts: list[Rollout], case: Case, layout: Layout, ignored: IgnoredTokens) -> PackedStep:
-    return pack(
-        rollouts,
-        tokens_per_micro_batch=case.tokens_per_micro_batch,
-        dp_size=layout.dp_size,
-        dp_rank=layout.dp_rank,
-        cp_size=layout.cp_size,
-        cp_rank=layout.cp_rank,
-        tp_size=layout.tp_size,
-        aggregation="token_mean",
-        prefix_denominator="joint",
-        device="cpu",
-        ignored=ignored,
-    )
+    """The student's packs, without the multiple of an interleaved schedule: a self-teacher's own packs have none."""
+    plain = replace(layout, vpp_size=1)
+    return pack_on(plain, rollouts, tokens_per_micro_batch=case.tokens_per_micro_batch, device="cpu", ignored=ignored)
 
 
 def _columns(micro_batches: list[MicroBatch], scores: Sequence[TeacherScores | None]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.e2e import jobs
 
-STEPS = 6
+STEPS, HELD_OUT = 6, 7
 
 
 @pytest.fixture(scope="session")
@@ -51,11 +52,25 @@ def paths(example: Path) -> list[str]:
     ]
 
 
+def held_out(example: Path, folder: Path) -> str:
+    """Override that measures held-out prompts with the teacher's responses to other prompts, which fit as well."""
+    prompts, responses = (
+        [json.loads(line) for line in (example / name).read_text().splitlines()]
+        for name in ("heldout.jsonl", "teacher_responses.jsonl")
+    )
+    lines = [{**response, "id": prompt["id"]} for prompt, response in zip(prompts[:HELD_OUT], responses, strict=False)]
+    path = folder / "heldout_responses.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = f"prompts: {example / 'heldout.jsonl'}, responses: {path}, every: 4, limit: {HELD_OUT}, topk: 16"
+    return f"held_out={{{keys}}}"
+
+
 @pytest.fixture(scope="session")
-def settings(example: Path) -> list[str]:
+def settings(example: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that turn the quickstart's configuration into a short run of the tiny example."""
     return [
         *paths(example),
+        held_out(example, tmp_path_factory.mktemp("held_out")),
         f"run.steps={STEPS}",
         "run.checkpoint_every=2",
         "rollout.prompts_per_step=8",

@@ -94,7 +94,10 @@ def log_probs(folder: Path, rollout: Rollout) -> torch.Tensor:
     """log p of every vocabulary entry before each response token by transformers, float64 [tokens, V]."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return _log_probs_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), rollout)
+
+
+def _log_probs_of(model: Any, rollout: Rollout) -> torch.Tensor:
     ids = torch.from_numpy(rollout.token_ids.astype(np.int64))
     with torch.no_grad():
         logits = model(ids[None]).logits[0, :-1].double()
@@ -106,11 +109,14 @@ def set_stage(root: Path, *, steps: int = STEPS, dtype: torch.dtype = torch.floa
 
     The answer of a prompt is the text of its first sample, so that the verifier accepts one of two samples.
     """
+    from transformers import AutoModelForCausalLM
+
     from tests.tiny_models import tiny_tokenizer, write_tiny_model
 
     stage = Stage(root)
     for seed, name in enumerate(("student", "teacher", "reference")):
         write_tiny_model(stage.model(name), seed=seed, dtype=dtype, num_hidden_layers=2)
+    student = AutoModelForCausalLM.from_pretrained(stage.model("student"), dtype=torch.float32)
     tokenizer = tiny_tokenizer()
     generator = torch.Generator().manual_seed(3)
     lines = []
@@ -119,7 +125,7 @@ def set_stage(root: Path, *, steps: int = STEPS, dtype: torch.dtype = torch.floa
         for prompt in range(PROMPTS):
             name, text = f"s{step}p{prompt}", "how many apples " * (1 + prompt % 3)
             ids = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
-            group = [_sample(stage, name, ids, index, generator) for index in range(SAMPLES)]
+            group = [_sample(student, name, ids, index, generator) for index in range(SAMPLES)]
             answer = tokenizer.decode(group[0].response_ids.tolist(), skip_special_tokens=True)
             rollouts += [dataclasses.replace(rollout, answer=answer) for rollout in group]
             lines.append(json.dumps({"id": name, "prompt": text, "answer": answer}))
@@ -129,8 +135,8 @@ def set_stage(root: Path, *, steps: int = STEPS, dtype: torch.dtype = torch.floa
     return stage
 
 
-def _sample(stage: Stage, prompt_id: str, prompt_ids: np.ndarray, index: int, generator: torch.Generator) -> Rollout:
-    """Tokens drawn uniformly, with the student's log-probs."""
+def _sample(student: Any, prompt_id: str, prompt_ids: np.ndarray, index: int, generator: torch.Generator) -> Rollout:
+    """Tokens drawn uniformly, with the log-probs of the model `student`."""
     count = LONGEST - int(torch.randint(0, 5, (), generator=generator))
     response = torch.randint(3, REAL_TOKENS, (count,), generator=generator)
     rollout = Rollout(
@@ -146,7 +152,7 @@ def _sample(stage: Stage, prompt_id: str, prompt_ids: np.ndarray, index: int, ge
         carries_prefix_loss=False,
         answer=None,
     )
-    logp = log_probs(stage.model("student"), rollout).gather(1, response[:, None])[:, 0]
+    logp = _log_probs_of(student, rollout).gather(1, response[:, None])[:, 0]
     return dataclasses.replace(rollout, rollout_logp=logp.numpy().astype(np.float32))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e import jobs
-from tests.e2e.conftest import STEPS
+from tests.e2e.conftest import HELD_OUT, STEPS
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
@@ -129,6 +129,19 @@ def test_the_sglang_teacher_and_the_megatron_teacher_give_the_same_numbers(
         np.testing.assert_array_equal(served["trusted"], sharded["trusted"])
     expected, found = jobs.metrics(finished_run)[0], jobs.metrics(run_dir)[0]
     assert found["optimizer/grad_norm"] == pytest.approx(expected["optimizer/grad_norm"], rel=1e-4)
+    for name in ("forward_kl", "sampled_kl", "nll", "teacher_mass", "unscored"):
+        number = found[f"held_out/{name}"]
+        assert number == pytest.approx(expected[f"held_out/{name}"], rel=1e-4, abs=1e-6), name
+
+
+def test_held_out_responses_are_measured_before_the_first_update_every_four_steps_and_at_the_last_step(
+    finished_run: Path,
+) -> None:
+    lines = jobs.metrics(finished_run)
+    assert [line["step"] for line in lines if line["held_out/forward_kl"] is not None] == [0, 4, STEPS - 1]
+    assert lines[0]["held_out/forward_kl"] > 0.0 and lines[0]["held_out/tokens"] > HELD_OUT
+    said = finished_run.with_suffix(".log").read_text()
+    assert f"step 4: {HELD_OUT} held-out responses" in said and "KL(teacher || student)" in said
 
 
 def test_a_student_identical_to_its_teacher_has_nothing_to_learn(
@@ -149,6 +162,7 @@ def test_a_student_identical_to_its_teacher_has_nothing_to_learn(
     assert line["trust/fraction"] == 1.0
     assert abs(line["log_ratio/mean"]) < 1e-6
     assert line["trust/tv"] < 1e-6
+    assert line["tv/mean"] < 1e-5 and abs(line["held_out/forward_kl"]) < 1e-5
     assert line["optimizer/grad_norm"] < 1e-4  # rounding; 0.01 to 3 with the real teacher
 
 

@@ -56,6 +56,9 @@ def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(ex
     student = "models/arithmetic-tiny/student"
     assert "steps: 60" in tropd("config", config)
     assert "trust" in tropd("metrics")
+    (folder / "set.jsonl").write_text('{"question": "What is 2 plus 3?"}\n')
+    assert "1 prompts" in tropd("prompts", "set.jsonl", "--prompt-field", "question", "--out", "set-prompts.jsonl")
+    assert "missing  main" in tropd("study", "configs/study/arithmetic.yaml", "--list")
     assert "ok" in tropd("doctor")
     assert "0 missed" in tropd("conformance", "--quick", "--objective", "opd")
     tropd("convert", "hf-to-mcore", "--hf", student, "--out", "checkpoint")

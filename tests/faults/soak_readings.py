@@ -90,7 +90,7 @@ class ProcessTree:
         if above.startswith("launcher"):
             rank = process.environ().get("RANK")
             return f"rank {rank}" if rank is not None and "tropd_mcore.train" in command else f"{above} > {own}"
-        if "tropd_mcore.serving.sglang_launch" in command:
+        if any(word.endswith("/serving/sglang_launch.py") for word in command):
             return "teacher server" if _is_teacher(command) else "rollout server"
         return f"{above} > {own}"
 

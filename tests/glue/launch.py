@@ -9,6 +9,7 @@ Shapes: T rows of a micro-batch, J support ids.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -20,17 +21,21 @@ from torch import Tensor
 
 from tests.glue.stubs import VOCABULARY, RowValue, make_rollouts, make_scores, make_student, nowhere, row_values
 from tests.row_constants import constants_of
+from tropd_mcore.config.derived import phase_configs
+from tropd_mcore.config.phases import PhasesObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.mcore.loss import LossResult, observed
 from tropd_mcore.mcore.parallel import Layout
+from tropd_mcore.monitor.catalogue import compute_metrics
 from tropd_mcore.monitor.record import StepRecord
 from tropd_mcore.objectives.catalogue import Objective
 from tropd_mcore.objectives.registry import function_of
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.train import trainer as trainer_module
 from tropd_mcore.train.gates import SamplerBounds
+from tropd_mcore.train.phases import PhaseRun, PhaseState
 from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.trainer import Components, Trainer
 from tropd_mcore.types import MicroBatch, Rollout, RowContext, TeacherScores
@@ -64,6 +69,10 @@ class Launch:
     records: list[StepRecord | None] = field(default_factory=list)
     updates: int = 0
     """Optimizer steps so far."""
+    phase: PhaseState | None = None
+    """The phase in which the launch begins."""
+    extras: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """{step: what the trainer adds to the JSON of its checkpoint}"""
 
     def run(self, first_step: int, last_step: int) -> Launch:
         """Train the steps first_step ... last_step - 1."""
@@ -87,10 +96,18 @@ class Launch:
         return micro_batch.rollout_logp_T + self.gap + self.drift * self.updates
 
     def _parts(self) -> Components:
+        objective = self.config.objective
+        if not isinstance(objective, PhasesObjective):
+            return self._parts_of(self.config)
+        state = self.phase or PhaseState()
+        parts = [self._parts_of(phase) for phase in phase_configs(self.config)[state.index :]]
+        return dataclasses.replace(parts[0], phases=PhaseRun(objective, state, parts))
+
+    def _parts_of(self, config: Config) -> Components:
         rollouts = self.rollouts or SimpleNamespace(at_step=self._sample, left_out=0)
         scores = self.scores or SimpleNamespace(at_step=self._score)
         parts: dict[str, Any] = {
-            "config": self.config,
+            "config": config,
             "layout": self.layout,
             "run_dir": RunDir(self.config.run.dir),
             "student": make_student(self.layout),
@@ -106,7 +123,7 @@ class Launch:
             "monitor": self.monitor or SimpleNamespace(log=self._log),
             "renderer": SimpleNamespace(special_ids=frozenset({1})),
             "sampler_bounds": SamplerBounds.of(self.config, exact=True),
-            "teacher_check": self.teacher_check,
+            "teacher_check": self.teacher_check if config.objective.reads_teacher else None,
         }
         return Components(**parts)
 
@@ -173,11 +190,13 @@ class Launch:
     def _update_average(self) -> None:
         self.events.append(("average", self.updates))
 
-    def _save(self, directory: Any, step: int, state: Any, *_: Any, **__: Any) -> None:
+    def _save(self, directory: Any, step: int, state: Any, *_: Any, extra: dict[str, Any], **__: Any) -> None:
         self.events.append(("save", step, state.average is not None))
+        self.extras[step] = extra
         if self.fail_save is not None:
             raise self.fail_save
 
-    def _log(self, step: int, record: StepRecord | None) -> None:
+    def _log(self, step: int, record: StepRecord | None) -> dict[str, float]:
         self.events.append(("log", step))
         self.records.append(record)
+        return compute_metrics(record) if record is not None else {}

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tropd_mcore.config.schema import Config
-from tropd_mcore.data.packing import PackedStep, pack
+from tropd_mcore.data.packing import PackedStep
+from tropd_mcore.mcore.packs import pack_on
 from tropd_mcore.mcore.parallel import Groups, Layout
 from tropd_mcore.types import MicroBatch, Prompt, Rollout, TeacherScores
 
@@ -152,18 +153,7 @@ def make_student(layout: Layout) -> Any:
 
 def pack_for(rollouts: list[Rollout], layout: Layout, *, tokens_per_micro_batch: int = 24) -> PackedStep:
     """This rank's packs, several of them."""
-    return pack(
-        rollouts,
-        tokens_per_micro_batch=tokens_per_micro_batch,
-        dp_size=layout.dp_size,
-        dp_rank=layout.dp_rank,
-        cp_size=layout.cp_size,
-        cp_rank=layout.cp_rank,
-        tp_size=layout.tp_size,
-        aggregation="token_mean",
-        prefix_denominator="joint",
-        device="cpu",
-    )
+    return pack_on(layout, rollouts, tokens_per_micro_batch=tokens_per_micro_batch, device="cpu")
 
 
 def row_values(micro_batch: MicroBatch, value: RowValue) -> Tensor:

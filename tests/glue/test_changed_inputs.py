@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,18 @@ def test_changed_package_versions_and_a_changed_number_of_ranks_are_printed(runs
     lines = runs.launch()
     assert f"torch: 2.0.0 -> {recorded.launch['torch']}" in lines and "ranks: 8 -> 1" in lines
     assert "apex: 1.0 -> none" in lines and len(lines) == 3
+
+
+def test_versions_in_the_environment_of_a_server_are_recorded_and_their_change_is_printed(runs: Runs) -> None:
+    own = {"rollout": {"server": {"python": sys.executable}}}
+    runs.launch(**own)
+    runs.sampled()
+    recorded = load_inputs(runs.run_dir)
+    assert recorded is not None and recorded.launch["rollout.server: sglang"] == "0.5.23"
+    assert recorded.launch["rollout.server: torch"] == recorded.launch["torch"]
+    older = recorded.launch | {"rollout.server: torch": "2.0.0"}
+    save_inputs(runs.run_dir, recorded.model_copy(update={"launch": older}))
+    assert runs.launch(**own) == [f"rollout.server: torch: 2.0.0 -> {recorded.launch['torch']}"]
 
 
 def test_a_changed_source_of_a_custom_objective_is_printed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def exported_at(run_dir: Path, step: int) -> None:
 def start_at(first_step: int, **given: Any) -> Any:
     """A start without records."""
     return SimpleNamespace(
-        **{"first_step": first_step, "checkpoint": None, "source": None, "inputs": "inputs", **given}
+        **{"first_step": first_step, "checkpoint": None, "source": None, "inputs": "inputs", "phase": None, **given}
     )
 
 
@@ -222,12 +222,10 @@ class Components:
             ends=SimpleNamespace(closing=2),
             excluded=(),
         )
-        context: Any = SimpleNamespace(
-            config=config,
-            layout=SimpleNamespace(rank=0, groups=SimpleNamespace(control="control")),
-            run_dir=RunDir(config.run.dir),
-            student=SimpleNamespace(vocab_size=307),
-        )
+        layout: Any = SimpleNamespace(rank=0, groups=SimpleNamespace(control="control"))
+        models: Any = {"student.path": SimpleNamespace(vocab_size=307)}
+        platform: Any = SimpleNamespace()
+        context = JobContext(config, platform, layout, RunDir(config.run.dir), models)
         with ExitStack() as cleanup:
             self.made = job._make_components(context, loaded, state, Servers(), start_at(2), cleanup)
             assert self.closed == 0
@@ -296,7 +294,7 @@ def test_the_longest_pack_is_tried_before_training_if_the_gate_is_on(monkeypatch
 
 
 def test_metrics_of_repeated_steps_are_dropped_and_the_reference_model_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Components(monkeypatch).make(make_config()).made
+    made = Components(monkeypatch).make(make_config(objective={"kind": "exopd", "topk": 3})).made
     assert made.monitor.start_step == 2 and made.context.reference == "reference"
 
 

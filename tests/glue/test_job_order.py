@@ -72,7 +72,7 @@ class Training:
     def launched(self, config: Config, layout: Any, first_step: int, source: Any = None) -> list[tuple[Any, ...]]:
         checkpoint = step_folder(RunDir(config.run.dir).checkpoints, first_step) if first_step else None
         start: Any = SimpleNamespace(
-            first_step=first_step, checkpoint=checkpoint, source=source, inputs="inputs", run="a-run"
+            first_step=first_step, checkpoint=checkpoint, source=source, inputs="inputs", run="a-run", phase=None
         )
         loaded: Any = SimpleNamespace(day=None)
         with ExitStack() as cleanup:

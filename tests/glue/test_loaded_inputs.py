@@ -290,3 +290,73 @@ def read_with_a_fault_on_rank_one(folder: Path, tmp_path: Path, prompts: Path, c
     except TropdError as error:
         return str(error)
     return "nothing"
+
+
+def held_out_files(tmp_path: Path, *, prompts: list[str], answered: list[str], length: int = 3) -> dict[str, Any]:
+    """The section held_out with these prompts, and responses to `answered` of this many tokens."""
+    texts = [{"id": name, "prompt": f"many apples {name}"} for name in prompts]
+    lines = [{"id": name, "response_ids": [5 + index % 7 for index in range(length)]} for name in answered]
+    for name, rows in (("held_out.jsonl", texts), ("responses.jsonl", lines)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"prompts": tmp_path / "held_out.jsonl", "responses": tmp_path / "responses.jsonl"}
+
+
+def read_held_out(layout: Layout, folder: Path, tmp_path: Path, held_out: dict[str, Any], **sections: Any) -> Any:
+    prompts = {"data": {"prompts": written_prompts(tmp_path / "prompts.jsonl")}}
+    config = config_of(tmp_path / "run", folder, held_out=held_out, **prompts, **sections)
+    return read_loaded_inputs(context_of(config, layout)).held_out
+
+
+def test_held_out_prompts_are_read_with_their_responses_up_to_the_limit(
+    layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    names = ["a", "b", "c"]
+    found = read_held_out(layout, folder, tmp_path, held_out_files(tmp_path, prompts=names, answered=names))
+    assert [prompt.prompt_id for prompt in found.prompts] == names
+    assert found.prompts[0].teacher_response_ids.tolist() == [5, 6, 7]
+    some = held_out_files(tmp_path, prompts=names, answered=["a", "b"]) | {"limit": 2}
+    assert [prompt.prompt_id for prompt in read_held_out(layout, folder, tmp_path, some).prompts] == ["a", "b"]
+    without = config_of(tmp_path / "run", folder, data={"prompts": tmp_path / "prompts.jsonl"})
+    assert read_loaded_inputs(context_of(without, layout)).held_out is None
+
+
+def test_wrong_held_out_files_are_refused_by_their_keys(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    def problem(held_out: dict[str, Any], **sections: Any) -> str:
+        with pytest.raises(TropdError) as caught:
+            read_held_out(layout, folder, tmp_path, held_out, **sections)
+        return str(caught.value)
+
+    missing = held_out_files(tmp_path, prompts=["a", "b"], answered=["a"])
+    assert "prompt 'b' has no response in held_out.responses=" in problem(missing)
+    foreign = held_out_files(tmp_path, prompts=["a"], answered=["z"])
+    assert "held_out.responses belongs to other prompts" in problem(foreign) and "guidance" not in problem(foreign)
+    long = held_out_files(tmp_path, prompts=["a"], answered=["a"], length=600)
+    told = problem(long)
+    assert "the longest prompt with its response has 6" in told and "batch.tokens_per_micro_batch=" in told
+    assert f"the context of student.path={folder} holds 512" in told
+    good = held_out_files(tmp_path, prompts=["a"], answered=["a"])
+    (tmp_path / "held_out.jsonl").write_bytes(b"PAR1")
+    assert problem(good).startswith(f"held_out.prompts={tmp_path / 'held_out.jsonl'}")
+
+
+def test_held_out_prompts_that_are_trained_on_are_refused_with_their_number(
+    layout: Layout, folder: Path, tmp_path: Path
+) -> None:
+    """They are compared by their tokens, whatever their ids are."""
+    held_out = held_out_files(tmp_path, prompts=["a", "b"], answered=["a", "b"])
+    lines = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    trained = json.loads(written_prompts(tmp_path / "prompts.jsonl").read_text().splitlines()[0])
+    lines[1] = trained | {"id": "b"}
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        DataError, match=r"held_out\.prompts=.*: 1 of its 2 prompts are also in data\.prompts=.*'b'"
+    ) as caught:
+        read_held_out(layout, folder, tmp_path, held_out)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_held_out_candidates_than_tokens_are_refused(layout: Layout, folder: Path, tmp_path: Path) -> None:
+    held_out = held_out_files(tmp_path, prompts=["a"], answered=["a"]) | {"topk": 308}
+    config = config_of(tmp_path / "run", folder, held_out=held_out)
+    with pytest.raises(ConfigError, match=r"held_out\.topk = 308 but a vocabulary has 307 tokens"):
+        loaded.check_vocabularies(context_of(config, layout))

@@ -259,7 +259,7 @@ STORED = (
     ),
     row(
         "all ranks read and write the scores of rank 0",
-        Fault("teacher.score_source", "run_dir.scores(step, self._layout.dp_rank,", "run_dir.scores(step, 0,"),
+        Fault("teacher.score_source", "(run_dir, step, self._layout.dp_rank,", "(run_dir, step, 0,"),
         test_score_source.test_scores_of_a_repeated_step_come_from_the_disk_on_every_rank,
     ),
     row(

@@ -24,7 +24,7 @@ from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.rollout.response_origin import origin_file
 from tropd_mcore.serving.wire import Generation, GenerationRequest
 from tropd_mcore.train.inputs import read_inputs
-from tropd_mcore.train.stored_responses import check_responses
+from tropd_mcore.train.stored_responses import check_held_out, check_responses
 
 GUIDED = {"kind": "tropd", "outlier": {"topk": 3}, "guidance": {"min_continuation": 1}}
 
@@ -228,6 +228,29 @@ def test_training_refuses_responses_of_another_teacher_or_to_another_text(
         trained(recipe, layout)
     origin_file(recipe.out).unlink()
     trained(recipe, layout)
+
+
+def test_held_out_responses_of_another_teacher_are_refused_by_their_key(
+    recipe: Recipe, client: Client, layout: Layout
+) -> None:
+    recipe.prefixes()
+    held_out = {"prompts": shutil.copy(recipe.root / "prompts.jsonl", recipe.root / "held_out.jsonl")}
+    held_out["responses"] = recipe.out
+    recipe.write_prompts("other pears")
+
+    def check(teacher: Path) -> None:
+        sections = {"teacher": {"path": teacher}, "held_out": held_out, "objective": {"kind": "opd", "topk": 3}}
+        sections |= {"data": {"prompts": recipe.root / "prompts.jsonl"}, "batch": {"tokens_per_micro_batch": 9000}}
+        context = context_of(config_of(recipe.root / "run", recipe.root / "student", **sections), layout)
+        found = read_loaded_inputs(context).held_out
+        assert found is not None
+        check_held_out(context, read_inputs(context).models["teacher.path"].digest, found)
+
+    check(recipe.root / "teacher")
+    other = shutil.copytree(recipe.root / "teacher", recipe.root / "other")
+    edit(other / "model.safetensors")
+    with pytest.raises(DataError, match=r"^held_out\.responses=.*: responses of another teacher"):
+        check(other)
 
 
 def test_training_with_another_template_date_than_the_responses_names_the_key(

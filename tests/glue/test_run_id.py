@@ -96,6 +96,7 @@ def test_checkpoints_are_written_with_the_name_of_the_run(tmp_path: Path, monkey
             average=None,
             teacher_check=None,
             sampler_bounds=None,
+            phases=None,
         )
         trainer.Trainer(parts, first_step=0, last_step=2).keep(0)
     assert given["run"] == "a-run"

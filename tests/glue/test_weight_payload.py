@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from tropd_mcore.errors import ServerError
 from tropd_mcore.serving import weight_payload as payload_module
 from tropd_mcore.serving.weight_payload import ALIGNMENT, SharedBuffer, by_value, shared_memory_room
 
+DTYPES = {torch.bfloat16, torch.float32, torch.float64, torch.int8}
 BY_NAME = b"rebuild_storage_filename"
 
 
@@ -54,6 +56,27 @@ def test_tensors_of_every_dtype_and_layout_come_out_of_a_payload_by_value_unchan
     payloads = by_value(many_kinds(), copies=3)
     assert len(payloads) == 3 and len(set(payloads)) == 1
     assert_equal(pickle.loads(payloads[0]), many_kinds())
+
+
+def test_a_handle_names_only_what_a_server_with_another_torch_was_seen_to_read() -> None:
+    """See docs/install.md. SGLang refuses names that are not on its list."""
+    named: set[str] = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            named.add(f"{module}.{name}")
+            return super().find_class(module, name)
+
+    buffer = SharedBuffer()  # keeps the memory while it is read
+    Reader(io.BytesIO(buffer.payloads(many_kinds(), copies=1)[0])).load()
+    assert {name for name in named if getattr(torch, name.removeprefix("torch."), None) not in DTYPES} == {
+        "torch.Size",
+        "torch.Tensor",
+        "torch.multiprocessing.reductions.rebuild_storage_filename",
+        "torch.multiprocessing.reductions.rebuild_tensor",
+        "torch.multiprocessing.reductions.rebuild_typed_storage",
+        "torch.storage.UntypedStorage",
+    }
 
 
 def test_a_handle_names_its_shared_memory_so_that_any_process_can_open_it() -> None:

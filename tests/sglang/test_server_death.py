@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from tropd_mcore.config.schema import RolloutConfig
 from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
+from tropd_mcore.serving import wire
 from tropd_mcore.serving.process import ServerProcess
 from tropd_mcore.serving.supervisor import SupervisedServer
 
@@ -32,21 +32,25 @@ LIMIT_S = 300.0
 """Longest wait for an expected event. It only ends a hang."""
 
 
-def kill_once_some_are_done(pid: int, log_path: Path) -> threading.Thread:
-    """SIGKILL the server after it has answered some samples and while it works on others."""
-    before = log_path.read_text().count("POST /generate")
+def kill_once_two_are_read(pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL the server as soon as the client has read its second answer, while it works on the others."""
+    read_generation, answers = wire.read_generation, []
 
-    def watch() -> None:
-        wait_for(lambda: log_path.read_text().count("POST /generate") >= before + 2)
-        os.kill(pid, signal.SIGKILL)
+    def read(answer: object, asked: wire.GenerationRequest) -> wire.Generation:
+        answers.append(read_generation(answer, asked))
+        if len(answers) == 2:
+            os.kill(pid, signal.SIGKILL)
+        return answers[-1]
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    monkeypatch.setattr(wire, "read_generation", read)
 
 
 def test_a_real_server_killed_while_sampling_is_restarted_with_its_weights_and_finishes(
-    llama_folder: Path, tmp_path: Path, log_softmax: Oracle, caplog: pytest.LogCaptureFixture
+    llama_folder: Path,
+    tmp_path: Path,
+    log_softmax: Oracle,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = cpu_server(llama_folder, tmp_path, max_restarts=1)
     requests = [request(f"{i}", [5, 9 + i], new=new) for i, new in enumerate(NEW_TOKENS)]
@@ -55,9 +59,8 @@ def test_a_real_server_killed_while_sampling_is_restarted_with_its_weights_and_f
         config = RolloutConfig(server=spec.config)
         sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
         publisher.publish(stream(llama_folder), "v1")
-        killer = kill_once_some_are_done(server_pid(tmp_path), tmp_path / "rollout.log")
+        kill_once_two_are_read(server_pid(tmp_path), monkeypatch)
         some = sampler.collect(requests, step=4, expected_version="v1")
-        killer.join()
         assert some.died is not None and 2 <= len(some.rollouts) < len(requests)
 
         with caplog.at_level(logging.WARNING):

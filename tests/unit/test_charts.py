@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 from tropd_mcore.evaluation.axes import ANY, LOGARITHMIC, POSITIVE, SHARE, Axis, format_value, step_ticks, tick_text
-from tropd_mcore.evaluation.charts import Interval, Series, bar_chart, interval_chart, line_chart
+from tropd_mcore.evaluation.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Interval,
+    Series,
+    bar_chart,
+    interval_chart,
+    line_chart,
+    stacked_chart,
+)
 from tropd_mcore.evaluation.thinning import MOST_POINTS, drawn_steps
 
 
@@ -172,3 +185,26 @@ def test_bars_are_as_long_as_their_shares():
     ElementTree.fromstring(svg)
     first, second = (float(width) for width in re.findall(r'<rect[^>]*width="([\d.]+)"', svg))
     assert second == pytest.approx(first / 4, abs=0.2)
+
+
+def test_stacked_shares_meet_each_other_and_fill_the_height_they_sum_up_to():
+    series = [Series("low", "part0", [0.25, 0.5, None, 1.0]), Series("high", "part4", [0.75, 0.25, 0.5, 0.0])]
+    svg = stacked_chart([0, 1, 2, 5], series, description="d")
+    areas = [
+        [tuple(map(float, pair.split(","))) for pair in points.split()]
+        for points in re.findall(r'class="area \w+" points="([^"]+)"', svg)
+    ]
+    assert len(areas) == 4, "two areas before the gap, two after it"
+    (left, right), bottom = (LEFT, LEFT + (WIDTH - LEFT - RIGHT) / 5), HEIGHT - BOTTOM
+    height = HEIGHT - TOP - BOTTOM
+    lower, single_lower, upper, _ = areas
+    expected = [(left, bottom - height / 4), (right, bottom - height / 2), (right, bottom), (left, bottom)]
+    assert [pair == pytest.approx(want, abs=0.06) for pair, want in zip(lower, expected, strict=True)] == [True] * 4
+    assert upper[2:] == lower[1::-1], "the second share begins where the first ends"
+    assert [y for _, y in upper[:2]] == pytest.approx([TOP, bottom - 0.75 * height], abs=0.06)
+    assert single_lower[0][1] == pytest.approx(TOP, abs=0.06) and single_lower[0][0] < single_lower[1][0]
+
+
+def test_shares_that_are_never_all_known_are_not_drawn():
+    series = [Series("a", "part0", [None, 0.5]), Series("b", "part1", [0.5, None])]
+    assert stacked_chart([0, 1], series, description="d") == ""

@@ -142,7 +142,11 @@ def test_report_writes_one_file_into_the_run_directory_and_refuses_a_missing_one
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text('{"step": 0, "loss/trusted": 0.5}\n{"step": 1, "loss/trusted": 0.25}\n')
-    assert run(capsys, "report", str(run_dir)) == (0, f"{run_dir / 'report.html'}\n", "")
+    code, out, err = run(capsys, "report", str(run_dir))
+    assert (code, out) == (0, f"{run_dir / 'report.html'}\n")
+    assert err.endswith(
+        "config.resolved.yaml: not found, so it is unknown what the run trained, and its hints are left out\n"
+    )
     assert "Loss by region" in (run_dir / "report.html").read_text()
     code, _, err = run(capsys, "report", str(tmp_path / "none"))
     assert code == 2 and err.startswith(f"error: {tmp_path / 'none'}: expected the run directory")

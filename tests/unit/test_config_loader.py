@@ -141,7 +141,7 @@ def test_renamed_keys_lead_to_keys_that_exist_and_do_not_exist_themselves():
 def test_an_objective_that_does_not_exist_lists_those_that_do(tmp_path):
     (problem,) = problems(tmp_path, overrides=["objective.kind=opt"])
     assert problem.startswith("command line: objective.kind: expected one of 'tropd', 'opd', 'aopd', 'tropd_aopd', ")
-    assert problem.endswith(", 'custom', found 'opt'")
+    assert problem.endswith(", 'custom', 'phases', found 'opt'")
 
 
 def test_a_key_of_another_objective_is_reported_as_such(tmp_path):
@@ -152,6 +152,7 @@ def test_a_key_of_another_objective_is_reported_as_such(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("run:\x00 {}", "DIR/recipe.yaml: not valid YAML: character 5 is 0x0"),
         ("run: [", "DIR/recipe.yaml:1: not valid YAML"),
         ("- 1\n", "DIR/recipe.yaml: expected sections such as `run:`, found \\[1\\]"),
         ("a: !!python/object:os.system {}\n", "DIR/recipe.yaml:1: not valid YAML"),

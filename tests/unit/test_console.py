@@ -30,6 +30,37 @@ def test_console_lines_are_aligned_and_the_header_comes_back_every_twenty_lines(
     assert lines[1].split()[:3] == ["0/41", "0.5000", "50.0"]
 
 
+def test_in_a_run_with_phases_each_line_begins_with_the_phase_and_each_phase_with_a_line():
+    stream = io.StringIO()
+    console = Console(stream, steps=9999, phases=["sft", "tropd", "opd"])
+    for step, phase in ((0, 0), (1, 0), (2, 1), (3, 2)):
+        console.write(step, {column.metric: 0.5 for column in COLUMNS} | {"phase/index": float(phase)})
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "--",
+        "step",
+        "0:0/9999",
+        "0:1/9999",
+        "--",
+        "1:2/9999",
+        "--",
+        "2:3/9999",
+    ]
+    assert lines[4] == "-- phase 1 (the last is 2): tropd, from step 2 --"
+    assert len({len(line) for line in lines if not line.startswith("--")}) == 1
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_lines_of_the_first_and_of_the_eleventh_phase_have_the_width_of_the_header():
+    stream = io.StringIO()
+    console = Console(stream, steps=60, phases=["opd"] * 11)
+    for step, phase in ((0, 0), (1, 10)):
+        console.write(step, {column.metric: 0.5 for column in COLUMNS} | {"phase/index": float(phase)})
+    lines = [line for line in stream.getvalue().splitlines() if not line.startswith("--")]
+    assert [line.split()[0] for line in lines] == ["step", "0:0/60", "10:1/60"]
+    assert len({len(line) for line in lines}) == 1
+
+
 GOLDEN_METRICS = {
     "loss/objective": -0.0213,
     "trust/fraction": 0.9871,

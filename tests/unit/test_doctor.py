@@ -98,7 +98,7 @@ def test_doctor_prints_a_line_before_it_imports_anything_heavy() -> None:
     code = (
         "import sys; from tropd_mcore.cli import doctor_command, main as cli\n"
         "class Told(Exception): pass\n"
-        "def machine(): raise Told\n"
+        "def machine(nodes): raise Told\n"
         "doctor_command._machine = machine\n"
         "try: cli.main(['doctor'])\n"
         "except Told: pass\n"
@@ -146,7 +146,7 @@ def test_a_wrong_end_token_is_reported_by_its_key_and_the_prompts_are_skipped(
     assert code == 2 and set(failed) == {"rollout.end_tokens"}
     assert any("rollout.end_tokens: 'nope' is no token of the student" in line for line in lines)
     assert next(line for line in lines if line.startswith("skip")).endswith(
-        ": data.prompts, lengths, objective.template"
+        ": data.prompts, lengths, objective.template, held_out"
     )
 
 
@@ -185,6 +185,15 @@ def test_doctor_finds_a_taken_port_and_a_server_that_does_not_answer(recipe: str
     assert finding.level == "FAIL" and "does not answer /health" in finding.detail
 
 
+def test_doctor_tells_what_the_interpreter_of_a_server_has(recipe: str, tmp_path: Path) -> None:
+    config, _ = load(recipe, [f"rollout.server.python={sys.executable}"])
+    (finding,) = checks_of_config.servers(config)
+    assert finding.level == "ok" and finding.name == "rollout.server"
+    assert re.fullmatch(rf"{re.escape(sys.executable)}: Python 3\S+, sglang 0\.5\.23, torch 2\S+", finding.detail)
+    config, _ = load(recipe, [f"rollout.server.python={tmp_path}/nope"])
+    assert list(checks_of_config.servers(config)) == [], "the checks of a start report it, once"
+
+
 def test_doctor_finds_a_missing_and_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -219,7 +228,10 @@ def test_doctor_reports_for_each_shipped_recipe_what_is_missing_here(
     assert code == 2 and {"student.path", "teacher.path", "data.prompts"} <= failed.keys()
     assert ("no GPU is visible on this machine" in failed.get("platform.kind", "")) == ("cpu" not in name)
     assert ("teacher.server.api_key_env" in failed) == ("4n8g" in name)
-    assert "not yet made" in at("warn", lines)["data.teacher_responses"]
+    assert ("rollout.server.python" in failed) == ("cpu" not in name), "the server's environment of a GPU machine"
+    unmade = at("warn", lines).get("data.teacher_responses", "")
+    reads_none = "fkl-rkl" in name or "wrong-prior" in name
+    assert ("not yet made" in unmade) != reads_none, "phases of gkd and of tropd without guidance read no responses"
 
 
 def state_of(recipe: str, *overrides: str) -> State:
@@ -251,6 +263,29 @@ def test_the_disk_must_hold_one_checkpoint_more_than_is_kept_and_two_exports(
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
         found = next(checks_of_config.resources(state))
         assert (found.name, found.level) == ("disk", level), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ([], 1),
+        (["run.keep_scores=3"], 4),
+        (["run.keep_scores=null"], 9),
+        (["teacher.kind=sglang", "run.checkpoint_every=5"], 6),
+        (["run.keep_scores=50"], 9),
+    ],
+)
+def test_the_disk_must_hold_the_scores_that_are_kept(
+    recipe: str, files: Path, overrides: list[str], steps: int
+) -> None:
+    """8 bytes for each candidate of the teacher and 13 for the row (`tests/unit/test_stored_scores.py` sees a file)."""
+    given = ["run.steps=9", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=3", "rollout.max_new_tokens=5"]
+    state = state_of(recipe, *given, *overrides)
+    rows = 2 * 3 * 5
+    found = checks_of_config.score_bytes(state.config)
+    assert found == steps * rows * (8 * state.config.objective.teacher_topk + 13)
+    lines = {finding.name: finding for finding in checks_of_config.resources(state)}
+    assert lines["disk for scores"].level == "ok"
 
 
 def test_weights_that_do_not_fit_the_gpu_are_a_failure(

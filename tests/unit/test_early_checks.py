@@ -100,6 +100,23 @@ def test_eval_finds_a_missing_verifier_before_it_starts_a_server(
 
 
 @pytest.mark.parametrize(
+    ("command", "teacher", "section"),
+    [
+        ("eval", "megatron", "rollout.server"),
+        ("prefixes", "megatron", "rollout.server"),
+        ("prefixes", "sglang", "teacher.server"),
+    ],
+)
+def test_an_unusable_interpreter_of_a_server_is_found_before_it_starts(
+    capsys: pytest.CaptureFixture[str], root: Path, command: str, teacher: str, section: str
+) -> None:
+    arguments = EVAL if command == "eval" else ["DIR/recipe.yaml"]
+    keys = [f"teacher.kind={teacher}", f"{section}.python=DIR/nope/bin/python"]
+    (found,) = refused(capsys, root, command, *arguments, *keys)
+    assert found.startswith(f"{section}.python=DIR/nope/bin/python: not found; expected a Python 3.")
+
+
+@pytest.mark.parametrize(
     ("override", "line"),
     [
         ("student.path=DIR/nope", "student.path=DIR/nope: not found; expected a Hugging Face model folder"),

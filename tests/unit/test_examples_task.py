@@ -175,6 +175,16 @@ def test_the_longest_answer_has_at_most_48_tokens(tokenizer, settings: ExampleSe
     assert len(tokenizer.encode(worked_answer(largest, largest) + TURN_END)) <= 48 <= settings.max_response_tokens
 
 
+@given(OPERANDS, OPERANDS, st.lists(st.booleans(), min_size=5, max_size=5))
+def test_operands_in_the_other_order_change_neither_the_sums_nor_the_answer(a: int, b: int, swaps: list[bool]) -> None:
+    order = iter(swaps)
+    written = work(a, b, swap=lambda: next(order)).written
+    assert written.rpartition("#### ")[2] == worked_answer(a, b).rpartition("#### ")[2]
+    for swapped, mine, usual in zip(swaps, parse_steps(written), parse_steps(worked_answer(a, b)), strict=False):
+        x, y, *rest = usual
+        assert list(mine) == ([y, x, *rest] if swapped else [x, y, *rest])
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from examples.make_models import make_example

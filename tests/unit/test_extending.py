@@ -20,7 +20,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
-COPIED = ("tropd_mcore", "tests", "docs", "configs", "README.md", "pyproject.toml")
+COPIED = ("tropd_mcore", "tests", "docs", "configs", "examples", "README.md", "pyproject.toml")
 INVENTED = {"my_objectives.py", "check_my_objective.py", "weights/FAMILY.py", "teacher/NEW.py"}
 """Files that only the reader has."""
 FOLDERS = ("tropd_mcore", ".", "tests/unit")

@@ -85,15 +85,15 @@ MUTATIONS = {
         "shard", "return scaling.apply_(value_CJ).masked_fill(~here_CJ, 0.0)", "return scaling.apply_(value_CJ)", LOGITS
     ),
     "unused slots have a gradient": Mutation(
-        "support_loss",
-        "grad_logp_CJ = grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)",
-        "grad_logp_CJ = grad_logp_CJ + 0.0",
+        "backend",
+        "return grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)",
+        "return grad_logp_CJ + 0.0",
         DEFERRED,
     ),
     "unused slots have a gradient, made in the backward pass": Mutation(
-        "support_log_probs",
-        "grad_logp_TJ = grad_logp_TJ.masked_fill(ids_TJ == NO_ENTRY, 0.0)",
-        "grad_logp_TJ = grad_logp_TJ + 0.0",
+        "backend",
+        "return grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)",
+        "return grad_logp_CJ + 0.0",
         RECOMPUTE,
     ),
     "temperature not in the gradient": Mutation(

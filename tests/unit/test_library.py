@@ -29,7 +29,7 @@ from tropd_mcore import (
     support_log_probs,
     trust_uniforms,
 )
-from tropd_mcore.config.schema import ObjectiveConfig
+from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.kernel.token_losses import TokenLosses
 from tropd_mcore.objectives.registry import objective_of
 

@@ -12,10 +12,11 @@ from tropd_mcore.monitor.catalogue import METRICS, compute_metrics
 from tropd_mcore.monitor.console import COLUMNS as COLUMNS_OF_CONSOLE
 from tropd_mcore.monitor.jsonl import JsonLines
 from tropd_mcore.monitor.record import GateState, StepRecord
-from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
+from tropd_mcore.types import HeldOutDistance, OptimizerReport, Rollout, TokenTable
 
 NAN = float("nan")
 COLUMNS = [
+    *("tv", "force"),
     "clipped_entries",
     *("student_logp", "rollout_logp", "teacher_logp", "log_ratio", "loss", "divergence", "advantage"),
     *("student_entropy", "teacher_entropy", "teacher_mass", "student_mass", "topk_overlap", "old_logp", "ratio"),
@@ -55,6 +56,10 @@ def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord
                     rows.append((sample, token, on and sample != 2, not on and sample != 2, epoch))
     columns = {name: generator.normal(size=len(rows)).astype(np.float32) for name in COLUMNS}
     columns["log_ratio"] *= 9
+    columns["tv"] = np.abs(columns["tv"]).clip(0, 1) ** 2
+    columns["tv"][::7] = NAN
+    columns["tv"][1::7] = 1.0
+    columns["force"] = np.abs(columns["force"])
     columns["teacher_entropy"][::3] = NAN
     columns["sample_index"], columns["token_index"] = (np.array([row[i] for row in rows]) for i in (0, 1))
     columns["on"], columns["off"], columns["epoch"] = (np.array([row[i] for row in rows]) for i in (2, 3, 4))
@@ -73,7 +78,9 @@ def make_record(*, soft: bool = False, epochs: int = 1, **changes) -> StepRecord
             for epoch in range(epochs)
         ],
         "alpha": 0.75,
-        "timings": {"step": 2.0, "rollout": 1.25},
+        "phase": 1,
+        "timings": {"step": 2.0, "rollout": 1.25, "held_out": 0.5},
+        "held_out": HeldOutDistance(0.25, 0.5, 0.75, 1.5, 40, 2, 3),
         "accuracy": 2 / 3,
         "unfinished": 1 / 3,
         "masked_rollouts": 2,
@@ -93,6 +100,19 @@ def mean(pairs) -> float:
     pairs = [(float(value), float(weight)) for value, weight in pairs if weight > 0 and not math.isnan(value)]
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else NAN
+
+
+def shares_by_distance(on: list[dict]) -> dict[str, float]:
+    """Of the tokens with a distance: the share in each bin, and the share of the summed force."""
+    known = [row for row in on if not math.isnan(row["tv"])]
+    force = sum(float(row["force"]) for row in known)
+    found = {}
+    for low, high in ((0, 1), (1, 10), (10, 50), (50, 90), (90, 100)):
+        part = [r for r in known if low <= 100 * r["tv"] and (100 * r["tv"] < high or high == 100)]
+        found[f"tv/tokens_{low}_{high}"] = len(part) / len(known)
+        found[f"force/tv_{low}_{high}"] = sum(float(row["force"]) for row in part) / force
+    assert all(found.values()), "a bin is empty"
+    return found
 
 
 def expected_metrics(record: StepRecord) -> dict[str, float]:
@@ -122,6 +142,8 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "loss/prefix": over(prefix, "loss"),
         "trust/fraction": over(student, "trusted"),
         "trust/tv": mean((1 - min(math.exp(row["log_ratio"]), 1), 1) for row in on),
+        "tv/mean": over(student, "tv"),
+        **shares_by_distance(on),
         "log_ratio/mean": over(student, "log_ratio"),
         "log_ratio/trusted": over(trusted, "log_ratio"),
         "log_ratio/outlier": over(outlier, "log_ratio"),
@@ -162,6 +184,12 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "rollout/eos": 2 / 3,
         "verifier/accuracy": 2 / 3,
         "verifier/unfinished": 1 / 3,
+        "held_out/forward_kl": 0.25,
+        "held_out/sampled_kl": 0.5,
+        "held_out/nll": 1.5,
+        "held_out/teacher_mass": 0.75,
+        "held_out/tokens": 40.0,
+        "held_out/unscored": 2.0,
         "engine/kl": -sum(engine) / len(engine),
         "engine/difference_mean": sum(map(abs, engine)) / len(engine),
         "engine/difference_p99": float(np.percentile(np.abs(np.array(engine)), 99)),
@@ -183,8 +211,10 @@ def expected_metrics(record: StepRecord) -> dict[str, float]:
         "optimizer/grad_norm_max": max(report.grad_norm for report in reports),
         "optimizer/learning_rate": reports[-1].learning_rate,
         "optimizer/token_count": sum(report.token_count for report in reports),
-        "throughput/tokens_per_second": 79 / 2,
+        "phase/index": 1.0,
+        "throughput/tokens_per_second": 79 / (2 - 0.5),
         "time/step": 2.0,
+        "time/held_out": 0.5,
         "time/rollout": 1.25,
     }
 
@@ -199,7 +229,7 @@ def test_every_metric_equals_a_loop_over_tokens(soft, epochs):
 
 
 def test_an_empty_step_gives_nan_for_means_and_zero_for_counts_only():
-    empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None, unfinished=None)
+    empty = make_record(table=TokenTable({}), rollouts=[], accuracy=None, unfinished=None, held_out=None)
     found = compute_metrics(empty)
     counts = {"tokens/student", "tokens/trusted", "tokens/outlier", "tokens/prefix", "tokens/total"}
     given = {
@@ -209,9 +239,11 @@ def test_an_empty_step_gives_nan_for_means_and_zero_for_counts_only():
         "guidance/alpha",
         "gates/sampler_off",
         "gates/sampler_warnings",
+        "phase/index",
         "loss/total",
         "time/step",
         "time/rollout",
+        "time/held_out",
     }
     for name, value in found.items():
         if name.startswith("optimizer/") or name in given or name == "throughput/tokens_per_second":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 from tropd_mcore.config.objectives import KINDS
+from tropd_mcore.config.phase_metrics import PHASE_METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "docs" / "objectives.md").read_text(encoding="utf-8")
@@ -49,6 +51,16 @@ def test_every_objective_kind_has_a_paper_with_its_arxiv_number() -> None:
         for number, link in re.findall(r"\[(\S+)\]\(https://arxiv.org/abs/(\S+)\)", paper):
             assert number == link and re.fullmatch(r"\d{4}\.\d{5}", number), kind
         assert "arxiv.org" in paper or kind in ("opd", "custom"), kind
+
+
+def test_the_table_of_phases_has_every_metric_that_can_end_one_with_its_range() -> None:
+    table = TEXT.partition("| `until.metric` |")[2].partition("\n\n")[0]
+    found = {}
+    for row in table.splitlines()[2:]:
+        names, ends = row.split("|")[1], row.split("|")[2].strip()
+        found |= dict.fromkeys(re.findall(r"`([\w/]+)`", names), ends)
+    ranges = {(0.0, 1.0): "0 to 1", (0.0, math.inf): "0 or more", (-math.inf, math.inf): "any"}
+    assert found == {name: ranges[metric.lowest, metric.highest] for name, metric in PHASE_METRICS.items()}
 
 
 def test_every_objective_kind_has_a_row() -> None:

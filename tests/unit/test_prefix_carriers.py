@@ -171,6 +171,7 @@ def test_every_result_of_a_step_is_computed_on_the_packs_with_the_final_carriers
         context=SimpleNamespace(student=note, complete=note),
         scores=SimpleNamespace(at_step=note),
         teacher_check=None,
+        held_out=None,
     )
     monkeypatch.setattr(Trainer, "may_stop", lambda trainer: None)
     trainer = Trainer.__new__(Trainer)

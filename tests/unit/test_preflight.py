@@ -127,6 +127,16 @@ def test_a_replay_needs_no_api_key_of_the_rollout_server(root: Path) -> None:
             "arguments first, or set objective.guidance.enabled=false",
         ),
         (
+            "",
+            "held_out={prompts: {root}/prompts.jsonl, responses: {root}/nope.jsonl}",
+            "held_out.responses={root}/nope.jsonl: not found; expected a JSONL file; `tropd prefixes` writes it",
+        ),
+        (
+            "",
+            "held_out={prompts: {root}/student, responses: {root}/responses.jsonl}",
+            "held_out.prompts={root}/student: is a folder; expected a JSONL file",
+        ),
+        (
             "rm student",
             "",
             "student.path={root}/student: not found; expected a Hugging Face model folder",

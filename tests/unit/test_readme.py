@@ -69,3 +69,16 @@ def test_the_quickstart_result_in_the_readme_equals_the_stored_one(name: str) ->
         found = stored[when][name]
         numbers = [100 * found[key] for key in ("accuracy", "low", "high")]
         assert [float(number) for number in re.findall(r"[\d.]+", cell)] == [round(number, 1) for number in numbers]
+
+
+@pytest.mark.parametrize("pair", ["bad habit", "wrong prior"])
+def test_the_study_in_the_readme_is_that_of_the_page(pair: str) -> None:
+    page = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
+    table = page.partition(f"### Three seeds: {pair}\n")[2].lstrip().partition("\n\n")[0]
+    (title,) = [line for line in README.splitlines() if line.startswith("| objective |")]
+    column = next(place for place, name in enumerate(title.split("|")) if name.strip().startswith(pair))
+    shown = README.partition(title)[2].lstrip().partition("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        objective, seeds = line.split("|")[1].strip(), line.split("|")[5].split()
+        (row,) = [row for row in shown.splitlines() if row.startswith(f"| {objective} |")]
+        assert row.split("|")[column].strip() == ", ".join(seeds), objective

@@ -180,7 +180,7 @@ def move_to_relative_paths(run_dir: Path, tmp_path: Path) -> Path:
     shutil.copytree(run_dir, project / "runs" / "one")
     config = project / "runs" / "one" / "config.resolved.yaml"
     text = re.sub(r"path: .*student\n", "path: models/student\n", config.read_text())
-    config.write_text(text.replace("run:\n", "run:\n  dir: runs/one\n"))
+    config.write_text(re.sub(r"  dir: .*\n", "  dir: runs/one\n", text))
     return project / "runs" / "one"
 
 

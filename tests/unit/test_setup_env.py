@@ -12,12 +12,17 @@ STAND_IN = """\
 #!/bin/sh
 case "$*" in
   "-V") echo "Python $(cat "$STATE/version")" ;;
-  "-c import sys"*) test "$(cat "$STATE/version")" != 3.10.1 ;;
+  "-c import sysconfig"*include*) echo "$STATE/include" ;;
+  "-c import sysconfig"*purelib*) echo "/site-packages" ;;
+  "-c import sys;"*"3, 11"*) test "$(cat "$STATE/version")" != 3.10.1 ;;
+  "-c import sys;"*"3, 13"*) test "$(cat "$STATE/version")" = 3.13.0 && exit 1; true ;;
   "-c import ensurepip"*) test ! -e "$STATE/no-venv" ;;
   "-m venv "*) echo "venv" >>"$STATE/calls"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   "-m pip --version") ;;
   "-m pip install"*)
     echo "$*" >>"$STATE/calls"
+    case "$*" in *--no-build-isolation*==*) env | sort >"$STATE/build-environment" ;; esac
+    case "$*" in *transformer_engine_torch*) if [ -e "$STATE/no-build" ]; then exit 1; fi ;; esac
     if [ -e "$STATE/broken" ]; then echo "no such package" >&2; exit 1; fi ;;
   *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
@@ -25,8 +30,9 @@ esac
 
 
 def surroundings() -> dict[str, str]:
-    """Our environment without VENV, because the tested script would install into that folder."""
-    return {name: value for name, value in os.environ.items() if name != "VENV"}
+    """Our environment without folders of environments, because the tested script would install into them."""
+    folders = ("VENV", "TRAINER_VENV", "SERVER_VENV")
+    return {**{name: value for name, value in os.environ.items() if name not in folders}, "PLATFORM": "cpu"}
 
 
 class Checkout:
@@ -36,11 +42,14 @@ class Checkout:
         self.root = folder / "checkout"
         self.state = folder / "state"
         self.python = folder / "bin" / "python-stand-in"
-        for name in ("examples/setup_env.sh", "requirements/cpu.txt", "pyproject.toml", "setup.py"):
+        locks = [f"requirements/{name}.txt" for name in ("cpu", "trainer-gpu", "trainer-gpu-source", "server-gpu")]
+        for name in ("examples/setup_env.sh", *locks, "pyproject.toml", "setup.py"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         self.state.mkdir()
         (self.state / "version").write_text("3.11.7")
+        (self.state / "include").mkdir()
+        (self.state / "include" / "Python.h").touch()
         self.python.parent.mkdir()
         self.python.write_text(STAND_IN)
         self.python.chmod(0o755)
@@ -55,9 +64,20 @@ class Checkout:
             timeout=300,
         )
 
+    def gpu(self, folder: Path, capability: str) -> str:
+        """A PATH on which nvidia-smi finds a GPU."""
+        folder.mkdir()
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && echo 'GPU 0: X' || echo {capability}\n")
+        (folder / "nvidia-smi").chmod(0o755)
+        return f"{folder}:{os.environ['PATH']}"
+
     @property
     def calls(self) -> list[str]:
         return (self.state / "calls").read_text().splitlines()
+
+    @property
+    def installed(self) -> list[str]:
+        return [call.removeprefix("-m pip install -qq --disable-pip-version-check ") for call in self.calls]
 
 
 @pytest.fixture
@@ -68,9 +88,8 @@ def checkout(tmp_path: Path) -> Checkout:
 def test_a_first_run_installs_the_lock_then_sglang_without_dependencies_then_the_project(checkout):
     result = checkout.run()
     assert (result.returncode, result.stderr) == (0, "")
-    assert checkout.calls[0] == "venv"
-    installed = [call.removeprefix("-m pip install -qq --disable-pip-version-check ") for call in checkout.calls[1:]]
-    assert installed == [
+    assert checkout.installed == [
+        "venv",
         "-r requirements/cpu.txt",
         "--no-deps sglang==0.5.23",
         "--no-deps --no-build-isolation -e .",
@@ -189,3 +208,86 @@ def test_a_failing_long_installation_still_exits_with_an_error(checkout):
     (checkout.state / "broken").touch()
     result = checkout.run(SIGN_EVERY_S="1")
     assert result.returncode == 2 and "could not be installed" in result.stderr
+
+
+TRAINER = ["venv", "-r requirements/trainer-gpu.txt", "--no-deps --no-build-isolation transformer_engine_torch==2.12.0"]
+PROJECT = "--no-deps --no-build-isolation -e ."
+SERVER = ["venv", "-r requirements/server-gpu.txt"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "choice", "more"),
+    [("9.0", "auto", []), ("8.0", "auto", ["flash-attn"]), ("9.0", "1", ["flash-attn"]), ("8.0", "0", [])],
+)
+def test_a_machine_with_a_gpu_gets_a_trainer_and_a_server_and_flash_attn_where_the_gpu_is_old(
+    checkout, tmp_path, capability, choice, more
+):
+    path = checkout.gpu(tmp_path / "gpu", capability)
+    result = checkout.run(PLATFORM="auto", PATH=path, FLASH_ATTN=choice)
+    assert (result.returncode, result.stderr) == (0, "")
+    extra = [f"--no-deps --no-build-isolation {name}==2.8.3" for name in more]
+    assert checkout.installed == [*TRAINER, *extra, PROJECT, *SERVER]
+    assert (checkout.root / ".venv-trainer/bin/python").exists() and (
+        checkout.root / ".venv-server/bin/python"
+    ).exists()
+    assert not (checkout.root / ".venv").exists()
+    assert f"set rollout.server.python={checkout.root}/.venv-server/bin/python in a run" in result.stdout
+    again = checkout.run(PLATFORM="auto", PATH=path, FLASH_ATTN=choice)
+    assert (again.returncode, again.stdout, checkout.calls) == (0, "", [])
+
+
+def test_the_platform_of_a_machine_can_be_overridden(checkout, tmp_path):
+    assert checkout.run(PLATFORM="cpu", PATH=checkout.gpu(tmp_path / "gpu", "9.0")).returncode == 0
+    assert "-r requirements/cpu.txt" in checkout.installed
+    assert checkout.run(PLATFORM="gpu", ONLY="server").returncode == 0 and checkout.installed == SERVER
+    assert checkout.run(PLATFORM="gpu").returncode == 0 and checkout.installed == [*TRAINER, PROJECT]
+
+
+def test_transformer_engine_is_built_with_the_compiler_and_headers_that_torch_came_with(checkout):
+    assert checkout.run(PLATFORM="gpu", ONLY="trainer").returncode == 0
+    built = (checkout.state / "build-environment").read_text().splitlines()
+    assert "CUDA_HOME=/site-packages/nvidia/cu13" in built and "NVTE_PYTORCH_FORCE_BUILD=TRUE" in built
+    assert "CPLUS_INCLUDE_PATH=/site-packages/nvidia/cudnn/include:/site-packages/nvidia/nccl/include" in built
+    assert any(line.startswith(f"PATH={checkout.root}/.venv-trainer/bin:") for line in built), "for ninja"
+
+
+def test_after_a_failed_build_the_next_run_keeps_the_packages_and_builds_again(checkout):
+    (checkout.state / "no-build").touch()
+    failed = checkout.run(PLATFORM="gpu")
+    assert failed.returncode == 2 and "error: transformer_engine_torch==2.12.0 could not be built" in failed.stderr
+    assert checkout.installed == TRAINER, "no server either"
+    (checkout.state / "no-build").unlink()
+    assert checkout.run(PLATFORM="gpu").returncode == 0
+    assert checkout.installed == [*TRAINER[1:], PROJECT, *SERVER]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"PLATFORM": "tpu"}, "PLATFORM is 'tpu', expected cpu, gpu or auto"),
+        ({"PLATFORM": "gpu", "ONLY": "both"}, "ONLY is 'both', expected trainer or server"),
+        ({"PLATFORM": "gpu", "FLASH_ATTN": "yes"}, "FLASH_ATTN is 'yes', expected 0, 1 or auto"),
+        ({"PLATFORM": "gpu", "VENV": "x"}, "VENV=x is the environment of a CPU; set TRAINER_VENV and SERVER_VENV, or"),
+        ({"PLATFORM": "cpu", "ONLY": "server"}, "ONLY=server: a CPU machine has one environment; unset it or set PLA"),
+    ],
+)
+def test_a_wrong_choice_of_environments_is_one_line_and_installs_nothing(checkout, given, line):
+    result = checkout.run(**given)
+    assert result.returncode == 2 and result.stdout == "" and checkout.calls == []
+    assert result.stderr.startswith(f"error: {line}") and result.stderr.count("\n") == 1
+
+
+def test_a_gpu_environment_needs_python_headers_and_a_python_that_has_wheels(checkout):
+    (checkout.state / "include" / "Python.h").unlink()
+    assert "has no Python.h, which builds need; install it" in checkout.run(PLATFORM="gpu").stderr
+    (checkout.state / "version").write_text("3.13.0")
+    said = checkout.run(PLATFORM="gpu").stderr
+    assert "Python 3.11 or 3.12 is needed on a GPU machine" in said and "is Python 3.13.0" in said
+
+
+@pytest.mark.parametrize("name", ["trainer", "server"])
+def test_a_failure_in_either_gpu_environment_ends_the_script_with_the_file_that_failed(checkout, name):
+    (checkout.state / "broken").touch()
+    result = checkout.run(PLATFORM="gpu", ONLY=name)
+    assert result.returncode == 2 and "ready" not in result.stdout
+    assert f"error: the packages of requirements/{name}-gpu.txt could not be installed" in result.stderr

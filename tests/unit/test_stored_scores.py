@@ -9,6 +9,7 @@ import torch
 
 from tests.unit.test_packing import make_rollout, options
 from tests.unit.test_stored_files_damage import renamed
+from tropd_mcore.cli.checks_of_config import ENTRY_BYTES, LOG_PROB_BYTES, ROW_BYTES
 from tropd_mcore.data.packing import pack
 from tropd_mcore.records.replay import ScoreKey, load_scores, mismatch, save_scores
 from tropd_mcore.records.token_file import save_token_sample
@@ -19,7 +20,7 @@ K, L = 5, 3
 
 
 def micro_batches(samples: int = 4) -> list[MicroBatch]:
-    return pack([make_rollout(i, 3, 4, 11 + i, i == 0) for i in range(samples)], **options()).micro_batches
+    return pack([make_rollout(i, 3, 4, 11 + i % 4, i == 0) for i in range(samples)], **options()).micro_batches
 
 
 def scores_of(batch: MicroBatch, *, own: bool, entropy: bool) -> TeacherScores:
@@ -53,6 +54,18 @@ def test_stored_scores_are_read_back_unchanged(tmp_path: Path, own: bool, entrop
     for one, two in zip(found, scores, strict=True):
         for name, value in vars(two).items():
             assert value is None if getattr(one, name) is None else torch.equal(getattr(one, name), value), name
+
+
+def test_a_stored_row_has_the_bytes_that_doctor_counts(tmp_path: Path) -> None:
+    sizes = []
+    for samples in (4, 400):
+        batches = micro_batches(samples)
+        key = ScoreKey("teacher", batches, candidates(batches))
+        save_scores(tmp_path / "scores.npz", key, [scores_of(batch, own=True, entropy=True) for batch in batches])
+        sizes.append(((tmp_path / "scores.npz").stat().st_size, sum(len(batch.rows_T) for batch in batches)))
+    (small, few), (large, many) = sizes
+    each = ENTRY_BYTES * K + LOG_PROB_BYTES * L + ROW_BYTES
+    assert (large - small) / (many - few) == pytest.approx(each, rel=0.01)
 
 
 def test_scores_of_another_teacher_other_rows_or_other_candidates_are_not_used_and_the_reason_is_given(

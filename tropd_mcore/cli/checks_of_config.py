@@ -9,13 +9,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from math import prod
+from pathlib import Path
 
 import psutil
 
 from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.derived import ranks_per_node
 from tropd_mcore.config.schema import Config, ServerConfig
-from tropd_mcore.errors import ConfigError, TropdError
+from tropd_mcore.errors import ConfigError, ServerError, TropdError
+from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.train.start_checks import State
 from tropd_mcore.weights.architecture import Architecture
@@ -26,18 +28,26 @@ MOMENT_BYTES = 8
 """Bytes per parameter in the optimizer: two float32 moments."""
 MAIN_BYTES = 4
 """Bytes per parameter of a float32 main weight (of a bfloat16 student), gradient or average."""
+ENTRY_BYTES = 8
+"""Bytes of a stored candidate: token id as int32, log-prob as float32."""
+LOG_PROB_BYTES = 4
+"""Bytes of the stored log-prob of one of the student's candidates."""
+ROW_BYTES = 13
+"""Bytes of a scored token beside its candidates: log-prob, tail, entropy (4 each) and a mark."""
 CROWDED = 0.8
 """Share of the memory above which weights and optimizer leave little for activations."""
 
 
 def servers(config: Config) -> Iterator[Finding]:
-    """Check that servers at a URL answer /health."""
+    """Check that servers at a URL answer /health. Tell what the interpreter of a server to start has."""
     for key, server in used_servers(config).items():
         yield from _server(key, server)
 
 
 def _server(key: str, server: ServerConfig) -> Iterator[Finding]:
     if server.url is None:
+        if server.python is not None:
+            yield from _interpreter(key, server.python)
         return
     from tropd_mcore.serving.client import SglangClient
 
@@ -51,6 +61,13 @@ def _server(key: str, server: ServerConfig) -> Iterator[Finding]:
         yield Finding("FAIL", key, f"{key}.url={server.url} does not answer /health; start it, or correct the url")
 
 
+def _interpreter(key: str, python: Path) -> Iterator[Finding]:
+    try:
+        yield Finding("ok", key, f"{python}: {ask(python, key=f'{key}.python')}")
+    except ServerError:
+        return  # the checks of a start report it
+
+
 def resources(state: State, nodes: int = 1) -> Iterator[Finding]:
     """Check the disk for checkpoints and export, and the memory of this machine, one of `nodes`, for weights, gradients
     and optimizer.
@@ -60,6 +77,8 @@ def resources(state: State, nodes: int = 1) -> Iterator[Finding]:
     if not state.has("models"):
         return
     yield _disk(state.config, parameters(state.student))
+    if (scores := score_bytes(state.config)) > 0:
+        yield _disk_of_scores(state.config, scores)
     try:
         here = ranks_per_node(state.config.parallel, nodes)
     except ConfigError:
@@ -88,8 +107,7 @@ def _disk(config: Config, count: int) -> Finding:
     needed = one * (config.run.keep_checkpoints + 1)
     if config.run.export_at_end:
         needed += 2 * count * DTYPE_BYTES[config.student.dtype]
-    place = next(path for path in (config.run.dir, *config.run.dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_existing(config.run.dir)).free
     detail = (
         f"{free / GIB:.1f} GiB free for {config.run.dir}; about {needed / GIB:.2f} GiB for "
         f"{config.run.keep_checkpoints + 1} checkpoints of {count:,} parameters and the export"
@@ -97,6 +115,35 @@ def _disk(config: Config, count: int) -> Finding:
     if free >= needed:
         return Finding("ok", "disk", detail)
     return Finding("warn", "disk", f"{detail}; lower run.keep_checkpoints or set run.dir to a place with room")
+
+
+def score_bytes(config: Config) -> int:
+    """Return the largest size of the teacher's scores on disk, if every response has the longest length."""
+    run, objective = config.run, config.objective
+    if not objective.stores_scores or run.replay is not None:
+        return 0
+    rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
+    steps = run.steps if run.keep_scores is None else run.keep_scores + 1
+    if config.teacher.kind == "sglang":
+        steps = max(steps, run.checkpoint_every + 1)  # all since the last checkpoint
+    own = LOG_PROB_BYTES * objective.student_candidates
+    return min(steps, run.steps) * rows * (ENTRY_BYTES * objective.teacher_topk + own + ROW_BYTES)
+
+
+def _disk_of_scores(config: Config, needed: int) -> Finding:
+    free = shutil.disk_usage(_existing(config.run.dir)).free
+    detail = (
+        f"{free / GIB:.1f} GiB free for {config.run.dir}; up to {needed / GIB:.2f} GiB for the teacher's scores of "
+        f"the steps that are kept, with {config.objective.teacher_topk} candidates per token"
+    )
+    if free >= needed:
+        return Finding("ok", "disk for scores", detail)
+    remedy = "lower run.keep_scores or run.checkpoint_every, or set run.dir to a place with room"
+    return Finding("warn", "disk for scores", f"{detail}; {remedy}")
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def rank_bytes(state: State, ranks: int) -> int:

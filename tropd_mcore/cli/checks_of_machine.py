@@ -34,7 +34,8 @@ def versions() -> Iterator[Finding]:
     yield _pins()
     sglang = _version("sglang")
     if sglang is None:
-        yield Finding("warn", "sglang", "not installed: servers cannot be started here, only used by their url")
+        text = "not installed: a server needs its url, or rollout.server.python, an interpreter that has sglang"
+        yield Finding("warn", "sglang", text)
     else:
         yield Finding("ok", "sglang", sglang)
 
@@ -54,8 +55,6 @@ def devices() -> Iterator[Finding]:
         harmful = [name for name in HARMFUL_WITHOUT_CUDA if _version(name) is not None]
         if harmful:
             yield Finding("FAIL", "packages", f"{', '.join(harmful)} cannot be imported without CUDA; uninstall")
-    if torch.cuda.is_available() and _version("transformer-engine") is None:
-        yield Finding("FAIL", "platform", "transformer-engine is missing; run `pip install 'tropd-mcore[gpu]'`")
 
 
 def compiler() -> Iterator[Finding]:

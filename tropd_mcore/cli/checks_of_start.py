@@ -28,6 +28,7 @@ QUIET_S = 2.0
 BLOCKED_BY: dict[str, tuple[str, ...]] = {
     "run.dir": ("run.dir", "run.init_from"),
     "data.prompts": ("data.prompts",),
+    "held_out": ("held_out.prompts", "held_out.responses"),
     "run.replay": ("run.replay",),
 }
 """Check -> keys that a cheap check may have found wrong already. The check would then repeat it. See `_blocked`."""
@@ -203,7 +204,7 @@ TOLD: dict[str, Callable[[State], str]] = {
         if state.config.gates.vocabulary
         else "not compared (gates.vocabulary=false)"
     ),
-    "objective": lambda state: state.config.objective.kind,
+    "objective": lambda state: ", then ".join(part.kind for part in state.config.objective.parts),
     "student.path": lambda state: str(state.config.student.path),
     "loss.ignore_tokens": lambda state: f"{len(state.config.loss.ignore_tokens)} named",
     "rollout.end_tokens": lambda state: state.ends.describe() if state.ends is not None else "",
@@ -212,6 +213,9 @@ TOLD: dict[str, Callable[[State], str]] = {
     "lengths": lambda state: f"a sample has at most {state.longest} tokens, which fit into packs and contexts",
     "objective.template": lambda state: "fits every prompt" if state.solutions is not None else "not used",
     "teacher.extra_tokens": lambda state: f"{len(state.excluded or ())} candidates of the teacher are excluded",
+    "held_out": lambda state: (
+        f"{len(state.held_out.prompts)} responses that are not trained on" if state.held_out else "not used"
+    ),
     "resume": _resume,
     "run.replay": lambda state: str(state.config.run.replay or "not used"),
     "data.teacher_responses": lambda state: (

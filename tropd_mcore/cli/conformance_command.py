@@ -109,6 +109,11 @@ def _planned(options: argparse.Namespace) -> list[Cell]:
     try:
         entries = select(tuple(options.objective))
     except KeyError as error:
+        if error.args[0] == "phases":
+            raise TropdError(
+                "--objective phases has no loss of its own to compare; each phase has the loss of its objective: give "
+                "the kinds of the phases"
+            ) from error
         raise TropdError(f"--objective {error.args[0]} names nothing; `tropd conformance --list` shows all") from error
     if options.peer:
         for peer in options.peer:

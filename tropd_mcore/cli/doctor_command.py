@@ -8,6 +8,7 @@ says what to do.
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     levels: Counter[str] = Counter()
     failed: set[str] = set()
     skipped: list[str] = []
-    for check in (*_machine(), *(_configuration(config, options.nodes) if config is not None else ())):
+    for check in (*_machine(options.nodes), *(_configuration(config, options.nodes) if config is not None else ())):
         for finding in check():
             levels[finding.level] += 1
             if finding.level == "skip":
@@ -52,11 +53,12 @@ def run(options: argparse.Namespace) -> int:
 Check = Callable[[], Iterator[Finding]]
 
 
-def _machine() -> Iterator[Check]:
-    from tropd_mcore.cli import checks_of_machine
+def _machine(nodes: int) -> Iterator[Check]:
+    from tropd_mcore.cli import checks_of_gpus, checks_of_machine
 
     yield checks_of_machine.versions
     yield checks_of_machine.devices
+    yield lambda: checks_of_gpus.on_this_machine(nodes)
     yield checks_of_machine.compiler
     yield checks_of_machine.network
     yield checks_of_machine.proxies
@@ -64,7 +66,7 @@ def _machine() -> Iterator[Check]:
 
 
 def _configuration(config: Config, nodes: int) -> Iterator[Check]:
-    from tropd_mcore.cli import checks_of_config
+    from tropd_mcore.cli import checks_of_config, checks_of_gpus
     from tropd_mcore.cli.checks_of_start import start_checks
     from tropd_mcore.records.run_dir import RunDir
     from tropd_mcore.train.start_checks import State
@@ -73,3 +75,4 @@ def _configuration(config: Config, nodes: int) -> Iterator[Check]:
     yield lambda: start_checks(config, nodes=nodes, state=state)
     yield lambda: checks_of_config.resources(state, nodes)
     yield lambda: checks_of_config.servers(config)
+    yield lambda: checks_of_gpus.server_libraries(config, os.environ)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.train.preflight_files import INFO_FILE, file_problem, folder_problem
-from tropd_mcore.train.preflight_machine import importable
+from tropd_mcore.train.preflight_machine import importable, interpreter_problem
 
 
 def refuse(*found: Iterable[str]) -> None:
@@ -82,12 +82,15 @@ def verifier_package(kind: str) -> Iterator[str]:
         )
 
 
-def server_package(server: ServerConfig) -> Iterator[str]:
-    """If a server is to be started, check that SGLang is installed."""
-    if server.url is None and not importable("sglang"):
+def server_package(section: str, server: ServerConfig) -> Iterator[str]:
+    """If a server is to be started, check that its interpreter has SGLang."""
+    if (problem := interpreter_problem(section, server)) is not None:
+        yield problem
+    if server.url is None and server.python is None and not importable("sglang"):
         yield (
             "starting a server needs the package sglang, which is not installed; run `pip install sglang==0.5.23` "
-            "(on a CPU as the head of requirements/cpu.txt says), or name the url of one that runs"
+            f"(on a CPU as the head of requirements/cpu.txt says), set {section}.python to an interpreter that has it, "
+            "or name the url of one that runs"
         )
 
 

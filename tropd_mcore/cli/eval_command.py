@@ -23,6 +23,7 @@ from tropd_mcore.cli.early_checks import (
     verifier_package,
 )
 from tropd_mcore.cli.template_date import template_date
+from tropd_mcore.config.derived import phase_configs
 from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
@@ -73,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
     report_every(config.monitor.progress_every_s)
     model = options.model or config.run.dir / "export"
     _check_options(config, options, model)
+    from tropd_mcore.config.hints import of_evaluation
     from tropd_mcore.evaluation.evaluate import compare, describe, load_result, read_prompts
-    from tropd_mcore.monitor.hints import of_evaluation
 
     others = [load_result(path) for path in options.compare_with]
     settings, today = _settings(config, options), template_date(config)
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     result = _stored(options.out, model, settings, today)
     if result is None:
         server = config.rollout.server.model_copy(update={"url": options.url})
-        refuse(server_package(server), api_key("rollout.server", server))
+        refuse(server_package("rollout.server", server), api_key("rollout.server", server))
         for other in others:
             _check_comparable(other, settings)
         result = _evaluate(model, settings, config, options.url, today)
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             result.save(options.out)
     print(describe(result))
     if result.sampled is not None and options.model is None:  # the student that this configuration trained
-        for line in of_evaluation(result.greedy.accuracy, result.sampled.accuracy, config):
+        for line in of_evaluation(result.greedy.accuracy, result.sampled.accuracy, phase_configs(config)[-1]):
             print(line)
     for other in others:
         change = compare(other, result)

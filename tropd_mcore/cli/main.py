@@ -28,8 +28,11 @@ COMMANDS = {
     "config": "check a configuration; print it resolved, the plan of the run, or what the keys mean",
     "metrics": "print what each metric of metrics.jsonl means",
     "doctor": "check this machine and environment, and the files a configuration names",
+    "selftest": "prove on this machine that a job can run, and write a report to send back",
+    "prompts": "write data.prompts from the files of a public data set",
     "prefixes": "sample the teacher responses that guidance continues",
     "eval": "measure the accuracy of a model on held-out prompts, and compare results",
+    "study": "run pairs of models x objectives x seeds, and write the page of their results",
     "report": "write a report of a run directory as one HTML file",
     "conformance": "check a vocabulary-parallel loss and its gradients against a float64 oracle",
     "convert": "convert between Hugging Face folders and Megatron checkpoints",
@@ -44,7 +47,7 @@ log = logging.getLogger(__name__ if __name__ != "__main__" else "tropd_mcore.cli
 
 EPILOG = "Training: tropd train CONFIG.yaml [key=value ...]; the same command again resumes it."
 
-GOES_ON = ("prefixes",)
+GOES_ON = ("prefixes", "study")
 """Commands that continue where they stopped when they are run again."""
 
 LEAVE_S = 8.0

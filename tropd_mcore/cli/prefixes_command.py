@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     if work is None:
         return 0
     server = teacher_server(config)
-    refuse(server_package(server), api_key("teacher.server", server))
+    section = "teacher.server" if config.teacher.kind == "sglang" else "rollout.server"  # see `teacher_server`
+    refuse(server_package(section, server), api_key("teacher.server", server))
     report = _sample(config, out, work)
     print(
         f"{out}: {report.prompts} responses, {report.sampled} sampled now, {report.finished} ended by themselves, "

@@ -69,6 +69,8 @@ def _about(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    if path.suffix == ".json":
+        return "Result of plain OPD that the quickstart's table shows (examples/quickstart_table.py)."
     if path.suffix == ".patch":
         return "Lines to insert into the source of that stack (docs/integrations.md)."
     lines = (line for line in text.splitlines() if line.startswith("# "))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import chain, count
 from pathlib import Path
 
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import PlatformConfig, ServerConfig
 from tropd_mcore.rollout.served_tokenizer import server_spec
-from tropd_mcore.serving.record import is_in_use
+from tropd_mcore.serving.record import free_name
 from tropd_mcore.serving.supervisor import SupervisedServer
 
 
@@ -46,9 +45,3 @@ def open_server(
         title=title,
     )
     return SupervisedServer(spec)
-
-
-def free_name(logs: Path, name: str) -> str:
-    """Return the first of `name`, `name-2`, `name-3`, ... whose record in `logs` belongs to no other live process."""
-    names = chain([name], (f"{name}-{number}" for number in count(2)))
-    return next(each for each in names if not is_in_use(logs / f"{each}.server.json"))

@@ -13,9 +13,11 @@ FOLDER = "shipped"
 
 PATTERNS = (
     "configs/*.yaml",
+    "configs/study/*.yaml",
     "examples/*.sh",
     "examples/*.sbatch",
     "examples/*.py",
+    "examples/*.json",
     "examples/arithmetic/*.py",
     "examples/integrations/*.py",
     "examples/integrations/patches/*.patch",

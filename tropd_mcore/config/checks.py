@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
-from tropd_mcore.config.derived import longest_response_at, longest_sample, reference_path
+from tropd_mcore.config.derived import longest_response_at, longest_sample
 from tropd_mcore.config.objective_checks import objective_problems
+from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
 from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig
 
 MANAGED_SERVER_ARGS = {
@@ -70,7 +72,7 @@ def backend_problems(backend: str, platform: str) -> list[str]:
 
 def data_problems(config: Config, *, longest_prompt: int, longest_response: int) -> list[str]:
     """Return the conflicts between the configuration and the lengths in the data: tokens, responses without EOS."""
-    problems = list(_prefixes_are_empty(config, longest_response))
+    problems = list(of_each_phase(lambda each: _prefixes_are_empty(each, longest_response))(config))
     needed = longest_sample(config, longest_prompt=longest_prompt, longest_response=longest_response)
     budget = config.batch.tokens_per_micro_batch
     if needed <= budget:
@@ -150,17 +152,11 @@ def _guidance(config: Config) -> Iterator[str]:
             "objective.guidance.enabled needs data.teacher_responses, which is not set; "
             "write the file with `tropd prefixes`, or set objective.guidance.enabled=false"
         )
-    if not config.objective.samples:
-        if config.data.teacher_responses is None:
-            yield (
-                f"objective.kind={config.objective.kind} needs data.teacher_responses, which is not set; write the "
-                "file with `tropd prefixes`"
-            )
-        if config.run.replay is not None:
-            yield (
-                f"run.replay: objective.kind={config.objective.kind} trains on data.teacher_responses and on no "
-                "rollouts; remove the key"
-            )
+    if not config.objective.samples and config.data.teacher_responses is None:
+        yield (
+            f"objective.kind={config.objective.kind} needs data.teacher_responses, which is not set; write the "
+            "file with `tropd prefixes`"
+        )
     new_tokens = longest_response_at(0, config)
     if guidance is not None and guidance.continuation_budget == "shared" and guidance.min_continuation >= new_tokens:
         key = "max_new_tokens" if config.rollout.truncate is None else "truncate.start"
@@ -270,12 +266,15 @@ def _both_servers(config: Config) -> Iterator[str]:
         yield f"rollout.server.url and teacher.server.url are both {urls[0]}; student and teacher need a server each"
 
 
+OF_A_START = ("python", "port", "tensor_parallel", "max_total_tokens", "mem_fraction", "extra_args", "log_max_mib")
+"""Keys of a server section that say how a server is started, so they mean nothing for one that runs."""
+
+
 def _server(key: str, server: ServerConfig) -> Iterator[str]:
     if server.url is not None:
         if not re.match(r"https?://[^/]+", server.url):
             yield f"{key}.url: expected http://host:port or https://host, found {server.url!r}"
-        starting = ("port", "tensor_parallel", "max_total_tokens", "mem_fraction", "extra_args", "log_max_mib")
-        given = [name for name in starting if getattr(server, name) != ServerConfig.model_fields[name].default]
+        given = [name for name in OF_A_START if getattr(server, name) != ServerConfig.model_fields[name].default]
         if given:
             yield f"{key}.url names a running server, so {key}.{{{','.join(given)}}} would have no effect; remove one"
     default = ServerConfig.model_fields["hang_timeout_s"].default  # a short request_timeout_s may be below the default
@@ -331,7 +330,8 @@ def _beginning(config: Config) -> Iterator[str]:
             f"run.init_from={run.init_from} is in run.dir={run.dir}, which resumes by itself; "
             "remove run.init_from, or begin a new run with another run.dir"
         )
-    by_default = reference_path(config) is not None and getattr(config.objective, "reference", None) is None
+    parts = config.objective.parts
+    by_default = any(part.reference_folder(Path()) and not getattr(part, "reference", None) for part in parts)
     if run.init_from is not None and by_default:
         yield (
             f"objective.reference: its default is student.path={config.student.path}, which is not what "
@@ -359,6 +359,11 @@ def _timeouts(config: Config) -> Iterator[str]:
 def _replay(config: Config) -> Iterator[str]:
     if config.run.replay == config.run.dir:
         yield f"run.replay and run.dir are both {config.run.dir}; replay another run, or remove run.replay to resume"
+    if config.run.replay is not None and not config.objective.samples:
+        yield (
+            f"run.replay: objective.kind={config.objective.kind} trains on data.teacher_responses and on no rollouts; "
+            "remove the key"
+        )
 
 
 def _pattern(config: Config) -> Iterator[str]:
@@ -391,20 +396,23 @@ PATHS = (
     "teacher.path",
     "data.prompts",
     "data.teacher_responses",
+    "held_out.prompts",
+    "held_out.responses",
     "objective.reference",
 )
 
 CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _parallel,
-    objective_problems,
-    _guidance,
-    _policy_gradient,
+    phases_problems,
+    of_each_phase(objective_problems),
+    of_each_phase(_guidance),
+    of_each_phase(_policy_gradient),
     _rollout,
     _cache,
     _packs,
     _backend,
     _loss,
-    _weight_gradient,
+    of_each_phase(_weight_gradient),
     _rollout_server,
     _teacher_server,
     _both_servers,

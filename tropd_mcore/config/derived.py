@@ -13,6 +13,14 @@ from tropd_mcore.config.schema import Config, ParallelConfig
 from tropd_mcore.errors import ConfigError
 
 
+def phase_configs(config: Config) -> list[Config]:
+    """Return the configuration of each phase, which has the phase's objective as its own; without phases, [config]."""
+    parts = config.objective.parts
+    if parts == (config.objective,):
+        return [config]
+    return [config.model_copy(update={"objective": part}) for part in parts]
+
+
 def teacher_dtype(config: Config) -> Dtype:
     """Return the dtype in which the teacher computes, in the job or on a server."""
     served = config.teacher.server.dtype if config.teacher.kind == "sglang" else None
@@ -85,7 +93,8 @@ def model_paths(config: Config) -> dict[str, Path]:
 
 
 def samples_rollouts(config: Config) -> bool:
-    """Return whether the run samples, so that it needs a rollout server: neither a replay nor `sft` does."""
+    """Return whether the run samples in any phase, so that it needs a rollout server: neither a replay nor `sft`
+    does."""
     return config.objective.samples and config.run.replay is None
 
 
@@ -117,6 +126,10 @@ def longest_sample(config: Config, *, longest_prompt: int, longest_response: int
 
     `longest_prompt` and `longest_response` are lengths in the data, in tokens.
     """
+    lengths = {"longest_prompt": longest_prompt, "longest_response": longest_response}
+    phases = phase_configs(config)
+    if phases != [config]:
+        return max(longest_sample(phase, **lengths) for phase in phases)
     if not config.objective.samples:
         return longest_prompt + longest_response + 1  # the end token
     guidance = config.objective.active_guidance

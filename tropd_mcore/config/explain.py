@@ -8,14 +8,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from tropd_mcore.config.aliases import meant_by
+from tropd_mcore.config.objectives import KINDS
+from tropd_mcore.config.phases import without_phase
 from tropd_mcore.config.schema import Config
 
+PHASE_OBJECTIVE = "objective.phases.objective"
+"""The section of a phase that has the keys of `objective` itself, which are listed once."""
 SHOWN_KEYS = 3
 """Largest number of keys that one line suggests."""
 
@@ -67,6 +71,10 @@ def _message(dotted: str, keys: list[str], detail: Mapping[str, Any], renamed: M
         return f"{dotted}: missing; it has no default"
     if kind in ("model_type", "model_attributes_type"):
         return f"{dotted}: expected a section with keys, found {found!r}"
+    if kind == "union_tag_not_found":
+        return f"{dotted}: missing; expected one of {', '.join(KINDS)}"
+    if kind == "tuple_type":
+        return f"{dotted}: expected a list, found {found!r}"
     if kind == "union_tag_invalid":
         return f"{dotted}: expected one of {detail['ctx']['expected_tags']}, found {detail['ctx']['tag']!r}"
     expected = detail["msg"].replace("Input should be ", "expected ").replace("Value error, ", "")
@@ -77,8 +85,12 @@ def _message(dotted: str, keys: list[str], detail: Mapping[str, Any], renamed: M
 
 def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str:
     """The new name of a renamed key, else the keys that it may mean, else the keys of its section."""
+    if (alone := without_phase(dotted)) != dotted:
+        place = dotted.removesuffix(alone)
+        return _suggestion(alone, keys[3:], renamed).replace("objective.", f"{place}objective.")
     if dotted in renamed:
         return f": it was renamed; use {renamed[dotted]}"
+    dotted, keys = _without_places(keys)
     everything = _everything()
     if dotted in everything:
         return f": not a key of the chosen {keys[0]}.kind"
@@ -100,6 +112,12 @@ def meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]
     if close:
         return [siblings[close[0]]]
     return sorted(key for key in everything if key.rpartition(".")[2] == name)[:2]
+
+
+def _without_places(keys: list[str]) -> tuple[str, list[str]]:
+    """The key without the places of entries in lists."""
+    kept = [key for key in keys if not key.isdecimal()]
+    return ".".join(kept), kept
 
 
 @cache
@@ -128,6 +146,8 @@ def _without_tags(loc: tuple[int | str, ...]) -> list[str]:
             skip_tag = False
             continue
         keys.append(str(part))
+        if isinstance(part, int):
+            continue  # a place in a list of sections, whose class is known already
         fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
         skip_tag = any(field.discriminator is not None for field in fields)
         models = [model for field in fields for model in _models(field)]
@@ -142,8 +162,8 @@ def _models(field: FieldInfo) -> list[type[BaseModel]]:
 
 def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        models = _models(field)
-        if not models:
+        models = _models(field) if f"{prefix}{name}" != PHASE_OBJECTIVE else []
+        if not models or get_origin(field.annotation) is tuple:
             yield f"{prefix}{name}", field
         for child in models:
             yield from _keys(child, f"{prefix}{name}.")

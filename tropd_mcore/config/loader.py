@@ -27,17 +27,21 @@ log = logging.getLogger(__name__)
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 
+PHASES = "objective.phases"
+"""The key whose value is a list of sections."""
+
 RENAMED_KEYS: dict[str, str] = {"objective.own_topk": "objective.student_topk"}
 """Old dotted key -> the key to use now. An old key is an error; this table lets the message name the new key."""
 
 
-def load(path: Path | str, overrides: list[str]) -> tuple[Config, dict[str, str]]:
+def load(path: Path | str, overrides: list[str], *, tell: bool = True) -> tuple[Config, dict[str, str]]:
     """Read `path`, apply `a.b=value` overrides in order (values are YAML), validate, and check across sections.
 
     Returns the config and the source of each leaf key: `<file>:<line>`, `command line` or `default`. If an override
-    chooses another kind of a section, the file's keys of the old kind are left out, which is logged. If an override
-    sets a section to null, the section gets its defaults back. Raises ConfigError with every problem of the file, the
-    overrides and the values, and with every problem across sections that can be checked without a wrong value.
+    chooses another kind of a section, the file's keys of the old kind are left out, which is logged if `tell`. If an
+    override sets a section to null, the section gets its defaults back. Raises ConfigError with every problem of the
+    file, the overrides and the values, and with every problem across sections that can be checked without a wrong
+    value.
     """
     name = str(path)
     document = parse_yaml(_read(Path(path)), name)
@@ -62,18 +66,23 @@ def load(path: Path | str, overrides: list[str]) -> tuple[Config, dict[str, str]
     problems += problems_across_sections(config)
     if problems:
         raise ConfigError(problems)
-    for line in left_out:
+    for line in left_out if tell else ():
         log.info("%s: %s", COMMAND_LINE, line)
     return config, {key: _source(key, places) for key in leaves(config)}
 
 
 def leaves(config: Config) -> dict[str, Any]:
-    """Return {dotted key: value} of every leaf in the order of the schema; paths as strings, tuples as lists."""
+    """Return {dotted key: value} of every leaf in the order of the schema; paths as strings, tuples as lists.
+
+    The phases of an objective are sections too; the key of each is its place in their list.
+    """
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, values: Mapping[str, Any]) -> None:
         for key, value in values.items():
-            if isinstance(value, Mapping):
+            if f"{prefix}{key}" == PHASES and value:
+                visit(f"{PHASES}.", {str(place): phase for place, phase in enumerate(value)})
+            elif isinstance(value, Mapping):
                 visit(f"{prefix}{key}.", value)
             else:
                 flat[f"{prefix}{key}"] = value
@@ -101,19 +110,38 @@ def _apply(override: str, tree: dict[str, Any], places: dict[str, str]) -> list[
         return list(document.problems)
     value = None if text.strip() == "" else document.value
     *sections, leaf = dotted.split(".")
-    node = tree
-    for section in sections:
-        child = node.get(section)
+    node: Any = tree
+    for depth, section in enumerate(sections):
+        name: Any = _name_in(node, section)
+        if name is None:
+            return [_no_entry(dotted, sections[:depth], node, section)]
+        child = node[name] if isinstance(node, list) else node.get(name)
         if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
+            child = node[name] = {}
+        if not isinstance(child, dict | list):
             return [f"{COMMAND_LINE}: {dotted}: {section} holds {child!r}, which has no keys"]
         node = child
-    node[leaf] = value
+    if (last := _name_in(node, leaf)) is None:
+        return [_no_entry(dotted, sections, node, leaf)]
+    node[last] = value
     for key in [key for key in places if key.startswith(f"{dotted}.")]:
         del places[key]
     places[dotted] = COMMAND_LINE
     return []
+
+
+def _name_in(node: dict[str, Any] | list[Any], part: str) -> str | int | None:
+    """Return the key or the place that `part` names in a section or a list; None if the list has no such place."""
+    if isinstance(node, dict):
+        return part
+    return int(part) if part.isdecimal() and int(part) < len(node) else None
+
+
+def _no_entry(dotted: str, sections: list[str], node: list[Any], part: str) -> str:
+    where = ".".join(sections)
+    if not any(isinstance(entry, dict) for entry in node):
+        return f"{COMMAND_LINE}: {dotted}: {sections[-1]} holds {node!r}, which has no keys"
+    return f"{COMMAND_LINE}: {dotted}: expected a place from 0 to {len(node) - 1} in {where}, found {part!r}"
 
 
 def _fill_default_kinds(tree: dict[str, Any]) -> None:

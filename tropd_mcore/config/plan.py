@@ -6,11 +6,11 @@ Nothing here reads models or data or starts anything. Invariant: loading a resol
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import yaml
 
-from tropd_mcore.config.derived import alpha, reference_path
+from tropd_mcore.config.derived import alpha, phase_configs, reference_path
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.schema import Config, ServerConfig
@@ -25,10 +25,20 @@ def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
         shared = 0
         while shared < min(len(sections), len(open_sections)) and sections[shared] == open_sections[shared]:
             shared += 1
-        lines += [f"{'  ' * depth}{sections[depth]}:" for depth in range(shared, len(sections))]
+        dash = False  # the next line is the first of an entry of a list
+        for depth in range(shared, len(sections)):
+            if sections[depth].isdecimal():
+                dash = True
+                continue
+            lines.append(f"{_indent(depth, dash)}{sections[depth]}:")
+            dash = False
         open_sections = sections
-        lines.append(f"{'  ' * len(sections)}{leaf}: {_scalar(value)}  # {sources[dotted]}")
+        lines.append(f"{_indent(len(sections), dash)}{leaf}: {_scalar(value)}  # {sources[dotted]}")
     return "\n".join(lines) + "\n"
+
+
+def _indent(depth: int, dash: bool) -> str:
+    return "  " * (depth - 1) + "- " if dash else "  " * depth
 
 
 def plan(config: Config, world_size: int | None = None) -> str:
@@ -36,18 +46,31 @@ def plan(config: Config, world_size: int | None = None) -> str:
     rows = {
         "layout": _layout(config, world_size),
         "student": _student(config),
-        "rollouts": _rollouts(config),
-        "teacher": _teacher(config),
-        "objective": _objective(config),
+        **_phases(config),
+        "rollouts": _of_each_phase(config, _rollouts),
+        "teacher": _of_each_phase(config, _teacher),
+        "objective": _of_each_phase(config, _objective),
         "loss": _loss(config),
-        "per step": _step(config),
-        "guidance": _guidance(config),
+        "per step": _of_each_phase(config, _step),
+        "guidance": _of_each_phase(config, _guidance),
         "optimizer": _optimizer(config),
         "run": f"{config.run.steps} steps, checkpoint every {config.run.checkpoint_every}, seed {config.run.seed}",
         **_files(config),
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()) + "\n"
+
+
+def _phases(config: Config) -> dict[str, str]:
+    return {"phases": config.objective.description()} if len(config.objective.parts) > 1 else {}
+
+
+def _of_each_phase(config: Config, row: Callable[[Config], str]) -> str:
+    """The text of a row; if it differs between phases, that of each."""
+    texts = [row(phase) for phase in phase_configs(config)]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return " | ".join(f"phase {number}: {text}" for number, text in enumerate(texts))
 
 
 def _layout(config: Config, world_size: int | None) -> str:
@@ -84,7 +107,8 @@ def _server(server: ServerConfig, dtype: Dtype, started: str) -> str:
     if server.url is not None:
         return f"SGLang at {server.url}"
     port = "a free port" if server.port is None else f"port {server.port}"
-    return f"SGLang on {port}, {started}, tp {server.tensor_parallel}, {server.dtype or dtype}"
+    own = "" if server.python is None else f", run by {server.python}"
+    return f"SGLang on {port}, {started}, tp {server.tensor_parallel}, {server.dtype or dtype}{own}"
 
 
 def _teacher(config: Config) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -42,6 +42,8 @@ class Recorded:
     """{dotted key: value}, defaults filled in"""
     unknown: tuple[str, ...] = ()
     """Keys of the file that this version does not have"""
+    config: Config | None = field(default=None, compare=False)
+    """The configuration, without those keys"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def read_record(text: str, name: str) -> Recorded:
     unknown: list[str] = []
     if not problems:
         try:
-            return Recorded(leaves(Config.model_validate(tree)))
+            config = Config.model_validate(tree)
+            return Recorded(leaves(config), config=config)
         except ValidationError as error:
             unknown = unknown_keys(error)
             problems = explain_validation_error(error, {}, name, RENAMED_KEYS)
@@ -80,7 +83,8 @@ def read_record(text: str, name: str) -> Recorded:
             if key in RENAMED_KEYS:
                 _put(tree, RENAMED_KEYS[key], value)
         found = read_record(json.dumps(tree), name)
-        return Recorded(found.values, (*(key for key in unknown if key not in RENAMED_KEYS), *found.unknown))
+        unknown = [key for key in unknown if key not in RENAMED_KEYS]
+        return replace(found, unknown=(*unknown, *found.unknown))
     raise ConfigError(
         [
             f"{problems[0]} (the record of the launch before is damaged or was edited: restore it, or remove it, and "
@@ -112,8 +116,7 @@ def show(value: Any) -> str:
 
 
 def _is_told_elsewhere(key: str, old: Any, new: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    section = key.partition(".")[0]
-    kind = f"{section}.kind"
+    kind = _kind_of(key, before) or _kind_of(key, after) or ""
     if key != kind and NOTHING in (old, new) and kind in before and before[kind] != after.get(kind, NOTHING):
         return True
     # An absent optional section is a single key without a value.
@@ -121,16 +124,26 @@ def _is_told_elsewhere(key: str, old: Any, new: Any, before: Mapping[str, Any], 
     return None in (old, new) and absent is NOTHING and any(other.startswith(f"{key}.") for other in others)
 
 
+def _kind_of(key: str, values: Mapping[str, Any]) -> str | None:
+    """Return the key of the kind of the innermost section around `key` that has kinds."""
+    parts = key.split(".")
+    kinds = (f"{'.'.join(parts[:end])}.kind" for end in range(len(parts) - 1, 0, -1))
+    return next((kind for kind in kinds if kind in values), None)
+
+
 def _remove(tree: dict[str, Any], dotted: str) -> Any:
     """Remove a key and return its value."""
     *sections, leaf = dotted.split(".")
-    for section in sections:
-        tree = tree[section]
-    return tree.pop(leaf)
+    return _inside(tree, sections).pop(leaf)
 
 
 def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, leaf = dotted.split(".")
+    _inside(tree, sections)[leaf] = value
+
+
+def _inside(tree: Any, sections: list[str]) -> Any:
+    """Return the section with these keys; in a list, the key is the place of an entry."""
     for section in sections:
-        tree = tree[section]
-    tree[leaf] = value
+        tree = tree[int(section)] if isinstance(tree, list) else tree[section]
+    return tree

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tropd_mcore.config.explain import meant
+from tropd_mcore.config.explain import PHASE_OBJECTIVE, meant
 from tropd_mcore.config.loader import RENAMED_KEYS
+from tropd_mcore.config.phases import without_phase
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 
@@ -61,7 +62,8 @@ def explain(asked: str) -> str:
 
     Raises ConfigError if there is no such key.
     """
-    keys, asked = reference(), asked.partition("=")[0]
+    keys, asked = reference(), without_phase(asked.partition("=")[0])
+    asked = ".".join(part for part in asked.split(".") if not part.isdecimal())  # places of phases in their list
     found = [key for key in keys if not asked or key.dotted == asked or key.dotted.startswith(f"{asked}.")]
     if not found:
         near = meant(asked, asked.split("."), RENAMED_KEYS)
@@ -82,13 +84,8 @@ def _keys(schema: Schema, models: Schema, prefix: str, kinds: tuple[str, ...], d
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
         dotted = f"{prefix}{name}"
-        sections = list(_sections(field, models))
-        for section in sections:
-            kind = section["properties"].get("kind", {}).get("const")
-            above = field.get("default")
-            below = above if isinstance(above, dict) and not kind else {}
-            yield from _keys(section, models, f"{dotted}.", (*kinds, kind) if kind else kinds, below)
-        if not sections and "const" not in field:
+        sections = list(_sections(field, models)) if dotted != PHASE_OBJECTIVE else []
+        if (not sections or field.get("type") == "array") and "const" not in field:
             yield Key(
                 dotted,
                 kinds,
@@ -98,16 +95,28 @@ def _keys(schema: Schema, models: Schema, prefix: str, kinds: tuple[str, ...], d
                 else f"default {_shown(defaults.get(name, field.get('default', _NO_DEFAULT)))}",
                 " ".join(field.get("description", "").split()),
             )
+        for section in sections:
+            kind = section["properties"].get("kind", {}).get("const")
+            above = field.get("default")
+            below = above if isinstance(above, dict) and not kind else {}
+            yield from _keys(section, models, f"{dotted}.", (*kinds, kind) if kind else kinds, below)
 
 
 def _sections(field: Schema, models: Schema) -> Iterator[Schema]:
-    """The section classes that a field may hold: one, or one per kind."""
-    for option in (field, *field.get("oneOf", ()), *field.get("anyOf", ())):
+    """The section classes that a field may hold, or the entries of its list: one, or one per kind."""
+    for option in (
+        field,
+        *([field["items"]] if "items" in field else []),
+        *field.get("oneOf", ()),
+        *field.get("anyOf", ()),
+    ):
         if (name := str(option.get("$ref", "")).rpartition("/")[2]) and "properties" in models[name]:
             yield models[name]
 
 
 def _accepts(field: Schema, models: Schema) -> str:
+    if "oneOf" in field:
+        return "mapping"
     if "$ref" in field:
         return _accepts(models[field["$ref"].rpartition("/")[2]], models)
     if "anyOf" in field:

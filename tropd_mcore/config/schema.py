@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tropd_mcore.config.fields import Dtype, Fraction, NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from tropd_mcore.config.objectives import ObjectiveConfig
 from tropd_mcore.config.objectives.trust_region import TropdObjective
+from tropd_mcore.config.phases import RunObjective
 
 
 class RunConfig(Section):
@@ -103,6 +103,9 @@ class ServerConfig(Section):
 
     url: str | None = None
     """Base URL of a running server. null = start a server on the loopback address."""
+    python: Path | None = None
+    """Python interpreter that runs the started server, for example .venv-server/bin/python. It needs sglang and the
+    Python version of this program, and nothing of this project. null = the interpreter of this program."""
     port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the started server. null = a free port chosen by the operating system."""
     tensor_parallel: PositiveInt = 1
@@ -293,6 +296,23 @@ class VerifierConfig(Section):
     blocks."""
 
 
+class HeldOutConfig(Section):
+    """Measure the distance to the teacher on stored responses of the teacher that are not trained on."""
+
+    prompts: Path
+    """JSONL file of prompts, as data.prompts. None of them may be in data.prompts."""
+    responses: Path
+    """JSONL file of the teacher's responses to them, as data.teacher_responses. `tropd prefixes` writes it."""
+    every: PositiveInt = 10
+    """Steps between two measurements, from step 0 on, with the weights from before the step. The last step always has
+    one. Each is one forward pass."""
+    limit: PositiveInt | None = 128
+    """Number of prompts to take from the start of the file. null = all."""
+    topk: PositiveInt = 64
+    """Number of candidates per token on which the two distributions are compared. All other tokens count as one. See
+    docs/metrics.md."""
+
+
 class MonitorConfig(Section):
     progress_every_s: PositiveFloat = 10.0
     """Seconds between two progress lines of a long operation in a log. A terminal shows a progress bar instead."""
@@ -303,9 +323,12 @@ class MonitorConfig(Section):
     topk_overlap: bool = True
     """Measure the overlap of the teacher's and the student's top-k at each step. It costs one more top-k over the
     student's vocabulary shard."""
+    force: bool = True
+    """Measure how much of the loss's gradient comes from tokens at each distance to the teacher (the metrics of
+    `force`, and `tv`). It needs no pass over the vocabulary: docs/metrics.md."""
     hint_distance: Fraction | None = 0.5
-    """Value of trust/tv at step 0 above which a line names objectives that learn faster from confident mistakes, if the
-    chosen one does not. null = off. See docs/choosing.md."""
+    """Value of trust/tv at step 0 above which a line names objectives that bring such a student to its teacher sooner,
+    if the chosen one is slow at it. null = off. See docs/choosing.md."""
     hint_gap: Fraction | None = 0.08
     """Difference of greedy and sampled accuracy above which `tropd eval` names objectives that remove rare mistakes
     faster, if the run's one is slow at it. null = off. See docs/choosing.md."""
@@ -372,10 +395,12 @@ class Config(Section):
     teacher: TeacherConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    objective: ObjectiveConfig = TropdObjective()
+    objective: RunObjective = TropdObjective()
     loss: LossConfig = LossConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     verifier: VerifierConfig = VerifierConfig()
+    held_out: HeldOutConfig | None = None
+    """Measure KL(teacher || student) on stored responses of the teacher that are not trained on. null = off."""
     monitor: MonitorConfig = MonitorConfig()
     gates: GatesConfig = GatesConfig()

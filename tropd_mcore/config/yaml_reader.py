@@ -48,7 +48,12 @@ class Document:
 
 def parse_yaml(text: str, name: str) -> Document:
     """Parse one YAML document, called `name` in messages. Syntax errors and duplicate keys become problems."""
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)  # refuses control characters
+    except yaml.reader.ReaderError as error:
+        return Document(
+            {}, problems=[f"{name}: not valid YAML: character {error.position + 1} is {error.character:#x}"]
+        )
     try:
         node = loader.get_single_node()
         if node is None:
@@ -67,7 +72,16 @@ def parse_yaml(text: str, name: str) -> Document:
 
 
 def _visit(node: yaml.Node, prefix: str, name: str, lines: dict[str, int], problems: list[str]) -> None:
-    """Record the line of each key. A key given again is a problem; its first value is kept for the other checks."""
+    """Record the line of each key. A key given again is a problem; its first value is kept for the other checks.
+
+    The entries of a list have their places, from 0, as keys.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for place, entry in enumerate(node.value):
+            if isinstance(entry, yaml.MappingNode):
+                lines[f"{prefix}{place}"] = entry.start_mark.line + 1
+                _visit(entry, f"{prefix}{place}.", name, lines, problems)
+        return
     if not isinstance(node, yaml.MappingNode):
         return
     kept = []

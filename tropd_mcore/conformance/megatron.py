@@ -26,11 +26,11 @@ from tropd_mcore.conformance.cells import Cell
 from tropd_mcore.conformance.entries import Entry
 from tropd_mcore.conformance.layouts import ALL_LAYOUTS, CaseLayout
 from tropd_mcore.conformance.our_loss import Answer, batch_statistic
-from tropd_mcore.data.packing import pack
 from tropd_mcore.kernel.support_loss import WeightGradientMode
 from tropd_mcore.mcore.loss import make_distillation_loss
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.packs import pack_on
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment, initialize
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.mcore.platform import choose
@@ -51,18 +51,7 @@ def run_megatron(cell: Cell, entry: Entry) -> Answer:
     assert model.head is not None, "one pipeline stage has everything"
     with torch.no_grad():
         model.head.weight_WD.copy_(batch.student.weight_WD[model.shard.start : model.shard.stop])
-    packed = pack(
-        _rollouts(batch),
-        tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
-        dp_size=layout.dp_size,
-        dp_rank=layout.dp_rank,
-        cp_size=layout.cp_size,
-        cp_rank=layout.cp_rank,
-        tp_size=layout.tp_size,
-        aggregation="token_mean",
-        prefix_denominator="joint",
-        device="cpu",
-    )
+    packed = pack_on(layout, _rollouts(batch), tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH, device="cpu")
     micro_batches = [_with_numbers(micro_batch, batch) for micro_batch in packed.micro_batches]
     loss = make_distillation_loss(
         model,

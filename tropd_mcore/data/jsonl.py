@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,23 +87,36 @@ def parse_object(line: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, A
             repeated.extend(name for name in names if names.count(name) > 1)
         return dict(items)
 
+    value = any_object(line, pairs)
+    if repeated:
+        raise DataError(f"key {repeated[0]!r} occurs twice in one object; keep one")
+    for key in value:
+        if key not in known:
+            raise DataError(f"unknown key {key!r}; {_suggestion(key, known)}")
+        if (problem := half_of_a_pair(value[key])) is not None:
+            raise DataError(f"prompt {value.get('id')!r}: `{key}` {problem}")
+    return value
+
+
+def any_object(line: str, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Return the object of one line, whatever its keys; `pairs` makes it. Raises DataError without a place."""
     try:
         value = json.loads(line, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise DataError(f"expected a JSON object, found {line[:60]!r} ({error})") from error
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object, found {line[:60]!r}")
-    if repeated:
-        raise DataError(f"key {repeated[0]!r} occurs twice in one object; keep one")
-    for key in value:
-        if key not in known:
-            raise DataError(f"unknown key {key!r}; {_suggestion(key, known)}")
-        if (half := _half_of_a_pair(value[key])) is not None:
-            raise DataError(
-                f"prompt {value.get('id')!r}: `{key}` holds \\u{ord(half):04x}, half of a surrogate pair and no "
-                "character; remove it"
-            )
     return value
+
+
+def half_of_a_pair(value: Any) -> str | None:
+    """Return the end of a message if a text in a JSON value has a lone surrogate; None if all can be written."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds \\u{ord(text[error.start]):04x}, half of a surrogate pair and no character; remove it"
+    return None
 
 
 def raise_problems(*of_files: Sequence[Problem]) -> None:
@@ -123,13 +136,3 @@ def _suggestion(key: str, known: Mapping[str, tuple[str, ...]]) -> str:
     close = [meant] if meant else difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     expected = f"a line has {', '.join(known)}"
     return f"did you mean {close[0]!r}? ({expected})" if close else f"{expected}; remove the others"
-
-
-def _half_of_a_pair(value: Any) -> str | None:
-    """The first lone surrogate in the texts of a JSON value."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return text[error.start]
-    return None

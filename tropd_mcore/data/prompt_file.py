@@ -40,19 +40,22 @@ class PromptRecord:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def read_prompt_file(path: Path) -> list[PromptRecord]:
-    """Read a JSONL file of prompts. Raises DataError with every problem found, by line."""
-    records, problems = scan_prompt_file(path)
+def read_prompt_file(path: Path, *, key: str = "data.prompts") -> list[PromptRecord]:
+    """Read a JSONL file of prompts. Raises DataError with every problem found, by line, or with `key`."""
+    records, problems = scan_prompt_file(path, key=key)
     raise_problems(problems)
     return records
 
 
-def scan_prompt_file(path: Path) -> tuple[list[PromptRecord], list[Problem]]:
-    """Return the valid lines and the problems of the others. Raises DataError if the file cannot be read."""
+def scan_prompt_file(path: Path, *, key: str = "data.prompts") -> tuple[list[PromptRecord], list[Problem]]:
+    """Return the valid lines and the problems of the others. Raises DataError if the file cannot be read.
+
+    `key` is the configuration key that messages name.
+    """
     records: list[PromptRecord] = []
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
-    for number, line in read_lines(path, "data.prompts"):
+    for number, line in read_lines(path, key):
         try:
             record = _record(parse_object(line, KEYS), number)
             if record.prompt_id in first_line:
@@ -63,7 +66,7 @@ def scan_prompt_file(path: Path) -> tuple[list[PromptRecord], list[Problem]]:
         first_line[record.prompt_id] = number
         records.append(record)
     if not records and not problems:
-        problems.append(Problem(0, f"{path}: no prompts in it; expected one JSON object per line (data.prompts)"))
+        problems.append(Problem(0, f"{path}: no prompts in it; expected one JSON object per line ({key})"))
     return records, problems
 
 

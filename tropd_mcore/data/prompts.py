@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tropd_mcore.config.phase_checks import of_each_phase
 from tropd_mcore.config.schema import Config, DataConfig, VerifierConfig
 from tropd_mcore.data.chat import RawPrompt, Renderer
 from tropd_mcore.data.chat_template import Chat, unread
@@ -53,6 +54,8 @@ class PromptNeeds:
     """Ids that end a response; None = the end ids of the renderer's model"""
     limit: int | None = None
     """Number of prompts to take from the start of the file; None = all"""
+    keys: tuple[str, str] = ("data.prompts", "data.teacher_responses")
+    """Configuration keys of the two files, for messages"""
 
 
 class PromptSet:
@@ -98,21 +101,28 @@ class PromptSet:
 
 def needs_of(config: Config, *, vocab_size: int, end_ids: Collection[int]) -> PromptNeeds:
     """Return what training with `config` needs of its prompts. `vocab_size` is the student's."""
-    kind = config.objective.kind
-    responses = None
-    if config.objective.active_guidance is not None and config.run.replay is None:
-        responses = "objective.guidance is enabled; add it (`tropd prefixes`) or set objective.guidance.enabled=false"
-    elif not config.objective.samples:
-        responses = f"objective.kind={kind} trains on it; add it (`tropd prefixes`) or remove the prompt"
+    responses = list(of_each_phase(_need_of_responses)(config))
+    answers = list(of_each_phase(_need_of_answers)(config))
     return PromptNeeds(
-        responses=responses,
-        answers=f"objective.kind={kind} learns from a verifier; add it, or choose another objective"
-        if config.objective.learns_from_verifier
-        else None,
+        responses=responses[0] if responses else None,
+        answers=answers[0] if answers else None,
         verifier=config.verifier,
         vocab_size=vocab_size,
         end_ids=end_ids,
     )
+
+
+def _need_of_responses(config: Config) -> Iterator[str]:
+    objective = config.objective
+    if objective.active_guidance is not None and config.run.replay is None:
+        yield "objective.guidance is enabled; add it (`tropd prefixes`) or set objective.guidance.enabled=false"
+    if not objective.samples:
+        yield f"objective.kind={objective.kind} trains on it; add it (`tropd prefixes`) or remove the prompt"
+
+
+def _need_of_answers(config: Config) -> Iterator[str]:
+    if config.objective.learns_from_verifier:
+        yield (f"objective.kind={config.objective.kind} learns from a verifier; add it, or choose another objective")
 
 
 def load_prompts(
@@ -124,7 +134,7 @@ def load_prompts(
     DataError with all problems of both files.
     """
     needs = needs or PromptNeeds()
-    records, problems = scan_prompt_file(config.prompts)
+    records, problems = scan_prompt_file(config.prompts, key=needs.keys[0])
     records = records[: needs.limit]
     variables = _variables(config, renderer, any(not isinstance(record.prompt, str) for record in records))
     day = config.template_date or today or date.today()
@@ -149,7 +159,7 @@ def load_prompts(
                 for text in _problems(prompts[-1], config, needs, missing=missing)
             ]
     problems += _answer_problems(records, config.prompts, needs.verifier)
-    foreign = _foreign(prompts, responses, config) if needs.responses else ()
+    foreign = _foreign(prompts, responses, config, needs.keys[1]) if needs.responses else ()
     raise_problems(problems, [*responses.problems, *foreign])
     printed = _check_date(config, renderer, raw_prompts.values(), day)
     return PromptSet(prompts, shuffle=config.shuffle, seed=seed, raw_prompts=raw_prompts, printed_date=printed)
@@ -180,7 +190,7 @@ def _responses(config: DataConfig, renderer: Renderer, needs: PromptNeeds) -> Re
     if config.teacher_responses is None:
         return Responses({}, frozenset(), [], frozenset())
     end_ids = renderer.eos_ids if needs.end_ids is None else needs.end_ids
-    return scan_responses(config.teacher_responses, end_ids, vocab_size=needs.vocab_size)
+    return scan_responses(config.teacher_responses, end_ids, vocab_size=needs.vocab_size, key=needs.keys[1])
 
 
 def _problems(prompt: Prompt, config: DataConfig, needs: PromptNeeds, *, missing: bool) -> Iterator[str]:
@@ -194,16 +204,16 @@ def _problems(prompt: Prompt, config: DataConfig, needs: PromptNeeds, *, missing
     if needs.answers is not None and prompt.answer is None:
         yield f"has no `answer`, but {needs.answers}"
     if missing:
-        yield f"has no response in data.teacher_responses={config.teacher_responses}, but {needs.responses}"
+        yield f"has no response in {needs.keys[1]}={config.teacher_responses}, but {needs.responses}"
 
 
-def _foreign(prompts: list[Prompt], responses: Responses, config: DataConfig) -> Iterator[Problem]:
+def _foreign(prompts: list[Prompt], responses: Responses, config: DataConfig, key: str) -> Iterator[Problem]:
     if responses.by_prompt and prompts and all(prompt.teacher_response_ids is None for prompt in prompts):
         yield Problem(
             0,
             f"{config.teacher_responses}: none of its {len(responses.by_prompt)} ids is the id of a prompt in "
-            f"{config.prompts}; data.teacher_responses belongs to other prompts: make the right ones with `tropd "
-            "prefixes`, or set objective.guidance.enabled=false and data.teacher_responses=null",
+            f"{config.prompts}; {key} belongs to other prompts: make the right ones with `tropd prefixes`"
+            + (f", or set objective.guidance.enabled=false and {key}=null" if key.startswith("data.") else ""),
         )
 
 

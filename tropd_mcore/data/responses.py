@@ -49,14 +49,19 @@ def read_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | No
     return found.by_prompt
 
 
-def scan_responses(path: Path, eos_ids: Collection[int], *, vocab_size: int | None) -> Responses:
-    """Like `read_responses`, but returns the problems. Raises DataError only if the file cannot be read."""
+def scan_responses(
+    path: Path, eos_ids: Collection[int], *, vocab_size: int | None, key: str = "data.teacher_responses"
+) -> Responses:
+    """Like `read_responses`, but returns the problems. Raises DataError only if the file cannot be read.
+
+    `key` is the configuration key that messages name.
+    """
     by_prompt: dict[str, IntArray] = {}
     problems: list[Problem] = []
     first_line: dict[str, int] = {}
     bad: set[str] = set()
     cut: set[str] = set()
-    for number, line in read_lines(path, "data.teacher_responses"):
+    for number, line in read_lines(path, key):
         try:
             value = parse_object(line, KEYS)
             prompt_id = value.get("id")

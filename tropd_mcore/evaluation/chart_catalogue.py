@@ -35,7 +35,26 @@ class Chart:
     reading: str
     lines: tuple[Line, ...]
     scale: Scale = ANY
+    sparse: bool = False
+    """Measured at some steps only. The others are left out, so that lines connect the values."""
+    stacked: bool = False
+    """The lines are the shares of one whole, drawn as areas one above the other."""
 
+
+def _by_distance(title: str, unit: str, reading: str, metric: str) -> Chart:
+    """The shares of the bins of the distance to the teacher."""
+    lines = tuple(Line(label, f"{metric}_{part}", hue) for label, part, hue in _BINS)
+    return Chart(title, unit, reading, lines, SHARE, stacked=True)
+
+
+_BINS: tuple[tuple[str, str, Hue], ...] = (
+    ("below 0.01", "0_1", "part0"),
+    ("0.01 to 0.1", "1_10", "part1"),
+    ("0.1 to 0.5", "10_50", "part2"),
+    ("0.5 to 0.9", "50_90", "part3"),
+    ("0.9 and more", "90_100", "part4"),
+)
+"""(distance, its bin in the names of metrics, hue)"""
 
 CHARTS = (
     Chart(
@@ -65,6 +84,30 @@ CHARTS = (
             Line("1 - TV", "trust/tv", "plain", "dashed", complement=True),
         ),
         SHARE,
+    ),
+    _by_distance(
+        "Tokens by distance to the teacher", "share of student tokens",
+        "The distance is the total variation (tv) of the two models' next-token distributions. If much is above 0.9, "
+        "the student is confident of what the teacher would not write. See docs/choosing.md.",
+        "tv/tokens",
+    ),
+    _by_distance(
+        "Force of the loss by distance to the teacher", "share of the summed gradient norms",
+        "Which tokens move the student. Compare it with the chart before: distant tokens without force are mistakes "
+        "that the objective does not train, and near tokens with much force are mostly noise of the sampling.",
+        "force/tv",
+    ),
+    Chart(
+        "Held-out responses of the teacher", "nats per token",
+        "How far the student is from the teacher on responses that are not trained on, before the step. KL(teacher || "
+        "student) falls towards 0; -log p falls towards the teacher's entropy. If they rise while the loss falls, the "
+        "student forgets what the teacher would write.",
+        (
+            Line("KL(teacher || student)", "held_out/forward_kl", "trusted"),
+            Line("-log p of the student", "held_out/nll", "plain", "dashed"),
+        ),
+        POSITIVE,
+        sparse=True,
     ),
     Chart(
         "Mean log-ratio", "nats",

@@ -1,23 +1,28 @@
-"""Charts as SVG text: lines over steps, and points with intervals. The page's style sheet styles them.
+"""Charts as SVG text: lines and stacked shares over steps, and points with intervals. The page's style sheet styles
+them.
 
 This module does not choose what is shown (see `curves_view`) and does not compute axes (see `axes`). Invariants: a
-chart needs nothing from outside the page. Series differ by dash as well as by colour. A missing value leaves a gap and
-is never drawn. The values shown under the pointer (`data-plot`) are the drawn values.
+chart needs nothing from outside the page. Lines differ by dash as well as by colour, and stacked areas by their order.
+A missing value leaves a gap and is never drawn. The values shown under the pointer (`data-plot`) are the drawn values.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from types import MappingProxyType
 from typing import Literal
 
-from tropd_mcore.evaluation.axes import ANY, Axis, Scale, step_ticks
+from tropd_mcore.evaluation.axes import ANY, SHARE, Axis, Scale, step_ticks
 from tropd_mcore.evaluation.thinning import drawn_steps
 
-Hue = Literal["trusted", "outlier", "prefix", "plain", "run0", "run1", "run2", "run3", "run4", "run5"]
+Hue = Literal[
+    "trusted", "outlier", "prefix", "plain", "run0", "run1", "run2", "run3", "run4", "run5",
+    "part0", "part1", "part2", "part3", "part4",
+]  # fmt: skip
 Dash = Literal["solid", "dashed", "dotted", "mixed"]
 _DASHES: dict[str, str] = {"dashed": "7 4", "dotted": "1.5 4", "mixed": "8 4 1.5 4"}
 
@@ -55,8 +60,18 @@ class Interval:
     hollow: bool = False
 
 
-def line_chart(steps: Sequence[int], series: Sequence[Series], *, description: str, scale: Scale = ANY) -> str:
-    """Return the SVG of lines over `steps`. A logarithmic scale omits values that are not positive."""
+def line_chart(
+    steps: Sequence[int],
+    series: Sequence[Series],
+    *,
+    description: str,
+    scale: Scale = ANY,
+    borders: Mapping[int, str] = MappingProxyType({}),
+) -> str:
+    """Return the SVG of lines over `steps`. A logarithmic scale omits values that are not positive.
+
+    `borders` are steps that get a vertical line, each with the text beside it.
+    """
     drawn = [
         Series(line.label, line.hue, [_usable(value, scale) for value in line.values], line.dash) for line in series
     ]
@@ -66,25 +81,78 @@ def line_chart(steps: Sequence[int], series: Sequence[Series], *, description: s
     kept = drawn_steps(len(steps), [line.values for line in drawn])
     shown_steps = [steps[index] for index in kept]
     shown = [Series(line.label, line.hue, [line.values[i] for i in kept], line.dash) for line in drawn]
-    axis = Axis.over(values, scale)
-    first, last = steps[0], max(steps[-1], steps[0] + 1)
-
-    def x(step: int) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
-
-    def y(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - axis.place(value))
-
-    parts = [_grid_line(y(tick), axis.text(tick)) for tick in axis.ticks]
-    for tick in step_ticks(first, steps[-1]):
-        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{tick}</text>')
-    parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>'
-    )
+    frame = _Frame(Axis.over(values, scale), steps[0], steps[-1])
+    parts = frame.parts(borders)
     for line in shown:
         for run in _runs(shown_steps, line.values):
-            parts.append(_polyline([(x(step), y(value)) for step, value in run], line))
-    return _svg(HEIGHT, description, parts, _plot(shown_steps, shown, scale, (first, last)))
+            parts.append(_polyline([frame.place(step, value) for step, value in run], line))
+    return _svg(HEIGHT, description, parts, _plot(shown_steps, shown, scale, frame.ends))
+
+
+def stacked_chart(
+    steps: Sequence[int],
+    series: Sequence[Series],
+    *,
+    description: str,
+    borders: Mapping[int, str] = MappingProxyType({}),
+) -> str:
+    """Return the SVG of shares of one whole over `steps`, the first series at the bottom.
+
+    A step at which one of the shares is missing is left out. `borders` are those of `line_chart`.
+    """
+    kept = drawn_steps(len(steps), [line.values for line in series])
+    shown_steps = [steps[index] for index in kept]
+    shown = [Series(line.label, line.hue, [line.values[i] for i in kept]) for line in series]
+    whole = [None not in shares for shares in zip(*(line.values for line in shown), strict=True)]
+    if not any(whole):
+        return ""
+    heights: list[list[float | None]] = [[0.0 if known else None for known in whole]]
+    for line in shown:
+        below = heights[-1]
+        heights.append(
+            [
+                None if base is None or value is None else base + value
+                for base, value in zip(below, line.values, strict=True)
+            ]
+        )
+    top = max(value for value in heights[-1] if value is not None)
+    frame = _Frame(Axis.over([0.0, max(top, 1.0)], SHARE), steps[0], steps[-1])
+    areas = []
+    for line, low, high in zip(shown, heights, heights[1:], strict=False):
+        for begin, end in zip(_runs(shown_steps, low), _runs(shown_steps, high), strict=True):
+            edge = [frame.place(*point) for point in end] + [frame.place(*point) for point in reversed(begin)]
+            areas.append(_area(edge, line.hue))
+    return _svg(HEIGHT, description, areas + frame.parts(borders), _plot(shown_steps, shown, SHARE, frame.ends))
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Axes of a chart over steps."""
+
+    axis: Axis
+    first: int
+    last: int
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The steps at the left and the right edge."""
+        return self.first, max(self.last, self.first + 1)
+
+    def place(self, step: int, value: float) -> tuple[float, float]:
+        """The point of a value in the view box."""
+        first, last = self.ends
+        across = LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
+        return across, TOP + (HEIGHT - TOP - BOTTOM) * (1 - self.axis.place(value))
+
+    def parts(self, borders: Mapping[int, str]) -> list[str]:
+        """Grid lines and texts, then the borders."""
+        parts = [_grid_line(self.place(self.first, tick)[1], self.axis.text(tick)) for tick in self.axis.ticks]
+        for tick in step_ticks(self.first, self.last):
+            x = self.place(tick, self.axis.low)[0]
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{tick}</text>')
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
+        return parts + [_border(self.place(step, self.axis.low)[0], text) for step, text in borders.items()]
 
 
 def interval_chart(rows: Sequence[Interval], *, description: str) -> str:
@@ -118,7 +186,7 @@ def bar_chart(rows: Sequence[tuple[str, float, str]], *, description: str) -> st
 
 def legend_mark(hue: Hue, dash: Dash) -> str:
     """Return a short sample of a line in the style of the charts."""
-    line = f'<line class="line {hue}" x1="1" x2="27" y1="5" y2="5"{_dash(dash)}/>'
+    line = f'<line class="line {hue}" x1="1" x2="27" y1="5" y2="5"{dash_of(dash)}/>'
     return f'<svg class="mark" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">{line}</svg>'
 
 
@@ -181,10 +249,21 @@ def _polyline(points: Sequence[tuple[float, float]], line: Series) -> str:
         (x, y), radius = points[0], SINGLE_POINT_RADIUS
         return f'<circle class="point filled {line.hue}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline class="line {line.hue}" points="{path}"{_dash(line.dash)}/>'
+    return f'<polyline class="line {line.hue}" points="{path}"{dash_of(line.dash)}/>'
 
 
-def _dash(dash: Dash) -> str:
+def _area(edge: Sequence[tuple[float, float]], hue: Hue) -> str:
+    """A filled area; a single step is a bar of the width of a point."""
+    xs = {f"{x:.1f}" for x, _ in edge}
+    if len(xs) == 1:
+        (x, high), (_, low) = edge[0], edge[-1]
+        edge = [(x - 2.5, high), (x + 2.5, high), (x + 2.5, low), (x - 2.5, low)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
+    return f'<polygon class="area {hue}" points="{path}"/>'
+
+
+def dash_of(dash: Dash) -> str:
+    """Return the attributes of a line with this dash; empty for a solid one."""
     if dash == "solid":
         return ""
     return f' stroke-dasharray="{_DASHES[dash]}" stroke-linecap="{"round" if dash == "dotted" else "butt"}"'
@@ -194,6 +273,13 @@ def _grid_line(y: float, text: str) -> str:
     return (
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+    )
+
+
+def _border(x: float, text: str) -> str:
+    return (
+        f'<line class="border" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="tick" x="{x + 3:.1f}" y="{TOP + 9}">{escape(text)}</text>'
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from tropd_mcore.evaluation.axes import LOGARITHMIC, format_value
@@ -21,7 +21,7 @@ from tropd_mcore.evaluation.chart_catalogue import (
     Line,
     phase_name,
 )
-from tropd_mcore.evaluation.charts import Dash, Hue, Series, bar_chart, legend_mark, line_chart
+from tropd_mcore.evaluation.charts import Dash, Hue, Series, bar_chart, legend_mark, line_chart, stacked_chart
 from tropd_mcore.evaluation.definitions import DEFINITIONS
 from tropd_mcore.evaluation.run_records import RunRecords
 from tropd_mcore.evaluation.thinning import MOST_POINTS
@@ -68,6 +68,8 @@ def curves_section(runs: Sequence[RunRecords]) -> str:
             f"Each chart draws about {MOST_POINTS} of the {len(steps)} steps: from each group of neighbouring steps, "
             "those with the smallest and the largest value of each line. No peak is lost."
         )
+    if _borders(runs):
+        notes.append("A vertical line is the first step of a training phase, with the phase's objective beside it.")
     note = f'<p class="note">{escape(" ".join(notes))}</p>' if notes else ""
     return (
         f'<section><h2>Curves</h2>{DEFINITIONS}<p class="tools" hidden><label><input type="checkbox" id="smooth"> '
@@ -99,7 +101,12 @@ def phases(run: RunRecords) -> list[Phase]:
 
 
 def _chart(runs: Sequence[RunRecords], steps: Sequence[int], chart: Chart) -> str:
-    """The figure of one chart; empty if none of its metrics has a value."""
+    """The figure of one chart; empty if none of its metrics has a value. Stacked shares have a figure per run."""
+    if chart.stacked:
+        return "".join(_stacked(run, chart, named=len(runs) > 1) for run in runs)
+    if chart.sparse:
+        measured = {step for run in runs for line in chart.lines for step in _known_steps(run, line)}
+        steps = [step for step in steps if step in measured]
     series = []
     for place, line in enumerate(chart.lines):
         for number, run in enumerate(runs):
@@ -110,11 +117,29 @@ def _chart(runs: Sequence[RunRecords], steps: Sequence[int], chart: Chart) -> st
                 if len(runs) > 1:
                     label, hue, dash = f"{run.name}: {line.label}", RUN_HUES[number], LINE_DASHES[place]
                 series.append(Series(label, hue, values, dash))
-    return _figure(chart, steps, series)
+    borders = _borders(runs)
+    svg = line_chart(steps, series, description=f"{chart.title} over the steps", scale=chart.scale, borders=borders)
+    return _figure(chart, svg, series)
 
 
-def _figure(chart: Chart, steps: Sequence[int], series: Sequence[Series]) -> str:
-    svg = line_chart(steps, series, description=f"{chart.title} over the steps", scale=chart.scale)
+def _borders(runs: Sequence[RunRecords]) -> dict[int, str]:
+    """The first step of each training phase of a single run, with its name. Several runs have different ones."""
+    return {phase.first: phase.name for phase in runs[0].training_phases[1:]} if len(runs) == 1 else {}
+
+
+def _known_steps(run: RunRecords, line: Line) -> list[int]:
+    return [step for step, value in zip(run.steps, run.series(line.metric), strict=True) if value is not None]
+
+
+def _stacked(run: RunRecords, chart: Chart, *, named: bool) -> str:
+    series = [Series(line.label, line.hue, _values(run, run.steps, line)) for line in chart.lines]
+    if named:
+        chart = replace(chart, title=f"{chart.title}: {run.name}")
+    description = f"{chart.title} over the steps"
+    return _figure(chart, stacked_chart(run.steps, series, description=description, borders=_borders([run])), series)
+
+
+def _figure(chart: Chart, svg: str, series: Sequence[Series]) -> str:
     if not svg:
         return ""
     legend = "".join(

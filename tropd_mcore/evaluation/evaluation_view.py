@@ -50,10 +50,14 @@ def _evaluations(run: RunRecords) -> str:
 
 def before_and_after(run: RunRecords) -> tuple[EvaluationResult, EvaluationResult] | None:
     """Return the results of the student before and after training; None if one of them is missing."""
-    results = _ordered(run)
+    results, after = _ordered(run), trained(run)
     before = next((result for result in results if _role(run, result) == _ROLES[0][1]), None)
-    after = next((result for result in reversed(results) if _role(run, result) is None), None)
     return None if before is None or after is None else (before, after)
+
+
+def trained(run: RunRecords) -> EvaluationResult | None:
+    """Return the result of the student after training; None if there is none."""
+    return next((result for result in reversed(_ordered(run)) if _role(run, result) is None), None)
 
 
 def difference(before: EvaluationResult, after: EvaluationResult) -> dict[str, float] | None:

@@ -83,7 +83,7 @@ def comparable_windows(run: RunRecords) -> Windows:
 
 def sentences(run: RunRecords) -> list[str]:
     """Return the summary of the run as plain text, one fact per sentence."""
-    return [*_progress(run), _success(run), *_troubles(run)]
+    return [*_progress(run), *_phases(run), _success(run), *_troubles(run)]
 
 
 def _progress(run: RunRecords) -> list[str]:
@@ -96,6 +96,22 @@ def _progress(run: RunRecords) -> list[str]:
     if done >= wanted:
         return [f"All {wanted} steps are done."]
     return [f"{done} of {wanted} steps are done. The run is still going, or it was stopped."]
+
+
+def _phases(run: RunRecords) -> list[str]:
+    """The training phases, and those that never began although all steps are done."""
+    phases = run.training_phases
+    if not phases:
+        return []
+    spans = (f"{phase.name} in steps {phase.first} to {phase.last}" for phase in phases)
+    found = [f"Trained in phases: {', '.join(spans)}."]
+    never, wanted = run.phase_names[phases[-1].index + 1 :], run.settings.get("run.steps")
+    if never and isinstance(wanted, int) and run.steps[-1] + 1 >= wanted:
+        found.append(
+            f"Phase {phases[-1].index} ({phases[-1].name}) lasted until the steps were over, so no step was trained "
+            f"with {', '.join(never)}."
+        )
+    return found
 
 
 def _success(run: RunRecords) -> str:

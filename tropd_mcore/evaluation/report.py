@@ -25,6 +25,7 @@ from tropd_mcore.evaluation.rollout_texts import find_texts
 from tropd_mcore.evaluation.rollouts_section import rollouts_section
 from tropd_mcore.evaluation.run_records import RunRecords, read_run
 from tropd_mcore.evaluation.settings_view import settings_section
+from tropd_mcore.evaluation.stored_hints import hints_of
 from tropd_mcore.files import publish_text
 
 TOKEN_STEPS = 6
@@ -69,11 +70,12 @@ def write_report(run_dir: Path, options: ReportOptions) -> Report:
         for folder, name, count in zip(folders, _names(folders), steps, strict=True)
     ]
     texts = find_texts(runs[0], options.tokenizer)
+    hints, unread = _hints(runs)
     path = options.out or run_dir / "report.html"
     if path.is_dir():
         raise DataError(f"--out: expected a file, found the folder {path}; name the file in it")
     sections = (
-        _header(runs),
+        _header(runs, hints),
         evaluation_section(runs),
         curves_section(runs),
         metrics_section(runs, options.notes),
@@ -81,7 +83,19 @@ def write_report(run_dir: Path, options: ReportOptions) -> Report:
         settings_section(runs),
     )
     publish_text(path, _page(" and ".join(run.name for run in runs), "".join(sections)), key="--out")
-    return Report(path, [texts.problem] if texts.problem and runs[0].tokens else [])
+    return Report(path, [*([texts.problem] if texts.problem and runs[0].tokens else []), *unread])
+
+
+def _hints(runs: Sequence[RunRecords]) -> tuple[list[list[str]], list[str]]:
+    """The hints of each run, and why those of a run could not be found. Both stand on the page."""
+    found, unread = [], []
+    for run in runs:
+        try:
+            found.append(hints_of(run))
+        except DataError as error:
+            unread.append(str(error))
+            found.append([str(error)])
+    return found, unread
 
 
 def _page(title: str, sections: str) -> str:
@@ -118,10 +132,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise DataError(f"--compare: {folders[0]}: the same run is named twice")
 
 
-def _header(runs: Sequence[RunRecords]) -> str:
+def _header(runs: Sequence[RunRecords], hints: Sequence[Sequence[str]]) -> str:
     if len(runs) > 1:
-        return _comparison_header(runs)
+        return _comparison_header(runs, hints)
     (run,) = runs
+    boxes = "".join(f'<p class="warning">{escape(line)}</p>' for line in hints[0])
     shown = "".join(
         f'<div class="tile"><span>{escape(tile.title)}</span><b>{escape(tile.value)}</b><small>{escape(tile.note)}'
         "</small></div>"
@@ -129,12 +144,12 @@ def _header(runs: Sequence[RunRecords]) -> str:
     )
     return (
         f'<header><h1>{escape(run.name)}</h1><p>{_models(run)}</p><p class="verdict-line">'
-        f'{escape(" ".join(sentences(run)))}</p><div class="tiles">{shown}</div></header>'
+        f'{escape(" ".join(sentences(run)))}</p>{boxes}<div class="tiles">{shown}</div></header>'
     )
 
 
-def _comparison_header(runs: Sequence[RunRecords]) -> str:
-    """One column per run with its sentences and tiles."""
+def _comparison_header(runs: Sequence[RunRecords], hints: Sequence[Sequence[str]]) -> str:
+    """One column per run with its sentences, hints and tiles."""
     found = [{tile.title: tile for tile in tiles(run)} for run in runs]
     titles = list(dict.fromkeys(title for column in found for title in column))
     heads = "".join(
@@ -142,6 +157,8 @@ def _comparison_header(runs: Sequence[RunRecords]) -> str:
     )
     models = "".join(f"<td>{_models(run)}</td>" for run in runs)
     words = "".join(f"<td>{escape(' '.join(sentences(run)))}</td>" for run in runs)
+    boxes = "".join(f"<td>{escape(' '.join(lines)) or '&ndash;'}</td>" for lines in hints)
+    hinted = f"<tr><th>Hints</th>{boxes}</tr>" if any(hints) else ""
     rows = "".join(
         f"<tr><th>{escape(title)}</th>{''.join(_tile_cell(column.get(title)) for column in found)}</tr>"
         for title in titles
@@ -149,7 +166,8 @@ def _comparison_header(runs: Sequence[RunRecords]) -> str:
     return (
         f"<header><h1>{escape(' and '.join(run.name for run in runs))}</h1>"
         f'<div class="scroll card"><table class="compared"><thead><tr><th></th>{heads}</tr></thead><tbody>'
-        f"<tr><th>Models</th>{models}</tr><tr><th>In words</th>{words}</tr>{rows}</tbody></table></div></header>"
+        f"<tr><th>Models</th>{models}</tr><tr><th>In words</th>{words}</tr>{hinted}{rows}</tbody></table></div>"
+        "</header>"
     )
 
 

@@ -45,6 +45,18 @@ class StepTokens:
 
 
 @dataclass(frozen=True)
+class TrainingPhase:
+    """A phase of a run (objective.phases) that has at least one logged step."""
+
+    index: int
+    name: str
+    """Its objective"""
+    first: int
+    last: int
+    """Its first and last logged step"""
+
+
+@dataclass(frozen=True)
 class RunRecords:
     """All data of one run that the report shows."""
 
@@ -73,6 +85,35 @@ class RunRecords:
     def series(self, name: str) -> list[float | None]:
         """Return one metric over the steps. Values that are not finite numbers are None."""
         return [_number(line.get(name)) for line in self.metrics]
+
+    def at_step(self, step: int) -> dict[str, float] | None:
+        """Return the metrics of one step that have a finite value; None if the step is not logged."""
+        if step not in self.steps:
+            return None
+        numbers = ((name, _number(value)) for name, value in self.metrics[self.steps.index(step)].items())
+        return {name: number for name, number in numbers if number is not None and name != "step"}
+
+    @cached_property
+    def phase_names(self) -> list[str]:
+        """The objective of each phase in the configuration, with its divergence if it has one; [] without phases."""
+        names: list[str] = []
+        while (kind := self.settings.get(f"objective.phases.{len(names)}.objective.kind")) is not None:
+            divergence = self.settings.get(f"objective.phases.{len(names)}.objective.divergence")
+            names.append(f"{kind} {divergence}" if divergence else str(kind))
+        return names
+
+    @cached_property
+    def training_phases(self) -> list[TrainingPhase]:
+        """The phases with logged steps, in order; [] without phases."""
+        found: dict[int, list[int]] = {}
+        for step, index in zip(self.steps, self.series("phase/index"), strict=True):
+            if index is not None:
+                found.setdefault(int(index), []).append(step)
+        names = dict(enumerate(self.phase_names))
+        return [
+            TrainingPhase(index, names.get(index, "unknown"), steps[0], steps[-1])
+            for index, steps in sorted(found.items())
+        ]
 
     @cached_property
     def launch_folder(self) -> Path | None:
@@ -192,6 +233,8 @@ def _read_yaml(text: str, path: Path) -> Any:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, list) and tree and all(isinstance(entry, dict) for entry in tree):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree} if prefix else {}
     return {key: value for name in tree for key, value in _flat(tree[name], f"{prefix}{name}.").items()}

@@ -36,10 +36,18 @@ def settings_section(runs: Sequence[RunRecords]) -> str:
         return '<section><h2>Settings</h2><p class="note">There is no config.resolved.yaml.</p></section>'
     rows = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(_text(run, key))}</td></tr>"
-        for key in KEY_SETTINGS
+        for key in (*KEY_SETTINGS, *_phase_settings(run))
         if key in run.settings
     )
     return f'<section><h2>Settings</h2><table class="settings"><tbody>{rows}</tbody></table>{_whole(runs)}</section>'
+
+
+def _phase_settings(run: RunRecords) -> list[str]:
+    """The objective and the given ends of each phase."""
+    keys = [key for key in run.settings if key.startswith("objective.phases.")]
+    kinds = [key for key in keys if key.endswith(".objective.kind")]
+    ends = [key for key in keys if ".until." in key and run.settings[key] is not None]
+    return sorted([*kinds, *ends], key=lambda key: int(key.split(".")[2]))
 
 
 def _differences(runs: Sequence[RunRecords]) -> str:

@@ -1,15 +1,20 @@
-"""Intervals for accuracies: of one model, of samples that share prompts, and of the difference between two models.
+"""Intervals for accuracies: of one model, of samples that share prompts, of the difference between two models, and of a
+mean over a few runs.
 
-All are 95 % intervals (normal quantile 1.96). They are not meant for training metrics.
+All are 95 % intervals, with the normal quantile 1.96, or Student's where a few runs are averaged. They are not meant
+for training metrics.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import stdev
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5 % quantile of Student's t by degrees of freedom; beyond the table, that of the normal distribution."""
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -65,3 +70,10 @@ def paired_difference_interval(before: Sequence[bool], after: Sequence[bool]) ->
     difference = (gained - lost) / total
     spread = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
     return max(-1.0, difference - spread), min(1.0, difference + spread)
+
+
+def t_half_width(values: Sequence[float]) -> float:
+    """Return half the width of Student's interval of the mean of independent values; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    return T95.get(len(values) - 1, Z95) * stdev(values) / math.sqrt(len(values))

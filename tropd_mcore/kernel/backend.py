@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tropd_mcore.kernel.group import Group
 from tropd_mcore.kernel.shard import Scaling, VocabShard
+from tropd_mcore.sentinels import NO_ENTRY
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class RowGradient:
     live_C: Tensor | None = None
     """bool, rows that have a gradient at all; None = every row. The others get 0 whatever their logits are. A masked
     row may hold NaN or infinities, and 0 * NaN would reach the sum over rows in dW."""
+
+
+def grad_of_used_slots(grad_logp_CJ: Tensor | None, ids_CJ: Tensor, like: Tensor) -> Tensor:
+    """Return `RowGradient.grad_logp_CJ` from what autograd gives; None = 0, in the dtype of `like`.
+
+    An unused slot has no column, but its g_j would still count in sum_j g_j.
+    """
+    if grad_logp_CJ is None:
+        return like.new_zeros(ids_CJ.shape)
+    return grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)
 
 
 def rows_with_gradient(grad_logp_CJ: Tensor, *further_C: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.errors import LossInputError
-from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
+from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, grad_of_used_slots, rows_with_gradient
 from tropd_mcore.kernel.exchange import merge_stats, start_exchange, support_log_probs_of
 from tropd_mcore.kernel.gradients import GradientBuffer, WeightGradient
 from tropd_mcore.kernel.group import all_reduce
@@ -28,7 +28,6 @@ from tropd_mcore.kernel.surroundings import (
     refuse_functional_transforms,
     without_autocast,
 )
-from tropd_mcore.sentinels import NO_ENTRY
 
 
 def support_log_probs(
@@ -131,10 +130,8 @@ class _SupportLogProbs(torch.autograd.Function):
         first, weight_WD, ids_TJ, lse_T, entropy_T = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
         source = GivenLogits(first) if weight_WD is None else OutputLayer(first, weight_WD)
-        # The coefficients g_j and g_H of `RowGradient`. An unused slot has no column, but would count in sum_j g_j.
-        if grad_logp_TJ is None:
-            grad_logp_TJ = lse_T.new_zeros(ids_TJ.shape)
-        grad_logp_TJ = grad_logp_TJ.masked_fill(ids_TJ == NO_ENTRY, 0.0)
+        # The coefficients g_j and g_H of `RowGradient`.
+        grad_logp_TJ = grad_of_used_slots(grad_logp_TJ, ids_TJ, lse_T)
         live_T = rows_with_gradient(grad_logp_TJ, grad_entropy_T)
         # Where the gradients go. g_j and g_H contain the factor already, so dW may be added to main_grad (folded).
         needs_first = weight_WD is None or ctx.needs_input_grad[0]

@@ -12,14 +12,15 @@ per token, D hidden, N ranks, M numbers of a dense term (a divergence over the w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, rows_with_gradient
+from tropd_mcore.kernel.backend import Kernel, RowGradient, finite_where_live, grad_of_used_slots, rows_with_gradient
 from tropd_mcore.kernel.exchange import Exchange, merge_stats, start_exchange, support_log_probs_of
+from tropd_mcore.kernel.force import dense_at_support, force_of
 from tropd_mcore.kernel.gradients import GradientBuffer, WeightGradient, assert_is_one
 from tropd_mcore.kernel.group import all_reduce
 from tropd_mcore.kernel.shard import chunks, math_dtype
@@ -33,7 +34,6 @@ from tropd_mcore.kernel.surroundings import (
     without_autocast,
 )
 from tropd_mcore.kernel.token_losses import SummedLoss, TokenLosses
-from tropd_mcore.sentinels import NO_ENTRY
 
 WeightGradientMode = Literal["deferred", "folded", "recompute"]
 
@@ -72,6 +72,7 @@ def support_loss(
     weight_gradient: WeightGradientMode = "deferred",
     reduce_hidden_gradient: bool = True,
     full_vocab_term: FullVocabTerm | None = None,
+    measure_force: bool = False,
 ) -> SummedLoss:
     """The loss of all rows, differentiable in the source's tensors.
 
@@ -92,6 +93,9 @@ def support_loss(
     main_grad in the forward pass and checks that the factor is 1. `recompute` computes all gradients in the backward
     pass from recomputed logits (8 T D W operations).
 
+    measure_force: also return each token's force (`kernel.force`) as the column `force`; NaN without gradients. A dense
+    term then needs one more all-reduce of [C, J] numbers per chunk.
+
     With given logits, every mode computes the gradient in the backward pass, which saves a pass to apply the factor. It
     is written over the logits if nobody else needs them (`GivenLogits.may_be_overwritten`). With a dense term it is
     computed in the forward pass, in a buffer of the logits' size.
@@ -108,6 +112,8 @@ def support_loss(
         )
         with without_autocast(ids_TJ.device):
             whole = token_loss(logp_TJ, entropy_T, None, slice(0, source.tokens))
+            if measure_force:
+                whole = _with_force(whole, _force_before_backward(whole, ids_TJ, logp_TJ, entropy_T))
             return SummedLoss(whole.loss_sum, whole.token_count, whole.columns, whole.loss_T)
     pieces: list[TokenLosses] = []
     call = _Call(
@@ -119,6 +125,7 @@ def support_loss(
         folded=weight_gradient == "folded",
         reduce_hidden_gradient=reduce_hidden_gradient,
         full_vocab_term=full_vocab_term,
+        measure_force=measure_force,
         with_gradients=torch.is_grad_enabled(),
         pieces=pieces,
     )
@@ -147,6 +154,7 @@ class _Call:
     folded: bool
     reduce_hidden_gradient: bool
     full_vocab_term: FullVocabTerm | None
+    measure_force: bool
     with_gradients: bool
     """False if autograd is off, which a `Function` cannot see from inside"""
     pieces: list[TokenLosses]
@@ -281,15 +289,13 @@ def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[
         if with_gradient and piece.loss_T.requires_grad:
             found = torch.autograd.grad(piece.loss_sum, inputs, allow_unused=True)
     if not with_gradient:
-        return None, piece
-    # The coefficients of pass 2. An unused slot has no column, but its g_j would still count in sum_j g_j.
+        return None, _with_force(piece, None) if call.measure_force else piece
+    # The coefficients of pass 2.
     grad_logp_CJ, grad_entropy_C, grad_divergence_C = (*found, None)[:3]
-    if grad_logp_CJ is None:
-        grad_logp_CJ = torch.zeros_like(logp_CJ)
+    grad_logp_CJ = grad_of_used_slots(grad_logp_CJ, ids_CJ, logp_CJ)
     dense_CR = None
     if call.full_vocab_term is not None and grad_divergence_C is not None:
         dense_CR = call.full_vocab_term.gradient(chunk.logits_CW, grad_divergence_C, rows)
-    grad_logp_CJ = grad_logp_CJ.masked_fill(ids_CJ == NO_ENTRY, 0.0)
     row = RowGradient(
         ids_CJ=ids_CJ,
         grad_logp_CJ=grad_logp_CJ,
@@ -300,11 +306,38 @@ def _loss_of_chunk(call: _Call, chunk: _Chunk, *, with_gradient: bool) -> tuple[
         dense_CR=dense_CR,
         live_C=rows_with_gradient(grad_logp_CJ, grad_entropy_C, grad_divergence_C),
     )
+    if call.measure_force:
+        dense_CJ = None
+        if dense_CR is not None:
+            dense_CJ = dense_at_support(dense_CR, ids_CJ, kernel.shard, kernel.group)
+        force_C = force_of(ids_CJ, logp_CJ.detach(), grad_logp_CJ, entropy_C.detach(), grad_entropy_C, dense_CJ)
+        piece = _with_force(piece, force_C)
     return row, piece
+
+
+def _force_before_backward(whole: TokenLosses, ids_TJ: Tensor, logp_TJ: Tensor, entropy_T: Tensor) -> Tensor | None:
+    """The force of each token of a loss whose gradient is computed in the backward pass; None without gradients.
+
+    The graph from the log-probs to the loss is differentiated twice, here and in the backward pass.
+    """
+    if not (whole.loss_T.requires_grad and logp_TJ.requires_grad):
+        return None
+    grad_logp_TJ, grad_entropy_T = torch.autograd.grad(
+        whole.loss_sum, [logp_TJ, entropy_T], retain_graph=True, allow_unused=True
+    )
+    grad_logp_TJ = grad_of_used_slots(grad_logp_TJ, ids_TJ, logp_TJ)
+    return force_of(ids_TJ, logp_TJ.detach(), grad_logp_TJ, entropy_T.detach(), grad_entropy_T)
+
+
+def _with_force(losses: TokenLosses, force_T: Tensor | None) -> TokenLosses:
+    if force_T is None:
+        force_T = torch.full_like(losses.loss_T.detach(), torch.nan)
+    return replace(losses, columns={**losses.columns, "force": force_T})
 
 
 def _loss_of_nothing(call: _Call) -> TokenLosses:
     """The loss of zero rows, called for the names of its columns. No collective, because no rank has rows."""
     nothing = call.ids_TJ.new_zeros(0, dtype=torch.float32)
     divergence = nothing if call.full_vocab_term is not None else None
-    return call.token_loss(nothing.new_zeros(call.ids_TJ.shape), nothing, divergence, slice(0, 0))
+    piece = call.token_loss(nothing.new_zeros(call.ids_TJ.shape), nothing, divergence, slice(0, 0))
+    return _with_force(piece, None) if call.measure_force else piece

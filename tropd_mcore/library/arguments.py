@@ -177,7 +177,7 @@ class DistillLoss:
     """[*T], with reduction="none": weight x loss per token, differentiable, 0 if the token does not count"""
     columns: dict[str, Tensor]
     """[*T] each, detached, NaN if unknown: trusted, log_ratio, divergence, advantage, ratio, clipped, loss,
-    teacher_mass, student_mass, student_logp, student_entropy"""
+    teacher_mass, student_mass, student_logp, student_entropy; with measure_force also tv and force"""
 
 
 def is_group(found: object) -> bool:

@@ -41,6 +41,7 @@ from tropd_mcore.library.shapes import TokenNumbers, as_given, source_of, teache
 from tropd_mcore.objectives import catalogue
 from tropd_mcore.objectives.catalogue import Objective
 from tropd_mcore.objectives.inputs import TokenInputs
+from tropd_mcore.objectives.parts.divergences import candidate_tv
 from tropd_mcore.objectives.registry import function_of
 
 Loss = Objective | str | Callable[[TokenInputs], TokenLosses]
@@ -68,6 +69,7 @@ def distill_loss(
     student_topk: StudentTopK | None = None,
     reduction: Reduction = "sum",
     preserve_logits: bool = False,
+    measure_force: bool = False,
 ) -> DistillLoss:
     """Return the distillation loss of this rank's tokens, differentiable in the student.
 
@@ -92,6 +94,7 @@ def distill_loss(
         preserve_logits: leave given logits unchanged; their gradient then takes a buffer of their size. Set this if
             something else reads the logits after the backward pass or saved them (another loss, tanh), or for several
             calls on slices of the same logits.
+        measure_force: also return the columns `tv` and `force` (docs/metrics.md). No pass over the vocabulary.
 
     Raises LossInputError, in one line, if an input is missing or would give another gradient.
     """
@@ -124,7 +127,7 @@ def distill_loss(
         checks.refuse_impossible_numbers(constants.columns)
     if vp.debug:
         checks.check_contents(vp, constants.columns, None if isinstance(student, OutputLayer) else student)
-    result = _loss_of(source, constants, chosen, kernel, full_vocab_term=term, **options)
+    result = _loss_of(source, constants, chosen, kernel, full_vocab_term=term, measure_force=measure_force, **options)
     return as_given(result, shape, each=reduction == "none")
 
 
@@ -137,6 +140,7 @@ def _loss_of(
     full_vocab_term: FullVocabulary | None,
     weight_gradient: Any = "deferred",
     reduce_hidden_gradient: bool = True,
+    measure_force: bool = False,
 ) -> SummedLoss:
     """Return the loss of tokens in a row, after all checks."""
     function = function_of(objective)
@@ -146,6 +150,8 @@ def _loss_of(
         output = function(inputs)
         logp_C = inputs.student_logp_T.detach() if constants.has_target else torch.full_like(entropy_C, torch.nan)
         student = {"student_logp": logp_C.detach(), "student_entropy": entropy_C.detach()}
+        if measure_force:
+            student["tv"] = candidate_tv(inputs.student_topk_logp_TK.detach(), inputs.teacher_topk_logp_TK)
         return replace(output, columns={**output.columns, **student})
 
     return support_loss(
@@ -157,6 +163,7 @@ def _loss_of(
         weight_gradient=weight_gradient,
         reduce_hidden_gradient=reduce_hidden_gradient,
         full_vocab_term=full_vocab_term,
+        measure_force=measure_force,
     )
 
 

@@ -84,7 +84,8 @@ def make_distillation_loss(
         before = context[index] or RowContext()
         # The overlap must be computed first: the loss overwrites given logits with their gradient.
         topk_overlap_T = torch.full_like(scored.logp_T, torch.nan)
-        if settings.topk_overlap and scored.topk_ids_TK.shape[1]:  # none for an objective without a teacher
+        has_candidates = scored.topk_ids_TK.shape[1] > 0  # none for an objective without a teacher
+        if settings.topk_overlap and has_candidates:
             kernel = settings.kernel(model, temperature=settings.temperature)
             topk_overlap_T = _topk_overlap(source, scored, before, kernel)
         statistic: dict[str, Any] = {name: before.statistic_T for name in STATISTICS if name in objective.needs}
@@ -102,6 +103,7 @@ def make_distillation_loss(
             old_logp_T=before.old_logp_T,
             reference_logp_T=before.reference_logp_T,
             student_topk=_student_topk(before),
+            measure_force=settings.measure_force and has_candidates,
             **statistic,
         )
         columns = {**output.columns, **observed(micro_batch, scored), "topk_overlap": topk_overlap_T}

@@ -35,6 +35,8 @@ class LossSettings:
     logit_softcap: float | None
     topk_overlap: bool
     """Also find the student's top-k, for the overlap metric."""
+    measure_force: bool = False
+    """Also measure each token's distance to the teacher and the force of its loss."""
     divergence: str | None = None
     """fkl, rkl or jsd over the whole vocabulary; None if the objective has no such divergence."""
     divergence_beta: float = 0.5
@@ -54,6 +56,7 @@ class LossSettings:
             overlap_chunks=loss.overlap_chunks,
             logit_softcap=loss.logit_softcap,
             topk_overlap=config.monitor.topk_overlap,
+            measure_force=config.monitor.force,
             divergence=whole.name if whole is not None else None,
             divergence_beta=whole.beta if whole is not None else 0.5,
         )

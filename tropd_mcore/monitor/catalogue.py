@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tropd_mcore.monitor.distance import BINS
 from tropd_mcore.monitor.record import Region, StepRecord, Values
 from tropd_mcore.objectives.parts.mismatch import mismatch_weight
 
@@ -28,6 +29,7 @@ OUTLIER = "distrusted student tokens"
 PREFIX = "teacher-prefix tokens with a loss"
 UPDATED = "student tokens of all updates"
 SAMPLES = "samples"
+HELD_OUT = "tokens of held-out teacher responses"
 STEP = "the step"
 
 EXTREME_LOG_RATIO = -10.0
@@ -55,6 +57,7 @@ PHASES = {
     "teacher": "scoring by the teacher, in this process or on its server",
     "student": "the student's log-probs before the first update, if the objective needs them",
     "context": "the numbers that the objective takes from the whole batch",
+    "held_out": "measuring the distance to the teacher on held-out responses",
     "forward_backward": "forward and backward passes",
     "gates": "comparing the log-probs of sampler and trainer",
     "optimizer": "optimizer steps",
@@ -243,12 +246,16 @@ def _total_tokens(record: StepRecord) -> float:
 
 
 def _tokens_per_second(record: StepRecord) -> float:
-    seconds = record.timings.get("step", 0.0)
+    seconds = record.timings.get("step", 0.0) - record.timings.get("held_out", 0.0)
     return _total_tokens(record) / seconds if seconds > 0 else float("nan")
 
 
 def _accuracy(record: StepRecord) -> float:
     return float("nan") if record.accuracy is None else float(record.accuracy)
+
+
+def _held_out(name: str) -> Compute:
+    return lambda record: float("nan" if record.held_out is None else getattr(record.held_out, name))
 
 
 def _unfinished(record: StepRecord) -> float:
@@ -267,6 +274,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("trust/fraction", "1", STUDENT, "mean trust weight; expected to equal 1 - trust/tv",
            _mean("student", "trusted")),
     Metric("trust/tv", "1", STUDENT, "mean of 1 - min(q/p, 1), an estimate of the total variation distance", _tv),
+    Metric("tv/mean", "1", STUDENT, "mean total variation distance of p and q on the teacher's top-k and the rest, a "
+           "lower bound", _mean("student", "tv")),
+    *(Metric(f"tv/tokens_{part.name}", "1", STUDENT, f"share of tokens with a distance tv {part.words}",
+             part.share_of_tokens) for part in BINS),
+    *(Metric(f"force/tv_{part.name}", "1", STUDENT,
+             f"share of the loss's force that tokens with a distance tv {part.words} have", part.share_of_force)
+      for part in BINS),
     Metric("log_ratio/mean", "nats", STUDENT, "mean r; an estimate of minus the reverse KL, -KL(p || q)",
            _mean("student", "log_ratio")),
     Metric("log_ratio/trusted", "nats", TRUSTED, "mean r", _mean("trusted", "log_ratio")),
@@ -340,6 +354,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("verifier/accuracy", "1", "judged samples", "fraction whose answer is correct", _accuracy),
     Metric("verifier/unfinished", "1", "judged samples",
            "fraction without an answer because the response was cut or is still in a thinking block", _unfinished),
+    Metric("held_out/forward_kl", "nats", HELD_OUT,
+           "mean KL(q || p) on the teacher's top-k and the rest, a lower bound; the student from before the step",
+           _held_out("forward_kl")),
+    Metric("held_out/sampled_kl", "nats", HELD_OUT,
+           "mean r, the estimate of KL(q || p) from the stored tokens alone", _held_out("sampled_kl")),
+    Metric("held_out/nll", "nats", HELD_OUT, "mean -log p; KL(q || p) plus the teacher's entropy, which is constant",
+           _held_out("nll")),
+    Metric("held_out/teacher_mass", "1", HELD_OUT,
+           "mean total probability that the teacher gives its top-k; at 1, held_out/forward_kl is exact",
+           _held_out("teacher_mass")),
+    Metric("held_out/tokens", "tokens", STEP, "held-out tokens that were measured", _held_out("tokens")),
+    Metric("held_out/unscored", "tokens", STEP,
+           "held-out tokens without scores of the teacher, which are in held_out/nll only", _held_out("unscored")),
     Metric("engine/kl", "nats", STUDENT, "mean sampler minus trainer log-prob, an estimate of KL(sampler || trainer)",
            _engine_kl),
     Metric("engine/difference_mean", "nats", STUDENT, "mean |sampler - trainer log-prob|", _engine_difference(None)),
@@ -369,7 +396,10 @@ METRICS: tuple[Metric, ...] = (
            _over_updates(_last_of, "learning_rate")),
     Metric("optimizer/token_count", "tokens", STEP, "denominator of the loss, summed over optimizer steps",
            _over_updates(sum, "token_count")),
-    Metric("throughput/tokens_per_second", "tokens/s", STEP, "tokens/total divided by the seconds of the whole step",
+    Metric("phase/index", "1", STEP, "place of the step's phase in objective.phases, from 0; no value without phases",
+           lambda record: float("nan" if record.phase is None else record.phase)),
+    Metric("throughput/tokens_per_second", "tokens/s", STEP,
+           "tokens/total divided by the seconds of the whole step without those of the phase held_out",
            _tokens_per_second),
 )
 # fmt: on

@@ -1,7 +1,7 @@
 """One aligned line per step for the person who watches.
 
 This is no record (see `jsonl`). Invariant: every line has the width of the header, whatever the numbers are, and at
-most 100 columns for a run of up to 99,999 steps.
+most 100 columns for a run of up to 99,999 steps (9,999 if it has up to ten phases).
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ LEFT_WIDTH = 5
 class Console:
     """Writes to `stream`. An unknown value is shown as `-`.
 
-    `steps` is the number of steps of the run. `last_step` is the step before which this launch ends. `now` returns
-    seconds.
+    `steps` is the number of steps of the run. `last_step` is the step before which this launch ends. `phases` are the
+    names of the run's phases; each line then begins with the phase's place, and a line of its own tells which phase
+    begins. `now` returns seconds.
     """
 
     def __init__(
@@ -62,12 +63,17 @@ class Console:
         *,
         steps: int,
         last_step: int | None = None,
+        phases: Sequence[str] = (),
         colour: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
         self._steps = steps
         self._last_step = steps if last_step is None else last_step
+        self._phases = phases
+        self._phase: int | None = None
+        last_place = f"{len(phases) - 1}:" if phases else ""
+        self._width = max(len(f"{last_place}{steps}/{steps}"), len("step"))
         self._colour = colour
         self._now = now
         self._last = now()
@@ -79,19 +85,30 @@ class Console:
         now, waited = self._now(), metrics.get("time/server", 0.0)
         self._recent.append(max(now - self._last - waited, 0.0))  # a server starts once, not at every step
         self._last = now
-        width = max(2 * len(str(self._steps)) + 1, len("step"))
+        place = self._place(step, metrics)
         if self._lines % HEADER_EVERY == 0:
             titles = [f"{column.title:>{_width(column)}}" for column in COLUMNS]
             shares = [title for title, _ in SHARES]
-            self._print(_DIM, " ".join([f"{'step':>{width}}", *titles, *shares, f"{'left':>{LEFT_WIDTH}}"]))
+            self._print(_DIM, " ".join([f"{'step':>{self._width}}", *titles, *shares, f"{'left':>{LEFT_WIDTH}}"]))
         cells = [_cell(column, metrics.get(column.metric)) for column in COLUMNS]
-        number = f"{step}/{self._steps}"
+        number = f"{place}{step}/{self._steps}"
         ends = [_shares(metrics), f"{self._left(step):>{LEFT_WIDTH}}"]
-        self._print(_BOLD, f"{number:>{width}}", f" {' '.join([*cells, *ends])}")
+        self._print(_BOLD, f"{number:>{self._width}}", f" {' '.join([*cells, *ends])}")
         self._lines += 1
 
     def close(self) -> None:
         """Nothing to close: the stream is the caller's."""
+
+    def _place(self, step: int, metrics: Mapping[str, float]) -> str:
+        """The phase of a step, for its line; if it has just begun, also writes the line that tells so."""
+        index = metrics.get("phase/index", math.nan)
+        if not self._phases or math.isnan(index):
+            return ""
+        if int(index) != self._phase:
+            self._phase = int(index)
+            name, last = self._phases[self._phase], len(self._phases) - 1
+            self._print(_DIM, f"-- phase {self._phase} (the last is {last}): {name}, from step {step} --")
+        return f"{self._phase}:"
 
     def _left(self, step: int) -> str:
         """The remaining time of this launch, at the speed of the latest steps."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd_mcore.config.objectives.base import PolicyGradientConfig
-from tropd_mcore.types import OptimizerReport, Rollout, TokenTable
+from tropd_mcore.types import HeldOutDistance, OptimizerReport, Rollout, TokenTable
 
 Values = npt.NDArray[np.float64]
 
@@ -53,8 +53,12 @@ class StepRecord:
     special_ids: frozenset[int] = frozenset()
     """Ids of the tokenizer's special tokens."""
     policy_gradient: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
+    held_out: HeldOutDistance | None = None
+    """None at steps without a measurement."""
     sampler_gate: GateState | None = None
     """None if gates.sampler_logprob is off."""
+    phase: int | None = None
+    """Place of the step's phase in objective.phases; None if the run has no phases."""
 
     @property
     def made(self) -> list[OptimizerReport]:

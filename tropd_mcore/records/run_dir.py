@@ -102,6 +102,10 @@ class RunDir:
     def scores(self, step: int, dp_rank: int, cp_rank: int) -> Path:
         return self.root / "scores" / f"step_{step:06d}.dp{dp_rank}.cp{cp_rank}.npz"
 
+    def held_out_scores(self, dp_rank: int, cp_rank: int) -> Path:
+        """The teacher's scores of the held-out responses, which are asked for once."""
+        return self.root / "scores" / f"held_out.dp{dp_rank}.cp{cp_rank}.npz"
+
     def tokens(self, step: int) -> Path:
         return self.root / "tokens" / f"step_{step:06d}.npz"
 

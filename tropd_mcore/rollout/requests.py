@@ -18,6 +18,9 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
 from tropd_mcore.types import IntArray, Prompt, Rollout, SampleRequest
 
+TEACHER = "teacher"
+"""Policy version of a response of the teacher."""
+
 
 def build_requests(
     prompts: Sequence[Prompt], *, step: int, config: Config, longest_response: int
@@ -70,7 +73,7 @@ def responses_as_rollouts(prompts: Sequence[Prompt], *, step: int, end_id: int) 
                 response_ids=np.zeros(0, dtype=np.int32),
                 rollout_logp=nothing,
                 trust_u=nothing,
-                policy_version="teacher",
+                policy_version=TEACHER,
                 finish_reason="stop" if prompt.teacher_finished else "length",
                 carries_prefix_loss=True,
                 answer=prompt.answer,
@@ -78,6 +81,11 @@ def responses_as_rollouts(prompts: Sequence[Prompt], *, step: int, end_id: int) 
         )
         seen[prompt.prompt_id] += 1
     return rollouts
+
+
+def are_taught(rollouts: Sequence[Rollout]) -> bool:
+    """Return whether these are responses of the teacher (`responses_as_rollouts`), with nothing of the student."""
+    return bool(rollouts) and all(rollout.policy_version == TEACHER for rollout in rollouts)
 
 
 def cut_response(rollout: Rollout, longest: int) -> Rollout:

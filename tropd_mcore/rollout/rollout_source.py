@@ -22,7 +22,7 @@ from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.records.replay import load_left_out, load_rollouts, save_rollouts
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.policy_server import PolicyServer
-from tropd_mcore.rollout.requests import build_requests, cut_response, responses_as_rollouts
+from tropd_mcore.rollout.requests import are_taught, build_requests, cut_response, responses_as_rollouts
 from tropd_mcore.rollout.sampler import check_ids
 from tropd_mcore.types import Rollout
 
@@ -94,16 +94,25 @@ class RolloutSource:
         save_rollouts(self._run_dir.rollouts(step), rollouts, left_out=self.left_out)
 
     def _stored(self, step: int) -> list[Rollout] | None:
-        own = self._run_dir.rollouts(step)
+        own, samples = self._run_dir.rollouts(step), self._config.objective.samples
         if own.exists():
-            log.info("step %d: rollouts from %s", step, own)
-            return self._load(own)
-        if self._config.run.replay is None:
+            rollouts = self._load(own)
+            if are_taught(rollouts) != samples:
+                log.info("step %d: rollouts from %s", step, own)
+                return rollouts
+            log.warning("step %d: the rollouts in %s are of another phase and are made again", step, own)
+        if self._config.run.replay is None or not samples:
             return None
         other: Path = RunDir(self._config.run.replay).rollouts(step)
         if not other.exists():
             raise DataError(f"run.replay: {other} does not exist; expected the rollouts of step {step} there")
         rollouts = self._load(other)
+        if are_taught(rollouts):
+            raise DataError(
+                f"run.replay: {other} holds responses of the teacher, and objective.kind="
+                f"{self._config.objective.kind} learns from answers of the student; replay a run that sampled this "
+                "step (with objective.phases: one whose phases begin at the same steps)"
+            )
         if self._config.rollout.truncate is not None:
             budgets = [new_token_budget(step, len(rollout.prefix_ids), self._config) for rollout in rollouts]
             rollouts = [cut_response(rollout, budget) for rollout, budget in zip(rollouts, budgets, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import sysconfig
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ _PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
 _DISTRIBUTED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")
 _DISTRIBUTED_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CHANGES_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
+_OF_OUR_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
+_LIBRARIES = ("LD_LIBRARY_PATH", "CUDNN_HOME", "CUDA_HOME", "CPLUS_INCLUDE_PATH")
+"""Lists of folders. Those inside our site-packages hold libraries of our torch, which another torch must not load."""
 _SEVERAL_GROUPS = ("--dp", "--data-parallel", "--enable-dp", "--nnodes", "--dist-init-addr")
 """Prefixes of server arguments that create several process groups, or one group across hosts."""
 
@@ -39,6 +43,8 @@ class Place:
     cpu_threads: int = 1
     """Threads of each of the `tensor_parallel` ranks on a CPU"""
     extra_args: tuple[str, ...] = ()
+    python: Path | None = None
+    """Interpreter that runs the server; None = ours"""
 
 
 def read_api_key(variable: str | None, *, key: str) -> str | None:
@@ -67,11 +73,28 @@ def server_environment(place: Place, extra: Mapping[str, str]) -> dict[str, str]
         # log-probs of samples must come from the distribution that was sampled, temperature included
         and name != _CHANGES_LOG_PROBS
     }
+    if place.python is not None:
+        inherited = of_interpreter(place.python, inherited)
     if place.device == "cpu":
         inherited |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(place.cpu_threads)}
         if place.tensor_parallel > 1:
             inherited["SGLANG_CPU_OMP_THREADS_BIND"] = _cpu_groups(place.tensor_parallel, place.cpu_threads)
     return inherited | _own_files(inherited, place) | _loopback(inherited, place) | dict(extra)
+
+
+def of_interpreter(python: Path, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an environment for the interpreter `python` of another virtual environment, from ours or `inherited`.
+
+    Its programs (ninja, for kernels that SGLang compiles) come first in PATH. What belongs to our Python is left out.
+    """
+    found = {name: value for name, value in (inherited or os.environ).items() if name not in _OF_OUR_PYTHON}
+    ours = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    for name in found.keys() & set(_LIBRARIES):
+        entries = [entry for entry in found[name].split(os.pathsep) if not ours & {*Path(entry).parents, Path(entry)}]
+        found[name] = os.pathsep.join(entries)
+    empty = [name for name in _LIBRARIES if not found.get(name)]
+    folders = [str(python.absolute().parent), *filter(None, [found.get("PATH")])]
+    return {name: value for name, value in found.items() if name not in empty} | {"PATH": os.pathsep.join(folders)}
 
 
 def _own_files(inherited: Mapping[str, str], place: Place) -> dict[str, str]:

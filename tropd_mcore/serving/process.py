@@ -29,8 +29,10 @@ from tropd_mcore.errors import ServerError
 from tropd_mcore.files import writing
 from tropd_mcore.foreign_text import one_line
 from tropd_mcore.progress import progress
+from tropd_mcore.serving import sglang_launch
 from tropd_mcore.serving.client import HEALTH_TIMEOUT_S, SglangClient
 from tropd_mcore.serving.environment import Place, server_environment
+from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.serving.left_behind import make_folder, note_process, remove_left_over, remove_of
 from tropd_mcore.serving.log_file import ServerLog
 from tropd_mcore.serving.record import group_members, make_record, stop_group, stop_left_over, stopped_member
@@ -110,6 +112,11 @@ class ServerProcess:
         assert self._process is not None, "start() first"
         return self._process.pid
 
+    @property
+    def api_key(self) -> str:
+        """The key that the server asks for. It goes to a client or into the environment of a process, never a log."""
+        return self._api_key
+
     def client(self) -> SglangClient:
         """Return a client that uses the server's key and sees whether this process has ended or is stopped."""
         return SglangClient(
@@ -125,13 +132,15 @@ class ServerProcess:
     def start(self) -> None:
         """Start a server without waiting for it (see `wait_ready`). A left-over server of this record is stopped first.
 
-        Raises ServerError if the model folder is missing, the configured port is taken, or another live process uses
-        the server of this record.
+        Raises ServerError if the model folder is missing, the configured interpreter is unusable, the configured port
+        is taken, or another live process uses the server of this record.
         """
         assert not self.alive(), "already started"
         spec = self.spec
         if not (spec.model_path / "config.json").is_file():
             raise ServerError(f"{spec.model_key}={spec.model_path}: expected a model folder with a config.json there")
+        if spec.config.python is not None:
+            ask(spec.config.python, key=f"{spec.key}.python")
         with writing(spec.log_path):
             spec.run_dir.mkdir(parents=True, exist_ok=True)
         stop_left_over(spec.record_path, key=spec.called)
@@ -149,6 +158,7 @@ class ServerProcess:
                 tensor_parallel=spec.config.tensor_parallel,
                 cpu_threads=spec.cpu_threads,
                 extra_args=spec.config.extra_args,
+                python=spec.config.python,
             ),
             spec.extra_env,
         )
@@ -173,7 +183,9 @@ class ServerProcess:
     def command(self) -> list[str]:
         """Return the command line of the server."""
         spec, config = self.spec, self.spec.config
-        command = [sys.executable, "-m", "tropd_mcore.serving.sglang_launch", "--parent-pid", str(os.getpid())]
+        # by path, because another interpreter cannot import this package; -P keeps our folder off its import path
+        command = [str((config.python or Path(sys.executable)).absolute()), "-P", sglang_launch.__file__]
+        command += ["--parent-pid", str(os.getpid())]
         command += ["--model-path", str(spec.model_path), "--host", HOST, "--port", str(self.port)]
         if spec.tokenizer_path is not None:
             command += ["--tokenizer-path", str(spec.tokenizer_path)]

@@ -14,6 +14,7 @@ import signal
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import psutil
@@ -179,3 +180,9 @@ def _group_of(pid: int) -> int | None:
         return os.getpgid(pid)
     except ProcessLookupError:
         return None
+
+
+def free_name(logs: Path, name: str) -> str:
+    """Return the first of `name`, `name-2`, `name-3`, ... whose record in `logs` belongs to no other live process."""
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(each for each in names if not is_in_use(logs / f"{each}.server.json"))

@@ -1,4 +1,9 @@
-"""Run SGLang's own server: `python -m tropd_mcore.serving.sglang_launch [--parent-pid N] <sglang.launch_server args>`.
+"""Run SGLang's own server: `python -P sglang_launch.py [--parent-pid N] <sglang.launch_server args>`.
+
+The interpreter may belong to another environment than the trainer's (`rollout.server.python`). This file is started by
+its path and needs the standard library, `signals.py` of this package beside it, and SGLang. Nothing of this project has
+to be installed there. `-P` keeps this folder off the import path. In our own environment, `python -m
+tropd_mcore.serving.sglang_launch` does the same.
 
 Before SGLang starts, this module does four things:
 - It asks the kernel to kill the server when process N ends, for whatever reason.
@@ -22,8 +27,7 @@ import runpy
 import sys
 import types
 from collections.abc import Callable, Mapping
-
-from tropd_mcore.signals import die_with_parent
+from pathlib import Path
 
 KEY_VARIABLE = "TROPD_SERVER_KEY"
 """Environment variable with the API key that the server requires from its clients."""
@@ -108,6 +112,15 @@ def _register(name: str, *, is_package: bool, contents: Mapping[str, object]) ->
     return module
 
 
+def _die_with_parent(pid: int) -> None:
+    """Call the function of `signals`, which another environment can read as a file but not import."""
+    spec = importlib.util.spec_from_file_location("tropd_signals", Path(__file__).parents[1] / "signals.py")
+    assert spec is not None and spec.loader is not None
+    signals = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(signals)
+    signals.die_with_parent(pid)
+
+
 def _take_parent_pid() -> int | None:
     """Remove `--parent-pid N` from the command line and return N."""
     if len(sys.argv) > 2 and sys.argv[1] == "--parent-pid":
@@ -125,7 +138,7 @@ def _prepare() -> None:
     parent_pid = _take_parent_pid() if __name__ == "__main__" else int(os.environ[PARENT_VARIABLE])
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     if parent_pid is not None:
-        die_with_parent(parent_pid)
+        _die_with_parent(parent_pid)
     os.umask(OWNER_ONLY)
     if __name__ == "__main__":
         require_key()

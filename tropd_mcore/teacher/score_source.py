@@ -7,7 +7,7 @@ Otherwise all ranks score again, which keeps their collectives in step. Each rea
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -47,11 +47,19 @@ class ScoreSource:
 
     `name` identifies the teacher (`inputs.teacher_name`). With `on_disk=False`, scores are never saved and always
     computed again. This is for a deterministic teacher whose scores hold hidden states, or whose weights change, so
-    that scores of another run would not be its own.
+    that scores of another run would not be its own. `place` gives the file of a step's scores on a rank.
     """
 
     def __init__(
-        self, teacher: Teacher, run_dir: RunDir, layout: Layout, *, replay: Path | None, name: str, on_disk: bool
+        self,
+        teacher: Teacher,
+        run_dir: RunDir,
+        layout: Layout,
+        *,
+        replay: Path | None,
+        name: str,
+        on_disk: bool,
+        place: Callable[[RunDir, int, int, int], Path] = RunDir.scores,
     ) -> None:
         self._teacher = teacher
         self._run_dir = run_dir
@@ -59,6 +67,7 @@ class ScoreSource:
         self._replay = RunDir(replay) if replay is not None else None
         self._name = name
         self._on_disk = on_disk
+        self._place = place
         self._told: set[str] = set()
         """Reasons for not using saved scores that were logged already."""
 
@@ -134,4 +143,4 @@ class ScoreSource:
     def _paths(self, step: int) -> list[Path]:
         """Files that may hold the scores of this rank's packs; the file of this run is first."""
         run_dirs = [self._run_dir, *([self._replay] if self._replay is not None else [])]
-        return [run_dir.scores(step, self._layout.dp_rank, self._layout.cp_rank) for run_dir in run_dirs]
+        return [self._place(run_dir, step, self._layout.dp_rank, self._layout.cp_rank) for run_dir in run_dirs]

@@ -6,6 +6,7 @@ caller's `cleanup`.
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
 from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.packs import pack_on
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
 from tropd_mcore.mcore.weights_io import load_hf
@@ -28,22 +30,29 @@ from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.policy_server import PolicyServer
 from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.rollout.requests import responses_as_rollouts
 from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, server_spec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.megatron import MegatronTeacher
 from tropd_mcore.teacher.nobody import NoTeacher
-from tropd_mcore.teacher.score_source import Teacher
+from tropd_mcore.teacher.score_source import ScoreSource, Teacher
 from tropd_mcore.teacher.self_teacher import SelfTeacher
 from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.teacher.sglang import SglangTeacher
 from tropd_mcore.teacher.solutions import SolutionPrompts
 from tropd_mcore.train.gates import SamplerBounds, engines_are_exact
 from tropd_mcore.train.ground import NamedModels
+from tropd_mcore.train.held_out import HeldOut, LoadedOnce
+from tropd_mcore.train.inputs import Inputs, teacher_name
+from tropd_mcore.train.loaded_inputs import LoadedInputs, longest_held_out
+from tropd_mcore.train.model_check import check_model
 from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,16 +158,27 @@ def make_teacher(
     server: SupervisedServer | None,
     longest: int,
     excluded: tuple[int, ...],
+    check: TeacherCheck | None = None,
 ) -> Teacher:
     """Return the scorer: `model` in this process, `server` if `model` is None, or nobody. Collective.
 
-    `longest` is the length of the longest sample; `excluded` ids cannot be in the top-k.
+    `longest` is the length of the longest sample; `excluded` ids cannot be in the top-k. `check` is the check of
+    `server` if an earlier phase has made it.
     """
     objective = context.config.objective
     if not objective.reads_teacher:
         return NoTeacher(context.layout)
     if model is None:
-        return _served_teacher(context, server, longest, excluded)
+        return _served_teacher(
+            context,
+            server,
+            longest,
+            excluded,
+            topk=objective.teacher_topk,
+            on_failure=context.config.teacher.on_failure,
+            check=check,
+            identify=context.config.gates.teacher_identity,
+        )
     return MegatronTeacher(
         model,
         k=objective.teacher_topk,
@@ -186,10 +206,95 @@ def make_self_teacher(
     )
 
 
+@dataclass(frozen=True)
+class TeacherAccess:
+    """How the teacher of the run can be asked outside a step."""
+
+    model: Model | None
+    """In this process; None = not loaded"""
+    server: SupervisedServer | None
+    identity: str
+    """Of the server (`teacher.identity`); "" if there is none"""
+    inputs: Inputs
+
+
+def make_held_out(
+    context: JobContext, student: Model, settings: LossSettings, loaded: LoadedInputs, access: TeacherAccess
+) -> HeldOut | None:
+    """Return what measures the held-out responses; None if nothing is held out. Collective."""
+    config, layout = context.config, context.layout
+    if config.held_out is None or loaded.held_out is None:
+        return None
+    rollouts = responses_as_rollouts(loaded.held_out.prompts, step=0, end_id=loaded.ends.closing)
+    packed = pack_on(
+        layout,
+        rollouts,
+        tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+        device=student.platform.device,
+    )
+    longest = longest_held_out(loaded.held_out)
+    teacher = _held_out_teacher(context, config.held_out.topk, settings, loaded.excluded, access, longest)
+    scores = None
+    if teacher is not None:
+        scores = ScoreSource(
+            teacher,
+            context.run_dir,
+            layout,
+            replay=None,
+            name=teacher_name(config, access.inputs, access.identity, candidates=config.held_out.topk),
+            on_disk=True,
+            place=lambda run_dir, step, dp_rank, cp_rank: run_dir.held_out_scores(dp_rank, cp_rank),
+        )
+    return HeldOut(config.held_out, config.run.steps - 1, student, settings, rollouts, packed, scores)
+
+
+def _held_out_teacher(
+    context: JobContext,
+    k: int,
+    settings: LossSettings,
+    excluded: tuple[int, ...],
+    access: TeacherAccess,
+    longest: int,
+) -> Teacher | None:
+    """Return the scorer of held-out responses; None, with a line in the log, if no teacher can be asked. Collective.
+
+    A teacher in this process that the objective does not read is loaded when it is asked, and freed afterwards.
+    """
+    config, objective = context.config, context.config.objective
+    only = "so only -log p of the held-out responses is measured, not KL(teacher || student)"
+    if objective.self_teaching is not None:
+        log.warning("held_out: objective.kind=%s changes its teacher, %s", objective.kind, only)
+        return None
+    if config.teacher.kind == "sglang" and objective.reads_teacher:
+        return _served_teacher(context, access.server, longest, excluded, topk=k, on_failure="stop")
+    if config.teacher.kind == "sglang":
+        advice = "with teacher.kind=megatron the teacher would be loaded once"
+        log.warning("held_out: objective.kind=%s asks no teacher's server, %s; %s", objective.kind, only, advice)
+        return None
+    if access.model is not None:
+        return MegatronTeacher(access.model, k=k, settings=settings, excluded=excluded)
+
+    def load() -> MegatronTeacher:
+        model = _frozen(context, context.teacher, config.teacher.path, config.teacher.dtype)
+        check_model(context, "teacher.path", model, access.inputs)
+        return MegatronTeacher(model, k=k, settings=settings, excluded=excluded)
+
+    return LoadedOnce(load)
+
+
 def _served_teacher(
-    context: JobContext, server: SupervisedServer | None, longest: int, excluded: tuple[int, ...]
+    context: JobContext,
+    server: SupervisedServer | None,
+    longest: int,
+    excluded: tuple[int, ...],
+    *,
+    topk: int,
+    on_failure: Literal["mask", "stop"],
+    check: TeacherCheck | None = None,
+    identify: bool = False,
 ) -> ServedTeacher:
-    config, k = context.config.teacher, context.config.objective.teacher_topk
+    """Return the scorer of a server. `check` is its check if there is one; else `identify` makes one."""
+    config = context.config.teacher
     teacher: SglangTeacher | None = None
     with raise_on_all_ranks(context.layout.groups.control):
         if server is not None:
@@ -198,19 +303,19 @@ def _served_teacher(
                 check_served_tokenizer(server, config.path)
             teacher = SglangTeacher(
                 server,
-                topk=k,
+                topk=topk,
                 teacher_width=context.teacher.vocab_size,
                 student_width=context.student.vocab_size,
-                on_failure=config.on_failure,
+                on_failure=on_failure,
                 excluded=excluded,
             )
             teacher.check_length(longest)
-    gate = context.config.gates.teacher_identity
-    check = TeacherCheck(server, context.config, context.layout.groups.control) if gate else None
+    if check is None and identify:
+        check = TeacherCheck(server, context.config, context.layout.groups.control)
     return ServedTeacher(
         teacher,
         context.layout,
-        topk=k,
+        topk=topk,
         only_rank_zero=config.server.url is None,
         masked_share=context.config.gates.masked_share,
         check=check,

@@ -23,7 +23,9 @@ from tropd_mcore.files import file_digest, publish_text
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, raise_on_all_ranks
 from tropd_mcore.progress import progress
 from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.ground import Ground
+from tropd_mcore.train.preflight_machine import started_servers
 from tropd_mcore.weights.digest import (
     DigestMemory,
     Fingerprint,
@@ -150,17 +152,18 @@ def save_inputs(run_dir: RunDir, inputs: Inputs) -> None:
     publish_text(run_dir.inputs, inputs.model_dump_json(indent=1) + "\n")
 
 
-def teacher_name(config: Config, inputs: Inputs, identity: str = "") -> str:
+def teacher_name(config: Config, inputs: Inputs, identity: str = "", *, candidates: int | None = None) -> str:
     """Return text that distinguishes the scores of different teachers; it does not depend on the teacher's path.
 
-    `identity` is the identity of the server if a server scores (see `teacher.identity`).
+    `identity` is the identity of the server if a server scores (see `teacher.identity`). `candidates` is the number of
+    candidates per token; None = as many as the objective needs.
     """
     teacher = config.teacher
     parts = {
         "kind": teacher.kind,
         "folder": inputs.models["teacher.path"].digest.whole(),
         "dtype": teacher_dtype(config),
-        "candidates": config.objective.teacher_topk,
+        "candidates": config.objective.teacher_topk if candidates is None else candidates,
         "softcap": config.loss.logit_softcap,
         "extra_tokens": teacher.extra_tokens,
         "server": identity or None,
@@ -213,7 +216,7 @@ def _compose(ground: Ground, launch: dict[str, str], read: list[Read], memory: D
         data={key: _data_input(key, path) for key, path in paths.items()},
         models=models,
         code=_code(config),
-        launch={**launch, **_versions()},
+        launch={**launch, **installed_versions(), **_server_versions(config)},
     )
 
 
@@ -230,16 +233,31 @@ def _data_input(key: str, path: Path) -> DataInput:
 
 
 def _code(config: Config) -> dict[str, str]:
-    """Return the digest of a custom objective's source file, if Python can find that file."""
-    if config.objective.function_path is None:
-        return {}
-    spec = importlib.util.find_spec(config.objective.function_path.partition(":")[0])
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        return {}
-    return {"objective.function": file_digest(Path(spec.origin))}
+    """Return the digest of the source file of each custom objective, if Python can find that file."""
+    found: dict[str, str] = {}
+    parts = config.objective.parts
+    for place, part in enumerate(parts):
+        if part.function_path is None:
+            continue
+        spec = importlib.util.find_spec(part.function_path.partition(":")[0])
+        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+            key = "objective" if len(parts) == 1 else f"objective.phases.{place}.objective"
+            found[f"{key}.function"] = file_digest(Path(spec.origin))
+    return found
 
 
-def _versions() -> dict[str, str]:
+def _server_versions(config: Config) -> dict[str, str]:
+    """Return {section and package: version} of the started servers that have an interpreter of their own."""
+    found: dict[str, str] = {}
+    for section, server in started_servers(config).items():
+        if server.python is not None:
+            there = ask(server.python, key=f"{section}.python")
+            found |= {f"{section}: sglang": there.sglang, f"{section}: torch": there.torch or "none"}
+    return found
+
+
+def installed_versions() -> dict[str, str]:
+    """Return {package: version} of this package and of those that a run depends on, if they are installed."""
     found = {"tropd_mcore": tropd_mcore.__version__}
     for package in PACKAGES:
         try:

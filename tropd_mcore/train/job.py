@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 from tropd_mcore import stopping
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.derived import samples_rollouts
+from tropd_mcore.config.derived import phase_configs, reference_path, samples_rollouts
+from tropd_mcore.config.phases import PhasesObjective
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
@@ -31,14 +33,18 @@ from tropd_mcore.monitor.monitor import Monitor
 from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.progress import progress
 from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.rollout.policy_server import PolicyServer
 from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.serving.left_behind import remove_left_over
+from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.score_source import ScoreSource
 from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.components import (
     JobContext,
     Servers,
+    TeacherAccess,
+    make_held_out,
     make_policy,
     make_self_teacher,
     make_teacher,
@@ -48,10 +54,12 @@ from tropd_mcore.train.components import (
     student_average,
     teacher_model,
 )
+from tropd_mcore.train.gates import SamplerBounds
 from tropd_mcore.train.init_from import begin_optimizer, begin_weights
 from tropd_mcore.train.inputs import read_inputs, teacher_name
 from tropd_mcore.train.loaded_inputs import LoadedInputs
 from tropd_mcore.train.model_check import check_model
+from tropd_mcore.train.phases import PhaseRun, remaining
 from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.start import Start, accept, make_start
 from tropd_mcore.train.start_checks import (
@@ -109,7 +117,8 @@ def _train(context: JobContext, loaded: LoadedInputs, start: Start, cleanup: Exi
     last_step = config.run.steps
     if config.run.stop_after is not None:
         last_step = min(last_step, first_step + config.run.stop_after)
-    servers = start_servers(context, cleanup) if first_step < last_step else Servers()
+    needed = replace(context, config=remaining(config, start.phase))
+    servers = start_servers(needed, cleanup) if first_step < last_step else Servers()
 
     with progress(log, "making models, optimizer and servers ready"):
         student = build_model(
@@ -150,41 +159,91 @@ def _train(context: JobContext, loaded: LoadedInputs, start: Start, cleanup: Exi
             export(context, student, max(first_step, last_step))
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """The parts of a job that all of its phases use; a run without phases has one."""
+
+    context: JobContext
+    """With the configuration of the whole run."""
+    loaded: LoadedInputs
+    state: TrainState
+    servers: Servers
+    start: Start
+    teacher: Model | None
+    reference: Model | None
+    policy: PolicyServer | None
+    monitor: Monitor
+    bounds: SamplerBounds
+    clock: StepClock
+
+
 def _make_components(
     context: JobContext, loaded: LoadedInputs, state: TrainState, servers: Servers, start: Start, cleanup: ExitStack
 ) -> Components:
-    config, layout, student = context.config, context.layout, state.model
-    settings = LossSettings.from_config(config)
-    teacher, reference = teacher_model(context), reference_model(context)
+    config, layout = remaining(context.config, start.phase), context.layout
+    needed = replace(context, config=config)
+    teacher, reference = teacher_model(needed), reference_model(needed)
     for key, model in (("teacher.path", teacher), ("objective.reference", reference)):
         if model is not None:
             check_model(context, key, model, start.inputs)
     if config.gates.longest_sequence:
-        probe_memory(
-            student,
-            objective_of(config.objective),
-            settings,
-            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
-            k=config.objective.teacher_topk,
-            student_topk=config.objective.student_candidates,
-            teacher=teacher if config.objective.full_vocabulary_divergence is not None else None,
-        )
+        for phase in phase_configs(config):
+            _try_longest(phase, state.model, teacher)
     clock = StepClock()
-    policy = make_policy(context, student, loaded.ends, servers.policy, clock) if samples_rollouts(config) else None
+    policy = make_policy(context, state.model, loaded.ends, servers.policy, clock) if samples_rollouts(config) else None
     with raise_on_all_ranks(layout.groups.control):
-        monitor = Monitor(config, context.run_dir.root, layout.rank, start_step=start.first_step)
+        monitor = Monitor(context.config, context.run_dir.root, layout.rank, start_step=start.first_step)
         cleanup.callback(monitor.close)
+    bounds = sampler_bounds(context, servers.policy)
+    shared = _Shared(
+        context, loaded, state, servers, start, teacher, reference, policy, monitor, bounds, clock
+    )  # fmt: skip
+    parts: list[Components] = []
+    check: TeacherCheck | None = None
+    for phase in phase_configs(config):
+        parts.append(_make_phase(shared, phase, check))
+        check = check or parts[-1].teacher_check
+    access = TeacherAccess(teacher, servers.teacher, check.name if check is not None else "", start.inputs)
+    held_out = make_held_out(needed, state.model, LossSettings.from_config(parts[0].config), loaded, access)
+    parts = [replace(part, held_out=held_out) for part in parts]
+    if start.phase is None:
+        return parts[0]
+    assert isinstance(context.config.objective, PhasesObjective)
+    return replace(parts[0], phases=PhaseRun(context.config.objective, start.phase, parts))
+
+
+def _try_longest(config: Config, student: Model, teacher: Model | None) -> None:
+    """Try the longest pack with the objective of `config`."""
+    objective = config.objective
+    probe_memory(
+        student,
+        objective_of(objective),
+        LossSettings.from_config(config),
+        tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+        k=objective.teacher_topk,
+        student_topk=objective.student_candidates,
+        teacher=teacher if objective.full_vocabulary_divergence is not None else None,
+    )
+
+
+def _make_phase(shared: _Shared, config: Config, check: TeacherCheck | None) -> Components:
+    """Return the parts for the objective of `config`; `check` is that of an earlier phase with a served teacher."""
+    context, loaded, state = replace(shared.context, config=config), shared.loaded, shared.state
+    layout, objective, settings = context.layout, config.objective, LossSettings.from_config(config)
+    teacher = shared.teacher if objective.reads_teacher else None
     if state.average is not None and loaded.solution_prompts is not None:
         scorer = make_self_teacher(context, state.average, settings, loaded.solution_prompts, loaded.ignored)
     else:
-        scorer = make_teacher(context, teacher, settings, servers.teacher, loaded.longest, loaded.excluded)
+        scorer = make_teacher(
+            context, teacher, settings, shared.servers.teacher, loaded.longest, loaded.excluded, check
+        )
     teacher_check = scorer.check if isinstance(scorer, ServedTeacher) else None
     assert state.optimizer is not None and state.scheduler is not None
     rollouts = RolloutSource(
         config,
         context.run_dir,
         loaded.prompts,
-        policy,
+        shared.policy if objective.samples else None,
         layout,
         vocab_size=context.student.vocab_size,
         end_id=loaded.ends.closing,
@@ -194,15 +253,16 @@ def _make_components(
         context.run_dir,
         layout,
         replay=config.run.replay,
-        name=teacher_name(config, start.inputs, teacher_check.name if teacher_check is not None else ""),
-        on_disk=config.objective.stores_scores,
+        name=teacher_name(config, shared.start.inputs, teacher_check.name if teacher_check is not None else ""),
+        on_disk=objective.stores_scores,
     )
-    fallible = scorer if isinstance(scorer, ServedTeacher) and config.objective.has_prefix_loss else None
+    fallible = scorer if isinstance(scorer, ServedTeacher) and objective.has_prefix_loss else None
+    reference = shared.reference if reference_path(config) is not None else None
     return Components(
         config=config,
         layout=layout,
         run_dir=context.run_dir,
-        student=student,
+        student=state.model,
         optimizer=state.optimizer,
         scheduler=state.scheduler,
         teacher_model=teacher,
@@ -211,12 +271,12 @@ def _make_components(
         rollouts=rollouts,
         prefixes=PrefixLosses(fallible, scores, rollouts),
         scores=scores,
-        context=BatchContextSource(config, student, reference),
-        monitor=monitor,
+        context=BatchContextSource(config, state.model, reference),
+        monitor=shared.monitor,
         renderer=loaded.renderer,
-        sampler_bounds=sampler_bounds(context, servers.policy),
+        sampler_bounds=shared.bounds,
         teacher_check=teacher_check,
-        clock=clock,
+        clock=shared.clock,
     )
 
 

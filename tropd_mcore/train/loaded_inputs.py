@@ -17,10 +17,11 @@ from pathlib import Path
 
 from tropd_mcore.config.checks import data_problems, self_teacher_problems
 from tropd_mcore.config.derived import longest_sample, model_paths, reads_responses, reference_path
+from tropd_mcore.config.phase_checks import of_each_phase
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.end_tokens import EndTokens
-from tropd_mcore.data.prompts import PromptSet, load_prompts, needs_of
+from tropd_mcore.data.prompts import PromptNeeds, PromptSet, load_prompts, needs_of
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.data.tokenizer_gate import check_tokenizer
 from tropd_mcore.errors import ConfigError, DataError, ModelError, TropdError
@@ -50,6 +51,8 @@ class LoadedInputs:
     """Ids of tokens that only the teacher has, which cannot be in the top-k (teacher.extra_tokens)."""
     day: date
     """The date that chat templates print."""
+    held_out: PromptSet | None = None
+    """Prompts with stored responses that are measured and not trained on (held_out); None = off."""
 
 
 def together(looks: Iterable[Callable[[], object]]) -> None:
@@ -122,14 +125,10 @@ def check_vocabularies(ground: Ground) -> None:
     smaller than the student's.
     """
     config = ground.config
-    problems = [
-        f"objective.{key} = {candidates} but the vocabulary of the {name} has {vocab_size} tokens; lower it"
-        for key, candidates, name, vocab_size in (
-            (config.objective.teacher_topk_key, config.objective.teacher_topk, "teacher", ground.teacher.vocab_size),
-            ("student_topk", config.objective.student_candidates, "student", ground.student.vocab_size),
-        )
-        if candidates > vocab_size
-    ]
+    problems = list(of_each_phase(lambda phase: _too_many_candidates(phase, ground))(config))
+    smaller = min(ground.teacher.vocab_size, ground.student.vocab_size)
+    if config.held_out is not None and config.held_out.topk > smaller:
+        problems.append(f"held_out.topk = {config.held_out.topk} but a vocabulary has {smaller} tokens; lower it")
     if problems:
         raise ConfigError(problems)
     if config.gates.vocabulary:
@@ -147,6 +146,16 @@ def check_vocabularies(ground: Ground) -> None:
                 f"student's {ground.student.vocab_size}; choose a reference that has every token of the student"
             ]
         )
+
+
+def _too_many_candidates(config: Config, ground: Ground) -> Iterator[str]:
+    objective = config.objective
+    for key, candidates, name, vocab_size in (
+        (objective.teacher_topk_key, objective.teacher_topk, "teacher", ground.teacher.vocab_size),
+        ("student_topk", objective.student_candidates, "student", ground.student.vocab_size),
+    ):
+        if candidates > vocab_size:
+            yield f"objective.{key} = {candidates} but the vocabulary of the {name} has {vocab_size} tokens; lower it"
 
 
 def template_day(ground: Ground) -> date:
@@ -178,6 +187,57 @@ def read_prompts(
     if not responses or not reads_responses(config):
         data = data.model_copy(update={"teacher_responses": None})
     return load_prompts(data, renderer, seed=config.run.seed, needs=needs, today=day)
+
+
+def read_held_out(
+    ground: Ground, renderer: Renderer, ends: EndTokens, day: date, trained: PromptSet
+) -> PromptSet | None:
+    """Return the held-out prompts with their responses; None if nothing is held out.
+
+    Raises DataError with every problem of the files, and if a prompt is also trained on (compared by its tokens).
+    Raises ConfigError if a response does not fit into a pack or a context.
+    """
+    config, held_out = ground.config, ground.config.held_out
+    if held_out is None:
+        return None
+    needs = PromptNeeds(
+        responses="the student is measured on it; add it (`tropd prefixes`) or lower held_out.limit",
+        vocab_size=ground.student.vocab_size,
+        end_ids=ends.ids,
+        limit=held_out.limit,
+        keys=("held_out.prompts", "held_out.responses"),
+    )
+    files = {"prompts": held_out.prompts, "teacher_responses": held_out.responses}
+    found = load_prompts(config.data.model_copy(update=files), renderer, seed=0, needs=needs, today=day)
+    seen = {prompt.token_ids.tobytes() for prompt in trained.prompts}
+    both = [prompt.prompt_id for prompt in found.prompts if prompt.token_ids.tobytes() in seen]
+    if both:
+        raise DataError(
+            f"held_out.prompts={held_out.prompts}: {len(both)} of its {len(found.prompts)} prompts are also in "
+            f"data.prompts={config.data.prompts}, the first is {both[0]!r}; remove them from one of the files"
+        )
+    longest = longest_held_out(found)
+    limits = {
+        f"batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch}": config.batch.tokens_per_micro_batch,
+        f"the context of student.path={config.student.path}": ground.student.max_position_embeddings,
+        f"the context of teacher.path={config.teacher.path}": ground.teacher.max_position_embeddings,
+    }
+    problems = [
+        f"held_out.responses={held_out.responses}: the longest prompt with its response has {longest} tokens, but "
+        f"{name} holds {limit}; remove long responses"
+        for name, limit in limits.items()
+        if longest > limit
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def longest_held_out(held_out: PromptSet) -> int:
+    """Return the number of tokens of the longest held-out sample: prompt, response and end token."""
+    responses = [prompt.teacher_response_ids for prompt in held_out.prompts]
+    lengths = [0 if response is None else len(response) + 1 for response in responses]
+    return max(len(prompt.token_ids) + length for prompt, length in zip(held_out.prompts, lengths, strict=True))
 
 
 def excluded_tokens(ground: Ground) -> tuple[int, ...]:

@@ -13,12 +13,12 @@ import logging
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tropd_mcore.config.derived import model_paths
+from tropd_mcore.config.derived import model_paths, phase_configs
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
 from tropd_mcore.files import publish_text
@@ -27,10 +27,12 @@ from tropd_mcore.mcore.loss_settings import LossSettings
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.probe import probe_log_probs
 from tropd_mcore.serving.wire import is_exact
-from tropd_mcore.train.components import JobContext
 from tropd_mcore.train.inputs import Inputs
 from tropd_mcore.types import FloatArray, IntArray
 from tropd_mcore.weights.independent import fits, independent_log_probs, probe_ids
+
+if TYPE_CHECKING:
+    from tropd_mcore.train.components import JobContext
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +46,10 @@ class ReadingBounds:
     largest: float
 
 
-EXACT = ReadingBounds(mean=1e-4, p99=1e-4, largest=1e-3)
-"""For float32 on a CPU on both sides. Measured: 1e-5 at most; the least likely tokens of a vocabulary differ by ten
-times as much (docs/models.md)."""
+EXACT = ReadingBounds(mean=1e-4, p99=1e-3, largest=1e-3)
+"""For float32 on a CPU on both sides. Measured: 1e-5 at most, once 2e-4; the least likely tokens of a vocabulary differ
+by ten times as much (docs/models.md). Of some hundred tokens the 99th percentile is the second largest difference, so
+it has the bound of the largest."""
 ROUNDED = ReadingBounds(mean=0.1, p99=0.25, largest=2.0)
 """For Megatron in bfloat16, or in float32 on a GPU, whose matrix products may be TF32. Measured in bfloat16 on a CPU:
 0.024, 0.085 and 0.15 at most (docs/models.md)."""
@@ -95,7 +98,7 @@ def check_model(context: JobContext, key: str, model: Model, inputs: Inputs) -> 
     if reading is None:
         return
     token_ids, expected = reading
-    found = probe_log_probs(model, token_ids, LossSettings.from_config(config))
+    found = probe_log_probs(model, token_ids, LossSettings.from_config(phase_configs(config)[0]))
     difference, bounds = ReadingDifference.of(found, expected), bounds_of(model)
     if not difference.within(bounds):
         raise GateError(_message(key, folder, difference, bounds, config))
@@ -146,7 +149,7 @@ def _others(key: str, config: Config) -> str:
 
 def _fingerprint(context: JobContext, key: str, model: Model, inputs: Inputs) -> dict[str, Any]:
     """Return everything that the comparison depends on, as JSON values."""
-    layout, settings = context.layout, LossSettings.from_config(context.config)
+    layout, settings = context.layout, LossSettings.from_config(phase_configs(context.config)[0])
     return {
         "files": inputs.models[key].digest.whole(),
         "dtype": str(model.config.params_dtype).removeprefix("torch."),

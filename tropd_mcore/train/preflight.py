@@ -18,7 +18,14 @@ from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import model_paths, reads_responses
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ModelError
-from tropd_mcore.train.preflight_files import data_files, model_folders, prompt_lines, run_directory, starting_points
+from tropd_mcore.train.preflight_files import (
+    data_files,
+    held_out_files,
+    model_folders,
+    prompt_lines,
+    run_directory,
+    starting_points,
+)
 from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, started_servers, visible_gpus
 from tropd_mcore.train.preflight_types import Fault
 from tropd_mcore.weights.architecture import cut_problems, read_architecture
@@ -114,6 +121,10 @@ def _data(launch: Launch) -> str:
     return f"{config.data.prompts}{responses}"
 
 
+def _data_faults(launch: Launch) -> Iterator[Fault]:
+    return chain(data_files(launch.config), held_out_files(launch.config), prompt_lines(launch.config))
+
+
 def _ports(launch: Launch) -> str:
     named = [f"{key} {server.port}" for key, server in started_servers(launch.config).items() if server.port]
     return f"free: {', '.join(named)}" if named else "chosen by the OS"
@@ -130,7 +141,7 @@ CHEAP_CHECKS: tuple[CheapCheck, ...] = (
     CheapCheck("parallel", _layout, lambda launch: f"{launch.world_size or 'any fitting number of'} ranks"),
     CheapCheck("model folders", lambda launch: model_folders(launch.config), _models),
     CheapCheck("cuts of the models", _cuts, _cuts_seen),
-    CheapCheck("data files", lambda launch: chain(data_files(launch.config), prompt_lines(launch.config)), _data),
+    CheapCheck("data files", _data_faults, _data),
     CheapCheck("run.dir", lambda launch: run_directory(launch.config), lambda launch: "can be written"),
     CheapCheck(
         "beginning",

@@ -62,9 +62,25 @@ def data_files(config: Config) -> Iterator[Fault]:
     yield Fault(
         "data.teacher_responses",
         f"data.teacher_responses={responses}: not yet made; run `tropd prefixes` with the same arguments first"
-        + (", or set objective.guidance.enabled=false" if config.objective.samples else ""),
+        + (", or set objective.guidance.enabled=false" if _guided_alone(config) else ""),
         level="not yet made",
     )
+
+
+def _guided_alone(config: Config) -> bool:
+    """Whether the run has one objective, which reads responses for its guidance only."""
+    return len(config.objective.parts) == 1 and config.objective.samples
+
+
+def held_out_files(config: Config) -> Iterator[Fault]:
+    """Check that the held-out prompts and their responses are files."""
+    if config.held_out is None:
+        return
+    files = {"held_out.prompts": config.held_out.prompts, "held_out.responses": config.held_out.responses}
+    for key, path in files.items():
+        if (problem := file_problem(path)) is not None:
+            how = "; `tropd prefixes` writes it" if key == "held_out.responses" else ""
+            yield Fault(key, f"{key}={path}: {problem}; expected a JSONL file{how}")
 
 
 def prompt_lines(config: Config) -> Iterator[Fault]:

@@ -18,6 +18,8 @@ import psutil
 
 from tropd_mcore.config.derived import samples_rollouts
 from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.errors import ServerError
+from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.preflight_types import Fault
 
 HOST = "127.0.0.1"
@@ -51,14 +53,28 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
         wanted.append(("wandb", "monitor.wandb_project", "monitor.wandb_project", "'tropd-mcore[wandb]'"))
     if config.monitor.tensorboard:
         wanted.append(("tensorboard", "monitor.tensorboard", "monitor.tensorboard=true", "tensorboard"))
-    for key in started_servers(config):
-        wanted.append(("sglang", key, "starting a server (or set its url)", "sglang==0.5.23"))
+    for key, server in started_servers(config).items():
+        if server.python is None:
+            wanted.append(("sglang", key, "starting a server (or set its python or url)", "sglang==0.5.23"))
+        elif (problem := interpreter_problem(key, server)) is not None:
+            yield Fault(f"{key}.python", problem)
     if uses_cuda(config, environ):
         wanted.append(("transformer_engine", "platform.kind", "CUDA", "'tropd-mcore[gpu]'"))
     for module, key, purpose, package in wanted:
         if not importable(module):
             yield Fault(key, f"{key}: {purpose} needs the package {module}, which is not installed; "
                         f"run `pip install {package}`")  # fmt: skip
+
+
+def interpreter_problem(section: str, server: ServerConfig) -> str | None:
+    """Return in one line why the interpreter of a server to start is unusable; None if it is not, or none is named."""
+    if server.url is not None or server.python is None:
+        return None
+    try:
+        ask(server.python, key=f"{section}.python")
+    except ServerError as error:
+        return str(error)
+    return None
 
 
 def importable(module: str) -> bool:

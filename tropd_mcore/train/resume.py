@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tropd_mcore.config.loader import leaves
+from tropd_mcore.config.phases import without_phase
 from tropd_mcore.config.record import NOTHING, Change, compare, read_record, show
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
@@ -130,7 +131,7 @@ def check_inputs(
         return
     if recorded is None and before.values is not None:
         _print(before, ["earlier launches recorded no inputs, so contents were not compared; this launch records them"])
-    renamed = {change.key: change for change in by_content}
+    renamed = {without_phase(change.key): change for change in by_content}
     printed, problems = [], []
     for key in sorted({*now.models, *now.data, *renamed}):
         difference = _difference(key, recorded, now)

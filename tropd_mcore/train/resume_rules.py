@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd_mcore.config.phases import without_phase
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -121,6 +123,7 @@ RULES: dict[str, Rule] = {
     "optimizer.overlap_grad_reduce": _ROUNDING,
     "optimizer.overlap_param_gather": _ROUNDING,
     "verifier": Rule("verdicts", "the steps so far learned from other verdicts"),
+    "held_out": free("the curve of held-out responses is measured so from here on"),
     "monitor": free(),
     "gates": free(),
 }
@@ -129,7 +132,8 @@ RULES: dict[str, Rule] = {
 WHOLE_SECTIONS = frozenset(
     {
         "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
-        "objective", "verifier", "monitor", "gates",
+        "objective", "verifier", "held_out", "monitor",
+        "gates",
     }
 )  # fmt: skip
 """Sections whose keys, including new ones, share one rule unless they have an entry of their own."""
@@ -137,6 +141,7 @@ WHOLE_SECTIONS = frozenset(
 
 def rule_of(key: str) -> Rule | None:
     """Return the rule of a leaf of the schema, or of a key inside a leaf that holds a mapping; None if it has none."""
+    key = without_phase(key)
     if key in RULES:
         return RULES[key]
     parts = key.split(".")

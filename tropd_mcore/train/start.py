@@ -21,6 +21,7 @@ from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
 from tropd_mcore.train.beginning import Source, find_source
 from tropd_mcore.train.ground import Ground
 from tropd_mcore.train.inputs import Inputs, load_inputs, save_inputs
+from tropd_mcore.train.phases import PhaseState, resumed
 from tropd_mcore.train.resume import Before, check_config, check_inputs, read_before
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Opened:
     before: Before
     by_content: list[Change]
     """Changed paths, which are allowed if the content is the same."""
+    phase: PhaseState | None = None
+    """The phase in which the run continues; None if it has no phases."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,15 @@ class Start:
     """The configuration as YAML, with the source of each value."""
     run: str
     """Name of the run, which is stored in its checkpoints."""
+    phase: PhaseState | None = None
+    """The phase in which the run continues; None if it has no phases."""
 
 
 def open_launch(ground: Ground) -> Opened:
     """Find where a launch continues, and compare its configuration with the recorded one.
 
-    Raises ConfigError as `check_config` does, and errors of `find_source` if the run starts from another checkpoint.
+    Raises ConfigError as `check_config` and `phases.resumed` do, and errors of `find_source` if the run starts from
+    another checkpoint.
     """
     config, run_dir = ground.config, ground.run_dir
     for path in without_info(run_dir.checkpoints):
@@ -73,7 +79,7 @@ def open_launch(ground: Ground) -> Opened:
     if first_step > config.run.steps:
         log.warning("run.steps = %d but %d steps are done: nothing is left to train", config.run.steps, first_step)
     source = find_source(ground) if checkpoint is None else None
-    return Opened(first_step, checkpoint, source, before, by_content)
+    return Opened(first_step, checkpoint, source, before, by_content, resumed(config, checkpoint))
 
 
 def compare_contents(ground: Ground, opened: Opened, inputs: Inputs) -> Inputs:
@@ -93,9 +99,8 @@ def compare_contents(ground: Ground, opened: Opened, inputs: Inputs) -> Inputs:
 def make_start(context: JobContext, opened: Opened, inputs: Inputs, sources: Mapping[str, str]) -> Start:
     """Return the information that the parts of a launch need; `inputs` have been compared. Collective."""
     run = on_rank_zero(lambda: context.run_dir.recorded_id() or uuid.uuid4().hex[:12], context.layout.groups.control)
-    return Start(
-        opened.first_step, opened.checkpoint, opened.source, inputs, resolved_yaml(context.config, sources), run
-    )
+    resolved = resolved_yaml(context.config, sources)
+    return Start(opened.first_step, opened.checkpoint, opened.source, inputs, resolved, run, opened.phase)
 
 
 def accept(context: JobContext, start: Start, day: date) -> None:

@@ -62,6 +62,7 @@ class State(NamedModels):
     longest: int | None = None
     solutions: SolutionPrompts | None = None
     excluded: tuple[int, ...] | None = None
+    held_out: PromptSet | None = None
     inputs: Inputs | None = None
     """Inputs of the launch by content; computed between INPUT_CHECKS and CONTENT_CHECKS."""
     done: list[str] = field(default_factory=list)
@@ -85,8 +86,9 @@ class State(NamedModels):
         assert self.longest is not None and self.ends is not None and self.excluded is not None
         assert self.day is not None
         return LoadedInputs(
-            self.renderer, self.prompts, self.ignored, self.longest, self.solutions, self.ends, self.excluded, self.day
-        )
+            self.renderer, self.prompts, self.ignored, self.longest, self.solutions, self.ends, self.excluded, self.day,
+            self.held_out,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,12 @@ def _solutions(state: State) -> SolutionPrompts | None:
     return loaded_inputs.solution_prompts(state, state.renderer, state.prompts)
 
 
+def _held_out(state: State) -> PromptSet | None:
+    assert state.renderer is not None and state.ends is not None and state.day is not None
+    assert state.prompts is not None
+    return loaded_inputs.read_held_out(state, state.renderer, state.ends, state.day, state.prompts)
+
+
 def _contents(state: State) -> Inputs:
     assert state.opened is not None and state.inputs is not None
     return start.compare_contents(state, state.opened, state.inputs)
@@ -188,6 +196,8 @@ def _responses(state: State) -> None:
     assert state.inputs is not None and state.prompts is not None
     teacher = state.inputs.models["teacher.path"].digest
     stored_responses.check_responses(state, teacher, state.prompts)
+    if state.held_out is not None:
+        stored_responses.check_held_out(state, teacher, state.held_out)
 
 
 MODELS = StartCheck(
@@ -203,7 +213,12 @@ INPUT_CHECKS = (
     StartCheck("weights", lambda state: loaded_inputs.check_weights(state)),
     StartCheck("tokenizer", lambda state: loaded_inputs.check_tokenizers(state)),
     StartCheck("vocabulary", lambda state: loaded_inputs.check_vocabularies(state)),
-    StartCheck("objective", lambda state: objective_of(state.config.objective), needs=(), alone=False),
+    StartCheck(
+        "objective",
+        lambda state: [objective_of(part) for part in state.config.objective.parts],
+        needs=(),
+        alone=False,
+    ),
     StartCheck("student.path", lambda state: Renderer(state.config.student.path), "renderer", alone=False),
     StartCheck("loss.ignore_tokens", _ignored, "ignored", needs=("renderer",), alone=False),
     StartCheck("rollout.end_tokens", _ends, "ends", needs=("renderer",), alone=False),
@@ -212,6 +227,7 @@ INPUT_CHECKS = (
     StartCheck("lengths", _lengths, "longest", needs=("models", "prompts"), alone=False),
     StartCheck("objective.template", _solutions, "solutions", needs=("models", "prompts"), alone=False),
     StartCheck("teacher.extra_tokens", lambda state: loaded_inputs.excluded_tokens(state), "excluded"),
+    StartCheck("held_out", _held_out, "held_out", needs=("models", "renderer", "ends", "day", "prompts"), alone=False),
 )
 """Checks of files and settings before anything is built."""
 

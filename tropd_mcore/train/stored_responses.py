@@ -8,6 +8,7 @@ template may be its only cause.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError
@@ -25,8 +26,20 @@ def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -
     """
     config = ground.config
     path = config.data.teacher_responses
-    if path is None or not config.objective.reads_responses or config.run.replay is not None:
+    taught = any(not part.samples for part in config.objective.parts)  # these train on responses in a replay too
+    if path is None or not config.objective.reads_responses or (config.run.replay is not None and not taught):
         return
+    _check("data.teacher_responses", path, ground, teacher, prompts)
+
+
+def check_held_out(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -> None:
+    """The same for the file held_out.responses. Raises DataError."""
+    held_out = ground.config.held_out
+    assert held_out is not None, "there are held-out prompts"
+    _check("held_out.responses", held_out.responses, ground, teacher, prompts)
+
+
+def _check(key: str, path: Path, ground: Ground, teacher: FolderDigest, prompts: PromptSet) -> None:
     origin = load_origin(path)
     answered = [prompt.prompt_id for prompt in prompts.prompts if prompt.teacher_response_ids is not None]
     unknown = [name for name in answered if origin is None or name not in origin.prompts]
@@ -40,15 +53,13 @@ def check_responses(ground: Ground, teacher: FolderDigest, prompts: PromptSet) -
     changes = origin.other_teacher(teacher)
     if changes is not None:
         raise DataError(
-            f"data.teacher_responses={path}: responses of another teacher ({origin.teacher}) than "
-            f"teacher.path={config.teacher.path}: {changes}; {way_out}"
+            f"{key}={path}: responses of another teacher ({origin.teacher}) than "
+            f"teacher.path={ground.config.teacher.path}: {changes}; {way_out}"
         )
     others = origin.other_prompts(prompt_digests(prompts.prompts), answered)
     if not others:
         return
-    what = (
-        f"data.teacher_responses={path}: {len(others)} responses answer another text than the prompt with their id here"
-    )
+    what = f"{key}={path}: {len(others)} responses answer another text than the prompt with their id here"
     if origin.day is not None and prompts.printed_date not in (None, origin.day):
         log.warning("%s (the first is %r): the template printed %s there, %s here; set data.template_date=%s",
                     what, others[0], origin.day, prompts.printed_date, origin.day)  # fmt: skip

@@ -8,7 +8,7 @@ step is on disk, or follows from that state, before the step changes anything. A
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tropd_mcore.config.derived import alpha
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.groups import mini_batches
-from tropd_mcore.data.packing import PackedStep, pack
+from tropd_mcore.data.packing import PackedStep
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.data.verdicts import Verdicts, accuracy, verify_rollouts
 from tropd_mcore.errors import ServerError, StopRequested
@@ -42,6 +42,7 @@ from tropd_mcore.mcore.optimizer import (
     optimizer_step,
     skip_step,
 )
+from tropd_mcore.mcore.packs import pack_on
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.monitor.clock import StepClock
@@ -57,8 +58,10 @@ from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.score_source import ScoreSource
 from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.gates import SamplerBounds, SamplerGate, check_teacher_is_another
+from tropd_mcore.train.held_out import HeldOut
+from tropd_mcore.train.phases import PhaseRun
 from tropd_mcore.train.prefix_losses import PrefixLosses
-from tropd_mcore.types import OptimizerReport, Rollout, RowContext, TeacherScores, TokenTable
+from tropd_mcore.types import HeldOutDistance, OptimizerReport, Rollout, RowContext, TeacherScores, TokenTable
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +92,17 @@ class Components:
     sampler_bounds: SamplerBounds
     teacher_check: TeacherCheck | None = None
     """Checks that a served teacher does not change; None if there is no served teacher or the check is off."""
+    held_out: HeldOut | None = None
+    """Measures the student on held-out responses; None if nothing is held out."""
     clock: StepClock = field(default_factory=StepClock)
     """Measures the seconds of each phase. The rollout server's share is measured in the code that uses the server."""
+    phases: PhaseRun | None = None
+    """The phases of the run, which has these parts for the present one; None if the run has no phases."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rollout batch with everything that its updates share. The last two fields have one entry per micro-batch."""
+    """A rollout batch with everything that its updates share. `scores` and `context` have one entry per micro-batch."""
 
     step: int
     rollouts: list[Rollout]
@@ -104,6 +111,8 @@ class Batch:
     packed: PackedStep
     scores: list[TeacherScores | None]
     context: list[RowContext | None]
+    held_out: HeldOutDistance | None = None
+    """On rank 0, at steps with a measurement."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,8 @@ class Trainer:
     """Runs the steps [first_step, last_step) of a run."""
 
     def __init__(self, components: Components, *, first_step: int, last_step: int) -> None:
-        self.components = components
+        self.phases = components.phases
+        self.components = components if self.phases is None else self.phases.parts
         self.settings = LossSettings.from_config(components.config)
         self.first_step = first_step
         self.last_step = last_step
@@ -145,6 +155,7 @@ class Trainer:
                     with progress(log, f"step {step} of {self.components.config.run.steps}"):
                         self.step(step, clock)
                     self.may_stop()
+                self.tell_unfinished()
             except StopRequested as request:
                 with stopping.held():
                     raise StopRequested(f"stopped by {request} {self.save_for_stop()}") from None
@@ -179,9 +190,10 @@ class Trainer:
                 reports.append(self.update(step, results))
         with clock.phase("metrics"):
             table = merge_columns(tokens)
-            self.log(step, self.record(batch, table, reports, clock))
+            metrics = self.log(step, self.record(batch, table, reports, clock))
             self.keep_tokens(batch, table)
         self.done = step + 1
+        self.advance(metrics)
         with clock.phase("checkpoint"):
             self.keep(step)
             self.forget(step)
@@ -201,6 +213,11 @@ class Trainer:
                 components.teacher_check.at_step(step)
             rollouts, packed = components.prefixes.settle(step, rollouts, packed, self.pack)
         self.may_stop()
+        held_out = None
+        if components.held_out is not None:
+            with clock.phase("held_out"):
+                held_out = components.held_out.at_step(step)
+            self.may_stop()
         with clock.phase("student"):
             passes = components.context.student(packed)
         self.may_stop()
@@ -209,23 +226,44 @@ class Trainer:
         with clock.phase("context"):
             context = components.context.complete(step, rollouts, packed, passes, scores, verdicts.right)
         self.may_stop()
-        return Batch(step, rollouts, verdicts, packed, scores, context)
+        return Batch(step, rollouts, verdicts, packed, scores, context, held_out)
+
+    def advance(self, metrics: Mapping[str, float]) -> None:
+        """Begin the next phase if the step that is done ends the present one. Collective.
+
+        `metrics` are those of the step, on rank 0.
+        """
+        phases = self.phases
+        if phases is None:
+            return
+        state, until, control = phases.state, phases.until, self.components.layout.groups.control
+        after = on_rank_zero(lambda: state.after(self.done, metrics, until), control)
+        ended, check = phases.name, self.components.teacher_check
+        phases.state = after
+        if after.index == state.index:
+            return
+        if check is not None:
+            check.before_checkpoint(self.done)  # the scores of the phase, which later checks might not cover
+        self.components = phases.parts
+        self.settings = LossSettings.from_config(self.components.config)
+        log.info("%s ends after %d steps of the run, %s begins", ended, self.done, phases.name)
+
+    def tell_unfinished(self) -> None:
+        """Warn if the run is over and its last phase has not begun."""
+        steps = self.components.config.run.steps
+        if self.phases is not None and self.done == steps and (message := self.phases.unfinished(steps)) is not None:
+            log.warning("%s", message)
 
     def pack(self, rollouts: list[Rollout]) -> PackedStep:
         """Return this rank's micro-batches of the step, grouped by update."""
-        config, layout = self.components.config, self.components.layout
-        return pack(
+        config = self.components.config
+        return pack_on(
+            self.components.layout,
             rollouts,
             tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
-            dp_size=layout.dp_size,
-            dp_rank=layout.dp_rank,
-            cp_size=layout.cp_size,
-            cp_rank=layout.cp_rank,
-            tp_size=layout.tp_size,
+            device=self.components.student.platform.device,
             aggregation=config.loss.aggregation,
             prefix_denominator=config.loss.prefix_denominator,
-            device=self.components.student.platform.device,
-            micro_batch_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
             mini_batches=mini_batches(rollouts, config.objective.policy.mini_batches),
             ignored=self.components.ignored,
         )
@@ -331,16 +369,19 @@ class Trainer:
             accuracy=accuracy(batch.verdicts.right),
             unfinished=batch.verdicts.unfinished,
             masked_rollouts=self.components.rollouts.left_out,
+            held_out=batch.held_out,
             sampler_gate=self.sampler_gate.state if config.gates.sampler_logprob else None,
             special_ids=self.components.renderer.special_ids,
             policy_gradient=config.objective.policy,
+            phase=self.phases.state.index if self.phases is not None else None,
         )
 
-    def log(self, step: int, record: StepRecord | None) -> None:
-        """Write the metrics of the step. If that fails on rank 0, all ranks raise. Collective."""
+    def log(self, step: int, record: StepRecord | None) -> Mapping[str, float]:
+        """Write the metrics of the step; returns them on rank 0. If that fails on rank 0, all ranks raise.
+        Collective."""
         with raise_on_all_ranks(self.components.layout.groups.control):
             self.components.run_dir.check_held()
-            self.components.monitor.log(step, record)
+            return self.components.monitor.log(step, record)
 
     def keep_tokens(self, batch: Batch, table: TokenTable) -> None:
         """Store token values of a few samples, and the verdicts on all samples, for the report."""
@@ -369,7 +410,7 @@ class Trainer:
             components.run_dir.checkpoints,
             done,
             state,
-            extra={},
+            extra=self.phases.extra() if self.phases is not None else {},
             keep=run.keep_checkpoints,
             hf_folder=components.config.student.path,
             run=components.run_dir.recorded_id(),

@@ -140,6 +140,16 @@ class Objective(Section):
         return type(self).__module__.rpartition(".")[2]
 
     @property
+    def label(self) -> str:
+        """A short name for people, in console and messages."""
+        return self.kind
+
+    @property
+    def parts(self) -> tuple[Objective, ...]:
+        """The objectives of the run in order: several if it has phases, else this one alone."""
+        return (self,)
+
+    @property
     def teacher_topk(self) -> int:
         """Number of teacher candidates per token that are scored."""
         return int(self.topk)  # type: ignore[attr-defined]

@@ -79,6 +79,10 @@ class GkdObjective(Objective):
     error, because it does not depend on that token."""
 
     @property
+    def label(self) -> str:
+        return f"{self.kind} {self.divergence}"
+
+    @property
     def full_vocabulary_divergence(self) -> FullVocabularyDivergence | None:
         return FullVocabularyDivergence(self.divergence, self.beta) if self.full_vocabulary else None
 

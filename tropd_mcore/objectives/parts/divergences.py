@@ -109,6 +109,19 @@ def clipped_reverse_kl(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tenso
     return _sum_over(logp_TE.exp() * log_ratio_TE, absent_TE)
 
 
+def candidate_tv(student_topk_logp_TK: Tensor, teacher_topk_logp_TK: Tensor) -> Tensor:
+    """Total variation distance of the two on A and the rest as one more event, [T]; NaN without candidates.
+
+    1/2 (sum_A |p - q| + |(1 - c) - (1 - m)|). A lower bound of the distance over the vocabulary, which is at most
+    min(1 - c, 1 - m) larger.
+    """
+    absent_TK = teacher_topk_logp_TK == -math.inf
+    p_TK, q_TK = (logp.exp().masked_fill(absent_TK, 0.0) for logp in (student_topk_logp_TK, teacher_topk_logp_TK))
+    difference_TK = p_TK - q_TK
+    tv_T = 0.5 * (difference_TK.abs().sum(dim=1) + difference_TK.sum(dim=1).abs())
+    return tv_T.masked_fill(absent_TK.all(dim=1), math.nan)
+
+
 def _forward_kl_entries(student_TK: Tensor, teacher_TK: Tensor, norm: str) -> Tensor:
     """q log(q / p) of each event, [T, E]; 0 if the event does not count."""
     logp_TE, logq_TE, absent_TE = _events(student_TK, teacher_TK, norm)

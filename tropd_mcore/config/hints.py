@@ -12,14 +12,19 @@ from tropd_mcore.config.schema import Config
 
 
 def of_first_step(metrics: Mapping[str, float], config: Config) -> Iterator[str]:
-    """Yield a line if the two models are far apart and the objective learns little from confident mistakes."""
+    """Yield a line if the two models are far apart and the objective will not bring them together soon."""
     bound, distance = config.monitor.hint_distance, metrics.get("trust/tv", float("nan"))
-    slow = config.objective.leaves_confident_mistakes is False
-    if bound is not None and slow and distance > bound:  # False for NaN
+    objective = config.objective
+    why = None
+    if objective.leaves_confident_mistakes is False:
+        why = "is slow to leave confident mistakes"
+    elif objective.leaves_confident_mistakes and objective.keeps_rare_mistakes:
+        why = "leaves confident mistakes but hardly trains what remains of them"
+    if bound is not None and why is not None and distance > bound:  # False for NaN
         yield (
             f"hint: trust/tv is {distance:.2f} at step 0, so student and teacher disagree on most tokens, and "
-            f"objective.kind={config.objective.kind} learns little from confident mistakes; gkd with divergence=fkl, "
-            f"tropd, or sft first learn faster there (docs/choosing.md; the bound is monitor.hint_distance={bound:g})"
+            f"objective.kind={objective.kind} {why}; sft on the teacher's responses first, or gkd with "
+            f"divergence=fkl, is faster (docs/choosing.md; the bound is monitor.hint_distance={bound:g})"
         )
 
 
