@@ -186,6 +186,7 @@ ARGUMENTS = {
     "prompts": ["p.jsonl", "--prompt-field", "q", "--out", "o.jsonl"],
     "eval": ["c.yaml", "--prompts", "p.jsonl"], "report": ["run"], "conformance": ["--quick"],
     "convert": ["verify", "--hf", "a", "--other-hf", "b"], "study": ["s.yaml"],
+    "selftest": [],
 }  # fmt: skip
 NEED_NOTHING = ("recipes",)
 PROGRAM = """
