@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GREY, BLUE = "#7d8590", "#2f81f7"
+GREY, BLUE, RED = "#7d8590", "#2f81f7", "#d1462f"
 """Colours that are read on white and on black."""
 AXIS_LABELS = {
     "tokens": "tokens",
@@ -37,10 +37,11 @@ def main() -> None:
 
 
 def _quickstart(result: dict[str, Any]) -> Any:
-    """Accuracy before and after, and the curves between; one picture that is read on white and on black."""
+    """Accuracy before, after OPD and after the quickstart, and the curves; read on white and on black."""
+    shown = {"before": ("before", GREY), "opd": ("OPD", RED), "after": ("quickstart", BLUE)}
     with plt.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY)):
         figure, (bars, curves) = plt.subplots(1, 2, figsize=(9, 3.1), width_ratios=(1, 1.5))
-        for place, (when, colour) in enumerate((("before", GREY), ("after", BLUE))):
+        for place, (when, (label, colour)) in enumerate(shown.items()):
             found = [result["evaluations"][when][name] for name in ("greedy", "sampled")]
             height = [100 * each["accuracy"] for each in found]
             spread = [
@@ -48,19 +49,22 @@ def _quickstart(result: dict[str, Any]) -> Any:
                 [100 * (each["high"] - each["accuracy"]) for each in found],
             ]
             drawn = bars.bar(
-                [x + 0.4 * place - 0.2 for x in (0, 1)], height, 0.38, yerr=spread, color=colour, ecolor=GREY,
-                capsize=3, label=f"{when} training",
+                [x + 0.27 * place - 0.27 for x in (0, 1)], height, 0.25, yerr=spread, color=colour, ecolor=GREY,
+                capsize=3, label=label,
             )  # fmt: skip
             bars.bar_label(drawn, fmt="%.0f", padding=3, fontsize=8)
         bars.set(xticks=(0, 1), xticklabels=("greedy", "sampled, T = 1"), ylim=(0, 138), ylabel="held-out, % right")
-        metrics, steps = result["metrics"], result["steps"]
-        right = [100 * value for value in metrics["verifier/accuracy"]]
-        curves.plot(steps, right, color=BLUE, label="training answers right, %")
-        curves.plot(steps, metrics["guidance/prefix_length"], ":", color=GREY, label="teacher's prefix, tokens")
-        curves.set(xlabel="step", ylim=(0, 138))
+        for when, found in result["right"].items():
+            label, colour = shown[when]
+            curves.plot(found["steps"], [100 * share for share in found["share"]], color=colour, label=label)
+        first = result["right"]["after"]["steps"][0]
+        if first:
+            curves.axvspan(0, first, color=BLUE, alpha=0.15, linewidth=0)
+            curves.text(first / 2, 60, "fine-tuning on\nteacher responses", ha="center", fontsize=8)
+        curves.set(xlabel="step", ylabel="student's own answers, % right", ylim=(0, 138))
     for plot in (bars, curves):
         plot.patch.set_alpha(0)
-        plot.legend(fontsize=8, frameon=False, labelcolor=GREY, loc="upper left", ncols=2)
+        plot.legend(fontsize=8, frameon=False, labelcolor=GREY, loc="upper left", ncols=3)
         for edge in plot.spines.values():
             edge.set_color(GREY)
     figure.patch.set_alpha(0)

@@ -6,7 +6,17 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 SIZE="${QUICKSTART_SIZE:-full}"                 # full, or tiny: a smaller task for a quick look
-CONFIG="${QUICKSTART_CONFIG:-configs/quickstart-cpu.yaml}" # what to train
+case "$SIZE" in
+  full) MODELS=models/arithmetic RUN=runs/quickstart MAKE=() STUDENT=misled CONFIG=configs/wrong-prior-cpu.yaml ;;
+  tiny)
+    MODELS=models/arithmetic-tiny RUN=runs/quickstart-tiny MAKE=(--tiny) STUDENT=student
+    CONFIG=configs/quickstart-cpu.yaml
+    ;;
+  *) echo "error: QUICKSTART_SIZE is '$SIZE', expected full or tiny" >&2; exit 2 ;;
+esac
+RUN="${QUICKSTART_RUN:-$RUN}"                   # run directory
+CONFIG="${QUICKSTART_CONFIG:-$CONFIG}"          # what to train
+STUDENT="${QUICKSTART_STUDENT:-$STUDENT}"       # misled (a wrong prior; not in the tiny size) or student (forgets carries)
 # VENV: folder of the environment on a CPU (.venv); on a GPU see TRAINER_VENV and SERVER_VENV of setup_env.sh
 # 1: make the environment; 0: use that of PYTHON (the default if `tropd recipes` copied this file)
 SETUP="${SETUP:-$([[ -f examples/setup_env.sh ]] && echo 1 || echo 0)}"
@@ -38,13 +48,6 @@ INTERPRETER="$FOLDER/bin/python"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of each rank and of the rollout server
 TROPD=("$INTERPRETER" -m tropd_mcore.cli.main)
 
-case "$SIZE" in
-  full) MODELS=models/arithmetic RUN=runs/quickstart MAKE=() ;;
-  tiny) MODELS=models/arithmetic-tiny RUN=runs/quickstart-tiny MAKE=(--tiny) ;;
-  *) echo "error: QUICKSTART_SIZE is '$SIZE', expected full or tiny" >&2; exit 2 ;;
-esac
-RUN="${QUICKSTART_RUN:-$RUN}"                   # run directory
-STUDENT="${QUICKSTART_STUDENT:-student}"        # student (forgets carries) or, in the full size, misled (a wrong prior)
 SETTINGS=(
   "run.dir=$RUN" "student.path=$MODELS/$STUDENT" "teacher.path=$MODELS/teacher"
   "data.prompts=$MODELS/train.jsonl" "data.teacher_responses=$MODELS/teacher_responses.jsonl" "${SERVER[@]}" "$@"
@@ -87,7 +90,7 @@ step() {
 step "models: a tokenizer, prompts, a teacher and weaker students ($MODELS)" \
   "$INTERPRETER" -m examples.make_models "$MODELS" "${MAKE[@]}"
 
-step "teacher responses, the prefixes that guide the student" \
+step "teacher responses, which the student begins to learn from" \
   "${TROPD[@]}" prefixes "$CONFIG" "${SETTINGS[@]}" --max-new-tokens 48
 
 step "accuracy before: the student as it was made" \

@@ -49,7 +49,8 @@ class Clone:
         (self.root / "examples").mkdir(parents=True)
         (self.root / "configs").mkdir()
         shutil.copy(EXAMPLES / "quickstart.sh", self.root / "examples")
-        shutil.copy(EXAMPLES.parent / "configs" / "quickstart-cpu.yaml", self.root / "configs")
+        for config in ("wrong-prior-cpu.yaml", "quickstart-cpu.yaml"):
+            shutil.copy(EXAMPLES.parent / "configs" / config, self.root / "configs")
         setup = 'echo "setup ${VENV-for} $PLATFORM" >> "$CALLS"\n'
         (self.root / "examples" / "setup_env.sh").write_text(setup)
         self.venv = venv

@@ -1,4 +1,4 @@
-"""The last lines of the quickstart: three rows, of which one is recorded and must be comparable."""
+"""The last lines of the quickstart: rows, of which one is recorded and must be comparable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ def evaluation(greedy: float, sampled: float, **settings: object) -> dict[str, o
     def score(accuracy: float) -> dict[str, float]:
         return {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.05}
 
-    return {"greedy": score(greedy), "sampled": score(sampled), "settings": {**SETTINGS, **settings}}
+    return {
+        "model": "models/a/misled",
+        "greedy": score(greedy),
+        "sampled": score(sampled),
+        "settings": {**SETTINGS, **settings},
+    }
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def recorded(**compared: object) -> dict[str, object]:
     return {
         "command": "the command",
         "commit": "0123",
-        "compared": {"models": "abc", "evaluation": evaluated, **compared},
+        "compared": {"models": "abc", "student": "misled", "evaluation": evaluated, **compared},
         "accuracies": {"greedy": [0.05, 0.01, 0.1], "sampled": [0.04, 0.02, 0.06]},
     }
 
@@ -47,8 +52,12 @@ def test_the_recorded_row_stands_between_before_and_after_with_the_command_that_
     assert "recorded at commit 0123" in lines[4] and "the command" in lines[5]
 
 
-@pytest.mark.parametrize("other", [{"models": "xyz"}, {"evaluation": {"samples": 8, "temperature": 1.0}}])
-def test_a_recorded_row_of_other_models_or_another_evaluation_is_not_shown(run: Path, other: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "other", [{"models": "xyz"}, {"student": "student"}, {"evaluation": {"samples": 8, "temperature": 1.0}}]
+)
+def test_a_recorded_row_of_other_models_another_student_or_evaluation_is_not_shown(
+    run: Path, other: dict[str, object]
+) -> None:
     lines = quickstart_table.table(run, run, recorded(**other))
     assert len(lines) == 3 and "recorded" not in "\n".join(lines)
 
@@ -65,5 +74,5 @@ def test_a_missing_or_damaged_evaluation_is_named(run: Path, text: str | None) -
 
 def test_the_recorded_row_is_of_the_models_that_the_quickstart_makes() -> None:
     found = json.loads(quickstart_table.RECORDED.read_text())
-    assert found["compared"]["models"] == _content_hash(FULL)
+    assert (found["compared"]["models"], found["compared"]["student"]) == (_content_hash(FULL), "misled")
     assert found["command"] == quickstart_table.COMMAND
