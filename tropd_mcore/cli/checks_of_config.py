@@ -14,11 +14,10 @@ from pathlib import Path
 import psutil
 
 from tropd_mcore.cli.findings import Finding
-from tropd_mcore.config.derived import ranks_per_node
+from tropd_mcore.config.derived import ranks_per_node, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask
-from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.train.start_checks import State
 from tropd_mcore.weights.architecture import Architecture
 

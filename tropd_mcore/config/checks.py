@@ -14,6 +14,7 @@ from tropd_mcore.config.derived import longest_response_at, longest_sample
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
 from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig
+from tropd_mcore.config.server_checks import server_problems
 
 MANAGED_SERVER_ARGS = {
     "--model-path": "student.path or teacher.path",
@@ -26,6 +27,7 @@ MANAGED_SERVER_ARGS = {
     "--tensor-parallel-size": "server.tensor_parallel",
     "--max-total-tokens": "server.max_total_tokens",
     "--mem-fraction-static": "server.mem_fraction",
+    "--base-gpu-id": "server.gpus",
     "--api-key": "server.api_key_env",
     "--admin-api-key": "the random key of the started server",
     "--tokenizer-worker-num": "one tokenizer process: SGLang takes no key with several",
@@ -266,7 +268,17 @@ def _both_servers(config: Config) -> Iterator[str]:
         yield f"rollout.server.url and teacher.server.url are both {urls[0]}; student and teacher need a server each"
 
 
-OF_A_START = ("python", "port", "tensor_parallel", "max_total_tokens", "mem_fraction", "extra_args", "log_max_mib")
+OF_A_START = (
+    "python",
+    "port",
+    "tensor_parallel",
+    "gpus",
+    "threads",
+    "max_total_tokens",
+    "mem_fraction",
+    "extra_args",
+    "log_max_mib",
+)
 """Keys of a server section that say how a server is started, so they mean nothing for one that runs."""
 
 
@@ -346,6 +358,12 @@ def _timeouts(config: Config) -> Iterator[str]:
             f"run.rank_timeout_s = {run.rank_timeout_s:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: "
             "a rank without a sign of life is found before a run without progress; lower the one or raise the other"
         )
+    if run.collective_timeout_s is not None and run.collective_timeout_s <= run.stall_timeout_s:
+        yield (
+            f"run.collective_timeout_s = {run.collective_timeout_s:g} must be above run.stall_timeout_s = "
+            f"{run.stall_timeout_s:g}: a stall names the missing rank, a collective that times out does not; raise the "
+            "one, lower the other or leave it out"
+        )
     servers = {"rollout": config.rollout.server, "teacher": config.teacher.server}
     for name, server in servers.items():
         for key in ("start_timeout_s", "request_timeout_s"):
@@ -416,6 +434,7 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _rollout_server,
     _teacher_server,
     _both_servers,
+    server_problems,
     _warmup,
     _rates,
     _adam,

@@ -54,6 +54,10 @@ class RunConfig(Section):
     stall_timeout_s: PositiveFloat = 3600.0
     """Longest time in seconds without progress on any rank (no micro-batch, no server response, no file). After that
     the job ends with a message that names the rank that the others wait for."""
+    collective_timeout_s: PositiveFloat | None = None
+    """Longest wait in seconds in one collective operation, with NCCL and with gloo. The other ranks wait in one while
+    rank 0 samples. It must be above stall_timeout_s, so that the message about a stall comes first. null = 7200, or
+    stall_timeout_s + 1800 if that is more."""
     replay: Path | None = None
     """Take rollouts from this run directory instead of sampling. Its teacher scores are used too, if they are for
     exactly these rows, this teacher (compared by content) and this objective's candidates."""
@@ -71,6 +75,9 @@ class RunConfig(Section):
 class PlatformConfig(Section):
     kind: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. `auto`: cuda if torch sees a GPU, else cpu (with gloo)."""
+    deterministic: bool = False
+    """Train with algorithms that give the same bits every time (docs/resume.md). On a GPU it is slower, and attention
+    may need much more memory. On a CPU, training repeats its bits anyway."""
 
 
 class ParallelConfig(Section):
@@ -110,13 +117,21 @@ class ServerConfig(Section):
     """Port of the started server. null = a free port chosen by the operating system."""
     tensor_parallel: PositiveInt = 1
     """Number of tensor-parallel ranks of the started server."""
+    gpus: tuple[NonNegativeInt, ...] | None = None
+    """GPUs of the started server, counted from 0 among those that the launch sees (CUDA_VISIBLE_DEVICES). null = the
+    first tensor_parallel ones."""
+    threads: PositiveInt | None = None
+    """CPU threads of each rank of the started server (OMP_NUM_THREADS). null = 1 on a CPU; with GPUs, the CPUs divided
+    by tensor_parallel, at most 8."""
     dtype: Dtype | None = None
     """Dtype of weights and activations of the started server. null = that of its model (student.dtype or
     teacher.dtype)."""
     max_total_tokens: PositiveInt | None = None
-    """Size of the KV cache in tokens. null = SGLang decides."""
+    """Size of the KV cache in tokens. null = SGLang decides. With GPUs, a started server needs this key or
+    mem_fraction."""
     mem_fraction: Fraction | None = None
-    """Fraction of the GPU memory for weights and KV cache. null = SGLang decides."""
+    """Share of the GPU memory that is free when the server starts, for its weights and KV cache. null = SGLang decides,
+    0.8 to 0.9. After a restart less is free, so prefer max_total_tokens."""
     extra_args: tuple[str, ...] = ()
     """Additional arguments for `sglang.launch_server`, written as on its command line."""
     start_timeout_s: PositiveFloat = 600.0

@@ -146,6 +146,7 @@ def _transformer_config(
         context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
         calculate_per_token_loss=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         # Other values make interleaved stages exchange wrong tensors without an error (see `checks`).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

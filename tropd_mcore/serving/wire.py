@@ -94,6 +94,8 @@ class ServerInfo:
     pipeline_parallel: int = 1
     device: str = "?"
     """`cpu`, `cuda` and so on"""
+    cache_tokens: int | None = None
+    """Size of the KV cache in tokens; None if the server does not report it"""
 
     @property
     def exact(self) -> bool:
@@ -240,6 +242,7 @@ def read_server_info(server: object, model: object) -> ServerInfo:
         data_parallel=_count(server.get("dp_size")),
         pipeline_parallel=_count(server.get("pp_size")),
         device=one_line(server.get("device", "?")),
+        cache_tokens=found if type(found := server.get("max_total_num_tokens")) is int else None,
     )
 
 

@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "run.lock": free(),
     "run.rank_timeout_s": free(),
     "run.stall_timeout_s": free(),
+    "run.collective_timeout_s": free(),
     "run.replay": refused("the rollouts of the next steps would come from another source"),
     "run.init_from": Rule("beginning", "it names the weights that a run begins with, and this one has begun"),
     "run.init_optimizer": Rule("beginning", "it decides how a run begins, and this one has begun"),

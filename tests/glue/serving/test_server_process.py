@@ -62,8 +62,57 @@ def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: S
     environment = site.told()["environment"]
     assert environment["OMP_NUM_THREADS"] == "1" and environment["SGLANG_USE_CPU_ENGINE"] == "1"
     site.notes.unlink()
-    site.started({"silent": True}, device="cpu", cpu_threads=3)
+    site.started({"silent": True}, device="cpu", config={"threads": 3})
     assert site.told()["environment"]["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_server_sees_its_gpus_and_may_find_them_filled_unequally_if_its_cache_has_a_size(
+    site: ServerSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    config = {"tensor_parallel": 2, "gpus": (1, 3), "max_total_tokens": 99}
+    site.started({"silent": True}, config=config)
+    environment = site.told()["environment"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
+
+
+CACHE = {
+    "/server_info": {"max_req_input_len": 99, "tp_size": 1, "max_total_num_tokens": 1000},
+    "/model_info": {"weight_version": "v1"},
+}
+
+
+def test_a_ready_server_tells_how_many_of_the_longest_requests_its_cache_holds(
+    site: ServerSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = site.process({"pages": CACHE}, longest=300, config={"max_concurrency": 4})
+    process.start()
+    with caplog.at_level("INFO"):
+        process.wait_ready()
+        process.wait_ready()
+    (line,) = [record.getMessage() for record in caplog.records if "KV cache" in record.getMessage()]
+    assert line == (
+        "rollout.server: its KV cache has 1,000 tokens; 4 requests (max_concurrency) of at most 300 tokens need 1,200, "
+        "so 3 fit at once if all are that long"
+    )
+
+
+@pytest.mark.parametrize(("asked", "warned"), [(1050, False), (1100, True)])
+def test_a_cache_that_is_smaller_than_asked_for_is_a_warning_at_every_start(
+    site: ServerSite, caplog: pytest.LogCaptureFixture, asked: int, warned: bool
+) -> None:
+    """SGLang takes what is free if that is less, and rounds down to pages. After a restart, less may be free."""
+    process = site.process({"pages": CACHE}, longest=300, config={"max_total_tokens": asked})
+    process.start()
+    process.wait_ready()
+    process.restart()
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = (
+        f"rollout.server: the KV cache is smaller than rollout.server.max_total_tokens={asked}: too little memory is "
+        "free; lower it, or free memory of GPU 0"
+    )
+    assert lines == [expected] * 2 * warned
 
 
 def test_the_server_inherits_our_environment_without_torchruns_rank_variables(
