@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 POLL_S = 0.25
+FLOAT32_LOGITS = "--enable-fp32-lm-head"
+"""Argument with which SGLang keeps the logits of a bfloat16 model in float32. On a GPU it copies no weight for that."""
 ENOUGH = 0.95
 """Least share of the asked KV cache that counts as reached. SGLang rounds down to whole pages."""
 SHOWN_OF_LINE = 100
@@ -205,6 +207,8 @@ class ServerProcess:
         if spec.device == "cpu":
             # the default attention backend needs AMX; without --sleep-on-idle an idle scheduler keeps a core busy
             command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--sleep-on-idle"]
+        else:
+            command += [FLOAT32_LOGITS]
         return [*command, *config.extra_args]
 
     def wait_ready(self) -> None:

@@ -30,6 +30,7 @@ class SupervisedServer:
         """Restarts so far, at most `max_restarts` over the launch."""
         self._process = ServerProcess(spec) if spec.config.url is None else None
         self._client: SglangClient | None = None
+        self._told_rounding = False
 
     @property
     def config(self) -> ServerConfig:
@@ -61,6 +62,25 @@ class SupervisedServer:
             raise ServerError(
                 f"{self.spec.key}.url={self.config.url}: the server there is not healthy (GET /health; it is paused, "
                 "still starting, or its engine gives no results)"
+            )
+
+    def warn_of_rounded_logits(self) -> None:
+        """Log one warning, at the first call, if a server at a url rounds its logits before it takes log-probs.
+
+        A server that we start on a GPU does not. On a CPU it would compute with a float32 copy of the output layer.
+        Raises ServerError.
+        """
+        if self._process is not None or self._told_rounding:
+            return
+        self._told_rounding = True
+        info = self.client.info()
+        if info.rounds_logits and info.device != "cpu":
+            log.warning(
+                "%s (%s): it rounds its logits to %s, which changes each probability ratio by several percent; start "
+                "it with --enable-fp32-lm-head, as examples/teacher_server.sh does",
+                self.spec.called,
+                self.client.url,
+                "the dtype of its model" if info.dtype in ("?", "auto") else info.dtype,
             )
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation | ServerError]:

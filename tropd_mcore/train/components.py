@@ -304,6 +304,8 @@ def _served_teacher(
             server.wait_ready()
             if context.config.gates.tokenizer and context.layout.rank == 0:
                 check_served_tokenizer(server, config.path)
+            if context.layout.rank == 0:
+                server.warn_of_rounded_logits()
             teacher = SglangTeacher(
                 server,
                 topk=topk,

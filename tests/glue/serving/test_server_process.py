@@ -45,7 +45,7 @@ def test_the_server_gets_its_model_address_and_settings_on_the_command_line(site
     process = site.started({"silent": True}, config=config)
     expected = ["--model-path", str(site.model), "--host", "127.0.0.1", "--port", str(process.port)]
     expected += ["--device", "cuda", "--dtype", "float32", "--tp-size", "2"]
-    expected += ["--max-total-tokens", "99", "--mem-fraction-static", "0.5"]
+    expected += ["--max-total-tokens", "99", "--mem-fraction-static", "0.5", "--enable-fp32-lm-head"]
     assert site.told()["argv"] == expected
 
 
@@ -55,6 +55,7 @@ def test_a_cpu_server_sleeps_when_idle_and_extra_arguments_come_last(site: Serve
     assert argv[-2:] == ["--more", "x"]
     assert argv[argv.index("--attention-backend") + 1] == "torch_native" and "--sleep-on-idle" in argv
     assert argv[argv.index("--dtype") + 1] == "bfloat16" and "--max-total-tokens" not in argv
+    assert "--enable-fp32-lm-head" not in argv, "it would copy the output layer at each token"
 
 
 def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: ServerSite) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung, S
 from tropd_mcore.serving import process as process_module
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.serving.wire import read_server_info
 
 
 def supervised(tmp_path: Path, events: list[str], *, max_restarts: int = 2) -> SupervisedServer:
@@ -145,3 +147,37 @@ def test_a_server_that_dies_of_the_signal_that_stops_the_run_is_not_restarted(tm
     with stopping.held(), pytest.raises(ServerDied, match="gone"):  # while a checkpoint is written
         server.recover(ServerDied("gone"))
     assert not events and server.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "rounds_to"),
+    [
+        ({"dtype": "bfloat16", "device": "cuda"}, "bfloat16"),
+        ({"dtype": "auto", "device": "cuda"}, "the dtype of its model"),
+        ({}, "the dtype of its model"),
+        ({"dtype": "bfloat16", "device": "cuda", "enable_fp32_lm_head": True}, None),
+        ({"dtype": "float32", "device": "cuda"}, None),
+        ({"dtype": "bfloat16", "device": "cpu"}, None),
+    ],
+    ids=str,
+)
+def test_a_server_at_a_url_that_rounds_its_logits_causes_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, said: dict[str, Any], rounds_to: str | None
+) -> None:
+    page = {"max_req_input_len": 99, "tp_size": 1, **said}
+    spec = dataclasses.replace(supervised(tmp_path, []).spec, config=ServerConfig(url="http://h:1"))
+    server = SupervisedServer(spec)
+    server._client = SimpleNamespace(  # type: ignore[assignment]
+        url="http://h:1", info=lambda: read_server_info(page, {"weight_version": "v1"})
+    )
+    for _ in range(2):
+        server.warn_of_rounded_logits()
+    expected = (
+        f"teacher.server (http://h:1): it rounds its logits to {rounds_to}, which changes each probability ratio by "
+        "several percent; start it with --enable-fp32-lm-head, as examples/teacher_server.sh does"
+    )
+    assert [record.getMessage() for record in caplog.records] == [expected] * (rounds_to is not None)
+
+
+def test_a_server_that_we_start_is_not_asked_whether_it_rounds_its_logits(tmp_path: Path) -> None:
+    supervised(tmp_path, []).warn_of_rounded_logits()
