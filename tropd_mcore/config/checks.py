@@ -13,8 +13,9 @@ from pathlib import Path
 from tropd_mcore.config.derived import longest_response_at, longest_sample
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
-from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig
+from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig, StudentConfig
 from tropd_mcore.config.server_checks import server_problems
+from tropd_mcore.config.time_limits import time_limit_problems
 
 MANAGED_SERVER_ARGS = {
     "--model-path": "student.path or teacher.path",
@@ -235,6 +236,19 @@ def _loss(config: Config) -> Iterator[str]:
         )
 
 
+def _recompute(config: Config) -> Iterator[str]:
+    student, fields = config.student, StudentConfig.model_fields
+    for key, needed in (("recompute_modules", "selective"), ("recompute_layers", "full")):
+        value = getattr(student, key)
+        if student.recompute != needed and value != fields[key].default:
+            yield (
+                f"student.{key} has no effect with student.recompute={student.recompute}; remove it, or set "
+                f"student.recompute={needed}"
+            )
+    if not student.recompute_modules:
+        yield "student.recompute_modules is empty, so nothing is recomputed; set student.recompute=none"
+
+
 def _backend(config: Config) -> Iterator[str]:
     yield from backend_problems(config.loss.backend, config.platform.kind)
 
@@ -351,29 +365,6 @@ def _beginning(config: Config) -> Iterator[str]:
         )
 
 
-def _timeouts(config: Config) -> Iterator[str]:
-    run = config.run
-    if run.rank_timeout_s >= run.stall_timeout_s:
-        yield (
-            f"run.rank_timeout_s = {run.rank_timeout_s:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: "
-            "a rank without a sign of life is found before a run without progress; lower the one or raise the other"
-        )
-    if run.collective_timeout_s is not None and run.collective_timeout_s <= run.stall_timeout_s:
-        yield (
-            f"run.collective_timeout_s = {run.collective_timeout_s:g} must be above run.stall_timeout_s = "
-            f"{run.stall_timeout_s:g}: a stall names the missing rank, a collective that times out does not; raise the "
-            "one, lower the other or leave it out"
-        )
-    servers = {"rollout": config.rollout.server, "teacher": config.teacher.server}
-    for name, server in servers.items():
-        for key in ("start_timeout_s", "request_timeout_s"):
-            if (limit := getattr(server, key)) >= run.stall_timeout_s:
-                yield (
-                    f"{name}.server.{key} = {limit:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: a "
-                    "server is given up before the run is; lower the one or raise the other"
-                )
-
-
 def _replay(config: Config) -> Iterator[str]:
     if config.run.replay == config.run.dir:
         yield f"run.replay and run.dir are both {config.run.dir}; replay another run, or remove run.replay to resume"
@@ -429,6 +420,7 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _cache,
     _packs,
     _backend,
+    _recompute,
     _loss,
     of_each_phase(_weight_gradient),
     _rollout_server,
@@ -440,7 +432,7 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _adam,
     _overlap,
     _beginning,
-    _timeouts,
+    time_limit_problems,
     _replay,
     _pattern,
     *(_home(key) for key in PATHS),

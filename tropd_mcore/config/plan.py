@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import yaml
 
-from tropd_mcore.config.derived import alpha, phase_configs, reference_path
+from tropd_mcore.config.derived import alpha, chunk_tokens, phase_configs, reference_path
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
-from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.schema import Config, ServerConfig, StudentConfig
 
 
 def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
@@ -88,11 +88,19 @@ def _layout(config: Config, world_size: int | None) -> str:
 
 def _student(config: Config) -> str:
     student, run = config.student, config.run
-    text = f"{student.path}, {student.dtype}, recompute {student.recompute}"
+    text = f"{student.path}, {student.dtype}, recompute {_recompute(student)}"
     if run.init_from is not None:
         what = "weights and optimizer state" if run.init_optimizer else "weights"
         text += f"; a new run begins with the {what} of {run.init_from}"
     return text
+
+
+def _recompute(student: StudentConfig) -> str:
+    if student.recompute == "selective":
+        return f"selective ({', '.join(student.recompute_modules)})"
+    if student.recompute == "full" and student.recompute_layers is not None:
+        return f"full (the first {student.recompute_layers} layers of a stage)"
+    return student.recompute
 
 
 def _rollouts(config: Config) -> str:
@@ -153,7 +161,7 @@ def _loss(config: Config) -> str:
     softcap = f", logits capped at {loss.logit_softcap:g}" if loss.logit_softcap is not None else ""
     ignored = len(loss.ignore_tokens) + len(loss.ignore_first_of)
     return (
-        f"{form}, {loss.backend} backend, {loss.chunk_tokens:,} rows per chunk, {loss.aggregation}"
+        f"{form}, {loss.backend} backend, {chunk_tokens(config):,} rows per chunk, {loss.aggregation}"
         f"{overlap}{softcap}{f', {ignored} tokens ignored' if ignored else ''}"
     )
 

@@ -101,8 +101,13 @@ class StudentConfig(Section):
     dtype: Dtype = "bfloat16"
     """Dtype of parameters and activations. Gradients and the optimizer's main weights are always float32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Recompute activations to save memory: those of each layer's MLP (selective) or of whole layers (full). Memory and
-    time were measured: docs/gpu.md."""
+    """Recompute activations to save memory: those of recompute_modules in each layer (selective) or of whole layers
+    (full). Memory and time were measured: docs/gpu.md."""
+    recompute_modules: tuple[Literal["mlp", "core_attn"], ...] = ("mlp",)
+    """`selective` only. `mlp` saves more than half of the activations. `core_attn` saves memory only if attention is
+    not fused, as with platform.deterministic; otherwise it costs memory."""
+    recompute_layers: PositiveInt | None = None
+    """`full` only. Recompute just the first layers of each pipeline stage, this many. null = all."""
 
 
 class ServerConfig(Section):
@@ -242,9 +247,9 @@ class LossConfig(Section):
     in the forward pass; a check makes sure that the loss is not scaled afterwards. `deferred`: kept in float32 and
     scaled in the backward pass. `recompute`: all gradients of the loss are computed in the backward pass, from
     recomputed logits if the form is `fused`."""
-    chunk_tokens: PositiveInt = 2048
+    chunk_tokens: PositiveInt | None = None
     """Number of tokens per chunk of the loss. It bounds the memory of the loss, chunk_tokens x vocabulary shard in
-    float32."""
+    float32. null = 2048 up to parallel.tensor=2, else 1024 x parallel.tensor: smaller shards get longer chunks."""
     overlap_chunks: bool = False
     """`fused` only. Compute the logits of the next chunk during the all-reduce of the current one. Needs the memory of
     a second chunk."""
@@ -336,8 +341,11 @@ class MonitorConfig(Section):
     wandb_project: str | None = None
     """Weights & Biases project to log to. null = off. Needs the extra [wandb]."""
     topk_overlap: bool = True
-    """Measure the overlap of the teacher's and the student's top-k at each step. It costs one more top-k over the
-    student's vocabulary shard."""
+    """Measure the overlap of the teacher's and the student's top-k (topk/overlap) at some steps."""
+    topk_overlap_every: PositiveInt = 10
+    """Steps between two measurements of topk_overlap, from step 0 on. The last step always has one. A measurement costs
+    one more product with the output layer and a top-k, about half of the loss. If the objective finds the student's
+    top-k anyway, the overlap is measured at every step."""
     force: bool = True
     """Measure how much of the loss's gradient comes from tokens at each distance to the teacher (the metrics of
     `force`, and `tv`). It needs no pass over the vocabulary: docs/metrics.md."""

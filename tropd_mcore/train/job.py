@@ -123,7 +123,9 @@ def _train(context: JobContext, loaded: LoadedInputs, start: Start, cleanup: Exi
     with progress(log, "making models, optimizer and servers ready"):
         student = build_model(
             context.student, config.parallel, layout, context.platform,
-            dtype=config.student.dtype, trainable=True, recompute=config.student.recompute, optimizer=config.optimizer,
+            dtype=config.student.dtype, trainable=True, recompute=config.student.recompute,
+            recompute_modules=config.student.recompute_modules, recompute_layers=config.student.recompute_layers,
+            optimizer=config.optimizer,
         )  # fmt: skip
         load_hf(student, config.student.path, layout)
         if first_step < last_step:

@@ -73,6 +73,8 @@ RULES: dict[str, Rule] = {
     "student.path": Rule("content", "the checkpoints hold another student, with its own config and tokenizer"),
     "student.dtype": refused("the checkpoints hold weights of the recorded dtype"),
     "student.recompute": _ROUNDING,
+    "student.recompute_modules": _ROUNDING,
+    "student.recompute_layers": _ROUNDING,
     "teacher.kind": _SERVER,
     "teacher.path": Rule("content", "the steps so far learned from another teacher"),
     "teacher.dtype": _TEACHER_PRECISION,
