@@ -141,15 +141,25 @@ def test_servers_come_before_everything_of_the_trainer_that_takes_memory(
     assert training.did[0] == ("start_servers",) and ("build_model",) in training.did
 
 
+IN_ORDER = ["rollout starts", "rollout is ready", "teacher starts", "teacher is ready"]
+
+
 @pytest.mark.parametrize(
-    ("platform", "expected"),
+    ("platform", "settings", "expected"),
     [
-        ("cuda", ["rollout starts", "rollout is ready", "teacher starts", "teacher is ready"]),
-        ("cpu", ["rollout starts", "teacher starts"]),
+        ("cuda", {}, IN_ORDER),
+        ("cuda", {"release_memory": True}, [*IN_ORDER[:2], "rollout gives its memory back", *IN_ORDER[2:]]),
+        ("cpu", {"release_memory": True}, ["rollout starts", "teacher starts"]),
     ],
+    ids=str,
 )
 def test_on_gpus_each_server_is_ready_before_the_next_one_and_before_the_trainer(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, platform: str, expected: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    platform: str,
+    settings: dict[str, Any],
+    expected: list[str],
 ) -> None:
     did: list[str] = []
     needed: list[int | None] = []
@@ -165,11 +175,14 @@ def test_on_gpus_each_server_is_ready_before_the_next_one_and_before_the_trainer
         def wait_ready(self) -> None:
             did.append(f"{self.name} is ready")
 
+        def release_memory(self) -> None:
+            did.append(f"{self.name} gives its memory back")
+
         def stop(self) -> None:
             did.append(f"{self.name} stops")
 
     monkeypatch.setattr(components, "SupervisedServer", Server)
-    config = config_of(tmp_path, folder, teacher={"kind": "sglang"})
+    config = config_of(tmp_path, folder, teacher={"kind": "sglang"}, rollout={"server": settings})
     with one_rank() as layout, ExitStack() as cleanup:
         context = replace(context_of(config, layout), platform=SimpleNamespace(name=platform))
         servers = components.start_servers(context, cleanup, 300)

@@ -99,6 +99,22 @@ def test_two_servers_share_a_gpu_only_if_both_have_a_number_of_tokens(
             "remove one",
         ),
         (
+            "cpu",
+            {"release_memory": True},
+            "rollout.server.release_memory gives GPU memory back, and platform.kind=cpu; remove it",
+        ),
+        (
+            "cuda",
+            {"url": "http://h:1", "release_memory": True},
+            "rollout.server.url names a running server, so rollout.server.{release_memory} would have no effect; "
+            "remove one",
+        ),
+        (
+            "cuda",
+            {**TOKENS, "extra_args": ["--enable-memory-saver"]},
+            "rollout.server.extra_args: --enable-memory-saver is set by server.release_memory; remove it there",
+        ),
+        (
             "cuda",
             {**TOKENS, "extra_args": ["--base-gpu-id=1"]},
             "rollout.server.extra_args: --base-gpu-id is set by server.gpus; remove it there",
@@ -107,3 +123,9 @@ def test_two_servers_share_a_gpu_only_if_both_have_a_number_of_tokens(
 )
 def test_gpus_that_do_not_fit_the_server_are_refused(kind: str, server: dict[str, Any], expected: str) -> None:
     assert problems(kind, server) == [expected]
+
+
+def test_a_teachers_server_keeps_its_memory() -> None:
+    expected = "teacher.server.release_memory: only rollout.server gives its memory back; remove it"
+    assert problems("cuda", {"url": "http://h:1"}, {**TOKENS, "release_memory": True}) == [expected]
+    assert problems("cuda", {**TOKENS, "release_memory": True}) == []

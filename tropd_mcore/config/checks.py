@@ -29,6 +29,7 @@ MANAGED_SERVER_ARGS = {
     "--max-total-tokens": "server.max_total_tokens",
     "--mem-fraction-static": "server.mem_fraction",
     "--base-gpu-id": "server.gpus",
+    "--enable-memory-saver": "server.release_memory",
     "--api-key": "server.api_key_env",
     "--admin-api-key": "the random key of the started server",
     "--tokenizer-worker-num": "one tokenizer process: SGLang takes no key with several",
@@ -290,6 +291,7 @@ OF_A_START = (
     "threads",
     "max_total_tokens",
     "mem_fraction",
+    "release_memory",
     "extra_args",
     "log_max_mib",
 )

@@ -137,6 +137,9 @@ class ServerConfig(Section):
     mem_fraction: Fraction | None = None
     """Share of the GPU memory that is free when the server starts, for its weights and KV cache. null = SGLang decides,
     0.8 to 0.9. After a restart less is free, so prefer max_total_tokens."""
+    release_memory: bool = False
+    """rollout.server on GPUs only. Let the started server give its memory back while the trainer scores and trains
+    (docs/servers.md)."""
     extra_args: tuple[str, ...] = ()
     """Additional arguments for `sglang.launch_server`, written as on its command line."""
     start_timeout_s: PositiveFloat = 600.0

@@ -24,6 +24,10 @@ def server_problems(config: Config) -> Iterator[str]:
     """Yield the problems of the GPUs and the memory of servers to start, as far as the configuration shows them."""
     for key, server in started_servers(config).items():
         yield from _gpus(key, server, config.platform.kind)
+        if server.release_memory and config.platform.kind == "cpu":
+            yield f"{key}.release_memory gives GPU memory back, and platform.kind=cpu; remove it"
+        if server.release_memory and key != "rollout.server":
+            yield f"{key}.release_memory: only rollout.server gives its memory back; remove it"
     if config.platform.kind == "cuda":
         for _, problem in budget_problems(config):
             yield problem

@@ -208,7 +208,7 @@ class ServerProcess:
             # the default attention backend needs AMX; without --sleep-on-idle an idle scheduler keeps a core busy
             command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--sleep-on-idle"]
         else:
-            command += [FLOAT32_LOGITS]
+            command += [FLOAT32_LOGITS, *(["--enable-memory-saver"] if config.release_memory else [])]
         return [*command, *config.extra_args]
 
     def wait_ready(self) -> None:

@@ -7,7 +7,8 @@ or stopped. After a restart the server has the weights of the model folder; call
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tropd_mcore import stopping
 from tropd_mcore.config.schema import ServerConfig
@@ -31,6 +32,7 @@ class SupervisedServer:
         self._process = ServerProcess(spec) if spec.config.url is None else None
         self._client: SglangClient | None = None
         self._told_rounding = False
+        self._released = False
 
     @property
     def config(self) -> ServerConfig:
@@ -63,6 +65,36 @@ class SupervisedServer:
                 f"{self.spec.key}.url={self.config.url}: the server there is not healthy (GET /health; it is paused, "
                 "still starting, or its engine gives no results)"
             )
+
+    def release_memory(self) -> None:
+        """Have the server give its memory back until `resume_memory` (release_memory). Its weights are lost.
+
+        Raises ServerError.
+        """
+        with self._naming_key():
+            self.client.release_memory()
+        self._released = True
+
+    def resume_memory(self) -> None:
+        """Have the server take its memory back, if it has given it. Its weights are undefined then.
+
+        Raises ServerError.
+        """
+        if not self._released:
+            return
+        with self._naming_key():
+            self.client.resume_memory()
+        self._released = False
+
+    @contextmanager
+    def _naming_key(self) -> Iterator[None]:
+        """Add to an error what to change. The error of a dead server stays as it is: a restart may help."""
+        try:
+            yield
+        except ServerDied:
+            raise
+        except ServerError as error:
+            raise ServerError(f"{error}; set {self.spec.key}.release_memory=false") from error
 
     def warn_of_rounded_logits(self) -> None:
         """Log one warning, at the first call, if a server at a url rounds its logits before it takes log-probs.
@@ -117,6 +149,7 @@ class SupervisedServer:
         self.restarts += 1
         log.warning("%s; restart %d of %d", end, self.restarts, self.config.max_restarts)
         self._process.restart()
+        self._released = False
         if self.after_restart is not None:
             try:
                 self.after_restart()

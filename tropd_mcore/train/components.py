@@ -135,7 +135,19 @@ def make_policy(
         )
         return sampler, WeightPublisher(server.client, plan, ledger=ledger)
 
-    return PolicyServer(student, context.layout, server, connect, verify_sync=config.gates.weight_sync, clock=clock)
+    return PolicyServer(
+        student,
+        context.layout,
+        server,
+        connect,
+        verify_sync=config.gates.weight_sync,
+        release_memory=_releases_memory(context),
+        clock=clock,
+    )
+
+
+def _releases_memory(context: JobContext) -> bool:
+    return context.config.rollout.server.release_memory and context.platform.name == "cuda"
 
 
 def sampler_bounds(context: JobContext, server: SupervisedServer | None) -> SamplerBounds:
@@ -362,4 +374,6 @@ def _start_server(
             server.start()
             if starts and context.platform.name == "cuda":
                 server.wait_ready()
+                if name == "rollout" and _releases_memory(context):
+                    server.release_memory()  # until the first publication
     return server

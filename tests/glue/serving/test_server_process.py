@@ -78,6 +78,14 @@ def test_the_server_sees_its_gpus_and_may_find_them_filled_unequally_if_its_cach
     assert environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
 
 
+@pytest.mark.parametrize(("device", "flags"), [("cuda", ["--enable-memory-saver"]), ("cpu", [])])
+def test_a_server_that_gives_its_memory_back_on_a_gpu_is_started_for_that(
+    site: ServerSite, device: str, flags: list[str]
+) -> None:
+    site.started({"silent": True}, device=device, config={"release_memory": True})
+    assert [flag for flag in site.told()["argv"] if "memory-saver" in flag] == flags
+
+
 CACHE = {
     "/server_info": {"max_req_input_len": 99, "tp_size": 1, "max_total_num_tokens": 1000},
     "/model_info": {"weight_version": "v1"},

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from tests.glue.fake_server import fake_server
+from tests.glue.test_serving_edges import scripted
 from tropd_mcore import stopping
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung, StopRequested
 from tropd_mcore.serving import process as process_module
+from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import read_server_info
@@ -181,3 +184,50 @@ def test_a_server_at_a_url_that_rounds_its_logits_causes_one_warning(
 
 def test_a_server_that_we_start_is_not_asked_whether_it_rounds_its_logits(tmp_path: Path) -> None:
     supervised(tmp_path, []).warn_of_rounded_logits()
+
+
+MOVES = (
+    ["/pause_generation", "/flush_cache", "/release_memory_occupation"],
+    ["/resume_memory_occupation", "/continue_generation"],
+)
+
+
+def test_memory_is_given_back_by_an_idle_server_and_taken_back_once(tmp_path: Path) -> None:
+    """SGLang ends if a request runs while memory is given back, or if memory is taken back twice."""
+    with fake_server() as fake:
+        server = supervised(tmp_path, [])
+        server._client = SglangClient(fake.url, server.config, key="rollout.server", alive=lambda: True)
+        server.resume_memory()
+        assert fake.paths() == []
+        server.release_memory()
+        assert fake.paths() == MOVES[0] and fake.released
+        server.resume_memory()
+        server.resume_memory()
+        assert fake.paths() == MOVES[0] + MOVES[1] and not fake.released and not fake.paused
+
+
+def test_a_restarted_server_has_its_memory(tmp_path: Path) -> None:
+    events: list[str] = []
+    server = supervised(tmp_path, events)
+    with fake_server() as fake:
+        server._client = SglangClient(fake.url, server.config, key="rollout.server", alive=lambda: True)
+        server.release_memory()
+        server.recover(ServerDied("gone"))
+        server.resume_memory()
+        assert "/resume_memory_occupation" not in fake.paths() and events == ["restart"]
+
+
+@pytest.mark.parametrize("path", ["release_memory_occupation", "resume_memory_occupation", "flush_cache"])
+@pytest.mark.parametrize(("status", "said"), [(400, "out of memory"), (404, "Not Found")])
+def test_a_refused_request_about_memory_is_one_line_that_names_the_key(
+    tmp_path: Path, path: str, status: int, said: str
+) -> None:
+    server = supervised(tmp_path, [])
+    with scripted(**{path: [(status, {"error": said})]}) as found:
+        server._client = SglangClient(found.url, ServerConfig(max_retries=0), key="rollout.server")
+        with pytest.raises(ServerError) as refused:
+            server.release_memory()
+            server.resume_memory()
+    line = str(refused.value)
+    assert f"/{path}" in line and said in line and "\n" not in line
+    assert line.endswith("; set teacher.server.release_memory=false")
