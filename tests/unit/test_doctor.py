@@ -322,7 +322,7 @@ def test_the_minimum_number_of_ranks_is_compared_with_the_gpus_if_the_number_is_
     (tmp_path / "dev" / "nvidia0").touch()
     monkeypatch.setattr("tropd_mcore.train.preflight_machine.DEVICES", tmp_path / "dev")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    config, _ = load(recipe, ["platform.kind=cuda"])
+    config, _ = load(recipe, ["platform.kind=cuda", "rollout.server.max_total_tokens=16384"])
     found = [finding for finding in start_checks(config) if finding.name == "parallel"]
     assert any("4 ranks on this machine but 1 GPUs are visible" in finding.detail for finding in found)
     found = [finding for finding in start_checks(config, nodes=4) if finding.name == "parallel"]

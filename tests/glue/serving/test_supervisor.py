@@ -217,13 +217,13 @@ def test_a_restarted_server_has_its_memory(tmp_path: Path) -> None:
         assert "/resume_memory_occupation" not in fake.paths() and events == ["restart"]
 
 
-@pytest.mark.parametrize("path", ["release_memory_occupation", "resume_memory_occupation", "flush_cache"])
-@pytest.mark.parametrize(("status", "said"), [(400, "out of memory"), (404, "Not Found")])
+@pytest.mark.parametrize("path", ["release_memory_occupation", "resume_memory_occupation", "flush_cache?timeout=30"])
+@pytest.mark.parametrize(("status", "said"), [(400, "answered 400"), (404, "has no")])
 def test_a_refused_request_about_memory_is_one_line_that_names_the_key(
     tmp_path: Path, path: str, status: int, said: str
 ) -> None:
     server = supervised(tmp_path, [])
-    with scripted(**{path: [(status, {"error": said})]}) as found:
+    with scripted(**{path: [(status, {"error": "out of memory"})]}) as found:
         server._client = SglangClient(found.url, ServerConfig(max_retries=0), key="rollout.server")
         with pytest.raises(ServerError) as refused:
             server.release_memory()
