@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.glue.stubs import make_config
 from tropd_mcore import logs
@@ -15,9 +16,9 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.mcore.platform import deterministic as deterministic_module
 from tropd_mcore.train import __main__ as rank
-from tropd_mcore.train import job, launch
+from tropd_mcore.train import job, launch, rendezvous
 from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
-from tropd_mcore.train.rendezvous import Place
+from tropd_mcore.train.rendezvous import NodesMeet, Place
 
 
 @pytest.fixture
@@ -132,8 +133,18 @@ def test_the_plan_ends_with_the_line_that_starts_each_node(config: Config) -> No
 def test_the_progress_of_a_run_is_read_from_its_metrics(tmp_path: Path, lines: str | None, said: str) -> None:
     if lines is not None:
         (tmp_path / "metrics.jsonl").write_text(lines)
-    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0)
+    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0, 900.0)
     assert launch.where(job) == said
+
+
+def test_a_launcher_waits_for_the_other_nodes_as_long_as_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_host_store", lambda place: dist.HashStore())
+    with pytest.raises(rendezvous.LaunchError) as refused:
+        NodesMeet(Place(3, 0, "first", 7, 2, "digest"), limit_s=0.01).next_rendezvous()
+    assert str(refused.value) == (
+        "node 1, 2 of 3 did not join in 0.01 s (run.join_timeout_s); start the same command there with NODE_RANK=1 "
+        "MASTER_ADDR=first MASTER_PORT=7"
+    )
 
 
 def test_blame_goes_first_to_a_rank_with_an_error_then_to_a_killed_one_then_to_one_that_followed() -> None:

@@ -113,7 +113,14 @@ def _launch(options: argparse.Namespace, config: Config, resolved: str, nodes: N
     arguments = (options.config, *options.overrides)
     run = config.run
     return launch(
-        Job(place=place, arguments=arguments, run_dir=run.dir, steps=run.steps, rank_timeout_s=run.rank_timeout_s)
+        Job(
+            place=place,
+            arguments=arguments,
+            run_dir=run.dir,
+            steps=run.steps,
+            rank_timeout_s=run.rank_timeout_s,
+            join_timeout_s=run.join_timeout_s,
+        )
     )
 
 

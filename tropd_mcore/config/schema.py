@@ -48,6 +48,8 @@ class RunConfig(Section):
     lock: Literal["auto", "flock", "file"] = "auto"
     """How a job keeps other jobs out of <dir>. `flock`: a kernel lock. `file`: a file that names host and process, for
     file systems without flock (Lustre). `auto`: flock if the file system supports it, else a file."""
+    join_timeout_s: PositiveFloat = 900.0
+    """Longest time in seconds that the launcher of one machine waits for the launchers of the others."""
     rank_timeout_s: PositiveFloat = 120.0
     """Longest time in seconds that a rank may give no sign of life (a stopped process, a frozen machine). After that
     the job ends with a message that names the rank."""

@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {
     "run.keep_scores": free(),
     "run.keep_tokens": free(),
     "run.lock": free(),
+    "run.join_timeout_s": free(),
     "run.rank_timeout_s": free(),
     "run.stall_timeout_s": free(),
     "run.collective_timeout_s": free(),
