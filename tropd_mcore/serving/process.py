@@ -216,7 +216,7 @@ class ServerProcess:
 
         Raises ServerError if it dies or needs longer than start_timeout_s; StopRequested.
         """
-        if self._ready:
+        if self._ready and self.alive():
             return
         started = time.monotonic()
         client = self.client()

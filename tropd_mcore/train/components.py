@@ -81,10 +81,14 @@ def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Serv
     a server takes a part of what is free when it starts. On a CPU nothing is waited for.
     """
     used = used_servers(context.config)
-    return Servers(
+    servers = Servers(
         policy=_start_server(context, "rollout", cleanup, longest) if "rollout.server" in used else None,
         teacher=_start_server(context, "teacher", cleanup, longest) if "teacher.server" in used else None,
     )
+    with raise_on_all_ranks(context.layout.groups.control):
+        if servers.policy is not None and _releases_memory(context):
+            servers.policy.release_memory()  # until the first publication; both servers have fitted at once
+    return servers
 
 
 def teacher_model(context: JobContext) -> Model | None:
@@ -374,6 +378,4 @@ def _start_server(
             server.start()
             if starts and context.platform.name == "cuda":
                 server.wait_ready()
-                if name == "rollout" and _releases_memory(context):
-                    server.release_memory()  # until the first publication
     return server

@@ -107,6 +107,19 @@ def test_a_ready_server_tells_how_many_of_the_longest_requests_its_cache_holds(
     )
 
 
+def test_a_server_that_was_ready_is_not_asked_again_unless_it_has_ended(site: ServerSite) -> None:
+    """A health request of SGLang generates a token, which a server that has given its memory back cannot."""
+    process = site.process()
+    process.start()
+    process.wait_ready()
+    process.wait_ready()
+    assert site.log.read_text().count("answers") == 1
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: not process.alive())
+    with pytest.raises(ServerError, match="was killed by signal 9"):
+        process.wait_ready()
+
+
 @pytest.mark.parametrize(("asked", "warned"), [(1050, False), (1100, True)])
 def test_a_cache_that_is_smaller_than_asked_for_is_a_warning_at_every_start(
     site: ServerSite, caplog: pytest.LogCaptureFixture, asked: int, warned: bool
