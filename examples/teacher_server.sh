@@ -2,6 +2,7 @@
 # Start an SGLang server that scores for teacher.kind=sglang. Set teacher.server.url to the URL that it prints.
 #   bash examples/teacher_server.sh MODEL_FOLDER [more sglang.launch_server arguments]
 # Pass the value of teacher.dtype, for example --dtype bfloat16. Otherwise SGLang uses the dtype of the folder.
+# On a GPU its logits stay in float32 (--enable-fp32-lm-head): rounded ones change each ratio by several percent.
 # On a CPU: --device cpu --attention-backend torch_native --sampling-backend pytorch --sleep-on-idle
 # Everyone who can send it requests can replace its weights. With a key, it rejects requests without the key:
 #   export TROPD_SERVER_KEY="$(openssl rand -hex 32)"      # the same value here and for the launcher of the run
@@ -20,6 +21,8 @@ PORT="${PORT:-30000}"                           # port to serve on
 TROPD_SERVER_KEY="${TROPD_SERVER_KEY:-}"        # API key that requests must carry; empty = no key
 if [[ " $* " == *" --device cpu "* ]]; then
   export SGLANG_USE_CPU_ENGINE=1                # SGLang's own switch; without it, it looks for GPU packages
+else
+  set -- --enable-fp32-lm-head "$@"
 fi
 # the server sends itself a request when it starts, which must not go through a proxy
 direct="${no_proxy:+$no_proxy,}${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1,$HOST"

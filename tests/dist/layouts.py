@@ -48,6 +48,8 @@ class Case:
     context: int = 1
     sequence_parallel: bool = False
     recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] = ("mlp",)
+    recompute_layers: int | None = None
     dtype: Dtype = "float32"
     tokens_per_micro_batch: int = 48
     pack_multiple: int = 1
@@ -123,6 +125,8 @@ def build(folder: Path, case: Case, layout: Layout, platform: Any, *, trainable:
         dtype=case.dtype,
         trainable=trainable,
         recompute=case.recompute if trainable else "none",
+        recompute_modules=case.recompute_modules,
+        recompute_layers=case.recompute_layers,
         optimizer=case.optimizer if trainable else None,
     )
     load_hf(model, folder, layout)

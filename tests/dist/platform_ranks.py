@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tests.dist.layouts import Case, layout_of
+from tests.dist.layouts import Case, build, layout_of
 from tropd_mcore.mcore.parallel import RankEnvironment, destroy, initialize
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.platform.cpu_adam import CpuFusedAdam
 from tropd_mcore.mcore.platform.cpu_attention import CpuAttention
 from tropd_mcore.mcore.platform.cpu_norm import CpuRMSNorm
+from tropd_mcore.mcore.platform.deterministic import make_deterministic
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 5
 
@@ -155,3 +157,19 @@ def timeouts(limit: timedelta) -> dict[str, timedelta]:
     found = {name: group._get_backend(torch.device("cpu")).options._timeout for name, group in groups.items()}
     destroy(layout)
     return found
+
+
+def deterministic_lookup(folder: Path, ids: Tensor, back: Tensor, deterministic: bool) -> dict[str, Any]:
+    """Mode and gradient of a model's embedding, where the switch of platform.deterministic is set or not."""
+    case = Case()
+    if deterministic:
+        make_deterministic({})
+    try:
+        with layout_of(case) as (layout, platform):
+            model = build(folder, case, layout, platform, trainable=False)
+            embedding = model.modules[0].embedding.word_embeddings
+            embedding.weight.requires_grad_()
+            embedding(ids).backward(back)
+            return {"mode": model.config.deterministic_mode, "gradient": embedding.weight.grad}
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.dist import reference
 from tests.dist.layouts import Case, logits_of_samples, run_cases
 from tests.dist.test_layouts import CONSTANTS, LENGTHS, relative_error
 from tests.ranks import run_on_ranks
+from tropd_mcore.mcore.model import _recomputed
 
 TOLERANCE = 1e-5
 VARIANTS = {
@@ -20,6 +22,10 @@ VARIANTS = {
     "padding-tail": Case(tokens_per_micro_batch=128, pack_multiple=32),
     "recompute-selective": Case(tokens_per_micro_batch=256, recompute="selective"),
     "recompute-full": Case(tokens_per_micro_batch=256, recompute="full"),
+    "recompute-attention": Case(
+        tokens_per_micro_batch=256, recompute="selective", recompute_modules=("mlp", "core_attn")
+    ),
+    "recompute-one-layer": Case(tokens_per_micro_batch=256, recompute="full", recompute_layers=1),
 }
 SHARDED_RECOMPUTE = {
     "tp2-sp-selective": Case(tensor=2, sequence_parallel=True, recompute="selective"),
@@ -100,3 +106,29 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, family: str, world_s
         with torch.no_grad():
             expected = model(torch.from_numpy(rollout.token_ids)[None].long()).logits[0]
         torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        (("none", ("mlp",), None), {}),
+        (("selective", ("mlp",), None), {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+        (
+            ("selective", ("mlp", "core_attn"), None),
+            {"recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]},
+        ),
+        (
+            ("full", ("mlp",), None),
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        ),
+        (
+            ("full", ("mlp",), 9),
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 9},
+        ),
+    ],
+    ids=str,
+)
+def test_megatron_gets_what_to_recompute(given: tuple[Any, ...], fields: dict[str, Any]) -> None:
+    """Equal gradients, as above, would not show that nothing was recomputed."""
+    assert _recomputed(*given) == fields
+    TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2, **fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import megatron.core
 import numpy as np
@@ -17,7 +18,9 @@ from tests.dist import platform_ranks
 from tests.dist.layouts import Case
 from tests.dist.platform_ranks import HEADS, KEY_HEADS, WIDTH
 from tests.ranks import run_on_ranks
+from tropd_mcore.config.schema import RunConfig
 from tropd_mcore.errors import ConfigError
+from tropd_mcore.mcore.parallel import collective_timeout
 from tropd_mcore.mcore.platform import choose
 from tropd_mcore.mcore.platform.cpu import CpuPlatform
 from tropd_mcore.mcore.platform.cuda import CudaPlatform
@@ -61,6 +64,21 @@ def test_every_process_group_waits_as_long_as_the_job_says() -> None:
     limit = timedelta(hours=5)
     for name, found in run_on_ranks(platform_ranks.timeouts, 2, limit)[0].items():
         assert found == limit, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({}, timedelta(hours=2)),
+        ({"stall_timeout_s": 5400.0}, timedelta(hours=2)),
+        ({"stall_timeout_s": 7200.0}, timedelta(hours=2.5)),
+        ({"collective_timeout_s": 3601.0}, timedelta(seconds=3601)),
+        ({"collective_timeout_s": 90000.0, "stall_timeout_s": 80000.0}, timedelta(hours=25)),
+    ],
+    ids=str,
+)
+def test_a_collective_may_take_longer_than_a_stall(settings: dict[str, float], limit: timedelta) -> None:
+    assert collective_timeout(RunConfig(dir=Path("run"), **settings)) == limit
 
 
 def test_cuda_literals_run_on_the_cpu_also_in_backward() -> None:

@@ -40,6 +40,8 @@ class FakeServer:
     """The weights that each start of an input was computed with."""
     in_update: bool = False
     paused: bool = False
+    released: bool = False
+    """Whether its memory is given back. As in SGLang, a wrong order ends the server: here the request fails."""
     die_after: int | None = None
     """Number of continuations until the connection breaks. None = never."""
     tokenize: Callable[[list[str]], Any] | None = None
@@ -74,6 +76,8 @@ class FakeServer:
             "/update_weights_from_tensor": self._update,
             "/update_weight_version": lambda body: self._set(label=body["new_version"]),
             "/weights_checker": self._check,
+            "/release_memory_occupation": lambda _: self._move_memory(back=True),
+            "/resume_memory_occupation": lambda _: self._move_memory(back=False),
         } | ({"/tokenize": self._tokenize} if self.tokenize is not None else {})
 
     def _tokenize(self, body: Body) -> Body:
@@ -83,8 +87,15 @@ class FakeServer:
     def _set(self, **values: Any) -> None:
         vars(self).update(values)
 
+    def _move_memory(self, *, back: bool) -> None:
+        assert self.released is not back
+        self.released = back
+        if back:
+            assert self.paused and not self.cache and not self.in_update, "the engine is not idle"
+            self.weights = dict.fromkeys(self.weights, b"lost")
+
     def _generate(self, body: Body) -> Body:
-        assert not self.paused and not self.in_update
+        assert not self.paused and not self.in_update and not self.released
         if self.die_after is not None:
             self.die_after -= 1
             if self.die_after < 0:
@@ -103,7 +114,7 @@ class FakeServer:
         return {"output_ids": output, "meta_info": meta}
 
     def _update(self, body: Body) -> None:
-        assert self.in_update and self.paused
+        assert self.in_update and self.paused and not self.released
         for name, tensor in pickle.loads(base64.b64decode(body["serialized_named_tensors"][0])):
             self.weights[name] = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         self.label = body["weight_version"]

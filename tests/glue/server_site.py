@@ -42,12 +42,15 @@ listener.settimeout(60)
 for number in range(10**6):
     status = 503 if number < does.get("unready", 0) else 200
     connection, _ = listener.accept()
-    connection.recv(65536)
+    path = connection.recv(65536).split(b" ")[1].decode()
     print("answers", status, flush=True)
-    connection.sendall(b"HTTP/1.1 %d X\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n" % status)
+    body = json.dumps(does["pages"][path]).encode() if path in does.get("pages", {}) else b""
+    head = b"HTTP/1.1 %d X\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n" % (status, len(body))
+    connection.sendall(head + b"Connection: close\\r\\n\\r\\n" + body)
     connection.close()
 """
-"""`sglang.launch_server`: answers every request with 200, the first `unready` ones with 503.
+"""`sglang.launch_server`: answers every request with 200, the first `unready` ones with 503, and with its page in
+`pages`.
 
 It ends by itself after a minute, so that no process stays behind if the product fails to stop it.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 
 from tests.glue.contexts import config_of, context_of
+from tests.glue.stubs import one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
 from tropd_mcore.mcore.checkpoint import TrainState
 from tropd_mcore.mcore.checkpoint_info import step_folder
 from tropd_mcore.records.run_dir import RunDir
-from tropd_mcore.train import job
+from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.train import components, job
 from tropd_mcore.train.components import Servers
 
 STEPS = 4
@@ -74,7 +77,7 @@ class Training:
         start: Any = SimpleNamespace(
             first_step=first_step, checkpoint=checkpoint, source=source, inputs="inputs", run="a-run", phase=None
         )
-        loaded: Any = SimpleNamespace(day=None)
+        loaded: Any = SimpleNamespace(day=None, longest=300)
         with ExitStack() as cleanup:
             job._train(context_of(config, layout), loaded, start, cleanup)
         return [event for event in self.did if event[0] in ("start_servers", "load", "fit", "export")]
@@ -127,6 +130,65 @@ def test_a_launch_is_recorded_after_all_checks_and_before_its_first_step(
     did = [event[0] for event in training.did]
     after = ["fit", "export"] if first_step < STEPS else ["export"]
     assert did[did.index("accept") + 1 :] == after
+
+
+def test_servers_come_before_everything_of_the_trainer_that_takes_memory(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    """On GPUs a server takes a part of what is free when it starts."""
+    training = Training(monkeypatch)
+    training.launched(config_of(tmp_path, folder), SimpleNamespace(rank=0), 0)
+    assert training.did[0] == ("start_servers",) and ("build_model",) in training.did
+
+
+IN_ORDER = ["rollout starts", "rollout is ready", "teacher starts", "teacher is ready"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "expected"),
+    [
+        ("cuda", {}, IN_ORDER),
+        ("cuda", {"release_memory": True}, [*IN_ORDER, "rollout gives its memory back"]),
+        ("cpu", {"release_memory": True}, ["rollout starts", "teacher starts"]),
+    ],
+    ids=str,
+)
+def test_on_gpus_each_server_is_ready_before_the_next_one_and_before_the_trainer(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    platform: str,
+    settings: dict[str, Any],
+    expected: list[str],
+) -> None:
+    did: list[str] = []
+    needed: list[int | None] = []
+
+    class Server:
+        def __init__(self, spec: ServerSpec) -> None:
+            self.name = spec.name
+            needed.append(spec.longest)
+
+        def start(self) -> None:
+            did.append(f"{self.name} starts")
+
+        def wait_ready(self) -> None:
+            did.append(f"{self.name} is ready")
+
+        def release_memory(self) -> None:
+            did.append(f"{self.name} gives its memory back")
+
+        def stop(self) -> None:
+            did.append(f"{self.name} stops")
+
+    monkeypatch.setattr(components, "SupervisedServer", Server)
+    config = config_of(tmp_path, folder, teacher={"kind": "sglang"}, rollout={"server": settings})
+    with one_rank() as layout, ExitStack() as cleanup:
+        context = replace(context_of(config, layout), platform=SimpleNamespace(name=platform))
+        servers = components.start_servers(context, cleanup, 300)
+        assert servers.policy is not None and servers.teacher is not None
+        assert did == expected and needed == [300, 300]
+    assert did[len(expected) :] == ["teacher stops", "rollout stops"]
 
 
 @pytest.mark.parametrize("moment", ["start_servers", "build_model", "load_hf", "load", "_make_components"])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.glue.stubs import make_config
+from tropd_mcore import logs
 from tropd_mcore.cli import train_command
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.train import launch
+from tropd_mcore.mcore.platform import deterministic as deterministic_module
+from tropd_mcore.train import __main__ as rank
+from tropd_mcore.train import job, launch, rendezvous
 from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
-from tropd_mcore.train.rendezvous import Place
+from tropd_mcore.train.rendezvous import NodesMeet, Place
 
 
 @pytest.fixture
@@ -128,11 +133,57 @@ def test_the_plan_ends_with_the_line_that_starts_each_node(config: Config) -> No
 def test_the_progress_of_a_run_is_read_from_its_metrics(tmp_path: Path, lines: str | None, said: str) -> None:
     if lines is not None:
         (tmp_path / "metrics.jsonl").write_text(lines)
-    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0)
+    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0, 900.0)
     assert launch.where(job) == said
+
+
+def test_a_launcher_waits_for_the_other_nodes_as_long_as_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_host_store", lambda place: dist.HashStore())
+    with pytest.raises(rendezvous.LaunchError) as refused:
+        NodesMeet(Place(3, 0, "first", 7, 2, "digest"), limit_s=0.01).next_rendezvous()
+    assert str(refused.value) == (
+        "node 1, 2 of 3 did not join in 0.01 s (run.join_timeout_s); start the same command there with NODE_RANK=1 "
+        "MASTER_ADDR=first MASTER_PORT=7"
+    )
 
 
 def test_blame_goes_first_to_a_rank_with_an_error_then_to_a_killed_one_then_to_one_that_followed() -> None:
     codes = [BYSTANDER, STOPPED, -9, BUG, INTERRUPTED, EXPLAINED]
     ordered = sorted(codes, key=launch._blame)
     assert set(ordered[:2]) == {EXPLAINED, INTERRUPTED} and set(ordered[2:4]) == {-9, BUG}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_ALLOC_CONF": ""}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:b"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:b"}),
+    ],
+    ids=str,
+)
+def test_a_rank_allocates_in_expandable_segments_unless_the_user_has_set_the_allocator(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: dict[str, str]
+) -> None:
+    environment = {**given}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(rank, "_run", lambda *_: 0)
+    assert rank.main(["recipe.yaml"]) == 0
+    assert {name: value for name, value in environment.items() if "ALLOC_CONF" in name} == found
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_rank_switches_to_deterministic_algorithms_before_its_job_if_the_key_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deterministic: bool
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run: {dir: run}\nstudent: {path: s}\nteacher: {path: t}\ndata: {prompts: p.jsonl}\n")
+    did: list[str] = []
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logs, "configure", lambda rank: None)
+    monkeypatch.setattr(deterministic_module, "make_deterministic", lambda environ: did.append("switch"))
+    monkeypatch.setattr(job, "run_job", lambda *_: did.append("job"))
+    overrides = ["objective.kind=opd", f"platform.deterministic={str(deterministic).lower()}"]
+    assert rank.main([str(recipe), *overrides]) == 0
+    assert did == ["switch"] * deterministic + ["job"]

@@ -42,6 +42,10 @@ class PolicySite:
     sample_faults: list[Exception | None] = field(default_factory=list)
     unchanged_faults: list[Exception | None] = field(default_factory=list)
     """Raised after sampling, when the server is asked whether its weights are unchanged."""
+    release: bool = False
+    """Whether the server gives its memory back (release_memory)."""
+    memory_faults: list[Exception | None] = field(default_factory=list)
+    """Raised by the requests that move memory."""
     read_before_fault: int = 0
     """Tensors that the publisher takes before it fails."""
     events: list[Event] = field(default_factory=list)
@@ -52,13 +56,21 @@ class PolicySite:
 
     def policy(self) -> PolicyServer:
         """A launch. Collective."""
-        server: Any = SimpleNamespace(wait_ready=self._wait_ready, recover=self._recover)
+        server: Any = SimpleNamespace(
+            wait_ready=self._wait_ready,
+            recover=self._recover,
+            release_memory=lambda: self._memory("release"),
+            resume_memory=lambda: self._memory("resume"),
+        )
+        student: Any = make_student(self.layout)
+        student.platform = SimpleNamespace(empty_cache=lambda: self.events.append(("empty cache",)))
         return PolicyServer(
-            make_student(self.layout),
+            student,
             self.layout,
             server if self.layout.rank == 0 else None,
             self._connect,  # type: ignore[arg-type]
             verify_sync=self.verify_sync,
+            release_memory=self.release,
             clock=self.clock,
         )
 
@@ -72,6 +84,12 @@ class PolicySite:
         for index in range(TENSORS):
             self.streams[-1] += 1
             yield f"weight {index}", torch.zeros(1)
+
+    def _memory(self, what: str) -> None:
+        self.events.append((what,))
+        fault = self.memory_faults.pop(0) if self.memory_faults else None
+        if fault is not None:
+            raise fault
 
     def _wait_ready(self) -> None:
         self.events.append(("ready",))
@@ -321,3 +339,33 @@ def test_waiting_for_the_server_publication_and_sampling_are_separate_phases() -
         with site.clock.phase("rollout"):
             run(site, [0])
         assert site.clock.take() == {"server": 1100.0, "publish": 20.0, "rollout": 2.0, "step": 1122.0}
+
+
+STEP = ["empty cache", "resume", "publish", "sample", "release"]
+"""A step whose server has memory only while it is needed."""
+
+
+def test_the_server_has_its_memory_from_before_a_publication_to_the_end_of_sampling() -> None:
+    """Its weights are lost with its memory, so they are published again even if they are the same."""
+    site = site_of([0, 0, 1], release=True)
+    assert [event[0] for event in site.events] == ["ready", *STEP * 3]
+    assert [event[0] for event in site_of([0, 1]).events] == ["ready", "publish", "sample", "publish", "sample"]
+
+
+def test_a_server_that_dies_while_it_takes_its_memory_is_restarted_and_asked_again() -> None:
+    site = site_of([0], release=True, memory_faults=[ServerDied("no memory")])
+    assert [event[0] for event in site.events] == ["ready", "empty cache", "resume", "recover", *STEP]
+    assert site.streams == [TENSORS]
+
+
+def test_a_server_that_dies_while_it_gives_its_memory_back_loses_no_rollout() -> None:
+    site = site_of([0, 1], release=True, memory_faults=[None, ServerDied("gone")])
+    assert [event[0] for event in site.events] == ["ready", *STEP, "recover", "release", *STEP]
+
+
+def test_an_error_of_the_server_about_its_memory_stops_every_rank() -> None:
+    given = {"release": True, "memory_faults": [ServerError("no")]}
+    one, two = on_ranks(on_this_rank, 2, [0], given)
+    assert one[0] == two[0] == "ServerError: no"
+    assert [event[0] for event in one[2]] == ["ready", "empty cache", "resume"]
+    assert [event[0] for event in two[2]] == ["empty cache"], "each rank returns the memory of its own GPU"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.unit.test_packing import make_rollout, options
+from tests.waits import on_device, waits
 from tropd_mcore.data.packing import pack
 from tropd_mcore.errors import ServerError, TeacherError
 from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
@@ -99,6 +101,13 @@ def test_rows_of_a_sample_without_scores_have_no_entry_and_no_number_that_counts
         assert torch.equal(found.topk_ids_TK, torch.full((rows, 3), -1))
         assert torch.equal(found.logp_T, torch.zeros(rows)) and torch.equal(found.tail_mass_T, torch.ones(rows))
         assert float(found.topk_logp_TK.exp().sum()) < 1e-15
+
+
+def test_the_scores_of_a_micro_batch_wait_for_the_device_once() -> None:
+    (batch,) = pack([make_rollout(index, 3, 0, 5, False) for index in range(2)], **options()).micro_batches
+    moved = {name: on_device(getattr(batch, name)) for name in ("sample_index_T", "token_index_T")}
+    found = to_micro_batch(SampleScores([None, None], topk=3), replace(batch, **moved))
+    assert waits() == {"cpu": 1} and len(found.logp_T) == len(batch.rows_T) == 10
 
 
 class Generator:

@@ -173,6 +173,10 @@ def test_the_served_model_is_read_from_both_info_pages(said: str, dtype: str) ->
     info = read_server_info(page, model)
     assert (info.model_path, info.model_type, info.dtype, info.quantization) == ("hub/model", "qwen3", dtype, "fp8")
     assert (info.weight_version, info.tensor_parallel, info.longest_input) == ("v1", 2, 98)
+    assert info.cache_tokens is None and not info.float32_logits
+    more = read_server_info({**page, "max_total_num_tokens": 77, "enable_fp32_lm_head": True}, model)
+    assert more.cache_tokens == 77 and more.float32_logits
+    assert read_server_info({**page, "max_total_num_tokens": "77"}, model).cache_tokens is None
     bare = read_server_info({"max_req_input_len": 99, "tp_size": 2}, {"weight_version": "v1"})
     assert (bare.model_path, bare.model_type, bare.dtype, bare.quantization) == ("?", "?", "?", None)
 

@@ -210,3 +210,17 @@ def test_a_server_that_runs_elsewhere_gets_weights_by_value_and_is_neither_resta
         with pytest.raises(ServerDied, match="as it was"):
             elsewhere.recover(ServerDied("as it was"))
     assert server.client.healthy()
+
+
+def test_a_real_server_gives_its_memory_back_and_serves_what_is_published_afterwards(
+    server: SupervisedServer, qwen3_folder: Path, other_folder: Path, log_softmax: Oracle
+) -> None:
+    """The order of requests, on a CPU. There SGLang has no memory saver, so the memory itself stays where it is."""
+    publisher = WeightPublisher(server.client, plan(qwen3_folder))
+    publisher.publish(stream(qwen3_folder), "before")
+    sample(server, "before")
+    server.release_memory()
+    server.resume_memory()
+    publisher.publish(stream(other_folder), "after")
+    assert_serves(server, publisher, other_folder, log_softmax)
+    assert_log_probs(sample(server, "after"), other_folder, log_softmax, 1.0)

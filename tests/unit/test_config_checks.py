@@ -117,6 +117,19 @@ def test_the_world_size_error_spells_out_the_arithmetic(layout, world_size, expe
         ),
         ({"loss": {"backend": "triton"}, "platform": {"kind": "cpu"}}, "loss.backend=triton needs CUDA"),
         (
+            {"student": {"path": "student", "recompute": "full", "recompute_modules": ["core_attn"]}},
+            "student.recompute_modules has no effect with student.recompute=full; remove it, or set "
+            "student.recompute=selective",
+        ),
+        (
+            {"student": {"path": "student", "recompute": "selective", "recompute_layers": 3}},
+            "student.recompute_layers has no effect with student.recompute=selective",
+        ),
+        (
+            {"student": {"path": "student", "recompute": "selective", "recompute_modules": []}},
+            "student.recompute_modules is empty, so nothing is recomputed; set student.recompute=none",
+        ),
+        (
             {"rollout": {"max_new_tokens": 100, "server": {"max_total_tokens": 2000}}},
             "rollout.server.max_total_tokens = 2000 holds less than one request",
         ),

@@ -123,7 +123,7 @@ def test_an_unknown_key_inside_a_variant_is_found_without_the_variant_in_its_nam
 
 def test_an_unknown_key_that_resembles_no_other_lists_the_keys_of_the_section(tmp_path):
     (problem,) = problems(tmp_path, overrides=["platform.zzz=1"])
-    assert problem == "command line: platform.zzz: unknown key; platform has kind"
+    assert problem == "command line: platform.zzz: unknown key; platform has deterministic, kind"
 
 
 def test_a_renamed_key_is_an_error_that_names_the_new_key(tmp_path, monkeypatch):

@@ -301,6 +301,26 @@ def test_weights_that_do_not_fit_the_gpu_are_a_failure(
         assert (found.name, found.level) == ("GPU memory", level), found.detail
 
 
+def test_a_server_with_a_number_of_tokens_leaves_the_rest_of_the_gpu(
+    recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["student.dtype=bfloat16", "parallel.data=2", "rollout.server.max_total_tokens=20000000"]
+    state = state_of(recipe, *given)
+    state.platform = "cuda"
+    arch = state.student
+    server = (
+        2 * checks_of_config.parameters(arch) + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2 * 20_000_000
+    )
+    assert server > 2**30
+    monkeypatch.setattr(checks_of_config, "gpu_bytes", lambda: 100 * 2**30)
+    *_, found = checks_of_config.resources(state)
+    assert f"; {100 - server / 2**30:.1f} GiB available" in found.detail
+    state = state_of(recipe, *given, "rollout.server.release_memory=true")
+    state.platform = "cuda"
+    *_, found = checks_of_config.resources(state)
+    assert "; 100.0 GiB available" in found.detail
+
+
 def test_ranks_that_do_not_divide_over_the_machines_are_a_failure(
     capsys: pytest.CaptureFixture[str], recipe: str, files: Path
 ) -> None:
@@ -321,7 +341,7 @@ def test_the_minimum_number_of_ranks_is_compared_with_the_gpus_if_the_number_is_
     (tmp_path / "dev" / "nvidia0").touch()
     monkeypatch.setattr("tropd_mcore.train.preflight_machine.DEVICES", tmp_path / "dev")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    config, _ = load(recipe, ["platform.kind=cuda"])
+    config, _ = load(recipe, ["platform.kind=cuda", "rollout.server.max_total_tokens=16384"])
     found = [finding for finding in start_checks(config) if finding.name == "parallel"]
     assert any("4 ranks on this machine but 1 GPUs are visible" in finding.detail for finding in found)
     found = [finding for finding in start_checks(config, nodes=4) if finding.name == "parallel"]

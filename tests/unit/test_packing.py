@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.waits import on_device, waits
 from tropd_mcore.config.schema import LossConfig
 from tropd_mcore.data.groups import mini_batches, prompt_indices
 from tropd_mcore.data.packing import pack
@@ -298,3 +299,22 @@ def test_placement_falls_back_to_first_fit_if_spreading_exceeds_the_budget():
 def test_placement_depends_only_on_the_lengths():
     lengths = [7, 3, 9, 9, 1, 4, 4, 2]
     assert bin_pack(lengths, budget=12, ranks=2) == bin_pack(list(lengths), budget=12, ranks=2)
+
+
+def test_the_samples_of_a_rank_are_found_with_one_wait_for_the_device():
+    """The liar: a loop over a tensor, which waits once per row."""
+    rollouts = [make_rollout(index, 3, 0, 5, False) for index in range(9)]
+    packed = pack(rollouts, **options(tokens_per_micro_batch=16, dp_size=2))
+    assert len(packed.micro_batches) > 1
+    moved = dataclasses.replace(
+        packed,
+        micro_batches=[
+            dataclasses.replace(each, sample_index_T=on_device(each.sample_index_T)) for each in packed.micro_batches
+        ],
+    )
+    expected = {index for each in packed.micro_batches for index in each.sample_index_T.tolist()}
+    assert moved.samples == expected and len(expected) > 3
+    assert waits() == {"cpu": 1}
+    assert {int(row) for each in moved.micro_batches for row in each.sample_index_T} == expected
+    assert sum(waits().values()) > len(expected), "a loop is noticed"
+    assert dataclasses.replace(packed, micro_batches=[]).samples == set()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tropd_mcore.config.derived import longest_sample, phase_configs, samples_rollouts
+from tropd_mcore.config.derived import longest_sample, phase_configs, samples_rollouts, used_servers
 from tropd_mcore.config.loader import leaves, load
 from tropd_mcore.config.phase_metrics import PHASE_METRICS
 from tropd_mcore.config.phases import PhasesObjective
@@ -18,7 +18,6 @@ from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.monitor.catalogue import METRICS
 from tropd_mcore.train.phases import PhaseState, remaining
-from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.train.resume_rules import rule_of
 
 GOOD = """\

@@ -52,6 +52,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+SIZED = "rollout.server.max_total_tokens=16384"
+"""What a server needs on a GPU."""
+
+
 def config_in(root: Path, *overrides: str) -> Config:
     return load(root / "recipe.yaml", list(overrides))[0]
 
@@ -318,6 +322,21 @@ def test_gpus_listed_in_the_environment_count_only_if_they_exist(root: Path, mon
             1,
             ["rollout.server.tensor_parallel=2 but 1 GPUs are visible"],
         ),
+        (
+            4,
+            "cuda",
+            ["rollout.server.tensor_parallel=2", "rollout.server.gpus=[3,4]"],
+            4,
+            ["rollout.server.gpus=[3, 4]: the launch sees GPUs 0 to 3"],
+        ),
+        (
+            4,
+            "auto",
+            ["rollout.server.max_total_tokens=null"],
+            4,
+            ["rollout.server: a server beside the trainer needs its size, found neither max_total_tokens nor"],
+        ),
+        (0, "auto", ["rollout.server.max_total_tokens=null"], 1, []),
         (1, "cpu", [], 1, ["platform.kind=cpu: 1 GPUs are visible, which the CPU platform refuses"]),
     ],
 )
@@ -331,7 +350,7 @@ def test_a_machine_with_too_few_gpus_is_refused(
     lines: list[str],
 ) -> None:
     with_gpus(monkeypatch, root / "dev", gpus)
-    found = found_in(root, f"platform.kind={kind}", *overrides, world_size=ranks)
+    found = found_in(root, f"platform.kind={kind}", SIZED, *overrides, world_size=ranks)
     assert len(found) == len(lines) and all(text.startswith(line) for text, line in zip(found, lines, strict=True)), (
         found
     )
@@ -341,7 +360,7 @@ def test_ranks_are_counted_per_machine_if_the_number_of_machines_is_known(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpus(monkeypatch, root / "dev", 8)
-    config = config_in(root, "platform.kind=cuda")
+    config = config_in(root, "platform.kind=cuda", SIZED)
     assert cheap(config, world_size=32, nodes=4, environ={}) == cheap(config, world_size=32, environ={}) == []
     (line,) = cheap(config, world_size=32, nodes=2, environ={})
     assert line.startswith("parallel: 16 ranks on this machine but 8 GPUs are visible")
@@ -350,7 +369,7 @@ def test_ranks_are_counted_per_machine_if_the_number_of_machines_is_known(
 def test_a_torch_without_cuda_is_refused_if_the_platform_is_cuda(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, root / "dev", 1)
     monkeypatch.setattr(preflight_machine, "_torch_version", lambda: "2.13.0+cpu")
-    (line,) = found_in(root, "platform.kind=cuda")
+    (line,) = found_in(root, "platform.kind=cuda", SIZED)
     assert line.startswith("platform.kind=cuda: 1 GPUs are visible but torch 2.13.0+cpu is the CPU build")
     assert found_in(root, "platform.kind=cpu") == [], "nothing of that torch sees them"
 

@@ -12,11 +12,10 @@ import torch
 from tests.library_cases import VP, Case
 from tropd_mcore import TeacherTopK, distill_loss, objectives
 from tropd_mcore.config.checks import problems_across_sections
-from tropd_mcore.config.derived import longest_sample, reads_responses, samples_rollouts
+from tropd_mcore.config.derived import longest_sample, reads_responses, samples_rollouts, used_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.responses import scan_responses
 from tropd_mcore.rollout.requests import responses_as_rollouts
-from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.types import Prompt
 
 

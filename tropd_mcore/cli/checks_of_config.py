@@ -14,11 +14,10 @@ from pathlib import Path
 import psutil
 
 from tropd_mcore.cli.findings import Finding
-from tropd_mcore.config.derived import ranks_per_node
+from tropd_mcore.config.derived import ranks_per_node, started_servers, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask
-from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.train.start_checks import State
 from tropd_mcore.weights.architecture import Architecture
 
@@ -167,17 +166,27 @@ def rank_bytes(state: State, ranks: int) -> int:
 
 def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
     """The memory of this machine, which runs `here` of the job's `ranks`."""
-    config = state.config
     each = rank_bytes(state, ranks)
     what = f"about {each / GIB:.2f} GiB per rank for weights, gradients and optimizer, without activations"
     gpu = gpu_bytes() if state.platform == "cuda" else None
     if gpu is not None:
-        given = config.rollout.server.mem_fraction if config.rollout.server.url is None else None
-        room = int(gpu * (1 - (given or 0.0)))
+        room = gpu - _of_server(state, gpu)
         yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
     elif state.platform == "cpu":
         room = psutil.virtual_memory().available // here
         yield _room("memory", f"{what}, {here} ranks here", each, room, "launch fewer ranks here")
+
+
+def _of_server(state: State, gpu: int) -> int:
+    """The bytes that a rollout server on a GPU with `gpu` bytes takes, as far as its settings say."""
+    from tropd_mcore.weights.gpu_memory import server_memory
+
+    server = started_servers(state.config).get("rollout.server")
+    if server is None or server.release_memory:
+        return 0
+    if server.max_total_tokens is not None:
+        return sum(server_memory(state.student, server, state.config.student.dtype).values())
+    return int(gpu * (server.mem_fraction or 0.0))
 
 
 def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:

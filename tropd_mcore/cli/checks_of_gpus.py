@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tropd_mcore.cli.findings import Finding
+from tropd_mcore.config.derived import started_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.serving.environment import of_interpreter
-from tropd_mcore.train.preflight_machine import VISIBLE, started_servers, uses_cuda
+from tropd_mcore.train.preflight_machine import VISIBLE, uses_cuda
 
 SMI = ("nvidia-smi", "--query-gpu=index,name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits")
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}

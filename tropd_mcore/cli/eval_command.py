@@ -22,10 +22,11 @@ from tropd_mcore.cli.early_checks import (
     server_package,
     verifier_package,
 )
+from tropd_mcore.cli.server_settings import add_server_argument, changed, names
 from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.derived import phase_configs
 from tropd_mcore.config.loader import load
-from tropd_mcore.config.schema import Config
+from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import DataError
 from tropd_mcore.progress import report_every
 
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the difference to an earlier result; may be repeated",
     )
     parser.add_argument("--url", help="base URL of a server that already serves the model")
+    add_server_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     Problems of files and options are found before a server is started.
     """
     config, _ = load(options.config, options.overrides)
+    own = config.rollout.server.model_copy(update={"url": options.url, "port": None})
+    server = changed(own, options.server)
     report_every(config.monitor.progress_every_s)
     model = options.model or config.run.dir / "export"
     _check_options(config, options, model)
@@ -82,11 +86,10 @@ def run(options: argparse.Namespace) -> int:
     read_prompts(model, settings, today)
     result = _stored(options.out, model, settings, today)
     if result is None:
-        server = config.rollout.server.model_copy(update={"url": options.url})
         refuse(server_package("rollout.server", server), api_key("rollout.server", server))
         for other in others:
             _check_comparable(other, settings)
-        result = _evaluate(model, settings, config, options.url, today)
+        result = _evaluate(model, settings, config, server, names(options.server), today)
         if options.out is not None:
             result.save(options.out)
     print(describe(result))
@@ -183,8 +186,9 @@ def _stored(out: Path | None, model: Path, settings: EvaluationSettings, today: 
 
 
 def _evaluate(
-    model: Path, settings: EvaluationSettings, config: Config, url: str | None, today: date
+    model: Path, settings: EvaluationSettings, config: Config, served: ServerConfig, given: set[str], today: date
 ) -> EvaluationResult:
+    """Evaluate the model in a folder on a server with the settings `served`, of which `--server` set `given`."""
     from tropd_mcore.cli.server import open_server
     from tropd_mcore.data.tokenizer_gate import check_tokenizer
     from tropd_mcore.evaluation.evaluate import evaluate
@@ -199,13 +203,14 @@ def _evaluate(
         model_key="--model",
         model=model,
         dtype=config.student.dtype,
-        config=config.rollout.server.model_copy(update={"url": url, "port": None}),
+        config=served,
         platform=config.platform,
         logs=config.run.dir / "logs",
+        given=given,
     )
     with server:
         if config.gates.tokenizer:
             check_served_tokenizer(server, model)
-        if url is not None and config.gates.model_reading:
+        if served.url is not None and config.gates.model_reading:
             check_serves(server.client, model, key="--model", url_key="--url")
         return evaluate(model, server.generate, settings, today=today)

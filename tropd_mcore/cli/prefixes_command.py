@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tropd_mcore.cli.arguments import add_config_arguments, positive
 from tropd_mcore.cli.early_checks import api_key, input_file, model_folder, output_file, refuse, server_package
+from tropd_mcore.cli.server_settings import add_server_argument, changed, names
 from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.derived import teacher_dtype
 from tropd_mcore.config.loader import load
@@ -48,11 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="probability mass of nucleus sampling (1.0)"
     )
+    add_server_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Sample the missing responses and write the file. Raises TropdError."""
     config, _ = load(options.config, options.overrides)
+    server = changed(teacher_server(config), options.server)
     report_every(config.monitor.progress_every_s)
     out: Path | None = options.out or config.data.teacher_responses
     if out is None:
@@ -61,15 +64,18 @@ def run(options: argparse.Namespace) -> int:
     work = _work(config, options, out)
     if work is None:
         return 0
-    server = teacher_server(config)
-    section = "teacher.server" if config.teacher.kind == "sglang" else "rollout.server"  # see `teacher_server`
-    refuse(server_package(section, server), api_key("teacher.server", server))
-    report = _sample(config, out, work)
+    refuse(server_package(_section(config), server), api_key("teacher.server", server))
+    report = _sample(config, out, work, server, names(options.server))
     print(
         f"{out}: {report.prompts} responses, {report.sampled} sampled now, {report.finished} ended by themselves, "
         f"{report.prompts - report.finished} were cut (longest {options.max_new_tokens} tokens)"
     )
     return 0
+
+
+def _section(config: Config) -> str:
+    """The section with the settings of the server (see `teacher_server`)."""
+    return "teacher.server" if config.teacher.kind == "sglang" else "rollout.server"
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,12 @@ def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | Non
     return _Work(prompt_set.prompts, sampling, origin, recorded, answered)
 
 
-def _sample(config: Config, out: Path, work: _Work) -> ResponseReport:
-    """Sample from the teacher, whose identity is checked before and after. Raises ServerError, GateError, DataError."""
+def _sample(config: Config, out: Path, work: _Work, settings: ServerConfig, given: set[str]) -> ResponseReport:
+    """Sample from the teacher, whose identity is checked before and after, on a server with these `settings`, whose
+    keys `given` were set with `--server`.
+
+    Raises ServerError, GateError, DataError.
+    """
     from tropd_mcore.cli.server import open_server
     from tropd_mcore.rollout.prefixes import generate_responses
     from tropd_mcore.rollout.response_origin import save_origin
@@ -152,14 +162,15 @@ def _sample(config: Config, out: Path, work: _Work) -> ResponseReport:
     served = config.teacher.kind == "sglang"
     server = open_server(
         "prefixes",
-        key="teacher.server" if served else "rollout.server",
+        key=_section(config),
         title=None if served else TITLE,
         model_key="teacher.path",
         model=config.teacher.path,
         dtype=config.teacher.dtype,
-        config=teacher_server(config),
+        config=settings,
         platform=config.platform,
         logs=config.run.dir / "logs",
+        given=given,
     )
     with server:
         if config.gates.tokenizer:

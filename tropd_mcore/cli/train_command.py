@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tropd_mcore.cli import memory_plan
 from tropd_mcore.cli.arguments import add_config_arguments, natural, positive
 from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import ranks_per_node
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the plan and the launch lines; start nothing, look at no file (`tropd doctor CONFIG` does)",
+        help="print the plan and the launch lines; start nothing, look at no file but each model's config.json (`tropd "
+        "doctor CONFIG` looks at all)",
     )
     nodes = parser.add_argument_group("nodes", "Start the same line on each node; one node needs none of these.")
     nodes.add_argument("--nnodes", type=positive, metavar="N", help="machines in the job ($NNODES; 1)")
@@ -81,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
     config, sources = load(options.config, options.overrides)
     nodes = read_nodes(options, config, os.environ)
     if options.dry_run:
-        print(plan(config, nodes.world_size), end="")
+        more = memory_plan.rows(config, nodes.world_size, address=nodes.address, port=nodes.port)
+        print(plan(config, nodes.world_size, more), end="")
         print(launch_line(options, nodes))
         return 0
     here = "this machine" if nodes.nodes == 1 else f"{nodes.nodes} nodes, this is node {nodes.node_rank}"
@@ -110,7 +113,14 @@ def _launch(options: argparse.Namespace, config: Config, resolved: str, nodes: N
     arguments = (options.config, *options.overrides)
     run = config.run
     return launch(
-        Job(place=place, arguments=arguments, run_dir=run.dir, steps=run.steps, rank_timeout_s=run.rank_timeout_s)
+        Job(
+            place=place,
+            arguments=arguments,
+            run_dir=run.dir,
+            steps=run.steps,
+            rank_timeout_s=run.rank_timeout_s,
+            join_timeout_s=run.join_timeout_s,
+        )
     )
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from tropd_mcore.config.derived import longest_response_at, longest_sample
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
-from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig
+from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig, StudentConfig
+from tropd_mcore.config.server_checks import server_problems
+from tropd_mcore.config.time_limits import time_limit_problems
 
 MANAGED_SERVER_ARGS = {
     "--model-path": "student.path or teacher.path",
@@ -26,6 +28,8 @@ MANAGED_SERVER_ARGS = {
     "--tensor-parallel-size": "server.tensor_parallel",
     "--max-total-tokens": "server.max_total_tokens",
     "--mem-fraction-static": "server.mem_fraction",
+    "--base-gpu-id": "server.gpus",
+    "--enable-memory-saver": "server.release_memory",
     "--api-key": "server.api_key_env",
     "--admin-api-key": "the random key of the started server",
     "--tokenizer-worker-num": "one tokenizer process: SGLang takes no key with several",
@@ -233,6 +237,19 @@ def _loss(config: Config) -> Iterator[str]:
         )
 
 
+def _recompute(config: Config) -> Iterator[str]:
+    student, fields = config.student, StudentConfig.model_fields
+    for key, needed in (("recompute_modules", "selective"), ("recompute_layers", "full")):
+        value = getattr(student, key)
+        if student.recompute != needed and value != fields[key].default:
+            yield (
+                f"student.{key} has no effect with student.recompute={student.recompute}; remove it, or set "
+                f"student.recompute={needed}"
+            )
+    if not student.recompute_modules:
+        yield "student.recompute_modules is empty, so nothing is recomputed; set student.recompute=none"
+
+
 def _backend(config: Config) -> Iterator[str]:
     yield from backend_problems(config.loss.backend, config.platform.kind)
 
@@ -266,7 +283,18 @@ def _both_servers(config: Config) -> Iterator[str]:
         yield f"rollout.server.url and teacher.server.url are both {urls[0]}; student and teacher need a server each"
 
 
-OF_A_START = ("python", "port", "tensor_parallel", "max_total_tokens", "mem_fraction", "extra_args", "log_max_mib")
+OF_A_START = (
+    "python",
+    "port",
+    "tensor_parallel",
+    "gpus",
+    "threads",
+    "max_total_tokens",
+    "mem_fraction",
+    "release_memory",
+    "extra_args",
+    "log_max_mib",
+)
 """Keys of a server section that say how a server is started, so they mean nothing for one that runs."""
 
 
@@ -339,23 +367,6 @@ def _beginning(config: Config) -> Iterator[str]:
         )
 
 
-def _timeouts(config: Config) -> Iterator[str]:
-    run = config.run
-    if run.rank_timeout_s >= run.stall_timeout_s:
-        yield (
-            f"run.rank_timeout_s = {run.rank_timeout_s:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: "
-            "a rank without a sign of life is found before a run without progress; lower the one or raise the other"
-        )
-    servers = {"rollout": config.rollout.server, "teacher": config.teacher.server}
-    for name, server in servers.items():
-        for key in ("start_timeout_s", "request_timeout_s"):
-            if (limit := getattr(server, key)) >= run.stall_timeout_s:
-                yield (
-                    f"{name}.server.{key} = {limit:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: a "
-                    "server is given up before the run is; lower the one or raise the other"
-                )
-
-
 def _replay(config: Config) -> Iterator[str]:
     if config.run.replay == config.run.dir:
         yield f"run.replay and run.dir are both {config.run.dir}; replay another run, or remove run.replay to resume"
@@ -411,17 +422,19 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _cache,
     _packs,
     _backend,
+    _recompute,
     _loss,
     of_each_phase(_weight_gradient),
     _rollout_server,
     _teacher_server,
     _both_servers,
+    server_problems,
     _warmup,
     _rates,
     _adam,
     _overlap,
     _beginning,
-    _timeouts,
+    time_limit_problems,
     _replay,
     _pattern,
     *(_home(key) for key in PATHS),

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from tropd_mcore.config.fields import Dtype
-from tropd_mcore.config.schema import Config, ParallelConfig
+from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig
 from tropd_mcore.errors import ConfigError
 
 
@@ -96,6 +96,36 @@ def samples_rollouts(config: Config) -> bool:
     """Return whether the run samples in any phase, so that it needs a rollout server: neither a replay nor `sft`
     does."""
     return config.objective.samples and config.run.replay is None
+
+
+def chunk_tokens(config: Config) -> int:
+    """Return the number of tokens per chunk of the loss (loss.chunk_tokens or its default).
+
+    A chunk of a narrow vocabulary shard is bound by launching small kernels, so it gets more rows. Its logits do not
+    need more memory: rows x columns stay the same from two tensor ranks on.
+    """
+    return config.loss.chunk_tokens or max(2048, 1024 * config.parallel.tensor)
+
+
+def measures_overlap(config: Config, step: int) -> bool:
+    """Return whether topk/overlap is measured at `step`: at some steps, or at all if the student's top-k is known."""
+    monitor, objective = config.monitor, config.objective
+    known = objective.student_candidates >= objective.teacher_topk
+    due = step % monitor.topk_overlap_every == 0 or step == config.run.steps - 1
+    return monitor.topk_overlap and (known or due)
+
+
+def used_servers(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the servers that the job uses. A replay uses no rollout server, `sft` none."""
+    servers = {"rollout.server": config.rollout.server} if samples_rollouts(config) else {}
+    if config.teacher.kind == "sglang" and config.objective.reads_teacher:
+        servers["teacher.server"] = config.teacher.server
+    return servers
+
+
+def started_servers(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the servers that the launch starts itself."""
+    return {key: server for key, server in used_servers(config).items() if server.url is None}
 
 
 def reads_responses(config: Config) -> bool:

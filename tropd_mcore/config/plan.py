@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import yaml
 
-from tropd_mcore.config.derived import alpha, phase_configs, reference_path
+from tropd_mcore.config.derived import alpha, chunk_tokens, phase_configs, reference_path
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
-from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.schema import Config, ServerConfig, StudentConfig
+from tropd_mcore.config.server_checks import gpus_of
 
 
 def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
@@ -41,8 +42,11 @@ def _indent(depth: int, dash: bool) -> str:
     return "  " * (depth - 1) + "- " if dash else "  " * depth
 
 
-def plan(config: Config, world_size: int | None = None) -> str:
-    """Return the plan as aligned lines. `world_size` is the number of ranks, or None if it is unknown."""
+def plan(config: Config, world_size: int | None = None, more: Mapping[str, str] | None = None) -> str:
+    """Return the plan as aligned lines. `world_size` is the number of ranks, or None if it is unknown.
+
+    `more` are lines that the configuration alone does not give, by their names.
+    """
     rows = {
         "layout": _layout(config, world_size),
         "student": _student(config),
@@ -54,6 +58,7 @@ def plan(config: Config, world_size: int | None = None) -> str:
         "per step": _of_each_phase(config, _step),
         "guidance": _of_each_phase(config, _guidance),
         "optimizer": _optimizer(config),
+        **(more or {}),
         "run": f"{config.run.steps} steps, checkpoint every {config.run.checkpoint_every}, seed {config.run.seed}",
         **_files(config),
     }
@@ -88,11 +93,19 @@ def _layout(config: Config, world_size: int | None) -> str:
 
 def _student(config: Config) -> str:
     student, run = config.student, config.run
-    text = f"{student.path}, {student.dtype}, recompute {student.recompute}"
+    text = f"{student.path}, {student.dtype}, recompute {_recompute(student)}"
     if run.init_from is not None:
         what = "weights and optimizer state" if run.init_optimizer else "weights"
         text += f"; a new run begins with the {what} of {run.init_from}"
     return text
+
+
+def _recompute(student: StudentConfig) -> str:
+    if student.recompute == "selective":
+        return f"selective ({', '.join(student.recompute_modules)})"
+    if student.recompute == "full" and student.recompute_layers is not None:
+        return f"full (the first {student.recompute_layers} layers of a stage)"
+    return student.recompute
 
 
 def _rollouts(config: Config) -> str:
@@ -100,15 +113,27 @@ def _rollouts(config: Config) -> str:
         return f"none: trains on the responses of {config.data.teacher_responses}"
     if config.run.replay is not None:
         return f"replayed from {config.run.replay}, with the teacher's scores if the layout is the same"
-    return _server(config.rollout.server, config.student.dtype, "started by rank 0 from the student's weights")
+    started = "started by rank 0 from the student's weights"
+    return _server(config.rollout.server, config.student.dtype, started, config.platform.kind)
 
 
-def _server(server: ServerConfig, dtype: Dtype, started: str) -> str:
+def _server(server: ServerConfig, dtype: Dtype, started: str, platform: str) -> str:
     if server.url is not None:
         return f"SGLang at {server.url}"
     port = "a free port" if server.port is None else f"port {server.port}"
     own = "" if server.python is None else f", run by {server.python}"
-    return f"SGLang on {port}, {started}, tp {server.tensor_parallel}, {server.dtype or dtype}{own}"
+    where = "" if platform == "cpu" else f" on GPU {', '.join(map(str, gpus_of(server)))}"
+    return (
+        f"SGLang on {port}, {started}, tp {server.tensor_parallel}{where}, {server.dtype or dtype}{_cache(server)}{own}"
+    )
+
+
+def _cache(server: ServerConfig) -> str:
+    if server.max_total_tokens is not None:
+        size = f", KV cache of {server.max_total_tokens:,} tokens"
+    else:
+        size = "" if server.mem_fraction is None else f", {server.mem_fraction:g} of the free GPU memory"
+    return f"{size} for {server.max_concurrency} requests" + (", in turns with training" * server.release_memory)
 
 
 def _teacher(config: Config) -> str:
@@ -121,7 +146,8 @@ def _teacher(config: Config) -> str:
     if not config.objective.reads_teacher:
         return f"{teacher.path}, whose responses are stored; its weights are not loaded"
     if teacher.kind == "sglang":
-        return f"{teacher.path}, scored by {_server(teacher.server, teacher.dtype, 'started by rank 0')}"
+        server = _server(teacher.server, teacher.dtype, "started by rank 0", config.platform.kind)
+        return f"{teacher.path}, scored by {server}"
     return f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
 
 
@@ -153,7 +179,7 @@ def _loss(config: Config) -> str:
     softcap = f", logits capped at {loss.logit_softcap:g}" if loss.logit_softcap is not None else ""
     ignored = len(loss.ignore_tokens) + len(loss.ignore_first_of)
     return (
-        f"{form}, {loss.backend} backend, {loss.chunk_tokens:,} rows per chunk, {loss.aggregation}"
+        f"{form}, {loss.backend} backend, {chunk_tokens(config):,} rows per chunk, {loss.aggregation}"
         f"{overlap}{softcap}{f', {ignored} tokens ignored' if ignored else ''}"
     )
 

@@ -48,12 +48,18 @@ class RunConfig(Section):
     lock: Literal["auto", "flock", "file"] = "auto"
     """How a job keeps other jobs out of <dir>. `flock`: a kernel lock. `file`: a file that names host and process, for
     file systems without flock (Lustre). `auto`: flock if the file system supports it, else a file."""
+    join_timeout_s: PositiveFloat = 900.0
+    """Longest time in seconds that the launcher of one machine waits for the launchers of the others."""
     rank_timeout_s: PositiveFloat = 120.0
     """Longest time in seconds that a rank may give no sign of life (a stopped process, a frozen machine). After that
     the job ends with a message that names the rank."""
     stall_timeout_s: PositiveFloat = 3600.0
     """Longest time in seconds without progress on any rank (no micro-batch, no server response, no file). After that
     the job ends with a message that names the rank that the others wait for."""
+    collective_timeout_s: PositiveFloat | None = None
+    """Longest wait in seconds in one collective operation, with NCCL and with gloo. The other ranks wait in one while
+    rank 0 samples. It must be above stall_timeout_s, so that the message about a stall comes first. null = 7200, or
+    stall_timeout_s + 1800 if that is more."""
     replay: Path | None = None
     """Take rollouts from this run directory instead of sampling. Its teacher scores are used too, if they are for
     exactly these rows, this teacher (compared by content) and this objective's candidates."""
@@ -71,6 +77,9 @@ class RunConfig(Section):
 class PlatformConfig(Section):
     kind: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. `auto`: cuda if torch sees a GPU, else cpu (with gloo)."""
+    deterministic: bool = False
+    """Train with algorithms that give the same bits every time (docs/resume.md). On a GPU it is slower, and attention
+    may need much more memory. On a CPU, training repeats its bits anyway."""
 
 
 class ParallelConfig(Section):
@@ -94,8 +103,13 @@ class StudentConfig(Section):
     dtype: Dtype = "bfloat16"
     """Dtype of parameters and activations. Gradients and the optimizer's main weights are always float32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Recompute activations to save memory: those of each layer's MLP (selective) or of whole layers (full). Memory and
-    time were measured: docs/gpu.md."""
+    """Recompute activations to save memory: those of recompute_modules in each layer (selective) or of whole layers
+    (full). Memory and time were measured: docs/gpu.md."""
+    recompute_modules: tuple[Literal["mlp", "core_attn"], ...] = ("mlp",)
+    """`selective` only. `mlp` saves more than half of the activations. `core_attn` saves memory only if attention is
+    not fused, as with platform.deterministic; otherwise it costs memory."""
+    recompute_layers: PositiveInt | None = None
+    """`full` only. Recompute just the first layers of each pipeline stage, this many. null = all."""
 
 
 class ServerConfig(Section):
@@ -110,13 +124,24 @@ class ServerConfig(Section):
     """Port of the started server. null = a free port chosen by the operating system."""
     tensor_parallel: PositiveInt = 1
     """Number of tensor-parallel ranks of the started server."""
+    gpus: tuple[NonNegativeInt, ...] | None = None
+    """GPUs of the started server, counted from 0 among those that the launch sees (CUDA_VISIBLE_DEVICES). null = the
+    first tensor_parallel ones."""
+    threads: PositiveInt | None = None
+    """CPU threads of each rank of the started server (OMP_NUM_THREADS). null = 1 on a CPU; with GPUs, the CPUs divided
+    by tensor_parallel, at most 8."""
     dtype: Dtype | None = None
     """Dtype of weights and activations of the started server. null = that of its model (student.dtype or
     teacher.dtype)."""
     max_total_tokens: PositiveInt | None = None
-    """Size of the KV cache in tokens. null = SGLang decides."""
+    """Size of the KV cache in tokens. null = SGLang decides. With GPUs, a started server needs this key or
+    mem_fraction."""
     mem_fraction: Fraction | None = None
-    """Fraction of the GPU memory for weights and KV cache. null = SGLang decides."""
+    """Share of the GPU memory that is free when the server starts, for its weights and KV cache. null = SGLang decides,
+    0.8 to 0.9. After a restart less is free, so prefer max_total_tokens."""
+    release_memory: bool = False
+    """rollout.server on GPUs only. Let the started server give its memory back while the trainer scores and trains
+    (docs/servers.md)."""
     extra_args: tuple[str, ...] = ()
     """Additional arguments for `sglang.launch_server`, written as on its command line."""
     start_timeout_s: PositiveFloat = 600.0
@@ -227,9 +252,9 @@ class LossConfig(Section):
     in the forward pass; a check makes sure that the loss is not scaled afterwards. `deferred`: kept in float32 and
     scaled in the backward pass. `recompute`: all gradients of the loss are computed in the backward pass, from
     recomputed logits if the form is `fused`."""
-    chunk_tokens: PositiveInt = 2048
+    chunk_tokens: PositiveInt | None = None
     """Number of tokens per chunk of the loss. It bounds the memory of the loss, chunk_tokens x vocabulary shard in
-    float32."""
+    float32. null = 2048 up to parallel.tensor=2, else 1024 x parallel.tensor: smaller shards get longer chunks."""
     overlap_chunks: bool = False
     """`fused` only. Compute the logits of the next chunk during the all-reduce of the current one. Needs the memory of
     a second chunk."""
@@ -321,8 +346,11 @@ class MonitorConfig(Section):
     wandb_project: str | None = None
     """Weights & Biases project to log to. null = off. Needs the extra [wandb]."""
     topk_overlap: bool = True
-    """Measure the overlap of the teacher's and the student's top-k at each step. It costs one more top-k over the
-    student's vocabulary shard."""
+    """Measure the overlap of the teacher's and the student's top-k (topk/overlap) at some steps."""
+    topk_overlap_every: PositiveInt = 10
+    """Steps between two measurements of topk_overlap, from step 0 on. The last step always has one. A measurement costs
+    one more product with the output layer and a top-k, about half of the loss. If the objective finds the student's
+    top-k anyway, the overlap is measured at every step."""
     force: bool = True
     """Measure how much of the loss's gradient comes from tokens at each distance to the teacher (the metrics of
     `force`, and `tv`). It needs no pass over the vocabulary: docs/metrics.md."""

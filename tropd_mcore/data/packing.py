@@ -43,8 +43,11 @@ class PackedStep:
 
     @property
     def samples(self) -> set[int]:
-        """Indices of the rollouts that have rows in these packs."""
-        return {int(index) for micro_batch in self.micro_batches for index in micro_batch.sample_index_T.unique()}
+        """Indices of the rollouts that have rows in these packs. Waits for the device once."""
+        if not self.micro_batches:
+            return set()
+        found = torch.cat([micro_batch.sample_index_T for micro_batch in self.micro_batches])
+        return set(np.unique(found.cpu().numpy()).tolist())
 
 
 @dataclass(frozen=True)

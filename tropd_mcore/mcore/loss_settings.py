@@ -6,9 +6,10 @@ chunk size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from tropd_mcore.config.derived import chunk_tokens, measures_overlap
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.kernel.backend import Kernel
@@ -52,7 +53,7 @@ class LossSettings:
             form=loss.form,
             backend=loss.backend,
             weight_gradient=loss.weight_gradient,
-            chunk_tokens=loss.chunk_tokens,
+            chunk_tokens=chunk_tokens(config),
             overlap_chunks=loss.overlap_chunks,
             logit_softcap=loss.logit_softcap,
             topk_overlap=config.monitor.topk_overlap,
@@ -60,6 +61,10 @@ class LossSettings:
             divergence=whole.name if whole is not None else None,
             divergence_beta=whole.beta if whole is not None else 0.5,
         )
+
+    def at_step(self, config: Config, step: int) -> LossSettings:
+        """Return these settings, without the overlap if it is not measured at `step` (monitor.topk_overlap_every)."""
+        return self if measures_overlap(config, step) else replace(self, topk_overlap=False)
 
     def source(self, model: Model, layer: OutputLayer) -> LogitSource:
         """Return the output layer itself, or for the form `logits` the logits that `model` computes from it."""

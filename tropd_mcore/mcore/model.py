@@ -9,6 +9,7 @@ A teacher shares only the process groups of the job with the student. Its sizes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,19 +79,23 @@ def build_model(
     dtype: Dtype,
     trainable: bool,
     recompute: Recompute = "none",
+    recompute_modules: Sequence[str] = ("mlp",),
+    recompute_layers: int | None = None,
     optimizer: OptimizerConfig | None = None,
     cut_like_student: bool = False,
 ) -> Model:
     """Build this rank's chunks on the platform's device, with weights that are not yet loaded.
 
-    `optimizer` sets how the student's gradients are reduced; it is required if `trainable`. A teacher is interleaved
-    only with `cut_like_student`; otherwise `parallel.virtual_pipeline` does not apply to it. Raises ModelError if the
-    architecture cannot be divided as `parallel` asks.
+    `recompute` and the two arguments after it are the keys of the section `student`. `optimizer` sets how the student's
+    gradients are reduced; it is required if `trainable`. A teacher is interleaved only with `cut_like_student`;
+    otherwise `parallel.virtual_pipeline` does not apply to it. Raises ModelError if the architecture cannot be divided
+    as `parallel` asks.
     """
     virtual_pipeline = layout.vpp_size if (trainable or cut_like_student) and layout.vpp_size > 1 else None
     if problems := cut_problems(arch, parallel, virtual_pipeline):
         raise ModelError("; ".join(problems))
-    config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recompute, virtual_pipeline)
+    recomputed = _recomputed(recompute, recompute_modules, recompute_layers)
+    config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recomputed, virtual_pipeline)
     check_transformer_config(config)
     padded = padded_vocabulary(arch.vocab_size, layout.tp_size)
     stages = [None] if virtual_pipeline is None else list(range(virtual_pipeline))
@@ -115,7 +120,7 @@ def _transformer_config(
     layout: Layout,
     platform: Platform,
     dtype: torch.dtype,
-    recompute: Recompute,
+    recomputed: dict[str, Any],
     virtual_pipeline: int | None,
 ) -> TransformerConfig:
     interleaved = virtual_pipeline is not None
@@ -146,22 +151,29 @@ def _transformer_config(
         context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
         calculate_per_token_loss=True,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         # Other values make interleaved stages exchange wrong tensors without an error (see `checks`).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
-        **_RECOMPUTE[recompute],
+        **recomputed,
         **platform.config_defaults(),
     )
 
 
-# Not core_attn, Megatron's default: fused attention keeps no scores, so that recomputing it saves nothing. On an H200
-# it took 3 GiB more and 4 % more time than none (docs/gpu.md).
-_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
+def _recomputed(recompute: Recompute, modules: Sequence[str], layers: int | None) -> dict[str, Any]:
+    """Return the TransformerConfig fields of what is recomputed.
+
+    Megatron's module `layernorm` is not offered: in Transformer Engine's layers a norm belongs to the matrix product
+    after it, so Megatron finds none to recompute.
+    """
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    if recompute == "full" and layers is not None:
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
 
 
 def _chunk(

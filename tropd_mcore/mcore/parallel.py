@@ -18,17 +18,18 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
 
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.schema import ParallelConfig
+from tropd_mcore.config.schema import ParallelConfig, RunConfig
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.mcore.platform import Platform
 
 logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""Longest wait in one collective. The other ranks wait in one while rank 0 samples or a checkpoint is written."""
+"""Default of the longest wait in one collective. The other ranks wait in one while rank 0 samples or a checkpoint is
+written."""
 COLLECTIVE_GRACE = timedelta(minutes=30)
-"""Least time by which that wait exceeds run.stall_timeout_s. The stall watch then names the missing rank before the
-collective times out."""
+"""Time by which the default exceeds run.stall_timeout_s at least. The stall watch then names the missing rank before
+the collective times out."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,11 @@ class Layout:
         return self.pp_rank == self.pp_size - 1
 
 
-def collective_timeout(stall_timeout_s: float) -> timedelta:
-    """Return the longest wait in one collective for a run with this run.stall_timeout_s."""
-    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=stall_timeout_s) + COLLECTIVE_GRACE)
+def collective_timeout(run: RunConfig) -> timedelta:
+    """Return the longest wait in one collective (run.collective_timeout_s or its default)."""
+    if run.collective_timeout_s is not None:
+        return timedelta(seconds=run.collective_timeout_s)
+    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=run.stall_timeout_s) + COLLECTIVE_GRACE)
 
 
 def initialize(

@@ -307,7 +307,8 @@ METRICS: tuple[Metric, ...] = (
            _quantile("student", "student_mass", 0.0)),
     Metric("topk/clipped_entries", "entries", STUDENT, "mean number of entries clipped by entry_clip (opsd)",
            _mean("student", "clipped_entries")),
-    Metric("topk/overlap", "1", STUDENT, "mean share of the teacher's top-k that is in the student's top-k",
+    Metric("topk/overlap", "1", STUDENT, "mean share of the teacher's top-k that is in the student's top-k, every "
+           "monitor.topk_overlap_every steps",
            _mean("student", "topk_overlap")),
     Metric("advantage/trusted", "nats", TRUSTED, "mean |advantage|", _abs_mean("trusted", "advantage")),
     Metric("advantage/outlier", "nats", OUTLIER, "mean |advantage|", _abs_mean("outlier", "advantage")),

@@ -17,7 +17,7 @@ from functools import partial
 from torch import Tensor
 
 from tropd_mcore.errors import ServerDied, TropdError
-from tropd_mcore.mcore.collective import on_rank_zero, raise_the_first
+from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks, raise_the_first
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.weights_io import iterate_hf
@@ -35,7 +35,9 @@ MakeStream = Callable[[], Iterator[tuple[str, Tensor]]]
 class PolicyServer:
     """The rollout server for all ranks. `connect` is called on rank 0 only, when the server is first needed.
 
-    `clock` is the step's clock; it gets the phases `server` (waiting for the server) and `publish`.
+    With `release_memory`, the server has its memory only from a publication to the end of the sampling, and the trainer
+    returns its cached memory before that. `clock` is the step's clock; it gets the phases `server` (waiting for the
+    server) and `publish`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class PolicyServer:
         connect: Callable[[SupervisedServer], tuple[SglangSampler, WeightPublisher]],
         *,
         verify_sync: bool,
+        release_memory: bool = False,
         clock: StepClock | None = None,
     ) -> None:
         self._model = model
@@ -54,6 +57,7 @@ class PolicyServer:
         self._server = server
         self._connect = connect
         self._verify_sync = verify_sync
+        self._release_memory = release_memory
         self._clock = clock or StepClock()
         self._sampler: SglangSampler | None = None
         self._publisher: WeightPublisher | None = None
@@ -72,13 +76,17 @@ class PolicyServer:
         while True:
             with self._clock.phase("server"):
                 self._start()
-            with self._clock.phase("publish"):
-                died = self._publish(version)
+                died = self._resume_memory()
+            if died is None:
+                with self._clock.phase("publish"):
+                    died = self._publish(version)
             if died is None:
                 collect = partial(self._collect, requests, step, version, found)
                 found = on_rank_zero(collect, self._control)
                 died = found.died
             if died is None:
+                with self._clock.phase("server"):
+                    self._give_memory_back()
                 return [rollout for request in requests if (rollout := found.rollouts.get(request.sample_id))]
             with self._clock.phase("server"):
                 self._recover(died)
@@ -116,6 +124,35 @@ class PolicyServer:
             return died
         self._published, self._verify_sync = version, False
         return None
+
+    def _resume_memory(self) -> ServerDied | None:
+        """Have the server take its memory back. If it died meanwhile, every rank returns the error."""
+        if not self._release_memory:
+            return None
+        with raise_on_all_ranks(self._control):
+            self._model.platform.empty_cache()
+        return self._of_server(lambda server: server.resume_memory())
+
+    def _give_memory_back(self) -> None:
+        """Have the server give its memory back. One that dies meanwhile is restarted, and asked again."""
+        if not self._release_memory:
+            return
+        self._published = None  # the weights are lost
+        while (died := self._of_server(lambda server: server.release_memory())) is not None:
+            self._recover(died)
+
+    def _of_server(self, ask: Callable[[SupervisedServer], None]) -> ServerDied | None:
+        """Run `ask` on rank 0. If the server died, every rank returns the error."""
+
+        def asked() -> ServerDied | None:
+            assert self._server is not None
+            try:
+                ask(self._server)
+            except ServerDied as died:
+                return died
+            return None
+
+        return on_rank_zero(asked, self._control)
 
     def _start(self) -> None:
         if self._started:

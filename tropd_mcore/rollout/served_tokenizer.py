@@ -43,13 +43,14 @@ def server_spec(
     logs: Path,
     title: str | None = None,
     here: bool = True,
+    longest: int | None = None,
 ) -> ServerSpec:
     """Return the specification of a server for the model in the folder `model`, with the tokenizer as we read it.
 
     `key` is the configuration section of `config` and `model_key` the key of `model`; both are for messages. `title` is
     the prefix of messages (default: `key`). `dtype` is used if `config` sets none. The server's output goes to
-    <logs>/<name>.log. `here`: this process starts the server, unless `config.url` names a running one. Raises DataError
-    like `tokenizer_for_server`.
+    <logs>/<name>.log. `here`: this process starts the server, unless `config.url` names a running one. `longest` is the
+    number of tokens of the longest request. Raises DataError like `tokenizer_for_server`.
     """
     return ServerSpec(
         key=key,
@@ -62,6 +63,7 @@ def server_spec(
         title=title,
         dtype=dtype,
         tokenizer_path=tokenizer_for_server(model, logs, name) if here and config.url is None else None,
+        longest=longest,
     )
 
 

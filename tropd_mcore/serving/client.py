@@ -28,6 +28,8 @@ Answer = TypeVar("Answer")
 Question = TypeVar("Question")
 
 HEALTH_TIMEOUT_S = 30.0
+IDLE_S = 30.0
+"""Longest time in seconds that the engine may need to finish what it runs after the last answer."""
 
 
 class SglangClient:
@@ -137,6 +139,24 @@ class SglangClient:
     def flush_cache(self) -> None:
         """Drop all cached keys and values. Raises ServerError while requests run."""
         self._post("/flush_cache", {}, json_answer=False)
+
+    def release_memory(self) -> None:
+        """Give back the memory of weights, KV cache and CUDA graphs. Requests wait until `resume_memory`.
+
+        Only for a server that was started with --enable-memory-saver; any other keeps its memory. Its engine must be
+        idle, or SGLang ends it, so requests are held back first. Raises ServerError.
+        """
+        self.pause()
+        self._post(f"/flush_cache?timeout={IDLE_S:g}", {}, json_answer=False)  # waits until the engine is idle
+        self._post("/release_memory_occupation", {}, retry=False, json_answer=False)
+
+    def resume_memory(self) -> None:
+        """Take the memory back and accept requests. The weights are undefined until the next update.
+
+        SGLang ends if the memory was not released, or if too little is free. Raises ServerError.
+        """
+        self._post("/resume_memory_occupation", {}, retry=False, json_answer=False)
+        self.resume()
 
     def begin_weight_update(self) -> None:
         """Open a weight-update session. If an earlier failure left one open, it is closed first."""

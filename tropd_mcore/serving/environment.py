@@ -22,9 +22,14 @@ _PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
 _DISTRIBUTED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")
 _DISTRIBUTED_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CHANGES_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Settings of torch's allocator, which are the trainer's. SGLang's memory saver fails with expandable segments."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _OF_OUR_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")
 _LIBRARIES = ("LD_LIBRARY_PATH", "CUDNN_HOME", "CUDA_HOME", "CPLUS_INCLUDE_PATH")
 """Lists of folders. Those inside our site-packages hold libraries of our torch, which another torch must not load."""
+_MOST_THREADS = 8
+"""Most CPU threads of a rank by default; a GPU server has no work for more."""
 _SEVERAL_GROUPS = ("--dp", "--data-parallel", "--enable-dp", "--nnodes", "--dist-init-addr")
 """Prefixes of server arguments that create several process groups, or one group across hosts."""
 
@@ -40,11 +45,15 @@ class Place:
     """Private folder of the server, for sockets and temporary files; other users cannot read it"""
     api_key: str = field(repr=False)
     tensor_parallel: int = 1
-    cpu_threads: int = 1
-    """Threads of each of the `tensor_parallel` ranks on a CPU"""
+    threads: int = 1
+    """CPU threads of each of the `tensor_parallel` ranks"""
     extra_args: tuple[str, ...] = ()
     python: Path | None = None
     """Interpreter that runs the server; None = ours"""
+    visible_gpus: str | None = None
+    """GPUs of the server, as CUDA_VISIBLE_DEVICES names them; None = all that this process sees"""
+    sized_in_tokens: bool = False
+    """Whether the size of the KV cache is given, so that it does not depend on the free memory of each GPU"""
 
 
 def read_api_key(variable: str | None, *, key: str) -> str | None:
@@ -72,14 +81,54 @@ def server_environment(place: Place, extra: Mapping[str, str]) -> dict[str, str]
         and not name.startswith(_DISTRIBUTED_PREFIXES)
         # log-probs of samples must come from the distribution that was sampled, temperature included
         and name != _CHANGES_LOG_PROBS
+        and name not in _ALLOCATOR
     }
     if place.python is not None:
         inherited = of_interpreter(place.python, inherited)
+    inherited["OMP_NUM_THREADS"] = str(place.threads)
     if place.device == "cpu":
-        inherited |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(place.cpu_threads)}
+        inherited["SGLANG_USE_CPU_ENGINE"] = "1"
         if place.tensor_parallel > 1:
-            inherited["SGLANG_CPU_OMP_THREADS_BIND"] = _cpu_groups(place.tensor_parallel, place.cpu_threads)
+            inherited["SGLANG_CPU_OMP_THREADS_BIND"] = _cpu_groups(place.tensor_parallel, place.threads)
+    else:
+        inherited |= _on_gpus(place)
     return inherited | _own_files(inherited, place) | _loopback(inherited, place) | dict(extra)
+
+
+def threads_per_rank(device: str, tensor_parallel: int) -> int:
+    """Return how many CPU threads each rank of a server gets by default.
+
+    On a CPU it is one, because the trainer needs the others. A server on GPUs uses the CPU to schedule and to prepare
+    batches, so it does not inherit the single thread of a trainer's rank.
+    """
+    if device == "cpu":
+        return 1
+    return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // tensor_parallel))
+
+
+def named_gpus(gpus: tuple[int, ...] | None, *, key: str) -> str | None:
+    """Return the value of CUDA_VISIBLE_DEVICES for `gpus`, counted among those that this process sees; None for None.
+
+    `key` is the configuration key that names them. Raises ServerError if this process sees fewer.
+    """
+    if gpus is None:
+        return None
+    named = os.environ.get(VISIBLE)
+    if named is None:
+        return ",".join(map(str, gpus))
+    seen = [entry.strip() for entry in named.split(",") if entry.strip()]
+    if max(gpus) >= len(seen):
+        raise ServerError(f"{key}={list(gpus)}: expected numbers below {len(seen)}, because {VISIBLE}={named}")
+    return ",".join(seen[index] for index in gpus)
+
+
+def _on_gpus(place: Place) -> dict[str, str]:
+    """Variables of a server on GPUs: which ones, and whether they may have unequal amounts of free memory."""
+    found = {} if place.visible_gpus is None else {VISIBLE: place.visible_gpus}
+    if place.sized_in_tokens:
+        # SGLang refuses GPUs of which one has 10 % less free memory, because the least of them sizes the KV cache
+        found["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+    return found
 
 
 def of_interpreter(python: Path, inherited: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -25,13 +25,14 @@ from typing import Literal
 from tropd_mcore import stopping
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.errors import ServerError
 from tropd_mcore.files import writing
 from tropd_mcore.foreign_text import one_line
 from tropd_mcore.progress import progress
 from tropd_mcore.serving import sglang_launch
 from tropd_mcore.serving.client import HEALTH_TIMEOUT_S, SglangClient
-from tropd_mcore.serving.environment import Place, server_environment
+from tropd_mcore.serving.environment import Place, named_gpus, server_environment, threads_per_rank
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.serving.left_behind import make_folder, note_process, remove_left_over, remove_of
 from tropd_mcore.serving.log_file import ServerLog
@@ -41,6 +42,10 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 POLL_S = 0.25
+FLOAT32_LOGITS = "--enable-fp32-lm-head"
+"""Argument with which SGLang keeps the logits of a bfloat16 model in float32. On a GPU it copies no weight for that."""
+ENOUGH = 0.95
+"""Least share of the asked KV cache that counts as reached. SGLang rounds down to whole pages."""
 SHOWN_OF_LINE = 100
 """Characters of the server's last log line that the progress line shows while the server starts."""
 
@@ -71,8 +76,8 @@ class ServerSpec:
     tokenizer_path: Path | None = None
     """Folder of the tokenizer to serve with; None = the model folder."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
-    cpu_threads: int = 1
-    """Threads of each rank of a CPU server."""
+    longest: int | None = None
+    """Tokens of the longest request to expect, to tell how many of them the KV cache holds; None = do not tell."""
 
     @property
     def called(self) -> str:
@@ -97,6 +102,8 @@ class ServerProcess:
         self._reserved: socket.socket | None = None
         self._log = ServerLog(spec.log_path, int(spec.config.log_max_mib * 2**20))
         self._api_key = secrets.token_urlsafe(32)
+        self._ready = False
+        """Whether the server has answered since its last start"""
         self._folder: Path | None = None
         """Temporary folder of the server, removed when the server is stopped"""
 
@@ -156,9 +163,11 @@ class ServerProcess:
                 folder=self._folder,
                 api_key=self._api_key,
                 tensor_parallel=spec.config.tensor_parallel,
-                cpu_threads=spec.cpu_threads,
+                threads=spec.config.threads or threads_per_rank(spec.device, spec.config.tensor_parallel),
                 extra_args=spec.config.extra_args,
                 python=spec.config.python,
+                visible_gpus=named_gpus(spec.config.gpus, key=f"{spec.key}.gpus"),
+                sized_in_tokens=spec.config.max_total_tokens is not None,
             ),
             spec.extra_env,
         )
@@ -198,13 +207,17 @@ class ServerProcess:
         if spec.device == "cpu":
             # the default attention backend needs AMX; without --sleep-on-idle an idle scheduler keeps a core busy
             command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--sleep-on-idle"]
+        else:
+            command += [FLOAT32_LOGITS, *(["--enable-memory-saver"] if config.release_memory else [])]
         return [*command, *config.extra_args]
 
     def wait_ready(self) -> None:
-        """Wait until the server can generate.
+        """Wait until the server can generate, then log the size of its KV cache. It waits once per start.
 
         Raises ServerError if it dies or needs longer than start_timeout_s; StopRequested.
         """
+        if self._ready and self.alive():
+            return
         started = time.monotonic()
         client = self.client()
         called, limit = self.spec.called, self.spec.config.start_timeout_s
@@ -223,7 +236,34 @@ class ServerProcess:
                 time.sleep(POLL_S)
         self._release_port()
         note_process(self.pid)
+        self._ready = True
         log.info("%s: ready on %s after %.1f s", called, self.url, time.monotonic() - started)
+        self._tell_cache(client)
+
+    def _tell_cache(self, client: SglangClient) -> None:
+        """Log how many requests of the longest kind the KV cache holds, and warn if it is smaller than asked for."""
+        if self.spec.longest is None or (tokens := client.info().cache_tokens) is None:
+            return
+        config, key = self.spec.config, self.spec.key
+        log.info(
+            "%s: its KV cache has %s tokens; %d requests (max_concurrency) of at most %s tokens need %s, so %s fit at "
+            "once if all are that long",
+            self.spec.called,
+            f"{tokens:,}",
+            config.max_concurrency,
+            f"{self.spec.longest:,}",
+            f"{config.max_concurrency * self.spec.longest:,}",
+            min(tokens // self.spec.longest, config.max_concurrency),
+        )
+        if config.max_total_tokens is not None and tokens < ENOUGH * config.max_total_tokens:
+            log.warning(
+                "%s: the KV cache is smaller than %s.max_total_tokens=%d: too little memory is free; lower it, or free "
+                "memory of %s",
+                self.spec.called,
+                key,
+                config.max_total_tokens,
+                "this machine" if self.spec.device == "cpu" else f"GPU {', '.join(map(str, gpus_of(config)))}",
+            )
 
     def alive(self) -> bool:
         """Return whether the server process runs."""
@@ -235,6 +275,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Stop the process group: SIGTERM first, then SIGKILL. Harmless if it has already ended."""
+        self._ready = False
         self._release_port()
         self._log.close()
         if self._process is None:

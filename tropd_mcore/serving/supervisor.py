@@ -7,7 +7,8 @@ or stopped. After a restart the server has the weights of the model folder; call
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tropd_mcore import stopping
 from tropd_mcore.config.schema import ServerConfig
@@ -30,6 +31,8 @@ class SupervisedServer:
         """Restarts so far, at most `max_restarts` over the launch."""
         self._process = ServerProcess(spec) if spec.config.url is None else None
         self._client: SglangClient | None = None
+        self._told_rounding = False
+        self._released = False
 
     @property
     def config(self) -> ServerConfig:
@@ -61,6 +64,55 @@ class SupervisedServer:
             raise ServerError(
                 f"{self.spec.key}.url={self.config.url}: the server there is not healthy (GET /health; it is paused, "
                 "still starting, or its engine gives no results)"
+            )
+
+    def release_memory(self) -> None:
+        """Have the server give its memory back until `resume_memory` (release_memory). Its weights are lost.
+
+        Raises ServerError.
+        """
+        with self._naming_key():
+            self.client.release_memory()
+        self._released = True
+
+    def resume_memory(self) -> None:
+        """Have the server take its memory back, if it has given it. Its weights are undefined then.
+
+        Raises ServerError.
+        """
+        if not self._released:
+            return
+        with self._naming_key():
+            self.client.resume_memory()
+        self._released = False
+
+    @contextmanager
+    def _naming_key(self) -> Iterator[None]:
+        """Add to an error what to change. The error of a dead server stays as it is: a restart may help."""
+        try:
+            yield
+        except ServerDied:
+            raise
+        except ServerError as error:
+            raise ServerError(f"{error}; set {self.spec.key}.release_memory=false") from error
+
+    def warn_of_rounded_logits(self) -> None:
+        """Log one warning, at the first call, if a server at a url rounds its logits before it takes log-probs.
+
+        A server that we start on a GPU does not. On a CPU it would compute with a float32 copy of the output layer.
+        Raises ServerError.
+        """
+        if self._process is not None or self._told_rounding:
+            return
+        self._told_rounding = True
+        info = self.client.info()
+        if info.rounds_logits and info.device != "cpu":
+            log.warning(
+                "%s (%s): it rounds its logits to %s, which changes each probability ratio by several percent; start "
+                "it with --enable-fp32-lm-head, as examples/teacher_server.sh does",
+                self.spec.called,
+                self.client.url,
+                "the dtype of its model" if info.dtype in ("?", "auto") else info.dtype,
             )
 
     def generate(self, requests: list[GenerationRequest]) -> list[Generation | ServerError]:
@@ -97,6 +149,7 @@ class SupervisedServer:
         self.restarts += 1
         log.warning("%s; restart %d of %d", end, self.restarts, self.config.max_restarts)
         self._process.restart()
+        self._released = False
         if self.after_restart is not None:
             try:
                 self.after_restart()

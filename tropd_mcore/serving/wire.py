@@ -94,11 +94,20 @@ class ServerInfo:
     pipeline_parallel: int = 1
     device: str = "?"
     """`cpu`, `cuda` and so on"""
+    cache_tokens: int | None = None
+    """Size of the KV cache in tokens; None if the server does not report it"""
+    float32_logits: bool = False
+    """Whether it was started with --enable-fp32-lm-head"""
 
     @property
     def exact(self) -> bool:
         """Whether it computes in float32 on a CPU."""
         return is_exact(self.dtype, self.quantization, self.device)
+
+    @property
+    def rounds_logits(self) -> bool:
+        """Whether its logits are rounded to the dtype of the model, bfloat16 or less, before the softmax."""
+        return self.dtype != "float32" and not self.float32_logits
 
 
 def is_exact(dtype: str, quantization: str | None, device: str) -> bool:
@@ -240,6 +249,8 @@ def read_server_info(server: object, model: object) -> ServerInfo:
         data_parallel=_count(server.get("dp_size")),
         pipeline_parallel=_count(server.get("pp_size")),
         device=one_line(server.get("device", "?")),
+        float32_logits=server.get("enable_fp32_lm_head") is True,
+        cache_tokens=found if type(found := server.get("max_total_num_tokens")) is int else None,
     )
 
 

@@ -200,11 +200,11 @@ def first_scored(rollout: Rollout) -> int:
 def to_micro_batch(scores: SampleScores, batch: MicroBatch) -> TeacherScores:
     """Return the scores of the rows of `batch`, on its device. Pure: every rank can call it with the same `scores`.
 
+    It waits for the device once.
     Rows of a failed sample, and of a prefix that no sample scored, have `scored_T` False, log-prob 0 and ids -1. So do
     rows that are not complete.
     """
-    sample_T = batch.sample_index_T.cpu().numpy()
-    token_T = batch.token_index_T.cpu().numpy()
+    sample_T, token_T = torch.stack([batch.sample_index_T, batch.token_index_T]).cpu().numpy()
     rows, topk = len(sample_T), scores.topk
     logp_T = np.zeros(rows, np.float32)
     topk_ids_TK = np.full((rows, topk), -1, np.int64)

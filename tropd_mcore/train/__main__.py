@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of communication and compute
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # packs differ in length, so fixed segments would fragment
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         return _run(options, rank)
     except StopRequested as stop:
@@ -83,9 +85,12 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     environment = RankEnvironment.from_environ()
     watch = open_watch(config.run, rank, environment.world_size, meetings) if environment.world_size > 1 else None
     with progress(log, "loading the libraries"):
+        from tropd_mcore.mcore.platform.deterministic import make_deterministic
         from tropd_mcore.train.job import run_job
 
     try:
+        if config.platform.deterministic:
+            make_deterministic(os.environ)
         run_job(config, sources, environment)
     finally:
         if watch is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tropd_mcore.config.derived import reference_path
+from tropd_mcore.config.derived import reference_path, used_servers
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.end_tokens import EndTokens
@@ -48,7 +48,6 @@ from tropd_mcore.train.held_out import HeldOut, LoadedOnce
 from tropd_mcore.train.inputs import Inputs, teacher_name
 from tropd_mcore.train.loaded_inputs import LoadedInputs, longest_held_out
 from tropd_mcore.train.model_check import check_model
-from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
 
@@ -75,13 +74,21 @@ class Servers:
     teacher: SupervisedServer | None = None
 
 
-def start_servers(context: JobContext, cleanup: ExitStack) -> Servers:
-    """Start the servers of the run without waiting for them. Collective."""
+def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Servers:
+    """Start the servers of the run; `longest` is the number of tokens of the longest sample. Collective.
+
+    On GPUs each is ready before the next one starts and before this returns. Call it before the trainer takes memory:
+    a server takes a part of what is free when it starts. On a CPU nothing is waited for.
+    """
     used = used_servers(context.config)
-    return Servers(
-        policy=_start_server(context, "rollout", cleanup) if "rollout.server" in used else None,
-        teacher=_start_server(context, "teacher", cleanup) if "teacher.server" in used else None,
+    servers = Servers(
+        policy=_start_server(context, "rollout", cleanup, longest) if "rollout.server" in used else None,
+        teacher=_start_server(context, "teacher", cleanup, longest) if "teacher.server" in used else None,
     )
+    with raise_on_all_ranks(context.layout.groups.control):
+        if servers.policy is not None and _releases_memory(context):
+            servers.policy.release_memory()  # until the first publication; both servers have fitted at once
+    return servers
 
 
 def teacher_model(context: JobContext) -> Model | None:
@@ -132,7 +139,19 @@ def make_policy(
         )
         return sampler, WeightPublisher(server.client, plan, ledger=ledger)
 
-    return PolicyServer(student, context.layout, server, connect, verify_sync=config.gates.weight_sync, clock=clock)
+    return PolicyServer(
+        student,
+        context.layout,
+        server,
+        connect,
+        verify_sync=config.gates.weight_sync,
+        release_memory=_releases_memory(context),
+        clock=clock,
+    )
+
+
+def _releases_memory(context: JobContext) -> bool:
+    return context.config.rollout.server.release_memory and context.platform.name == "cuda"
 
 
 def sampler_bounds(context: JobContext, server: SupervisedServer | None) -> SamplerBounds:
@@ -301,6 +320,8 @@ def _served_teacher(
             server.wait_ready()
             if context.config.gates.tokenizer and context.layout.rank == 0:
                 check_served_tokenizer(server, config.path)
+            if context.layout.rank == 0:
+                server.warn_of_rounded_logits()
             teacher = SglangTeacher(
                 server,
                 topk=topk,
@@ -329,9 +350,9 @@ def _frozen(context: JobContext, arch: Architecture, path: Path, dtype: Dtype) -
 
 
 def _start_server(
-    context: JobContext, name: Literal["rollout", "teacher"], cleanup: ExitStack
+    context: JobContext, name: Literal["rollout", "teacher"], cleanup: ExitStack, longest: int
 ) -> SupervisedServer | None:
-    """Start the server of a section on rank 0 without waiting for it; the other ranks return None for it.
+    """Start the server of a section on rank 0 (see `start_servers`); the other ranks return None for it.
 
     If the section has a url, every rank gets a handle of that server.
     """
@@ -350,8 +371,11 @@ def _start_server(
                 device=context.platform.name,
                 logs=context.run_dir.logs,
                 here=starts,
+                longest=longest,
             )
             server = SupervisedServer(spec)
             cleanup.callback(server.stop)
             server.start()
+            if starts and context.platform.name == "cuda":
+                server.wait_ready()
     return server

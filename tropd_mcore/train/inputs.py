@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tropd_mcore
-from tropd_mcore.config.derived import model_paths, reads_responses, teacher_dtype
+from tropd_mcore.config.derived import model_paths, reads_responses, started_servers, teacher_dtype
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, ModelError
 from tropd_mcore.files import file_digest, publish_text
@@ -25,7 +25,6 @@ from tropd_mcore.progress import progress
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.ground import Ground
-from tropd_mcore.train.preflight_machine import started_servers
 from tropd_mcore.weights.digest import (
     DigestMemory,
     Fingerprint,

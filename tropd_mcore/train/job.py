@@ -90,7 +90,7 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
     platform = choose(config.platform.kind, environment.local_rank)
     before.platform = platform.name
     run_before_groups([BACKEND], before)
-    timeout = collective_timeout(config.run.stall_timeout_s)
+    timeout = collective_timeout(config.run)
     with progress(log, f"waiting for all {environment.world_size} ranks to join"):
         layout = initialize(config.parallel, platform, config.run.seed, environment, timeout=timeout)
     context = JobContext(config, platform, layout, before.run_dir, before.models)
@@ -118,12 +118,14 @@ def _train(context: JobContext, loaded: LoadedInputs, start: Start, cleanup: Exi
     if config.run.stop_after is not None:
         last_step = min(last_step, first_step + config.run.stop_after)
     needed = replace(context, config=remaining(config, start.phase))
-    servers = start_servers(needed, cleanup) if first_step < last_step else Servers()
+    servers = start_servers(needed, cleanup, loaded.longest) if first_step < last_step else Servers()
 
     with progress(log, "making models, optimizer and servers ready"):
         student = build_model(
             context.student, config.parallel, layout, context.platform,
-            dtype=config.student.dtype, trainable=True, recompute=config.student.recompute, optimizer=config.optimizer,
+            dtype=config.student.dtype, trainable=True, recompute=config.student.recompute,
+            recompute_modules=config.student.recompute_modules, recompute_layers=config.student.recompute_layers,
+            optimizer=config.optimizer,
         )  # fmt: skip
         load_hf(student, config.student.path, layout)
         if first_step < last_step:

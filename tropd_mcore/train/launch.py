@@ -57,6 +57,8 @@ class Job:
     run_dir: Path
     steps: int
     rank_timeout_s: float
+    join_timeout_s: float
+    """Longest wait for the launchers of the other nodes."""
 
 
 def launch(job: Job) -> int:
@@ -69,7 +71,7 @@ class _Launcher:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.meeting = NodesMeet(job.place)
+        self.meeting = NodesMeet(job.place, limit_s=job.join_timeout_s)
         self.stop: str | None = None
         """The signal that asked to stop."""
         self.started = False

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.derived import model_paths, reads_responses
+from tropd_mcore.config.derived import model_paths, reads_responses, started_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ModelError
 from tropd_mcore.train.preflight_files import (
@@ -26,7 +26,7 @@ from tropd_mcore.train.preflight_files import (
     run_directory,
     starting_points,
 )
-from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, started_servers, visible_gpus
+from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, visible_gpus
 from tropd_mcore.train.preflight_types import Fault
 from tropd_mcore.weights.architecture import cut_problems, read_architecture
 

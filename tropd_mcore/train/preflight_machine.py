@@ -16,8 +16,9 @@ from typing import Literal
 
 import psutil
 
-from tropd_mcore.config.derived import samples_rollouts
+from tropd_mcore.config.derived import started_servers, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.server_checks import budget_problems
 from tropd_mcore.errors import ServerError
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.preflight_types import Fault
@@ -25,19 +26,6 @@ from tropd_mcore.train.preflight_types import Fault
 HOST = "127.0.0.1"
 DEVICES = Path("/dev")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-
-def used_servers(config: Config) -> dict[str, ServerConfig]:
-    """Return {section: settings} of the servers that the job uses. A replay uses no rollout server, `sft` none."""
-    servers = {"rollout.server": config.rollout.server} if samples_rollouts(config) else {}
-    if config.teacher.kind == "sglang" and config.objective.reads_teacher:
-        servers["teacher.server"] = config.teacher.server
-    return servers
-
-
-def started_servers(config: Config) -> dict[str, ServerConfig]:
-    """Return {section: settings} of the servers that the launch starts itself."""
-    return {key: server for key, server in used_servers(config).items() if server.url is None}
 
 
 def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
@@ -171,8 +159,16 @@ def devices(config: Config, ranks: int | None, environ: Mapping[str, str]) -> It
             f"parallel: {ranks} ranks on this machine but {gpus} GPUs are visible{limit}; change parallel.*, launch on "
             "more machines, or make more GPUs visible",
         )
+    if kind == "auto":  # with platform.kind=cuda, the configuration itself was refused
+        for section, problem in budget_problems(config):
+            yield Fault(section, problem)
     for section, server in started_servers(config).items():
-        if server.tensor_parallel > gpus:
+        if server.gpus is not None and max(server.gpus) >= gpus:
+            yield Fault(
+                f"{section}.gpus",
+                f"{section}.gpus={list(server.gpus)}: the launch sees GPUs 0 to {gpus - 1}{limit}; correct the numbers",
+            )
+        if server.gpus is None and server.tensor_parallel > gpus:
             yield Fault(
                 f"{section}.tensor_parallel",
                 f"{section}.tensor_parallel={server.tensor_parallel} but {gpus} GPUs are visible{limit}; lower it",

@@ -24,8 +24,6 @@ from tropd_mcore.progress import progress
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-JOIN_LIMIT_S = 900.0
-"""Longest wait for the other nodes, the same as torchrun's."""
 ATTEMPT_S = 5.0
 """Longest attempt to connect; short, because a signal is delayed by it."""
 POLL_S = 0.5
@@ -69,7 +67,7 @@ class Place:
 class NodesMeet(RendezvousHandler):
     """The rendezvous of `tropd train` for torch's elastic agent: no restarts, no change of the number of nodes."""
 
-    def __init__(self, place: Place, *, limit_s: float = JOIN_LIMIT_S) -> None:
+    def __init__(self, place: Place, *, limit_s: float) -> None:
         self._place = place
         self._limit_s = limit_s
         self.store: Store | None = None
@@ -121,9 +119,9 @@ class NodesMeet(RendezvousHandler):
                 state.advance(place.nodes - len(missing) - state.done)
                 if time.monotonic() > deadline:
                     raise LaunchError(
-                        f"node {', '.join(map(str, missing))} of {place.nodes} did not join in {self._limit_s:g} s; "
-                        f"start the same command there with NODE_RANK={missing[0]} MASTER_ADDR={place.address} "
-                        f"MASTER_PORT={place.port}"
+                        f"node {', '.join(map(str, missing))} of {place.nodes} did not join in {self._limit_s:g} s "
+                        f"(run.join_timeout_s); start the same command there with NODE_RANK={missing[0]} "
+                        f"MASTER_ADDR={place.address} MASTER_PORT={place.port}"
                     )
                 time.sleep(POLL_S)
         for rank in range(place.nodes):

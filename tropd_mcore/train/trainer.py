@@ -295,7 +295,7 @@ class Trainer:
             objective_of(components.config.objective, progress=batch.step / components.config.run.steps),
             batch.scores[part],
             batch.context[part],
-            self.settings,
+            self.settings.at_step(components.config, batch.step),
             teacher=components.teacher_model,
         )
         results = run_pipeline(

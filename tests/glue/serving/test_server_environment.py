@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.serving.environment import Place, server_environment
+from tropd_mcore.errors import ServerError
+from tropd_mcore.serving.environment import Place, named_gpus, server_environment, threads_per_rank
 from tropd_mcore.serving.sglang_launch import KEY_VARIABLE, require_key
 from tropd_mcore.serving.transport import Endpoint
 
@@ -35,10 +36,19 @@ OF_TORCHRUN = (
 
 
 def environment_of(
-    device: str, *, ranks: int = 1, threads: int = 1, arguments: tuple[str, ...] = (), **extra: str
+    device: str,
+    *,
+    ranks: int = 1,
+    threads: int = 1,
+    arguments: tuple[str, ...] = (),
+    gpus: str | None = None,
+    sized: bool = False,
+    **extra: str,
 ) -> dict[str, str]:
     """The environment of a server, without pytest's additions to ours."""
-    place = Place(device, 5, Path("/own"), "secret", ranks, threads, arguments)
+    place = Place(
+        device, 5, Path("/own"), "secret", ranks, threads, arguments, visible_gpus=gpus, sized_in_tokens=sized
+    )
     return {name: value for name, value in server_environment(place, extra).items() if not name.startswith("PYTEST_")}
 
 
@@ -51,6 +61,7 @@ def own() -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{user}",
         "no_proxy": "127.0.0.1,localhost,::1",
         "NO_PROXY": "127.0.0.1,localhost,::1",
+        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -78,7 +89,60 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_a_gpu_server_inherits_all_of_our_environment_and_has_its_own_key_folder_and_interface(
     ours: dict[str, str],
 ) -> None:
-    assert environment_of("cuda", ranks=2, threads=3) == ours | own() | LOOPBACK
+    assert environment_of("cuda", ranks=2, threads=3) == ours | own() | LOOPBACK | {"OMP_NUM_THREADS": "3"}
+
+
+def test_a_server_does_not_inherit_the_threads_of_a_rank_or_the_allocator_of_the_trainer(
+    ours: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert environment_of("cuda", threads=4) == ours | own() | LOOPBACK | {"OMP_NUM_THREADS": "4"}
+
+
+@pytest.mark.parametrize(("device", "ranks", "threads"), [("cpu", 1, 1), ("cpu", 2, 1), ("cuda", 1, 8), ("cuda", 4, 3)])
+def test_a_rank_of_a_gpu_server_gets_its_part_of_the_cpus_by_default(
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert threads_per_rank(device, ranks) == threads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert threads_per_rank(device, ranks) == 1
+
+
+def test_gpus_of_unequal_free_memory_are_allowed_only_if_the_size_of_the_cache_is_given(ours: dict[str, str]) -> None:
+    assert environment_of("cuda", ranks=2) == ours | own() | LOOPBACK
+    allowed = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    assert environment_of("cuda", ranks=2, sized=True) == ours | own() | LOOPBACK | allowed
+    assert "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK" not in environment_of("cpu", ranks=2, sized=True)
+
+
+@pytest.mark.parametrize(
+    ("seen", "gpus", "named"),
+    [(None, (2, 3), "2,3"), ("4,5, 6", (0, 2), "4,6"), ("GPU-a,GPU-b", (1,), "GPU-b"), ("0", None, None)],
+)
+def test_the_gpus_of_a_server_are_counted_among_those_of_the_launch(
+    ours: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    seen: str | None,
+    gpus: tuple[int, ...] | None,
+    named: str | None,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen) if seen else monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert named_gpus(gpus, key="rollout.server.gpus") == named
+    assert environment_of("cuda", gpus=named).get("CUDA_VISIBLE_DEVICES") == (named or seen)
+
+
+@pytest.mark.parametrize(("seen", "count"), [("", 0), ("3", 1), ("3,4,", 2)])
+def test_a_gpu_that_the_launch_does_not_see_is_refused_by_its_key(
+    monkeypatch: pytest.MonkeyPatch, seen: str, count: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    with pytest.raises(ServerError) as refused:
+        named_gpus((0, 2), key="teacher.server.gpus")
+    expected = f"teacher.server.gpus=[0, 2]: expected numbers below {count}, because CUDA_VISIBLE_DEVICES={seen}"
+    assert str(refused.value) == expected
 
 
 @pytest.mark.parametrize("name", [*OF_TORCHRUN, "SGLANG_RETURN_ORIGINAL_LOGPROB"])
@@ -97,7 +161,7 @@ def test_a_cpu_server_gets_its_threads_and_each_of_several_ranks_its_cpus(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 4, 5})
     engine = {"SGLANG_USE_CPU_ENGINE": "1"}
     one = environment_of("cpu", threads=2)
-    assert one == {**ours, **own(), **LOOPBACK, **engine, "OMP_NUM_THREADS": "2"}
+    assert one == ours | own() | LOOPBACK | engine | {"OMP_NUM_THREADS": "2"}
     two = environment_of("cpu", ranks=2, threads=2, OMP_NUM_THREADS="5")
     assert two == {
         **ours,

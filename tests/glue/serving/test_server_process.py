@@ -45,7 +45,7 @@ def test_the_server_gets_its_model_address_and_settings_on_the_command_line(site
     process = site.started({"silent": True}, config=config)
     expected = ["--model-path", str(site.model), "--host", "127.0.0.1", "--port", str(process.port)]
     expected += ["--device", "cuda", "--dtype", "float32", "--tp-size", "2"]
-    expected += ["--max-total-tokens", "99", "--mem-fraction-static", "0.5"]
+    expected += ["--max-total-tokens", "99", "--mem-fraction-static", "0.5", "--enable-fp32-lm-head"]
     assert site.told()["argv"] == expected
 
 
@@ -55,6 +55,7 @@ def test_a_cpu_server_sleeps_when_idle_and_extra_arguments_come_last(site: Serve
     assert argv[-2:] == ["--more", "x"]
     assert argv[argv.index("--attention-backend") + 1] == "torch_native" and "--sleep-on-idle" in argv
     assert argv[argv.index("--dtype") + 1] == "bfloat16" and "--max-total-tokens" not in argv
+    assert "--enable-fp32-lm-head" not in argv, "it would copy the output layer at each token"
 
 
 def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: ServerSite) -> None:
@@ -62,8 +63,78 @@ def test_a_rank_of_a_cpu_server_has_one_thread_unless_more_are_asked_for(site: S
     environment = site.told()["environment"]
     assert environment["OMP_NUM_THREADS"] == "1" and environment["SGLANG_USE_CPU_ENGINE"] == "1"
     site.notes.unlink()
-    site.started({"silent": True}, device="cpu", cpu_threads=3)
+    site.started({"silent": True}, device="cpu", config={"threads": 3})
     assert site.told()["environment"]["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_server_sees_its_gpus_and_may_find_them_filled_unequally_if_its_cache_has_a_size(
+    site: ServerSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    config = {"tensor_parallel": 2, "gpus": (1, 3), "max_total_tokens": 99}
+    site.started({"silent": True}, config=config)
+    environment = site.told()["environment"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
+
+
+@pytest.mark.parametrize(("device", "flags"), [("cuda", ["--enable-memory-saver"]), ("cpu", [])])
+def test_a_server_that_gives_its_memory_back_on_a_gpu_is_started_for_that(
+    site: ServerSite, device: str, flags: list[str]
+) -> None:
+    site.started({"silent": True}, device=device, config={"release_memory": True})
+    assert [flag for flag in site.told()["argv"] if "memory-saver" in flag] == flags
+
+
+CACHE = {
+    "/server_info": {"max_req_input_len": 99, "tp_size": 1, "max_total_num_tokens": 1000},
+    "/model_info": {"weight_version": "v1"},
+}
+
+
+def test_a_ready_server_tells_how_many_of_the_longest_requests_its_cache_holds(
+    site: ServerSite, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = site.process({"pages": CACHE}, longest=300, config={"max_concurrency": 4})
+    process.start()
+    with caplog.at_level("INFO"):
+        process.wait_ready()
+        process.wait_ready()
+    (line,) = [record.getMessage() for record in caplog.records if "KV cache" in record.getMessage()]
+    assert line == (
+        "rollout.server: its KV cache has 1,000 tokens; 4 requests (max_concurrency) of at most 300 tokens need 1,200, "
+        "so 3 fit at once if all are that long"
+    )
+
+
+def test_a_server_that_was_ready_is_not_asked_again_unless_it_has_ended(site: ServerSite) -> None:
+    """A health request of SGLang generates a token, which a server that has given its memory back cannot."""
+    process = site.process()
+    process.start()
+    process.wait_ready()
+    process.wait_ready()
+    assert site.log.read_text().count("answers") == 1
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(lambda: not process.alive())
+    with pytest.raises(ServerError, match="was killed by signal 9"):
+        process.wait_ready()
+
+
+@pytest.mark.parametrize(("asked", "warned"), [(1050, False), (1100, True)])
+def test_a_cache_that_is_smaller_than_asked_for_is_a_warning_at_every_start(
+    site: ServerSite, caplog: pytest.LogCaptureFixture, asked: int, warned: bool
+) -> None:
+    """SGLang takes what is free if that is less, and rounds down to pages. After a restart, less may be free."""
+    process = site.process({"pages": CACHE}, longest=300, config={"max_total_tokens": asked})
+    process.start()
+    process.wait_ready()
+    process.restart()
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = (
+        f"rollout.server: the KV cache is smaller than rollout.server.max_total_tokens={asked}: too little memory is "
+        "free; lower it, or free memory of GPU 0"
+    )
+    assert lines == [expected] * 2 * warned
 
 
 def test_the_server_inherits_our_environment_without_torchruns_rank_variables(

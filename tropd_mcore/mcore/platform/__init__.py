@@ -42,6 +42,9 @@ class Platform(Protocol):
     def config_defaults(self) -> dict[str, Any]:
         """Return the TransformerConfig fields (kernel fusions) that depend on the machine."""
 
+    def empty_cache(self) -> None:
+        """Return memory that torch's allocator holds and no tensor uses, so that another process can have it."""
+
     def prepare_training(self, module: torch.nn.Module) -> None:
         """Have the layers of a model that will be trained add up their weight gradients in float32."""
 

@@ -76,5 +76,8 @@ class CpuPlatform:
             "persist_layer_norm": False,
         }
 
+    def empty_cache(self) -> None:
+        """Nothing: a server on the CPU keeps its memory."""
+
     def prepare_training(self, module: torch.nn.Module) -> None:
         """Nothing: the data-parallel wrapper adds each gradient to a float32 buffer."""

@@ -57,6 +57,10 @@ class CudaPlatform:
             "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         }
 
+    def empty_cache(self) -> None:
+        """Return the allocator's unused memory. Costs one wait for the GPU."""
+        torch.cuda.empty_cache()
+
     def prepare_training(self, module: torch.nn.Module) -> None:
         """Have Transformer Engine's layers add their weight gradients to `main_grad` inside the matrix product.
 

@@ -1,0 +1,70 @@
+"""Lines of `tropd train --dry-run` about the memory of each GPU and about ports.
+
+The plan itself is in `config.plan`. Of the files only config.json of each model is read, if it is there: a plan for a
+cluster can be read on any machine. Invariant: an estimated number is marked as an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tropd_mcore.config.derived import model_paths, started_servers
+from tropd_mcore.config.schema import Config
+from tropd_mcore.config.server_checks import gpus_of
+
+GIB = 2**30
+
+
+def rows(config: Config, ranks: int, *, address: str, port: int) -> dict[str, str]:
+    """Return {name: text} of the lines. The job has `ranks`, which meet at `address` and `port` (0 = any free one)."""
+    found = _memory(config, ranks) if config.platform.kind != "cpu" else {}
+    return {**found, "ports": _ports(config, address, port)}
+
+
+def _memory(config: Config, ranks: int) -> dict[str, str]:
+    started = started_servers(config)
+    needed = model_paths(config)
+    if not ("teacher.server" in started or (config.teacher.kind == "megatron" and config.objective.reads_teacher)):
+        del needed["teacher.path"]
+    missing = [str(path) for path in needed.values() if not (path / "config.json").is_file()]
+    if missing:
+        return {"memory": f"not estimated: no config.json in {', '.join(dict.fromkeys(missing))}"}
+    from tropd_mcore.errors import ModelError
+    from tropd_mcore.weights.architecture import read_architecture
+    from tropd_mcore.weights.gpu_memory import rank_memory, server_memory
+
+    try:
+        models = {key: read_architecture(path) for key, path in needed.items()}
+    except ModelError as error:
+        return {"memory": f"not estimated: {error}"}
+    rank = rank_memory(config, models, ranks)
+    lines = {"memory": f"per rank, estimated: {_parts(rank)}"}
+    fullest = 0
+    beside: dict[int, int] = {}
+    for key, server in started.items():
+        model = "student.path" if key == "rollout.server" else "teacher.path"
+        dtype = config.student.dtype if key == "rollout.server" else config.teacher.dtype
+        parts = server_memory(models[model], server, dtype)
+        unsized = "" if "KV cache" in parts else f"; with its KV cache at most {server.mem_fraction} of the free memory"
+        lines[key] = f"per GPU, estimated: {_parts(parts)}, without its context and CUDA graphs{unsized}"
+        for gpu in gpus_of(server):
+            beside[gpu] = beside.get(gpu, 0) + sum(parts.values())
+            fullest = max(fullest, gpu, key=lambda each: beside.get(each, 0))
+    if beside:
+        both = (sum(rank.values()) + beside[fullest]) / GIB
+        turns = "; release_memory: they take turns" if config.rollout.server.release_memory else ""
+        lines["fullest GPU"] = f"GPU {fullest}: {both:.1f} GiB with a rank and its servers{turns}"
+    return lines
+
+
+def _parts(parts: Mapping[str, int]) -> str:
+    listed = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    return f"{listed} = {sum(parts.values()) / GIB:.1f} GiB"
+
+
+def _ports(config: Config, address: str, port: int) -> str:
+    servers = (
+        f"{key} on {f'port {server.port}' if server.port is not None else 'a free port'} of the loopback address"
+        for key, server in started_servers(config).items()
+    )
+    return "; ".join([f"ranks meet at {address}, {f'port {port}' if port else 'a free port'}", *servers])

@@ -1,0 +1,122 @@
+"""Settings of one command's server: those of the configuration, those of `--server`, and on GPUs the whole machine.
+
+A job shares its GPUs with its servers. `tropd prefixes` and `tropd eval` share them with nobody, so sizes that a job
+needs would only leave GPUs idle. This module starts nothing (`server`). Invariant: what `--server` says is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tropd_mcore.config.checks import OF_A_START
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.config.yaml_reader import parse_yaml
+from tropd_mcore.errors import ConfigError
+
+OF_A_JOB = ("gpus", "max_total_tokens", "mem_fraction", "threads")
+"""Keys whose values keep room for a trainer."""
+ROOM = 0.5
+"""Largest share of a GPU's memory that weights may take; the KV cache needs the rest."""
+
+
+def add_server_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--server`."""
+    parser.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the server section for this call (tensor_parallel=2); may be repeated. On GPUs the server takes "
+        "the whole machine by default",
+    )
+
+
+def changed(server: ServerConfig, given: Sequence[str]) -> ServerConfig:
+    """Return `server` with the values of `--server`. Raises ConfigError with every problem of them."""
+    values: dict[str, object] = {}
+    problems: list[str] = []
+    for text in given:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        document = parse_yaml(value, f"--server {key}")
+        if not equals or not key:
+            problems.append(f"--server {text}: expected KEY=VALUE")
+        elif key not in ServerConfig.model_fields:
+            close = difflib.get_close_matches(key, ServerConfig.model_fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"a server has {', '.join(ServerConfig.model_fields)}"
+            problems.append(f"--server {key}: unknown key; {hint}")
+        elif document.problems:
+            problems += document.problems
+        else:
+            values[key] = document.value if value else None
+    found = server
+    try:
+        found = ServerConfig.model_validate({**server.model_dump(), **values})
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            expected = detail["msg"].replace("Input should be ", "expected ").partition(", unable to parse")[0]
+            problems.append(f"--server {detail['loc'][0]}: {expected}, found {detail['input']!r}")
+    starts = [key for key in OF_A_START if key in values]
+    if found.url is not None and starts:
+        problems.append(f"--server {', '.join(starts)}: says how a server is started, but {found.url} runs; remove one")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def names(given: Sequence[str]) -> set[str]:
+    """Return the keys that `--server` sets."""
+    return {text.partition("=")[0].strip() for text in given}
+
+
+def whole_machine(server: ServerConfig, model: Path, gpus: Sequence[int], given: Collection[str]) -> ServerConfig:
+    """Return `server` for a machine of its own with `gpus`, the memory of each in bytes. Keys in `given` are kept.
+
+    Each replica gets as few GPUs as its weights need, because replicas answer more requests per second than tensor
+    ranks. There are as many replicas as fit on the machine, behind one url.
+    """
+    changes: dict[str, object] = {name: None for name in OF_A_JOB if name not in given}
+    if "tensor_parallel" not in given:
+        changes["tensor_parallel"] = _tensor_parallel(model, gpus)
+    found = server.model_copy(update=changes)
+    several = any(
+        argument.startswith(("--dp", "--data-parallel", "--pp", "--pipeline")) for argument in found.extra_args
+    )
+    replicas = len(found.gpus or gpus) // found.tensor_parallel
+    if replicas < 2 or several:
+        return found
+    more: dict[str, object] = {"extra_args": (*found.extra_args, "--dp-size", str(replicas))}
+    if "max_concurrency" not in given:
+        more["max_concurrency"] = replicas * found.max_concurrency
+    return found.model_copy(update=more)
+
+
+def sizes(server: ServerConfig) -> str:
+    """Return what the server takes, for a log line."""
+    gpus = f"GPU {', '.join(map(str, server.gpus))}" if server.gpus is not None else "every GPU"
+    replicas = " ".join(server.extra_args)
+    return (
+        f"takes {gpus}: tensor_parallel={server.tensor_parallel}, max_concurrency={server.max_concurrency}"
+        f"{f', {replicas}' if replicas else ''}; --server KEY=VALUE changes that"
+    )
+
+
+def _tensor_parallel(model: Path, gpus: Sequence[int]) -> int:
+    """The smallest number of GPUs that divides the attention heads and has room for the weights; else the largest."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    heads = config.get("num_attention_heads")
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    fitting = [count for count in range(1, len(gpus) + 1) if not isinstance(heads, int) or heads % count == 0]
+    return next((count for count in fitting if size <= count * ROOM * min(gpus)), fitting[-1])
+
+
+def memory_of_gpus() -> list[int]:
+    """Return the memory in bytes of each GPU that torch sees."""
+    import torch
+
+    return [int(torch.cuda.get_device_properties(index).total_memory) for index in range(torch.cuda.device_count())]
