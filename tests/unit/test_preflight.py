@@ -390,3 +390,6 @@ def test_only_the_student_is_split_into_virtual_stages_and_a_served_teacher_is_n
     (line,) = found_in(root, "parallel.pipeline=4", world_size=4)
     assert line.startswith("teacher.path=") and "num_hidden_layers = 6" in line
     assert found_in(root, "parallel.pipeline=4", "teacher.kind=sglang", world_size=4) == []
+    (root / "teacher" / "config.json").unlink()
+    (line,) = found_in(root, "parallel.pipeline=4", "teacher.kind=sglang", world_size=4)
+    assert line == f"teacher.path={root}/teacher: config.json not found there; expected a Hugging Face model folder"

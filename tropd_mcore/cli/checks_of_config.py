@@ -159,9 +159,9 @@ def rank_bytes(state: State, ranks: int) -> int:
     if config.objective.self_teaching is not None:
         total += student * DTYPE_BYTES[config.teacher.dtype]
     elif config.teacher.kind == "megatron":
-        total += parameters(state.teacher) * DTYPE_BYTES[config.teacher.dtype]
-    if (reference := state.models.get("objective.reference")) is not None:
-        total += parameters(reference) * own
+        total += parameters(state.in_job("teacher.path")) * DTYPE_BYTES[config.teacher.dtype]
+    if "objective.reference" in state.models:
+        total += parameters(state.in_job("objective.reference")) * own
     return total // shard
 
 

@@ -142,7 +142,7 @@ class ServerConfig(Section):
 class TeacherConfig(Section):
     kind: Literal["megatron", "sglang"] = "megatron"
     """Where the teacher runs. `megatron`: a frozen Megatron model in the training job, sharded like the student.
-    `sglang`: an SGLang server."""
+    `sglang`: an SGLang server, which may serve a model of any architecture."""
     path: Path
     """Hugging Face folder of the teacher. If the student teaches itself (sdpo, opsd), it must be student.path."""
     dtype: Dtype = "bfloat16"

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.derived import model_paths, reads_responses
+from tropd_mcore.config.derived import is_served, model_paths, reads_responses
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ModelError
 from tropd_mcore.train.preflight_files import (
@@ -85,9 +85,8 @@ def _layout(launch: Launch) -> Iterator[Fault]:
 
 def _models_in_the_job(launch: Launch) -> dict[str, Path]:
     """Return {configuration key: folder} of the models that are sharded over the ranks and have a config.json."""
-    served = {"teacher.path"} if launch.config.teacher.kind == "sglang" else set()
-    paths = model_paths(launch.config)
-    return {key: paths[key] for key in paths if key not in served and (paths[key] / "config.json").is_file()}
+    paths = model_paths(launch.config).items()
+    return {key: path for key, path in paths if not is_served(launch.config, key) and (path / "config.json").is_file()}
 
 
 def _cuts(launch: Launch) -> Iterator[Fault]:

@@ -24,6 +24,10 @@ from tropd_mcore.weights.rope import read_rope
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
+class UnsupportedFamily(ModelError):
+    """A model of another family than those that Megatron builds here."""
+
+
 @dataclass(frozen=True)
 class FamilyTraits:
     """Differences between the supported families. All share RMSNorm, rotary embeddings, grouped queries and SwiGLU."""
@@ -78,9 +82,14 @@ def read_architecture(folder: Path) -> Architecture:
     """Read <folder>/config.json.
 
     Reads the rotary keys of transformers 5 (`rope_parameters`) and of older releases (`rope_theta`, `rope_scaling`).
-    Raises ModelError for a missing or damaged file, an unknown family, an option that the Megatron model does not
-    reproduce, or keys that contradict each other.
+    Raises ModelError for a missing or damaged file, an unknown family (UnsupportedFamily), an option that the Megatron
+    model does not reproduce, or keys that contradict each other.
     """
+    return architecture_from_config(read_config_json(folder), source=str(Path(folder) / "config.json"))
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Return the content of <folder>/config.json. Raises ModelError if it is missing or damaged."""
     path = Path(folder) / "config.json"
     if (found := folder_in_the_way(Path(folder))) is not None:
         what = "not found" if found.what == NOTHING else str(found)
@@ -88,14 +97,24 @@ def read_architecture(folder: Path) -> Architecture:
         raise ModelError(f"model folder {shown(folder)}: {what}; {expected}")
     if not os.path.lexists(path):
         raise ModelError(f"model folder {shown(folder)}: config.json not found; expected a Hugging Face model folder")
-    return architecture_from_config(read_json_object(path), source=str(path))
+    return read_json_object(path)
+
+
+def is_supported(folder: Path) -> bool:
+    """Return whether Megatron could build the model in `folder`."""
+    try:
+        read_architecture(folder)
+    except ModelError:
+        return False
+    return True
 
 
 def architecture_from_config(config: dict[str, Any], *, source: str) -> Architecture:
     """Build an Architecture from the parsed config.json; `source` names it in errors. Raises ModelError."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ModelError(f"{source}: model_type is {family!r}; supported are {', '.join(sorted(FAMILIES))} (dense)")
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedFamily(f"{source}: model_type is {family!r}; supported are {known} (dense)")
     traits = FAMILIES[family]
     problems = contradictions(config, language_model=traits.language_model, has_windows=traits.has_windows)
     if problems:
