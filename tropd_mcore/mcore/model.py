@@ -9,6 +9,7 @@ A teacher shares only the process groups of the job with the student. Its sizes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,6 +92,7 @@ def build_model(
     if problems := cut_problems(arch, parallel, virtual_pipeline):
         raise ModelError("; ".join(problems))
     config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recompute, virtual_pipeline)
+    _set_yarn(config, arch)
     check_transformer_config(config)
     padded = padded_vocabulary(arch.vocab_size, layout.tp_size)
     stages = [None] if virtual_pipeline is None else list(range(virtual_pipeline))
@@ -182,7 +184,7 @@ def _chunk(
         post_process=layout.is_last_stage and vp_stage in (None, vpp_size - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if _is_yarn(arch) else "rope",
         rotary_base=arch.rope_theta,
         **_rope_scaling(arch),
         vp_stage=vp_stage,
@@ -192,16 +194,44 @@ def _chunk(
 def _rope_scaling(arch: Architecture) -> dict[str, Any]:
     """Return GPTModel's arguments for the rope scaling of `arch`. Raises ModelError if Megatron does not support it."""
     scaling = arch.rope_scaling
-    if scaling is None:
+    if scaling is None or _is_yarn(arch):  # for yarn see `_set_yarn`
         return {}
     if scaling["rope_type"] == "linear":
         return {"seq_len_interpolation_factor": float(scaling["factor"])}
     if scaling["rope_type"] != "llama3":
-        raise ModelError(f"rope_type {scaling['rope_type']!r} of {arch.family}: supported are linear and llama3")
+        raise ModelError(f"rope_type {scaling['rope_type']!r} of {arch.family}: supported are linear, llama3 and yarn")
     other = {key: scaling[key] for key, fixed in _LLAMA3_FIXED.items() if scaling[key] != fixed}
     if other:
         raise ModelError(f"llama3 rope scaling with {other}: megatron-core computes it with {_LLAMA3_FIXED} only")
     return {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
+
+
+def _is_yarn(arch: Architecture) -> bool:
+    return arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "yarn"
+
+
+def _set_yarn(config: TransformerConfig, arch: Architecture) -> None:
+    """Set the attributes that GPTModel and the attention read for yarn. They are no fields of TransformerConfig.
+
+    Megatron has no attention factor of its own. It computes (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor
+    + 1), so mscale is chosen to give ours.
+    """
+    if not _is_yarn(arch):
+        return
+    assert arch.rope_scaling is not None
+    scaling, growth = arch.rope_scaling, 0.1 * math.log(arch.rope_scaling["factor"])
+    values = {
+        "rotary_scaling_factor": scaling["factor"],
+        "original_max_position_embeddings": scaling["original_max_position_embeddings"],
+        "beta_fast": scaling["beta_fast"],
+        "beta_slow": scaling["beta_slow"],
+        "mscale": (scaling["attention_factor"] - 1.0) / growth if growth else 0.0,
+        "mscale_all_dim": 0.0,
+        "correction_range_round_to_int": scaling["truncate"],
+    }
+    for name, value in values.items():
+        setattr(config, f"yarn_{name}", value)
+    config.apply_rope_fusion = False  # the fused kernel for packed samples leaves the attention factor out
 
 
 @torch.no_grad()
