@@ -14,6 +14,7 @@ from tropd_mcore.config.derived import longest_response_at, longest_sample
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
 from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig
+from tropd_mcore.config.teacher_checks import teacher_problems
 
 MANAGED_SERVER_ARGS = {
     "--model-path": "student.path or teacher.path",
@@ -415,6 +416,7 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     of_each_phase(_weight_gradient),
     _rollout_server,
     _teacher_server,
+    teacher_problems,
     _both_servers,
     _warmup,
     _rates,

@@ -122,7 +122,10 @@ def _teacher(config: Config) -> str:
         return f"{teacher.path}, whose responses are stored; its weights are not loaded"
     if teacher.kind == "sglang":
         return f"{teacher.path}, scored by {_server(teacher.server, teacher.dtype, 'started by rank 0')}"
-    return f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
+    text = f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
+    if teacher.pipeline_layers is not None:
+        text += f", stages of {', '.join(map(str, teacher.pipeline_layers))} layers"
+    return text
 
 
 def _objective(config: Config) -> str:

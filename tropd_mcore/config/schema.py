@@ -147,6 +147,9 @@ class TeacherConfig(Section):
     """Hugging Face folder of the teacher. If the student teaches itself (sdpo, opsd), it must be student.path."""
     dtype: Dtype = "bfloat16"
     """Dtype of the teacher's parameters. Its log-probs are always float32."""
+    pipeline_layers: tuple[PositiveInt, ...] | None = None
+    """`megatron` only. Number of the teacher's layers on each pipeline stage, one number per stage. null = as even as
+    possible, with the rest on the first stages."""
     server: ServerConfig = ServerConfig()
     """`sglang` only."""
     extra_tokens: Literal["refuse", "exclude"] = "refuse"

@@ -10,6 +10,7 @@ A teacher shares only the process groups of the job with the student. Its sizes 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -28,7 +31,7 @@ from tropd_mcore.mcore.checks import check_transformer_config
 from tropd_mcore.mcore.head import OutputLayerTap
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
-from tropd_mcore.weights.architecture import Architecture, cut_problems
+from tropd_mcore.weights.architecture import Architecture, cut_problems, frozen_cut_problems, layers_of_stages
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -81,21 +84,29 @@ def build_model(
     recompute: Recompute = "none",
     optimizer: OptimizerConfig | None = None,
     cut_like_student: bool = False,
+    stage_layers: Sequence[int] | None = None,
 ) -> Model:
     """Build this rank's chunks on the platform's device, with weights that are not yet loaded.
 
     `optimizer` sets how the student's gradients are reduced; it is required if `trainable`. A teacher is interleaved
-    only with `cut_like_student`; otherwise `parallel.virtual_pipeline` does not apply to it. Raises ModelError if the
-    architecture cannot be divided as `parallel` asks.
+    only with `cut_like_student`; otherwise `parallel.virtual_pipeline` does not apply to it, and its layers need not
+    divide over the stages: `stage_layers` are those of each stage (None = as even as possible). Raises ModelError if
+    the architecture cannot be divided as `parallel` asks.
     """
-    virtual_pipeline = layout.vpp_size if (trainable or cut_like_student) and layout.vpp_size > 1 else None
-    if problems := cut_problems(arch, parallel, virtual_pipeline):
+    own_cut = not (trainable or cut_like_student)
+    virtual_pipeline = None if own_cut or layout.vpp_size == 1 else layout.vpp_size
+    problems = (
+        frozen_cut_problems(arch, parallel, stage_layers) if own_cut else cut_problems(arch, parallel, virtual_pipeline)
+    )
+    if problems:
         raise ModelError("; ".join(problems))
     config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recompute, virtual_pipeline)
+    uneven = own_cut and _cut_unevenly(config, stage_layers or layers_of_stages(arch.num_layers, layout.pp_size))
     _set_yarn(config, arch)
     check_transformer_config(config)
     padded = padded_vocabulary(arch.vocab_size, layout.tp_size)
-    stages = [None] if virtual_pipeline is None else list(range(virtual_pipeline))
+    # Megatron asks for the chunk's number in an uneven cut if any model of the process is interleaved.
+    stages = ([0] if uneven else [None]) if virtual_pipeline is None else list(range(virtual_pipeline))
     modules = [_chunk(arch, config, layout, platform, padded, vp_stage) for vp_stage in stages]
     head = None
     if modules[-1].post_process:
@@ -155,6 +166,19 @@ def _transformer_config(
         **_RECOMPUTE[recompute],
         **platform.config_defaults(),
     )
+
+
+def _cut_unevenly(config: TransformerConfig, stage_layers: Sequence[int]) -> bool:
+    """Give each pipeline stage its number of layers; returns False, and does nothing, if all have the same number."""
+    if len(set(stage_layers)) == 1:
+        return False
+    stages = [[LayerType.decoder] * count for count in stage_layers]
+    stages[0].insert(0, LayerType.embedding)
+    stages[-1].append(LayerType.loss)
+    cut = PipelineParallelLayerLayout(stages, config.pipeline_model_parallel_size)
+    cut.validate_layer_layout(config.num_layers, config.mtp_num_layers)
+    config.pipeline_model_parallel_layout = cut
+    return True
 
 
 # Not core_attn, Megatron's default: fused attention keeps no scores, so that recomputing it saves nothing. On an H200

@@ -327,8 +327,9 @@ def _served_teacher(
 
 def _frozen(context: JobContext, key: str, path: Path, dtype: Dtype) -> Model:
     model = build_model(
-        context.in_job(key), context.config.parallel, context.layout, context.platform, dtype=dtype, trainable=False
-    )
+        context.in_job(key), context.config.parallel, context.layout, context.platform, dtype=dtype, trainable=False,
+        stage_layers=context.config.teacher.pipeline_layers if key == "teacher.path" else None,
+    )  # fmt: skip
     load_hf(model, path, context.layout)
     return model
 

@@ -28,7 +28,7 @@ from tropd_mcore.train.preflight_files import (
 )
 from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, started_servers, visible_gpus
 from tropd_mcore.train.preflight_types import Fault
-from tropd_mcore.weights.architecture import cut_problems, read_architecture
+from tropd_mcore.weights.architecture import cut_problems, frozen_cut_problems, read_architecture
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,15 @@ def _cuts(launch: Launch) -> Iterator[Fault]:
             arch = read_architecture(folder)
         except ModelError:  # reported by the checks that read models
             continue
-        interleaved = key == "student.path" or config.objective.self_teaching is not None
-        stages = config.parallel.virtual_pipeline if interleaved else None
-        for problem in cut_problems(arch, config.parallel, stages):
-            yield Fault(key, f"{key}={folder}: {problem}; change parallel.tensor or parallel.pipeline")
+        if key == "student.path" or config.objective.self_teaching is not None:
+            problems = cut_problems(arch, config.parallel, config.parallel.virtual_pipeline)
+        else:
+            own = config.teacher.pipeline_layers if key == "teacher.path" else None
+            problems = frozen_cut_problems(arch, config.parallel, own)
+        for problem in problems:
+            change = "parallel.tensor or parallel.pipeline"
+            change = "teacher.pipeline_layers" if problem.startswith("teacher.pipeline_layers") else change
+            yield Fault(key, f"{key}={folder}: {problem}; change {change}")
 
 
 def _cuts_seen(launch: Launch) -> str:

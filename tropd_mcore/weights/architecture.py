@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,12 +183,53 @@ def check_same_architecture(found: Architecture, expected: Architecture, *, sour
 def cut_problems(arch: Architecture, parallel: ParallelConfig, virtual_pipeline: int | None) -> list[str]:
     """Return the sizes of `arch` that do not divide evenly; `virtual_pipeline` is None without interleaving."""
     stages = parallel.pipeline * (virtual_pipeline or 1)
-    cuts = [
+    return _undivided(
+        arch,
         ("num_hidden_layers", arch.num_layers, "parallel.pipeline * parallel.virtual_pipeline", stages),
+        *_tensor_cuts(arch, parallel),
+    )
+
+
+def frozen_cut_problems(arch: Architecture, parallel: ParallelConfig, stage_layers: Sequence[int] | None) -> list[str]:
+    """Return why the model cannot be cut for scoring only. Its layers need not divide over the stages.
+
+    `stage_layers` is teacher.pipeline_layers, the number of layers of each stage; None = `layers_of_stages` decides.
+    """
+    problems = _undivided(arch, *_tensor_cuts(arch, parallel))
+    if stage_layers is not None and sum(stage_layers) != arch.num_layers:
+        problems.append(
+            f"teacher.pipeline_layers = {list(stage_layers)} has {sum(stage_layers)} layers, num_hidden_layers of "
+            f"{arch.family} is {arch.num_layers}"
+        )
+    elif arch.num_layers < parallel.pipeline:
+        problems.append(
+            f"num_hidden_layers = {arch.num_layers} of {arch.family} is less than parallel.pipeline = "
+            f"{parallel.pipeline}, and each stage needs a layer"
+        )
+    return problems
+
+
+def layers_of_stages(num_layers: int, stages: int) -> list[int]:
+    """Return the number of layers of each stage, as even as possible. The first stages get the rest.
+
+    The last stage has the least, because it also has the output layer.
+    """
+    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+
+
+Cut = tuple[str, int, str, int]
+"""(name of a size, its value, key of what divides it, its value)"""
+
+
+def _tensor_cuts(arch: Architecture, parallel: ParallelConfig) -> list[Cut]:
+    return [
         ("num_attention_heads", arch.num_heads, "parallel.tensor", parallel.tensor),
         ("num_key_value_heads", arch.num_kv_heads, "parallel.tensor", parallel.tensor),
         ("intermediate_size", arch.ffn_hidden_size, "parallel.tensor", parallel.tensor),
     ]
+
+
+def _undivided(arch: Architecture, *cuts: Cut) -> list[str]:
     return [
         f"{what} = {size} of {arch.family} is not divisible by {key} = {by}"
         for what, size, key, by in cuts

@@ -84,7 +84,9 @@ def _read(config: dict[str, Any], key: str, values: dict[str, Any], source: str)
     options = _YARN_OPTIONS if kind == "yarn" else _WITHOUT_EFFECT.get(kind, ())
     known = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *options}
     if kind == "yarn" and (foreign := [name for name in _ONLY_SGLANG if merged.get(name) is not None]):
-        raise ModelError(f"{source}: {key} has {foreign[0]}={merged[foreign[0]]!r}, which only SGLang applies; remove it")
+        raise ModelError(
+            f"{source}: {key} has {foreign[0]}={merged[foreign[0]]!r}, which only SGLang applies; remove it"
+        )
     unknown = sorted(name for name, value in values.items() if name not in known and value is not None)
     if unknown:
         raise ModelError(
@@ -123,7 +125,9 @@ def _yarn(key: str, merged: dict[str, Any], source: str) -> dict[str, Any]:
         raise refuse(f"beta_fast is {fast:g} and beta_slow is {slow:g}; expected beta_fast > beta_slow")
     if (mscale is None) != (all_dim is None):
         alone = "mscale_all_dim" if mscale is None else "mscale"
-        raise refuse(f"{alone} has no effect without the other of mscale and mscale_all_dim; remove it or add the other")
+        raise refuse(
+            f"{alone} has no effect without the other of mscale and mscale_all_dim; remove it or add the other"
+        )
     growth = 0.1 * math.log(factor)
     attention = growth + 1.0 if mscale is None else (growth * mscale + 1.0) / (growth * float(all_dim or 0.0) + 1.0)
     stated = merged.get("attention_factor")
