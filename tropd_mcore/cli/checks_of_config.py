@@ -20,7 +20,7 @@ from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.preflight_machine import used_servers
 from tropd_mcore.train.start_checks import State
-from tropd_mcore.weights.architecture import Architecture
+from tropd_mcore.weights.architecture import Architecture, layers_of_stages
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -158,11 +158,20 @@ def rank_bytes(state: State, ranks: int) -> int:
     total = student * (own + MAIN_BYTES + state_bytes)
     if config.objective.self_teaching is not None:
         total += student * DTYPE_BYTES[config.teacher.dtype]
-    elif config.teacher.kind == "megatron":
-        total += parameters(state.in_job("teacher.path")) * DTYPE_BYTES[config.teacher.dtype]
     if "objective.reference" in state.models:
         total += parameters(state.in_job("objective.reference")) * own
-    return total // shard
+    return total // shard + teacher_bytes(state)
+
+
+def teacher_bytes(state: State) -> int:
+    """Return the bytes of a teacher in the job on the rank that has most of its layers."""
+    config, parallel = state.config, state.config.parallel
+    if config.teacher.kind != "megatron" or config.objective.self_teaching is not None:
+        return 0
+    teacher = state.in_job("teacher.path")
+    stages = config.teacher.pipeline_layers or layers_of_stages(teacher.num_layers, parallel.pipeline)
+    whole = parameters(teacher) * DTYPE_BYTES[config.teacher.dtype]
+    return whole * max(stages) // (teacher.num_layers * parallel.tensor)
 
 
 def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
@@ -175,9 +184,18 @@ def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
         given = config.rollout.server.mem_fraction if config.rollout.server.url is None else None
         room = int(gpu * (1 - (given or 0.0)))
         yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
+        if config.teacher.offload:
+            yield _host_memory(teacher_bytes(state), here)
     elif state.platform == "cpu":
         room = psutil.virtual_memory().available // here
         yield _room("memory", f"{what}, {here} ranks here", each, room, "launch fewer ranks here")
+
+
+def _host_memory(each: int, here: int) -> Finding:
+    """The host memory for the weights of a teacher that is on the GPUs only while it scores (teacher.offload)."""
+    room = psutil.virtual_memory().available // here
+    what = f"about {each / GIB:.2f} GiB of the teacher's weights per rank, pinned, {here} ranks here"
+    return _room("host memory", what, each, room, "set teacher.offload=false, or launch fewer ranks here")
 
 
 def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:

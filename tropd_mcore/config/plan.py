@@ -125,7 +125,7 @@ def _teacher(config: Config) -> str:
     text = f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
     if teacher.pipeline_layers is not None:
         text += f", stages of {', '.join(map(str, teacher.pipeline_layers))} layers"
-    return text
+    return text + (", weights in host memory between scorings" if teacher.offload else "")
 
 
 def _objective(config: Config) -> str:

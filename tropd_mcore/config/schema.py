@@ -150,6 +150,9 @@ class TeacherConfig(Section):
     pipeline_layers: tuple[PositiveInt, ...] | None = None
     """`megatron` only. Number of the teacher's layers on each pipeline stage, one number per stage. null = as even as
     possible, with the rest on the first stages."""
+    offload: bool = False
+    """`megatron` only. Keep the teacher's weights in host memory, and copy them to the device only while it scores. The
+    room on the device is then free while the student trains."""
     server: ServerConfig = ServerConfig()
     """`sglang` only."""
     extra_tokens: Literal["refuse", "exclude"] = "refuse"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from tropd_mcore.errors import ModelError
 from tropd_mcore.kernel.shard import VocabShard
 from tropd_mcore.mcore.checks import check_transformer_config
 from tropd_mcore.mcore.head import OutputLayerTap
+from tropd_mcore.mcore.offload import HostWeights
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
 from tropd_mcore.weights.architecture import Architecture, cut_problems, frozen_cut_problems, layers_of_stages
@@ -60,11 +62,25 @@ class Model:
     trainable: bool
     head: OutputLayerTap | None
     """Selects the supervised positions; None if this rank has no output layer."""
+    host: HostWeights | None = None
+    """Weights of a frozen model that is on the device only while it is asked (`offloaded`); None = always there."""
 
     @property
     def modules(self) -> list[GPTModel]:
         """The chunks without their data-parallel wrapper."""
         return [chunk.module if self.trainable else chunk for chunk in self.model_chunks]
+
+
+def offloaded(model: Model) -> Model:
+    """Return the loaded, frozen `model` with its weights in host memory. `resident` brings them back."""
+    assert not model.trainable, "the optimizer needs a trained model's weights"
+    parameters = [parameter for module in model.modules for parameter in module.parameters()]
+    return replace(model, host=HostWeights(parameters, model.platform.device))
+
+
+def resident(model: Model) -> AbstractContextManager[None]:
+    """Return a block in which the weights of `model` are on its device."""
+    return nullcontext() if model.host is None else model.host.resident()
 
 
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:

@@ -21,7 +21,7 @@ from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
 from tropd_mcore.mcore.loss_settings import LossSettings
-from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.model import Model, build_model, offloaded
 from tropd_mcore.mcore.packs import pack_on
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
@@ -92,7 +92,8 @@ def teacher_model(context: JobContext) -> Model | None:
     config, objective = context.config.teacher, context.config.objective
     if config.kind != "megatron" or objective.self_teaching is not None or not objective.reads_teacher:
         return None
-    return _frozen(context, "teacher.path", config.path, config.dtype)
+    model = _frozen(context, "teacher.path", config.path, config.dtype)
+    return offloaded(model) if config.offload else model
 
 
 def student_average(context: JobContext, student: Model) -> WeightAverage | None:
