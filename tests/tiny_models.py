@@ -6,6 +6,7 @@ there are more query heads than key/value heads.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
+
+from tropd_mcore.weights.hf_folder import copy_companions
 
 transformers_logging.disable_progress_bar()
 
@@ -36,7 +41,17 @@ _CLASSES: dict[str, tuple[type, type[PreTrainedModel]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+_EXPERTS = {
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+"""Settings of qwen3_moe: every layer has 6 experts, of which each token uses 2."""
 
 
 def write_tiny_model(
@@ -73,11 +88,25 @@ def write_tiny_model(
     if family == "qwen2":
         settings |= {"hidden_size": 64}
         del settings["head_dim"]
+    if family == "qwen3_moe":
+        settings |= _EXPERTS
     model: Any = model_class(config_class(**(settings | overrides)))
     _randomise(model, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     if with_tokenizer:
         tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_moe_teacher(folder: Path, student: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random Qwen3-MoE with the vocabulary, the tokenizer and the end tokens of `student`."""
+    config = json.loads((student / "config.json").read_text())
+    shared = {
+        key: config[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if key in config
+    }
+    settings = {"num_hidden_layers": 2, **shared, **overrides}
+    write_tiny_model(folder, family="qwen3_moe", seed=seed, with_tokenizer=False, **settings)
+    copy_companions(student, folder)
     return folder
 
 

@@ -22,7 +22,7 @@ from tropd_mcore.serving import transport as transport_module
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.weight_payload import by_value
 from tropd_mcore.serving.wire import WeightChecksums, read_server_info
-from tropd_mcore.teacher.vocabulary import read_width
+from tropd_mcore.weights.served import read_vocab_size
 
 Answer = tuple[int, Any]
 """(HTTP status, JSON)."""
@@ -222,20 +222,21 @@ def test_a_dead_server_is_distinguished_from_one_that_refuses() -> None:
         ('{"vocab_size": null}', "None"),
         ('{"vocab_size": "307"}', "'307'"),
         ('{"vocab_size": 307.0}', "307.0"),
-        ('{"text_config": {"vocab_size": 307}}', "None"),
-        ("[307]", "None"),
-        ("307", "None"),
+        ('{"vocab_size": true}', "True"),
+        ('{"vocab_size": 307, "text_config": {"vocab_size": 0}}', "0"),
     ],
 )
 def test_a_model_config_without_an_integer_width_is_refused(tmp_path: Path, content: str, found: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=rf"config.json: expected an integer vocab_size, found {found}$"):
-        read_width(tmp_path)
+    with pytest.raises(
+        ModelError, match=rf"config.json: vocab_size is {found}; expected a positive integer, the number"
+    ):
+        read_vocab_size(tmp_path)
 
 
 def test_the_vocabulary_width_of_a_model_is_read_from_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 307, "hidden_size": 8}')
-    assert read_width(tmp_path) == 307
+    assert read_vocab_size(tmp_path) == 307
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="config.json: cannot be read"):
-        read_width(tmp_path)
+    with pytest.raises(ModelError, match="config.json: not valid JSON"):
+        read_vocab_size(tmp_path)

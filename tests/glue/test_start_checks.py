@@ -16,7 +16,7 @@ import pytest
 
 from tests.glue.launches import swap_two_tokens
 from tests.glue.stubs import one_rank
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import write_moe_teacher, write_tiny_model
 from tropd_mcore.cli.checks_of_start import start_checks
 from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.loader import load
@@ -130,6 +130,11 @@ def pointer(root: Path) -> None:
     (root / "teacher" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
 
 
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
 def other_teacher(root: Path) -> None:
     record = ResponseOrigin(
         teacher="elsewhere",
@@ -162,6 +167,39 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list[str], str, str]] =
     "unknown family": (
         lambda root: edit_json(root / "teacher" / "config.json", model_type="gpt9"), [],
         "teacher.path", "teacher.path: ",
+    ),
+    "a mixture of experts in the job": (
+        lambda root: edit_json(root / "teacher" / "config.json", model_type="qwen3_moe"), [],
+        "teacher.path", "supported are llama, qwen2, qwen3 (dense); a teacher of any model that SGLang serves can run "
+        "behind a server: set teacher.kind=sglang",
+    ),
+    "a student that only a server could have": (
+        lambda root: edit_json(root / "student" / "config.json", model_type="qwen3_moe"), ["teacher.kind=sglang"],
+        "student.path", "supported are llama, qwen2, qwen3 (dense)",
+    ),
+    "a served teacher whose config.json lacks a size": (
+        lambda root: edit_json(root / "teacher" / "config.json", model_type="gpt9", vocab_size=None),
+        ["teacher.kind=sglang"],
+        "teacher.path", "config.json: vocab_size is None; expected a positive integer",
+    ),
+    "a served teacher with a short context": (
+        lambda root: edit_json(root / "teacher" / "config.json", model_type="gpt9", max_position_embeddings=16),
+        ["teacher.kind=sglang"],
+        "lengths", "its context is 16 tokens",
+    ),
+    "a served teacher with another vocabulary": (
+        lambda root: [edit_json(root / "teacher" / "config.json", model_type="g"), swap_two_tokens(root / "teacher")],
+        ["teacher.kind=sglang", "gates.tokenizer=false"],
+        "vocabulary", "differ in 2 of",
+    ),
+    "a served teacher with a truncated shard": (
+        lambda root: [edit_json(root / "teacher" / "config.json", model_type="g"), cut(root / "teacher")],
+        ["teacher.kind=sglang"],
+        "weights", "teacher.path: ",
+    ),
+    "a served dense teacher with weights of another shape": (
+        lambda root: edit_json(root / "teacher" / "config.json", intermediate_size=24), ["teacher.kind=sglang"],
+        "weights", "config.json asks for",
     ),
     "config.json contradicts itself": (
         lambda root: edit_json(root / "student" / "config.json", hidden_act="gelu"), [],
@@ -229,6 +267,28 @@ def test_doctor_and_the_job_report_a_planted_fault_in_the_same_way(
         started(config)
     assert str(caught.value).splitlines() == [finding.detail for finding in failed]
     assert words in failed[0].detail
+
+
+def test_a_served_teacher_may_be_any_model_with_the_students_tokens(
+    root: Path, started: Callable[[Config], State | None]
+) -> None:
+    """A mixture of experts, also wrapped into a multimodal model, quantised, or with a rotary scaling of its own."""
+    shutil.rmtree(root / "teacher")
+    write_moe_teacher(root / "teacher", root / "student")
+    path = root / "teacher" / "config.json"
+    given = json.loads(path.read_text())
+    sizes = {"vocab_size": 307, "max_position_embeddings": 4096, "num_attention_heads": 4}
+    for config in (
+        given,
+        {"model_type": "kimi_k9", "architectures": ["KimiForConditionalGeneration"], "text_config": sizes},
+        given | {"quantization_config": {"quant_method": "fp8"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    ):
+        path.write_text(json.dumps(config))
+        served = config_in(root, "teacher.kind=sglang")
+        findings = list(start_checks(served))
+        assert [finding for finding in findings if finding.level == "FAIL"] == []
+        state = started(served)
+        assert state is not None and state.teacher.vocab_size == 307 and state.teacher.family == config["model_type"]
 
 
 def test_warnings_of_a_check_become_findings_instead_of_log_lines(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.glue.served_model import URL, Served, config_of
+from tests.tiny_models import write_moe_teacher
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, GateError, ServerError
 from tropd_mcore.records.run_dir import RunDir
@@ -24,6 +26,7 @@ from tropd_mcore.teacher.identity import (
     ServedModel,
     changes,
     other_weights,
+    text_ids,
 )
 from tropd_mcore.teacher.identity_check import TeacherIdentity
 from tropd_mcore.weights.independent import independent_log_probs
@@ -87,6 +90,33 @@ def test_a_server_with_the_weights_of_the_student_is_refused_by_name(
     assert f"Expected teacher.path={model_folders['teacher']}: correct teacher.server.url" in message
     apart = float(np.abs(model_scores["teacher"] - model_scores["student"]).mean())
     assert f"by {apart:.1e} from teacher.path" in message
+
+
+def test_a_mixture_of_experts_is_recognised_by_its_weights(model_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Megatron could not build it. Another one with the same sizes is refused, and so is the student."""
+    folders, scores = {"student": model_folders["student"]}, {}
+    for seed, name in enumerate(("teacher", "other")):
+        folders[name] = write_moe_teacher(tmp_path / name, model_folders["student"], seed=seed)
+        scores[name] = independent_log_probs(folders[name], text_ids(folders["student"], folders[name]))
+    config = config_of(folders, tmp_path / "run")
+    start(Served(scores["teacher"], model_type="qwen3_moe"), config)
+    other = config_of(folders, tmp_path / "other-run")
+    assert "serves other weights than teacher.path" in refused(Served(scores["other"], model_type="qwen3_moe"), other)
+    student = independent_log_probs(folders["student"], text_ids(folders["student"], folders["teacher"]))
+    assert "serves the student" in refused(Served(student), other)
+
+
+def test_a_quantised_folder_is_not_read_and_its_first_launch_is_recorded(
+    model_folders: dict[str, Path], model_scores: dict[str, np.ndarray], tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = write_moe_teacher(tmp_path / "teacher", model_folders["student"])
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    config = config_of({"student": model_folders["student"], "teacher": folder}, tmp_path / "run")
+    start(Served(model_scores["teacher"], model_type="qwen3_moe", quantization="fp8"), config)
+    assert "teacher.path: its weights are quantised (fp8), which is not computed on a CPU" in caplog.text
+    assert "it is assumed, not checked, to be the model of teacher.path" in caplog.text
 
 
 def test_a_server_with_any_other_weights_is_refused(

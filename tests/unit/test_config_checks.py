@@ -165,6 +165,26 @@ def test_the_world_size_error_spells_out_the_arithmetic(layout, world_size, expe
         ({"verifier": {"kind": "exact_match", "pattern": "(("}}, "verifier.pattern: not a regular expression"),
         ({"verifier": {"kind": "exact_match", "pattern": "x"}}, "verifier.pattern: expected a group"),
         ({"run": {"replay": "run"}}, "run.replay and run.dir are both run"),
+        (
+            {"teacher": {"kind": "megatron", "pipeline_layers": [3, 4]}},
+            "teacher.pipeline_layers = [3, 4] has 2 stages, but parallel.pipeline = 1; give one number per stage",
+        ),
+        (
+            {"teacher": {"kind": "sglang", "pipeline_layers": [7]}},
+            "teacher.pipeline_layers has no effect: teacher.kind=sglang runs the teacher on a server; remove it",
+        ),
+        (
+            {"teacher": {"kind": "sglang", "offload": True}},
+            "teacher.offload has no effect: teacher.kind=sglang runs the teacher on a server; remove it",
+        ),
+        (
+            {"teacher": {"kind": "megatron", "offload": True}, "objective": {"kind": "gkd", "full_vocabulary": True}},
+            "teacher.offload cannot be combined with objective.full_vocabulary",
+        ),
+        (
+            {"teacher": {"kind": "megatron", "offload": True}, "objective": {"kind": "sft"}},
+            "teacher.offload has no effect: objective.kind=sft asks no teacher; remove it",
+        ),
         ({"student": {"path": "~/model"}}, "student.path: `~` is not expanded"),
         ({"objective": {"kind": "exopd", "reference": "~/model"}}, "objective.reference: `~` is not expanded"),
     ],

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,32 @@ def test_the_minimum_number_of_ranks_is_compared_with_the_gpus_if_the_number_is_
     assert any("4 ranks on this machine but 1 GPUs are visible" in finding.detail for finding in found)
     found = [finding for finding in start_checks(config, nodes=4) if finding.name == "parallel"]
     assert not any("GPUs are visible" in finding.detail for finding in found)
+
+
+def test_a_teacher_with_uneven_stages_counts_with_its_largest_one(recipe: str, files: Path) -> None:
+    even = checks_of_config.teacher_bytes(state_of(recipe))
+    assert even == checks_of_config.parameters(state_of(recipe).student) * 2 // 4
+    state = state_of(recipe, "parallel.pipeline=1", "teacher.pipeline_layers=[2]")
+    assert checks_of_config.teacher_bytes(state) == 2 * even
+    uneven = state_of(recipe, "parallel.pipeline=2", "teacher.pipeline_layers=[2,1]")
+    uneven.models = {**uneven.models, "teacher.path": replace(uneven.student, num_layers=3)}
+    whole = checks_of_config.parameters(replace(uneven.student, num_layers=3)) * 2
+    assert checks_of_config.teacher_bytes(uneven) == whole * 2 // (3 * 2)
+
+
+def test_an_offloaded_teacher_needs_host_memory_on_gpus(
+    recipe: str, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = state_of(recipe, "teacher.offload=true")
+    each, memory = checks_of_config.teacher_bytes(state), type("Memory", (), {})
+    monkeypatch.setattr(checks_of_config, "gpu_bytes", lambda: 2**40)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    for available, level in ((4 * each - 4, "FAIL"), (4 * each, "warn"), (8 * each, "ok")):
+        memory.available = available
+        state.platform = "cuda"
+        found = {finding.name: finding for finding in checks_of_config.resources(state)}["host memory"]
+        assert found.level == level, found
+        assert "teacher" in found.detail and (level != "FAIL" or "teacher.offload=false" in found.detail)
 
 
 def test_the_memory_of_this_machine_is_shared_only_by_its_own_ranks(

@@ -63,6 +63,12 @@ def test_a_base_student_stops_at_the_end_of_turn_of_its_instructed_teacher(
     assert "a response ends at '<|endoftext|>' 0 (student tokenizer; teacher generation_config.json)" in caplog.text
 
 
+def test_the_end_token_of_a_multimodal_teacher_is_read_from_its_language_model(tmp_path: Path) -> None:
+    student, teacher = write(tmp_path / "student"), write(tmp_path / "teacher")
+    (teacher / "config.json").write_text(json.dumps({"model_type": "any", "text_config": {"eos_token_id": TURN_END}}))
+    assert found(student, teacher).sources[TURN_END] == ("teacher config.json",)
+
+
 @pytest.mark.parametrize(
     ("place", "value"),
     [

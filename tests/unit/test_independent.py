@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,45 @@ def test_each_log_prob_is_that_of_a_token_given_those_before_it(family: str, tmp
             logits = model(torch.tensor(ids[None, :place], dtype=torch.int64)).logits[0, -1]
         assert abs(float(logits.log_softmax(-1)[ids[place]]) - found[place - 1]) < 1e-5
     assert found.dtype == np.float32 and found.shape == (4,)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "moe", family="qwen3_moe", num_hidden_layers=2)
+
+
+def test_a_model_that_megatron_cannot_build_is_read_as_well(moe: Path) -> None:
+    ids = np.array([5, 200, 17, 17, 306], np.int32)
+    model: Any = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32)  # with another kernel for the experts
+    with torch.no_grad():
+        logp = model(torch.tensor(ids[None].astype(np.int64))).logits[0].log_softmax(-1)
+    expected = logp[torch.arange(4), torch.tensor(ids[1:].astype(np.int64))].numpy()
+    assert np.abs(independent_log_probs(moe, ids) - expected).max() < 1e-5
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 4 * parameters < memory_needed(moe) - 512 * 2**20 < 8 * parameters + 4 * 5 * 128 * 307
+
+
+def test_a_model_that_this_machine_cannot_read_is_reported_in_one_line(moe: Path, tmp_path: Path) -> None:
+    def changed(name: str, **changes: Any) -> Path:
+        copy = tmp_path / name
+        shutil.copytree(moe, copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | changes))
+        return copy
+
+    reason = fits(changed("fp8", quantization_config={"quant_method": "fp8"}))
+    assert reason == "its weights are quantised (fp8), which is not computed on a CPU"
+    for name, words in (("gpt9", "transformers cannot load it"), ("fuyu", "transformers finds no tensor")):
+        with pytest.raises(ModelError, match=words) as caught:
+            independent_log_probs(changed(name, model_type=name), np.array([1, 2], np.int32))
+        assert "\n" not in str(caught.value)
+    without = changed("without")
+    tensors = load_file(without / "model.safetensors")
+    lost = next(name for name in tensors if "experts.3.down_proj" in name)
+    del tensors[lost]
+    save_file(tensors, without / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        independent_log_probs(without, np.array([1, 2], np.int32))
 
 
 def test_the_independent_reading_restores_the_number_of_threads(folder: Path) -> None:

@@ -404,8 +404,23 @@ def test_a_model_in_the_job_that_the_layout_does_not_divide_is_refused_by_its_ke
 
 def test_only_the_student_is_split_into_virtual_stages_and_a_served_teacher_is_not_split(root: Path) -> None:
     write_model(root / "student", layers=8, heads=4)
-    write_model(root / "teacher", layers=6, heads=4)
+    write_model(root / "teacher", layers=3, heads=4)
     assert found_in(root, "parallel.pipeline=2", "parallel.virtual_pipeline=2", world_size=2) == []
     (line,) = found_in(root, "parallel.pipeline=4", world_size=4)
-    assert line.startswith("teacher.path=") and "num_hidden_layers = 6" in line
+    assert line.startswith("teacher.path=") and "num_hidden_layers = 3 of qwen3 is less than" in line
     assert found_in(root, "parallel.pipeline=4", "teacher.kind=sglang", world_size=4) == []
+    (root / "teacher" / "config.json").unlink()
+    (line,) = found_in(root, "parallel.pipeline=4", "teacher.kind=sglang", world_size=4)
+    assert line == f"teacher.path={root}/teacher: config.json not found there; expected a Hugging Face model folder"
+
+
+def test_the_teachers_layers_need_not_divide_over_the_stages(root: Path) -> None:
+    write_model(root / "student", layers=8, heads=4)
+    write_model(root / "teacher", layers=7, heads=4)
+    assert found_in(root, "parallel.pipeline=4", world_size=4) == []
+    assert found_in(root, "parallel.pipeline=4", "teacher.pipeline_layers=[1,2,2,2]", world_size=4) == []
+    (line,) = found_in(root, "parallel.pipeline=4", "teacher.pipeline_layers=[2,2,2,2]", world_size=4)
+    assert line == (
+        f"teacher.path={root}/teacher: teacher.pipeline_layers = [2, 2, 2, 2] has 8 layers, num_hidden_layers of qwen3 "
+        "is 7; change teacher.pipeline_layers"
+    )

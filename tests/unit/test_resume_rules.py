@@ -54,6 +54,7 @@ def test_every_rule_that_refuses_has_a_reason() -> None:
         ("free", "run.steps run.checkpoint_every run.keep_checkpoints run.export_at_end run.stop_after run.dir"),
         ("free", "rollout.server.url rollout.server.dtype teacher.server.port teacher.kind teacher.on_failure"),
         ("free", "parallel.tensor parallel.data platform.kind batch.tokens_per_micro_batch student.recompute"),
+        ("free", "teacher.pipeline_layers teacher.offload"),
         ("free", "loss.form loss.backend loss.chunk_tokens monitor.topk_overlap gates.sampler_logprob"),
         ("refused", "student.dtype teacher.dtype teacher.server.dtype run.seed run.replay data.shuffle"),
         ("refused", "objective.kind objective.outlier.topk objective.arguments.beta objective.policy_gradient.epochs"),

@@ -19,7 +19,7 @@ from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.start_checks import State
-from tropd_mcore.weights.architecture import Architecture
+from tropd_mcore.weights.architecture import Architecture, layers_of_stages
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -157,11 +157,20 @@ def rank_bytes(state: State, ranks: int) -> int:
     total = student * (own + MAIN_BYTES + state_bytes)
     if config.objective.self_teaching is not None:
         total += student * DTYPE_BYTES[config.teacher.dtype]
-    elif config.teacher.kind == "megatron":
-        total += parameters(state.teacher) * DTYPE_BYTES[config.teacher.dtype]
-    if (reference := state.models.get("objective.reference")) is not None:
-        total += parameters(reference) * own
-    return total // shard
+    if "objective.reference" in state.models:
+        total += parameters(state.in_job("objective.reference")) * own
+    return total // shard + teacher_bytes(state)
+
+
+def teacher_bytes(state: State) -> int:
+    """Return the bytes of a teacher in the job on the rank that has most of its layers."""
+    config, parallel = state.config, state.config.parallel
+    if config.teacher.kind != "megatron" or config.objective.self_teaching is not None:
+        return 0
+    teacher = state.in_job("teacher.path")
+    stages = config.teacher.pipeline_layers or layers_of_stages(teacher.num_layers, parallel.pipeline)
+    whole = parameters(teacher) * DTYPE_BYTES[config.teacher.dtype]
+    return whole * max(stages) // (teacher.num_layers * parallel.tensor)
 
 
 def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
@@ -172,6 +181,8 @@ def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
     if gpu is not None:
         room = gpu - _of_server(state, gpu)
         yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
+        if config.teacher.offload:
+            yield _host_memory(teacher_bytes(state), here)
     elif state.platform == "cpu":
         room = psutil.virtual_memory().available // here
         yield _room("memory", f"{what}, {here} ranks here", each, room, "launch fewer ranks here")
@@ -187,6 +198,13 @@ def _of_server(state: State, gpu: int) -> int:
     if server.max_total_tokens is not None:
         return sum(server_memory(state.student, server, state.config.student.dtype).values())
     return int(gpu * (server.mem_fraction or 0.0))
+
+
+def _host_memory(each: int, here: int) -> Finding:
+    """The host memory for the weights of a teacher that is on the GPUs only while it scores (teacher.offload)."""
+    room = psutil.virtual_memory().available // here
+    what = f"about {each / GIB:.2f} GiB of the teacher's weights per rank, pinned, {here} ranks here"
+    return _room("host memory", what, each, room, "set teacher.offload=false, or launch fewer ranks here")
 
 
 def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:

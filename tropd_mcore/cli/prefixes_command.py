@@ -111,7 +111,8 @@ def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | Non
     from tropd_mcore.data.tokenizer_gate import check_tokenizer
     from tropd_mcore.rollout.prefixes import ResponseSampling, stored_responses
     from tropd_mcore.rollout.response_origin import check_origin, load_origin
-    from tropd_mcore.teacher.vocabulary import check_same_vocabulary, read_vocabulary, read_width
+    from tropd_mcore.teacher.vocabulary import check_same_vocabulary, read_vocabulary
+    from tropd_mcore.weights.served import read_vocab_size
 
     if config.gates.tokenizer:
         check_tokenizer(config.student.path, key="student.path")
@@ -125,7 +126,7 @@ def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | Non
         config.data.model_copy(update={"teacher_responses": None}),
         renderer,
         seed=config.run.seed,
-        needs=PromptNeeds(vocab_size=read_width(config.student.path)),
+        needs=PromptNeeds(vocab_size=read_vocab_size(config.student.path)),
         today=template_date(config, recorded.day if recorded is not None and stored else None),
     )
     end_ids = served_end_ids(ends.ids, config.teacher.path)
@@ -141,7 +142,7 @@ def _work(config: Config, options: argparse.Namespace, out: Path) -> _Work | Non
         top_p=options.top_p,
         eos_ids=end_ids,
         vocab_size=max(read_vocabulary(config.student.path).values()) + 1,
-        served_width=read_width(config.teacher.path),
+        served_width=read_vocab_size(config.teacher.path),
         excluded=frozenset(excluded),
     )
     return _Work(prompt_set.prompts, sampling, origin, recorded, answered)

@@ -15,6 +15,7 @@ from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
 from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig, StudentConfig
 from tropd_mcore.config.server_checks import server_problems
+from tropd_mcore.config.teacher_checks import teacher_problems
 from tropd_mcore.config.time_limits import time_limit_problems
 
 MANAGED_SERVER_ARGS = {
@@ -427,6 +428,7 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     of_each_phase(_weight_gradient),
     _rollout_server,
     _teacher_server,
+    teacher_problems,
     _both_servers,
     server_problems,
     _warmup,

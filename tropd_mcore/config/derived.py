@@ -92,6 +92,11 @@ def model_paths(config: Config) -> dict[str, Path]:
     return paths if reference is None else {**paths, "objective.reference": reference}
 
 
+def is_served(config: Config, key: str) -> bool:
+    """Return whether only a server loads the model of `key`, so that Megatron need not be able to build it."""
+    return key == "teacher.path" and config.teacher.kind == "sglang"
+
+
 def samples_rollouts(config: Config) -> bool:
     """Return whether the run samples in any phase, so that it needs a rollout server: neither a replay nor `sft`
     does."""

@@ -148,7 +148,10 @@ def _teacher(config: Config) -> str:
     if teacher.kind == "sglang":
         server = _server(teacher.server, teacher.dtype, "started by rank 0", config.platform.kind)
         return f"{teacher.path}, scored by {server}"
-    return f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
+    text = f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
+    if teacher.pipeline_layers is not None:
+        text += f", stages of {', '.join(map(str, teacher.pipeline_layers))} layers"
+    return text + (", weights in host memory between scorings" if teacher.offload else "")
 
 
 def _objective(config: Config) -> str:

@@ -167,11 +167,17 @@ class ServerConfig(Section):
 class TeacherConfig(Section):
     kind: Literal["megatron", "sglang"] = "megatron"
     """Where the teacher runs. `megatron`: a frozen Megatron model in the training job, sharded like the student.
-    `sglang`: an SGLang server."""
+    `sglang`: an SGLang server, which may serve a model of any architecture."""
     path: Path
     """Hugging Face folder of the teacher. If the student teaches itself (sdpo, opsd), it must be student.path."""
     dtype: Dtype = "bfloat16"
     """Dtype of the teacher's parameters. Its log-probs are always float32."""
+    pipeline_layers: tuple[PositiveInt, ...] | None = None
+    """`megatron` only. Number of the teacher's layers on each pipeline stage, one number per stage. null = as even as
+    possible, with the rest on the first stages."""
+    offload: bool = False
+    """`megatron` only. Keep the teacher's weights in host memory, and copy them to the device only while it scores. The
+    room on the device is then free while the student trains."""
     server: ServerConfig = ServerConfig()
     """`sglang` only."""
     extra_tokens: Literal["refuse", "exclude"] = "refuse"

@@ -256,6 +256,8 @@ def end_id_sources(folder: Path, tokenizer: Any) -> list[tuple[str, int]]:
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: cannot be read as JSON: {error}") from error
         eos = values.get("eos_token_id") if isinstance(values, dict) else None
+        if eos is None and isinstance(values, dict) and isinstance(values.get("text_config"), dict):
+            eos = values["text_config"].get("eos_token_id")  # of a multimodal model; SGLang reads it there too
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
             raise DataError(f"{path}: expected token ids as eos_token_id, found {eos!r}")

@@ -33,8 +33,8 @@ from tropd_mcore.evaluation.statistics import (
 from tropd_mcore.files import file_digest, publish_text
 from tropd_mcore.progress import counted, progress
 from tropd_mcore.serving.wire import Generation, GenerationRequest
-from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.digest import folder_digest
+from tropd_mcore.weights.served import read_vocab_size
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def evaluate(model: Path, generate: Generate, settings: EvaluationSettings, *, t
     prompt_set = _read_prompts(renderer, settings, verifier, today)
     prompts = [prompt.token_ids for prompt in prompt_set.prompts]
     expected = [str(prompt.answer) for prompt in prompt_set.prompts]
-    vocab_size, stops = read_architecture(model).vocab_size, served_end_ids(settings.end_ids, model)
+    vocab_size, stops = read_vocab_size(model), served_end_ids(settings.end_ids, model)
 
     def answers(temperature: float, samples: int) -> list[Generation]:
         requests = [

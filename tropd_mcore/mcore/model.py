@@ -9,14 +9,18 @@ A teacher shares only the process groups of the job with the student. Its sizes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -26,9 +30,10 @@ from tropd_mcore.errors import ModelError
 from tropd_mcore.kernel.shard import VocabShard
 from tropd_mcore.mcore.checks import check_transformer_config
 from tropd_mcore.mcore.head import OutputLayerTap
+from tropd_mcore.mcore.offload import HostWeights
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
-from tropd_mcore.weights.architecture import Architecture, cut_problems
+from tropd_mcore.weights.architecture import Architecture, cut_problems, frozen_cut_problems, layers_of_stages
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -57,11 +62,25 @@ class Model:
     trainable: bool
     head: OutputLayerTap | None
     """Selects the supervised positions; None if this rank has no output layer."""
+    host: HostWeights | None = None
+    """Weights of a frozen model that is on the device only while it is asked (`offloaded`); None = always there."""
 
     @property
     def modules(self) -> list[GPTModel]:
         """The chunks without their data-parallel wrapper."""
         return [chunk.module if self.trainable else chunk for chunk in self.model_chunks]
+
+
+def offloaded(model: Model) -> Model:
+    """Return the loaded, frozen `model` with its weights in host memory. `resident` brings them back."""
+    assert not model.trainable, "the optimizer needs a trained model's weights"
+    parameters = [parameter for module in model.modules for parameter in module.parameters()]
+    return replace(model, host=HostWeights(parameters, model.platform.device))
+
+
+def resident(model: Model) -> AbstractContextManager[None]:
+    """Return a block in which the weights of `model` are on its device."""
+    return nullcontext() if model.host is None else model.host.resident()
 
 
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
@@ -83,22 +102,31 @@ def build_model(
     recompute_layers: int | None = None,
     optimizer: OptimizerConfig | None = None,
     cut_like_student: bool = False,
+    stage_layers: Sequence[int] | None = None,
 ) -> Model:
     """Build this rank's chunks on the platform's device, with weights that are not yet loaded.
 
     `recompute` and the two arguments after it are the keys of the section `student`. `optimizer` sets how the student's
     gradients are reduced; it is required if `trainable`. A teacher is interleaved only with `cut_like_student`;
-    otherwise `parallel.virtual_pipeline` does not apply to it. Raises ModelError if the architecture cannot be divided
-    as `parallel` asks.
+    otherwise `parallel.virtual_pipeline` does not apply to it, and its layers need not divide over the stages:
+    `stage_layers` are those of each stage (None = as even as possible). Raises ModelError if the architecture cannot be
+    divided as `parallel` asks.
     """
-    virtual_pipeline = layout.vpp_size if (trainable or cut_like_student) and layout.vpp_size > 1 else None
-    if problems := cut_problems(arch, parallel, virtual_pipeline):
+    own_cut = not (trainable or cut_like_student)
+    virtual_pipeline = None if own_cut or layout.vpp_size == 1 else layout.vpp_size
+    problems = (
+        frozen_cut_problems(arch, parallel, stage_layers) if own_cut else cut_problems(arch, parallel, virtual_pipeline)
+    )
+    if problems:
         raise ModelError("; ".join(problems))
     recomputed = _recomputed(recompute, recompute_modules, recompute_layers)
     config = _transformer_config(arch, layout, platform, _TORCH_DTYPES[dtype], recomputed, virtual_pipeline)
+    uneven = own_cut and _cut_unevenly(config, stage_layers or layers_of_stages(arch.num_layers, layout.pp_size))
+    _set_yarn(config, arch)
     check_transformer_config(config)
     padded = padded_vocabulary(arch.vocab_size, layout.tp_size)
-    stages = [None] if virtual_pipeline is None else list(range(virtual_pipeline))
+    # Megatron asks for the chunk's number in an uneven cut if any model of the process is interleaved.
+    stages = ([0] if uneven else [None]) if virtual_pipeline is None else list(range(virtual_pipeline))
     modules = [_chunk(arch, config, layout, platform, padded, vp_stage) for vp_stage in stages]
     head = None
     if modules[-1].post_process:
@@ -176,6 +204,19 @@ def _recomputed(recompute: Recompute, modules: Sequence[str], layers: int | None
     return {}
 
 
+def _cut_unevenly(config: TransformerConfig, stage_layers: Sequence[int]) -> bool:
+    """Give each pipeline stage its number of layers; returns False, and does nothing, if all have the same number."""
+    if len(set(stage_layers)) == 1:
+        return False
+    stages = [[LayerType.decoder] * count for count in stage_layers]
+    stages[0].insert(0, LayerType.embedding)
+    stages[-1].append(LayerType.loss)
+    cut = PipelineParallelLayerLayout(stages, config.pipeline_model_parallel_size)
+    cut.validate_layer_layout(config.num_layers, config.mtp_num_layers)
+    config.pipeline_model_parallel_layout = cut
+    return True
+
+
 def _chunk(
     arch: Architecture,
     config: TransformerConfig,
@@ -194,7 +235,7 @@ def _chunk(
         post_process=layout.is_last_stage and vp_stage in (None, vpp_size - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if _is_yarn(arch) else "rope",
         rotary_base=arch.rope_theta,
         **_rope_scaling(arch),
         vp_stage=vp_stage,
@@ -204,16 +245,44 @@ def _chunk(
 def _rope_scaling(arch: Architecture) -> dict[str, Any]:
     """Return GPTModel's arguments for the rope scaling of `arch`. Raises ModelError if Megatron does not support it."""
     scaling = arch.rope_scaling
-    if scaling is None:
+    if scaling is None or _is_yarn(arch):  # for yarn see `_set_yarn`
         return {}
     if scaling["rope_type"] == "linear":
         return {"seq_len_interpolation_factor": float(scaling["factor"])}
     if scaling["rope_type"] != "llama3":
-        raise ModelError(f"rope_type {scaling['rope_type']!r} of {arch.family}: supported are linear and llama3")
+        raise ModelError(f"rope_type {scaling['rope_type']!r} of {arch.family}: supported are linear, llama3 and yarn")
     other = {key: scaling[key] for key, fixed in _LLAMA3_FIXED.items() if scaling[key] != fixed}
     if other:
         raise ModelError(f"llama3 rope scaling with {other}: megatron-core computes it with {_LLAMA3_FIXED} only")
     return {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
+
+
+def _is_yarn(arch: Architecture) -> bool:
+    return arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "yarn"
+
+
+def _set_yarn(config: TransformerConfig, arch: Architecture) -> None:
+    """Set the attributes that GPTModel and the attention read for yarn. They are no fields of TransformerConfig.
+
+    Megatron has no attention factor of its own. It computes (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor
+    + 1), so mscale is chosen to give ours.
+    """
+    if not _is_yarn(arch):
+        return
+    assert arch.rope_scaling is not None
+    scaling, growth = arch.rope_scaling, 0.1 * math.log(arch.rope_scaling["factor"])
+    values = {
+        "rotary_scaling_factor": scaling["factor"],
+        "original_max_position_embeddings": scaling["original_max_position_embeddings"],
+        "beta_fast": scaling["beta_fast"],
+        "beta_slow": scaling["beta_slow"],
+        "mscale": (scaling["attention_factor"] - 1.0) / growth if growth else 0.0,
+        "mscale_all_dim": 0.0,
+        "correction_range_round_to_int": scaling["truncate"],
+    }
+    for name, value in values.items():
+        setattr(config, f"yarn_{name}", value)
+    config.apply_rope_fusion = False  # the fused kernel for packed samples leaves the attention factor out
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tropd_mcore.kernel.source import OutputLayer
 from tropd_mcore.kernel.support_log_probs import support_log_probs
 from tropd_mcore.kernel.topk import TopK, distributed_topk
 from tropd_mcore.mcore.loss_settings import LossSettings
-from tropd_mcore.mcore.model import Model
+from tropd_mcore.mcore.model import Model, resident
 from tropd_mcore.mcore.pipeline import only_measure, run_pipeline
 from tropd_mcore.sentinels import ABSENT, NO_ENTRY
 from tropd_mcore.types import MicroBatch, StudentPass, TeacherScores
@@ -75,7 +75,8 @@ def score_micro_batches(
             excluded_T=excluded_T,
         )
 
-    return run_pipeline(model, micro_batches, pack_length, loss=only_measure(measure), forward_only=True)
+    with resident(model):
+        return run_pipeline(model, micro_batches, pack_length, loss=only_measure(measure), forward_only=True)
 
 
 def _without(top: TopK, excluded_E: Tensor) -> tuple[TopK, Tensor]:

@@ -9,7 +9,6 @@ Shapes: N scored tokens of the text.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tropd_mcore.errors import GateError, ServerError
+from tropd_mcore.errors import GateError, ModelError, ServerError
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.wire import ScoringRequest, is_exact
 from tropd_mcore.types import FloatArray, IntArray
-from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.independent import fits, independent_log_probs, probe_ids
+from tropd_mcore.weights.served import read_served_model, read_vocab_size
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +108,9 @@ class Identity:
 
 def text_ids(student: Path, teacher: Path) -> IntArray:
     """Return the text's ids for two models with one tokenizer, int32: ids that both have, at most TEXT_TOKENS."""
-    width = read_architecture(teacher).vocab_size
-    longest = min(TEXT_TOKENS, read_architecture(teacher).max_position_embeddings - 8)
-    ids = probe_ids(student, limit=longest)
-    return ids[ids < width]
+    sizes = read_served_model(teacher)
+    ids = probe_ids(student, limit=min(TEXT_TOKENS, sizes.max_position_embeddings - 8))
+    return ids[ids < sizes.vocab_size]
 
 
 def read_model(client: SglangClient, *, with_checksum: bool) -> ServedModel:
@@ -198,7 +196,6 @@ def _differences(before: ServedModel, now: ServedModel) -> Iterator[tuple[str, s
 
 def _vocab_size(folder: Path) -> int | None:
     try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    except (OSError, ValueError, AttributeError):
+        return read_vocab_size(folder)
+    except ModelError:
         return None
-    return value if isinstance(value, int) else None

@@ -39,9 +39,9 @@ from tropd_mcore.teacher.identity import (
     text_ids,
 )
 from tropd_mcore.types import IntArray
-from tropd_mcore.weights.architecture import read_architecture
 from tropd_mcore.weights.digest import fingerprint, model_files
 from tropd_mcore.weights.independent import fits, independent_log_probs
+from tropd_mcore.weights.served import read_served_model
 
 log = logging.getLogger(__name__)
 
@@ -158,10 +158,10 @@ class TeacherIdentity:
 
     def _check_config(self, model: ServedModel) -> None:
         """Compare what the server reports about its model with the config.json of teacher.path."""
-        arch = read_architecture(self._config.teacher.path)
+        expected_of = read_served_model(self._config.teacher.path)
         pairs = {
-            "model_type": (arch.family, model.model_type if model.model_type != "?" else None),
-            "vocab_size": (arch.vocab_size, model.vocab_size),
+            "model_type": (expected_of.family, model.model_type if model.model_type != "?" else None),
+            "vocab_size": (expected_of.vocab_size, model.vocab_size),
         }
         for name, (expected, said) in pairs.items():
             if said is not None and said != expected:
@@ -247,15 +247,14 @@ class TeacherIdentity:
         known = self._readings.get(key)
         if known is not None and known.stamp == stamp and known.fingerprint.ids_N == tuple(self._ids.tolist()):
             return known.fingerprint
-        reason = fits(folder, tokens=len(self._ids))
-        if reason is None:
-            try:
+        try:
+            reason = fits(folder, tokens=len(self._ids))
+            if reason is None:
                 found = fingerprint_of(self._ids, independent_log_probs(folder, self._ids))
-            except ModelError as error:
-                reason = str(error)
-            else:
                 self._readings[key] = Reading(stamp, found)
                 return found
+        except ModelError as error:
+            reason = str(error)
         self._reasons[key] = reason
         return None
 

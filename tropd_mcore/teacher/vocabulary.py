@@ -8,12 +8,12 @@ they can be excluded from the candidates.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tropd_mcore.data.tokenizer import load_tokenizer
-from tropd_mcore.errors import DataError, ModelError
+from tropd_mcore.errors import DataError
+from tropd_mcore.weights.served import read_vocab_size
 
 SHOWN_DIFFERENCES = 5
 
@@ -80,7 +80,7 @@ def _count(tokens: int) -> str:
 
 
 def _check_width(key: str, folder: Path, vocabulary: dict[str, int]) -> None:
-    width, needed = read_width(folder), max(vocabulary.values()) + 1
+    width, needed = read_vocab_size(folder), max(vocabulary.values()) + 1
     if width < needed:
         beyond = _tokens(dict(_beyond(vocabulary.items(), width)))
         raise DataError(
@@ -99,19 +99,6 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     if not vocabulary:
         raise DataError(f"{folder}: the tokenizer has no tokens")
     return vocabulary
-
-
-def read_width(folder: Path) -> int:
-    """Return `vocab_size` of the model in `folder`, the rows of its embedding. Raises ModelError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    width = config.get("vocab_size") if isinstance(config, dict) else None
-    if not isinstance(width, int):
-        raise ModelError(f"{path}: expected an integer vocab_size, found {width!r}")
-    return width
 
 
 def _differences(student: dict[str, int], other: dict[str, int]) -> list[str]:

@@ -7,6 +7,7 @@ caller's `cleanup`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
 from tropd_mcore.mcore.loss_settings import LossSettings
-from tropd_mcore.mcore.model import Model, build_model
+from tropd_mcore.mcore.model import Model, build_model, offloaded
 from tropd_mcore.mcore.packs import pack_on
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.platform import Platform
@@ -50,6 +51,7 @@ from tropd_mcore.train.loaded_inputs import LoadedInputs, longest_held_out
 from tropd_mcore.train.model_check import check_model
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
+from tropd_mcore.weights.served import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +64,9 @@ class JobContext(NamedModels):
     platform: Platform
     layout: Layout
     run_dir: RunDir
-    models: dict[str, Architecture]
-    """Architectures by the key of their folder: student.path, teacher.path, and objective.reference if there is one."""
+    models: Mapping[str, Architecture | ServedModel]
+    """Architectures, or sizes of a served teacher, by the key of their folder: student.path, teacher.path, and
+    objective.reference if there is one."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def teacher_model(context: JobContext) -> Model | None:
     config, objective = context.config.teacher, context.config.objective
     if config.kind != "megatron" or objective.self_teaching is not None or not objective.reads_teacher:
         return None
-    return _frozen(context, context.teacher, config.path, config.dtype)
+    model = _frozen(context, "teacher.path", config.path, config.dtype)
+    return offloaded(model) if config.offload else model
 
 
 def student_average(context: JobContext, student: Model) -> WeightAverage | None:
@@ -110,7 +114,7 @@ def student_average(context: JobContext, student: Model) -> WeightAverage | None
 def reference_model(context: JobContext) -> Model | None:
     """Build the objective's reference model in the student's dtype; None if the objective has none. Collective."""
     path = reference_path(context.config)
-    return _frozen(context, context.models["objective.reference"], path, context.config.student.dtype) if path else None
+    return _frozen(context, "objective.reference", path, context.config.student.dtype) if path else None
 
 
 def make_policy(
@@ -294,7 +298,7 @@ def _held_out_teacher(
         return MegatronTeacher(access.model, k=k, settings=settings, excluded=excluded)
 
     def load() -> MegatronTeacher:
-        model = _frozen(context, context.teacher, config.teacher.path, config.teacher.dtype)
+        model = _frozen(context, "teacher.path", config.teacher.path, config.teacher.dtype)
         check_model(context, "teacher.path", model, access.inputs)
         return MegatronTeacher(model, k=k, settings=settings, excluded=excluded)
 
@@ -343,8 +347,11 @@ def _served_teacher(
     )
 
 
-def _frozen(context: JobContext, arch: Architecture, path: Path, dtype: Dtype) -> Model:
-    model = build_model(arch, context.config.parallel, context.layout, context.platform, dtype=dtype, trainable=False)
+def _frozen(context: JobContext, key: str, path: Path, dtype: Dtype) -> Model:
+    model = build_model(
+        context.in_job(key), context.config.parallel, context.layout, context.platform, dtype=dtype, trainable=False,
+        stage_layers=context.config.teacher.pipeline_layers if key == "teacher.path" else None,
+    )  # fmt: skip
     load_hf(model, path, context.layout)
     return model
 

@@ -6,11 +6,18 @@ can be made on any machine, without a process group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
+from tropd_mcore.config.derived import is_served
 from tropd_mcore.config.schema import Config
+from tropd_mcore.errors import ModelError
 from tropd_mcore.records.run_dir import RunDir
-from tropd_mcore.weights.architecture import Architecture
+from tropd_mcore.weights.architecture import Architecture, UnsupportedFamily, read_architecture
+from tropd_mcore.weights.served import ServedModel, read_served_model
+
+SERVED_HINT = "a teacher of any model that SGLang serves can run behind a server: set teacher.kind=sglang"
 
 
 class Ground(Protocol):
@@ -23,25 +30,45 @@ class Ground(Protocol):
     def run_dir(self) -> RunDir: ...
 
     @property
-    def models(self) -> dict[str, Architecture]:
-        """Architectures by the key of their folder."""
+    def models(self) -> Mapping[str, Architecture | ServedModel]:
+        """Architectures, or sizes of a served model, by the key of their folder."""
 
     @property
     def student(self) -> Architecture: ...
 
     @property
-    def teacher(self) -> Architecture: ...
+    def teacher(self) -> Architecture | ServedModel: ...
 
 
 class NamedModels:
     """Gives names to the two models that every run has, once `models` has been read."""
 
-    models: dict[str, Architecture]
+    models: Mapping[str, Architecture | ServedModel]
 
     @property
     def student(self) -> Architecture:
-        return self.models["student.path"]
+        return self.in_job("student.path")
 
     @property
-    def teacher(self) -> Architecture:
+    def teacher(self) -> Architecture | ServedModel:
         return self.models["teacher.path"]
+
+    def in_job(self, key: str) -> Architecture:
+        """Return the architecture of a model that the job builds."""
+        found = self.models[key]
+        assert isinstance(found, Architecture), f"{key} is served, so Megatron does not build it"
+        return found
+
+
+def read_model(config: Config, key: str, folder: Path) -> Architecture | ServedModel:
+    """Read the config.json of the model of `key`: all of it, or only its sizes if a server alone loads the model.
+
+    Raises ModelError that names the key. The error about an in-process teacher of an unsupported family says that a
+    server can have it.
+    """
+    try:
+        return read_served_model(folder) if is_served(config, key) else read_architecture(folder)
+    except UnsupportedFamily as error:
+        raise ModelError(f"{key}: {error}{f'; {SERVED_HINT}' if key == 'teacher.path' else ''}") from error
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from tropd_mcore.config.checks import data_problems, self_teacher_problems
-from tropd_mcore.config.derived import longest_sample, model_paths, reads_responses, reference_path
+from tropd_mcore.config.derived import is_served, longest_sample, model_paths, reads_responses, reference_path
 from tropd_mcore.config.phase_checks import of_each_phase
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.chat import Renderer
@@ -27,9 +27,10 @@ from tropd_mcore.data.tokenizer_gate import check_tokenizer
 from tropd_mcore.errors import ConfigError, DataError, ModelError, TropdError
 from tropd_mcore.teacher.solutions import SolutionPrompts
 from tropd_mcore.teacher.vocabulary import check_same_vocabulary
-from tropd_mcore.train.ground import Ground
-from tropd_mcore.weights.architecture import Architecture, read_architecture
-from tropd_mcore.weights.hf_folder import HfReader
+from tropd_mcore.train.ground import Ground, read_model
+from tropd_mcore.weights.architecture import Architecture, is_supported
+from tropd_mcore.weights.hf_folder import HfReader, TensorReader
+from tropd_mcore.weights.served import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -86,27 +87,36 @@ def _each_once(paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     yield from first.values()
 
 
-def read_models(config: Config) -> dict[str, Architecture]:
-    """Return the architecture of every model, by key. Raises TropdError that names every unusable config.json."""
-    found: dict[str, Architecture] = {}
+def read_models(config: Config) -> dict[str, Architecture | ServedModel]:
+    """Return the architecture of every model, or the sizes of a served one, by key.
+
+    Raises TropdError that names every unusable config.json.
+    """
+    found: dict[str, Architecture | ServedModel] = {}
 
     def read(key: str, path: Path) -> None:
-        with _named(key):
-            found[key] = read_architecture(path)
+        found[key] = read_model(config, key, path)
 
     together(partial(read, key, path) for key, path in model_paths(config).items())
     return found
 
 
 def check_weights(ground: Ground) -> None:
-    """Raise if the tensors that this run loads do not match config.json. Only headers are read."""
+    """Raise if the tensors that this run loads do not match config.json. Only headers are read.
+
+    Of a served model that Megatron could not build, only the files are checked.
+    """
     config = ground.config
 
     def look(key: str, path: Path) -> None:
-        with _named(key), HfReader(path) as reader:
-            reader.check()
+        with _named(key):
+            if is_served(config, key) and not is_supported(path):
+                TensorReader(path).close()
+                return
+            with HfReader(path) as reader:
+                reader.check()
 
-    elsewhere = config.teacher.kind == "sglang" and config.teacher.server.url is not None
+    elsewhere = is_served(config, "teacher.path") and config.teacher.server.url is not None
     loaded = {key: path for key, path in model_paths(config).items() if key != "teacher.path" or not elsewhere}
     together(partial(look, key, path) for key, path in _each_once(loaded))
 

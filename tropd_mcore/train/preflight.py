@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from tropd_mcore.config.checks import layout_problems
-from tropd_mcore.config.derived import model_paths, reads_responses, started_servers
+from tropd_mcore.config.derived import is_served, model_paths, reads_responses, started_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ModelError
 from tropd_mcore.train.preflight_files import (
@@ -28,7 +28,7 @@ from tropd_mcore.train.preflight_files import (
 )
 from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, visible_gpus
 from tropd_mcore.train.preflight_types import Fault
-from tropd_mcore.weights.architecture import cut_problems, read_architecture
+from tropd_mcore.weights.architecture import cut_problems, frozen_cut_problems, read_architecture
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,8 @@ def _layout(launch: Launch) -> Iterator[Fault]:
 
 def _models_in_the_job(launch: Launch) -> dict[str, Path]:
     """Return {configuration key: folder} of the models that are sharded over the ranks and have a config.json."""
-    served = {"teacher.path"} if launch.config.teacher.kind == "sglang" else set()
-    paths = model_paths(launch.config)
-    return {key: paths[key] for key in paths if key not in served and (paths[key] / "config.json").is_file()}
+    paths = model_paths(launch.config).items()
+    return {key: path for key, path in paths if not is_served(launch.config, key) and (path / "config.json").is_file()}
 
 
 def _cuts(launch: Launch) -> Iterator[Fault]:
@@ -98,10 +97,15 @@ def _cuts(launch: Launch) -> Iterator[Fault]:
             arch = read_architecture(folder)
         except ModelError:  # reported by the checks that read models
             continue
-        interleaved = key == "student.path" or config.objective.self_teaching is not None
-        stages = config.parallel.virtual_pipeline if interleaved else None
-        for problem in cut_problems(arch, config.parallel, stages):
-            yield Fault(key, f"{key}={folder}: {problem}; change parallel.tensor or parallel.pipeline")
+        if key == "student.path" or config.objective.self_teaching is not None:
+            problems = cut_problems(arch, config.parallel, config.parallel.virtual_pipeline)
+        else:
+            own = config.teacher.pipeline_layers if key == "teacher.path" else None
+            problems = frozen_cut_problems(arch, config.parallel, own)
+        for problem in problems:
+            change = "parallel.tensor or parallel.pipeline"
+            change = "teacher.pipeline_layers" if problem.startswith("teacher.pipeline_layers") else change
+            yield Fault(key, f"{key}={folder}: {problem}; change {change}")
 
 
 def _cuts_seen(launch: Launch) -> str:

@@ -14,15 +14,15 @@ from tropd_mcore.config.derived import model_paths, reads_responses
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompt_file import read_prompt_file
 from tropd_mcore.errors import DataError, ModelError
+from tropd_mcore.train.ground import read_model
 from tropd_mcore.train.preflight_types import Fault
-from tropd_mcore.weights.architecture import read_architecture
 
 INFO_FILE = "tropd.json"
 """File that makes a folder a checkpoint. Source: `mcore.checkpoint_info`, which is too slow to import here."""
 
 
 def model_folders(config: Config) -> Iterator[Fault]:
-    """Check that student, teacher and reference are folders with a usable config.json."""
+    """Check that student, teacher and reference are folders with a usable config.json, of a served one its sizes."""
     for key, folder in model_paths(config).items():
         if not folder.exists():
             yield Fault(key, f"{key}={folder}: not found; expected a Hugging Face model folder")
@@ -33,9 +33,9 @@ def model_folders(config: Config) -> Iterator[Fault]:
             yield Fault(key, f"{key}={folder}: config.json not found there; expected a Hugging Face model folder{hint}")
         else:
             try:
-                read_architecture(folder)
+                read_model(config, key, folder)
             except ModelError as error:
-                yield Fault(key, f"{key}: {error}")
+                yield Fault(key, str(error))
 
 
 def _inside(folder: Path) -> str:

@@ -79,6 +79,8 @@ RULES: dict[str, Rule] = {
     "teacher.kind": _SERVER,
     "teacher.path": Rule("content", "the steps so far learned from another teacher"),
     "teacher.dtype": _TEACHER_PRECISION,
+    "teacher.pipeline_layers": free("the same layers on other ranks"),
+    "teacher.offload": free("the same weights, kept elsewhere"),
     "teacher.server": _SERVER,
     "teacher.server.dtype": _TEACHER_PRECISION,
     "teacher.server.extra_args": free(f"the teacher's numbers may change: {_ARGUMENTS}"),

@@ -9,7 +9,7 @@ check that is not in the list.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -33,6 +33,7 @@ from tropd_mcore.train.loaded_inputs import LoadedInputs
 from tropd_mcore.train.preflight import cheap
 from tropd_mcore.train.start import Opened
 from tropd_mcore.weights.architecture import Architecture
+from tropd_mcore.weights.served import ServedModel
 
 if TYPE_CHECKING:
     from tropd_mcore.train.components import JobContext
@@ -46,7 +47,7 @@ class State(NamedModels):
 
     config: Config
     run_dir: RunDir
-    models: dict[str, Architecture] = field(default_factory=dict)
+    models: Mapping[str, Architecture | ServedModel] = field(default_factory=dict)
     platform: str = "auto"
     """`cpu` or `cuda` once it is known."""
     world_size: int | None = None

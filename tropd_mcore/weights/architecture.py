@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from tropd_mcore.weights.json_file import read_json_object
 from tropd_mcore.weights.rope import read_rope
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UnsupportedFamily(ModelError):
+    """A model of another family than those that Megatron builds here."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,14 @@ def read_architecture(folder: Path) -> Architecture:
     """Read <folder>/config.json.
 
     Reads the rotary keys of transformers 5 (`rope_parameters`) and of older releases (`rope_theta`, `rope_scaling`).
-    Raises ModelError for a missing or damaged file, an unknown family, an option that the Megatron model does not
-    reproduce, or keys that contradict each other.
+    Raises ModelError for a missing or damaged file, an unknown family (UnsupportedFamily), an option that the Megatron
+    model does not reproduce, or keys that contradict each other.
     """
+    return architecture_from_config(read_config_json(folder), source=str(Path(folder) / "config.json"))
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Return the content of <folder>/config.json. Raises ModelError if it is missing or damaged."""
     path = Path(folder) / "config.json"
     if (found := folder_in_the_way(Path(folder))) is not None:
         what = "not found" if found.what == NOTHING else str(found)
@@ -88,14 +98,24 @@ def read_architecture(folder: Path) -> Architecture:
         raise ModelError(f"model folder {shown(folder)}: {what}; {expected}")
     if not os.path.lexists(path):
         raise ModelError(f"model folder {shown(folder)}: config.json not found; expected a Hugging Face model folder")
-    return architecture_from_config(read_json_object(path), source=str(path))
+    return read_json_object(path)
+
+
+def is_supported(folder: Path) -> bool:
+    """Return whether Megatron could build the model in `folder`."""
+    try:
+        read_architecture(folder)
+    except ModelError:
+        return False
+    return True
 
 
 def architecture_from_config(config: dict[str, Any], *, source: str) -> Architecture:
     """Build an Architecture from the parsed config.json; `source` names it in errors. Raises ModelError."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ModelError(f"{source}: model_type is {family!r}; supported are {', '.join(sorted(FAMILIES))} (dense)")
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedFamily(f"{source}: model_type is {family!r}; supported are {known} (dense)")
     traits = FAMILIES[family]
     problems = contradictions(config, language_model=traits.language_model, has_windows=traits.has_windows)
     if problems:
@@ -163,12 +183,53 @@ def check_same_architecture(found: Architecture, expected: Architecture, *, sour
 def cut_problems(arch: Architecture, parallel: ParallelConfig, virtual_pipeline: int | None) -> list[str]:
     """Return the sizes of `arch` that do not divide evenly; `virtual_pipeline` is None without interleaving."""
     stages = parallel.pipeline * (virtual_pipeline or 1)
-    cuts = [
+    return _undivided(
+        arch,
         ("num_hidden_layers", arch.num_layers, "parallel.pipeline * parallel.virtual_pipeline", stages),
+        *_tensor_cuts(arch, parallel),
+    )
+
+
+def frozen_cut_problems(arch: Architecture, parallel: ParallelConfig, stage_layers: Sequence[int] | None) -> list[str]:
+    """Return why the model cannot be cut for scoring only. Its layers need not divide over the stages.
+
+    `stage_layers` is teacher.pipeline_layers, the number of layers of each stage; None = `layers_of_stages` decides.
+    """
+    problems = _undivided(arch, *_tensor_cuts(arch, parallel))
+    if stage_layers is not None and sum(stage_layers) != arch.num_layers:
+        problems.append(
+            f"teacher.pipeline_layers = {list(stage_layers)} has {sum(stage_layers)} layers, num_hidden_layers of "
+            f"{arch.family} is {arch.num_layers}"
+        )
+    elif arch.num_layers < parallel.pipeline:
+        problems.append(
+            f"num_hidden_layers = {arch.num_layers} of {arch.family} is less than parallel.pipeline = "
+            f"{parallel.pipeline}, and each stage needs a layer"
+        )
+    return problems
+
+
+def layers_of_stages(num_layers: int, stages: int) -> list[int]:
+    """Return the number of layers of each stage, as even as possible. The first stages get the rest.
+
+    The last stage has the least, because it also has the output layer.
+    """
+    return [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+
+
+Cut = tuple[str, int, str, int]
+"""(name of a size, its value, key of what divides it, its value)"""
+
+
+def _tensor_cuts(arch: Architecture, parallel: ParallelConfig) -> list[Cut]:
+    return [
         ("num_attention_heads", arch.num_heads, "parallel.tensor", parallel.tensor),
         ("num_key_value_heads", arch.num_kv_heads, "parallel.tensor", parallel.tensor),
         ("intermediate_size", arch.ffn_hidden_size, "parallel.tensor", parallel.tensor),
     ]
+
+
+def _undivided(arch: Architecture, *cuts: Cut) -> list[str]:
     return [
         f"{what} = {size} of {arch.family} is not divisible by {key} = {by}"
         for what, size, key, by in cuts

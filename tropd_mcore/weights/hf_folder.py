@@ -60,21 +60,19 @@ _FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", 
 """Suffixes of weights in other formats. The first four are pickles, which can run code when they are read."""
 
 
-class HfReader:
-    """Reads the tensors of one folder slice by slice. Use it as a context manager, or call `close`."""
+class TensorReader:
+    """Reads the tensors of one folder of any architecture. Use it as a context manager, or call `close`."""
 
     def __init__(self, folder: Path) -> None:
         """Open every shard and read its header. No tensor is read.
 
-        Raises ModelError for a missing folder or config.json, an unsupported architecture, a missing or truncated
-        shard, an index that does not match its shards, or files that different programs would load differently.
+        Raises ModelError for a missing or truncated shard, or an index that does not match its shards.
         """
         self.folder = Path(folder)
-        self.arch: Architecture = read_architecture(self.folder)
         self._shards: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         index = self.folder / INDEX_FILE
-        _check_files(self.folder)
+        _check_kinds(self.folder)
         if index.is_file():
             self._open_indexed(_read_index(index))
         elif (self.folder / SINGLE_FILE).is_file():
@@ -102,11 +100,6 @@ class HfReader:
         """Return the shape of one tensor. Raises ModelError if the folder lacks it."""
         return tuple(self._slice(name).get_shape())
 
-    def dtypes(self) -> set[str]:
-        """Return the dtype names of all weights of the architecture. Other tensors of old files are not included."""
-        stored = {self._slice(name).get_dtype() for name, _ in hf_weight_plan(self.arch) if name in self._file_of}
-        return {_DTYPE_NAMES.get(code, code) for code in stored}
-
     def tensor(self, name: str) -> Tensor:
         """Return one whole tensor on the CPU. Raises ModelError if the folder lacks it or its file cannot be read."""
         return self[name][:]
@@ -114,22 +107,6 @@ class HfReader:
     def __getitem__(self, name: str) -> Sliceable:
         """Return a lazy view; slicing it reads from the file. Raises ModelError if the folder lacks the tensor."""
         return self._slice(name)
-
-    def check(self) -> None:
-        """Raise ModelError if a name or shape does not match config.json, or if a tensor is quantised."""
-        check_hf_names(self._file_of, self.arch, source=str(self.folder))
-        for name, expected in hf_weight_plan(self.arch):
-            found = self.shape(name)
-            if found != expected:
-                raise ModelError(
-                    f"{self.folder / self._file_of[name]}: {name} has shape {found}, config.json asks for {expected}"
-                )
-            code = self._slice(name).get_dtype()
-            if code not in _PLAIN_DTYPES:
-                raise ModelError(
-                    f"{self.folder / self._file_of[name]}: {name} is stored as {code} and config.json has no "
-                    f"quantization_config; expected {', '.join(sorted(_PLAIN_DTYPES))}"
-                )
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
@@ -171,6 +148,41 @@ class HfReader:
         self._file_of = weight_map
 
 
+class HfReader(TensorReader):
+    """Reads the tensors of one folder of a supported family slice by slice."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every shard and read its header. No tensor is read.
+
+        Raises ModelError for a missing folder or config.json, an unsupported architecture, a missing or truncated
+        shard, an index that does not match its shards, or files that different programs would load differently.
+        """
+        self.arch: Architecture = read_architecture(folder)
+        _check_files(Path(folder))
+        super().__init__(folder)
+
+    def dtypes(self) -> set[str]:
+        """Return the dtype names of all weights of the architecture. Other tensors of old files are not included."""
+        stored = {self._slice(name).get_dtype() for name, _ in hf_weight_plan(self.arch) if name in self._file_of}
+        return {_DTYPE_NAMES.get(code, code) for code in stored}
+
+    def check(self) -> None:
+        """Raise ModelError if a name or shape does not match config.json, or if a tensor is quantised."""
+        check_hf_names(self._file_of, self.arch, source=str(self.folder))
+        for name, expected in hf_weight_plan(self.arch):
+            found = self.shape(name)
+            if found != expected:
+                raise ModelError(
+                    f"{self.folder / self._file_of[name]}: {name} has shape {found}, config.json asks for {expected}"
+                )
+            code = self._slice(name).get_dtype()
+            if code not in _PLAIN_DTYPES:
+                raise ModelError(
+                    f"{self.folder / self._file_of[name]}: {name} is stored as {code} and config.json has no "
+                    f"quantization_config; expected {', '.join(sorted(_PLAIN_DTYPES))}"
+                )
+
+
 def write_hf_folder(
     out: Path,
     weights: Iterable[tuple[str, Tensor]],
@@ -207,11 +219,15 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copytree(source / name, target / name)
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse files that make transformers, SGLang and this project load different weights."""
+def _check_kinds(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         if not path.is_file():  # for example a pipe: opening it would wait for ever
             raise ModelError(f"{shown(path)}: expected a safetensors file; {in_the_way(path)}")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files that make transformers, SGLang and this project load different weights."""
+    _check_kinds(folder)
     for name, reason in _OTHER_MODEL_FILES.items():
         if (folder / name).exists():
             raise ModelError(f"model folder {folder}: has {name} beside its weights: {reason}")

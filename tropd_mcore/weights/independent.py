@@ -1,8 +1,9 @@
 """Log-probs of a short text from a model folder, computed by transformers on the CPU from the folder alone.
 
-They are the reference for `train.model_check` and for the fingerprint of a served teacher. This module does not score
-in training and uses no code of the Megatron side. Invariants: no code from the folder runs, and no network is used. A
-folder that lacks a tensor is an error, because transformers would fill it with random numbers.
+They are the reference for `train.model_check` and for the fingerprint of a served teacher, which may be a model that
+Megatron could not build. This module does not score in training and uses no code of the Megatron side. Invariants: no
+code from the folder runs, and no network is used. A folder that lacks a tensor is an error, because transformers would
+fill it with random numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tropd_mcore.errors import ModelError
+from tropd_mcore.errors import ModelError, first_line
 from tropd_mcore.progress import progress
 from tropd_mcore.types import FloatArray, IntArray
-from tropd_mcore.weights.architecture import read_architecture
+from tropd_mcore.weights.architecture import is_supported, read_architecture, read_config_json
 from tropd_mcore.weights.families import hf_weight_plan
-from tropd_mcore.weights.hf_folder import HfReader
+from tropd_mcore.weights.hf_folder import HfReader, TensorReader
 from tropd_mcore.weights.host_memory import available_memory, gib
+from tropd_mcore.weights.served import read_served_model
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +53,9 @@ def probe_ids(folder: Path, *, limit: int = PROBE_TOKENS) -> IntArray:
     Reads the folder's tokenizer.json directly. If there is none, returns ids drawn with a fixed seed. Ids that the
     model's vocabulary does not have are left out. Raises ModelError if a file is damaged or fewer than two ids remain.
     """
-    arch = read_architecture(folder)
+    sizes = read_served_model(folder)
     path = Path(folder) / "tokenizer.json"
-    limit = min(limit, arch.max_position_embeddings)
+    limit = min(limit, sizes.max_position_embeddings)
     if path.is_file():
         from tokenizers import Tokenizer
 
@@ -61,9 +63,9 @@ def probe_ids(folder: Path, *, limit: int = PROBE_TOKENS) -> IntArray:
             ids = Tokenizer.from_file(str(path)).encode(PROBE_TEXT, add_special_tokens=False).ids
         except Exception as error:  # tokenizers raises a bare Exception for a damaged file
             raise ModelError(f"{path}: damaged tokenizer ({error})") from error
-        known = [index for index in ids if index < arch.vocab_size]
+        known = [index for index in ids if index < sizes.vocab_size]
     else:
-        known = np.random.default_rng(0).integers(arch.vocab_size, size=limit).tolist()
+        known = np.random.default_rng(0).integers(sizes.vocab_size, size=limit).tolist()
     if len(known) < 2:
         raise ModelError(f"{path}: {len(known)} tokens of a text of {len(PROBE_TEXT)} characters are in the vocabulary")
     return np.array(known[:limit], dtype=np.int32)
@@ -71,18 +73,37 @@ def probe_ids(folder: Path, *, limit: int = PROBE_TOKENS) -> IntArray:
 
 def memory_needed(folder: Path, *, tokens: int = PROBE_TOKENS) -> int:
     """Return the host memory in bytes that `independent_log_probs` needs: float32 parameters, logits, a fixed rest."""
-    arch = read_architecture(folder)
-    parameters = [prod(shape) for _, shape in hf_weight_plan(arch)]
+    vocab_size = read_served_model(folder).vocab_size
+    parameters = [prod(shape) for shape in _shapes(folder)]
     # The largest tensor counts twice, because both dtypes are in memory while it is converted to float32.
-    return 4 * (sum(parameters) + max(parameters) + _COPIES_OF_LOGITS * tokens * arch.vocab_size) + _SPARE_BYTES
+    return 4 * (sum(parameters) + max(parameters, default=0) + _COPIES_OF_LOGITS * tokens * vocab_size) + _SPARE_BYTES
+
+
+def _shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Return the shape of every weight: from config.json, or from the files of a model that Megatron cannot build."""
+    if is_supported(folder):
+        return [shape for _, shape in hf_weight_plan(read_architecture(folder))]
+    with TensorReader(folder) as reader:
+        return [reader.shape(name) for name in reader.names()]
 
 
 def fits(folder: Path, *, tokens: int = PROBE_TOKENS) -> str | None:
-    """Return None if the host has enough memory for the log-probs of `tokens`, otherwise a clause that says why not."""
+    """Return None if this host can compute the log-probs of `tokens`, otherwise a clause that says why not."""
+    if (method := _quantization(folder)) is not None:
+        return f"its weights are quantised ({method}), which is not computed on a CPU"
     needed, available = memory_needed(folder, tokens=tokens), available_memory()
     if needed <= available:
         return None
     return f"an independent reading takes {gib(needed)} of host memory and {gib(available)} are available"
+
+
+def _quantization(folder: Path) -> str | None:
+    """Return the name of the method if the folder's weights are quantised, else None."""
+    config = read_config_json(folder)
+    found = next((config[key] for key in ("quantization_config", "compression_config") if config.get(key)), None)
+    if found is not None:
+        return str(found.get("quant_method", "unknown method")) if isinstance(found, dict) else str(found)
+    return "hf_quant_config.json" if (Path(folder) / "hf_quant_config.json").is_file() else None
 
 
 def independent_log_probs(folder: Path, token_ids: IntArray, *, dtype: str = "float32") -> FloatArray:
@@ -96,7 +117,10 @@ def independent_log_probs(folder: Path, token_ids: IntArray, *, dtype: str = "fl
     log.info("reading %s with transformers on the CPU (%s): %d tokens, %s", folder, dtype, len(ids), gib(size))
     with progress(log, f"reading {folder} with transformers"), _all_cores(), torch.inference_mode():
         model = independent_model(folder, dtype=getattr(torch, dtype))
-        logits = model(ids[None]).logits[0, :-1]
+        try:
+            logits = model(ids[None]).logits[0, :-1]
+        except Exception as error:  # of any type, for a model that needs a device or a package that is not here
+            raise ModelError(f"model folder {folder}: transformers cannot run it here ({first_line(error)})") from error
         logp = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
     found: FloatArray = logp.numpy().astype(np.float32)
     return found
@@ -105,13 +129,17 @@ def independent_log_probs(folder: Path, token_ids: IntArray, *, dtype: str = "fl
 def independent_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """Return transformers' model of a folder, on the CPU, in eval mode, with eager attention.
 
-    Raises ModelError if the folder cannot be loaded, lacks a tensor, or has one of another shape.
+    Raises ModelError if the folder cannot be loaded, lacks a tensor, or has one of another shape. Experts are computed
+    one after the other, because their grouped product rounds differently and knows fewer dtypes.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    with HfReader(folder) as reader:
-        reader.check()
+    others = {"experts_implementation": "eager"}
+    if is_supported(folder):
+        others = {}
+        with HfReader(folder) as reader:
+            reader.check()
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -122,10 +150,10 @@ def independent_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> An
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **others,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"model folder {folder}: transformers cannot load it ({first})") from error
+    except Exception as error:  # of many types: for a model that it does not know, or a package that is not here
+        raise ModelError(f"model folder {folder}: transformers cannot load it ({first_line(error)})") from error
     model, report = loaded
     invented = sorted([*report["missing_keys"], *report["mismatched_keys"]], key=str)
     if invented:

@@ -18,8 +18,18 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """Supported rope_type -> parameters that it needs."""
+_YARN_OPTIONS = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+"""Further parameters of yarn."""
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0
+"""Rotations within the original context above which yarn keeps a frequency, and below which it divides it by the
+factor. Source: arXiv 2309.00071 section 3.2 (alpha, beta); transformers and SGLang."""
+_ONLY_SGLANG = ("attn_factor", "extrapolation_factor")
+"""Parameters of yarn that SGLang applies and transformers does not."""
+_ATTENTION_TOLERANCE = 1e-6
+"""Largest relative difference of a stated attention factor from the computed one; files state it rounded."""
 _WITHOUT_EFFECT = {"linear": ("original_max_position_embeddings",)}
 """rope_type -> parameters that are accepted although no program reads them for this type."""
 _TWO_PLACES = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -71,7 +81,12 @@ def _read(config: dict[str, Any], key: str, values: dict[str, Any], source: str)
     missing = [name for name in needed if not _is_positive(merged.get(name))]
     if missing:
         raise ModelError(f"{source}: rope_type {kind!r} needs positive numbers for {', '.join(missing)}")
-    known = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *_WITHOUT_EFFECT.get(kind, ())}
+    options = _YARN_OPTIONS if kind == "yarn" else _WITHOUT_EFFECT.get(kind, ())
+    known = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *options}
+    if kind == "yarn" and (foreign := [name for name in _ONLY_SGLANG if merged.get(name) is not None]):
+        raise ModelError(
+            f"{source}: {key} has {foreign[0]}={merged[foreign[0]]!r}, which only SGLang applies; remove it"
+        )
     unknown = sorted(name for name, value in values.items() if name not in known and value is not None)
     if unknown:
         raise ModelError(
@@ -79,7 +94,56 @@ def _read(config: dict[str, Any], key: str, values: dict[str, Any], source: str)
             f"rope_type {kind!r}; correct rope_type or remove it"
         )
     scaling = {name: merged[name] for name in needed}
+    if kind == "yarn":
+        scaling = _yarn(key, merged, source)
     return float(theta), {"rope_type": kind, **scaling} if needed else None
+
+
+def _yarn(key: str, merged: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the parameters of yarn with the defaults of transformers filled in, and the attention factor computed.
+
+    The attention factor multiplies the rotated queries and keys. SGLang computes it and ignores the key.
+    """
+
+    def refuse(reason: str) -> ModelError:
+        return ModelError(f"{source}: {key}, rope_type 'yarn': {reason}")
+
+    for name in _YARN_OPTIONS:
+        value = merged.get(name)
+        if value is None:
+            continue
+        if name == "truncate":
+            if not isinstance(value, bool):
+                raise refuse(f"truncate is {value!r}; expected true or false")
+        elif not _is_positive(value):
+            raise refuse(f"{name} is {value!r}; expected a positive number")
+    factor, mscale, all_dim = merged["factor"], merged.get("mscale"), merged.get("mscale_all_dim")
+    fast, slow = float(merged.get("beta_fast") or _BETA_FAST), float(merged.get("beta_slow") or _BETA_SLOW)
+    if factor < 1:
+        raise refuse(f"factor is {factor!r}; expected a number >= 1")
+    if fast <= slow:
+        raise refuse(f"beta_fast is {fast:g} and beta_slow is {slow:g}; expected beta_fast > beta_slow")
+    if (mscale is None) != (all_dim is None):
+        alone = "mscale_all_dim" if mscale is None else "mscale"
+        raise refuse(
+            f"{alone} has no effect without the other of mscale and mscale_all_dim; remove it or add the other"
+        )
+    growth = 0.1 * math.log(factor)
+    attention = growth + 1.0 if mscale is None else (growth * mscale + 1.0) / (growth * float(all_dim or 0.0) + 1.0)
+    stated = merged.get("attention_factor")
+    if stated is not None and not math.isclose(stated, attention, rel_tol=_ATTENTION_TOLERANCE):
+        raise refuse(
+            f"attention_factor is {stated!r}, but SGLang ignores that key and computes {attention:.6f} from factor, "
+            "mscale and mscale_all_dim; remove it, or use the values that give it"
+        )
+    return {
+        "factor": float(factor),
+        "original_max_position_embeddings": merged["original_max_position_embeddings"],
+        "beta_fast": fast,
+        "beta_slow": slow,
+        "attention_factor": attention if stated is None else float(stated),
+        "truncate": merged.get("truncate") is not False,
+    }
 
 
 def _kind(key: str, values: dict[str, Any], source: str) -> str:
