@@ -198,6 +198,8 @@ def test_every_check_across_sections_is_a_function_of_the_configuration_alone(tm
 def test_time_limits_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, overrides=["run.rank_timeout_s=5000", "run.stall_timeout_s=5000"])
     assert line.startswith("run.rank_timeout_s = 5000 must be below run.stall_timeout_s = 5000")
+    (line,) = problems(tmp_path, overrides=["run.node_timeout_s=5000", "run.stall_timeout_s=5000"])
+    assert line.startswith("run.node_timeout_s = 5000 must be below run.stall_timeout_s = 5000")
     (line,) = problems(tmp_path, overrides=["run.stall_timeout_s=2000", "teacher.server.request_timeout_s=2000"])
     assert line.startswith("teacher.server.request_timeout_s = 2000 must be below run.stall_timeout_s = 2000")
     (line,) = problems(tmp_path, overrides=["rollout.server.hang_timeout_s=50", "rollout.server.request_timeout_s=40"])

@@ -341,11 +341,12 @@ def _beginning(config: Config) -> Iterator[str]:
 
 def _timeouts(config: Config) -> Iterator[str]:
     run = config.run
-    if run.rank_timeout_s >= run.stall_timeout_s:
-        yield (
-            f"run.rank_timeout_s = {run.rank_timeout_s:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: "
-            "a rank without a sign of life is found before a run without progress; lower the one or raise the other"
-        )
+    for key, who in (("rank_timeout_s", "rank"), ("node_timeout_s", "node")):
+        if (limit := getattr(run, key)) >= run.stall_timeout_s:
+            yield (
+                f"run.{key} = {limit:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: a {who} without a "
+                "sign of life is found before a run without progress; lower the one or raise the other"
+            )
     servers = {"rollout": config.rollout.server, "teacher": config.teacher.server}
     for name, server in servers.items():
         for key in ("start_timeout_s", "request_timeout_s"):

@@ -62,6 +62,7 @@ RULES: dict[str, Rule] = {
     "run.keep_tokens": free(),
     "run.lock": free(),
     "run.rank_timeout_s": free(),
+    "run.node_timeout_s": free(),
     "run.stall_timeout_s": free(),
     "run.replay": refused("the rollouts of the next steps would come from another source"),
     "run.init_from": Rule("beginning", "it names the weights that a run begins with, and this one has begun"),
