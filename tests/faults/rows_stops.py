@@ -9,6 +9,7 @@ from collections.abc import Callable
 from tests.faults.launch import send
 from tests.faults.scene import Scene
 from tests.faults.verdict import Fault, Seen
+from tropd_mcore.train.exits import LOST
 
 Play = Callable[[Scene], Seen]
 RANK_LIMIT_S = 20.0
@@ -52,7 +53,7 @@ def _row(name: str, done: str, play: Play, line: str, *, representative: bool = 
         done=done,
         wanted="within run.rank_timeout_s one line that names the rank; nothing left; the same command goes on",
         play=play,
-        code=(1, 2),
+        code=(1, LOST),
         line=line,
         limit_s=75.0,
         chain="stops",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -15,9 +17,10 @@ from tropd_mcore.cli import train_command
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.mcore.platform import deterministic as deterministic_module
-from tropd_mcore.train import __main__ as rank
+from tropd_mcore.train import __main__ as rank_program
 from tropd_mcore.train import job, launch, rendezvous
-from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
+from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, LOST, STOPPED
+from tropd_mcore.train.other_nodes import Cause, OtherNodes
 from tropd_mcore.train.rendezvous import NodesMeet, Place
 
 
@@ -133,14 +136,15 @@ def test_the_plan_ends_with_the_line_that_starts_each_node(config: Config) -> No
 def test_the_progress_of_a_run_is_read_from_its_metrics(tmp_path: Path, lines: str | None, said: str) -> None:
     if lines is not None:
         (tmp_path / "metrics.jsonl").write_text(lines)
-    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0, 900.0)
+    job = launch.Job(Place(1, 0, "127.0.0.1", 0, 2, "digest"), ("recipe.yaml",), tmp_path, 8, 120.0, 900.0, 60.0)
     assert launch.where(job) == said
 
 
 def test_a_launcher_waits_for_the_other_nodes_as_long_as_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_host_store", lambda place: dist.HashStore())
+    others = OtherNodes(0, 3, 60.0, lambda reason: None)
     with pytest.raises(rendezvous.LaunchError) as refused:
-        NodesMeet(Place(3, 0, "first", 7, 2, "digest"), limit_s=0.01).next_rendezvous()
+        NodesMeet(Place(3, 0, "first", 7, 2, "digest"), others, limit_s=0.01).next_rendezvous()
     assert str(refused.value) == (
         "node 1, 2 of 3 did not join in 0.01 s (run.join_timeout_s); start the same command there with NODE_RANK=1 "
         "MASTER_ADDR=first MASTER_PORT=7"
@@ -148,9 +152,9 @@ def test_a_launcher_waits_for_the_other_nodes_as_long_as_the_job_says(monkeypatc
 
 
 def test_blame_goes_first_to_a_rank_with_an_error_then_to_a_killed_one_then_to_one_that_followed() -> None:
-    codes = [BYSTANDER, STOPPED, -9, BUG, INTERRUPTED, EXPLAINED]
+    codes = [BYSTANDER, STOPPED, -9, BUG, INTERRUPTED, EXPLAINED, LOST]
     ordered = sorted(codes, key=launch._blame)
-    assert set(ordered[:2]) == {EXPLAINED, INTERRUPTED} and set(ordered[2:4]) == {-9, BUG}
+    assert set(ordered[:3]) == {EXPLAINED, INTERRUPTED, LOST} and set(ordered[3:5]) == {-9, BUG}
 
 
 @pytest.mark.parametrize(
@@ -167,8 +171,8 @@ def test_a_rank_allocates_in_expandable_segments_unless_the_user_has_set_the_all
 ) -> None:
     environment = {**given}
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(rank, "_run", lambda *_: 0)
-    assert rank.main(["recipe.yaml"]) == 0
+    monkeypatch.setattr(rank_program, "_run", lambda *_: 0)
+    assert rank_program.main(["recipe.yaml"]) == 0
     assert {name: value for name, value in environment.items() if "ALLOC_CONF" in name} == found
 
 
@@ -185,5 +189,74 @@ def test_a_rank_switches_to_deterministic_algorithms_before_its_job_if_the_key_s
     monkeypatch.setattr(deterministic_module, "make_deterministic", lambda environ: did.append("switch"))
     monkeypatch.setattr(job, "run_job", lambda *_: did.append("job"))
     overrides = ["objective.kind=opd", f"platform.deterministic={str(deterministic).lower()}"]
-    assert rank.main([str(recipe), *overrides]) == 0
+    assert rank_program.main([str(recipe), *overrides]) == 0
     assert did == ["switch"] * deterministic + ["job"]
+
+
+LOST_NODE = Cause("no sign of life for 60 s from node 1 (b, rank 1)", LOST)
+
+
+def told(code: int, cause: Cause | None, *, node_rank: int = 0) -> tuple[int, list[str], list[str]]:
+    """A rank of one of two nodes has ended with `code`, and the other nodes know `cause`.
+
+    Returns the exit code of the launcher, the printed lines and those for the other nodes.
+    """
+    said: list[str] = []
+    published: list[str] = []
+    job = launch.Job(Place(2, node_rank, "first", 1, 1, "digest"), (), Path(), 8, 120.0, 900.0, 60.0)
+    agent = object.__new__(launch._Agent)
+    agent.code = 0
+    agent._launcher = SimpleNamespace(  # type: ignore[assignment]
+        job=job,
+        interrupted=False,
+        stop=None,
+        others=SimpleNamespace(await_cause=lambda: cause),
+        say_once=said.append,
+        publish=lambda line, code: published.append(line),
+    )
+    ended = SimpleNamespace(returncode=code, pid=5)
+    agent._tell({node_rank: ended}, alone=False)  # type: ignore[dict-item]
+    return agent.code, said, published
+
+
+@pytest.mark.parametrize("code", [BYSTANDER, -signal.SIGABRT])
+def test_the_end_of_a_rank_that_followed_a_lost_node_is_reported_as_the_loss_of_that_node(code: int) -> None:
+    assert told(code, LOST_NODE) == (LOST, [f"error: {LOST_NODE.line}"], [LOST_NODE.line])
+    assert told(code, LOST_NODE, node_rank=1) == (LOST, [f"error: {LOST_NODE.line}"], [])
+
+
+def test_an_aborted_rank_is_reported_as_such_if_no_node_is_lost() -> None:
+    code, (line,), (published,) = told(-signal.SIGABRT, None)
+    assert code == BUG and "rank 0 (pid 5 on " in line and "was killed by signal 6" in line and published in line
+
+
+def test_an_error_that_a_rank_explained_is_not_attributed_to_another_node() -> None:
+    code, said, _ = told(EXPLAINED, LOST_NODE)
+    assert (code, said) == (EXPLAINED, [])
+
+
+@pytest.mark.parametrize(
+    ("environ", "limit_s"),
+    [
+        ({}, rank_program.ECHO_DELAY_S),
+        ({"GROUP_WORLD_SIZE": "1"}, rank_program.ECHO_DELAY_S),
+        ({"GROUP_WORLD_SIZE": "2", "TROPD_LAUNCHER_PID": "1"}, rank_program.ECHO_DELAY_S + 60.0),
+        ({"GROUP_WORLD_SIZE": "2"}, rank_program.ECHO_DELAY_S + 120.0),
+    ],
+)
+def test_a_rank_that_lost_its_connection_waits_until_the_lost_node_can_be_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], limit_s: float
+) -> None:
+    for name in ("GROUP_WORLD_SIZE", "TROPD_LAUNCHER_PID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert rank_program._patience_s(config.run) == limit_s
+
+
+def test_the_exit_code_of_a_stopped_run_is_0_to_255(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options().stopped_code == 0 and options("--stopped-code", "75").stopped_code == 75
+    for wrong in ("256", "-1", "many"):
+        with pytest.raises(SystemExit):
+            options(f"--stopped-code={wrong}")
+        assert wrong in capsys.readouterr().err

@@ -200,6 +200,8 @@ def test_time_limits_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     assert line.startswith("run.rank_timeout_s = 5000 must be below run.stall_timeout_s = 5000")
     (line,) = problems(tmp_path, overrides=["run.collective_timeout_s=3600"])
     assert line.startswith("run.collective_timeout_s = 3600 must be above run.stall_timeout_s = 3600")
+    (line,) = problems(tmp_path, overrides=["run.node_timeout_s=5000", "run.stall_timeout_s=5000"])
+    assert line.startswith("run.node_timeout_s = 5000 must be below run.stall_timeout_s = 5000")
     (line,) = problems(tmp_path, overrides=["run.stall_timeout_s=2000", "teacher.server.request_timeout_s=2000"])
     assert line.startswith("teacher.server.request_timeout_s = 2000 must be below run.stall_timeout_s = 2000")
     (line,) = problems(tmp_path, overrides=["rollout.server.hang_timeout_s=50", "rollout.server.request_timeout_s=40"])

@@ -27,3 +27,10 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """Parse a whole number of at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def exit_code(text: str) -> int:
+    """Parse an exit code of a process, 0 to 255."""
+    if (code := natural(text)) > 255:
+        raise argparse.ArgumentTypeError(f"expected an exit code, 0 to 255, found {text!r}")
+    return code

@@ -181,7 +181,7 @@ def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
     if gpu is not None:
         room = gpu - _of_server(state, gpu)
         yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
-        if config.teacher.offload:
+        if state.config.teacher.offload:
             yield _host_memory(teacher_bytes(state), here)
     elif state.platform == "cpu":
         room = psutil.virtual_memory().available // here

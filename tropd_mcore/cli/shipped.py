@@ -16,6 +16,7 @@ PATTERNS = (
     "configs/study/*.yaml",
     "examples/*.sh",
     "examples/*.sbatch",
+    "examples/kubernetes/*.yaml",
     "examples/*.py",
     "examples/*.json",
     "examples/arithmetic/*.py",

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tropd_mcore.cli import memory_plan
-from tropd_mcore.cli.arguments import add_config_arguments, natural, positive
+from tropd_mcore.cli.arguments import add_config_arguments, exit_code, natural, positive
 from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import ranks_per_node
 from tropd_mcore.config.loader import load
@@ -57,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the plan and the launch lines; start nothing, look at no file but each model's config.json (`tropd "
         "doctor CONFIG` looks at all)",
+    )
+    parser.add_argument(
+        "--stopped-code",
+        type=exit_code,
+        default=0,
+        metavar="C",
+        help="exit code if a signal stopped the run before its end (0); a scheduler that starts an unfinished run "
+        "again needs another one, such as 75",
     )
     nodes = parser.add_argument_group("nodes", "Start the same line on each node; one node needs none of these.")
     nodes.add_argument("--nnodes", type=positive, metavar="N", help="machines in the job ($NNODES; 1)")
@@ -120,6 +128,8 @@ def _launch(options: argparse.Namespace, config: Config, resolved: str, nodes: N
             steps=run.steps,
             rank_timeout_s=run.rank_timeout_s,
             join_timeout_s=run.join_timeout_s,
+            node_timeout_s=run.node_timeout_s,
+            stopped_code=options.stopped_code,
         )
     )
 

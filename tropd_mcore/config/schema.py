@@ -53,6 +53,9 @@ class RunConfig(Section):
     rank_timeout_s: PositiveFloat = 120.0
     """Longest time in seconds that a rank may give no sign of life (a stopped process, a frozen machine). After that
     the job ends with a message that names the rank."""
+    node_timeout_s: PositiveFloat = 60.0
+    """Longest time in seconds that a node of several may give no sign of life (its machine is gone, or its launcher was
+    killed or frozen). After that the other nodes end with a message that names the node."""
     stall_timeout_s: PositiveFloat = 3600.0
     """Longest time in seconds without progress on any rank (no micro-batch, no server response, no file). After that
     the job ends with a message that names the rank that the others wait for."""

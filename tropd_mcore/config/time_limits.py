@@ -14,11 +14,12 @@ from tropd_mcore.config.schema import Config
 def time_limit_problems(config: Config) -> Iterator[str]:
     """Yield the limits that would be reached in the wrong order."""
     run = config.run
-    if run.rank_timeout_s >= run.stall_timeout_s:
-        yield (
-            f"run.rank_timeout_s = {run.rank_timeout_s:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: "
-            "a rank without a sign of life is found before a run without progress; lower the one or raise the other"
-        )
+    for key, who in (("rank_timeout_s", "rank"), ("node_timeout_s", "node")):
+        if (limit := getattr(run, key)) >= run.stall_timeout_s:
+            yield (
+                f"run.{key} = {limit:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: a {who} without a "
+                "sign of life is found before a run without progress; lower the one or raise the other"
+            )
     if run.collective_timeout_s is not None and run.collective_timeout_s <= run.stall_timeout_s:
         yield (
             f"run.collective_timeout_s = {run.collective_timeout_s:g} must be above run.stall_timeout_s = "

@@ -15,10 +15,14 @@ import sys
 import threading
 import time
 import traceback
+from typing import TYPE_CHECKING, NoReturn
 
 from tropd_mcore import signals, stopping
 from tropd_mcore.errors import StopRequested, TropdError
 from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
+
+if TYPE_CHECKING:
+    from tropd_mcore.config.schema import RunConfig
 
 ECHO_DELAY_S = 30.0
 """Wait of the other ranks for rank 0, longer than it needs to stop its servers and print its message."""
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         if is_lost_connection(error):
-            return _stand_by(rank)
+            _stand_by(rank)
         if not isinstance(error, TropdError):
             traceback.print_exc()
             signals.end(BUG)
@@ -92,6 +96,10 @@ def _run(options: argparse.Namespace, rank: int) -> int:
         if config.platform.deterministic:
             make_deterministic(os.environ)
         run_job(config, sources, environment)
+    except Exception as error:
+        if not is_lost_connection(error):
+            raise
+        _stand_by(rank, _patience_s(config.run))  # the watch goes on: it may find the lost rank
     finally:
         if watch is not None:
             watch.close()
@@ -117,13 +125,24 @@ def _in_collective(error: BaseException) -> bool:
     return any("torch/distributed/" in frame.filename for frame in frames) or "gloo" in str(error).lower()
 
 
-def _stand_by(rank: int) -> int:
+def _patience_s(run: RunConfig) -> float:
+    """Return how long a rank waits for the one line about a lost rank.
+
+    In a job of several nodes, the launchers (or under torchrun the other ranks) first have to find out who is lost.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return ECHO_DELAY_S
+    launched = signals.LAUNCHER_VARIABLE in os.environ
+    return ECHO_DELAY_S + (run.node_timeout_s if launched else run.rank_timeout_s)
+
+
+def _stand_by(rank: int, limit_s: float = ECHO_DELAY_S) -> NoReturn:
     """Another rank is gone: let that rank or the launcher print the error. Print it here if neither ends this rank.
 
     Call it while the exception is handled.
     """
     asked = stopping.requested()
-    _wait_to_be_ended()
+    _wait_to_be_ended(limit_s)
     if asked is not None:  # the other rank was asked to stop when it had nothing to save
         signals.end(STOPPED)
     traceback.print_exc()
@@ -131,9 +150,9 @@ def _stand_by(rank: int) -> int:
     signals.end(BYSTANDER)
 
 
-def _wait_to_be_ended() -> None:
+def _wait_to_be_ended(limit_s: float = ECHO_DELAY_S) -> None:
     """Give the launcher time to end this rank without a message. torchrun does so with SIGTERM."""
-    deadline = time.monotonic() + ECHO_DELAY_S
+    deadline = time.monotonic() + limit_s
     asked = stopping.requested()
     while time.monotonic() < deadline:
         if asked is None and stopping.requested() is not None:

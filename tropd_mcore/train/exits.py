@@ -11,5 +11,7 @@ BYSTANDER = 3
 """The rank ended because another rank did."""
 STOPPED = 4
 """The rank was asked to stop when there was nothing to save. Its launcher prints that and exits with 0."""
+LOST = 75
+"""A node or a rank is gone or stands still. Nothing has to be changed: the same command resumes (EX_TEMPFAIL)."""
 INTERRUPTED = 130
 """SIGINT."""

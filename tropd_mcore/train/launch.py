@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,18 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, S
 
 from tropd_mcore import signals
 from tropd_mcore.errors import TropdError
-from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, STOPPED
-from tropd_mcore.train.rendezvous import NodesMeet, Place
+from tropd_mcore.train.exits import BUG, BYSTANDER, EXPLAINED, INTERRUPTED, LOST, STOPPED
+from tropd_mcore.train.other_nodes import TELL_LIMIT_S, Cause, OtherNodes
+from tropd_mcore.train.rendezvous import LaunchError, NodesMeet, Place
 from tropd_mcore.train.stopped_ranks import StoppedRanks
 
 log = logging.getLogger(__name__)
 
 MONITOR_INTERVAL_S = 0.1
-STORE_INTERVAL_S = 2.0
-"""Time between two checks of the messages of other nodes."""
-LINGER_S = 1.5 * STORE_INTERVAL_S
 GONE_LIMIT_S = 10.0
 """Longest wait until killed processes are gone."""
-FAILURE_KEY = "failure"
-"""Store key of the line about the failure that ended a node."""
-STOP_KEY = "stop"
-"""Store key of the signal that asked a node to stop."""
+MAY_FOLLOW = (BYSTANDER, -signal.SIGABRT)
+"""Ends of a rank that the loss of another node may explain. NCCL aborts a process whose connection is lost."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,9 @@ class Job:
     rank_timeout_s: float
     join_timeout_s: float
     """Longest wait for the launchers of the other nodes."""
+    node_timeout_s: float
+    stopped_code: int = 0
+    """Exit code if a signal stopped the run."""
 
 
 def launch(job: Job) -> int:
@@ -71,7 +69,9 @@ class _Launcher:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.meeting = NodesMeet(job.place, limit_s=job.join_timeout_s)
+        place = job.place
+        self.others = OtherNodes(place.node_rank, place.nodes, job.node_timeout_s, self.ask_to_stop)
+        self.meeting = NodesMeet(place, self.others, limit_s=job.join_timeout_s)
         self.stop: str | None = None
         """The signal that asked to stop."""
         self.started = False
@@ -94,28 +94,24 @@ class _Launcher:
         try:
             result = agent.run()
             code = agent.code if result.is_failed() else 0
+            if code == 0 and (self.stop is not None or self.others.asked_to_stop()):
+                code = self.job.stopped_code
         except SignalException as error:
             code = 128 + error.sigval
             self.say_once(f"interrupted {where(self.job)}; the same command resumes")
         except TropdError as error:
-            code = EXPLAINED
+            code = error.code if isinstance(error, LaunchError) else EXPLAINED
             self.say_once(f"error: {error}")
         except DistError as error:
-            code = EXPLAINED
+            code = LOST
             reason = str(error).partition("\n")[0][:200]
             self.say_once(f"error: the launcher of node 0 at {self.job.place.address} has ended ({reason})")
         finally:
             kill_family()
-        self._linger()
+        self.others.leave(linger=self.started and (self.failed or self.stop is not None))
         if self.interrupted:
             threading.Event().wait()  # the signal thread ends the process
         return code
-
-    def _linger(self) -> None:
-        """On the first node, keep the store alive until the other nodes have read why this node ended."""
-        place = self.job.place
-        if place.nodes > 1 and place.node_rank == 0 and self.started and (self.failed or self.stop is not None):
-            time.sleep(LINGER_S)
 
     def say_once(self, line: str) -> None:
         """Report how the job ended, unless that was already reported."""
@@ -133,7 +129,8 @@ class _Launcher:
         self.say_once(f"interrupted {where(self.job)}; the same command resumes")
         for process in psutil.Process().children():
             _kill_group(process.pid)
-        self.publish(f"node {self.job.place.node_rank} ({socket.gethostname()}) was interrupted", limit_s=1.0)
+        line = f"node {self.job.place.node_rank} ({socket.gethostname()}) was interrupted"
+        self.publish(line, INTERRUPTED, limit_s=1.0)
         _reap(family)
         signals.end(INTERRUPTED)
 
@@ -145,22 +142,12 @@ class _Launcher:
         if not self.started:
             self.interrupted = True
             self.say_once(f"stopped by {reason} before the ranks started; the same command starts again")
-            signals.end(0)
+            signals.end(self.job.stopped_code)
 
-    def publish(self, line: str, *, limit_s: float = GONE_LIMIT_S) -> None:
-        """Tell the other nodes why this node ended."""
+    def publish(self, line: str, code: int, *, limit_s: float = TELL_LIMIT_S) -> None:
+        """Tell the other nodes why this node ended, and the exit code of the job."""
         self.failed = True
-        store = self.meeting.store
-        if store is None or self.job.place.nodes == 1:
-            return
-
-        def write() -> None:
-            with contextlib.suppress(RuntimeError):  # the first node is gone, and the others notice that themselves
-                store.compare_set(FAILURE_KEY, "", line)
-
-        writer = threading.Thread(target=write, daemon=True)
-        writer.start()
-        writer.join(limit_s)
+        self.others.tell(Cause(line, code), limit_s=limit_s)
 
     def _spec(self) -> WorkerSpec:
         return WorkerSpec(
@@ -188,9 +175,6 @@ class _Agent(LocalElasticAgent):
         self._launcher = launcher
         self._passed_on = False
         self._stopped = StoppedRanks(launcher.job.rank_timeout_s, signals.say)
-        self._other_nodes: threading.Thread | None = None
-        self._line: str | None = None
-        """Why another node ended; None while all nodes run."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._launcher.started = True
@@ -210,9 +194,8 @@ class _Agent(LocalElasticAgent):
             self._pass_on(list(ranks.values()))
         elif (stopped := self._stopped.look({rank: process.pid for rank, process in ranks.items()})) is not None:
             self._end_stopped(*stopped, ranks)
-        elif (line := self._elsewhere()) is not None:
-            self.code = EXPLAINED
-            self._launcher.say_once(f"error: {line}")
+        elif (cause := self._launcher.others.look()) is not None:
+            self._end_because_of(cause)
             _end_ranks(ranks)
         return super()._monitor_workers(worker_group)
 
@@ -221,16 +204,21 @@ class _Agent(LocalElasticAgent):
         launcher, self._passed_on = self._launcher, True
         for process in ranks:
             process.send_signal(signal.SIGTERM)
-        if launcher.job.place.nodes > 1 and launcher.meeting.store is not None:
-            with contextlib.suppress(RuntimeError):
-                launcher.meeting.store.set(STOP_KEY, str(launcher.stop))
+        launcher.others.ask_others_to_stop(str(launcher.stop))
+
+    def _end_because_of(self, cause: Cause) -> None:
+        """Report why another node ends the job. The first node also tells the others, which cannot see each other."""
+        self.code = cause.code
+        self._launcher.say_once(f"error: {cause.line}")
+        if self._launcher.job.place.node_rank == 0:
+            self._launcher.publish(cause.line, cause.code)
 
     def _end_stopped(self, rank: int, why: str, ranks: dict[int, subprocess.Popen[bytes]]) -> None:
         """End the job because of a stopped rank that the ranks' own watch did not report."""
-        self.code = EXPLAINED
+        self.code = LOST
         line = f"{_who(rank, ranks[rank].pid)} {why}; the same command resumes"
         self._launcher.say_once(f"error: {line}")
-        self._launcher.publish(line)
+        self._launcher.publish(line, self.code)
         _end_ranks(ranks)
 
     def _tell(self, failed: dict[int, subprocess.Popen[bytes]], *, alone: bool) -> None:
@@ -244,41 +232,20 @@ class _Agent(LocalElasticAgent):
             self.code = 0
             launcher.say_once(f"stopped by {launcher.stop} {where(launcher.job)}; the same command resumes")
             return
+        cause = launcher.others.await_cause() if code in MAY_FOLLOW else None
+        if cause is not None:
+            self._end_because_of(cause)
+            return
         who = _who(rank, pid)
         rest = "" if alone else "; the others were stopped"
         line = f"{who} ended with exit code {code}, see above{rest}"
         if code < 0:
             hint = " (out of memory? see dmesg)" if code == -signal.SIGKILL else ""
             line = f"{who} was killed by signal {-code}{hint}{rest}; the same command resumes"
-        self.code = code if code in (EXPLAINED, INTERRUPTED) else BUG
-        if code not in (EXPLAINED, BYSTANDER, INTERRUPTED):
+        self.code = code if code in (EXPLAINED, LOST, INTERRUPTED) else BUG
+        if code not in (EXPLAINED, LOST, BYSTANDER, INTERRUPTED):
             launcher.say_once(f"error: {line}")
-        launcher.publish(line)
-
-    def _elsewhere(self) -> str | None:
-        """Return why another node ended; None while all nodes run."""
-        if self._other_nodes is None and self._launcher.job.place.nodes > 1:
-            self._other_nodes = threading.Thread(target=self._listen, name="other nodes", daemon=True)
-            self._other_nodes.start()
-        return self._line
-
-    def _listen(self) -> None:
-        """Read the messages of other nodes, and take over a request to stop from one of them.
-
-        It runs in a thread, because a store whose process is stopped never answers, whatever its time limit is.
-        """
-        launcher = self._launcher
-        place, store = launcher.job.place, launcher.meeting.store
-        me = f"node {place.node_rank} was stopped"
-        while store is not None and self._line is None:
-            try:
-                if launcher.stop is None and store.check([STOP_KEY]):
-                    launcher.ask_to_stop(store.get(STOP_KEY).decode())
-                if store.check([FAILURE_KEY]):
-                    self._line = f"{me} because of another one: {store.get(FAILURE_KEY).decode()}"
-            except RuntimeError:
-                self._line = f"{me}: the launcher of node 0 at {place.address} has ended"
-            time.sleep(STORE_INTERVAL_S)
+        launcher.publish(line, self.code)
 
 
 class _Console(LogsSpecs):
@@ -344,7 +311,7 @@ def _reap(family: list[psutil.Process]) -> None:
 
 def _blame(code: int) -> int:
     """Order failures that are seen together: explained errors, then signals and bugs, then ranks that only followed."""
-    if code in (EXPLAINED, INTERRUPTED):
+    if code in (EXPLAINED, LOST, INTERRUPTED):
         return 0
     return 2 if code in (BYSTANDER, STOPPED) else 1
 

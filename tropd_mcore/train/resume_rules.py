@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "run.lock": free(),
     "run.join_timeout_s": free(),
     "run.rank_timeout_s": free(),
+    "run.node_timeout_s": free(),
     "run.stall_timeout_s": free(),
     "run.collective_timeout_s": free(),
     "run.replay": refused("the rollouts of the next steps would come from another source"),

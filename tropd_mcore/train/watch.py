@@ -25,7 +25,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from tropd_mcore import progress, signals
 from tropd_mcore.config.schema import RunConfig
 from tropd_mcore.mcore.collective import Meetings
-from tropd_mcore.train.exits import EXPLAINED
+from tropd_mcore.train.exits import LOST
+from tropd_mcore.train.silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ BEGIN_LIMIT_S = 600.0
 LEFT = -1
 """Number of the last beat of a rank that has finished."""
 STORE_TIMEOUT = timedelta(seconds=20)
+OTHERS_WAIT_S = 10.0
+"""Added to the limit of a silent first node on all ranks of a node but the first, so one of them reports it."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,6 @@ class Beat:
         return f", in {self.activity}" if self.activity else ""
 
 
-class Watched:
-    """Measures how long a value of another rank has not changed, in seconds during which this process ran."""
-
-    def __init__(self) -> None:
-        self.value: object = None
-        self.still_s = 0.0
-
-    def look(self, value: object, seconds: float) -> float:
-        """Record `value` after `seconds`; returns for how long it has been the same."""
-        self.still_s = self.still_s + seconds if value == self.value else 0.0
-        self.value = value
-        return self.still_s
-
-
 class Watch:
     """The watch thread of one rank. If the job must end, `end` is called with the line to print."""
 
@@ -101,8 +90,8 @@ class Watch:
         self._store: Store | None = None
         self._number = 0
         self._interval_s = min(BEAT_S, run.rank_timeout_s / 6)
-        self._next = Watched()
-        self._job = Watched()
+        self._next = Silence()
+        self._job = Silence()
         self._told_s = 0.0
         self._unreachable_s = 0.0
         self._last = time.monotonic()
@@ -233,7 +222,9 @@ class Watch:
                 "the launcher of the first node does not answer (%s): is it stopped, or its machine gone?",
                 str(error).partition("\n")[0][:200],
             )
-        if self._unreachable_s > self._run.rank_timeout_s and os.environ.get("GROUP_RANK", "0") != "0":
+        # The first rank of a node reports it; the others wait for their launcher to end them.
+        limit_s = self._run.rank_timeout_s + (OTHERS_WAIT_S if os.environ.get("LOCAL_RANK", "0") != "0" else 0.0)
+        if self._unreachable_s > limit_s and os.environ.get("GROUP_RANK", "0") != "0":
             self._end(
                 f"rank {self._rank} ({socket.gethostname()}): the launcher of the first node has not answered for "
                 f"{self._run.rank_timeout_s:g} s (run.rank_timeout_s); the same command resumes"
@@ -282,7 +273,7 @@ def open_watch(run: RunConfig, rank: int, world_size: int, meetings: Meetings) -
 
     def end(line: str) -> None:
         signals.say(f"error: {line}")
-        signals.end(EXPLAINED)
+        signals.end(LOST)
 
     watch = Watch(run, rank, world_size, connect, meetings, end=end)
     watch.start()
