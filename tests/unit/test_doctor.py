@@ -316,7 +316,7 @@ def test_a_server_with_a_number_of_tokens_leaves_the_rest_of_the_gpu(
     monkeypatch.setattr(checks_of_config, "gpu_bytes", lambda: 100 * 2**30)
     *_, found = checks_of_config.resources(state)
     assert f"; {100 - server / 2**30:.1f} GiB available" in found.detail
-    state = state_of(recipe, *given, "rollout.server.release_memory=true")
+    state = state_of(recipe, *given, "rollout.server.release_memory=true", "platform.kind=auto")
     state.platform = "cuda"
     *_, found = checks_of_config.resources(state)
     assert "; 100.0 GiB available" in found.detail
