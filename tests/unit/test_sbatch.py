@@ -111,7 +111,7 @@ def test_outside_slurm_the_script_says_how_it_is_started() -> None:
 
 @pytest.mark.parametrize("name", ["PYXIS", "APPTAINER"])
 def test_a_container_line_without_its_comment_sign_wraps_the_task_of_every_node(
-    submission: Submission, name: str, monkeypatch: pytest.MonkeyPatch
+    submission: Submission, name: str
 ) -> None:
     text = re.sub(rf"^# ({name}=)", r"\1", SBATCH.read_text(), flags=re.MULTILINE)
     assert text != SBATCH.read_text()
