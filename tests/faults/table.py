@@ -30,8 +30,8 @@ python -m tests.faults consoles --out docs/consoles.md
 ```
 
 The suite starts real ranks and real servers, causes the fault, and judges what a user sees.
-`pytest tests/faults/test_representative.py` plays the faults that CI plays. Faults of two nodes (a node that is killed or
-stands still, a job that Slurm or Kubernetes starts again) are played by `pytest tests/e2e/test_nodes.py
+`pytest tests/faults/test_representative.py` plays the faults that CI plays. Faults of two nodes (a node that is killed
+or stands still, a job that Slurm or Kubernetes starts again) are played by `pytest tests/e2e/test_nodes.py
 tests/e2e/test_schedulers.py`; [launch.md](launch.md) has the results.
 """
 RULES = f"""\
