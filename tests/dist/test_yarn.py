@@ -120,7 +120,7 @@ def fusions(folder: Path) -> tuple[bool, bool]:
     platform: Any = SimpleNamespace(config_defaults=job.platform.config_defaults)
     arch, found = read_architecture(folder), []
     for architecture in (arch, replace(arch, rope_scaling=None)):
-        config = _transformer_config(architecture, job.layout, platform, torch.float32, "none", None)
+        config = _transformer_config(architecture, job.layout, platform, torch.float32, {}, None)
         config.apply_rope_fusion = True
         _set_yarn(config, architecture)
         found.append(config.apply_rope_fusion)

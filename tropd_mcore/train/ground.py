@@ -56,7 +56,7 @@ class NamedModels:
     def in_job(self, key: str) -> Architecture:
         """Return the architecture of a model that the job builds."""
         found = self.models[key]
-        assert isinstance(found, Architecture), f"{key} is served, so Megatron does not build it"
+        assert not isinstance(found, ServedModel), f"{key} is served, so Megatron does not build it"
         return found
 
 

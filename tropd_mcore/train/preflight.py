@@ -103,9 +103,9 @@ def _cuts(launch: Launch) -> Iterator[Fault]:
             own = config.teacher.pipeline_layers if key == "teacher.path" else None
             problems = frozen_cut_problems(arch, config.parallel, own)
         for problem in problems:
-            change = "parallel.tensor or parallel.pipeline"
-            change = "teacher.pipeline_layers" if problem.startswith("teacher.pipeline_layers") else change
-            yield Fault(key, f"{key}={folder}: {problem}; change {change}")
+            change = "change parallel.tensor or parallel.pipeline"
+            change = "change teacher.pipeline_layers" if problem.startswith("teacher.pipeline_layers") else change
+            yield Fault(key, f"{key}={folder}: {problem}; {change}")
 
 
 def _cuts_seen(launch: Launch) -> str:
