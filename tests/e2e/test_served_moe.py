@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from tests.e2e import jobs
 from tests.tiny_models import write_moe_teacher
@@ -15,6 +17,22 @@ from tropd_mcore.weights.hf_folder import HfReader
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 STEPS = 3
+LOUD = 8.0
+"""Factor on the output layer's weights, so that a random model is sure of its words."""
+
+
+def name_all_tokens(folder: Path) -> None:
+    """Change the random model so that it samples tokens with a text, and hardly ever the end of an answer.
+
+    Else some responses are empty, which training refuses.
+    """
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    head = weights["lm_head.weight"] * LOUD
+    head[len(tokenizer) :] = 0
+    head[tokenizer.all_special_ids] = 0
+    save_file({**weights, "lm_head.weight": head}, path, metadata={"format": "pt"})
 
 
 def test_a_dense_student_learns_from_a_served_mixture_of_experts(
@@ -26,6 +44,7 @@ def test_a_dense_student_learns_from_a_served_mixture_of_experts(
     """
     sizes = {"hidden_size": 64, "moe_intermediate_size": 32}  # multiples of 32, which fast kernels of SGLang need
     teacher = write_moe_teacher(tmp_path / "teacher", example / "student", seed=5, **sizes)
+    name_all_tokens(teacher)
     responses, run_dir = tmp_path / "responses.jsonl", tmp_path / "run"
     served = [
         *settings,
