@@ -240,13 +240,6 @@ def benchmark(options: Options) -> None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
     keep()
-    for pair, loss, system, repeat in plan(options):
-        settings, folder = settings_of(pair, loss, repeat, options), options.work / "runs" / f"{pair}-{loss}-{system}"
-        run = run_once(system, settings, folder, options)
-        result["runs"].append({"pair": pair, "loss": loss, "system": system, "repeat": repeat, **run})
-        print(f"{pair} {loss} {system} {repeat}: {run['seconds']['step']:.3g} s per step, "
-              f"{run['cpu_s_per_step']:.3g} CPU-seconds, target {run['to_target']}", flush=True)  # fmt: skip
-        keep()
     if "limits" in options.parts:
         work = options.work / "limits"
         shutil.rmtree(work, ignore_errors=True)
@@ -262,6 +255,13 @@ def benchmark(options: Options) -> None:
             result["limits"].append(ask(question, settings_of("small", "reverse_kl", 0, options), place))
             print(json.dumps(result["limits"][-1], indent=1), flush=True)
             keep()
+    for pair, loss, system, repeat in plan(options):
+        settings, folder = settings_of(pair, loss, repeat, options), options.work / "runs" / f"{pair}-{loss}-{system}"
+        run = run_once(system, settings, folder, options)
+        result["runs"].append({"pair": pair, "loss": loss, "system": system, "repeat": repeat, **run})
+        print(f"{pair} {loss} {system} {repeat}: {run['seconds']['step']:.3g} s per step, "
+              f"{run['cpu_s_per_step']:.3g} CPU-seconds, target {run['to_target']}", flush=True)  # fmt: skip
+        keep()
     print(options.out)
 
 

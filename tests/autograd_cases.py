@@ -6,6 +6,7 @@ outcome is `right`, `refused` (one clear error) or `WRONG`. Runs on any device a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -60,10 +61,11 @@ def _difference(number: Tensor, right: Tensor, program: Program) -> float:
     return float((number.detach() - right.detach()).abs().max()) / scale
 
 
-def outcomes(backend: str, device: str = "cpu") -> dict[str, dict[str, str]]:
+def outcomes(
+    backend: str, device: str = "cpu", situations: Iterable[str] = SITUATIONS, forms: Iterable[str] = FORMS
+) -> dict[str, dict[str, str]]:
     """{situation: {form: outcome}} for one backend."""
-    settings = {name: replace(Setting(backend, device=device), **given) for name, given in FORMS.items()}
+    settings = {name: replace(Setting(backend, device=device), **FORMS[name]) for name in forms}
     return {
-        name: {form: outcome(setting, situation) for form, setting in settings.items()}
-        for name, situation in SITUATIONS.items()
+        name: {form: outcome(setting, SITUATIONS[name]) for form, setting in settings.items()} for name in situations
     }

@@ -10,6 +10,8 @@ from hypothesis import settings
 
 MARK_OF_FOLDER = ("sglang", "e2e")
 """Every test below tests/<name> carries the mark <name>."""
+SLOW = pytest.StashKey[list[tuple[str, str]]]()
+"""In the stash of the configuration: (file, test function) of each slow test that was collected."""
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # started in the background of a script: processes that the tests start would also ignore Ctrl-C
@@ -26,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in MARK_OF_FOLDER:
             if name in item.path.parts:
                 item.add_marker(getattr(pytest.mark, name))
+    slow = {_function(config, item) for item in items if item.get_closest_marker("slow")}
+    config.stash[SLOW] = sorted(slow)
+
+
+def _function(config: pytest.Config, item: pytest.Item) -> tuple[str, str]:
+    """(file, test function) of a test, without its parameters."""
+    return item.path.relative_to(config.rootpath).as_posix(), item.name.split("[")[0]
 
 
 def _refuse_files_left_out(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ from tests.ranks import run_on_ranks
 from tropd_mcore.errors import DataError
 
 TOPK = 9
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3 * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ JOBS = {
     ],
 }
 # The first test runs all jobs.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout((len(JOBS) + 3) * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout((len(JOBS) + 3) * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.weights.architecture import read_architecture
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 PROMPTS, SAMPLES = 16, 4
 VICTIMS = 4

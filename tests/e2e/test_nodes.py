@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from tests.faults.scene import Scene, scene
 from tests.faults.stage import Reference, Stage, set_stage
 from tropd_mcore.train.exits import LOST
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 NODE_LIMIT_S = 6.0
 """run.node_timeout_s of these runs; 60 by default."""
@@ -64,9 +65,24 @@ def c10d(run: Scene, rank: int, port: str) -> Launch:
 
 
 def both(run: Scene, start: Start = tropd_train) -> list[Launch]:
-    """Start both nodes of the run."""
+    """Start both nodes of the run, the first one first: it has the store in which torchrun's agents meet."""
     port = _free_port()
-    return [start(run, rank, port) for rank in range(2)]
+    first = start(run, 0, port)
+    if start is c10d:
+        _wait_for_a_listener(int(port))
+    return [first, start(run, 1, port)]
+
+
+def _wait_for_a_listener(port: int) -> None:
+    deadline = time.monotonic() + SLACK_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline, f"nothing listens at port {port}"
+            time.sleep(0.1)
+        else:
+            return
 
 
 def vanish(node: Launch, number: signal.Signals) -> None:

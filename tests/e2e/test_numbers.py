@@ -25,7 +25,7 @@ from tropd_mcore.mcore.platform import PlatformKind, meant
 
 LIMIT_S = 900.0
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.e2e,
     pytest.mark.timeout(LIMIT_S),
     pytest.mark.skipif(
         torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is None,

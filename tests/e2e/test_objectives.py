@@ -34,7 +34,7 @@ JOBS = {
     "truncated": ["rollout.truncate={start: 3, increment: 2, every: 1}", "loss.ignore_tokens=[a, ' apple']"],
 }
 # The first test runs all jobs.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

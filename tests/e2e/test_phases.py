@@ -25,7 +25,7 @@ PHASES = """objective={kind: phases, phases: [
      until: {metric: entropy/student, above: 0.5, consecutive: 2}},
     {objective: {kind: gkd, topk: 7}}]}"""
 INDEX = [0, 0, 1, 1, 2, 2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(6 * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,14 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 def wanted(stage: Stage, name: str, *more: str) -> list[str]:
-    settings = [PHASES, "data.teacher_responses=RESPONSES", "run.export_at_end=true", "run.keep_scores=null", *more]
+    settings = [
+        PHASES,
+        "monitor.topk_overlap_every=1",
+        "data.teacher_responses=RESPONSES",
+        "run.export_at_end=true",
+        "run.keep_scores=null",
+        *more,
+    ]
     settings.append("gates.sampler_logprob=false")  # the replayed rollouts are those of the untrained student
     return replayed.overrides(stage, name, settings, {"RESPONSES": stage.root / "responses.jsonl"})
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e import jobs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 PHASES = (
     "objective={kind: phases, phases: [{objective: {kind: sft}, until: {step: 2}}, {objective: {kind: opd, topk: 8}}]}"

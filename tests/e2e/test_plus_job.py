@@ -10,7 +10,7 @@ import pytest
 from tests.e2e import jobs, replayed
 
 TOPK, FLOOR, WEIGHT = 9, -0.5, 0.7
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3 * replayed.JOB_LIMIT_S)]
 
 
 def test_a_job_with_the_example_objective_has_the_loss_of_the_equation(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ JOBS = {
     "nll_unmarked": [GUIDED.replace("LOSS", "nll"), "run.replay=UNMARKED"],
 }
 # The first test runs all jobs.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

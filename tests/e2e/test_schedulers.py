@@ -20,7 +20,7 @@ from tests.faults.scene import Scene, scene
 from tests.faults.stage import Reference, Stage, set_stage
 from tropd_mcore.train.exits import EXPLAINED, LOST
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 MANIFEST = jobs.REPOSITORY / "examples" / "kubernetes" / "tropd.yaml"
 LIMIT = "run.node_timeout_s=6"

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e import jobs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

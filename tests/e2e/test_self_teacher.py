@@ -38,7 +38,7 @@ JOBS = {
     "unsolved_alone": [*sdpo(0.5), "run.replay=UNSOLVED", "run.steps=1", "run.export_at_end=true"],
 }
 # The first test runs all jobs.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout((len(JOBS) + 1) * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

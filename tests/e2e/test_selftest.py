@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e import jobs
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 
 def test_the_selftest_passes_here_and_its_report_has_every_check(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.e2e import jobs
 from tests.tiny_models import write_moe_teacher
 from tropd_mcore.weights.hf_folder import HfReader
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 STEPS = 3
 LOUD = 8.0

@@ -20,7 +20,7 @@ STEPS, END, HELD_OUT, TOPK = 3, 2, 5, 7
 SFT = ["run.replay=null", f"run.steps={STEPS}", "objective={kind: sft}", "data.teacher_responses=RESPONSES"]
 KEYS = f"prompts: HELD_OUT, responses: ITS_RESPONSES, every: 2, limit: {HELD_OUT}, topk: {TOPK}"
 MEASURED = [*SFT, f"held_out={{{KEYS}}}"]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * replayed.JOB_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(6 * replayed.JOB_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,7 @@ def test_a_student_identical_to_its_teacher_has_nothing_to_learn(
     assert line["optimizer/grad_norm"] < 1e-4  # rounding; 0.01 to 3 with the real teacher
 
 
+@pytest.mark.slow  # tests/sglang/test_server_death.py has the same without a trainer
 def test_a_server_killed_in_mid_step_is_restarted_and_the_step_is_complete(settings: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = jobs.start(run_dir, *settings, "run.steps=3")

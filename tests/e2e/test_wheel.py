@@ -13,7 +13,7 @@ from tests.e2e import jobs
 from tests.wheels import build, pip
 from tropd_mcore.cli.main import COMMANDS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 
 def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(example: Path, tmp_path: Path) -> None:
@@ -60,6 +60,7 @@ def test_the_wheel_runs_the_quickstart_and_every_command_outside_the_checkout(ex
     assert "1 prompts" in tropd("prompts", "set.jsonl", "--prompt-field", "question", "--out", "set-prompts.jsonl")
     assert "missing  main" in tropd("study", "configs/study/arithmetic.yaml", "--list")
     assert "ok" in tropd("doctor")
+    assert " ok " in tropd("selftest")
     assert "0 missed" in tropd("conformance", "--quick", "--objective", "opd")
     tropd("convert", "hf-to-mcore", "--hf", student, "--out", "checkpoint")
     run(sys.executable, "conversion/mcore_to_hf.py", "--mcore", "checkpoint", "--out", "back")

@@ -12,7 +12,7 @@ from tests.faults.registry import chosen
 from tests.faults.stage import Stage, set_stage
 from tests.faults.verdict import MISS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(jobs.TEST_LIMIT_S)]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from tropd_mcore.serving.supervisor import SupervisedServer
 HANG_S = 25.0
 """Longer than SGLang takes to report that its engine is stalled (20 s)."""
 
+pytestmark = pytest.mark.slow  # two hangs that last as long as SGLang takes to report them
+
 
 def test_a_server_suspended_while_sampling_and_an_engine_suspended_in_an_update_are_restarted(
     llama_folder: Path, tmp_path: Path, log_softmax: Oracle, caplog: pytest.LogCaptureFixture

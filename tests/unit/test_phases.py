@@ -126,6 +126,11 @@ def test_what_depends_on_the_phase_cannot_be_asked_of_the_whole(tmp_path: Path) 
         ([f"{KEY}.1.until.consecutive=0"], "1.until.consecutive: expected greater than 0, found 0"),
         ([f"{KEY}.1.until.consecutive=40"], "40 steps in a row do not fit into the 39 steps"),
         ([f"{KEY}.1.until.consecutive=4", f"{KEY}.1.until.step=23"], "do not fit into the 3 steps"),
+        (
+            [f"{KEY}.1.until={{metric: topk/overlap, above: 0.9, consecutive: 5}}"],
+            "5 steps in a row do not fit into the 39 steps that the phase has at most, and topk/overlap is measured at "
+            "every 10th step, so its metric would never end it",
+        ),
         ([f"{KEY}.0.until={{step: 9, below: 1}}"], "0.until.below needs objective.phases.0.until.metric"),
         ([f"{KEY}.0.until={{metric: trust/tv, below: 0.5}}"], "0.until.metric: trust/tv needs scores of the teacher"),
         ([f"{KEY}.0.until={{metric: rollout/eos, above: 0.5}}"], "is measured on answers of the student"),

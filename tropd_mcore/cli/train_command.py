@@ -17,7 +17,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tropd_mcore.cli import memory_plan
 from tropd_mcore.cli.arguments import add_config_arguments, exit_code, natural, positive
 from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import ranks_per_node
@@ -91,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
     config, sources = load(options.config, options.overrides)
     nodes = read_nodes(options, config, os.environ)
     if options.dry_run:
+        from tropd_mcore.train import memory_plan
+
         more = memory_plan.rows(config, nodes.world_size, address=nodes.address, port=nodes.port)
         print(plan(config, nodes.world_size, more), end="")
         print(launch_line(options, nodes))

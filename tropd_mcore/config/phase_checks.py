@@ -6,6 +6,7 @@ Invariant: each problem is one line with the key to change. Nothing is raised.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -125,10 +126,12 @@ def _places(config: Config, objective: PhasesObjective) -> Iterator[str]:
             )
             return
         room = (until.step if until.step is not None else total - after) - earliest
-        if until.metric is not None and until.consecutive > room:
+        every = PHASE_METRICS[until.metric].every(config) if until.metric in PHASE_METRICS else 1
+        if until.metric is not None and until.consecutive > math.ceil(room / every):
+            measured = f", and {until.metric} is measured at every {every}th step" if every > 1 else ""
             yield (
                 f"{key}.consecutive = {until.consecutive} steps in a row do not fit into the {room} steps that the "
-                "phase has at most, so its metric would never end it; lower it"
+                f"phase has at most{measured}, so its metric would never end it; lower it"
             )
             return
         by_metric = earliest + until.consecutive if until.metric is not None else total

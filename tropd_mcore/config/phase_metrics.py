@@ -21,11 +21,13 @@ whether this phase or a later one reads the teacher's scores, so that the teache
 
 @dataclass(frozen=True)
 class PhaseMetric:
-    """One metric: its smallest and largest possible value, and what it needs."""
+    """One metric: its smallest and largest possible value, what it needs, and how often it is measured."""
 
     lowest: float = -math.inf
     highest: float = math.inf
     lack: Lack = lambda config, asked: None
+    every: Callable[[Config], int] = lambda config: 1
+    """Steps between two values."""
 
 
 def _student(config: Config, asked: bool) -> str | None:
@@ -78,18 +80,22 @@ def _held_out_kl(config: Config, asked: bool) -> str | None:
     return _held_out(config, asked)
 
 
+def _held_out_every(config: Config) -> int:
+    return 1 if config.held_out is None else config.held_out.every
+
+
 PHASE_METRICS: dict[str, PhaseMetric] = {
     "loss/total": PhaseMetric(),
     "loss/objective": PhaseMetric(),
     "loss/prefix": PhaseMetric(lack=_prefix),
     "trust/tv": PhaseMetric(0.0, 1.0, _compared),
     "tv/mean": PhaseMetric(0.0, 1.0, _distance),
-    "held_out/forward_kl": PhaseMetric(lowest=0.0, lack=_held_out_kl),
-    "held_out/nll": PhaseMetric(lowest=0.0, lack=_held_out),
+    "held_out/forward_kl": PhaseMetric(lowest=0.0, lack=_held_out_kl, every=_held_out_every),
+    "held_out/nll": PhaseMetric(lowest=0.0, lack=_held_out, every=_held_out_every),
     "log_ratio/mean": PhaseMetric(lack=_compared),
     "entropy/student": PhaseMetric(lowest=0.0, lack=_student),
     "entropy/teacher": PhaseMetric(lowest=0.0, lack=_teacher_entropy),
-    "topk/overlap": PhaseMetric(0.0, 1.0, _overlap),
+    "topk/overlap": PhaseMetric(0.0, 1.0, _overlap, lambda config: config.monitor.topk_overlap_every),
     "verifier/accuracy": PhaseMetric(0.0, 1.0, _verdicts),
     "rollout/length_mean": PhaseMetric(lowest=0.0, lack=_student),
     "rollout/truncated": PhaseMetric(0.0, 1.0, _student),

@@ -69,10 +69,13 @@ def _run(options: argparse.Namespace, rank: int) -> int:
     config, sources = load(options.config, options.overrides)
     if options.dry_run:
         from tropd_mcore.config.plan import plan
+        from tropd_mcore.train import memory_plan
 
-        world_size = os.environ.get("WORLD_SIZE")
         if rank == 0:
-            print(plan(config, int(world_size) if world_size else None), end="")
+            ranks = int(os.environ.get("WORLD_SIZE", "0"))  # 0: not started by torchrun
+            address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
+            more = memory_plan.rows(config, ranks, address=address, port=port) if ranks else {}
+            print(plan(config, ranks or None, more), end="")
         return 0
     from tropd_mcore import logs
     from tropd_mcore.progress import progress, report_every
