@@ -182,6 +182,22 @@ def test_a_dry_run_needs_no_model_and_says_which_one_it_did_not_find(
     assert "memory" in plan(capsys, recipe, "teacher.kind=sglang", "teacher.server.url=http://h:1")
 
 
+def test_a_served_teacher_of_a_family_that_only_sglang_knows_counts_with_its_files(
+    capsys: pytest.CaptureFixture[str], models: Path
+) -> None:
+    recipe = ROOT / "configs" / "qwen3-1.7b-from-qwen3-8b-1n8g-tp2.yaml"
+    folder = models / "models" / "Qwen3-8B"
+    (folder / "config.json").write_text('{"model_type": "mixtral", "vocab_size": 9, "max_position_embeddings": 9}')
+    for part in range(2):
+        with (folder / f"model-{part}.safetensors").open("wb") as file:
+            file.truncate(3 * GIB)  # a file with holes takes no space
+    server = "teacher.server={max_total_tokens: 100000, tensor_parallel: 2, gpus: [2, 3], port: 7007}"
+    found = plan(capsys, recipe, "teacher.kind=sglang", server)
+    assert found["memory"].startswith("per rank, estimated: weights")
+    assert "weights, as on disk 3.0 = 3.0 GiB" in found["teacher.server"]
+    assert found["teacher.server"].endswith("because only SGLang knows this family of models")
+
+
 def test_two_servers_and_a_rank_on_one_gpu_are_added_up(capsys: pytest.CaptureFixture[str], models: Path) -> None:
     recipe = ROOT / "configs" / "qwen3-1.7b-from-qwen3-8b-1n8g-tp2.yaml"
     server = "teacher.server={max_total_tokens: 100000, gpus: [%d], port: 7007}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tropd_mcore.config.derived import model_paths, started_servers
+from tropd_mcore.config.derived import is_served, model_paths, started_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.config.server_checks import gpus_of
 
@@ -30,11 +30,17 @@ def _memory(config: Config, ranks: int) -> dict[str, str]:
     if missing:
         return {"memory": f"not estimated: no config.json in {', '.join(dict.fromkeys(missing))}"}
     from tropd_mcore.errors import ModelError
-    from tropd_mcore.weights.architecture import read_architecture
-    from tropd_mcore.weights.gpu_memory import rank_memory, server_memory
+    from tropd_mcore.weights.architecture import UnsupportedFamily, read_architecture
+    from tropd_mcore.weights.gpu_memory import file_memory, rank_memory, server_memory
 
+    models = {}
     try:
-        models = {key: read_architecture(path) for key, path in needed.items()}
+        for key, path in needed.items():
+            try:
+                models[key] = read_architecture(path)
+            except UnsupportedFamily:
+                if not is_served(config, key):
+                    raise
     except ModelError as error:
         return {"memory": f"not estimated: {error}"}
     rank = rank_memory(config, models, ranks)
@@ -44,8 +50,13 @@ def _memory(config: Config, ranks: int) -> dict[str, str]:
     for key, server in started.items():
         model = "student.path" if key == "rollout.server" else "teacher.path"
         dtype = config.student.dtype if key == "rollout.server" else config.teacher.dtype
-        parts = server_memory(models[model], server, dtype)
+        if model in models:
+            parts = server_memory(models[model], server, dtype)
+        else:  # a family that only SGLang knows
+            parts = file_memory(needed[model], server)
         unsized = "" if "KV cache" in parts else f"; with its KV cache at most {server.mem_fraction} of the free memory"
+        if model not in models and server.max_total_tokens is not None:
+            unsized = "; its KV cache is not estimated, because only SGLang knows this family of models"
         lines[key] = f"per GPU, estimated: {_parts(parts)}, without its context and CUDA graphs{unsized}"
         for gpu in gpus_of(server):
             beside[gpu] = beside.get(gpu, 0) + sum(parts.values())

@@ -7,6 +7,7 @@ upper estimate. Activations were compared with one H200: within 15 % (docs/gpu.m
 from __future__ import annotations
 
 from math import prod
+from pathlib import Path
 
 from tropd_mcore.config.derived import chunk_tokens, reference_path
 from tropd_mcore.config.fields import Dtype
@@ -109,6 +110,12 @@ def _scores(config: Config, ranks: int) -> int:
     data = max(ranks // (parallel.tensor * parallel.pipeline), 1)  # context ranks share the rows of a pack
     rows = rollout.prompts_per_step * rollout.samples_per_prompt * rollout.max_new_tokens
     return rows * config.objective.teacher_topk * CANDIDATE_BYTES // data
+
+
+def file_memory(folder: Path, server: ServerConfig) -> dict[str, int]:
+    """Return {part: bytes} per GPU of a server whose model no mapping describes: its weights as they are on disk."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"weights, as on disk": size // server.tensor_parallel}
 
 
 def server_memory(arch: Architecture, server: ServerConfig, dtype: Dtype) -> dict[str, int]:
