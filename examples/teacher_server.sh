@@ -27,7 +27,9 @@ fi
 # the server sends itself a request when it starts, which must not go through a proxy
 direct="${no_proxy:+$no_proxy,}${NO_PROXY:+$NO_PROXY,}127.0.0.1,localhost,::1,$HOST"
 export no_proxy="$direct" NO_PROXY="$direct"
-echo "teacher.server.url=http://$HOST:$PORT"
+SHOWN="$HOST"
+[[ "$HOST" != 0.0.0.0 && "$HOST" != :: ]] || SHOWN="$(hostname -f)"   # these two mean every address of this machine
+echo "teacher.server.url=http://$SHOWN:$PORT"
 if [[ -n "$TROPD_SERVER_KEY" ]]; then
   export TROPD_SERVER_KEY
   echo "teacher.server.api_key_env=TROPD_SERVER_KEY"

@@ -176,3 +176,19 @@ def test_machines_with_several_interfaces_are_told_to_name_one(
 ) -> None:
     (finding,) = interfaces(nodes, environ, lambda: addresses)
     assert finding.level == level and said in finding.detail
+
+
+def test_a_missing_cuda_toolkit_is_told_by_the_place_in_which_sglang_looks_for_it(tmp_path: Path) -> None:
+    def text(**environ: str) -> str | None:
+        found = checks_of_gpus._toolkit_problem({"PATH": "", **environ}, usual=tmp_path / "usual")
+        return None if found is None else found.detail.split(",")[0]
+
+    assert text() == f"{tmp_path / 'usual'} has no bin/nvcc"
+    assert text(CUDA_HOME=str(tmp_path / "home")) == f"{tmp_path / 'home'} has no bin/nvcc"
+    assert text(CUDA_PATH=str(tmp_path / "path")) == f"{tmp_path / 'path'} has no bin/nvcc"
+    for place in ("usual", "home"):
+        nvcc = tmp_path / place / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+    assert text() is None and text(CUDA_HOME=str(tmp_path / "home")) is None
+    assert text(PATH=str(tmp_path / "home" / "bin")) is None

@@ -140,6 +140,8 @@ def server_libraries(config: Config, environ: Mapping[str, str]) -> Iterator[Fin
     """On a GPU, import SGLang and its kernels in the interpreter of each server that the job starts."""
     if not uses_cuda(config, environ):
         return
+    if started_servers(config) and (missing := _toolkit_problem(environ)) is not None:
+        yield missing
     for key, server in started_servers(config).items():
         for module in ("sgl_kernel", "sglang.srt.entrypoints.http_server"):
             remedy = f"{key}.python names the interpreter of the server"
@@ -147,6 +149,17 @@ def server_libraries(config: Config, environ: Mapping[str, str]) -> Iterator[Fin
             yield finding
             if finding.level == "FAIL":
                 break
+
+
+def _toolkit_problem(environ: Mapping[str, str], usual: Path = Path("/usr/local/cuda")) -> Finding | None:
+    """Return a warning if SGLang would find no CUDA toolkit. Source: SGLang 0.5.23, `cuda_home`."""
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    home = Path(named) if named else Path(nvcc).parent.parent if nvcc else usual
+    if (home / "bin" / "nvcc").is_file():
+        return None
+    return Finding("warn", "toolkit", f"{home} has no bin/nvcc, and SGLang compiles kernels when a server starts: install "
+                   "a CUDA toolkit of torch's version, and set CUDA_HOME if it is elsewhere")  # fmt: skip
 
 
 def imported(name: str, python: str, module: str, remedy: str) -> Finding:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ConfigError
+from tropd_mcore.serving.interpreter import way_to_sglang
 from tropd_mcore.train.preflight_files import INFO_FILE, file_problem, folder_problem
 from tropd_mcore.train.preflight_machine import importable, interpreter_problem
 
@@ -87,11 +88,7 @@ def server_package(section: str, server: ServerConfig) -> Iterator[str]:
     if (problem := interpreter_problem(section, server)) is not None:
         yield problem
     if server.url is None and server.python is None and not importable("sglang"):
-        yield (
-            "starting a server needs the package sglang, which is not installed; run `pip install sglang==0.5.23` "
-            f"(on a CPU as the head of requirements/cpu.txt says), set {section}.python to an interpreter that has it, "
-            "or name the url of one that runs"
-        )
+        yield (f"starting a server needs the package sglang, which is not installed; {way_to_sglang(section)}")
 
 
 def api_key(section: str, server: ServerConfig) -> Iterator[str]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from tropd_mcore.serving.interpreter import beside
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 4, 2, 64
 LAYERS = {"student": 2, "teacher": 3}
@@ -89,6 +92,8 @@ def write_job(folder: Path, platform: Literal["cpu", "cuda"], tensor: int) -> Pa
     server: dict[str, Any] = {"max_total_tokens": 8192}
     if platform == "cuda":
         server["mem_fraction"] = 0.3
+    if find_spec("sglang") is None and (python := beside()) is not None:
+        server["python"] = str(python)
     config = {
         "run": {"dir": str(folder / "run"), "steps": STEPS},
         "platform": {"kind": platform},

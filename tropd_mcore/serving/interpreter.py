@@ -41,6 +41,27 @@ class Interpreter:
         return f"Python {self.python}, sglang {self.sglang}, torch {self.torch or 'not installed'}"
 
 
+def beside() -> Path | None:
+    """Return the interpreter of the server's environment that examples/setup_env.sh makes beside this one; None if there
+    is none."""
+    path = Path(sys.prefix).parent / ".venv-server" / "bin" / "python"
+    return path if path.is_file() else None
+
+
+def way_to_sglang(key: str) -> str:
+    """Return what to do if a server is to be started, its `key` names no interpreter, and this one has no sglang.
+
+    Installing sglang would replace the torch of a trainer for GPUs, so the other environment comes first.
+    """
+    found = beside()
+    if found is not None:
+        return f"set {key}.python to {found}, which examples/setup_env.sh made"
+    return (
+        f"set {key}.python to an interpreter that has it (on a GPU machine examples/setup_env.sh makes one), name the url "
+        "of a server that runs, or on a CPU run `pip install sglang==0.5.23` as the head of requirements/cpu.txt says"
+    )
+
+
 def ask(path: Path, *, key: str) -> Interpreter:
     """Return what the interpreter at `path` is. `key` is the configuration key that names it.
 

@@ -81,10 +81,13 @@ def _head(study: Study, results: Sequence[CellResult]) -> Iterator[str]:
     yield "  from as its own; teacher's tokens are those of prefixes."
     yield "- `s` is the wall time of the training. Runs may have shared the machine, so it compares nothing."
     yield ""
-    yield "To repeat one run:"
+    name = next(result.cell for result in results if result.objective != BEFORE)
+    yield "A run whose result is there is not repeated. To repeat one, put its result aside:"
     yield ""
     yield "```"
-    yield f"tropd study {study.path} --only {next(result.cell for result in results if result.objective != BEFORE)}"
+    yield f"tropd study {study.path} --list          # the names of all runs"
+    yield f"mv {plan.results}/{name}.json {name}.before.json"
+    yield f"tropd study {study.path} --only {name}   # a new folder: {plan.runs}/{name} must not exist"
     yield "```"
     yield ""
 

@@ -20,7 +20,7 @@ from tropd_mcore.config.derived import started_servers, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.server_checks import budget_problems
 from tropd_mcore.errors import ServerError
-from tropd_mcore.serving.interpreter import ask
+from tropd_mcore.serving.interpreter import ask, way_to_sglang
 from tropd_mcore.train.preflight_types import Fault
 
 HOST = "127.0.0.1"
@@ -43,7 +43,9 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
         wanted.append(("tensorboard", "monitor.tensorboard", "monitor.tensorboard=true", "tensorboard"))
     for key, server in started_servers(config).items():
         if server.python is None:
-            wanted.append(("sglang", key, "starting a server (or set its python or url)", "sglang==0.5.23"))
+            if not importable("sglang"):
+                yield Fault(key, f"{key}: starting a server needs the package sglang, which is not installed; "
+                            f"{way_to_sglang(key)}")  # fmt: skip
         elif (problem := interpreter_problem(key, server)) is not None:
             yield Fault(f"{key}.python", problem)
     if uses_cuda(config, environ):

@@ -127,6 +127,22 @@ def test_a_program_that_is_no_python_is_refused(tmp_path: Path, text: str, line:
     assert refusal(script(tmp_path, text)) == line
 
 
+def test_the_server_environment_beside_this_one_is_offered_if_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What examples/setup_env.sh makes on a GPU machine: .venv-trainer, in which this runs, and .venv-server."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv-trainer"))
+    assert interpreter.beside() is None
+    assert "on a GPU machine examples/setup_env.sh makes one" in interpreter.way_to_sglang("rollout.server")
+    python = tmp_path / ".venv-server" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert interpreter.beside() == python
+    assert interpreter.way_to_sglang("rollout.server") == (
+        f"set rollout.server.python to {python}, which examples/setup_env.sh made"
+    )
+
+
 def test_an_interpreter_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "ANSWER_S", 0.2)
     assert refusal(script(tmp_path, "exec sleep 60")) == f"has not answered within 0.2 s; {WANTED}"
