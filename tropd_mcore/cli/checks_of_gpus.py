@@ -158,8 +158,8 @@ def _toolkit_problem(environ: Mapping[str, str], usual: Path = Path("/usr/local/
     home = Path(named) if named else Path(nvcc).parent.parent if nvcc else usual
     if (home / "bin" / "nvcc").is_file():
         return None
-    return Finding("warn", "toolkit", f"{home} has no bin/nvcc, and SGLang compiles kernels when a server starts: install "
-                   "a CUDA toolkit of torch's version, and set CUDA_HOME if it is elsewhere")  # fmt: skip
+    return Finding("warn", "toolkit", f"{home} has no bin/nvcc, and SGLang compiles kernels when a server starts: "
+                   "install a CUDA toolkit of torch's version, and set CUDA_HOME if it is elsewhere")  # fmt: skip
 
 
 def imported(name: str, python: str, module: str, remedy: str) -> Finding:

@@ -42,8 +42,7 @@ class Interpreter:
 
 
 def beside() -> Path | None:
-    """Return the interpreter of the server's environment that examples/setup_env.sh makes beside this one; None if there
-    is none."""
+    """Return the interpreter of the server's environment that examples/setup_env.sh makes beside this one, or None."""
     path = Path(sys.prefix).parent / ".venv-server" / "bin" / "python"
     return path if path.is_file() else None
 
@@ -57,8 +56,8 @@ def way_to_sglang(key: str) -> str:
     if found is not None:
         return f"set {key}.python to {found}, which examples/setup_env.sh made"
     return (
-        f"set {key}.python to an interpreter that has it (on a GPU machine examples/setup_env.sh makes one), name the url "
-        "of a server that runs, or on a CPU run `pip install sglang==0.5.23` as the head of requirements/cpu.txt says"
+        f"set {key}.python to an interpreter that has it (on a GPU machine examples/setup_env.sh makes one), name the "
+        "url of a server that runs, or on a CPU run `pip install sglang==0.5.23` as the head of requirements/cpu.txt says"
     )
 
 
