@@ -57,7 +57,7 @@ def way_to_sglang(key: str) -> str:
         return f"set {key}.python to {found}, which examples/setup_env.sh made"
     return (
         f"set {key}.python to an interpreter that has it (on a GPU machine examples/setup_env.sh makes one), name the "
-        "url of a server that runs, or on a CPU run `pip install sglang==0.5.23` as the head of requirements/cpu.txt says"
+        "url of a server that runs, or on a CPU run `pip install sglang==0.5.23` as requirements/cpu.txt says"
     )
 
 
