@@ -203,7 +203,7 @@ def test_every_rank_gets_a_payload_and_payloads_by_value_share_the_limit_of_a_re
     assert all(len(payloads) == 2 for payloads in server.payloads)
 
 
-def test_weights_go_through_shared_memory_to_a_server_that_we_started_and_by_value_to_any_other() -> None:
+def test_weights_go_through_shared_memory_to_a_server_that_we_started_and_small_ones_by_value_to_any_other() -> None:
     def through_shared_memory(**given: Any) -> bool:
         server = NotedServer(**given)
         publisher_of(server).publish(stream(), "v1")
@@ -211,6 +211,23 @@ def test_weights_go_through_shared_memory_to_a_server_that_we_started_and_by_val
 
     assert through_shared_memory(same_host=True)
     assert not through_shared_memory(same_host=False)
+
+
+def test_weights_of_more_than_64_mib_are_broadcast_to_a_server_that_we_did_not_start() -> None:
+    assert publisher_of(NotedServer(), mebibytes(64)).route == "value"
+    assert publisher_of(NotedServer(), mebibytes(64, 1)).route == "broadcast"
+    assert publisher_of(NotedServer(), mebibytes(64, 1), transport="value").route == "value"
+
+
+def test_a_large_model_by_value_is_told_once_with_its_bytes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publisher_module, "SMALL_BYTES", 95)
+    publisher = publisher_of(NotedServer(tensor_parallel=3), transport="value")
+    for version in ("v1", "v2"):
+        publisher.publish(stream(), version)
+    assert caplog.text.count("3 copies of the weights in base64") == 1
+    assert "rollout.server.weights=broadcast sends them once" in caplog.text
 
 
 def unknown() -> Stream:
@@ -363,21 +380,19 @@ def mebibytes(*sizes: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         ((100, 200, 50), 60, 200),  # a tensor that is larger than a bucket
     ],
 )
-def test_weights_go_by_value_with_a_warning_if_the_largest_bucket_does_not_fit_into_shared_memory(
+def test_weights_are_broadcast_with_a_warning_if_the_largest_bucket_does_not_fit_into_shared_memory(
     sizes: tuple[int, ...],
     bucket_mib: int,
     needed_mib: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    buffers: list[str] = []
-    monkeypatch.setattr(publisher_module, "SharedBuffer", lambda: buffers.append("one"))
-    for room in (needed_mib * MIB, needed_mib * MIB - 1):
+    for room, route in ((needed_mib * MIB, "shared"), (needed_mib * MIB - 1, "broadcast")):
         assert caplog.text == ""
         monkeypatch.setattr(publisher_module, "shared_memory_room", lambda room=room: room)
-        publisher_of(NotedServer(same_host=True), mebibytes(*sizes), bucket_bytes=bucket_mib * MIB)
-        assert buffers == ["one"]
-    expected = f"need {needed_mib} MiB of /dev/shm but {needed_mib - 1} are usable; weights go through HTTP by value"
+        made = publisher_of(NotedServer(same_host=True), mebibytes(*sizes), bucket_bytes=bucket_mib * MIB)
+        assert made.route == route
+    expected = f"need {needed_mib} MiB of /dev/shm but {needed_mib - 1} are usable; weights go by broadcast"
     assert expected in caplog.text
 
 
