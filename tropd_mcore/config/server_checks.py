@@ -17,6 +17,15 @@ MORE_GPUS = ("--pp", "--pipeline-parallel", "--dp", "--data-parallel")
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts of a url that is on this machine."""
+
+
+def _host(url: str) -> str | None:
+    """The host of a url; None if it is malformed, which another check reports."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
 
 
 def gpus_of(server: ServerConfig) -> tuple[int, ...]:
@@ -26,11 +35,11 @@ def gpus_of(server: ServerConfig) -> tuple[int, ...]:
 
 def server_problems(config: Config) -> Iterator[str]:
     """Yield the problems of the GPUs and the memory of servers to start, as far as the configuration shows them."""
-    url = config.rollout.server.url
-    if config.rollout.server.weights == "shared" and url is not None and urlsplit(url).hostname not in LOOPBACK:
+    server = config.rollout.server
+    if server.weights == "shared" and server.url is not None and _host(server.url) not in LOOPBACK:
         yield (
-            f"rollout.server.weights=shared, but rollout.server.url={url} may be another machine; use broadcast, or "
-            "name the server by 127.0.0.1"
+            f"rollout.server.weights=shared, but rollout.server.url={server.url} may be another machine; use "
+            "broadcast, or name the server by 127.0.0.1"
         )
     if config.teacher.server.weights is not None:
         yield "teacher.server.weights: a teacher gets no weights from the trainer; remove it"

@@ -33,7 +33,7 @@ BUCKET_BYTES = 512 * 2**20
 """Tensor bytes per request."""
 
 SMALL_BYTES = 64 * 2**20
-"""Size of a model up to which its weights go to a server at a url inside the requests."""
+"""Size of a model above which sending it inside the requests gets a warning."""
 
 UNDO_TIMEOUT_S = 30.0
 """Time-out of each of the two requests that clean up after a failed update."""
@@ -65,10 +65,9 @@ class PublishReport:
 class WeightPublisher:
     """Sends full updates of the tensors in `plan` through `client`.
 
-    `transport` names the route (`serving.weight_routes`). None means `shared` for a server that we started, and for
-    any other `value` up to SMALL_BYTES and `broadcast` above. If the shared memory is too small for a bucket, weights
-    are broadcast, with a warning. `ledger` remembers the last publication across server restarts. Without a ledger,
-    updates are not verified (gates.weight_sync=false).
+    `transport` names the route (`serving.weight_routes`). None means `shared` for a server that we started and `value`
+    otherwise. If the shared memory is too small for a bucket, weights go by value, with a warning. `ledger` remembers
+    the last publication across server restarts. Without a ledger, updates are not verified (gates.weight_sync=false).
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class WeightPublisher:
         assert self._plan, "a plan without tensors"
         self._sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._plan.values()]
         self._told_bytes = False
-        self.route = self._usable(transport or self._usual())
+        self.route = self._usable(transport or ("shared" if client.same_host else "value"))
         """Name of the route."""
         self._route = route_of(self.route, client)
 
@@ -113,6 +112,10 @@ class WeightPublisher:
                 )
 
         return self._replace(tensors, version, check)
+
+    def close(self) -> None:
+        """Give up what the route holds here and on the server. A later update opens it again."""
+        self._route.close()
 
     def check_unchanged(self) -> None:
         """Raise GateError if the server's weights are not those after the last publication."""
@@ -144,7 +147,7 @@ class WeightPublisher:
                 update.finish()
             except ServerHung:
                 # the server will be killed or the run ends; any further request would hang as well
-                self._route.close()
+                self._route.close(tell_server=False)
                 raise
             except BaseException:
                 update.abandon()
@@ -217,43 +220,35 @@ class WeightPublisher:
 
         self._replace(make_stream(), version, check)
 
-    def _usual(self) -> RouteName:
-        """The route that nobody had to choose."""
-        if self._client.same_host:
-            return "shared"
-        return "value" if sum(self._sizes) <= SMALL_BYTES else "broadcast"
-
     def _usable(self, wanted: RouteName) -> RouteName:
-        """The wanted route, or the next best one if the shared memory is too small for a bucket."""
+        """The wanted route, or `value` if the shared memory is too small for a bucket."""
         if wanted != "shared":
             return wanted
         needed = max(*self._sizes, min(self._bucket_bytes, sum(self._sizes)))
         if needed <= shared_memory_room():
             return "shared"
-        instead: RouteName = "value" if sum(self._sizes) <= SMALL_BYTES else "broadcast"
         log.warning(
-            "%s: weight updates need %d MiB of /dev/shm but %d are usable; weights go by %s, which is slower (docker: "
-            "--shm-size)",
+            "%s: weight updates need %d MiB of /dev/shm but %d are usable; weights go through HTTP by value, about a "
+            "hundred times slower (docker: --shm-size)",
             self._client.key,
             needed >> 20,
             shared_memory_room() >> 20,
-            instead,
         )
-        return instead
+        return "value"
 
     def _tell_bytes(self, info: ServerInfo) -> None:
-        """Warn once per launch if a large model goes by value."""
-        size = sum(self._sizes) * info.tensor_parallel * 4 // 3  # base64
-        if self.route == "value" and sum(self._sizes) > SMALL_BYTES and not self._told_bytes:
-            self._told_bytes = True
-            log.warning(
-                "%s: each publication sends %.1f GB over HTTP (%d copies of the weights in base64); "
-                "%s.weights=broadcast sends them once",
-                self._client.key,
-                size / 1e9,
-                info.tensor_parallel,
-                self._client.key,
-            )
+        """Warn once per launch if a large model goes by value to a server that runs elsewhere."""
+        if self._client.same_host or self.route != "value" or sum(self._sizes) <= SMALL_BYTES or self._told_bytes:
+            return
+        self._told_bytes = True
+        log.warning(
+            "%s: each publication sends %.1f GB over HTTP (%d copies of the weights in base64); %s.weights=broadcast "
+            "sends the weights once",
+            self._client.key,
+            sum(self._sizes) * info.tensor_parallel * 4 / 3 / 1e9,
+            info.tensor_parallel,
+            self._client.key,
+        )
 
     def _buckets(self, tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield checked buckets. The last one is yielded only if all tensors of the plan were seen."""

@@ -200,7 +200,7 @@ class SglangClient:
         self._post("/init_weights_update_group", body, retry=False, limit_s=limit_s)
 
     def update_weights_from_group(
-        self, tensors: list[tuple[str, torch.dtype, tuple[int, ...]]], *, group: str, version: str
+        self, tensors: list[tuple[str, torch.dtype, tuple[int, ...]]], *, group: str, version: str, limit_s: float
     ) -> None:
         """Load the tensors of one broadcast of rank 0 of `group`, one after the other in its bytes. Never retried.
 
@@ -215,7 +215,7 @@ class SglangClient:
             "weight_version": version,
             "flush_cache": False,
         }
-        self._post("/update_weights_from_distributed", body, retry=False)
+        self._post("/update_weights_from_distributed", body, retry=False, limit_s=limit_s)
 
     def leave_weight_group(self, name: str) -> None:
         """Let the server's ranks leave a group. Raises ServerError."""

@@ -6,12 +6,11 @@ returns only when the server has loaded the bucket.
 
 from __future__ import annotations
 
-import atexit
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from tropd_mcore.errors import ServerHung
+from tropd_mcore.errors import ServerError, ServerHung
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.weight_group import WeightGroup
 from tropd_mcore.serving.weight_payload import SharedBuffer, by_value
@@ -25,13 +24,13 @@ class Route(Protocol):
     """Sends buckets of tensors to one server. `info` is what the server has told of itself before the update."""
 
     def limit(self, bucket_bytes: int, info: ServerInfo) -> int:
-        """Return the most tensor bytes of one bucket."""
+        """Return the most tensor bytes of one bucket. Raises ServerError if this server cannot be reached this way."""
 
     def send(self, bucket: Bucket, info: ServerInfo, *, version: str) -> None:
         """Let the server load the bucket and label its weights `version`. Raises ServerError."""
 
-    def close(self) -> None:
-        """Give up what the route holds. The next bucket opens it again."""
+    def close(self, *, tell_server: bool = True) -> None:
+        """Give up what the route holds. The next bucket opens it again. Without `tell_server`, nothing is requested."""
 
 
 class SharedMemoryRoute:
@@ -49,7 +48,7 @@ class SharedMemoryRoute:
         """Copy the bucket into the buffer and send its handles."""
         self._client.update_weights(self._buffer.payloads(bucket, copies=info.tensor_parallel), version=version)
 
-    def close(self) -> None:
+    def close(self, *, tell_server: bool = True) -> None:
         """Keep the buffer, which does not depend on the server."""
 
 
@@ -67,47 +66,47 @@ class ValueRoute:
         """Send the bucket in one request."""
         self._client.update_weights(by_value(bucket, copies=info.tensor_parallel), version=version)
 
-    def close(self) -> None:
+    def close(self, *, tell_server: bool = True) -> None:
         """Nothing is held."""
 
 
 class BroadcastRoute:
-    """A process group of this process and the server's ranks, which lives until the first error."""
+    """A process group of this process and the server's ranks, which lives until `close` or the first error."""
 
     def __init__(self, client: SglangClient) -> None:
         self._client = client
         self._group: WeightGroup | None = None
 
     def limit(self, bucket_bytes: int, info: ServerInfo) -> int:
-        """Return `bucket_bytes`: the bucket is sent once, whatever the number of ranks."""
+        """Return `bucket_bytes`: the bucket is sent once, whatever the number of ranks.
+
+        Raises ServerError for a server with pipeline stages, whose ranks SGLang would number twice.
+        """
+        if info.pipeline_parallel > 1:
+            raise ServerError(
+                f"{self._client.key}: SGLang cannot join a broadcast with {info.pipeline_parallel} pipeline stages; "
+                f"set {self._client.key}.weights=value"
+            )
         return bucket_bytes
 
     def send(self, bucket: Bucket, info: ServerInfo, *, version: str) -> None:
         """Broadcast the bucket; joins the server in a new group before the first one."""
         try:
             if self._group is None:
-                on_gpu = info.device == "cuda" and bucket[0][1].is_cuda
-                self._group = WeightGroup(
-                    self._client, ranks=info.tensor_parallel, backend="nccl" if on_gpu else "gloo"
-                )
-                atexit.register(self.close)
+                self._group = WeightGroup(self._client, ranks=info.tensor_parallel)
             self._group.broadcast(bucket, version=version)
         except ServerHung:
-            self._leave(tell_server=False)  # it would not answer
+            self.close(tell_server=False)  # it would not answer
             raise
         except BaseException:
             self.close()
             raise
 
-    def close(self) -> None:
+    def close(self, *, tell_server: bool = True) -> None:
         """Leave the group."""
-        self._leave(tell_server=True)
-
-    def _leave(self, *, tell_server: bool) -> None:
         if self._group is not None:
-            atexit.unregister(self.close)
-            self._group.close(tell_server=tell_server)
-            self._group = None
+            group, self._group = self._group, None
+            group.close(tell_server=tell_server)
 
 
 def route_of(name: RouteName, client: SglangClient) -> Route:
