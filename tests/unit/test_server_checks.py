@@ -140,8 +140,8 @@ def test_a_teachers_server_keeps_its_memory() -> None:
         (
             {"url": "http://h:1", "weights": "shared"},
             None,
-            ["rollout.server.weights=shared, but rollout.server.url=http://h:1 may be another machine; use broadcast, or "
-             "name the server by 127.0.0.1"],
+            ["rollout.server.weights=shared, but rollout.server.url=http://h:1 may be another machine; use broadcast, "
+             "or name the server by 127.0.0.1"],
         ),
         (
             {},
