@@ -19,6 +19,7 @@ from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung
 from tropd_mcore.rollout import publisher as publisher_module
 from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.publisher import WeightPublisher
+from tropd_mcore.serving import weight_routes
 from tropd_mcore.serving.wire import ScoringRequest, WeightChecksums
 
 MIB = 2**20
@@ -181,7 +182,7 @@ def test_requests_are_filled_with_whole_tensors_in_order_up_to_the_limit(
 def test_a_request_holds_at_most_half_a_gibibyte_of_tensors_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"a": 256 * MIB, "b": 256 * MIB, "c": 1}
     monkeypatch.setattr(
-        publisher_module,
+        weight_routes,
         "by_value",
         lambda bucket, copies: [pickle.dumps([(name, torch.zeros(1)) for name, _ in bucket])],
     )
@@ -211,6 +212,17 @@ def test_weights_go_through_shared_memory_to_a_server_that_we_started_and_by_val
 
     assert through_shared_memory(same_host=True)
     assert not through_shared_memory(same_host=False)
+
+
+def test_a_large_model_by_value_is_told_once_with_its_bytes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publisher_module, "SMALL_BYTES", TOTAL_BYTES - 1)
+    publisher = publisher_of(NotedServer(tensor_parallel=3))
+    for version in ("v1", "v2"):
+        publisher.publish(stream(), version)
+    assert caplog.text.count("3 copies of the weights in base64") == 1
+    assert "rollout.server.weights=broadcast sends the weights once" in caplog.text
 
 
 def unknown() -> Stream:
@@ -370,13 +382,11 @@ def test_weights_go_by_value_with_a_warning_if_the_largest_bucket_does_not_fit_i
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    buffers: list[str] = []
-    monkeypatch.setattr(publisher_module, "SharedBuffer", lambda: buffers.append("one"))
-    for room in (needed_mib * MIB, needed_mib * MIB - 1):
+    for room, route in ((needed_mib * MIB, "shared"), (needed_mib * MIB - 1, "value")):
         assert caplog.text == ""
         monkeypatch.setattr(publisher_module, "shared_memory_room", lambda room=room: room)
-        publisher_of(NotedServer(same_host=True), mebibytes(*sizes), bucket_bytes=bucket_mib * MIB)
-        assert buffers == ["one"]
+        made = publisher_of(NotedServer(same_host=True), mebibytes(*sizes), bucket_bytes=bucket_mib * MIB)
+        assert made.route == route
     expected = f"need {needed_mib} MiB of /dev/shm but {needed_mib - 1} are usable; weights go through HTTP by value"
     assert expected in caplog.text
 

@@ -129,3 +129,32 @@ def test_a_teachers_server_keeps_its_memory() -> None:
     expected = "teacher.server.release_memory: only rollout.server gives its memory back; remove it"
     assert problems("cuda", {"url": "http://h:1"}, {**TOKENS, "release_memory": True}) == [expected]
     assert problems("cuda", {**TOKENS, "release_memory": True}) == []
+
+
+@pytest.mark.parametrize(
+    ("rollout", "teacher", "expected"),
+    [
+        ({"weights": "broadcast"}, None, []),
+        ({"url": "http://h:1", "weights": "broadcast"}, None, []),
+        ({"url": "http://127.0.0.1:1", "weights": "shared"}, None, []),
+        (
+            {"url": "http://h:1", "weights": "shared"},
+            None,
+            ["rollout.server.weights=shared, but rollout.server.url=http://h:1 may be another machine; use broadcast, "
+             "or name the server by 127.0.0.1"],
+        ),
+        (
+            {},
+            {"url": "http://h:1", "weights": "value"},
+            ["teacher.server.weights: a teacher gets no weights from the trainer; remove it"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_route_of_weights_that_cannot_work_is_refused(
+    rollout: dict[str, Any], teacher: dict[str, Any] | None, expected: list[str]
+) -> None:
+    assert problems("cpu", rollout, teacher) == expected
+
+
+def test_a_malformed_url_is_told_by_its_own_check_alone() -> None:
+    assert len(problems("cpu", {"url": "nonsense://[::1", "weights": "shared"})) >= 1

@@ -145,6 +145,10 @@ class ServerConfig(Section):
     release_memory: bool = False
     """rollout.server on GPUs only. Let the started server give its memory back while the trainer scores and trains
     (docs/servers.md)."""
+    weights: Literal["shared", "broadcast", "value"] | None = None
+    """rollout.server only. How weights reach the server (docs/servers.md). `shared`: shared memory of this machine.
+    `broadcast`: once, through a gloo group with the server's ranks, whose machine must reach the first node. `value`:
+    inside HTTP requests, one copy per rank. null = `shared` for a started server, `value` at a `url`."""
     extra_args: tuple[str, ...] = ()
     """Additional arguments for `sglang.launch_server`, written as on its command line."""
     start_timeout_s: PositiveFloat = 600.0

@@ -7,12 +7,25 @@ the keys to change; nothing is raised.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from tropd_mcore.config.derived import started_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 
 MORE_GPUS = ("--pp", "--pipeline-parallel", "--dp", "--data-parallel")
 """Prefixes of server arguments with which a server takes a multiple of `tensor_parallel` GPUs."""
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts of a url that is on this machine."""
+
+
+def _host(url: str) -> str | None:
+    """The host of a url; None if it is malformed, which another check reports."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
 
 
 def gpus_of(server: ServerConfig) -> tuple[int, ...]:
@@ -22,6 +35,14 @@ def gpus_of(server: ServerConfig) -> tuple[int, ...]:
 
 def server_problems(config: Config) -> Iterator[str]:
     """Yield the problems of the GPUs and the memory of servers to start, as far as the configuration shows them."""
+    server = config.rollout.server
+    if server.weights == "shared" and server.url is not None and _host(server.url) not in LOOPBACK:
+        yield (
+            f"rollout.server.weights=shared, but rollout.server.url={server.url} may be another machine; use "
+            "broadcast, or name the server by 127.0.0.1"
+        )
+    if config.teacher.server.weights is not None:
+        yield "teacher.server.weights: a teacher gets no weights from the trainer; remove it"
     for key, server in started_servers(config).items():
         yield from _gpus(key, server, config.platform.kind)
         if server.release_memory and config.platform.kind == "cpu":

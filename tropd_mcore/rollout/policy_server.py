@@ -91,6 +91,11 @@ class PolicyServer:
             with self._clock.phase("server"):
                 self._recover(died)
 
+    def close(self) -> None:
+        """Leave what the publisher holds on the server. Not collective."""
+        if self._publisher is not None:
+            self._publisher.close()
+
     def _collect(self, requests: list[SampleRequest], step: int, version: str, found: Collected) -> Collected:
         assert self._sampler is not None and self._publisher is not None
         collected = self._sampler.collect(requests, step=step, expected_version=version, found=found)
@@ -170,6 +175,7 @@ class PolicyServer:
         def recover() -> None:
             assert self._server is not None
             self._server.recover(died)
+            self.close()
             self._sampler, self._publisher = self._connect(self._server)
 
         on_rank_zero(recover, self._control)

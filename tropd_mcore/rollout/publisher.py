@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung
 from tropd_mcore.progress import progress
 from tropd_mcore.rollout.publication import PublicationLedger, tensor_digest
 from tropd_mcore.serving.client import SglangClient
-from tropd_mcore.serving.weight_payload import SharedBuffer, by_value, shared_memory_room
+from tropd_mcore.serving.weight_payload import shared_memory_room
+from tropd_mcore.serving.weight_routes import Route, RouteName, route_of
 from tropd_mcore.serving.wire import ScoringRequest, ServerInfo, WeightChecksums
 from tropd_mcore.types import FloatArray, IntArray
 
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 BUCKET_BYTES = 512 * 2**20
 """Tensor bytes per request."""
+
+SMALL_BYTES = 64 * 2**20
+"""Size of a model above which sending it inside the requests gets a warning."""
 
 UNDO_TIMEOUT_S = 30.0
 """Time-out of each of the two requests that clean up after a failed update."""
@@ -61,10 +65,9 @@ class PublishReport:
 class WeightPublisher:
     """Sends full updates of the tensors in `plan` through `client`.
 
-    `transport` is `shared` (shared memory, for a server on this host) or `value` (in the request; see
-    `serving.weight_payload`). None means `shared` for a server that we started and `value` otherwise. If the shared
-    memory is too small for a bucket, weights go by value, with a warning. `ledger` remembers the last publication
-    across server restarts. Without a ledger, updates are not verified (gates.weight_sync=false).
+    `transport` names the route (`serving.weight_routes`). None means `shared` for a server that we started and `value`
+    otherwise. If the shared memory is too small for a bucket, weights go by value, with a warning. `ledger` remembers
+    the last publication across server restarts. Without a ledger, updates are not verified (gates.weight_sync=false).
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class WeightPublisher:
         plan: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
         *,
         ledger: PublicationLedger | None = None,
-        transport: Literal["shared", "value"] | None = None,
+        transport: RouteName | None = None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._client = client
@@ -81,8 +84,11 @@ class WeightPublisher:
         self._ledger = ledger
         self._bucket_bytes = bucket_bytes
         assert self._plan, "a plan without tensors"
-        transport = transport or ("shared" if client.same_host else "value")
-        self._buffer = self._shared_buffer() if transport == "shared" else None
+        self._sizes = [math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._plan.values()]
+        self._told_bytes = False
+        self.route = self._usable(transport or ("shared" if client.same_host else "value"))
+        """Name of the route."""
+        self._route = route_of(self.route, client)
 
     def publish(self, tensors: Iterator[tuple[str, Tensor]], version: str) -> PublishReport:
         """Replace all weights of the server by `tensors` (any order, any device) and label them `version`.
@@ -107,6 +113,10 @@ class WeightPublisher:
 
         return self._replace(tensors, version, check)
 
+    def close(self) -> None:
+        """Give up what the route holds here and on the server. A later update opens it again."""
+        self._route.close()
+
     def check_unchanged(self) -> None:
         """Raise GateError if the server's weights are not those after the last publication."""
         if self._ledger is not None and self._ledger.last is not None and (held := self._held()) is not None:
@@ -121,9 +131,9 @@ class WeightPublisher:
         """Run one update. `check` gets the digests of the sent tensors before the server gets its new label."""
         started = time.monotonic()
         info = self._client.info()
-        update = _Update(self._client, self._buffer, copies=info.tensor_parallel, version=version)
-        # by value, the request holds one copy per server rank
-        limit = self._bucket_bytes if self._buffer is not None else self._bucket_bytes // info.tensor_parallel
+        self._tell_bytes(info)
+        update = _Update(self._client, self._route, info, version=version)
+        limit = self._route.limit(self._bucket_bytes, info)
         sent: dict[str, bytes] = {}
         what = f"{self._client.key}: publishing weights"
         with progress(log, what, total=len(self._plan), unit="tensors", amount_unit="B") as state:
@@ -137,9 +147,11 @@ class WeightPublisher:
                 update.finish()
             except ServerHung:
                 # the server will be killed or the run ends; any further request would hang as well
+                self._route.close(tell_server=False)
                 raise
             except BaseException:
                 update.abandon()
+                self._route.close()  # what is under way there must not become part of the next update
                 raise
         reported = self._client.info().weight_version
         if reported != version:
@@ -208,12 +220,13 @@ class WeightPublisher:
 
         self._replace(make_stream(), version, check)
 
-    def _shared_buffer(self) -> SharedBuffer | None:
-        largest = max(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._plan.values())
-        total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self._plan.values())
-        needed = max(largest, min(self._bucket_bytes, total))
+    def _usable(self, wanted: RouteName) -> RouteName:
+        """The wanted route, or `value` if the shared memory is too small for a bucket."""
+        if wanted != "shared":
+            return wanted
+        needed = max(*self._sizes, min(self._bucket_bytes, sum(self._sizes)))
         if needed <= shared_memory_room():
-            return SharedBuffer()
+            return "shared"
         log.warning(
             "%s: weight updates need %d MiB of /dev/shm but %d are usable; weights go through HTTP by value, about a "
             "hundred times slower (docker: --shm-size)",
@@ -221,7 +234,21 @@ class WeightPublisher:
             needed >> 20,
             shared_memory_room() >> 20,
         )
-        return None
+        return "value"
+
+    def _tell_bytes(self, info: ServerInfo) -> None:
+        """Warn once per launch if a large model goes by value to a server that runs elsewhere."""
+        if self._client.same_host or self.route != "value" or sum(self._sizes) <= SMALL_BYTES or self._told_bytes:
+            return
+        self._told_bytes = True
+        log.warning(
+            "%s: each publication sends %.1f GB over HTTP (%d copies of the weights in base64); %s.weights=broadcast "
+            "sends the weights once",
+            self._client.key,
+            sum(self._sizes) * info.tensor_parallel * 4 / 3 / 1e9,
+            info.tensor_parallel,
+            self._client.key,
+        )
 
     def _buckets(self, tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield checked buckets. The last one is yielded only if all tensors of the plan were seen."""
@@ -259,12 +286,12 @@ class WeightPublisher:
 class _Update:
     """One update session. The first bucket opens it, so an error before that does not touch the server."""
 
-    def __init__(self, client: SglangClient, buffer: SharedBuffer | None, *, copies: int, version: str) -> None:
+    def __init__(self, client: SglangClient, route: Route, info: ServerInfo, *, version: str) -> None:
         self.buckets = 0
         self.bytes_sent = 0
         self._client = client
-        self._buffer = buffer
-        self._copies = copies
+        self._route = route
+        self._info = info
         self._version = version
         self._to_undo: list[Callable[[float], None]] = []
 
@@ -275,8 +302,7 @@ class _Update:
             self._to_undo.append(self._client.resume)
             self._client.begin_weight_update()
             self._to_undo.append(self._client.end_weight_update)
-        pack = by_value if self._buffer is None else self._buffer.payloads
-        self._client.update_weights(pack(bucket, copies=self._copies), version=f"{self._version}:incomplete")
+        self._route.send(bucket, self._info, version=f"{self._version}:incomplete")
         self.buckets += 1
         self.bytes_sent += sum(tensor.nbytes for _, tensor in bucket)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 
@@ -22,12 +22,17 @@ from tropd_mcore.serving import wire
 from tropd_mcore.serving.environment import read_api_key
 from tropd_mcore.serving.transport import Endpoint, MissingError, RefusedError, Transport
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 Question = TypeVar("Question")
 
 HEALTH_TIMEOUT_S = 30.0
+LEAVE_S = 10.0
+"""Time-out of the request to leave a group, which nothing waits for."""
 IDLE_S = 30.0
 """Longest time in seconds that the engine may need to finish what it runs after the last answer."""
 
@@ -176,6 +181,45 @@ class SglangClient:
         ServerError if the server refuses.
         """
         self._post("/update_weights_from_tensor", wire.weights_body(payloads, version=version), retry=False)
+
+    def join_weight_group(
+        self, *, address: str, port: int, world_size: int, name: str, backend: str, limit_s: float
+    ) -> None:
+        """Let the server's ranks join a process group as ranks 1 and up, whose store is at `address`. Never retried.
+
+        Returns when all ranks have joined, so rank 0 has to join meanwhile. Raises ServerError.
+        """
+        body: wire.Json = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": world_size,
+            "group_name": name,
+            "backend": backend,
+        }
+        self._post("/init_weights_update_group", body, retry=False, limit_s=limit_s)
+
+    def update_weights_from_group(
+        self, tensors: list[tuple[str, torch.dtype, tuple[int, ...]]], *, group: str, version: str, limit_s: float
+    ) -> None:
+        """Load the tensors of one broadcast of rank 0 of `group`, one after the other in its bytes. Never retried.
+
+        Otherwise like `update_weights`.
+        """
+        body: wire.Json = {
+            "names": [name for name, _, _ in tensors],
+            "dtypes": [str(dtype).removeprefix("torch.") for _, dtype, _ in tensors],
+            "shapes": [list(shape) for _, _, shape in tensors],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "weight_version": version,
+            "flush_cache": False,
+        }
+        self._post("/update_weights_from_distributed", body, retry=False, limit_s=limit_s)
+
+    def leave_weight_group(self, name: str) -> None:
+        """Let the server's ranks leave a group. Raises ServerError."""
+        self._post("/destroy_weights_update_group", {"group_name": name}, retry=False, limit_s=LEAVE_S)
 
     def end_weight_update(self, limit_s: float | None = None) -> None:
         """Close the weight-update session within `limit_s` (default: request_timeout_s)."""

@@ -141,7 +141,7 @@ def make_policy(
             seed=config.run.seed,
             masked_share=config.gates.masked_share,
         )
-        return sampler, WeightPublisher(server.client, plan, ledger=ledger)
+        return sampler, WeightPublisher(server.client, plan, ledger=ledger, transport=config.rollout.server.weights)
 
     return PolicyServer(
         student,

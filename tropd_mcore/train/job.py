@@ -193,6 +193,8 @@ def _make_components(
             _try_longest(phase, state.model, teacher)
     clock = StepClock()
     policy = make_policy(context, state.model, loaded.ends, servers.policy, clock) if samples_rollouts(config) else None
+    if policy is not None:
+        cleanup.callback(policy.close)
     with raise_on_all_ranks(layout.groups.control):
         monitor = Monitor(context.config, context.run_dir.root, layout.rank, start_step=start.first_step)
         cleanup.callback(monitor.close)
