@@ -92,7 +92,7 @@ class WeightGroup:
             with _gloo_at(address):
                 self._group: Any = dist.distributed_c10d._new_process_group_helper(
                     ranks + 1, 0, [], dist.Backend(BACKEND), dist.PrefixStore(name, self._store),
-                    group_name=name, timeout=timedelta(seconds=JOIN_S),
+                    group_name=name, timeout=timedelta(seconds=JOIN_S),  # type: ignore[arg-type]
                 )[0]  # fmt: skip
         except (RuntimeError, ValueError) as error:
             failed = one_line(error)
