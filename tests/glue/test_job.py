@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.glue.contexts import SDPO, config_of, context_of
-from tests.glue.stubs import make_config, one_rank
+from tests.glue.stubs import NamedPolicy, make_config, one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import ConfigError, DataError
@@ -182,7 +182,7 @@ class Components:
             "reference_model": lambda context: "reference",
             "check_model": lambda context, key, model, inputs: None,
             "probe_memory": lambda student, *_, **given: self.dry_runs.append(given),
-            "make_policy": lambda *_: "policy",
+            "make_policy": lambda *_: NamedPolicy("policy"),
             "sampler_bounds": lambda *_: "bounds",
             "make_teacher": lambda *_: teacher,
             "make_self_teacher": lambda context, average, *_: f"self teacher of the {average}",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.glue.launch import Launch
-from tests.glue.stubs import VOCABULARY, make_config, make_prompts, make_rollouts, one_rank
+from tests.glue.stubs import VOCABULARY, NamedPolicy, make_config, make_prompts, make_rollouts, one_rank
 from tests.glue.test_trainer import NotedCheck
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompts import PromptSet
@@ -145,7 +145,7 @@ def make_parts(monkeypatch: pytest.MonkeyPatch, config: Config, phase: PhaseStat
         "reference_model": None,
         "check_model": None,
         "probe_memory": lambda student, objective, *_: called.append(objective.kind),
-        "make_policy": "policy",
+        "make_policy": NamedPolicy("policy"),
         "sampler_bounds": "bounds",
         "raise_on_all_ranks": lambda control: nullcontext(),
         "Monitor": lambda *_: SimpleNamespace(close=lambda: None),

@@ -52,6 +52,8 @@ class PolicySite:
     streams: list[int] = field(default_factory=list)
     """Number of tensors that this rank consumed of each stream."""
     connections: int = 0
+    closed: list[int] = field(default_factory=list)
+    """Connections whose publisher was closed, from 1 on."""
     clock: StepClock = field(default_factory=StepClock)
 
     def policy(self) -> PolicyServer:
@@ -102,7 +104,10 @@ class PolicySite:
         number = self.connections
         sampler = SimpleNamespace(collect=lambda requests, **given: self._collect(number, requests, **given))
         return sampler, SimpleNamespace(
-            publish=self._publish, verify_sync=self._verify, check_unchanged=self._check_unchanged
+            publish=self._publish,
+            verify_sync=self._verify,
+            check_unchanged=self._check_unchanged,
+            close=lambda: self.closed.append(number),
         )
 
     def _check_unchanged(self) -> None:
@@ -259,6 +264,7 @@ def test_answers_received_before_a_server_died_are_kept() -> None:
 def test_a_server_that_died_between_two_steps_gets_the_weights_again() -> None:
     site = site_of([0, 0], sample_faults=[None, ServerDied("gone")])
     assert [event[0] for event in site.did("publish", "sample")] == ["publish", "sample", "sample", "publish", "sample"]
+    assert site.closed == [1] and site.connections == 2, "the publisher to the server that died holds nothing"
 
 
 @pytest.mark.parametrize("where", ["publish_faults", "sample_faults"])

@@ -42,11 +42,7 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
     if config.monitor.tensorboard:
         wanted.append(("tensorboard", "monitor.tensorboard", "monitor.tensorboard=true", "tensorboard"))
     for key, server in started_servers(config).items():
-        if server.python is None:
-            if not importable("sglang"):
-                yield Fault(key, f"{key}: starting a server needs the package sglang, which is not installed; "
-                            f"{way_to_sglang(key)}")  # fmt: skip
-        elif (problem := interpreter_problem(key, server)) is not None:
+        if (problem := interpreter_problem(key, server)) is not None:
             yield Fault(f"{key}.python", problem)
     if uses_cuda(config, environ):
         wanted.append(("transformer_engine", "platform.kind", "CUDA", "'tropd-mcore[gpu]'"))
@@ -54,6 +50,10 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
         if not importable(module):
             yield Fault(key, f"{key}: {purpose} needs the package {module}, which is not installed; "
                         f"run `pip install {package}`")  # fmt: skip
+    for key, server in started_servers(config).items():
+        if server.python is None and not importable("sglang"):
+            yield Fault(key, f"{key}: starting a server needs the package sglang, which is not installed; "
+                        f"{way_to_sglang(key)}")  # fmt: skip
 
 
 def interpreter_problem(section: str, server: ServerConfig) -> str | None:
