@@ -92,7 +92,8 @@ def test_eval_reads_the_prompts_before_it_starts_a_server(capsys: pytest.Capture
 def test_eval_finds_a_missing_verifier_before_it_starts_a_server(
     capsys: pytest.CaptureFixture[str], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tropd_mcore.cli.early_checks.importable", lambda name: False)
+    for module in ("cli.early_checks", "train.preflight_machine"):
+        monkeypatch.setattr(f"tropd_mcore.{module}.importable", lambda name: False)
     (found,) = refused(capsys, root, "eval", *EVAL, "verifier.kind=math_verify")
     assert found.startswith("verifier.kind=math_verify needs the package math_verify, which is not installed")
     (found,) = refused(capsys, root, "eval", *EVAL)

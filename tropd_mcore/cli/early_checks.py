@@ -12,9 +12,8 @@ from pathlib import Path
 
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ConfigError
-from tropd_mcore.serving.interpreter import way_to_sglang
 from tropd_mcore.train.preflight_files import INFO_FILE, file_problem, folder_problem
-from tropd_mcore.train.preflight_machine import importable, interpreter_problem
+from tropd_mcore.train.preflight_machine import importable, interpreter_problem, missing_sglang
 
 
 def refuse(*found: Iterable[str]) -> None:
@@ -87,8 +86,8 @@ def server_package(section: str, server: ServerConfig) -> Iterator[str]:
     """If a server is to be started, check that its interpreter has SGLang."""
     if (problem := interpreter_problem(section, server)) is not None:
         yield problem
-    if server.url is None and server.python is None and not importable("sglang"):
-        yield (f"starting a server needs the package sglang, which is not installed; {way_to_sglang(section)}")
+    if (problem := missing_sglang(section, server)) is not None:
+        yield problem
 
 
 def api_key(section: str, server: ServerConfig) -> Iterator[str]:

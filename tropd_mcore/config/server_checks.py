@@ -14,10 +14,8 @@ from tropd_mcore.config.schema import Config, ServerConfig
 
 MORE_GPUS = ("--pp", "--pipeline-parallel", "--dp", "--data-parallel")
 """Prefixes of server arguments with which a server takes a multiple of `tensor_parallel` GPUs."""
-
-
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-"""Hosts of a url that is on this machine."""
+"""Names of this machine's own addresses in a url."""
 
 
 def _host(url: str) -> str | None:

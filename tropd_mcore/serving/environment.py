@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tropd_mcore.config.server_checks import LOOPBACK
 from tropd_mcore.errors import ServerError
 from tropd_mcore.serving.sglang_launch import KEY_VARIABLE
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
 _DISTRIBUTED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")
 _DISTRIBUTED_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

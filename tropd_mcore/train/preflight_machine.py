@@ -51,9 +51,15 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
             yield Fault(key, f"{key}: {purpose} needs the package {module}, which is not installed; "
                         f"run `pip install {package}`")  # fmt: skip
     for key, server in started_servers(config).items():
-        if server.python is None and not importable("sglang"):
-            yield Fault(key, f"{key}: starting a server needs the package sglang, which is not installed; "
-                        f"{way_to_sglang(key)}")  # fmt: skip
+        if (problem := missing_sglang(key, server)) is not None:
+            yield Fault(key, f"{key}: {problem}")
+
+
+def missing_sglang(section: str, server: ServerConfig) -> str | None:
+    """Return in one line that a server to start here lacks SGLang, and what to do about it; None if it does not."""
+    if server.url is not None or server.python is not None or importable("sglang"):
+        return None
+    return f"starting a server needs the package sglang, which is not installed; {way_to_sglang(section)}"
 
 
 def interpreter_problem(section: str, server: ServerConfig) -> str | None:
