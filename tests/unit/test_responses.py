@@ -11,12 +11,11 @@ import pytest
 
 from tropd_mcore.data.responses import read_responses
 from tropd_mcore.errors import DataError
-from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
+from tropd_mcore.rollout.prefixes import EMPTY_ATTEMPTS, ResponseSampling, generate_responses
 from tropd_mcore.serving.wire import Generation
 from tropd_mcore.types import Prompt
 
 EOS = (2, 9)
-ANSWERS = ([7, 2], [2])
 
 
 def write_lines(path: Path, lines: list[Any]) -> Path:
@@ -72,18 +71,45 @@ def test_an_unknown_key_of_a_response_is_refused_with_the_likely_one(tmp_path, k
     assert f"r.jsonl:1: unknown key {key!r}; did you mean 'response_ids'?" in problem
 
 
-def test_prefixes_reports_which_responses_training_will_refuse(tmp_path, caplog):
+def generated(path: Path, answers: dict[int, list[list[int]]], *, temperature: float = 1.0) -> list[int]:
+    """Run `generate_responses` on one prompt per entry of `answers`: first token -> its answers, the last one for ever.
+
+    Returns the first tokens of the prompts in the order in which they were asked.
+    """
+    asked: list[int] = []
+
     def generate(requests: list[Any]) -> list[Generation]:
-        return [Generation(np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", ("x",)) for ids in ANSWERS]
+        found = []
+        for request in requests:
+            first = int(request.input_ids[0])
+            ids = answers[first][min(asked.count(first), len(answers[first]) - 1)]
+            asked.append(first)
+            found.append(Generation(np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", ("x",)))
+        return found
 
     client = SimpleNamespace(key="teacher.server", info=lambda: SimpleNamespace(longest_sequence=50), generate=generate)
-    prompts = [Prompt(name, np.array([3, 4], np.int32), None, None) for name in ("a", "b")]
+    prompts = [Prompt(f"p{first}", np.array([first, 4], np.int32), None, None) for first in answers]
     sampling = ResponseSampling(
-        max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=EOS, vocab_size=50, served_width=50
+        max_new_tokens=4, temperature=temperature, top_p=1.0, eos_ids=EOS, vocab_size=50, served_width=50
     )
-    generate_responses(client, prompts, tmp_path / "r.jsonl", sampling)
-    assert "the teacher ended at once on 1 prompts, the first is 'b'" in caplog.text
-    with pytest.raises(DataError, match=r"r\.jsonl:2: the response to 'b' has no tokens before its end"):
+    generate_responses(client, prompts, path, sampling)
+    return asked
+
+
+def test_a_prompt_with_an_empty_response_is_asked_again(tmp_path, caplog):
+    asked = generated(tmp_path / "r.jsonl", {3: [[7, 2]], 5: [[2], [2], [8, 2]]})
+    assert asked == [3, 5, 5, 5]
+    found = read_responses(tmp_path / "r.jsonl", EOS)
+    assert {name: ids.tolist() for name, ids in found.items()} == {"p3": [7], "p5": [8]}
+    assert "ended at once" not in caplog.text
+
+
+@pytest.mark.parametrize(("temperature", "times"), [(1.0, EMPTY_ATTEMPTS), (0.0, 1)])
+def test_prefixes_reports_which_responses_training_will_refuse(tmp_path, caplog, temperature, times):
+    asked = generated(tmp_path / "r.jsonl", {3: [[7, 2]], 5: [[2]]}, temperature=temperature)
+    assert asked.count(5) == times
+    assert f"the teacher ended at once on 1 prompts, {times} times each, the first is 'p5'" in caplog.text
+    with pytest.raises(DataError, match=r"r\.jsonl:2: the response to 'p5' has no tokens before its end"):
         read_responses(tmp_path / "r.jsonl", EOS)
 
 

@@ -3,6 +3,7 @@
 This module does not sample student rollouts (see `sampler`) and does not decide whether an existing file may be
 extended (see `response_origin`). Invariants: the output file is complete or absent. Responses sampled before an
 interruption are kept in a `.partial` file and not sampled again. A stored response does not include its stop token.
+A response without tokens is sampled again (EMPTY_ATTEMPTS), because training refuses it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ Generate = Callable[[list[GenerationRequest]], list[Generation | ServerError]]
 
 PROMPTS_PER_CHUNK = 256
 """Prompts whose responses are sampled before the next flush to the disk."""
+EMPTY_ATTEMPTS = 8
+"""How often a prompt is asked at a temperature above 0 until its response has a token."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def generate_responses(
     _check_lengths(client, missing, sampling)
     with progress(log, "teacher responses", total=len(missing), unit="missing ones") as state:
         for start in range(0, len(missing), chunk):
-            fresh = _sample(client, generate or client.generate, missing[start : start + chunk], sampling)
+            fresh = _with_tokens(client, generate or client.generate, missing[start : start + chunk], sampling)
             _append(partial, fresh)
             lines.update(fresh)
             state.advance(len(fresh))
@@ -94,16 +97,36 @@ def generate_responses(
     empty = [response["id"] for response in responses if not response["response_ids"]]
     if empty:
         log.warning(
-            "%s: the teacher ended at once on %d prompts, the first is %r; training refuses their responses: remove "
-            "these prompts, or their lines and sample again",
+            "%s: the teacher ended at once on %d prompts, %d times each, the first is %r; training refuses their "
+            "responses: remove these prompts, or their lines and sample again",
             out,
             len(empty),
+            _attempts(sampling),
             empty[0],
         )
     publish_text(out, "".join(line + "\n" for line in wanted), key=PLACE_KEY)
     partial.unlink(missing_ok=True)
     finished = sum(bool(response["finished"]) for response in responses)
     return ResponseReport(prompts=len(prompts), sampled=len(missing), finished=finished)
+
+
+def _with_tokens(
+    client: SglangClient, generate: Generate, prompts: list[Prompt], sampling: ResponseSampling
+) -> dict[str, str]:
+    """The lines of `prompts` by id. A prompt whose response is empty is asked again, `_attempts` times in all."""
+    lines: dict[str, str] = {}
+    asked = prompts
+    for _ in range(_attempts(sampling)):
+        lines.update(_sample(client, generate, asked, sampling))
+        asked = [prompt for prompt in asked if not json.loads(lines[prompt.prompt_id])["response_ids"]]
+        if not asked:
+            break
+    return {prompt.prompt_id: lines[prompt.prompt_id] for prompt in prompts}
+
+
+def _attempts(sampling: ResponseSampling) -> int:
+    """How often a prompt is asked. At temperature 0 every answer is the same."""
+    return EMPTY_ATTEMPTS if sampling.temperature > 0 else 1
 
 
 def _sample(
