@@ -12,6 +12,7 @@ from tropd_mcore.train.resume_rules import RULES, WHOLE_SECTIONS, rule_of
 
 DECIDED_AS_A_WHOLE = {
     "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
+    "teacher.servers", "rollout.servers",
     "objective", "verifier", "held_out", "monitor", "gates",
 }  # fmt: skip
 """Sections in which a new key needs no rule of its own."""

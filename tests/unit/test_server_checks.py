@@ -126,7 +126,7 @@ def test_gpus_that_do_not_fit_the_server_are_refused(kind: str, server: dict[str
 
 
 def test_a_teachers_server_keeps_its_memory() -> None:
-    expected = "teacher.server.release_memory: only rollout.server gives its memory back; remove it"
+    expected = "teacher.server.release_memory: only a rollout server gives its memory back; remove it"
     assert problems("cuda", {"url": "http://h:1"}, {**TOKENS, "release_memory": True}) == [expected]
     assert problems("cuda", {**TOKENS, "release_memory": True}) == []
 

@@ -46,7 +46,7 @@ def test_all_wrong_values_of_server_are_reported_together() -> None:
         changed(ServerConfig(), given)
     starts = (
         "--server tensor_paralel: unknown key; did you mean tensor_parallel?",
-        "--server zebra: unknown key; a server has url, python, port, tensor_parallel,",
+        "--server zebra: unknown key; a server has url, python, node, port, tensor_parallel,",
         "--server mem_fraction: expected KEY=VALUE",
         "--server gpus:1: not valid YAML:",
         "--server threads: expected greater than 0, found 0",

@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 
 from tropd_mcore.cli.findings import Finding
-from tropd_mcore.config.derived import ranks_per_node, started_servers, used_servers
+from tropd_mcore.config.derived import is_rollout, ranks_per_node, started_servers, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.start_checks import State
@@ -189,15 +190,20 @@ def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
 
 
 def _of_server(state: State, gpu: int) -> int:
-    """The bytes that a rollout server on a GPU with `gpu` bytes takes, as far as its settings say."""
+    """The most bytes that rollout servers take of one GPU with `gpu` bytes, as far as their settings say."""
     from tropd_mcore.weights.gpu_memory import server_memory
 
-    server = started_servers(state.config).get("rollout.server")
-    if server is None or server.release_memory:
-        return 0
-    if server.max_total_tokens is not None:
-        return sum(server_memory(state.student, server, state.config.student.dtype).values())
-    return int(gpu * (server.mem_fraction or 0.0))
+    taken: dict[int, float] = {0: 0.0}
+    for key, server in started_servers(state.config).items():
+        if not is_rollout(key) or server.release_memory or server.node:
+            continue
+        if server.max_total_tokens is not None:
+            size: float = sum(server_memory(state.student, server, state.config.student.dtype).values())
+        else:
+            size = gpu * (server.mem_fraction or 0.0)
+        for place in gpus_of(server):
+            taken[place] = taken.get(place, 0.0) + size
+    return int(max(taken.values()))
 
 
 def _host_memory(each: int, here: int) -> Finding:

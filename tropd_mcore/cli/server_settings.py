@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tropd_mcore.config.checks import OF_A_START
 from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.config.server_section import OF_A_START
 from tropd_mcore.config.yaml_reader import parse_yaml
 from tropd_mcore.errors import ConfigError
 

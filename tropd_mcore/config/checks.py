@@ -13,32 +13,16 @@ from pathlib import Path
 from tropd_mcore.config.derived import longest_response_at, longest_sample
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
-from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, ServerConfig, StudentConfig
-from tropd_mcore.config.server_checks import server_problems
+from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, StudentConfig
+from tropd_mcore.config.server_checks import (
+    cache_problems,
+    rollout_server_problems,
+    server_problems,
+    shared_problems,
+    teacher_server_problems,
+)
 from tropd_mcore.config.teacher_checks import teacher_problems
 from tropd_mcore.config.time_limits import time_limit_problems
-
-MANAGED_SERVER_ARGS = {
-    "--model-path": "student.path or teacher.path",
-    "--model": "student.path or teacher.path",
-    "--host": "the loopback address of the started server",
-    "--port": "server.port",
-    "--dtype": "server.dtype",
-    "--tp": "server.tensor_parallel",
-    "--tp-size": "server.tensor_parallel",
-    "--tensor-parallel-size": "server.tensor_parallel",
-    "--max-total-tokens": "server.max_total_tokens",
-    "--mem-fraction-static": "server.mem_fraction",
-    "--base-gpu-id": "server.gpus",
-    "--enable-memory-saver": "server.release_memory",
-    "--api-key": "server.api_key_env",
-    "--admin-api-key": "the random key of the started server",
-    "--tokenizer-worker-num": "one tokenizer process: SGLang takes no key with several",
-    "--grpc-port": "HTTP alone: SGLang's gRPC asks for no key",
-    "--smg-grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
-    "--grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
-}
-"""Arguments of the SGLang server that must not be in extra_args -> the key or value that sets them."""
 
 
 def problems_across_sections(config: Config) -> list[str]:
@@ -196,15 +180,6 @@ def _rollout(config: Config) -> Iterator[str]:
         )
 
 
-def _cache(config: Config) -> Iterator[str]:
-    rollout, longest = config.rollout, config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if rollout.server.max_total_tokens is not None and rollout.server.max_total_tokens < longest:
-        yield (
-            f"rollout.server.max_total_tokens = {rollout.server.max_total_tokens} holds less than one request of "
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it or lower those"
-        )
-
-
 def _packs(config: Config) -> Iterator[str]:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if config.batch.tokens_per_micro_batch < longest:
@@ -261,61 +236,6 @@ def _weight_gradient(config: Config) -> Iterator[str]:
             "loss.weight_gradient=recompute cannot be combined with objective.full_vocabulary, whose gradient is made "
             "in the forward pass; set deferred or folded"
         )
-
-
-def _rollout_server(config: Config) -> Iterator[str]:
-    yield from _server("rollout.server", config.rollout.server)
-
-
-def _teacher_server(config: Config) -> Iterator[str]:
-    if config.teacher.kind == "sglang":
-        yield from _server("teacher.server", config.teacher.server)
-
-
-def _both_servers(config: Config) -> Iterator[str]:
-    servers = {"rollout.server": config.rollout.server}
-    if config.teacher.kind == "sglang":
-        servers["teacher.server"] = config.teacher.server
-    ports = [server.port for server in servers.values() if server.port is not None]
-    if len(ports) != len(set(ports)):
-        yield f"rollout.server.port and teacher.server.port are both {ports[0]}; give them different ones or none"
-    urls = [server.url for server in servers.values() if server.url is not None]
-    if len(urls) != len(set(urls)):
-        yield f"rollout.server.url and teacher.server.url are both {urls[0]}; student and teacher need a server each"
-
-
-OF_A_START = (
-    "python",
-    "port",
-    "tensor_parallel",
-    "gpus",
-    "threads",
-    "max_total_tokens",
-    "mem_fraction",
-    "release_memory",
-    "extra_args",
-    "log_max_mib",
-)
-"""Keys of a server section that say how a server is started, so they mean nothing for one that runs."""
-
-
-def _server(key: str, server: ServerConfig) -> Iterator[str]:
-    if server.url is not None:
-        if not re.match(r"https?://[^/]+", server.url):
-            yield f"{key}.url: expected http://host:port or https://host, found {server.url!r}"
-        given = [name for name in OF_A_START if getattr(server, name) != ServerConfig.model_fields[name].default]
-        if given:
-            yield f"{key}.url names a running server, so {key}.{{{','.join(given)}}} would have no effect; remove one"
-    default = ServerConfig.model_fields["hang_timeout_s"].default  # a short request_timeout_s may be below the default
-    if server.hang_timeout_s > server.request_timeout_s and server.hang_timeout_s != default:
-        yield (
-            f"{key}.hang_timeout_s = {server.hang_timeout_s:g} is above {key}.request_timeout_s = "
-            f"{server.request_timeout_s:g}, which would end first; lower it or raise that"
-        )
-    for argument in server.extra_args:
-        flag = argument.partition("=")[0]
-        if flag in MANAGED_SERVER_ARGS:
-            yield f"{key}.extra_args: {flag} is set by {MANAGED_SERVER_ARGS[flag]}; remove it there"
 
 
 def _warmup(config: Config) -> Iterator[str]:
@@ -420,16 +340,16 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     of_each_phase(_guidance),
     of_each_phase(_policy_gradient),
     _rollout,
-    _cache,
+    cache_problems,
     _packs,
     _backend,
     _recompute,
     _loss,
     of_each_phase(_weight_gradient),
-    _rollout_server,
-    _teacher_server,
+    rollout_server_problems,
+    teacher_server_problems,
     teacher_problems,
-    _both_servers,
+    shared_problems,
     server_problems,
     _warmup,
     _rates,

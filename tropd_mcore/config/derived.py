@@ -120,11 +120,38 @@ def measures_overlap(config: Config, step: int) -> bool:
     return monitor.topk_overlap and (known or due)
 
 
+def rollout_servers(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the rollout servers: rollout.server, or each entry of rollout.servers."""
+    return _fleet("rollout", config.rollout.server, config.rollout.servers)
+
+
+def teacher_servers(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the teacher's servers: teacher.server, or each entry of teacher.servers."""
+    return _fleet("teacher", config.teacher.server, config.teacher.servers)
+
+
+def _fleet(section: str, template: ServerConfig, servers: tuple[ServerConfig, ...]) -> dict[str, ServerConfig]:
+    if not servers:
+        return {f"{section}.server": template}
+    return {f"{section}.servers.{place}": server for place, server in enumerate(servers)}
+
+
+def is_rollout(section: str) -> bool:
+    """Return whether a server's section is that of a rollout server, not of a teacher's."""
+    return section.startswith("rollout.")
+
+
+def server_name(section: str) -> str:
+    """Return the name of a server's files in <run.dir>/logs: `rollout`, or `rollout-1` for rollout.servers.1."""
+    name, _, place = section.replace(".servers.", ".server.").partition(".server")
+    return f"{name}-{place[1:]}" if place else name
+
+
 def used_servers(config: Config) -> dict[str, ServerConfig]:
     """Return {section: settings} of the servers that the job uses. A replay uses no rollout server, `sft` none."""
-    servers = {"rollout.server": config.rollout.server} if samples_rollouts(config) else {}
+    servers = rollout_servers(config) if samples_rollouts(config) else {}
     if config.teacher.kind == "sglang" and config.objective.reads_teacher:
-        servers["teacher.server"] = config.teacher.server
+        servers |= teacher_servers(config)
     return servers
 
 

@@ -6,6 +6,7 @@ This module does not validate (see `schema`). Invariant: every error of the vali
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, get_args, get_origin
@@ -19,7 +20,9 @@ from tropd_mcore.config.phases import without_phase
 from tropd_mcore.config.schema import Config
 
 PHASE_OBJECTIVE = "objective.phases.objective"
-"""The section of a phase that has the keys of `objective` itself, which are listed once."""
+"""The section of a phase that has the keys of `objective` itself."""
+LISTED_ELSEWHERE = (PHASE_OBJECTIVE, "rollout.servers", "teacher.servers")
+"""Sections whose keys are those of another one (objective, rollout.server, teacher.server), where they are listed."""
 SHOWN_KEYS = 3
 """Largest number of keys that one line suggests."""
 
@@ -91,6 +94,9 @@ def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str
     if dotted in renamed:
         return f": it was renamed; use {renamed[dotted]}"
     dotted, keys = _without_places(keys)
+    if (template := of_template(dotted)) != dotted:
+        place = dotted.partition(".servers")[0]
+        return _suggestion(template, template.split("."), renamed).replace(f"{place}.server.", f"{place}.servers.*.")
     everything = _everything()
     if dotted in everything:
         return f": not a key of the chosen {keys[0]}.kind"
@@ -112,6 +118,11 @@ def meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]
     if close:
         return [siblings[close[0]]]
     return sorted(key for key in everything if key.rpartition(".")[2] == name)[:2]
+
+
+def of_template(key: str) -> str:
+    """Return a key of an entry of `servers`, without its place, as that of `server`; other keys unchanged."""
+    return re.sub(r"^(rollout|teacher)\.servers\.", r"\1.server.", key)
 
 
 def _without_places(keys: list[str]) -> tuple[str, list[str]]:
@@ -162,7 +173,7 @@ def _models(field: FieldInfo) -> list[type[BaseModel]]:
 
 def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        models = _models(field) if f"{prefix}{name}" != PHASE_OBJECTIVE else []
+        models = _models(field) if f"{prefix}{name}" not in LISTED_ELSEWHERE else []
         if not models or get_origin(field.annotation) is tuple:
             yield f"{prefix}{name}", field
         for child in models:

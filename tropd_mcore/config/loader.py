@@ -8,6 +8,7 @@ in an override are relative to the current directory, not to the file.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,6 @@ log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
-
-PHASES = "objective.phases"
-"""The key whose value is a list of sections."""
 
 RENAMED_KEYS: dict[str, str] = {"objective.own_topk": "objective.student_topk"}
 """Old dotted key -> the key to use now. An old key is an error; this table lets the message name the new key."""
@@ -74,14 +72,14 @@ def load(path: Path | str, overrides: list[str], *, tell: bool = True) -> tuple[
 def leaves(config: Config) -> dict[str, Any]:
     """Return {dotted key: value} of every leaf in the order of the schema; paths as strings, tuples as lists.
 
-    The phases of an objective are sections too; the key of each is its place in their list.
+    The entries of a list of sections (phases, servers) are sections too; the key of each is its place in the list.
     """
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, values: Mapping[str, Any]) -> None:
         for key, value in values.items():
-            if f"{prefix}{key}" == PHASES and value:
-                visit(f"{PHASES}.", {str(place): phase for place, phase in enumerate(value)})
+            if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+                visit(f"{prefix}{key}.", {str(place): entry for place, entry in enumerate(value)})
             elif isinstance(value, Mapping):
                 visit(f"{prefix}{key}.", value)
             else:
@@ -155,9 +153,15 @@ def _fill_default_kinds(tree: dict[str, Any]) -> None:
 
 
 def _source(key: str, places: Mapping[str, str]) -> str:
-    """The source of the key itself, or of the nearest section that was set as a whole on the command line."""
+    """The source of the key itself, or of the nearest section that was set as a whole on the command line.
+
+    A key that an entry of `servers` does not set has the source of its template.
+    """
     if key in places:
         return places[key]
+    template = re.sub(r"\.servers\.\d+\.", ".server.", key)
+    if template != key and f"{template.rpartition('.')[0]}s" in places:
+        return _source(template, places)
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if places.get(".".join(parts[:end])) == COMMAND_LINE:

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 import yaml
 
-from tropd_mcore.config.derived import alpha, chunk_tokens, phase_configs, reference_path
+from tropd_mcore.config.derived import (
+    alpha,
+    chunk_tokens,
+    phase_configs,
+    reference_path,
+    rollout_servers,
+    teacher_servers,
+)
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.schema import Config, ServerConfig, StudentConfig
@@ -113,8 +120,20 @@ def _rollouts(config: Config) -> str:
         return f"none: trains on the responses of {config.data.teacher_responses}"
     if config.run.replay is not None:
         return f"replayed from {config.run.replay}, with the teacher's scores if the layout is the same"
-    started = "started by rank 0 from the student's weights"
-    return _server(config.rollout.server, config.student.dtype, started, config.platform.kind)
+    return _servers(rollout_servers(config), config.student.dtype, " from the student's weights", config.platform.kind)
+
+
+def _servers(servers: Mapping[str, ServerConfig], dtype: Dtype, source: str, platform: str) -> str:
+    """The text of each server; equal ones are counted."""
+    texts: dict[str, int] = {}
+    for server in servers.values():
+        who = "rank 0" if server.node == 0 else f"the first rank of node {server.node}"
+        text = _server(server, dtype, f"started by {who}{source}", platform)
+        texts[text] = texts.get(text, 0) + 1
+    if len(servers) == 1:
+        return next(iter(texts))
+    listed = " | ".join(f"{count} x {text}" if count > 1 else text for text, count in texts.items())
+    return f"{len(servers)} servers: {listed}"
 
 
 def _server(server: ServerConfig, dtype: Dtype, started: str, platform: str) -> str:
@@ -146,7 +165,7 @@ def _teacher(config: Config) -> str:
     if not config.objective.reads_teacher:
         return f"{teacher.path}, whose responses are stored; its weights are not loaded"
     if teacher.kind == "sglang":
-        server = _server(teacher.server, teacher.dtype, "started by rank 0", config.platform.kind)
+        server = _servers(teacher_servers(config), teacher.dtype, "", config.platform.kind)
         return f"{teacher.path}, scored by {server}"
     text = f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
     if teacher.pipeline_layers is not None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tropd_mcore.config.explain import PHASE_OBJECTIVE, meant
+from tropd_mcore.config.explain import LISTED_ELSEWHERE, meant, of_template
 from tropd_mcore.config.loader import RENAMED_KEYS
 from tropd_mcore.config.phases import without_phase
 from tropd_mcore.config.schema import Config
@@ -63,7 +63,7 @@ def explain(asked: str) -> str:
     Raises ConfigError if there is no such key.
     """
     keys, asked = reference(), without_phase(asked.partition("=")[0])
-    asked = ".".join(part for part in asked.split(".") if not part.isdecimal())  # places of phases in their list
+    asked = of_template(".".join(part for part in asked.split(".") if not part.isdecimal()))  # without places in lists
     found = [key for key in keys if not asked or key.dotted == asked or key.dotted.startswith(f"{asked}.")]
     if not found:
         near = meant(asked, asked.split("."), RENAMED_KEYS)
@@ -84,7 +84,7 @@ def _keys(schema: Schema, models: Schema, prefix: str, kinds: tuple[str, ...], d
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
         dotted = f"{prefix}{name}"
-        sections = list(_sections(field, models)) if dotted != PHASE_OBJECTIVE else []
+        sections = list(_sections(field, models)) if dotted not in LISTED_ELSEWHERE else []
         if (not sections or field.get("type") == "array") and "const" not in field:
             yield Key(
                 dotted,

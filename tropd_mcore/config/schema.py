@@ -11,11 +11,13 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tropd_mcore.config.fields import Dtype, Fraction, NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from tropd_mcore.config.objectives.trust_region import TropdObjective
 from tropd_mcore.config.phases import RunObjective
+from tropd_mcore.config.server_section import ServerConfig as ServerConfig
+from tropd_mcore.config.server_section import with_template
 
 
 class RunConfig(Section):
@@ -115,62 +117,6 @@ class StudentConfig(Section):
     """`full` only. Recompute just the first layers of each pipeline stage, this many. null = all."""
 
 
-class ServerConfig(Section):
-    """One SGLang server. The job starts and stops it, unless `url` names a server that runs elsewhere."""
-
-    url: str | None = None
-    """Base URL of a running server. null = start a server on the loopback address."""
-    python: Path | None = None
-    """Python interpreter that runs the started server, for example .venv-server/bin/python. It needs sglang and the
-    Python version of this program, and nothing of this project. null = the interpreter of this program."""
-    port: int | None = Field(default=None, ge=1, le=65535)
-    """Port of the started server. null = a free port chosen by the operating system."""
-    tensor_parallel: PositiveInt = 1
-    """Number of tensor-parallel ranks of the started server."""
-    gpus: tuple[NonNegativeInt, ...] | None = None
-    """GPUs of the started server, counted from 0 among those that the launch sees (CUDA_VISIBLE_DEVICES). null = the
-    first tensor_parallel ones."""
-    threads: PositiveInt | None = None
-    """CPU threads of each rank of the started server (OMP_NUM_THREADS). null = 1 on a CPU; with GPUs, the CPUs divided
-    by tensor_parallel, at most 8."""
-    dtype: Dtype | None = None
-    """Dtype of weights and activations of the started server. null = that of its model (student.dtype or
-    teacher.dtype)."""
-    max_total_tokens: PositiveInt | None = None
-    """Size of the KV cache in tokens. null = SGLang decides. With GPUs, a started server needs this key or
-    mem_fraction."""
-    mem_fraction: Fraction | None = None
-    """Share of the GPU memory that is free when the server starts, for its weights and KV cache. null = SGLang decides,
-    0.8 to 0.9. After a restart less is free, so prefer max_total_tokens."""
-    release_memory: bool = False
-    """rollout.server on GPUs only. Let the started server give its memory back while the trainer scores and trains
-    (docs/servers.md)."""
-    weights: Literal["shared", "broadcast", "value"] | None = None
-    """rollout.server only. How weights reach the server (docs/servers.md). `shared`: shared memory of this machine.
-    `broadcast`: once, through a gloo group with the server's ranks, whose machine must reach the first node. `value`:
-    inside HTTP requests, one copy per rank. null = `shared` for a started server, `value` at a `url`."""
-    extra_args: tuple[str, ...] = ()
-    """Additional arguments for `sglang.launch_server`, written as on its command line."""
-    start_timeout_s: PositiveFloat = 600.0
-    """Longest time in seconds that a started server may take until it responds."""
-    request_timeout_s: PositiveFloat = 1200.0
-    """Longest time in seconds that one request may take."""
-    hang_timeout_s: PositiveFloat = 60.0
-    """Seconds without a response to a health request, while other requests are in flight, after which a server counts
-    as hung. A started server is then restarted as if it had died (max_restarts). A server at `url` ends the run."""
-    max_retries: NonNegativeInt = 3
-    """Retries of one request after a connection error, a timeout or a status 429 or 5xx, with exponential backoff."""
-    max_restarts: NonNegativeInt = 2
-    """How often a started server that died may be restarted in one launch. The current step is then retried."""
-    max_concurrency: PositiveInt = 64
-    """Maximum number of requests in flight per client."""
-    log_max_mib: PositiveFloat = 64.0
-    """Size in MiB at which the log of a started server is rotated. One older file is kept."""
-    api_key_env: str | None = None
-    """Only with `url`: name of the environment variable that holds the API key. The key itself is never in a
-    configuration."""
-
-
 class TeacherConfig(Section):
     kind: Literal["megatron", "sglang"] = "megatron"
     """Where the teacher runs. `megatron`: a frozen Megatron model in the training job, sharded like the student.
@@ -187,6 +133,9 @@ class TeacherConfig(Section):
     room on the device is then free while the student trains."""
     server: ServerConfig = ServerConfig()
     """`sglang` only."""
+    servers: tuple[ServerConfig, ...] = ()
+    """`sglang` only. Several servers of the same teacher. Each entry has the keys in which it differs from
+    teacher.server, which is then only their template. empty = teacher.server is the one server."""
     extra_tokens: Literal["refuse", "exclude"] = "refuse"
     """What to do if the teacher's tokenizer has tokens that the student's lacks. `refuse`: stop with an error.
     `exclude`: take them out of the teacher's candidates and count them. A token that has different ids in the two is
@@ -196,6 +145,8 @@ class TeacherConfig(Section):
     on_failure: Literal["mask", "stop"] = "mask"
     """`sglang` only. What to do with a sample that could not be scored after all retries. `mask`: leave it out and
     count it. `stop`: stop the run."""
+
+    _fill_servers = model_validator(mode="before")(with_template)
 
 
 class DataConfig(Section):
@@ -251,6 +202,11 @@ class RolloutConfig(Section):
     """Sample and train only the beginning of each response, and more of it as training proceeds. null = whole
     responses. Rollouts from run.replay are cut too."""
     server: ServerConfig = ServerConfig()
+    servers: tuple[ServerConfig, ...] = ()
+    """A fleet: several servers that share the samples of a step. Each entry has the keys in which it differs from
+    rollout.server, which is then only their template (docs/servers.md). empty = rollout.server is the one server."""
+
+    _fill_servers = model_validator(mode="before")(with_template)
 
 
 class LossConfig(Section):

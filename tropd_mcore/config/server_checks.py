@@ -1,21 +1,55 @@
-"""Checks of the servers that a job starts: which GPUs they get, and that their share of the memory is given.
+"""Checks of the server sections: addresses, arguments, and the GPUs and the memory of servers that the job starts.
 
-Other keys of a server section are checked in `checks`. Invariant: each check returns its problems, one line each, with
-the keys to change; nothing is raised.
+Invariant: each check returns its problems, one line each, with the keys to change; nothing is raised.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
-from tropd_mcore.config.derived import started_servers
-from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.derived import is_rollout, rollout_servers, started_servers, teacher_servers
+from tropd_mcore.config.schema import Config
+from tropd_mcore.config.server_section import OF_A_START, ServerConfig
 
 MORE_GPUS = ("--pp", "--pipeline-parallel", "--dp", "--data-parallel")
 """Prefixes of server arguments with which a server takes a multiple of `tensor_parallel` GPUs."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Names of this machine's own addresses in a url."""
+
+
+MANAGED_SERVER_ARGS = {
+    "--model-path": "student.path or teacher.path",
+    "--model": "student.path or teacher.path",
+    "--host": "the loopback address of the started server",
+    "--port": "server.port",
+    "--device": "platform.kind",
+    "--tokenizer-path": "the tokenizer of the model",
+    "--dtype": "server.dtype",
+    "--tp": "server.tensor_parallel",
+    "--tp-size": "server.tensor_parallel",
+    "--tensor-parallel-size": "server.tensor_parallel",
+    "--max-total-tokens": "server.max_total_tokens",
+    "--mem-fraction-static": "server.mem_fraction",
+    "--base-gpu-id": "server.gpus",
+    "--enable-memory-saver": "server.release_memory",
+    "--api-key": "server.api_key_env",
+    "--admin-api-key": "the random key of the started server",
+    "--load-format": "the weights of the model's folder",
+    "--nnodes": "servers of one machine each (server.node)",
+    "--node-rank": "servers of one machine each (server.node)",
+    "--dist-init-addr": "servers of one machine each (server.node)",
+    "--disaggregation-mode": "servers that both read prompts and sample",
+    "--tokenizer-worker-num": "one tokenizer process: SGLang takes no key with several",
+    "--grpc-port": "HTTP alone: SGLang's gRPC asks for no key",
+    "--smg-grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
+    "--grpc-mode": "HTTP alone: SGLang's gRPC asks for no key",
+}
+"""Arguments of the SGLang server that must not be in extra_args -> the key or value that sets them."""
+
+ONE_REPLICA = ("--dp", "--dp-size", "--data-parallel-size", "--enable-dp-attention", "--enable-dp-lm-head")
+"""Arguments with which a server has several replicas of the weights. SGLang 0.5.23 takes new weights for one only."""
 
 
 def _host(url: str) -> str | None:
@@ -31,22 +65,103 @@ def gpus_of(server: ServerConfig) -> tuple[int, ...]:
     return server.gpus if server.gpus is not None else tuple(range(server.tensor_parallel))
 
 
+def cache_problems(config: Config) -> Iterator[str]:
+    """Yield the rollout servers whose KV cache is smaller than one request."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    for key, server in rollout_servers(config).items():
+        if server.max_total_tokens is not None and server.max_total_tokens < longest:
+            yield (
+                f"{key}.max_total_tokens = {server.max_total_tokens} holds less than one request of "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} tokens; raise it or lower those"
+            )
+
+
+def rollout_server_problems(config: Config) -> Iterator[str]:
+    """Yield the problems of the sections of rollout servers."""
+    for key, server in rollout_servers(config).items():
+        yield from _server(key, server)
+        for argument in server.extra_args:
+            if argument.partition("=")[0] in ONE_REPLICA:
+                yield (
+                    f"{key}.extra_args: {argument} makes replicas inside of one server, and SGLang takes new weights "
+                    "for one replica only; name one server per replica in rollout.servers"
+                )
+
+
+def teacher_server_problems(config: Config) -> Iterator[str]:
+    """Yield the problems of the sections of the teacher's servers."""
+    if config.teacher.kind == "sglang":
+        for key, server in teacher_servers(config).items():
+            yield from _server(key, server)
+    elif config.teacher.servers:
+        yield "teacher.servers: teacher.kind=megatron uses no server; remove them, or set teacher.kind=sglang"
+
+
+def shared_problems(config: Config) -> Iterator[str]:
+    """Yield what two servers cannot share, and what those of one model must have in common."""
+    servers = rollout_servers(config)
+    if config.teacher.kind == "sglang":
+        servers |= teacher_servers(config)
+    yield from _shared("port", {key: (server.node, server.port) for key, server in servers.items() if server.port})
+    yield from _shared("url", {key: server.url.rstrip("/") for key, server in servers.items() if server.url})
+    for section, template in (("rollout", config.rollout.server), ("teacher", config.teacher.server)):
+        for key, server in servers.items():
+            if key.startswith(f"{section}.") and server.dtype != template.dtype:
+                yield (
+                    f"{key}.dtype = {server.dtype} differs from {section}.server.dtype = {template.dtype}; expected "
+                    f"one dtype for all of them: set {section}.server.dtype"
+                )
+
+
+def _shared(name: str, values: Mapping[str, object]) -> Iterator[str]:
+    """Yield a problem for each value that two servers have."""
+    first: dict[object, str] = {}
+    for key, value in values.items():
+        if value in first:
+            shown = value[1] if isinstance(value, tuple) else value
+            advice = "give them different ones or none" if name == "port" else "expected one server each"
+            yield f"{first[value]}.{name} and {key}.{name} are both {shown}; {advice}"
+        first.setdefault(value, key)
+
+
+def _server(key: str, server: ServerConfig) -> Iterator[str]:
+    if server.url is not None:
+        if not re.match(r"https?://[^/]+", server.url):
+            yield f"{key}.url: expected http://host:port or https://host, found {server.url!r}"
+        given = [name for name in OF_A_START if getattr(server, name) != ServerConfig.model_fields[name].default]
+        if given:
+            yield f"{key}.url names a running server, so {key}.{{{','.join(given)}}} would have no effect; remove one"
+    default = ServerConfig.model_fields["hang_timeout_s"].default  # a short request_timeout_s may be below the default
+    if server.hang_timeout_s > server.request_timeout_s and server.hang_timeout_s != default:
+        yield (
+            f"{key}.hang_timeout_s = {server.hang_timeout_s:g} is above {key}.request_timeout_s = "
+            f"{server.request_timeout_s:g}, which would end first; lower it or raise that"
+        )
+    for argument in server.extra_args:
+        flag = argument.partition("=")[0]
+        if flag in MANAGED_SERVER_ARGS:
+            yield f"{key}.extra_args: {flag} is set by {MANAGED_SERVER_ARGS[flag]}; remove it there"
+
+
 def server_problems(config: Config) -> Iterator[str]:
     """Yield the problems of the GPUs and the memory of servers to start, as far as the configuration shows them."""
-    server = config.rollout.server
-    if server.weights == "shared" and server.url is not None and _host(server.url) not in LOOPBACK:
-        yield (
-            f"rollout.server.weights=shared, but rollout.server.url={server.url} may be another machine; use "
-            "broadcast, or name the server by 127.0.0.1"
-        )
-    if config.teacher.server.weights is not None:
-        yield "teacher.server.weights: a teacher gets no weights from the trainer; remove it"
+    for key, server in rollout_servers(config).items():
+        if server.weights == "shared" and server.url is not None and _host(server.url) not in LOOPBACK:
+            yield (
+                f"{key}.weights=shared, but {key}.url={server.url} may be another machine; use broadcast, or name the "
+                "server by 127.0.0.1"
+            )
+        if server.weights == "shared" and server.node > 0:
+            yield f"{key}.weights=shared, but {key}.node={server.node} is another machine; use broadcast"
+    for key, server in teacher_servers(config).items():
+        if server.weights is not None:
+            yield f"{key}.weights: a teacher gets no weights from the trainer; remove it"
     for key, server in started_servers(config).items():
         yield from _gpus(key, server, config.platform.kind)
         if server.release_memory and config.platform.kind == "cpu":
             yield f"{key}.release_memory gives GPU memory back, and platform.kind=cpu; remove it"
-        if server.release_memory and key != "rollout.server":
-            yield f"{key}.release_memory: only rollout.server gives its memory back; remove it"
+        if server.release_memory and not is_rollout(key):
+            yield f"{key}.release_memory: only a rollout server gives its memory back; remove it"
     if config.platform.kind == "cuda":
         for _, problem in budget_problems(config):
             yield problem
@@ -81,11 +196,15 @@ def budget_problems(config: Config) -> Iterator[tuple[str, str]]:
                 f"{key}: a server beside the trainer needs its size, found neither max_total_tokens nor mem_fraction; "
                 f"set {key}.max_total_tokens (KV cache in tokens), or {key}.mem_fraction (share of the free memory)",
             )
-    shared = set.intersection(*(set(gpus_of(server)) for server in started.values())) if len(started) > 1 else set()
-    if shared and any(server.max_total_tokens is None for server in started.values()):
-        first, second = started
-        yield (
-            second,
-            f"{first} and {second} would both start on GPU {min(shared)}; give them different ones ({first}.gpus, "
-            f"{second}.gpus), or set max_total_tokens for both",
-        )
+    first: dict[tuple[int, int], str] = {}
+    for key, server in started.items():
+        for gpu in gpus_of(server):
+            other = first.setdefault((server.node, gpu), key)
+            sized = server.max_total_tokens is not None and started[other].max_total_tokens is not None
+            if other != key and not sized:
+                yield (
+                    key,
+                    f"{other} and {key} would both start on GPU {gpu}; give them different ones ({other}.gpus, "
+                    f"{key}.gpus), or set max_total_tokens for both",
+                )
+                break

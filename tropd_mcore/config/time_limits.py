@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tropd_mcore.config.derived import rollout_servers, teacher_servers
 from tropd_mcore.config.schema import Config
 
 
@@ -26,11 +27,10 @@ def time_limit_problems(config: Config) -> Iterator[str]:
             f"{run.stall_timeout_s:g}: a stall names the missing rank, a collective that times out does not; raise the "
             "one, lower the other or leave it out"
         )
-    servers = {"rollout": config.rollout.server, "teacher": config.teacher.server}
-    for name, server in servers.items():
+    for name, server in (rollout_servers(config) | teacher_servers(config)).items():
         for key in ("start_timeout_s", "request_timeout_s"):
             if (limit := getattr(server, key)) >= run.stall_timeout_s:
                 yield (
-                    f"{name}.server.{key} = {limit:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: a "
+                    f"{name}.{key} = {limit:g} must be below run.stall_timeout_s = {run.stall_timeout_s:g}: a "
                     "server is given up before the run is; lower the one or raise the other"
                 )

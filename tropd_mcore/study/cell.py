@@ -23,8 +23,8 @@ from pathlib import Path
 
 import filelock
 
-from tropd_mcore.config.checks import OF_A_START
 from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.server_section import OF_A_START
 from tropd_mcore.errors import DataError
 from tropd_mcore.evaluation.evaluate import load_result as load_evaluation
 from tropd_mcore.evaluation.run_records import RunRecords, read_run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tropd_mcore.config.derived import is_served, model_paths, started_servers
+from tropd_mcore.config.derived import is_rollout, is_served, model_paths, started_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.config.server_checks import gpus_of
 
@@ -24,7 +24,10 @@ def rows(config: Config, ranks: int, *, address: str, port: int) -> dict[str, st
 def _memory(config: Config, ranks: int) -> dict[str, str]:
     started = started_servers(config)
     needed = model_paths(config)
-    if not ("teacher.server" in started or (config.teacher.kind == "megatron" and config.objective.reads_teacher)):
+    if not (
+        any(not is_rollout(key) for key in started)
+        or (config.teacher.kind == "megatron" and config.objective.reads_teacher)
+    ):
         del needed["teacher.path"]
     missing = [str(path) for path in needed.values() if not (path / "config.json").is_file()]
     if missing:
@@ -45,11 +48,11 @@ def _memory(config: Config, ranks: int) -> dict[str, str]:
         return {"memory": f"not estimated: {error}"}
     rank = rank_memory(config, models, ranks)
     lines = {"memory": f"per rank, estimated: {_parts(rank)}"}
-    fullest = 0
-    beside: dict[int, int] = {}
+    beside: dict[tuple[int, int], int] = {}
+    """(node, GPU) -> bytes of its servers"""
     for key, server in started.items():
-        model = "student.path" if key == "rollout.server" else "teacher.path"
-        dtype = config.student.dtype if key == "rollout.server" else config.teacher.dtype
+        model = "student.path" if is_rollout(key) else "teacher.path"
+        dtype = config.student.dtype if is_rollout(key) else config.teacher.dtype
         if model in models:
             parts = server_memory(models[model], server, dtype)
         else:  # a family that only SGLang knows
@@ -59,12 +62,13 @@ def _memory(config: Config, ranks: int) -> dict[str, str]:
             unsized = "; its KV cache is not estimated, because only SGLang knows this family of models"
         lines[key] = f"per GPU, estimated: {_parts(parts)}, without its context and CUDA graphs{unsized}"
         for gpu in gpus_of(server):
-            beside[gpu] = beside.get(gpu, 0) + sum(parts.values())
-            fullest = max(fullest, gpu, key=lambda each: beside.get(each, 0))
+            beside[server.node, gpu] = beside.get((server.node, gpu), 0) + sum(parts.values())
     if beside:
+        fullest = max(beside, key=lambda place: beside[place])
+        node = f" of node {fullest[0]}" if any(place[0] for place in beside) else ""
         both = (sum(rank.values()) + beside[fullest]) / GIB
-        turns = "; release_memory: they take turns" if config.rollout.server.release_memory else ""
-        lines["fullest GPU"] = f"GPU {fullest}: {both:.1f} GiB with a rank and its servers{turns}"
+        turns = "; release_memory: they take turns" if any(server.release_memory for server in started.values()) else ""
+        lines["fullest GPU"] = f"GPU {fullest[1]}{node}: {both:.1f} GiB with a rank and its servers{turns}"
     return lines
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import psutil
 
-from tropd_mcore.config.derived import started_servers, used_servers
+from tropd_mcore.config.derived import server_name, started_servers, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.server_checks import budget_problems
 from tropd_mcore.errors import ServerError
@@ -113,7 +113,7 @@ def ports(config: Config) -> Iterator[Fault]:
 
 def _is_left_over(config: Config, section: str, port: int) -> bool:
     """Return whether a server of an earlier launch has the port, by its record. The launch then decides what to do."""
-    record = config.run.dir / "logs" / f"{section.partition('.')[0]}.server.json"
+    record = config.run.dir / "logs" / f"{server_name(section)}.server.json"
     try:
         values = json.loads(record.read_text(encoding="utf-8"))
         return int(values["port"]) == port and psutil.pid_exists(int(values["pid"]))

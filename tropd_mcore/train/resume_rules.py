@@ -84,6 +84,7 @@ RULES: dict[str, Rule] = {
     "teacher.offload": free("the same weights, kept elsewhere"),
     "teacher.server": _SERVER,
     "teacher.server.dtype": _TEACHER_PRECISION,
+    "teacher.servers": _SERVER,
     "teacher.server.extra_args": free(f"the teacher's numbers may change: {_ARGUMENTS}"),
     "teacher.extra_tokens": free("the tokens of student and teacher are checked again"),
     "teacher.check_every": free(),
@@ -103,6 +104,7 @@ RULES: dict[str, Rule] = {
     "rollout.top_k": _SAMPLING,
     "rollout.truncate": _SAMPLING,
     "rollout.server": free("the student's weights are published to it as before"),
+    "rollout.servers": free("the student's weights are published to them as before"),
     "rollout.server.extra_args": free(f"the sampler's numbers may change: {_ARGUMENTS}"),
     "objective": _LOSS,
     "objective.reference": Rule("content", "the steps so far were compared with another reference"),
@@ -139,6 +141,7 @@ RULES: dict[str, Rule] = {
 WHOLE_SECTIONS = frozenset(
     {
         "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
+        "teacher.servers", "rollout.servers",
         "objective", "verifier", "held_out", "monitor",
         "gates",
     }
