@@ -12,6 +12,7 @@ import pytest
 from tests.glue.stubs import make_config, one_rank
 from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import GateError
+from tropd_mcore.rollout.policy_server import PolicyServers
 from tropd_mcore.serving.wire import read_server_info
 from tropd_mcore.train.components import sampler_bounds
 from tropd_mcore.train.gates import (
@@ -305,7 +306,12 @@ def test_only_a_rollout_server_at_a_url_is_asked_how_it_computes() -> None:
     with one_rank() as layout:
         for config, exact in ((elsewhere, False), (make_config(gates=gates), True)):
             site: Any = SimpleNamespace(config=config, layout=layout, platform=SimpleNamespace(name="cpu"))
-            assert sampler_bounds(site, SimpleNamespace(client=client)).exact is exact  # type: ignore[arg-type]
+            server: Any = SimpleNamespace(client=client, is_started=config.rollout.server.url is None)
+            servers = {"rollout.server": server}
+            assert sampler_bounds(site, PolicyServers(servers, servers)).exact is exact
+            ours: Any = SimpleNamespace(client=client, is_started=True)
+            mixed = {"rollout.servers.0": server, "rollout.servers.1": ours}
+            assert sampler_bounds(site, PolicyServers(mixed, mixed)).exact is exact, "one that rounds is enough"
 
 
 @pytest.mark.parametrize("exact", [True, False])

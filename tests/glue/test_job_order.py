@@ -20,6 +20,7 @@ from tropd_mcore.mcore.checkpoint_info import step_folder
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.train import components, job
+from tropd_mcore.train import servers as policy_servers
 from tropd_mcore.train.components import Servers
 
 STEPS = 4
@@ -166,7 +167,7 @@ def test_on_gpus_each_server_is_ready_before_the_next_one_and_before_the_trainer
 
     class Server:
         def __init__(self, spec: ServerSpec) -> None:
-            self.name = spec.name
+            self.name, self.is_started = spec.name, True
             needed.append(spec.longest)
 
         def start(self) -> None:
@@ -182,11 +183,12 @@ def test_on_gpus_each_server_is_ready_before_the_next_one_and_before_the_trainer
             did.append(f"{self.name} stops")
 
     monkeypatch.setattr(components, "SupervisedServer", Server)
+    monkeypatch.setattr(policy_servers, "SupervisedServer", Server)
     config = config_of(tmp_path, folder, teacher={"kind": "sglang"}, rollout={"server": settings})
     with one_rank() as layout, ExitStack() as cleanup:
         context = replace(context_of(config, layout), platform=SimpleNamespace(name=platform))
         servers = components.start_servers(context, cleanup, 300)
-        assert servers.policy is not None and servers.teacher is not None
+        assert servers.policy.reached and servers.teacher is not None
         assert did == expected and needed == [300, 300]
     assert did[len(expected) :] == ["teacher stops", "rollout stops"]
 

@@ -421,24 +421,28 @@ SERVED = (
     ),
     row(
         "weights published once a launch",
-        Fault("rollout.policy_server", "if self._published == version:", "if self._published:"),
+        Fault("rollout.policy_server", "if member.version != version]", "if member.version is None]"),
         test_policy_server.test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled,
     ),
     row(
         "weights published for every request of a step",
-        Fault("rollout.policy_server", "if self._published == version:", "if False:"),
+        Fault("rollout.policy_server", "if member.version != version]", "if True]"),
         test_policy_server.test_the_weights_of_a_step_are_published_once_and_before_it_is_sampled,
     ),
     row(
         "every publication is proven",
-        Fault("rollout.policy_server", "= version, False", "= version, self._verify_sync"),
+        Fault("rollout.policy_server", "self._verify_sync = False", "pass"),
         test_policy_server.test_only_the_first_publication_of_a_launch_is_proven,
     ),
     row(
         "after a restart the weights of the folder are sampled from",
-        Fault("rollout.policy_server", "on_rank_zero(recover, self._control)\n        self._published = None",
-              "on_rank_zero(recover, self._control)"),
+        Fault("rollout.policy_server", "time.monotonic()\n        self.version = None", "time.monotonic()"),
         test_policy_server.test_after_a_server_death_weights_are_published_again_and_only_missing_samples_requested,
+    ),
+    row(
+        "a server that missed an update takes requests",
+        Fault("rollout.policy_server", "if member.version == version}", "if member}"),
+        test_policy_server.test_a_server_that_refuses_an_update_is_started_again_while_the_others_go_on,
     ),
     row(
         "after a restart everything is sampled again",

@@ -19,7 +19,8 @@ from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.monitor import clock as clock_module
 from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.rollout import policy_server as policy_server_module
-from tropd_mcore.rollout.policy_server import PolicyServer
+from tropd_mcore.rollout.fleet_publisher import GroupBroken
+from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers
 from tropd_mcore.rollout.sampler import Collected
 from tropd_mcore.types import SampleRequest
 
@@ -28,9 +29,13 @@ Event = tuple[Any, ...]
 Stream = Iterator[tuple[str, Tensor]]
 
 
+Faults = list[Exception | dict[int, ServerError] | None]
+"""Faults of one call after the other: an exception of the first server, or of the servers in the places given."""
+
+
 @dataclass
 class PolicySite:
-    """A server, a publisher and a sampler that only record their calls, and the weight streams of this rank.
+    """Servers, a publisher and a sampler that only record their calls, and the weight streams of this rank.
 
     `faults` are raised one after the other by the next calls of `publish`, `verify_sync` or `collect`
     (None: no error).
@@ -38,39 +43,57 @@ class PolicySite:
 
     layout: Layout
     verify_sync: bool = False
-    publish_faults: list[Exception | None] = field(default_factory=list)
-    sample_faults: list[Exception | None] = field(default_factory=list)
-    unchanged_faults: list[Exception | None] = field(default_factory=list)
-    """Raised after sampling, when the server is asked whether its weights are unchanged."""
+    publish_faults: Faults = field(default_factory=list)
+    sample_faults: Faults = field(default_factory=list)
+    unchanged_faults: Faults = field(default_factory=list)
+    """Of the question after sampling whether the servers' weights are unchanged."""
     release: bool = False
-    """Whether the server gives its memory back (release_memory)."""
+    """Whether the servers give their memory back (release_memory)."""
     memory_faults: list[Exception | None] = field(default_factory=list)
     """Raised by the requests that move memory."""
     read_before_fault: int = 0
     """Tensors that the publisher takes before it fails."""
+    servers: int = 1
+    restarts: int = 10
+    """How often each server can be started again."""
+    starting: dict[int, int] = field(default_factory=dict)
+    """Place of a restarted server -> how often it is looked at before it is ready; 0 if not given."""
+    urls: tuple[int, ...] = ()
+    """Places of servers that the job does not start."""
+    silent: set[int] = field(default_factory=set)
+    """Places of servers at a url that do not answer now."""
+    slow: set[str] = field(default_factory=set)
+    """Servers that did not end requests in time, for the next collection."""
     events: list[Event] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     """Number of tensors that this rank consumed of each stream."""
     connections: int = 0
-    closed: list[int] = field(default_factory=list)
-    """Connections whose publisher was closed, from 1 on."""
+    closed: int = 0
     clock: StepClock = field(default_factory=StepClock)
 
     def policy(self) -> PolicyServer:
         """A launch. Collective."""
-        server: Any = SimpleNamespace(
-            wait_ready=self._wait_ready,
-            recover=self._recover,
-            release_memory=lambda: self._memory("release"),
-            resume_memory=lambda: self._memory("resume"),
-        )
         student: Any = make_student(self.layout)
         student.platform = SimpleNamespace(empty_cache=lambda: self.events.append(("empty cache",)))
+        self.fleet = {key_of(place): self._server(place) for place in range(self.servers)}
+        self.sampler = SimpleNamespace(clients=[], collect=self._collect)
+        self.holds: dict[str, str] = {}
+        here = self.fleet if self.layout.rank == 0 else {}
+        tools: Any = SimpleNamespace(
+            sampler=self.sampler,
+            publisher=SimpleNamespace(
+                publish=self._publish,
+                verify_sync=self._verify,
+                check_unchanged=self._check_unchanged,
+                close=self._close,
+            ),
+            connect=self._connect,
+        )
         return PolicyServer(
             student,
             self.layout,
-            server if self.layout.rank == 0 else None,
-            self._connect,  # type: ignore[arg-type]
+            PolicyServers(here, here),
+            tools if self.layout.rank == 0 else None,
             verify_sync=self.verify_sync,
             release_memory=self.release,
             clock=self.clock,
@@ -87,66 +110,112 @@ class PolicySite:
             self.streams[-1] += 1
             yield f"weight {index}", torch.zeros(1)
 
+    def _server(self, place: int) -> Any:
+        key = key_of(place)
+        config = SimpleNamespace(hang_timeout_s=0.2, start_timeout_s=5.0)
+        return SimpleNamespace(
+            spec=SimpleNamespace(key=key, called=key),
+            config=config,
+            client=SimpleNamespace(key=key),
+            is_started=place not in self.urls,
+            wait_ready=lambda: self.events.append(("ready",)),
+            is_ready=lambda: self._is_ready(place),
+            answers=lambda: place not in self.silent,
+            ended=lambda: None,
+            may_come_back=lambda: True,
+            begin_recovery=lambda error: self._recover(place, error),
+            release_memory=lambda: self._memory("release"),
+            resume_memory=lambda: self._memory("resume"),
+        )
+
+    def _is_ready(self, place: int) -> bool:
+        self.starting[place] = self.starting.get(place, 0) - 1
+        return self.starting[place] < 0
+
     def _memory(self, what: str) -> None:
         self.events.append((what,))
         fault = self.memory_faults.pop(0) if self.memory_faults else None
         if fault is not None:
             raise fault
 
-    def _wait_ready(self) -> None:
-        self.events.append(("ready",))
+    def _recover(self, place: int, error: ServerError) -> None:
+        if place in self.urls:
+            raise error
+        if self.restarts == 0:
+            raise ServerDied(f"{error}; max_restarts are used up")
+        self.restarts -= 1
+        self.events.append(("recover", str(error)))
 
-    def _recover(self, died: ServerDied) -> None:
-        self.events.append(("recover", str(died)))
-
-    def _connect(self, server: Any) -> tuple[Any, Any]:
+    def _connect(self, server: Any) -> Any:
         self.connections += 1
-        number = self.connections
-        sampler = SimpleNamespace(collect=lambda requests, **given: self._collect(number, requests, **given))
-        return sampler, SimpleNamespace(
-            publish=self._publish,
-            verify_sync=self._verify,
-            check_unchanged=self._check_unchanged,
-            close=lambda: self.closed.append(number),
-        )
+        return SimpleNamespace(client=server.client)
 
-    def _check_unchanged(self) -> None:
-        fault = self.unchanged_faults.pop(0) if self.unchanged_faults else None
+    def _close(self) -> None:
+        self.closed += 1
+
+    def _fault(self, faults: Faults, keys: list[str]) -> dict[str, ServerError]:
+        """The faults of the next call by server. Raises those that concern no server."""
+        fault = faults.pop(0) if faults else None
+        if isinstance(fault, dict):
+            return {key_of(place): error for place, error in fault.items()}
+        if isinstance(fault, ServerError):
+            return {keys[0]: fault}
         if fault is not None:
-            self.events.append(("changed",))
             raise fault
+        return {}
 
-    def _publish(self, tensors: Stream, version: str) -> None:
-        self.events.append(("publish", version))
-        self._take(tensors)
+    def _check_unchanged(self, targets: list[Any]) -> dict[str, ServerError]:
+        if any(self.unchanged_faults[:1]):
+            self.events.append(("changed",))
+        return self._fault(self.unchanged_faults, [target.client.key for target in targets])
 
-    def _verify(self, make_stream: Callable[[], Stream], version: str) -> None:
-        self.events.append(("verify_sync", version))
-        self._take(make_stream())
-        self._take(make_stream())
+    def _publish(self, targets: list[Any], tensors: Stream, version: str) -> dict[str, ServerError]:
+        self.events.append(("publish", version, *self._numbers(targets)))
+        return self._held(targets, version, self._take(targets, tensors))
 
-    def _take(self, tensors: Stream) -> None:
-        fault = self.publish_faults.pop(0) if self.publish_faults else None
-        if fault is None:
+    def _verify(self, targets: list[Any], make_stream: Callable[[], Stream], version: str) -> dict[str, ServerError]:
+        self.events.append(("verify_sync", version, *self._numbers(targets)))
+        failed = self._take(targets, make_stream()) or self._take(targets, make_stream())
+        return self._held(targets, version, failed)
+
+    def _held(self, targets: list[Any], version: str, failed: dict[str, ServerError]) -> dict[str, ServerError]:
+        """Note who holds the version now."""
+        self.holds |= {each.client.key: version for each in targets if each.client.key not in failed}
+        return failed
+
+    def _numbers(self, targets: list[Any]) -> tuple[int, ...]:
+        """The places of the servers of a call, if there are several."""
+        return tuple(int(target.client.key[-1]) for target in targets) if self.servers > 1 else ()
+
+    def _take(self, targets: list[Any], tensors: Stream) -> dict[str, ServerError]:
+        keys = [target.client.key for target in targets]
+        if not any(self.publish_faults[:1]):
+            self.publish_faults[:1] = []
             assert len(list(tensors)) == TENSORS
-            return
+            return {}
         for _ in range(self.read_before_fault):
             next(tensors)
-        raise fault
+        return self._fault(self.publish_faults, keys)
 
     def _collect(
-        self, connection: int, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected
+        self, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected
     ) -> Collected:
-        """After a server death, half of the missing samples have arrived."""
-        assert connection == self.connections, "a client of the server that died was asked"
-        missing = [request.sample_id for request in requests if request.sample_id not in found.rollouts]
+        """If the only server is lost, half of the missing samples have arrived; otherwise all."""
+        missing = [request.sample_id for request in found.misses(requests)]
         self.events.append(("sample", step, expected_version, missing))
-        fault = self.sample_faults.pop(0) if self.sample_faults else None
-        if fault is not None and not isinstance(fault, ServerDied):
-            raise fault
-        answered = missing[: len(missing) // 2] if fault is not None else missing
+        asked = [client.key for client in self.sampler.clients]
+        assert asked and all(self.holds.get(key) == expected_version for key in asked), "a server without the weights"
+        lost = self._fault(self.sample_faults, [key_of(0)])
+        if self.servers == 1 and any(not isinstance(error, ServerDied) for error in lost.values()):
+            raise next(iter(lost.values()))
+        answered = missing[: len(missing) // 2] if 0 < len(lost) == self.servers else missing
         fresh = {name: make_rollout(name, "p", 3, version=f"answer {len(self.events)}") for name in answered}
-        return Collected({**found.rollouts, **fresh}, died=fault if isinstance(fault, ServerDied) else None)
+        return Collected({**found.rollouts, **fresh}, lost=lost, unresponsive=self.slow)
+
+
+def key_of(place: int) -> str:
+    """The configuration section of a server."""
+    return f"rollout.servers.{place}"
 
 
 def requests() -> list[SampleRequest]:
@@ -202,7 +271,7 @@ def test_only_the_first_publication_of_a_launch_is_proven() -> None:
 def test_a_proof_interrupted_by_a_server_death_is_repeated() -> None:
     site = site_of([0, 1], verify_sync=True, publish_faults=[None, ServerDied("gone")])
     assert [event[0] for event in site.events] == [
-        "ready", "verify_sync", "recover", "verify_sync", "sample", "publish", "sample",
+        "ready", "verify_sync", "recover", "ready", "verify_sync", "sample", "publish", "sample",
     ]  # fmt: skip
     assert site.streams == [TENSORS] * 5
 
@@ -218,7 +287,7 @@ def test_a_failed_proof_stops_the_launch() -> None:
 @pytest.mark.parametrize("taken", [0, 1, TENSORS])
 def test_a_server_that_dies_during_a_publication_is_restarted_and_gets_the_weights_again(taken: int) -> None:
     site = site_of([0], publish_faults=[ServerDied("gone")], read_before_fault=taken)
-    assert [event[0] for event in site.events] == ["ready", "publish", "recover", "publish", "sample"]
+    assert [event[0] for event in site.events] == ["ready", "publish", "recover", "ready", "publish", "sample"]
     assert site.did("recover") == [("recover", "gone")] and site.streams == [TENSORS] * 2
     assert len({event[1] for event in site.did("publish")}) == 1 and site.connections == 2
 
@@ -226,7 +295,7 @@ def test_a_server_that_dies_during_a_publication_is_restarted_and_gets_the_weigh
 def test_after_a_server_death_weights_are_published_again_and_only_missing_samples_requested() -> None:
     site = site_of([7], sample_faults=[ServerDied("gone"), ServerDied("gone again")])
     assert [event[0] for event in site.events] == [
-        "ready", "publish", "sample", "recover", "publish", "sample", "recover", "publish", "sample",
+        "ready", "publish", "sample", "recover", "ready", "publish", "sample", "recover", "ready", "publish", "sample",
     ]  # fmt: skip
     assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"], ["s2", "s3"], ["s3"]]
     assert len({event[1] for event in site.did("publish")}) == 1
@@ -239,18 +308,11 @@ def test_rollouts_of_weights_that_changed_while_they_were_sampled_are_refused_on
     assert [event[0] for event in one[2]] == ["ready", "publish", "sample", "publish", "sample", "changed"]
 
 
-def test_a_server_that_dies_while_its_weights_are_checked_gets_them_again_and_no_sample_is_requested_twice() -> None:
-    site = site_of([0], unchanged_faults=[ServerDied("gone")])
-    assert [event[0] for event in site.events] == [
-        "ready",
-        "publish",
-        "sample",
-        "changed",
-        "recover",
-        "publish",
-        "sample",
-    ]
-    assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"], []]
+def test_a_server_that_dies_while_its_weights_are_checked_is_back_at_the_next_step_and_no_sample_is_repeated() -> None:
+    site = site_of([0, 1], unchanged_faults=[ServerDied("gone")])
+    first, second = ["ready", "publish", "sample", "changed", "recover"], ["ready", "publish", "sample"]
+    assert [event[0] for event in site.events] == first + second
+    assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"]] * 2
 
 
 def test_answers_received_before_a_server_died_are_kept() -> None:
@@ -258,13 +320,13 @@ def test_answers_received_before_a_server_died_are_kept() -> None:
         site = PolicySite(layout, sample_faults=[ServerDied("gone")])
         with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
             rollouts = site.policy().sample(requests(), step=0)
-    assert [rollout.policy_version for rollout in rollouts] == ["answer 3"] * 2 + ["answer 6"] * 2
+    assert [rollout.policy_version for rollout in rollouts] == ["answer 3"] * 2 + ["answer 7"] * 2
 
 
 def test_a_server_that_died_between_two_steps_gets_the_weights_again() -> None:
     site = site_of([0, 0], sample_faults=[None, ServerDied("gone")])
     assert [event[0] for event in site.did("publish", "sample")] == ["publish", "sample", "sample", "publish", "sample"]
-    assert site.closed == [1] and site.connections == 2, "the publisher to the server that died holds nothing"
+    assert site.connections == 2
 
 
 @pytest.mark.parametrize("where", ["publish_faults", "sample_faults"])
@@ -309,7 +371,7 @@ def test_only_rank_zero_uses_http_and_every_rank_takes_part_in_every_weight_stre
     (error, streams, events, connections), *others = on_ranks(on_this_rank, 2, [0, 1], given)
     assert error == "" and streams == [TENSORS] * 4 and connections == 2
     assert [event[0] for event in events] == [
-        "ready", "verify_sync", "sample", "publish", "sample", "recover", "publish", "sample",
+        "ready", "verify_sync", "sample", "publish", "sample", "recover", "ready", "publish", "sample",
     ]  # fmt: skip
     assert others == [("", streams, [], 0)]
 
@@ -344,7 +406,7 @@ def test_waiting_for_the_server_publication_and_sampling_are_separate_phases() -
         site = PolicySite(layout, sample_faults=[ServerDied("gone"), None], events=Costly(), clock=StepClock())
         with site.clock.phase("rollout"):
             run(site, [0])
-        assert site.clock.take() == {"server": 1100.0, "publish": 20.0, "rollout": 2.0, "step": 1122.0}
+        assert site.clock.take() == {"server": 1200.0, "publish": 20.0, "rollout": 2.0, "step": 1222.0}
 
 
 STEP = ["empty cache", "resume", "publish", "sample", "release"]
@@ -360,13 +422,13 @@ def test_the_server_has_its_memory_from_before_a_publication_to_the_end_of_sampl
 
 def test_a_server_that_dies_while_it_takes_its_memory_is_restarted_and_asked_again() -> None:
     site = site_of([0], release=True, memory_faults=[ServerDied("no memory")])
-    assert [event[0] for event in site.events] == ["ready", "empty cache", "resume", "recover", *STEP]
+    assert [event[0] for event in site.events] == ["ready", "empty cache", "resume", "recover", "ready", *STEP]
     assert site.streams == [TENSORS]
 
 
 def test_a_server_that_dies_while_it_gives_its_memory_back_loses_no_rollout() -> None:
     site = site_of([0, 1], release=True, memory_faults=[None, ServerDied("gone")])
-    assert [event[0] for event in site.events] == ["ready", *STEP, "recover", "release", *STEP]
+    assert [event[0] for event in site.events] == ["ready", *STEP, "recover", "ready", "release", *STEP]
 
 
 def test_an_error_of_the_server_about_its_memory_stops_every_rank() -> None:
@@ -375,3 +437,93 @@ def test_an_error_of_the_server_about_its_memory_stops_every_rank() -> None:
     assert one[0] == two[0] == "ServerError: no"
     assert [event[0] for event in one[2]] == ["ready", "empty cache", "resume"]
     assert [event[0] for event in two[2]] == ["empty cache"], "each rank returns the memory of its own GPU"
+
+
+def fleet(steps: list[int], **given: Any) -> PolicySite:
+    """One launch of a single rank with three servers."""
+    return site_of(steps, servers=3, **given)
+
+
+def test_all_servers_get_a_version_from_one_stream() -> None:
+    site = fleet([0, 1], verify_sync=True)
+    assert [event[0::2] for event in site.did("verify_sync", "publish")] == [("verify_sync", 0, 2), ("publish", 0, 2)]
+    assert [event[2:] for event in site.did("verify_sync", "publish")] == [(0, 1, 2)] * 2
+    assert site.streams == [TENSORS] * 3 and site.connections == 3
+
+
+def test_a_step_ends_without_the_server_that_was_lost_in_it_which_is_back_at_the_next_one() -> None:
+    site = fleet([0, 1], sample_faults=[{1: ServerDied("gone")}])
+    assert [event[2:] for event in site.did("publish")] == [(0, 1, 2)] * 2
+    assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"]] * 2
+    assert site.did("recover") == [("recover", "gone")] and site.did("ready") == [("ready",)] * 3
+
+
+def test_a_step_does_not_wait_for_a_server_that_starts() -> None:
+    site = fleet([0, 1, 2], sample_faults=[{1: ServerDied("gone")}], starting={1: 1})
+    assert [event[2:] for event in site.did("publish")] == [(0, 1, 2), (0, 2), (0, 1, 2)]
+
+
+def test_if_all_servers_are_lost_the_first_that_is_ready_gets_the_missing_samples() -> None:
+    gone = {place: ServerDied(f"gone {place}") for place in range(3)}
+    site = fleet([0], sample_faults=[gone], starting={0: 2, 1: 1, 2: 0})
+    assert [event[2:] for event in site.did("publish")] == [(0, 1, 2), (2,)]
+    assert [event[3] for event in site.did("sample")] == [["s0", "s1", "s2", "s3"], ["s2", "s3"]]
+
+
+def test_a_server_that_dies_in_a_publication_does_not_stop_the_others() -> None:
+    site = fleet([0, 1], publish_faults=[{2: ServerDied("gone")}])
+    assert [event[2:] for event in site.did("publish")] == [(0, 1, 2), (0, 1, 2)]
+    assert site.streams == [TENSORS] * 2 and len(site.did("sample")) == 2
+
+
+def test_the_healthy_servers_of_a_broken_group_get_another_stream() -> None:
+    broken: dict[int, ServerError] = {0: GroupBroken("broken"), 1: GroupBroken("broken")}
+    site = fleet([0], publish_faults=[broken])
+    assert [event[2:] for event in site.did("publish")] == [(0, 1, 2), (0, 1)]
+    assert site.did("recover") == []
+
+
+def test_a_server_that_refuses_an_update_is_started_again_while_the_others_go_on() -> None:
+    site = fleet([0], publish_faults=[{1: ServerError("refused")}])
+    assert site.did("recover") == [("recover", "refused")] and len(site.did("sample")) == 1
+
+
+def test_a_server_at_a_url_that_is_lost_takes_part_again_when_it_answers(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with one_rank() as layout:
+        site = PolicySite(layout, servers=3, urls=(1,), silent={1}, sample_faults=[{1: ServerDied("no connection")}])
+        with mock.patch.object(policy_server_module, "iterate_hf", site.weights):
+            policy = site.policy()
+            policy.sample(requests(), step=0)
+            policy.sample(requests(), step=1)
+            site.silent = set()
+            policy.sample(requests(), step=2)
+    assert [event[2:] for event in site.did("publish")] == [(0, 1, 2), (0, 2), (0, 1, 2)]
+    assert site.did("recover") == []
+    assert "no connection (asked again at the next step): 2 of 3 rollout servers go on" in caplog.text
+    assert "rollout.servers.1: it takes requests again" in caplog.text
+
+
+def test_a_slow_server_that_runs_is_not_started_again_at_once() -> None:
+    lost = {1: ServerError("it did not end 3 requests")}
+    site = fleet([0, 1], sample_faults=[lost], slow={key_of(1)}, silent={1})
+    assert site.did("recover") == [] and [event[2:] for event in site.did("publish")] == [(0, 1, 2), (0, 2)]
+
+
+def test_a_run_ends_with_one_error_when_no_server_is_left() -> None:
+    gone = {place: ServerDied(f"gone {place}") for place in range(3)}
+    with one_rank() as layout:
+        site = PolicySite(layout, servers=3, restarts=0, sample_faults=[gone])
+        with pytest.raises(ServerDied, match="gone 0; max_restarts are used up"):
+            run(site, [0])
+
+
+def test_a_run_goes_on_with_the_servers_that_can_still_be_started() -> None:
+    site = fleet([0, 1], restarts=0, sample_faults=[{0: ServerDied("gone 0"), 2: ServerDied("gone 2")}])
+    assert [event[2:] for event in site.did("publish")] == [(0, 1, 2), (1,)]
+
+
+def test_every_rank_drops_and_publishes_alike() -> None:
+    given = {"servers": 3, "verify_sync": True, "sample_faults": [{1: ServerDied("gone")}]}
+    one, two = on_ranks(on_this_rank, 2, [0, 1], given)
+    assert one[0] == two[0] == "" and one[1] == two[1] == [TENSORS] * 3

@@ -18,9 +18,10 @@ from tests.glue.fake_server import VOCABULARY, FakeServer, fake_server, logp_of
 from tests.glue.stubs import make_config, make_prompts, make_student, one_rank
 from tropd_mcore.config.schema import Config, RolloutConfig, ServerConfig
 from tropd_mcore.data.prompts import PromptSet
-from tropd_mcore.errors import ServerDied, ServerError
+from tropd_mcore.errors import ServerError
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout import policy_server as policy_server_module
+from tropd_mcore.rollout.policy_server import PolicyServers
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.rollout.sampler import SglangSampler
@@ -48,7 +49,7 @@ def client_of(server: FakeServer, *, at_once: int = 64) -> SglangClient:
 def sampler_of(server: FakeServer, *, at_once: int = 64, **rollout: Any) -> SglangSampler:
     config = RolloutConfig(server=ServerConfig(url=server.url, max_retries=0, max_concurrency=at_once), **rollout)
     client = client_of(server, at_once=config.server.max_concurrency)
-    return SglangSampler(client, config, eos_ids=EOS, vocab_size=VOCABULARY, seed=SEED, masked_share=0.25)
+    return SglangSampler([client], config, eos_ids=EOS, vocab_size=VOCABULARY, seed=SEED, masked_share=0.25)
 
 
 def publish(server: FakeServer, value: float, version: str) -> None:
@@ -119,14 +120,27 @@ def test_no_other_field_of_a_request_changes_the_sampling_distribution() -> None
         if name in neutral:
             assert value == neutral[name], name
     known = {"max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "skip_special_tokens"}
-    assert body["sampling_params"].keys() <= known | neutral.keys()
-    assert body.keys() == {"input_ids", "sampling_params", "return_logprob"}
+    assert body["sampling_params"].keys() <= known | neutral.keys() | {"sampling_seed"}
+    assert body.keys() == {"rid", "input_ids", "sampling_params", "return_logprob"}
 
 
-def test_no_seed_is_sent_because_samples_of_a_prompt_must_differ() -> None:
+def test_each_sample_of_a_prompt_and_each_step_has_its_own_seed_which_repeats() -> None:
+    """An engine that takes seeds would otherwise give all samples of a prompt the same text."""
     with fake_server() as server:
-        sampler_of(server).sample([request("one"), request("two")], step=3, expected_version="default")
-    assert not [name for body in server.bodies("/generate") for name in body["sampling_params"] if "seed" in name]
+        for step in (3, 3, 4):
+            sampler_of(server).sample([request("one"), request("two")], step=step, expected_version="default")
+    first, again, other = (
+        {body["sampling_params"]["sampling_seed"] for body in server.bodies("/generate")[start : start + 2]}
+        for start in (0, 2, 4)
+    )
+    assert first == again and len(first | other) == 4 and all(0 <= seed < 2**63 for seed in first | other)
+
+
+def test_the_id_of_a_request_is_never_the_beginning_of_another_one() -> None:
+    with fake_server() as server:
+        sampler_of(server).sample([request(f"s{i}") for i in range(4)], step=3, expected_version="default")
+    rids = [body["rid"] for body in server.bodies("/generate")]
+    assert len(set(rids)) == 4 and len({len(rid) for rid in rids}) == 1
 
 
 def test_after_an_update_no_token_is_sampled_from_the_cache_of_the_old_weights() -> None:
@@ -186,7 +200,7 @@ def launch(server: FakeServer, config: Config) -> Iterator[tuple[RolloutSource, 
     """Rollouts of one rank over HTTP: the product from the prompts to the wire. The test sets the student's weights."""
     learner = SimpleNamespace(value=0.0, recovered=[])
 
-    def recover(died: ServerDied) -> None:
+    def recover(died: ServerError) -> None:
         learner.recovered.append(died)
         server.weights, server.label, server.die_after = {}, "default", None
         server.cache.clear()
@@ -195,17 +209,30 @@ def launch(server: FakeServer, config: Config) -> Iterator[tuple[RolloutSource, 
         yield from weights(learner.value).items()
 
     client = client_of(server, at_once=config.rollout.server.max_concurrency)
-    supervised: Any = SimpleNamespace(wait_ready=lambda: None, recover=recover, client=client)
+    supervised: Any = SimpleNamespace(
+        wait_ready=lambda: None,
+        begin_recovery=recover,
+        client=client,
+        is_started=True,
+        config=config.rollout.server,
+        spec=SimpleNamespace(key="rollout.server", called="rollout.server"),
+    )
     ends: Any = SimpleNamespace(ids=EOS)
     with (
         one_rank() as layout,
         mock.patch.object(policy_server_module, "iterate_hf", iterate_hf),
         mock.patch.object(parts_module, "hf_weight_plan", lambda _: list(SHAPES.items())),
     ):
-        site: Any = SimpleNamespace(config=config, layout=layout, student=SimpleNamespace(vocab_size=VOCABULARY))
+        site: Any = SimpleNamespace(
+            config=config,
+            layout=layout,
+            platform=SimpleNamespace(name="cpu"),
+            student=SimpleNamespace(vocab_size=VOCABULARY),
+        )
         student = make_student(layout)
         student.config = SimpleNamespace(params_dtype=torch.float32)
-        policy = make_policy(site, student, ends, supervised)
+        servers = {"rollout.server": supervised}
+        policy = make_policy(site, student, ends, PolicyServers(servers, servers))
         prompts = PromptSet(make_prompts(4), shuffle=False, seed=0)
         yield RolloutSource(config, RunDir(config.run.dir), prompts, policy, layout, vocab_size=VOCABULARY), learner
 

@@ -37,18 +37,20 @@ def test_a_server_suspended_while_sampling_and_an_engine_suspended_in_an_update_
     with SupervisedServer(spec) as server, caplog.at_level(logging.WARNING):
         publisher = WeightPublisher(server.client, plan(llama_folder))
         config = RolloutConfig(server=spec.config)
-        sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
+        sampler = SglangSampler([server.client], config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
         publisher.publish(stream(llama_folder), "v1")
         before = (tmp_path / "rollout.log").read_text().count("POST /generate")
         stopper = threading.Thread(target=_stop_once_answers_came, args=(tmp_path, before + 2), daemon=True)
         stopper.start()
         some = sampler.collect(requests, step=4, expected_version="v1")
         stopper.join()
-        assert isinstance(some.died, ServerHung) and "is stopped (state T)" in str(some.died)
+        assert isinstance(some.lost[server.spec.key], ServerHung) and "is stopped (state T)" in str(
+            some.lost[server.spec.key]
+        )
         assert len(some.rollouts) < len(requests)
 
         hung_pid = server_pid(tmp_path)
-        server.recover(some.died)
+        server.recover(some.lost[server.spec.key])
         assert not psutil.pid_exists(hung_pid) and "restart 1 of 2" in caplog.text
 
         scheduler = next(
@@ -66,7 +68,7 @@ def test_a_server_suspended_while_sampling_and_an_engine_suspended_in_an_update_
 
         publisher.publish(stream(llama_folder), "v1")
         whole = sampler.collect(requests, step=4, expected_version="v1", found=some)
-        assert whole.died is None and sorted(whole.rollouts) == [asked.sample_id for asked in requests]
+        assert not whole.lost and sorted(whole.rollouts) == [asked.sample_id for asked in requests]
         for asked in requests:
             assert_log_probs(whole.rollouts[asked.sample_id], llama_folder, log_softmax, 1.0)
 

@@ -53,7 +53,7 @@ def client_of(proxy: Liar, key: str) -> SglangClient:
 def sampler_of(proxy: Liar, masked_share: float = 0.25) -> SglangSampler:
     config = RolloutConfig(server=ServerConfig(url=proxy.url, max_retries=0))
     client = client_of(proxy, "rollout.server")
-    return SglangSampler(client, config, eos_ids=END, vocab_size=VOCABULARY, seed=3, masked_share=masked_share)
+    return SglangSampler([client], config, eos_ids=END, vocab_size=VOCABULARY, seed=3, masked_share=masked_share)
 
 
 def requests() -> list[SampleRequest]:

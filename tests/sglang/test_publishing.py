@@ -40,7 +40,7 @@ def assert_serves(server: SupervisedServer, publisher: WeightPublisher, folder: 
 
 def sample(server: SupervisedServer, version: str) -> Rollout:
     config = RolloutConfig(server=server.config)
-    sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
+    sampler = SglangSampler([server.client], config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
     (rollout,) = sampler.sample([request("a", PROBE)], step=0, expected_version=version)
     assert rollout.policy_version == version
     return rollout

@@ -27,7 +27,7 @@ HALF_OF_THE_VOCABULARY = tuple(range(0, VOCABULARY, 2))
 
 def make_sampler(server: SupervisedServer, *, eos_ids: tuple[int, ...] = (), **config: float) -> SglangSampler:
     settings = RolloutConfig(server=server.config, **config)  # type: ignore[arg-type]
-    return SglangSampler(server.client, settings, eos_ids=eos_ids, vocab_size=VOCABULARY, seed=7, masked_share=0.25)
+    return SglangSampler([server.client], settings, eos_ids=eos_ids, vocab_size=VOCABULARY, seed=7, masked_share=0.25)
 
 
 @pytest.fixture(scope="module")

@@ -57,20 +57,20 @@ def test_a_real_server_killed_while_sampling_is_restarted_with_its_weights_and_f
     with SupervisedServer(spec) as server:
         publisher = WeightPublisher(server.client, plan(llama_folder))
         config = RolloutConfig(server=spec.config)
-        sampler = SglangSampler(server.client, config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
+        sampler = SglangSampler([server.client], config, eos_ids=(), vocab_size=VOCABULARY, seed=0, masked_share=0.25)
         publisher.publish(stream(llama_folder), "v1")
         kill_once_two_are_read(server_pid(tmp_path), monkeypatch)
         some = sampler.collect(requests, step=4, expected_version="v1")
-        assert some.died is not None and 2 <= len(some.rollouts) < len(requests)
+        assert some.lost and 2 <= len(some.rollouts) < len(requests)
 
         with caplog.at_level(logging.WARNING):
-            server.recover(some.died)
+            server.recover(some.lost[spec.key])
         assert "was killed by signal 9" in caplog.text and "restart 1 of 1" in caplog.text
         with pytest.raises(ServerError, match="has weights 'default'; expected 'v1'"):
             sampler.collect(requests, step=4, expected_version="v1", found=some)
         publisher.publish(stream(llama_folder), "v1")
         whole = sampler.collect(requests, step=4, expected_version="v1", found=some)
-        assert whole.died is None and sorted(whole.rollouts) == [asked.sample_id for asked in requests]
+        assert not whole.lost and sorted(whole.rollouts) == [asked.sample_id for asked in requests]
         for asked in requests:
             rollout = whole.rollouts[asked.sample_id]
             assert some.rollouts.get(asked.sample_id, rollout) is rollout
@@ -79,9 +79,9 @@ def test_a_real_server_killed_while_sampling_is_restarted_with_its_weights_and_f
 
         os.kill(server_pid(tmp_path), signal.SIGKILL)
         gone = sampler.collect(requests, step=5, expected_version="v1")
-        assert gone.died is not None and not gone.rollouts
+        assert gone.lost and not gone.rollouts
         with pytest.raises(ServerDied, match=r"rollout.server.max_restarts=1 are used up"):
-            server.recover(gone.died)
+            server.recover(gone.lost[spec.key])
     assert not spec.record_path.exists()
 
 

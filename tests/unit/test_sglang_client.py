@@ -242,7 +242,7 @@ def test_the_api_key_is_sent_and_never_logged(
 
 def sampler(url: str) -> SglangSampler:
     config = RolloutConfig(server=ServerConfig(url=url, max_retries=2))
-    return SglangSampler(make_client(url), config, eos_ids=(2,), vocab_size=50, seed=0, masked_share=0.25)
+    return SglangSampler([make_client(url)], config, eos_ids=(2,), vocab_size=50, seed=0, masked_share=0.25)
 
 
 def sample_request(*, new: int = 2) -> SampleRequest:
@@ -255,7 +255,7 @@ def test_tokens_of_an_unexpected_policy_version_are_refused(
     serve: Callable[..., Scripted], versions: tuple[str, ...]
 ) -> None:
     server = serve(generation([7, 8], versions=versions))
-    with pytest.raises(ServerError, match=r"sample s was drawn from weights .*; expected 'v1' alone"):
+    with pytest.raises(ServerError, match=r"a sample was drawn from weights .*; expected 'v1' alone"):
         sampler(server.url).sample([sample_request()], step=0, expected_version="v1")
 
 
@@ -361,14 +361,14 @@ def test_rollouts_are_counted_as_they_arrive(serve: Callable[..., Scripted], mon
         lines.append(state.line(state.begun + 10.0))
 
     monkeypatch.setattr(Progress, "advance", note)
-    server = serve(generation([7, 8]), web.Response(status=400), generation([7, 8, 9]), generation([7]))
+    server = serve(generation([7, 8, 9]), web.Response(status=400), generation([7, 8]), generation([7]))
     answers = make_client(server.url, max_concurrency=1).generate(
-        [replace(ASK, max_new_tokens=count) for count in (2, 2, 3, 1)]
+        [replace(ASK, max_new_tokens=count) for count in (3, 2, 2, 1)]
     )
     assert [isinstance(answer, ServerError) for answer in answers] == [False, True, False, False]
     assert lines == [
-        "rollout.server: 1 of 4 responses, 0.2 tok/s, longest 2, 30 s left",
-        "rollout.server: 2 of 4 responses, 0.2 tok/s, longest 2, 10 s left",
+        "rollout.server: 1 of 4 responses, 0.3 tok/s, longest 3, 30 s left",
+        "rollout.server: 2 of 4 responses, 0.3 tok/s, longest 3, 10 s left",
         "rollout.server: 3 of 4 responses, 0.5 tok/s, longest 3, 3 s left",
         "rollout.server: 4 of 4 responses, 0.6 tok/s, longest 3, 0 s left",
     ]

@@ -34,11 +34,13 @@ the collective times out."""
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """Rank numbers that the launcher gave this process. torch.distributed reads MASTER_ADDR and MASTER_PORT itself."""
+    """What the launcher gave this process. torch.distributed reads MASTER_ADDR and MASTER_PORT itself."""
 
     rank: int
     world_size: int
     local_rank: int
+    master: str = "127.0.0.1"
+    """Address or name of the first node (MASTER_ADDR)"""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> RankEnvironment:
@@ -54,7 +56,8 @@ class RankEnvironment:
                 problems.append(f"environment: {name} is {text!r}, expected a number; launch the job with torchrun")
         if problems:
             raise ConfigError(problems)
-        return cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+        master = environ.get("MASTER_ADDR", "") or cls.master
+        return cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], master)
 
 
 @dataclass(frozen=True)

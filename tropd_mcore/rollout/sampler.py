@@ -1,39 +1,52 @@
-"""Samples rollouts from an SGLang server, checks them and labels them with the weight version that sampled them.
+"""Samples rollouts from SGLang servers, checks them and labels them with the weight version that sampled them.
 
-This module does not restart servers (see `serving.supervisor`). Invariant: a `Rollout` holds exactly the tokens and
-log-probs that the server returned for the expected weight version. A partial answer is requested again, never completed
-by us. A sample without a usable answer is left out and counted, never filled in.
+This module does not restart servers (see `policy_server`). Invariants: a `Rollout` holds exactly the tokens and
+log-probs that servers with the expected weight version returned. Which server sampled it changes no id, no order and no
+random number of ours. An answer that was aborted from outside is requested again. A sample without a usable answer is
+left out and counted, never filled in.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tropd_mcore.config.schema import RolloutConfig
 from tropd_mcore.errors import AnswerError, DataError, ServerDied, ServerError
-from tropd_mcore.rollout.uniforms import trust_uniforms
-from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.rollout.uniforms import decode_seed, trust_uniforms
+from tropd_mcore.serving.client import SglangClient, generate_on
+from tropd_mcore.serving.dispatch import Dispatched
 from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
 from tropd_mcore.types import IntArray, Rollout, SampleRequest
 
 log = logging.getLogger(__name__)
 
+SMOOTHING = 0.5
+"""Weight of the last call in the speed of a server."""
+
 
 @dataclass
 class Collected:
-    """The rollouts of a step collected so far, by sample id. If the server died, `died` is its error."""
+    """The rollouts of a step collected so far, by sample id, and the servers that were lost meanwhile."""
 
     rollouts: dict[str, Rollout] = field(default_factory=dict)
     masked: dict[str, str] = field(default_factory=dict)
     """Sample ids that are left out -> what was wrong with the server's second answer."""
-    died: ServerDied | None = None
+    lost: dict[str, ServerError] = field(default_factory=dict)
+    """Configuration section of a server that cannot be used any more -> why"""
+    unresponsive: set[str] = field(default_factory=set)
+    """Those of `lost` that may only be very slow"""
+
+    def misses(self, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+        """Return the requests without a rollout that are not left out either."""
+        return [each for each in requests if each.sample_id not in self.rollouts and each.sample_id not in self.masked]
 
 
 class SglangSampler:
-    """Samples with the temperature, top_p and top_k of `config` and stops at `eos_ids`.
+    """Samples from `clients` with the temperature, top_p and top_k of `config`, and stops at `eos_ids`.
 
     `vocab_size` is the vocabulary size of the served model; a token id outside it kills SGLang. `seed` is the run's
     seed. At most the fraction `masked_share` of the samples of a call may be left out for lack of a usable answer.
@@ -41,7 +54,7 @@ class SglangSampler:
 
     def __init__(
         self,
-        client: SglangClient,
+        clients: Sequence[SglangClient],
         config: RolloutConfig,
         *,
         eos_ids: tuple[int, ...],
@@ -51,58 +64,66 @@ class SglangSampler:
     ) -> None:
         self.aborted = 0
         """Number of partial answers that were requested again, over the sampler's life."""
-        self._client = client
+        self.clients = list(clients)
+        """The servers of the next call."""
         self._config = config
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
         self._seed = seed
         self._masked_share = masked_share
+        self._speeds: dict[str, float] = {}
+        """Section of a server -> its speed, 1 on average"""
 
     def sample(self, requests: list[SampleRequest], *, step: int, expected_version: str) -> list[Rollout]:
         """Return the rollouts in the order of the requests, without the samples that had to be left out.
 
-        Raises ServerError if the server cannot be used, has other weights, or too many samples had to be left out;
-        ServerDied if it is gone; DataError if a request holds a token id outside the vocabulary.
+        Raises ServerError if no server can be used, or too many samples had to be left out; ServerDied if all are gone;
+        DataError if a request holds a token id outside the vocabulary.
         """
         collected = self.collect(requests, step=step, expected_version=expected_version)
-        if collected.died is not None:
-            raise collected.died
+        if collected.misses(requests):
+            raise next(iter(collected.lost.values()))
         return [found for request in requests if (found := collected.rollouts.get(request.sample_id)) is not None]
 
     def collect(
         self, requests: list[SampleRequest], *, step: int, expected_version: str, found: Collected | None = None
     ) -> Collected:
-        """Return the rollouts of `found` and sample the missing ones. If the server dies, return what it had finished.
+        """Return the rollouts of `found` and sample the missing ones. If all servers are lost, return what they had.
 
-        Raises the errors of `sample` except ServerDied, which is returned with the rollouts.
+        Raises the errors of `sample`, except that ServerDied is returned with the rollouts. With one server, any other
+        error of it is raised; with several, it is `lost`.
         """
         collected = Collected(rollouts=dict(found.rollouts), masked=dict(found.masked)) if found else Collected()
         self._check_ids(requests)
-        try:
-            self._check_server(requests, expected_version)
-            for attempt in range(self._config.server.max_retries + 1):
-                done = collected.rollouts.keys() | collected.masked.keys()
-                missing = [request for request in requests if request.sample_id not in done]
-                if not missing:
-                    self._check_masked(collected, len(requests))
-                    return collected
-                if attempt:
-                    self.aborted += len(missing)
-                    log.warning("%s: asking again for %d aborted samples", self._client.key, len(missing))
-                collected.died = self._round(missing, collected, step, expected_version)
-                if collected.died is not None:
-                    return collected
-        except ServerDied as error:
-            collected.died = error
+        servers = self._usable(requests, expected_version, collected)
+        attempts = self._config.server.max_retries + 1
+        for attempt in range(attempts):
+            missing = collected.misses(requests)
+            if not missing or not servers:
+                break
+            if attempt:
+                self.aborted += len(missing)
+                log.warning("%s: asking again for %d aborted samples", self._key, len(missing))
+            self._round(missing, collected, step, expected_version, servers)
+            servers = [client for client in servers if client.key not in collected.lost]
+        missing = collected.misses(requests)
+        if missing and not servers:
+            others = [error for error in collected.lost.values() if not isinstance(error, ServerDied)]
+            if len(others) == len(collected.lost):
+                raise others[0]
             return collected
-        missing_count = len(requests) - len(collected.rollouts) - len(collected.masked)
-        if missing_count:
+        if missing:
             raise ServerError(
-                f"{self._client.key}: {missing_count} of {len(requests)} samples were still aborted after "
-                f"max_retries={self._config.server.max_retries}"
+                f"{self._key}: {len(missing)} of {len(requests)} samples were still aborted after "
+                f"max_retries={attempts - 1}"
             )
         self._check_masked(collected, len(requests))
         return collected
+
+    @property
+    def _key(self) -> str:
+        """The section that messages name."""
+        return self.clients[0].key if len(self.clients) == 1 else "rollout.servers"
 
     def _check_masked(self, collected: Collected, asked: int) -> None:
         """Log the samples left out. Raises ServerError if they are more than `masked_share`, or all of them."""
@@ -111,29 +132,54 @@ class SglangSampler:
         sample_id, reason = next(iter(collected.masked.items()))
         count = len(collected.masked)
         what = (
-            f"{self._client.key}: {count} of {asked} samples have no usable answer, asked for twice; the first is "
+            f"{self._key}: {count} of {asked} samples have no usable answer, asked for twice; the first is "
             f"{sample_id}: {reason}"
         )
         if count > self._masked_share * asked or count == asked:
             raise ServerError(f"{what}; at most gates.masked_share={self._masked_share:g} of a step may be left out")
         log.warning("%s; they are left out of the step", what)
 
-    def _round(self, requests: list[SampleRequest], collected: Collected, step: int, version: str) -> ServerDied | None:
-        """Send each request once and add complete answers to `collected`. If the server is gone, return its error."""
-        died: ServerDied | None = None
-        answers = self._client.generate([self._generation_request(request) for request in requests])
-        for request, answer in zip(requests, answers, strict=True):
-            if isinstance(answer, ServerDied):
-                died = answer
-            elif isinstance(answer, AnswerError):
+    def _round(
+        self,
+        requests: list[SampleRequest],
+        collected: Collected,
+        step: int,
+        version: str,
+        servers: Sequence[SglangClient],
+    ) -> None:
+        """Send each request once, and add complete answers and lost servers to `collected`."""
+        questions = [self._generation_request(request, step) for request in requests]
+        speeds = [self._speeds.get(client.key, 1.0) for client in servers]
+        sampled = generate_on(servers, questions, speeds=speeds, refuses=lambda answer: self._stale(answer, version))
+        self._note_servers(sampled, servers, collected)
+        for request, answer in zip(requests, sampled.answers, strict=True):
+            if isinstance(answer, AnswerError):
                 collected.masked[request.sample_id] = str(answer)
             elif isinstance(answer, ServerError):
-                raise answer
+                if not collected.lost:
+                    raise answer
             elif answer.finish_reason != "abort":
                 collected.rollouts[request.sample_id] = self._rollout(request, answer, step, version)
-        return died
 
-    def _generation_request(self, request: SampleRequest) -> GenerationRequest:
+    def _note_servers(
+        self, sampled: Dispatched[Generation], servers: Sequence[SglangClient], collected: Collected
+    ) -> None:
+        """Remember how fast the servers were, and which were lost."""
+        for place, error in sampled.lost.items():
+            collected.lost[servers[place].key] = error
+            if place in sampled.unresponsive:
+                collected.unresponsive.add(servers[place].key)
+        mean = sum(sampled.speeds.values()) / max(len(sampled.speeds), 1)
+        for place, speed in sampled.speeds.items():
+            key = servers[place].key
+            self._speeds[key] = (1 - SMOOTHING) * self._speeds.get(key, 1.0) + SMOOTHING * speed / mean
+        if sampled.moved or sampled.again:
+            log.info(
+                "%s: %d samples went on at another server, %d were sampled anew", self._key, sampled.moved,
+                sampled.again,
+            )  # fmt: skip
+
+    def _generation_request(self, request: SampleRequest, step: int) -> GenerationRequest:
         return GenerationRequest(
             input_ids=np.concatenate([request.prompt_ids, request.prefix_ids]).astype(np.int32),
             max_new_tokens=request.max_new_tokens,
@@ -142,15 +188,19 @@ class SglangSampler:
             top_p=self._config.top_p,
             top_k=self._config.top_k,
             stop_token_ids=self._eos_ids,
+            seed=decode_seed(self._seed, step, request.sample_id),
+        )
+
+    def _stale(self, answer: Generation, version: str) -> str | None:
+        """Say why an answer shows that its server must not be used; None if it was drawn from the right weights."""
+        if set(answer.weight_versions) == {version} or not len(answer.output_ids):
+            return None
+        return (
+            f"{self._key}: a sample was drawn from weights {list(answer.weight_versions)}; expected {version!r} alone: "
+            "publish the weights first, and let nothing else update this server"
         )
 
     def _rollout(self, request: SampleRequest, answer: Generation, step: int, version: str) -> Rollout:
-        if set(answer.weight_versions) != {version}:
-            raise ServerError(
-                f"{self._client.key}: sample {request.sample_id} was drawn from weights "
-                f"{list(answer.weight_versions)}; expected {version!r} alone: publish the weights first, "
-                "and let nothing else update this server"
-            )
         return Rollout(
             sample_id=request.sample_id,
             prompt_id=request.prompt_id,
@@ -170,20 +220,31 @@ class SglangSampler:
             for name, ids in (("prompt", request.prompt_ids), ("prefix", request.prefix_ids)):
                 check_ids(ids, self._vocab_size, what=f"the {name} of sample {request.sample_id}")
 
-    def _check_server(self, requests: list[SampleRequest], version: str) -> None:
-        info = self._client.info()
-        if info.weight_version != version:
-            raise ServerError(
-                f"{self._client.key}: the server has weights {info.weight_version!r}; expected {version!r}: "
-                "publish the weights first"
-            )
+    def _usable(self, requests: list[SampleRequest], version: str, collected: Collected) -> list[SglangClient]:
+        """The servers that have the expected weights. Those that are gone, and of several also others, are `lost`."""
         longest = max((len(r.prompt_ids) + len(r.prefix_ids) + r.max_new_tokens for r in requests), default=0)
-        if longest > info.longest_sequence:
-            raise ServerError(
-                f"{self._client.key}: the longest sample may reach {longest} tokens but the server takes "
-                f"{info.longest_sequence}: lower rollout.max_new_tokens, or raise {self._client.key}.max_total_tokens "
-                f"or --context-length in {self._client.key}.extra_args"
-            )
+        usable = []
+        for client in self.clients:
+            try:
+                info = client.info()
+                if info.weight_version != version:
+                    raise ServerError(
+                        f"{client.key}: the server has weights {info.weight_version!r}; expected {version!r}: publish "
+                        "the weights first"
+                    )
+            except ServerError as error:
+                if len(self.clients) == 1 and not isinstance(error, ServerDied):
+                    raise
+                collected.lost[client.key] = error
+                continue
+            if longest > info.longest_sequence:
+                raise ServerError(
+                    f"{client.key}: the longest sample may reach {longest} tokens but the server takes "
+                    f"{info.longest_sequence}: lower rollout.max_new_tokens, or raise {client.key}.max_total_tokens "
+                    f"or --context-length in {client.key}.extra_args"
+                )
+            usable.append(client)
+        return usable
 
 
 def check_ids(ids: IntArray, vocab_size: int, *, what: str) -> None:

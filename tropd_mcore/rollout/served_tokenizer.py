@@ -17,7 +17,7 @@ from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.data.tokenizer import read_tokenizer, write_for_server
 from tropd_mcore.data.tokenizer_gate import check_server_tokenizer, server_probe
 from tropd_mcore.errors import ServerDied, ServerError
-from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.serving.process import LOOPBACK, ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
 
 log = logging.getLogger(__name__)
@@ -44,13 +44,15 @@ def server_spec(
     title: str | None = None,
     here: bool = True,
     longest: int | None = None,
+    host: str = LOOPBACK,
 ) -> ServerSpec:
     """Return the specification of a server for the model in the folder `model`, with the tokenizer as we read it.
 
     `key` is the configuration section of `config` and `model_key` the key of `model`; both are for messages. `title` is
     the prefix of messages (default: `key`). `dtype` is used if `config` sets none. The server's output goes to
     <logs>/<name>.log. `here`: this process starts the server, unless `config.url` names a running one. `longest` is the
-    number of tokens of the longest request. Raises DataError like `tokenizer_for_server`.
+    number of tokens of the longest request. A started server listens on `host`. Raises DataError like
+    `tokenizer_for_server`.
     """
     return ServerSpec(
         key=key,
@@ -64,6 +66,7 @@ def server_spec(
         dtype=dtype,
         tokenizer_path=tokenizer_for_server(model, logs, name) if here and config.url is None else None,
         longest=longest,
+        host=host,
     )
 
 

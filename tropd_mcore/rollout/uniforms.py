@@ -1,7 +1,7 @@
-"""Draws the uniform random numbers of the trust decision, one per response token, on the host.
+"""Draws the uniform random numbers of the trust decision, one per response token, and the seed of each sample's text.
 
-They are not used for sampling text or for dropout. Invariant: a draw depends only on (run seed, step, sample id). So
-every rank, every resume and every replay sees the same decision, for any layout and any order of the samples.
+Dropout does not use them. Invariant: a draw depends only on (run seed, step, sample id). So every rank, every resume
+and every replay sees the same decision, for any layout, any order of the samples and any number of servers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ def trust_uniforms(seed: int, step: int, sample_id: str, count: int) -> FloatArr
     The generator is counter-based (Philox); its key is a hash of seed, step and sample id. A longer draw starts with
     the numbers of a shorter one. Source: TrOPD section 3.2 (the Bernoulli gate).
     """
-    digest = hashlib.sha256(f"{seed}\n{step}\n{sample_id}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(seed, step, sample_id)[:16], "big")))
     return generator.random(count, dtype=np.float32)
+
+
+def decode_seed(seed: int, step: int, sample_id: str) -> int:
+    """Return the seed in [0, 2^63) with which an engine that takes one per request samples the text of one sample."""
+    return int.from_bytes(_digest(seed, step, sample_id)[16:24], "big") >> 1
+
+
+def _digest(seed: int, step: int, sample_id: str) -> bytes:
+    return hashlib.sha256(f"{seed}\n{step}\n{sample_id}".encode()).digest()

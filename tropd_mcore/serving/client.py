@@ -9,16 +9,16 @@ so the client cannot be used inside a running one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import AnswerError, ServerError
+from tropd_mcore.errors import ServerError
 from tropd_mcore.progress import progress
 from tropd_mcore.serving import wire
+from tropd_mcore.serving.dispatch import Dispatched, Lane, Work, dispatch
 from tropd_mcore.serving.environment import read_api_key
 from tropd_mcore.serving.transport import Endpoint, MissingError, RefusedError, Transport
 
@@ -105,25 +105,11 @@ class SglangClient:
         At most `max_concurrency` requests are in flight. All token ids must be inside the vocabulary; any other id
         kills SGLang.
         """
-        with progress(log, self.name, total=len(requests), unit="responses", amount_unit="tok") as state:
-            longest = 0
-
-            def count(answer: wire.Generation | ServerError) -> None:
-                nonlocal longest
-                tokens = 0 if isinstance(answer, ServerError) else len(answer.output_ids)
-                longest = max(longest, tokens)
-                state.advance(note=f"longest {longest}", amount=tokens)
-
-            return self._generate_all(requests, wire.generation_body, wire.read_generation, count)
+        return generate_on([self], requests).answers
 
     def score(self, requests: list[wire.ScoringRequest]) -> list[wire.TokenScores | ServerError]:
         """Score each request at temperature 1. Entry i holds the scores of request i, or the error it failed with."""
-        with progress(log, self.name, total=len(requests), unit="samples scored", amount_unit="tok") as state:
-
-            def count(answer: wire.TokenScores | ServerError) -> None:
-                state.advance(amount=0 if isinstance(answer, ServerError) else len(answer.logp_N))
-
-            return self._generate_all(requests, wire.scoring_body, wire.read_scores, count)
+        return score_on([self], requests).answers
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Tokenize each text on the server, without adding special tokens.
@@ -278,39 +264,91 @@ class SglangClient:
             body_bytes=len(body) if isinstance(body, bytes) else 0,
         )
 
-    def _generate_all(
-        self,
-        questions: list[Question],
-        body_of: Callable[[Question], wire.Json],
-        read: Callable[[object, Question], Answer],
-        count: Callable[[Answer | ServerError], None],
-    ) -> list[Answer | ServerError]:
-        """Post each question to /generate and decode its answer with `read`. Failed questions give their error.
+    def lane(self, speed: float = 1.0) -> Lane:
+        """Return this server for `dispatch`."""
+        return Lane(self._http, speed)
 
-        `count` is called with each result as it arrives. If an answer makes no sense, the question is sent once more;
-        one log line covers all of these.
-        """
-        nonsense: list[str] = []
-
-        async def ask(session: aiohttp.ClientSession, question: Question) -> Answer:
-            body = body_of(question)
-            try:
-                return read(await self._http.call(session, "POST", "/generate", body), question)
-            except AnswerError as error:
-                nonsense.append(str(error))
-            return read(await self._http.call(session, "POST", "/generate", body), question)
-
-        answers = self._http.run(
-            lambda session: self._http.gather([partial(ask, session, question) for question in questions], count),
-            watched=False,  # `gather` watches itself: if the server hangs, answers received so far are kept
-        )
+    def note_nonsense(self, nonsense: Sequence[str], asked: int) -> None:
+        """Count the answers that made no sense, of `asked` questions, with one log line for all of them."""
         self.asked_again += len(nonsense)
         if nonsense:
             log.warning(
                 "%s: %d of %d answers made no sense and were asked for once more; the first: %s",
                 self.key,
                 len(nonsense),
-                len(questions),
+                asked,
                 nonsense[0],
             )
-        return answers
+
+
+def generate_on(
+    clients: Sequence[SglangClient],
+    requests: Sequence[wire.GenerationRequest],
+    *,
+    speeds: Sequence[float] = (),
+    refuses: Callable[[wire.Generation], str | None] = lambda _: None,
+) -> Dispatched[wire.Generation]:
+    """Sample each request on one of the servers (see `dispatch`).
+
+    `speeds` are those of the servers; empty = equal. `refuses` says why an answer shows that its server must not be
+    used.
+    """
+    work = Work(
+        body=wire.generation_body,
+        read=wire.read_generation,
+        tokens=lambda answer: len(answer.output_ids),
+        size=lambda request: (request.max_new_tokens, len(request.input_ids)),
+        group=lambda request: request.input_ids.tobytes(),
+        is_part=lambda answer: answer.finish_reason == "abort",
+        after=wire.continued,
+        joined=wire.joined,
+        refuses=refuses,
+    )
+    with progress(log, _called(clients), total=len(requests), unit="responses", amount_unit="tok") as state:
+        longest = 0
+
+        def count(answer: wire.Generation | ServerError) -> None:
+            nonlocal longest
+            tokens = 0 if isinstance(answer, ServerError) else len(answer.output_ids)
+            longest = max(longest, tokens)
+            state.advance(note=f"longest {longest}", amount=tokens)
+
+        return _dispatched(clients, speeds, work, requests, count)
+
+
+def score_on(
+    clients: Sequence[SglangClient], requests: Sequence[wire.ScoringRequest], *, speeds: Sequence[float] = ()
+) -> Dispatched[wire.TokenScores]:
+    """Score each request on one of the servers at temperature 1 (see `dispatch`)."""
+    work: Work[wire.ScoringRequest, wire.TokenScores] = Work(
+        body=wire.scoring_body,
+        read=wire.read_scores,
+        tokens=lambda answer: len(answer.logp_N),
+        size=lambda request: (len(request.token_ids),),
+    )
+    with progress(log, _called(clients), total=len(requests), unit="samples scored", amount_unit="tok") as state:
+
+        def count(answer: wire.TokenScores | ServerError) -> None:
+            state.advance(amount=0 if isinstance(answer, ServerError) else len(answer.logp_N))
+
+        return _dispatched(clients, speeds, work, requests, count)
+
+
+def _called(clients: Sequence[SglangClient]) -> str:
+    """The prefix of progress lines."""
+    if len(clients) == 1:
+        return clients[0].name
+    return f"{len(clients)} servers ({clients[0].key} and others)"
+
+
+def _dispatched(
+    clients: Sequence[SglangClient],
+    speeds: Sequence[float],
+    work: Work[Question, Answer],
+    questions: Sequence[Question],
+    count: Callable[[Answer | ServerError], None],
+) -> Dispatched[Answer]:
+    lanes = [client.lane(speed) for client, speed in zip(clients, speeds or [1.0] * len(clients), strict=True)]
+    found = dispatch(lanes, work, questions, count)
+    clients[0].note_nonsense(found.nonsense, len(questions))
+    return found

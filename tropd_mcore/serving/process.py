@@ -40,7 +40,7 @@ from tropd_mcore.serving.record import group_members, make_record, stop_group, s
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 POLL_S = 0.25
 FLOAT32_LOGITS = "--enable-fp32-lm-head"
 """Argument with which SGLang keeps the logits of a bfloat16 model in float32. On a GPU it copies no weight for that."""
@@ -76,6 +76,8 @@ class ServerSpec:
     tokenizer_path: Path | None = None
     """Folder of the tokenizer to serve with; None = the model folder."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
+    host: str = LOOPBACK
+    """Address of this machine on which the server listens; any other than loopback can be reached from outside."""
     longest: int | None = None
     """Tokens of the longest request to expect, to tell how many of them the KV cache holds; None = do not tell."""
 
@@ -111,7 +113,8 @@ class ServerProcess:
     def url(self) -> str:
         """Base URL; available after `start`."""
         assert self.port is not None, "start() first"
-        return f"http://{HOST}:{self.port}"
+        host = self.spec.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -152,7 +155,7 @@ class ServerProcess:
             spec.run_dir.mkdir(parents=True, exist_ok=True)
         stop_left_over(spec.record_path, key=spec.called)
         # a restart keeps the port that the OS chose, so the URL does not change
-        self._reserved = _reserve_port(self.port or spec.config.port, key=f"{spec.key}.port")
+        self._reserved = _reserve_port(spec.host, self.port or spec.config.port, key=f"{spec.key}.port")
         port = self.port = self._reserved.getsockname()[1]
         remove_left_over()
         self._folder = make_folder()
@@ -195,7 +198,7 @@ class ServerProcess:
         # by path, because another interpreter cannot import this package; -P keeps our folder off its import path
         command = [str((config.python or Path(sys.executable)).absolute()), "-P", sglang_launch.__file__]
         command += ["--parent-pid", str(os.getpid())]
-        command += ["--model-path", str(spec.model_path), "--host", HOST, "--port", str(self.port)]
+        command += ["--model-path", str(spec.model_path), "--host", spec.host, "--port", str(self.port)]
         if spec.tokenizer_path is not None:
             command += ["--tokenizer-path", str(spec.tokenizer_path)]
         command += ["--device", spec.device, "--dtype", config.dtype or spec.dtype]
@@ -234,10 +237,23 @@ class ServerProcess:
                     self.stop()
                     raise ServerError(f"{called}: not ready after {self.spec.key}.start_timeout_s={limit:g} s; {end}")
                 time.sleep(POLL_S)
+        self._note_ready(client)
+        log.info("%s: ready on %s after %.1f s", called, self.url, time.monotonic() - started)
+
+    def is_ready(self) -> bool:
+        """Return whether the server can generate, without waiting for it. False if it has ended."""
+        if not self.alive():
+            return False
+        client = self.client()
+        if not self._ready and client.healthy(HEALTH_TIMEOUT_S):
+            self._note_ready(client)
+            log.info("%s: ready on %s", self.spec.called, self.url)
+        return self._ready
+
+    def _note_ready(self, client: SglangClient) -> None:
         self._release_port()
         note_process(self.pid)
         self._ready = True
-        log.info("%s: ready on %s after %.1f s", called, self.url, time.monotonic() - started)
         self._tell_cache(client)
 
     def _tell_cache(self, client: SglangClient) -> None:
@@ -327,20 +343,21 @@ class ServerProcess:
             self._reserved = None
 
 
-def _reserve_port(port: int | None, *, key: str) -> socket.socket:
+def _reserve_port(host: str, port: int | None, *, key: str) -> socket.socket:
     """Bind a port without listening on it: the OS gives it to nobody else, but the server can still listen on it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if port is not None:
-        with socket.socket() as probe:
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((HOST, port))
+                probe.bind((host, port))
                 probe.listen()
             except OSError as error:
                 raise ServerError(
                     f"{key}={port} is taken ({error.strerror}); stop what listens there, or leave it out so that "
                     "the OS chooses a free port"
                 ) from error
-    reserved = socket.socket()
+    reserved = socket.socket(family)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserved.bind((HOST, port or 0))
+    reserved.bind((host, port or 0))
     return reserved

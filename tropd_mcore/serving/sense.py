@@ -88,6 +88,15 @@ def check_end(output_ids: IntArray, reason: str, matched: object, *, longest: in
         )
 
 
+def check_part(output_ids: IntArray, *, longest: int, end_ids: Collection[int]) -> None:
+    """Raise AnswerError if aborted tokens hold an end, or are as many as were asked for, which is no abort."""
+    if len(output_ids) >= longest or set(output_ids.tolist()) & set(end_ids):
+        raise AnswerError(
+            f"SGLang aborted after {len(output_ids)} tokens of at most {longest}, of {_some(end_ids)} as their end: "
+            "expected a beginning without an end"
+        )
+
+
 def check_candidates(topk_ids_NK: IntArray, topk_logp_NK: FloatArray, vocab_size: int) -> None:
     """Raise AnswerError unless each row has K different ids of the vocabulary with a total probability of at most 1."""
     outside = topk_ids_NK[(topk_ids_NK < 0) | (topk_ids_NK >= vocab_size)]

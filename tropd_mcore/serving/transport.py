@@ -41,6 +41,7 @@ STOP_POLL_S = 0.25
 """Seconds between two checks for a stop request."""
 SLOWEST_READING = 16 * 2**20
 """Lowest rate, in bytes per second, at which a server parses a request body. Parsing JSON blocks its HTTP process."""
+SPARE_CONNECTIONS = 4
 BUSY_STATUS = (408, 425, 429)
 """Status codes that mean that the server has done nothing yet, so that any request can be repeated."""
 NOT_SGLANG = "is a proxy or another service at this url?"
@@ -56,7 +57,7 @@ class _BusyError(_PassingError):
     """The server did nothing and asks for a later attempt."""
 
 
-class _LateError(_PassingError):
+class LateError(_PassingError):
     """No answer within request_timeout_s."""
 
 
@@ -113,70 +114,32 @@ class Transport:
         busy_s = body_bytes / SLOWEST_READING
 
         async def with_session() -> Answer:
-            connector = aiohttp.TCPConnector(limit=self._config.max_concurrency)
-            timeout = aiohttp.ClientTimeout(total=limit_s or self._config.request_timeout_s)
-            async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers()) as session:
-                dangers = [self._hung(generates=False, busy_s=busy_s)] if watched else []
-                return await _attended(call(session), dangers, may_stop=may_stop)
+            async with self.session(limit_s) as session:
+                dangers = [self.hung(generates=False, busy_s=busy_s)] if watched else []
+                return await attended(call(session), dangers, may_stop=may_stop)
 
         return asyncio.run(with_session())
+
+    @property
+    def max_concurrency(self) -> int:
+        """Most requests in flight."""
+        return self._config.max_concurrency
+
+    def session(self, limit_s: float | None = None) -> aiohttp.ClientSession:
+        """Return a session of the running event loop; a request may take `limit_s` (default: request_timeout_s)."""
+        # a few connections beside those of generation, for aborts
+        connector = aiohttp.TCPConnector(limit=self._config.max_concurrency + SPARE_CONNECTIONS)
+        timeout = aiohttp.ClientTimeout(total=limit_s or self._config.request_timeout_s)
+        return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers())
 
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._to.api_key}"} if self._to.api_key else {}
 
-    async def _hung(self, *, generates: bool, busy_s: float = 0.0) -> ServerDied:
+    async def hung(self, *, generates: bool, busy_s: float = 0.0) -> ServerDied:
         """Wait until the server is hung, then return the error."""
         limit_s = self._config.hang_timeout_s
         reason = await hang(Watched(self.url, limit_s, generates, self._headers(), self._to.stopped, busy_s))
         return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})")
-
-    async def gather(
-        self, calls: list[Callable[[], Awaitable[Answer]]], count: Callable[[Answer | ServerError], None]
-    ) -> list[Answer | ServerError]:
-        """Run all calls and return their answers in order.
-
-        If the server hangs, answers received so far are kept and the others become ServerDied. Raises StopRequested
-        within STOP_POLL_S; SGLang then aborts the open requests, because their connections are closed.
-        """
-        slots = asyncio.Semaphore(self._config.max_concurrency)
-        unanswering: asyncio.Future[ServerDied] = asyncio.get_running_loop().create_future()
-        answered = 0
-
-        async def caught(call: Callable[[], Awaitable[Answer]]) -> Answer | ServerError:
-            nonlocal answered
-            async with slots:
-                before = answered
-                try:
-                    answer: Answer | ServerError = await call()
-                    answered += 1
-                except ServerError as error:
-                    answer = error
-                    if isinstance(error.__cause__, _LateError) and answered == before:
-                        answer = ServerHung(f"{error}; no other request was answered meanwhile")
-                        if not unanswering.done():
-                            unanswering.set_result(answer)
-            count(answer)
-            return answer
-
-        tasks = [asyncio.ensure_future(caught(call)) for call in calls]
-        if not tasks:
-            return []
-        try:
-            await _attended(
-                asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION),
-                [self._hung(generates=True), unanswering],
-                may_stop=True,
-            )
-            died = None
-        except ServerDied as error:
-            died = error
-        finally:
-            await _cancelled(tasks)
-        for task in tasks:
-            # an error in our own code, for which the other tasks were cancelled
-            if not task.cancelled() and (bug := task.exception()) is not None:
-                raise bug
-        return [died if died is not None and task.cancelled() else task.result() for task in tasks]
 
     async def call(
         self,
@@ -229,7 +192,7 @@ class Transport:
                 return self._checked(path, answer, await answer.read(), json_answer=json_answer)
         except TimeoutError as error:
             seconds = session.timeout.total or 0.0
-            raise _LateError(
+            raise LateError(
                 f"{self.name}: no answer of {path} at {self.url} within request_timeout_s={seconds:g} s"
             ) from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
@@ -283,7 +246,7 @@ class Transport:
         )
 
 
-async def _attended(
+async def attended(
     work: Awaitable[Answer],
     dangers: Sequence[Coroutine[None, None, ServerDied] | asyncio.Future[ServerDied]],
     *,
@@ -305,10 +268,10 @@ async def _attended(
                 stopping.check()
         return task.result()
     finally:
-        await _cancelled([task, *guards])
+        await cancelled([task, *guards])
 
 
-async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
+async def cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:
     """Cancel all unfinished tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()

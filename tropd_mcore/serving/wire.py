@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,6 +39,9 @@ class GenerationRequest:
     top_p: float = 1.0
     top_k: int = -1
     stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    """With --enable-deterministic-inference, the same seed, tokens and weights give the same continuation on every
+    server. Without it, SGLang ignores the seed"""
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,12 @@ def find_outside(token_ids: IntArray, vocab_size: int) -> int | None:
     return int(outside[0]) if len(outside) else None
 
 
-def generation_body(request: GenerationRequest) -> Json:
-    """Return the JSON body of /generate for one continuation with the log-prob of each sampled token."""
-    sampling = {
+def generation_body(request: GenerationRequest, rid: str) -> Json:
+    """Return the JSON body of /generate for one continuation with the log-prob of each sampled token.
+
+    SGLang aborts by the first characters of `rid`, so no id may begin with another one.
+    """
+    sampling: Json = {
         "max_new_tokens": request.max_new_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -152,14 +159,17 @@ def generation_body(request: GenerationRequest) -> Json:
         "stop_token_ids": list(request.stop_token_ids),
         "skip_special_tokens": False,
     }
-    return {"input_ids": request.input_ids.tolist(), "sampling_params": sampling, "return_logprob": True}
+    if request.seed is not None:
+        sampling["sampling_seed"] = request.seed
+    return {"rid": rid, "input_ids": request.input_ids.tolist(), "sampling_params": sampling, "return_logprob": True}
 
 
-def scoring_body(request: ScoringRequest) -> Json:
+def scoring_body(request: ScoringRequest, rid: str) -> Json:
     """Return the JSON body of /generate that scores the tokens and samples none."""
     assert 1 <= request.first < len(request.token_ids), "the first token has no log-prob"
     assert request.topk <= request.vocab_size, "more candidates than tokens"
     body: Json = {
+        "rid": rid,
         "input_ids": request.token_ids.tolist(),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
         "return_logprob": True,
@@ -176,19 +186,25 @@ def scoring_body(request: ScoringRequest) -> Json:
 
 
 def read_generation(answer: object, request: GenerationRequest) -> Generation:
-    """Check and decode an answer to `generation_body`. Raises AnswerError."""
+    """Check and decode an answer to `generation_body`; one that was aborted has the tokens until then.
+
+    Raises AnswerError.
+    """
     answer = _object(answer, "the answer")
     meta = _object(answer.get("meta_info"), "meta_info")
     finish = _object(meta.get("finish_reason"), "meta_info.finish_reason")
     reason = finish.get("type")
     if reason not in ("stop", "length", "abort"):
         raise AnswerError(f"SGLang answered finish_reason {_shown(reason)}; expected stop, length or abort")
-    if reason == "abort":
+    if reason == "abort" and not answer.get("output_ids"):
         return Generation(np.zeros(0, np.int32), np.zeros(0, np.float32), reason, _weight_versions(meta))
     sense.check_prompt_length(meta.get("prompt_tokens"), len(request.input_ids))
     output_ids = sense.token_ids(_list(answer, "output_ids"), request.vocab_size, field="output_ids")
     logp = _token_logp(_list(meta, "output_token_logprobs"), output_ids, "output_token_logprobs")
     sense.check_log_probs(logp, field="output_token_logprobs")
+    if reason == "abort":
+        sense.check_part(output_ids, longest=request.max_new_tokens, end_ids=request.stop_token_ids)
+        return Generation(output_ids, logp, reason, _weight_versions(meta))
     sense.check_end(
         output_ids, reason, finish.get("matched"), longest=request.max_new_tokens, end_ids=request.stop_token_ids
     )
@@ -196,6 +212,28 @@ def read_generation(answer: object, request: GenerationRequest) -> Generation:
     if output_ids[-1] in request.stop_token_ids:
         reason = "stop"
     return Generation(output_ids, logp, reason, _weight_versions(meta))
+
+
+def continued(request: GenerationRequest, part: Generation) -> GenerationRequest:
+    """Return the request that goes on after an aborted answer to `request`."""
+    return replace(
+        request,
+        input_ids=np.concatenate([request.input_ids, part.output_ids]).astype(np.int32),
+        max_new_tokens=request.max_new_tokens - len(part.output_ids),
+    )
+
+
+def joined(parts: Sequence[Generation]) -> Generation:
+    """Return one continuation from its parts in order; all but the last were aborted."""
+    if len(parts) == 1:
+        return parts[0]
+    versions = [version for part in parts for version in part.weight_versions]
+    return Generation(
+        np.concatenate([part.output_ids for part in parts]).astype(np.int32),
+        np.concatenate([part.logp for part in parts]).astype(np.float32),
+        parts[-1].finish_reason,
+        tuple(dict.fromkeys(versions)),
+    )
 
 
 def read_scores(answer: object, request: ScoringRequest) -> TokenScores:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tropd_mcore.config.derived import reference_path, used_servers
+from tropd_mcore.config.derived import is_rollout, reference_path, rollout_servers, used_servers
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.end_tokens import EndTokens
@@ -28,13 +28,14 @@ from tropd_mcore.mcore.platform import Platform
 from tropd_mcore.mcore.weights_io import load_hf
 from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.records.run_dir import RunDir
-from tropd_mcore.rollout.policy_server import PolicyServer
+from tropd_mcore.rollout.fleet_publisher import FleetPublisher, Target
+from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers, PolicyTools
 from tropd_mcore.rollout.publication import PublicationLedger
-from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.requests import responses_as_rollouts
 from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, server_spec
 from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.serving.wire import ServerInfo
 from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.megatron import MegatronTeacher
 from tropd_mcore.teacher.nobody import NoTeacher
@@ -49,6 +50,7 @@ from tropd_mcore.train.held_out import HeldOut, LoadedOnce
 from tropd_mcore.train.inputs import Inputs, teacher_name
 from tropd_mcore.train.loaded_inputs import LoadedInputs, longest_held_out
 from tropd_mcore.train.model_check import check_model
+from tropd_mcore.train.servers import Nodes, start_policy_servers
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
 from tropd_mcore.weights.served import ServedModel
@@ -67,30 +69,35 @@ class JobContext(NamedModels):
     models: Mapping[str, Architecture | ServedModel]
     """Architectures, or sizes of a served teacher, by the key of their folder: student.path, teacher.path, and
     objective.reference if there is one."""
+    nodes: Nodes = field(default_factory=Nodes)
 
 
 @dataclass(frozen=True)
 class Servers:
-    """The servers of the run. A server that the job starts is on rank 0 only, one at a url on every rank; else None."""
+    """The servers of the run. The teacher's is on rank 0 if the job starts it, on every rank at a url; else None."""
 
-    policy: SupervisedServer | None = None
+    policy: PolicyServers = field(default_factory=lambda: PolicyServers({}, {}))
     teacher: SupervisedServer | None = None
 
 
 def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Servers:
     """Start the servers of the run; `longest` is the number of tokens of the longest sample. Collective.
 
-    On GPUs each is ready before the next one starts and before this returns. Call it before the trainer takes memory:
-    a server takes a part of what is free when it starts. On a CPU nothing is waited for.
+    On GPUs the rollout servers are ready before the teacher's starts, and all before this returns. Call it before the
+    trainer takes memory: a server takes a part of what is free when it starts. On a CPU nothing is waited for.
     """
     used = used_servers(context.config)
+    policy = start_policy_servers(
+        {key: server for key, server in used.items() if is_rollout(key)}, context, cleanup, longest
+    )
     servers = Servers(
-        policy=_start_server(context, "rollout", cleanup, longest) if "rollout.server" in used else None,
-        teacher=_start_server(context, "teacher", cleanup, longest) if "teacher.server" in used else None,
+        policy=policy,
+        teacher=_start_teacher_server(context, cleanup, longest) if "teacher.server" in used else None,
     )
     with raise_on_all_ranks(context.layout.groups.control):
-        if servers.policy is not None and _releases_memory(context):
-            servers.policy.release_memory()  # until the first publication; both servers have fitted at once
+        if _releases_memory(context):
+            for server in policy.reached.values():
+                server.release_memory()  # until the first publication; all servers have fitted at once
     return servers
 
 
@@ -121,33 +128,34 @@ def make_policy(
     context: JobContext,
     student: Model,
     ends: EndTokens,
-    server: SupervisedServer | None,
+    servers: PolicyServers,
     clock: StepClock | None = None,
 ) -> PolicyServer:
-    """Return the interface of all ranks to the rollout server. Responses stop at `ends`; `clock` times the step."""
+    """Return the interface of all ranks to the rollout servers. Responses stop at `ends`; `clock` times the step."""
     config = context.config
     dtype = student.config.params_dtype
     plan = [(name, shape, dtype) for name, shape in hf_weight_plan(context.student)]
-    ledger = PublicationLedger("rollout.server") if config.gates.weight_sync else None
+    ledgers = {key: PublicationLedger(key) for key in servers.reached} if config.gates.weight_sync else {}
 
-    def connect(server: SupervisedServer) -> tuple[SglangSampler, WeightPublisher]:
+    def connect(server: SupervisedServer) -> Target:
         if config.gates.tokenizer:
             check_served_tokenizer(server, config.student.path)
-        sampler = SglangSampler(
-            server.client,
-            config.rollout,
-            eos_ids=ends.ids,
-            vocab_size=context.student.vocab_size,
-            seed=config.run.seed,
-            masked_share=config.gates.masked_share,
-        )
-        return sampler, WeightPublisher(server.client, plan, ledger=ledger, transport=config.rollout.server.weights)
+        return Target(server.client, ledgers.get(server.spec.key), server.config.weights)
 
+    sampler = SglangSampler(
+        [],
+        config.rollout,
+        eos_ids=ends.ids,
+        vocab_size=context.student.vocab_size,
+        seed=config.run.seed,
+        masked_share=config.gates.masked_share,
+    )
+    tools = PolicyTools(sampler, FleetPublisher(plan), connect) if context.layout.rank == 0 else None
     return PolicyServer(
         student,
         context.layout,
-        server,
-        connect,
+        servers,
+        tools,
         verify_sync=config.gates.weight_sync,
         release_memory=_releases_memory(context),
         clock=clock,
@@ -155,21 +163,26 @@ def make_policy(
 
 
 def _releases_memory(context: JobContext) -> bool:
-    return context.config.rollout.server.release_memory and context.platform.name == "cuda"
+    servers = rollout_servers(context.config).values()
+    return context.platform.name == "cuda" and any(server.release_memory for server in servers)
 
 
-def sampler_bounds(context: JobContext, server: SupervisedServer | None) -> SamplerBounds:
-    """Return the allowed difference between sampler and trainer. A `server` at a url is asked how it computes.
+def sampler_bounds(context: JobContext, servers: PolicyServers) -> SamplerBounds:
+    """Return the allowed difference between sampler and trainer. Servers at a url are asked how they compute.
 
     Collective.
     """
     config = context.config
 
     def bounds() -> SamplerBounds:
-        served = None
-        if server is not None and config.rollout.server.url is not None and config.gates.sampler_logprob:
-            served = server.client.info()
-        return SamplerBounds.of(config, exact=engines_are_exact(config, context.platform.name, served))
+        elsewhere = [server for server in servers.reached.values() if not server.is_started]
+        asked: list[ServerInfo | None] = []
+        if config.gates.sampler_logprob:
+            asked = [server.client.info() for server in elsewhere]
+        if len(asked) < max(len(servers.reached), 1):
+            asked.append(None)  # those that the job starts compute as the configuration says
+        exact = all(engines_are_exact(config, context.platform.name, served) for served in asked)
+        return SamplerBounds.of(config, exact=exact)
 
     return on_rank_zero(bounds, context.layout.groups.control)
 
@@ -356,24 +369,21 @@ def _frozen(context: JobContext, key: str, path: Path, dtype: Dtype) -> Model:
     return model
 
 
-def _start_server(
-    context: JobContext, name: Literal["rollout", "teacher"], cleanup: ExitStack, longest: int
-) -> SupervisedServer | None:
-    """Start the server of a section on rank 0 (see `start_servers`); the other ranks return None for it.
+def _start_teacher_server(context: JobContext, cleanup: ExitStack, longest: int) -> SupervisedServer | None:
+    """Start the teacher's server on rank 0 (see `start_servers`); the other ranks return None for it.
 
     If the section has a url, every rank gets a handle of that server.
     """
-    served = context.config.student if name == "rollout" else context.config.teacher
-    config = context.config.rollout.server if name == "rollout" else context.config.teacher.server
+    config = context.config.teacher.server
     starts, server = config.url is None and context.layout.rank == 0, None
     with raise_on_all_ranks(context.layout.groups.control):
         if starts or config.url is not None:
             spec = server_spec(
-                name,
-                key=f"{name}.server",
-                model_key="student.path" if name == "rollout" else "teacher.path",
-                model=served.path,
-                dtype=served.dtype,
+                "teacher",
+                key="teacher.server",
+                model_key="teacher.path",
+                model=context.config.teacher.path,
+                dtype=context.config.teacher.dtype,
                 config=config,
                 device=context.platform.name,
                 logs=context.run_dir.logs,

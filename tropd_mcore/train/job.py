@@ -61,6 +61,7 @@ from tropd_mcore.train.loaded_inputs import LoadedInputs
 from tropd_mcore.train.model_check import check_model
 from tropd_mcore.train.phases import PhaseRun, remaining
 from tropd_mcore.train.prefix_losses import PrefixLosses
+from tropd_mcore.train.servers import find_nodes
 from tropd_mcore.train.start import Start, accept, make_start
 from tropd_mcore.train.start_checks import (
     BACKEND,
@@ -93,9 +94,10 @@ def run_job(config: Config, sources: dict[str, str], environment: RankEnvironmen
     timeout = collective_timeout(config.run)
     with progress(log, f"waiting for all {environment.world_size} ranks to join"):
         layout = initialize(config.parallel, platform, config.run.seed, environment, timeout=timeout)
-    context = JobContext(config, platform, layout, before.run_dir, before.models)
     with ExitStack() as cleanup:
         cleanup.callback(destroy, layout)
+        nodes = find_nodes(layout, environment)
+        context = JobContext(config, platform, layout, before.run_dir, before.models, nodes)
         with progress(log, "checking files and settings"):
             _hold_run_dir(context, cleanup)
             state = State.of(context)

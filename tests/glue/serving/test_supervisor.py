@@ -35,7 +35,12 @@ def supervised(tmp_path: Path, events: list[str], *, max_restarts: int = 2) -> S
             name="teacher",
         )
     )
-    process: Any = SimpleNamespace(restart=lambda: events.append("restart"), describe_end=lambda: "it ended")
+    process: Any = SimpleNamespace(
+        stop=lambda: None,
+        start=lambda: events.append("restart"),
+        wait_ready=lambda: None,
+        describe_end=lambda: "it ended",
+    )
     server._process = process
     return server
 

@@ -187,7 +187,7 @@ def test_a_request_that_never_ends_is_an_error_even_while_others_are_answered(se
         await asyncio.sleep(0.2)
         return good(request)
 
-    slow = GenerationRequest(np.array([9], np.int32), max_new_tokens=2, vocab_size=50)
+    slow = GenerationRequest(np.array([9], np.int32), max_new_tokens=9, vocab_size=50)
     client = client_of(serve(some).url, request_timeout_s=1.0, max_retries=1, max_concurrency=2)
     answers = client.generate([slow, *[ASK] * 30])
     assert isinstance(answers[0], ServerError) and not isinstance(answers[0], ServerDied)

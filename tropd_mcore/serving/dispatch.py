@@ -1,0 +1,478 @@
+"""Distributes requests over servers: the longest first, to the server with the most room, away from slow and lost ones.
+
+This module does not choose servers or weights (see `rollout.fleet`) and does not build requests (see `wire`).
+Invariants:
+- Every question gets one answer, or the error of the last server that had it.
+- A server that is lost (gone, hung, refused by `Work.refuses`) keeps its answers; its open questions go to the others.
+- A sample that is taken from a slow server goes on elsewhere from the tokens that it has, so that moving changes no
+  distribution. Only the open samples of a server that does not even answer a request to abort are sampled anew.
+- With one server nothing is moved or aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import aiohttp
+
+from tropd_mcore.errors import AnswerError, ServerDied, ServerError, ServerHung
+from tropd_mcore.serving.transport import LateError, Transport, attended, cancelled
+from tropd_mcore.serving.wire import Json
+
+log = logging.getLogger(__name__)
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
+
+LOOK_S = 0.25
+"""Seconds between two looks for a slow server."""
+PATIENCE_S = 2.0
+"""Age of a request from which it can be taken from a slow server."""
+SLOW = 0.5
+"""A server counts as slow if its requests advance at less than this share of the fastest server's rate."""
+ABORT_S = 10.0
+"""Longest wait until a server has ended the requests that it was told to abort."""
+MOVES = 2
+"""How often one question may be taken from a slow server."""
+ERRORS = 3
+"""Errors without a single answer after which a server is lost, if others are left."""
+SLOWEST = 0.02
+"""Smallest speed that a server is given, relative to the mean of all."""
+
+
+@dataclass(frozen=True)
+class Work(Generic[Question, Answer]):
+    """What is asked. Every function is pure."""
+
+    body: Callable[[Question, str], Json]
+    """The request's body; the text is its id, by which it can be aborted"""
+    read: Callable[[object, Question], Answer]
+    """Decodes an answer. Raises AnswerError"""
+    tokens: Callable[[Answer], int]
+    """Tokens that the server computed for an answer"""
+    size: Callable[[Question], tuple[int, ...]]
+    """Sort key: the largest is asked first"""
+    group: Callable[[Question], object] = id
+    """Questions of one group share a prefix, so they go to one server if that leaves no other idle"""
+    is_part: Callable[[Answer], bool] = lambda _: False
+    """Whether an answer was cut by an abort"""
+    after: Callable[[Question, Answer], Question] | None = None
+    """The question that continues after a part; None = a question that is moved is asked anew, with the same result"""
+    joined: Callable[[Sequence[Answer]], Answer] = lambda answers: answers[-1]
+    """One answer from its parts in order"""
+    refuses: Callable[[Answer], str | None] = lambda _: None
+    """Why a server whose answer is well formed must not be used, for example for its weights; None = it may be"""
+
+
+@dataclass
+class Lane:
+    """One server. `speed` is its share of what is asked, relative to the other servers."""
+
+    transport: Transport
+    speed: float = 1.0
+
+
+@dataclass
+class Dispatched(Generic[Answer]):
+    """The answers in the order of the questions, and what happened to the servers, by their place in the lanes."""
+
+    answers: list[Answer | ServerError]
+    lost: dict[int, ServerError] = field(default_factory=dict)
+    """Servers that answer no more in this call -> why"""
+    unresponsive: set[int] = field(default_factory=set)
+    """Those of `lost` that may only be very slow: they did not end requests within ABORT_S"""
+    speeds: dict[int, float] = field(default_factory=dict)
+    """Tokens per second of the servers that computed any"""
+    moved: int = 0
+    """Questions that went on elsewhere, from their tokens so far"""
+    again: int = 0
+    """Questions that were asked again from their beginning, because their server was lost"""
+    nonsense: list[str] = field(default_factory=list)
+    """Answers that made no sense, so that the request was sent once more"""
+
+
+def dispatch(
+    lanes: Sequence[Lane],
+    work: Work[Question, Answer],
+    questions: Sequence[Question],
+    count: Callable[[Answer | ServerError], None] = lambda _: None,
+) -> Dispatched[Answer]:
+    """Ask all `questions`, each of one server of `lanes`. `count` gets each final answer as it arrives.
+
+    At most `max_concurrency` requests of each server are in flight. Raises StopRequested; open requests are aborted
+    then, because their connections are closed.
+    """
+    call = _Call(lanes, work, questions, count)
+    asyncio.run(call.run())
+    return call.result()
+
+
+@dataclass(eq=False)
+class _Item(Generic[Question, Answer]):
+    """One question on its way."""
+
+    index: int
+    question: Question
+    parts: list[Answer] = field(default_factory=list)
+    moves: int = 0
+    errors: int = 0
+    avoid: set[int] = field(default_factory=set)
+    """Places of servers that must not get it if another is left"""
+    rid: str = ""
+    since: float = 0.0
+    """Time at which the server got it"""
+    taken: bool = False
+    """Whether the server was told to abort it"""
+
+
+@dataclass(eq=False)
+class _Served(Generic[Question, Answer]):
+    """A server during the call."""
+
+    place: int
+    lane: Lane
+    session: aiohttp.ClientSession
+    open: dict[_Item[Question, Answer], asyncio.Task[None]] = field(default_factory=dict)
+    lost: ServerError | None = None
+    answered: int = 0
+    errors: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Sum of the times of all answers and parts"""
+    begun: float | None = None
+    last: float = 0.0
+    cleared: bool = False
+    """Found not to be slow"""
+    relieved: bool = False
+    """Its questions are being taken away, so it gets no others"""
+
+    @property
+    def room(self) -> int:
+        return self.lane.transport.max_concurrency - len(self.open)
+
+    @property
+    def pace(self) -> float | None:
+        """Tokens per second of one request; None if nothing is known."""
+        return self.tokens / self.seconds if self.seconds > 0 else None
+
+
+class _Call(Generic[Question, Answer]):
+    """One call of `dispatch`."""
+
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        work: Work[Question, Answer],
+        questions: Sequence[Question],
+        count: Callable[[Answer | ServerError], None],
+    ) -> None:
+        self._lanes, self._work, self._count = lanes, work, count
+        self._answers: list[Answer | ServerError | None] = [None] * len(questions)
+        self._left = len(questions)
+        self._waiting = self._in_order(questions)
+        self._affinity: dict[object, int] = {}
+        self._servers: list[_Served[Question, Answer]] = []
+        self._found: Dispatched[Answer] = Dispatched([])
+        self._helpers: set[asyncio.Task[Any]] = set()
+        # more than this many requests beyond the least loaded server are not worth a shared prefix
+        self._allowance = math.ceil(len(questions) / (8 * max(len(lanes), 1)))
+
+    def result(self) -> Dispatched[Answer]:
+        """What is known after `run`."""
+        found = self._found
+        found.answers = [answer for answer in self._answers if answer is not None]
+        assert len(found.answers) == len(self._answers)
+        for server in self._servers:
+            if server.tokens and server.begun is not None:
+                found.speeds[server.place] = server.tokens / max(server.last - server.begun, 1e-3)
+        return found
+
+    async def run(self) -> None:
+        """Ask everything."""
+        if not self._left:
+            return
+        self._done = asyncio.Event()
+        async with AsyncExitStack() as stack:
+            for place, lane in enumerate(self._lanes):
+                session = await stack.enter_async_context(lane.transport.session())
+                self._servers.append(_Served(place, lane, session))
+            for server in self._servers:
+                self._help(self._guard(server))
+            if len(self._servers) > 1:
+                self._help(self._look_for_slow_ones())
+            try:
+                self._assign()
+                await attended(self._done.wait(), [], may_stop=True)
+            finally:
+                tasks = [task for server in self._servers for task in server.open.values()]
+                await cancelled([*self._helpers, *tasks])
+        for task in [*self._helpers, *tasks]:
+            # an error in our own code
+            if not task.cancelled() and (bug := task.exception()) is not None:
+                raise bug
+
+    def _in_order(self, questions: Sequence[Question]) -> list[_Item[Question, Answer]]:
+        """The longest first; questions of one group stay together, at the place of their longest."""
+        size, group = self._work.size, self._work.group
+        items = [_Item[Question, Answer](index, question) for index, question in enumerate(questions)]
+        largest: dict[object, tuple[int, ...]] = {}
+        first: dict[object, int] = {}
+        for item in items:
+            key = group(item.question)
+            largest[key] = max(largest.get(key, ()), size(item.question))
+            first.setdefault(key, item.index)
+
+        def order(item: _Item[Question, Answer]) -> tuple[list[int], int, list[int], int]:
+            key = group(item.question)
+            return [-part for part in largest[key]], first[key], [-part for part in size(item.question)], item.index
+
+        return sorted(items, key=order)
+
+    def _help(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._helpers.add(task)
+        task.add_done_callback(self._helper_ended)
+
+    def _helper_ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._done.set()  # an error in our own code, raised at the end of `run`
+
+    def _alive(self) -> list[_Served[Question, Answer]]:
+        return [server for server in self._servers if server.lost is None]
+
+    def _assign(self) -> None:
+        """Give waiting questions to servers with room."""
+        waiting, self._waiting = self._waiting, []
+        for item in waiting:
+            server = self._choice(item)
+            if server is None:
+                self._waiting.append(item)
+            else:
+                self._send(server, item)
+
+    def _choice(self, item: _Item[Question, Answer]) -> _Served[Question, Answer] | None:
+        """The server for a question now; None if it has to wait."""
+        alive = self._alive()
+        wanted = [server for server in alive if server.place not in item.avoid] or alive
+        able = [server for server in wanted if server.room > 0 and not server.relieved]
+        if not able:
+            return None
+
+        def load(server: _Served[Question, Answer]) -> float:
+            return (len(server.open) + 1) / max(server.lane.speed, SLOWEST)
+
+        best = min(able, key=lambda server: (load(server), server.place))
+        group = self._work.group(item.question)
+        before = self._affinity.get(group)
+        for server in able:
+            if server.place == before and load(server) <= load(best) + self._allowance / server.lane.speed:
+                best = server
+        self._affinity[group] = best.place
+        return best
+
+    def _send(self, server: _Served[Question, Answer], item: _Item[Question, Answer]) -> None:
+        item.rid, item.since, item.taken = uuid.uuid4().hex, time.monotonic(), False
+        server.begun = server.begun or item.since
+        task = asyncio.ensure_future(self._ask(server, item))
+        server.open[item] = task
+        task.add_done_callback(lambda ended: self._ended(server, item, ended))
+
+    def _ended(
+        self, server: _Served[Question, Answer], item: _Item[Question, Answer], task: asyncio.Task[None]
+    ) -> None:
+        server.open.pop(item, None)
+        if not task.cancelled() and task.exception() is not None:
+            self._helpers.add(task)  # an error in our own code, raised at the end of `run`
+            self._done.set()
+            return
+        if self._left and not self._done.is_set():
+            self._assign()
+
+    async def _ask(self, server: _Served[Question, Answer], item: _Item[Question, Answer]) -> None:
+        """Ask `server` one question and settle it, or put it back."""
+        before = server.answered
+        try:
+            answer = await self._answer(server, item)
+        except ServerDied as error:
+            self._back(item)
+            self._lose(server, error)
+        except ServerError as error:
+            if isinstance(error.__cause__, LateError) and server.answered == before:
+                self._back(item)
+                self._lose(server, ServerHung(f"{error}; no other request was answered meanwhile"))
+            else:
+                self._failed(server, item, error)
+        else:
+            self._arrived(server, item, answer)
+
+    async def _answer(self, server: _Served[Question, Answer], item: _Item[Question, Answer]) -> Answer:
+        """The server's answer; if it makes no sense, its second one."""
+        work, transport = self._work, server.lane.transport
+        body = work.body(item.question, item.rid)
+        try:
+            return work.read(await transport.call(server.session, "POST", "/generate", body), item.question)
+        except AnswerError as error:
+            self._found.nonsense.append(str(error))
+        item.rid = uuid.uuid4().hex
+        body = work.body(item.question, item.rid)
+        return work.read(await transport.call(server.session, "POST", "/generate", body), item.question)
+
+    def _arrived(self, server: _Served[Question, Answer], item: _Item[Question, Answer], answer: Answer) -> None:
+        reason = self._work.refuses(answer)
+        if reason is not None:
+            self._back(item)
+            self._lose(server, ServerError(reason))
+            return
+        now = time.monotonic()
+        server.answered += 1
+        server.tokens += self._work.tokens(answer)
+        server.seconds += now - item.since
+        server.last = now
+        if item.taken and self._work.is_part(answer):
+            after = self._work.after
+            assert after is not None
+            if self._work.tokens(answer):
+                item.question = after(item.question, answer)
+                item.parts.append(answer)
+            self._found.moved += 1
+            self._back(item)
+            return
+        self._settle(item, self._work.joined([*item.parts, answer]))
+
+    def _failed(self, server: _Served[Question, Answer], item: _Item[Question, Answer], error: ServerError) -> None:
+        """An error that leaves the server alive. Another server may do better, once per question."""
+        server.errors += 1
+        item.errors += 1
+        item.avoid.add(server.place)
+        others = [other for other in self._alive() if other is not server]
+        if not others or item.errors > 1:
+            self._settle(item, error)
+            return
+        self._found.again += 1
+        self._back(item)
+        if server.errors >= ERRORS and not server.answered:
+            self._lose(server, error)
+
+    def _settle(self, item: _Item[Question, Answer], answer: Answer | ServerError) -> None:
+        assert self._answers[item.index] is None, "a question with two answers"
+        self._answers[item.index] = answer
+        self._left -= 1
+        self._count(answer)
+        if not self._left:
+            self._done.set()
+
+    def _back(self, item: _Item[Question, Answer]) -> None:
+        """Let the question be asked next. What was sampled of it stays."""
+        self._waiting.insert(0, item)
+
+    def _lose(self, server: _Served[Question, Answer], error: ServerError) -> None:
+        """Give up a server. Its open questions go to the others; if it was the last one, they get its error."""
+        if server.lost is not None:
+            return
+        server.lost = error
+        self._found.lost[server.place] = error
+        for item, task in list(server.open.items()):
+            if task is not asyncio.current_task():
+                task.cancel()
+                self._found.again += 1
+                self._back(item)
+        if self._alive():
+            self._assign()
+            return
+        for item in self._waiting:
+            self._settle(item, error)
+        self._waiting = []
+
+    async def _guard(self, server: _Served[Question, Answer]) -> None:
+        """Lose the server when it is found to be hung."""
+        self._lose(server, await server.lane.transport.hung(generates=True))
+
+    async def _look_for_slow_ones(self) -> None:
+        """When a server has nothing to do, take the questions of a slow one away."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._waiting or all(server.open for server in self._alive()):
+                continue
+            now = time.monotonic()
+            for server in self._alive():
+                if server.open and not server.cleared and self._seems_slow(server, now):
+                    await self._relieve(server)
+
+    def _seems_slow(self, server: _Served[Question, Answer], now: float) -> bool:
+        others = [other for other in self._alive() if other is not server and other.pace]
+        paces = [other.pace for other in others if other.pace is not None]
+        oldest = now - min(item.since for item in server.open)
+        if not paces or oldest < PATIENCE_S:
+            return False
+        if server.pace is not None:
+            return server.pace < SLOW * max(paces)
+        # it has answered nothing: suspect if its requests are older than the average answer of the others took
+        answers = sum(other.answered for other in others)
+        return oldest > sum(other.seconds for other in others) / max(answers, 1)
+
+    async def _relieve(self, server: _Served[Question, Answer]) -> None:
+        """Take all open questions from a server that seems slow, and find out from their parts whether it is."""
+        items = [item for item in server.open if item.moves < MOVES]
+        server.cleared = not items
+        for item in items:
+            item.moves += 1
+            item.avoid.add(server.place)
+        if self._work.after is None:
+            for item in items:
+                server.open[item].cancel()
+                self._found.moved += 1
+                self._back(item)
+            self._assign()
+            return
+        server.relieved = True
+        stuck = await self._abort(server, items)
+        server.relieved = False
+        if server.lost is not None:
+            return
+        name, url = server.lane.transport.name, server.lane.transport.url
+        if stuck:
+            self._found.unresponsive.add(server.place)
+            what = f"{name}: it did not end {stuck} requests within {ABORT_S:g} s when it was told to abort them"
+            self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})"))
+            return
+        best = max((other.pace or 0.0 for other in self._alive() if other is not server), default=0.0)
+        pace = server.pace or 0.0
+        if pace < SLOW * best:
+            server.lane.speed = max(server.lane.speed * pace / best, SLOWEST)
+            what = f"slow, {pace:.1f} tokens/s per request where another server has {best:.1f}"
+        else:
+            server.cleared, what = True, "as fast as the others"
+            for item in self._waiting:
+                item.avoid.discard(server.place)
+        log.info("%s: %s; %d open samples went on elsewhere from where they were", name, what, len(items))
+        self._assign()
+
+    async def _abort(self, server: _Served[Question, Answer], items: list[_Item[Question, Answer]]) -> int:
+        """Have the server end the requests of `items`; returns how many it did not end within ABORT_S."""
+        transport = server.lane.transport
+        tasks = [server.open[item] for item in items]
+        for item in items:
+            item.taken = True
+            call = transport.call(
+                server.session, "POST", "/abort_request", {"rid": item.rid}, retry=False, json_answer=False
+            )
+            tasks.append(asyncio.ensure_future(_ignoring_errors(call)))
+        if not tasks:
+            return 0
+        _, late = await asyncio.wait(tasks, timeout=ABORT_S)
+        await cancelled([task for task in late if task not in tasks[: len(items)]])
+        return sum(task in late for task in tasks[: len(items)])
+
+
+async def _ignoring_errors(call: Coroutine[None, None, object]) -> None:
+    """Await a request whose effect shows elsewhere."""
+    with suppress(ServerError):
+        await call

@@ -1,0 +1,114 @@
+"""Starts the rollout servers of a job, each on its node, and gives rank 0 a handle of every one.
+
+What they are asked is in `rollout.policy_server`. Invariants: every server that the job starts is stopped by the rank
+that started it. The key of a server reaches other ranks through the job's own process groups only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tropd_mcore.config.derived import server_name
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.errors import ConfigError, ServerError
+from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, raise_on_all_ranks
+from tropd_mcore.mcore.parallel import Layout, RankEnvironment
+from tropd_mcore.rollout.policy_server import PolicyServers
+from tropd_mcore.rollout.served_tokenizer import server_spec
+from tropd_mcore.serving.process import LOOPBACK, ServerSpec
+from tropd_mcore.serving.supervisor import Address, SupervisedServer
+from tropd_mcore.serving.weight_group import local_address
+
+if TYPE_CHECKING:
+    from tropd_mcore.train.components import JobContext
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of the job as one rank sees them."""
+
+    first_ranks: tuple[int, ...] = (0,)
+    """The first rank of each node, in the order of the nodes"""
+    address: str = LOOPBACK
+    """This machine's address for ranks on the first node"""
+
+
+def find_nodes(layout: Layout, environment: RankEnvironment) -> Nodes:
+    """Return the nodes of the job. Collective. Raises ServerError if the first node cannot be reached from this one."""
+    starts = gather_on_rank_zero(environment.local_rank == 0, layout.groups.control)
+    firsts = on_rank_zero(lambda: tuple(rank for rank, first in enumerate(starts) if first), layout.groups.control)
+    address = LOOPBACK
+    with raise_on_all_ranks(layout.groups.control):
+        if len(firsts) > 1 and layout.rank >= firsts[1]:
+            try:
+                address = local_address(f"tcp://{environment.master}")
+            except OSError as error:
+                raise ServerError(
+                    f"MASTER_ADDR={environment.master}: no way from this machine to the first one: {error.strerror}"
+                ) from error
+    return Nodes(firsts, address)
+
+
+def start_policy_servers(
+    used: Mapping[str, ServerConfig], context: JobContext, cleanup: ExitStack, longest: int
+) -> PolicyServers:
+    """Start the rollout servers `used`, by their sections. Collective.
+
+    On GPUs all are ready when this returns. Raises ConfigError if a server is meant for a node that the job lacks.
+    """
+    control, nodes = context.layout.groups.control, context.nodes
+    beyond = [
+        f"{key}.node = {server.node}: this launch has {len(nodes.first_ranks)} nodes, counted from 0"
+        for key, server in used.items()
+        if server.url is None and server.node >= len(nodes.first_ranks)
+    ]
+    if beyond:
+        raise ConfigError(beyond)
+    owned: dict[str, SupervisedServer] = {}
+    owners = {key: 0 if server.url is not None else nodes.first_ranks[server.node] for key, server in used.items()}
+    with raise_on_all_ranks(control):
+        for key, server in used.items():
+            if owners[key] == context.layout.rank:
+                owned[key] = SupervisedServer(_spec(context, key, server, longest, here=server.url is None))
+                cleanup.callback(owned[key].stop)
+                owned[key].start()
+    with raise_on_all_ranks(control):
+        if context.platform.name == "cuda":
+            for server_here in owned.values():
+                if server_here.is_started:
+                    server_here.wait_ready()
+    addresses: dict[str, Address] = {}
+    if len(nodes.first_ranks) > 1:
+        mine = {key: server.address for key, server in owned.items() if server.is_started}
+        for of_rank in gather_on_rank_zero(mine, control):
+            addresses |= of_rank
+    reached = {}
+    if context.layout.rank == 0:
+        for key, server in used.items():
+            reached[key] = owned.get(key) or _of_another_rank(context, key, server, addresses[key])
+    return PolicyServers(owned, reached)
+
+
+def _of_another_rank(context: JobContext, key: str, config: ServerConfig, address: Address) -> SupervisedServer:
+    server = SupervisedServer(_spec(context, key, config, None, here=False), elsewhere=address)
+    server.start()
+    return server
+
+
+def _spec(context: JobContext, key: str, config: ServerConfig, longest: int | None, *, here: bool) -> ServerSpec:
+    return server_spec(
+        server_name(key),
+        key=key,
+        model_key="student.path",
+        model=context.config.student.path,
+        dtype=context.config.student.dtype,
+        config=config,
+        device=context.platform.name,
+        logs=context.run_dir.logs,
+        here=here,
+        longest=longest,
+        host=context.nodes.address if config.node else LOOPBACK,
+    )
