@@ -46,6 +46,10 @@ class ServerHung(ServerDied):
     """A server whose process runs but has not answered for long. It must be killed and restarted before a retry."""
 
 
+class GroupBroken(ServerError):
+    """A healthy server missed an update because another one failed in the same broadcast. It may be sent again."""
+
+
 class AnswerError(ServerError):
     """A server's answer for one sample cannot be used. The caller may ask once more, then leaves the sample out."""
 

@@ -390,12 +390,12 @@ SERVED = (
     ),
     row(
         "the KV cache of old weights kept",
-        Fault("rollout.publisher", "self._client.flush_cache()", "pass"),
+        Fault("rollout.fleet_update", "self.client.flush_cache()", "pass"),
         test_wire.test_after_an_update_no_token_is_sampled_from_the_cache_of_the_old_weights,
     ),
     row(
         "the KV cache of old weights kept, seen by a launch",
-        Fault("rollout.publisher", "self._client.flush_cache()", "pass"),
+        Fault("rollout.fleet_update", "self.client.flush_cache()", "pass"),
         test_wire.test_rollouts_of_every_step_use_its_weights_its_prefix_and_its_uniforms,
     ),
     row(

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from tests.glue.faults import on_ranks
 from tests.glue.stubs import make_layout, make_rollout, make_student, one_rank
-from tropd_mcore.errors import GateError, ServerDied, ServerError, TropdError
+from tropd_mcore.errors import GateError, GroupBroken, ServerDied, ServerError, TropdError
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.monitor import clock as clock_module
 from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.rollout import policy_server as policy_server_module
-from tropd_mcore.rollout.fleet_publisher import GroupBroken
 from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers
 from tropd_mcore.rollout.sampler import Collected
 from tropd_mcore.types import SampleRequest
@@ -86,6 +85,7 @@ class PolicySite:
                 verify_sync=self._verify,
                 check_unchanged=self._check_unchanged,
                 close=self._close,
+                broadcasts_to=lambda _: False,
             ),
             connect=self._connect,
         )
@@ -103,7 +103,7 @@ class PolicySite:
         """The events of these kinds in order."""
         return [event for event in self.events if event[0] in kinds]
 
-    def weights(self, _model: Any, _layout: Layout) -> Stream:
+    def weights(self, _model: Any, _layout: Layout, *, on_device: bool) -> Stream:
         """Stands in for `iterate_hf`. It is collective, so every rank must consume all of it."""
         self.streams.append(0)
         for index in range(TENSORS):

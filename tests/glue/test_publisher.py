@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.errors import GateError, ServerDied, ServerError, ServerHung
-from tropd_mcore.rollout import publisher as publisher_module
+from tropd_mcore.rollout import route_choice
 from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.serving import weight_routes
-from tropd_mcore.serving.wire import ScoringRequest, WeightChecksums
+from tropd_mcore.serving.wire import ScoringRequest, ServerInfo, WeightChecksums
 
 MIB = 2**20
 SHAPES = {"a": (3, 2), "b": (5,), "c": (2, 2, 3), "d": ()}
@@ -61,12 +61,16 @@ class NotedServer:
     """Number of requests for checksums."""
     key: str = "rollout.server"
 
-    def info(self) -> Any:
-        return SimpleNamespace(
+    def info(self) -> ServerInfo:
+        return ServerInfo(
+            version="0.5.23",
             weight_version=self.label,
             tensor_parallel=self.tensor_parallel,
+            longest_input=511,
+            longest_sequence=516,
             dtype=self.dtype,
             quantization=self.quantization,
+            device="cpu",
         )
 
     def pause(self) -> None:
@@ -187,7 +191,7 @@ def test_a_request_holds_at_most_half_a_gibibyte_of_tensors_by_default(monkeypat
         lambda bucket, copies: [pickle.dumps([(name, torch.zeros(1)) for name, _ in bucket])],
     )
     server = NotedServer()
-    publisher = publisher_of(server, [(name, (size,), torch.uint8) for name, size in sizes.items()])
+    publisher = publisher_of(server, [(name, (size,), torch.uint8) for name, size in sizes.items()], transport="value")
     without_memory = torch.zeros(1, dtype=torch.uint8)
     publisher.publish(((name, without_memory.expand(size)) for name, size in sizes.items()), "v1")
     assert server.names == [["a", "b"], ["c"]]
@@ -217,8 +221,8 @@ def test_weights_go_through_shared_memory_to_a_server_that_we_started_and_by_val
 def test_a_large_model_by_value_is_told_once_with_its_bytes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(publisher_module, "SMALL_BYTES", TOTAL_BYTES - 1)
-    publisher = publisher_of(NotedServer(tensor_parallel=3))
+    monkeypatch.setattr(route_choice, "SMALL_BYTES", TOTAL_BYTES - 1)
+    publisher = publisher_of(NotedServer(tensor_parallel=3), transport="value")
     for version in ("v1", "v2"):
         publisher.publish(stream(), version)
     assert caplog.text.count("3 copies of the weights in base64") == 1
@@ -384,7 +388,7 @@ def test_weights_go_by_value_with_a_warning_if_the_largest_bucket_does_not_fit_i
 ) -> None:
     for room, route in ((needed_mib * MIB, "shared"), (needed_mib * MIB - 1, "value")):
         assert caplog.text == ""
-        monkeypatch.setattr(publisher_module, "shared_memory_room", lambda room=room: room)
+        monkeypatch.setattr(route_choice, "shared_memory_room", lambda room=room: room)
         made = publisher_of(NotedServer(same_host=True), mebibytes(*sizes), bucket_bytes=bucket_mib * MIB)
         assert made.route == route
     expected = f"need {needed_mib} MiB of /dev/shm but {needed_mib - 1} are usable; weights go through HTTP by value"
@@ -392,7 +396,7 @@ def test_weights_go_by_value_with_a_warning_if_the_largest_bucket_does_not_fit_i
 
 
 def test_without_room_in_shared_memory_an_update_is_still_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher_module, "shared_memory_room", lambda: TOTAL_BYTES - 1)
+    monkeypatch.setattr(route_choice, "shared_memory_room", lambda: TOTAL_BYTES - 1)
     server = NotedServer(same_host=True)
     publisher_of(server).publish(stream(2.0), "v1")
     assert b"rebuild_storage_filename" not in server.payloads[0][0]

@@ -205,7 +205,7 @@ def launch(server: FakeServer, config: Config) -> Iterator[tuple[RolloutSource, 
         server.weights, server.label, server.die_after = {}, "default", None
         server.cache.clear()
 
-    def iterate_hf(*_: Any) -> Iterator[tuple[str, Tensor]]:
+    def iterate_hf(*_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:
         yield from weights(learner.value).items()
 
     client = client_of(server, at_once=config.rollout.server.max_concurrency)

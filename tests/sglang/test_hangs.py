@@ -44,13 +44,12 @@ def test_a_server_suspended_while_sampling_and_an_engine_suspended_in_an_update_
         stopper.start()
         some = sampler.collect(requests, step=4, expected_version="v1")
         stopper.join()
-        assert isinstance(some.lost[server.spec.key], ServerHung) and "is stopped (state T)" in str(
-            some.lost[server.spec.key]
-        )
+        hung = some.lost[spec.key]
+        assert isinstance(hung, ServerHung) and "is stopped (state T)" in str(hung)
         assert len(some.rollouts) < len(requests)
 
         hung_pid = server_pid(tmp_path)
-        server.recover(some.lost[server.spec.key])
+        server.recover(hung)
         assert not psutil.pid_exists(hung_pid) and "restart 1 of 2" in caplog.text
 
         scheduler = next(
@@ -60,10 +59,10 @@ def test_a_server_suspended_while_sampling_and_an_engine_suspended_in_an_update_
         )
         scheduler.suspend()
         started = time.monotonic()
-        with pytest.raises(ServerHung, match=rf"a process of it \({scheduler.pid}\) is stopped \(state T\)") as hung:
+        with pytest.raises(ServerHung, match=rf"a process of it \({scheduler.pid}\) is stopped \(state T\)") as met:
             publisher.publish(stream(llama_folder), "v1")
         assert time.monotonic() - started < 2.9 * HANG_S, "not one limit after the other"
-        server.recover(hung.value)
+        server.recover(met.value)
         assert not psutil.pid_exists(scheduler.pid)
 
         publisher.publish(stream(llama_folder), "v1")

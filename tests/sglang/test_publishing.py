@@ -19,7 +19,7 @@ from tests.sglang.streams import plan, request, stream, weights
 from tests.sglang.test_sampling import assert_log_probs
 from tropd_mcore.config.schema import RolloutConfig
 from tropd_mcore.errors import GateError, ServerDied, ServerError
-from tropd_mcore.rollout import publisher as publisher_module
+from tropd_mcore.rollout import route_choice
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving.supervisor import SupervisedServer
@@ -190,7 +190,7 @@ def test_without_room_in_shared_memory_weights_go_by_value_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(publisher_module, "shared_memory_room", lambda: 1000)
+    monkeypatch.setattr(route_choice, "shared_memory_room", lambda: 1000)
     publisher = WeightPublisher(server.client, plan(other_folder))
     assert "usable; weights go through HTTP by value" in caplog.text
     publisher.publish(stream(other_folder), "small")

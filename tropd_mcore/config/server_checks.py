@@ -153,9 +153,11 @@ def server_problems(config: Config) -> Iterator[str]:
             )
         if server.weights == "shared" and server.node > 0:
             yield f"{key}.weights=shared, but {key}.node={server.node} is another machine; use broadcast"
+        yield from _weights_folder(key, server)
     for key, server in teacher_servers(config).items():
-        if server.weights is not None:
-            yield f"{key}.weights: a teacher gets no weights from the trainer; remove it"
+        for name in ("weights", "weights_folder"):
+            if getattr(server, name) is not None:
+                yield f"{key}.{name}: a teacher gets no weights from the trainer; remove it"
     for key, server in started_servers(config).items():
         yield from _gpus(key, server, config.platform.kind)
         if server.release_memory and config.platform.kind == "cpu":
@@ -165,6 +167,16 @@ def server_problems(config: Config) -> Iterator[str]:
     if config.platform.kind == "cuda":
         for _, problem in budget_problems(config):
             yield problem
+
+
+def _weights_folder(key: str, server: ServerConfig) -> Iterator[str]:
+    folder = server.weights_folder
+    if server.weights == "disk" and folder is None:
+        yield f"{key}.weights=disk needs a folder that both machines see; set {key}.weights_folder"
+    if server.weights != "disk" and folder is not None:
+        yield f"{key}.weights_folder has no effect with {key}.weights={server.weights or 'null'}; remove it or set disk"
+    if folder is not None and not folder.is_absolute():
+        yield f"{key}.weights_folder = {folder}; expected an absolute path, which is the same on both machines"
 
 
 def _gpus(key: str, server: ServerConfig, platform: str) -> Iterator[str]:

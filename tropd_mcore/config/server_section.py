@@ -62,10 +62,14 @@ class ServerConfig(Section):
     release_memory: bool = False
     """rollout.server on GPUs only. Let the started server give its memory back while the trainer scores and trains
     (docs/servers.md)."""
-    weights: Literal["shared", "broadcast", "value"] | None = None
-    """rollout.server only. How weights reach the server (docs/servers.md). `shared`: shared memory of this machine.
-    `broadcast`: once, through a gloo group with the server's ranks, whose machine must reach the first node. `value`:
-    inside HTTP requests, one copy per rank. null = `shared` for a started server, `value` at a `url`."""
+    weights: Literal["shared", "broadcast", "value", "disk"] | None = None
+    """Rollout servers only. How weights reach the server (docs/servers.md). `shared`: shared memory of this machine.
+    `broadcast`: once for all servers, through a process group with their ranks, whose machines must reach the first
+    node. `value`: inside HTTP requests, one copy per rank. `disk`: files in weights_folder. null = `shared` for a
+    server started on the first node; for any other `value` up to 64 MiB of weights and `broadcast` above."""
+    weights_folder: Path | None = None
+    """Only with weights=disk: an existing folder that the first node and the server see under the same absolute path.
+    Each update writes the whole model into a new subfolder and removes the one before."""
     extra_args: tuple[str, ...] = ()
     """Additional arguments for `sglang.launch_server`, written as on its command line."""
     start_timeout_s: PositiveFloat = 600.0

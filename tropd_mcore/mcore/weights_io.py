@@ -57,12 +57,15 @@ def load_hf(model: Model, folder: Path, layout: Layout) -> None:
 
 
 @torch.no_grad()
-def iterate_hf(model: Model, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full CPU tensor) of every weight on global rank 0, and nothing on the other ranks.
+def iterate_hf(model: Model, layout: Layout, *, on_device: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, full tensor) of every weight on global rank 0, and nothing on the other ranks.
 
     Names, shapes and order are those of `weights.families.hf_weight_plan`; the dtype is the model's. Collective: every
     rank must exhaust the iterator. Tensor shards are gathered on the first tensor rank of their stage, which sends the
     full tensor to rank 0. Only the first data and context replica takes part. Rank 0 holds one parameter at a time.
+
+    The tensors are copies on the CPU. With `on_device` they stay on the device of the model. Some are then parameters
+    themselves: do not write to them, and use them before the next optimizer step.
     """
     synchronize_parameters(model)
     owners = _gather_owners(model, layout)
@@ -80,7 +83,7 @@ def iterate_hf(model: Model, layout: Layout) -> Iterator[tuple[str, Tensor]]:
             tensor = _to_first_stage(full[hf_name] if full else None, shape, owner, model, layout)
             if layout.rank == 0:
                 assert tensor is not None, "rank 0 is on the first stage, which receives every weight"
-                yield hf_name, tensor
+                yield hf_name, tensor if on_device else tensor.to("cpu", copy=True)
 
 
 def export_hf(
@@ -181,7 +184,7 @@ def _gather_tensor_ranks(rule: Rule, parameter: Tensor, model: Model, layout: La
 def _to_first_stage(
     tensor: Tensor | None, shape: tuple[int, ...], owner: int, model: Model, layout: Layout
 ) -> Tensor | None:
-    """Return the tensor of stage `owner` on the CPU of stage 0; None on the other stages."""
+    """Return the tensor of stage `owner` on the device of stage 0; None on the other stages."""
     if owner != 0 and layout.pp_rank == owner:
         assert tensor is not None
         dist.send(tensor.contiguous(), group=layout.groups.pp, group_dst=0)
@@ -191,4 +194,4 @@ def _to_first_stage(
         tensor = torch.empty(shape, dtype=model.config.params_dtype, device=model.platform.device)
         dist.recv(tensor, group=layout.groups.pp, group_src=owner)
     assert tensor is not None
-    return tensor.to("cpu", copy=True)
+    return tensor

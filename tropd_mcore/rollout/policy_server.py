@@ -22,14 +22,14 @@ from typing import Literal
 from torch import Tensor
 
 from tropd_mcore import stopping
-from tropd_mcore.errors import ServerDied, ServerError, ServerHung, StopRequested, TropdError
+from tropd_mcore.errors import GroupBroken, ServerDied, ServerError, ServerHung, StopRequested, TropdError
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, raise_on_all_ranks, raise_the_first
 from tropd_mcore.mcore.model import Model
 from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.mcore.weights_io import iterate_hf
 from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.progress import progress
-from tropd_mcore.rollout.fleet_publisher import FleetPublisher, GroupBroken, Target
+from tropd_mcore.rollout.fleet_publisher import FleetPublisher, Target
 from tropd_mcore.rollout.sampler import Collected, SglangSampler
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.types import Rollout, SampleRequest
@@ -190,11 +190,15 @@ class PolicyServer:
         verify_sync = self._verify_sync
         error: TropdError | None = None
         failed: dict[str, ServerError] = {}
-        streams = _Streams(lambda: iterate_hf(self._model, self._layout), expected=2 if verify_sync else 1)
+        members = [self._members[key] for key in keys] if self._tools is not None else []
+        targets = [member.target for member in members if member.target is not None]
+        assert len(targets) == len(members), "a server that was not connected"
+        # a broadcast between GPUs takes the tensors from the trainer's GPU
+        on_device = self._tools is not None and self._tools.publisher.broadcasts_to(targets)
+        streams = _Streams(
+            lambda: iterate_hf(self._model, self._layout, on_device=on_device), expected=2 if verify_sync else 1
+        )
         if self._tools is not None:
-            members = [self._members[key] for key in keys]
-            targets = [member.target for member in members if member.target is not None]
-            assert len(targets) == len(keys), "a server that was not connected"
             for member in members:
                 member.version = None
             try:

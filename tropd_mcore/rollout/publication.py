@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tropd_mcore.errors import GateError
-from tropd_mcore.serving.wire import WeightChecksums
+from tropd_mcore.serving.wire import ServerInfo, WeightChecksums
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,30 @@ class PublicationLedger:
                 raise GateError(
                     f"{self.key}: {len(names)} of the server's {len(before)} tensors {what}, first {min(names)}: "
                     "the update arrived in part, so training would sample from a mixture (gates.weight_sync)"
+                )
+
+
+def check_equal(held: Mapping[str, tuple[ServerInfo, WeightChecksums]]) -> None:
+    """Raise GateError if servers that were sent the same weights hold different ones. `held` is by their keys.
+
+    Only servers of one build and layout are compared: others may pad or order their weights differently. Those that
+    quantize are left out.
+    """
+    alike: dict[object, dict[str, WeightChecksums]] = {}
+    for key, (info, checksums) in held.items():
+        if info.quantization is None:
+            places = tuple(sorted((name, repr(found)) for name, found in checksums.places.items()))
+            build = (info.version, info.device, info.dtype, info.tensor_parallel, info.pipeline_parallel, places)
+            alike.setdefault(build, {})[key] = checksums
+    for servers in alike.values():
+        first = next(iter(servers))
+        for key, checksums in servers.items():
+            if checksums.total != servers[first].total:
+                names = [name for name, found in checksums.tensors.items() if servers[first].tensors.get(name) != found]
+                raise GateError(
+                    f"{first} and {key} were sent the same weights and hold different ones ({len(names)} of "
+                    f"{len(checksums.tensors)} tensors, first {min(names, default='?')}): an update did not reach one "
+                    "of them in full, so training would sample from two models (gates.weight_sync)"
                 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
@@ -168,17 +169,32 @@ class SglangClient:
         """
         self._post("/update_weights_from_tensor", wire.weights_body(payloads, version=version), retry=False)
 
-    def join_weight_group(
-        self, *, address: str, port: int, world_size: int, name: str, backend: str, limit_s: float
-    ) -> None:
-        """Let the server's ranks join a process group as ranks 1 and up, whose store is at `address`. Never retried.
+    def update_weights_from_disk(self, folder: Path, *, version: str) -> None:
+        """Load the Hugging Face folder and label the server's weights `version`. Never retried.
 
-        Returns when all ranks have joined, so rank 0 has to join meanwhile. Raises ServerError.
+        The server must see the folder under this path. No weight-update session may be open. Raises ServerError.
+        """
+        body: wire.Json = {
+            "model_path": str(folder),
+            "load_format": "auto",
+            "weight_version": version,
+            "flush_cache": False,
+        }
+        self._post("/update_weights_from_disk", body, retry=False)
+
+    def join_weight_group(
+        self, *, address: str, port: int, rank: int, world_size: int, name: str, backend: str, limit_s: float
+    ) -> None:
+        """Let the server's ranks join a process group as ranks `rank` and up, whose store is at `address`.
+
+        Never retried.
+
+        With gloo, it returns when all ranks have joined, so rank 0 has to join meanwhile. Raises ServerError.
         """
         body: wire.Json = {
             "master_address": address,
             "master_port": port,
-            "rank_offset": 1,
+            "rank_offset": rank,
             "world_size": world_size,
             "group_name": name,
             "backend": backend,

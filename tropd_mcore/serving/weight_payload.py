@@ -30,7 +30,7 @@ ROOM_FOR_OTHERS = 0.8
 
 def by_value(named_tensors: list[tuple[str, Tensor]], *, copies: int) -> list[bytes]:
     """Return one payload for each of `copies` ranks. Each holds the tensors' values."""
-    whole = [(name, _storage_of_its_own(tensor)) for name, tensor in named_tensors]
+    whole = [(name, storage_of_its_own(tensor)) for name, tensor in named_tensors]
     return [pickle.dumps(whole, protocol=pickle.HIGHEST_PROTOCOL)] * copies
 
 
@@ -104,7 +104,7 @@ def _shared_by_file_name() -> Iterator[None]:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
-def _storage_of_its_own(tensor: Tensor) -> Tensor:
-    """A CPU copy whose pickle holds only its own elements, even if the tensor is a slice of a larger one."""
+def storage_of_its_own(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor whose storage holds only its own elements, even if it was a slice of a larger one."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

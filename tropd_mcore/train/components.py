@@ -140,7 +140,8 @@ def make_policy(
     def connect(server: SupervisedServer) -> Target:
         if config.gates.tokenizer:
             check_served_tokenizer(server, config.student.path)
-        return Target(server.client, ledgers.get(server.spec.key), server.config.weights)
+        server_config = server.config
+        return Target(server.client, ledgers.get(server.spec.key), server_config.weights, server_config.weights_folder)
 
     sampler = SglangSampler(
         [],
@@ -150,7 +151,8 @@ def make_policy(
         seed=config.run.seed,
         masked_share=config.gates.masked_share,
     )
-    tools = PolicyTools(sampler, FleetPublisher(plan), connect) if context.layout.rank == 0 else None
+    publisher = FleetPublisher(plan, student_folder=config.student.path)
+    tools = PolicyTools(sampler, publisher, connect) if context.layout.rank == 0 else None
     return PolicyServer(
         student,
         context.layout,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tropd_mcore.config.derived import model_paths, reads_responses
+from tropd_mcore.config.derived import model_paths, reads_responses, rollout_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.data.prompt_file import read_prompt_file
 from tropd_mcore.errors import DataError, ModelError
@@ -106,6 +106,19 @@ def run_directory(config: Config) -> Iterator[Fault]:
     """Check that the run directory, or the nearest existing folder above it, can be written."""
     if (problem := folder_problem(config.run.dir)) is not None:
         yield Fault("run.dir", f"run.dir={config.run.dir}: {problem}; choose another run.dir")
+
+
+def weights_folders(config: Config) -> Iterator[Fault]:
+    """Check that the folders through which weights reach servers exist and can be written."""
+    for key, server in rollout_servers(config).items():
+        if (folder := server.weights_folder) is None:
+            continue
+        problem = folder_problem(folder) if folder.exists() else "not found"
+        if problem is not None:
+            yield Fault(
+                f"{key}.weights_folder",
+                f"{key}.weights_folder={folder}: {problem}; expected a folder that this machine and the server see",
+            )
 
 
 def folder_problem(path: Path) -> str | None:

@@ -25,7 +25,7 @@ from tropd_mcore.weights.architecture import Architecture, read_architecture
 from tropd_mcore.weights.families import check_hf_names, hf_weight_plan, is_derived, listed
 from tropd_mcore.weights.json_file import read_json_object
 from tropd_mcore.weights.mapping import Sliceable
-from tropd_mcore.weights.publish import check_new_folder, new_folder
+from tropd_mcore.weights.publish import check_new_folder, fsync_tree, new_folder
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -207,6 +207,45 @@ def write_hf_folder(
         except (OSError, SafetensorError) as error:
             problem = f"output {shown(out)}: writing failed ({error})"
             raise ModelError(f"{problem}; make room there and run it again") from error
+
+
+class FolderWriter:
+    """Writes a Hugging Face folder in pieces: one safetensors file per piece, then an index and everything else.
+
+    `folder` exists and is empty. Everything except the weights comes from `source`. Whoever reads the folder must wait
+    for `finish`. Names and shapes are not checked.
+    """
+
+    def __init__(self, folder: Path, source: Path) -> None:
+        self.folder = folder
+        self._source = source
+        self._weight_map: dict[str, str] = {}
+        self._bytes = 0
+        self._dtype: torch.dtype | None = None
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Write contiguous CPU tensors that share no storage as one file. Raises ModelError."""
+        file = f"model-{len(set(self._weight_map.values())) + 1:05d}.safetensors"
+        try:
+            save_file(tensors, self.folder / file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{shown(self.folder / file)}: writing failed ({error}); make room there") from error
+        self._weight_map |= dict.fromkeys(tensors, file)
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._dtype = next(iter(tensors.values())).dtype
+
+    def finish(self) -> None:
+        """Write the index, config.json and the files of the tokenizer, and flush all. Raises ModelError."""
+        assert self._dtype is not None, "a folder without weights"
+        try:
+            _write_json(
+                self.folder / INDEX_FILE, {"metadata": {"total_size": self._bytes}, "weight_map": self._weight_map}
+            )
+            copy_companions(self._source, self.folder)
+            _write_config(self._source, self.folder, self._dtype)
+            fsync_tree(self.folder)
+        except OSError as error:
+            raise ModelError(f"{shown(self.folder)}: writing failed ({error}); make room there") from error
 
 
 def copy_companions(source: Path, target: Path) -> None:
