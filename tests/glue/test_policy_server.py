@@ -61,8 +61,8 @@ class PolicySite:
     """Places of servers that the job does not start."""
     silent: set[int] = field(default_factory=set)
     """Places of servers at a url that do not answer now."""
-    slow: set[str] = field(default_factory=set)
-    """Servers that did not end requests in time, for the next collection."""
+    alive: set[str] = field(default_factory=set)
+    """Lost servers that need no new start."""
     events: list[Event] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     """Number of tensors that this rank consumed of each stream."""
@@ -210,7 +210,7 @@ class PolicySite:
             raise next(iter(lost.values()))
         answered = missing[: len(missing) // 2] if 0 < len(lost) == self.servers else missing
         fresh = {name: make_rollout(name, "p", 3, version=f"answer {len(self.events)}") for name in answered}
-        return Collected({**found.rollouts, **fresh}, lost=lost, unresponsive=self.slow)
+        return Collected({**found.rollouts, **fresh}, lost=lost, may_return=self.alive)
 
 
 def key_of(place: int) -> str:
@@ -506,7 +506,7 @@ def test_a_server_at_a_url_that_is_lost_takes_part_again_when_it_answers(caplog:
 
 def test_a_slow_server_that_runs_is_not_started_again_at_once() -> None:
     lost = {1: ServerError("it did not end 3 requests")}
-    site = fleet([0, 1], sample_faults=[lost], slow={key_of(1)}, silent={1})
+    site = fleet([0, 1], sample_faults=[lost], alive={key_of(1)}, silent={1})
     assert site.did("recover") == [] and [event[2:] for event in site.did("publish")] == [(0, 1, 2), (0, 2)]
 
 

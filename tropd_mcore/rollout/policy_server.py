@@ -68,7 +68,7 @@ class _Member:
 
     server: SupervisedServer
     state: Literal["starting", "ready", "away", "gone"] = "starting"
-    """`away`: it does not answer now, but may come back by itself. `gone`: all restarts are used up."""
+    """`away`: it cannot be used now, but may come back by itself. `gone`: all restarts are used up."""
     since: float = 0.0
     """Time of the last change of `state`"""
     error: TropdError | None = None
@@ -138,11 +138,11 @@ class PolicyServer:
                 lost = {**lost, **found.lost}
                 if not found.misses(requests):
                     with self._clock.phase("server"):
-                        self._drop(lost, slow=found.unresponsive, may_end=False)
+                        self._drop(lost, alive=found.may_return, may_end=False)
                         self._give_memory_back()
                     return [rollout for request in requests if (rollout := found.rollouts.get(request.sample_id))]
             with self._clock.phase("server"):
-                self._drop(lost, slow=found.unresponsive)
+                self._drop(lost, alive=found.may_return)
 
     def close(self) -> None:
         """Leave what the publisher holds on the servers. Not collective."""
@@ -309,16 +309,16 @@ class PolicyServer:
             log.info("%s: it takes requests again", server.spec.called)
         member.become("ready")
 
-    def _drop(self, lost: dict[str, ServerError], *, slow: Collection[str] = (), may_end: bool = True) -> None:
+    def _drop(self, lost: dict[str, ServerError], *, alive: Collection[str] = (), may_end: bool = True) -> None:
         """Take servers out, and start those again that this job started. Nothing is waited for. Collective.
 
-        Those of `slow` that still run are only asked again later. Raises the error of a server if none is left that
+        Those of `alive` that still run are only asked again later. Raises the error of a server if none is left that
         could be ready; with `may_end=False`, the next step does.
         """
         if not lost:
             return
         away = on_rank_zero(
-            lambda: {key for key in lost if key in slow and self._members[key].server.may_come_back()}, self._control
+            lambda: {key for key in lost if key in alive and self._members[key].server.may_come_back()}, self._control
         )
         failed: dict[str, TropdError] = {}
         stop: StopRequested | None = None

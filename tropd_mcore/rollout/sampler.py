@@ -37,8 +37,8 @@ class Collected:
     """Sample ids that are left out -> what was wrong with the server's second answer."""
     lost: dict[str, ServerError] = field(default_factory=dict)
     """Configuration section of a server that cannot be used any more -> why"""
-    unresponsive: set[str] = field(default_factory=set)
-    """Those of `lost` that may only be very slow"""
+    may_return: set[str] = field(default_factory=set)
+    """Those of `lost` that need no new start: they are very slow, or have other weights"""
 
     def misses(self, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
         """Return the requests without a rollout that are not left out either."""
@@ -167,8 +167,8 @@ class SglangSampler:
         """Remember how fast the servers were, and which were lost."""
         for place, error in sampled.lost.items():
             collected.lost[servers[place].key] = error
-            if place in sampled.unresponsive:
-                collected.unresponsive.add(servers[place].key)
+            if place in sampled.may_return:
+                collected.may_return.add(servers[place].key)
         mean = sum(sampled.speeds.values()) / max(len(sampled.speeds), 1)
         for place, speed in sampled.speeds.items():
             key = servers[place].key
@@ -236,6 +236,8 @@ class SglangSampler:
                 if len(self.clients) == 1 and not isinstance(error, ServerDied):
                     raise
                 collected.lost[client.key] = error
+                if not isinstance(error, ServerDied):
+                    collected.may_return.add(client.key)
                 continue
             if longest > info.longest_sequence:
                 raise ServerError(

@@ -87,8 +87,8 @@ class Dispatched(Generic[Answer]):
     answers: list[Answer | ServerError]
     lost: dict[int, ServerError] = field(default_factory=dict)
     """Servers that answer no more in this call -> why"""
-    unresponsive: set[int] = field(default_factory=set)
-    """Those of `lost` that may only be very slow: they did not end requests within ABORT_S"""
+    may_return: set[int] = field(default_factory=set)
+    """Those of `lost` that need no new start: very slow ones, and those that `Work.refuses`"""
     speeds: dict[int, float] = field(default_factory=dict)
     """Tokens per second of the servers that computed any"""
     moved: int = 0
@@ -329,6 +329,7 @@ class _Call(Generic[Question, Answer]):
         reason = self._work.refuses(answer)
         if reason is not None:
             self._back(item)
+            self._found.may_return.add(server.place)
             self._lose(server, ServerError(reason))
             return
         now = time.monotonic()
@@ -439,7 +440,7 @@ class _Call(Generic[Question, Answer]):
             return
         name, url = server.lane.transport.name, server.lane.transport.url
         if stuck:
-            self._found.unresponsive.add(server.place)
+            self._found.may_return.add(server.place)
             what = f"{name}: it did not end {stuck} requests within {ABORT_S:g} s when it was told to abort them"
             self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})"))
             return
