@@ -159,7 +159,7 @@ def test_an_interrupted_call_can_be_continued_the_next_day_but_only_with_the_sam
             return cls.now
 
     monkeypatch.setattr(date_module, "date", Day)
-    monkeypatch.setattr("tropd_mcore.rollout.prefixes.generate_responses.__kwdefaults__", {"chunk": 2})
+    monkeypatch.setattr("tropd_mcore.rollout.prefixes.sample_missing.__kwdefaults__", {"chunk": 2})
     template = recipe.root / "student" / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     answered_by(Interrupted(), monkeypatch)
@@ -198,7 +198,7 @@ def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
     merged = given | {"teacher": {"path": recipe.root / "teacher"}} | sections
     context = context_of(config_of(recipe.root / "run", recipe.root / "student", data=data, **merged), layout)
     prompts: PromptSet = read_loaded_inputs(context).prompts
-    check_responses(context, read_inputs(context).models["teacher.path"].digest, prompts)
+    check_responses(context, read_inputs(context), prompts)
 
 
 def test_training_accepts_the_responses_of_its_teacher_without_a_message(
@@ -244,7 +244,7 @@ def test_held_out_responses_of_another_teacher_are_refused_by_their_key(
         context = context_of(config_of(recipe.root / "run", recipe.root / "student", **sections), layout)
         found = read_loaded_inputs(context).held_out
         assert found is not None
-        check_held_out(context, read_inputs(context).models["teacher.path"].digest, found)
+        check_held_out(context, read_inputs(context), found)
 
     check(recipe.root / "teacher")
     other = shutil.copytree(recipe.root / "teacher", recipe.root / "other")
