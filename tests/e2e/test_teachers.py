@@ -75,7 +75,7 @@ def wanted(stage: Stage, name: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(stage: Stage) -> dict[str, Path]:
     """{name: run directory}: a whole run, the same on data ranks and on stages, one that is killed in its second step,
-    and one of supervised fine-tuning."""
+    one of supervised fine-tuning, and one that is fine-tuned at its first step and scored at its second."""
     whole, killed = wanted(stage, "whole"), wanted(stage, "killed")
     plain = ["parallel.tensor=1"]
     replayed.replay(stage.config, [whole, wanted(stage, "data", *plain)])
@@ -87,8 +87,13 @@ def runs(stage: Stage) -> dict[str, Path]:
         "data.teacher_responses=RESPONSES",
         "teachers.code.offload=false",
     ]
-    replayed.replay(stage.config, [killed, wanted(stage, "sft", *sft)])
-    return {name: stage.run(name) for name in ("whole", "data", "stages", "killed", "sft")}
+    phases = [
+        "data.teacher_responses=RESPONSES",
+        "objective={kind: phases, phases: [{objective: {kind: sft}, until: {step: 1}}, "
+        "{objective: {kind: gkd, topk: 9}}]}",
+    ]
+    replayed.replay(stage.config, [killed, wanted(stage, "sft", *sft), wanted(stage, "phases", *phases)])
+    return {name: stage.run(name) for name in ("whole", "data", "stages", "killed", "sft", "phases")}
 
 
 @lru_cache
@@ -133,7 +138,7 @@ def test_the_first_step_has_the_numbers_of_each_teacher_by_transformers(runs: di
         assert first[f"teacher/{name}/kl"] != pytest.approx(np.mean(kl_of(stage, by_teacher[name], other)), abs=1e-2)
 
 
-@pytest.mark.parametrize("name", ["whole", "data", "stages", "sft"])
+@pytest.mark.parametrize("name", ["whole", "data", "stages", "sft", "phases"])
 def test_the_losses_of_the_teachers_weighted_by_their_shares_add_up_to_the_loss(
     runs: dict[str, Path], name: str
 ) -> None:

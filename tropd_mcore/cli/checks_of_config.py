@@ -194,7 +194,8 @@ def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
         room = gpu - _of_server(state, gpu)
         yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
         if (hosted := teacher_bytes(state, offloaded=True)) > 0:
-            yield _host_memory(hosted, here)
+            keys = " or ".join(f"{each.key}.offload" for each in teachers_of(state.config) if each.config.offload)
+            yield _host_memory(hosted, here, keys)
     elif state.platform == "cpu":
         room = psutil.virtual_memory().available // here
         yield _room("memory", f"{what}, {here} ranks here", each, room, "launch fewer ranks here")
@@ -217,11 +218,11 @@ def _of_server(state: State, gpu: int) -> int:
     return int(max(taken.values()))
 
 
-def _host_memory(each: int, here: int) -> Finding:
-    """The host memory for the weights of a teacher that is on the GPUs only while it scores (teacher.offload)."""
+def _host_memory(each: int, here: int, keys: str) -> Finding:
+    """The host memory for the weights of teachers that are on the GPUs only while they score (`keys`)."""
     room = psutil.virtual_memory().available // here
     what = f"about {each / GIB:.2f} GiB of the teacher's weights per rank, pinned, {here} ranks here"
-    return _room("host memory", what, each, room, "set teacher.offload=false, or launch fewer ranks here")
+    return _room("host memory", what, each, room, f"set {keys}=false, or launch fewer ranks here")
 
 
 def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:

@@ -227,6 +227,7 @@ def make_teacher(
         settings=settings,
         keep_hidden=objective.full_vocabulary_divergence is not None,
         excluded=excluded,
+        key=the_teacher(context.config).key,
     )
 
 
@@ -327,12 +328,12 @@ def _held_out_teacher(
         log.warning("held_out: objective.kind=%s asks no teacher's server, %s; %s", objective.kind, only, advice)
         return None
     if access.model is not None:
-        return MegatronTeacher(access.model, k=k, settings=settings, excluded=excluded)
+        return MegatronTeacher(access.model, k=k, settings=settings, excluded=excluded, key=teacher.key)
 
     def load() -> MegatronTeacher:
         model = _frozen(context, teacher.path_key, teacher.path, teacher.config.dtype)
         check_model(context, teacher.path_key, model, access.inputs)
-        return MegatronTeacher(model, k=k, settings=settings, excluded=excluded)
+        return MegatronTeacher(model, k=k, settings=settings, excluded=excluded, key=teacher.key)
 
     return LoadedOnce(load)
 
@@ -376,6 +377,7 @@ def _served_teacher(
         only_rank_zero=section.config.server.url is None,
         masked_share=context.config.gates.masked_share,
         check=check,
+        key=f"{section.key}.server",
     )
 
 
