@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from tropd_mcore.config.reference import Key, reference
-from tropd_mcore.monitor.catalogue import METRICS
+from tropd_mcore.monitor.catalogue import DESCRIBED, METRICS
 
 DOCS = Path(__file__).parent
 
@@ -50,6 +50,9 @@ forward pass, and for an objective that does not read the teacher it is loaded f
 teacher with a wider vocabulary can lack candidates for a token; `held_out/unscored` counts such tokens, which are left
 out of the KL. The scores stay in `scores/held_out.*.npz`. Only `held_out/nll` is measured for an objective that
 teaches itself, and for `sft` with `teacher.kind=sglang`.
+
+**Several teachers.** With the section `teachers`, each teacher has the metrics with NAME in their names, with its own
+name in that place ([teachers.md](teachers.md)). A run with one teacher has none of them.
 """
 
 
@@ -66,7 +69,7 @@ def configuration() -> str:
 def metrics() -> str:
     """The page of the metrics, a table per group."""
     groups: dict[str, list[str]] = {}
-    for metric in METRICS:
+    for metric in DESCRIBED:
         cells = [f"`{_cell(metric.name)}`", _cell(metric.unit), _cell(metric.over), _cell(metric.description)]
         groups.setdefault(metric.name.partition("/")[0], []).append(f"| {' | '.join(cells)} |")
     parts = [METRICS_PAGE.format(count=len(METRICS))]

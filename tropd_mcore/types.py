@@ -35,6 +35,8 @@ class Prompt:
     teacher_response_ids: IntArray | None
     teacher_finished: bool = True
     """Whether the teacher ended the stored response by itself"""
+    teacher: str | None = None
+    """Name of its teacher in `teachers`; None in a run with one teacher"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class SampleRequest:
     """True in exactly one of the samples that share a prompt and its prefix, so that the prefix counts once. False in
     all if the objective has no term for prefixes"""
     answer: str | None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Rollout:
     """`stop` (EOS) or `length`."""
     carries_prefix_loss: bool
     answer: str | None
+    teacher: str | None = None
+    """Name of the teacher that scores all of its tokens; None in a run with one teacher"""
 
     @property
     def token_ids(self) -> IntArray:

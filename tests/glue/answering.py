@@ -33,11 +33,13 @@ class Client:
         return [Generation(each, np.zeros(3, np.float32), "stop", ("default",)) for each in ids]
 
 
-def answered_by(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
-    """Let `client` answer for every server that a command opens."""
+def answered_by(client: Client, monkeypatch: pytest.MonkeyPatch, opened: list[str] | None = None) -> Client:
+    """Let `client` answer for every server that a command opens; `opened` gets the keys of their models."""
 
     class Server:
-        def __init__(self, *_: Any, key: str, **__: Any) -> None:
+        def __init__(self, *_: Any, key: str, model_key: str, **__: Any) -> None:
+            if opened is not None:
+                opened.append(model_key)
             self.client, self.spec = client, SimpleNamespace(key=key)
             self.generate = client.generate
 

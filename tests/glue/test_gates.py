@@ -28,7 +28,7 @@ from tropd_mcore.train.gates import (
     Columns,
     SamplerBounds,
     SamplerGate,
-    check_teacher_is_another,
+    check_teachers_are_others,
     engines_are_exact,
 )
 
@@ -383,7 +383,7 @@ def scored(noise: float, teacher: float) -> Columns:
 
 def look_at(parts: Sequence[Columns], config: Config, step: int) -> None:
     bounds = SamplerBounds.of(config, exact=engines_are_exact(config, "cpu"))
-    check_teacher_is_another(parts, config, bounds, step)
+    check_teachers_are_others(parts, config, bounds, step)
 
 
 @pytest.mark.parametrize("noise", [0.0, 3e-7, 7e-3])

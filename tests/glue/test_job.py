@@ -193,7 +193,7 @@ class Components:
                 policy=policy
             ),
             "PrefixLosses": self._prefix_losses,
-            "teacher_name": lambda config, inputs, identity="": f"{inputs}: {config.teacher.path}{identity}",
+            "scorer_name": lambda config, inputs, identities: f"{inputs}: {config.teacher.path}{identities[None]}",
             "BatchContextSource": lambda config, student, reference: SimpleNamespace(reference=reference),
         }
         for name, stub in stubs.items():
@@ -219,7 +219,7 @@ class Components:
             ignored="ignored",
             longest=9,
             solution_prompts=solution_prompts,
-            ends=SimpleNamespace(closing=2),
+            ends=SimpleNamespace(end_id=2),
             excluded=(),
         )
         layout: Any = SimpleNamespace(rank=0, groups=SimpleNamespace(control="control"))

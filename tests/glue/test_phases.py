@@ -150,7 +150,7 @@ def make_parts(monkeypatch: pytest.MonkeyPatch, config: Config, phase: PhaseStat
         "raise_on_all_ranks": lambda control: nullcontext(),
         "Monitor": lambda *_: SimpleNamespace(close=lambda: None),
         "BatchContextSource": lambda config, student, reference: config.objective.kind,
-        "teacher_name": lambda config, inputs, identity: f"{config.objective.kind} {identity}",
+        "scorer_name": lambda config, inputs, identities: f"{config.objective.kind} {identities}",
         "ScoreSource": "scores",
     }.items():
         monkeypatch.setattr(job, name, note(name, value))
@@ -161,7 +161,7 @@ def make_parts(monkeypatch: pytest.MonkeyPatch, config: Config, phase: PhaseStat
     state = TrainState("student", "optimizer", "scheduler")  # type: ignore[arg-type]
     loaded: Any = SimpleNamespace(
         renderer="renderer", prompts="prompts", ignored="ignored", longest=9, solution_prompts=None,
-        ends=SimpleNamespace(closing=2), excluded=(),
+        ends=SimpleNamespace(end_id=2), excluded=(),
     )  # fmt: skip
     layout: Any = SimpleNamespace(rank=0, groups=SimpleNamespace(control="control"))
     models: Any = {"student.path": SimpleNamespace(vocab_size=307)}

@@ -18,6 +18,7 @@ from tests.glue.stubs import one_rank
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.cli import template_date as date_module
 from tropd_mcore.cli.main import main
+from tropd_mcore.config.loader import load
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.errors import DataError, ServerError
 from tropd_mcore.mcore.parallel import Layout
@@ -159,7 +160,7 @@ def test_an_interrupted_call_can_be_continued_the_next_day_but_only_with_the_sam
             return cls.now
 
     monkeypatch.setattr(date_module, "date", Day)
-    monkeypatch.setattr("tropd_mcore.rollout.prefixes.generate_responses.__kwdefaults__", {"chunk": 2})
+    monkeypatch.setattr("tropd_mcore.rollout.prefixes.sample_missing.__kwdefaults__", {"chunk": 2})
     template = recipe.root / "student" / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     answered_by(Interrupted(), monkeypatch)
@@ -198,7 +199,7 @@ def trained(recipe: Recipe, layout: Layout, **sections: Any) -> None:
     merged = given | {"teacher": {"path": recipe.root / "teacher"}} | sections
     context = context_of(config_of(recipe.root / "run", recipe.root / "student", data=data, **merged), layout)
     prompts: PromptSet = read_loaded_inputs(context).prompts
-    check_responses(context, read_inputs(context).models["teacher.path"].digest, prompts)
+    check_responses(context, read_inputs(context), prompts)
 
 
 def test_training_accepts_the_responses_of_its_teacher_without_a_message(
@@ -244,7 +245,7 @@ def test_held_out_responses_of_another_teacher_are_refused_by_their_key(
         context = context_of(config_of(recipe.root / "run", recipe.root / "student", **sections), layout)
         found = read_loaded_inputs(context).held_out
         assert found is not None
-        check_held_out(context, read_inputs(context).models["teacher.path"].digest, found)
+        check_held_out(context, read_inputs(context), found)
 
     check(recipe.root / "teacher")
     other = shutil.copytree(recipe.root / "teacher", recipe.root / "other")
@@ -265,3 +266,84 @@ def test_training_with_another_template_date_than_the_responses_names_the_key(
     caplog.clear()
     trained(recipe, layout, data={"template_date": "2024-02-29"})
     assert not [message for message in caplog.messages if "another text" in message]
+
+
+def with_two_teachers(recipe: Recipe, *names: str) -> None:
+    """The prompts name a teacher each; `math` is the teacher of the recipe, `code` another folder."""
+    other = recipe.root / "code"
+    if not other.exists():
+        shutil.copytree(recipe.root / "teacher", other)
+        edit(other / "model.safetensors")
+        recipe.file.write_text(f"{recipe.file.read_text()}teachers: {{math: {{}}, code: {{path: {other}}}}}\n")
+    chats = [[{"role": "user", "content": text}] for text in ("one pear", "two pears", "three pears")]
+    lines = [
+        {"id": f"p{index}", "messages": chat, "teacher": name}
+        for index, (chat, name) in enumerate(zip(chats, names, strict=True))
+    ]
+    (recipe.root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def trained_by_two(recipe: Recipe, layout: Layout) -> None:
+    config, _ = load(recipe.file, [f"data.teacher_responses={recipe.out}", "rollout.max_new_tokens=9"])
+    config = config.model_copy(update={"objective": config_of(recipe.root, recipe.root, objective=GUIDED).objective})
+    context = context_of(config, layout)
+    check_responses(context, read_inputs(context), read_loaded_inputs(context).prompts)
+
+
+def test_each_prompt_is_answered_by_its_own_teacher_and_the_record_says_by_which(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    opened: list[str] = []
+    client = answered_by(Client(), monkeypatch, opened)
+    with_two_teachers(recipe, "math", "code", "math")
+    assert recipe.prefixes()[0] == 0
+    assert opened == ["teachers.math.path", "teachers.code.path"] and len(client.requests) == 3
+    assert [json.loads(line)["id"] for line in recipe.out.read_text().splitlines()] == ["p0", "p1", "p2"]
+    record = json.loads(origin_file(recipe.out).read_text())
+    (other,) = record["others"]
+    assert (list(record["prompts"]), list(other["prompts"])) == (["p0", "p2"], ["p1"])
+    assert (record["teacher"], other["teacher"]) == (str(recipe.root / "teacher"), str(recipe.root / "code"))
+    trained_by_two(recipe, layout)
+    code, text = recipe.prefixes()
+    assert code == 0 and "all 3 responses exist already" in text and len(opened) == 2
+
+
+def test_responses_that_the_other_teacher_sampled_are_refused_by_prefixes_and_by_training(
+    recipe: Recipe, client: Client, layout: Layout
+) -> None:
+    with_two_teachers(recipe, "math", "code", "math")
+    recipe.prefixes()
+    with_two_teachers(recipe, "math", "code", "code")
+    line = recipe.refused()
+    assert f"its responses were made differently: teacher {recipe.root / 'teacher'} -> {recipe.root / 'code'}" in line
+    with pytest.raises(
+        DataError, match=r"responses of another teacher \(.*/teacher\) than teachers\.code\.path=.*/code"
+    ):
+        trained_by_two(recipe, layout)
+
+
+def test_an_interrupted_call_keeps_the_part_of_every_teacher(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second teacher's server dies; the next call asks only that teacher."""
+    with_two_teachers(recipe, "math", "code", "math")
+    answered_by(Interrupted(), monkeypatch)
+    assert recipe.prefixes()[0] == 2 and not recipe.out.exists()
+    opened: list[str] = []
+    client = answered_by(Client(), monkeypatch, opened)
+    assert recipe.prefixes()[0] == 0 and opened == ["teachers.code.path"] and len(client.requests) == 1
+    assert len(recipe.out.read_text().splitlines()) == 3
+
+
+def test_responses_of_one_teacher_serve_a_run_with_several_if_it_is_theirs(
+    recipe: Recipe, client: Client, layout: Layout
+) -> None:
+    recipe.prefixes()
+    with_two_teachers(recipe, "math", "math", "code")
+    with pytest.raises(DataError, match=r"than teachers\.code\.path="):
+        trained_by_two(recipe, layout)
+    assert "teacher " in recipe.refused()
+
+
+def test_one_url_for_several_teachers_is_refused(recipe: Recipe, client: Client) -> None:
+    with_two_teachers(recipe, "math", "code", "math")
+    line = recipe.refused("--server", "url=http://127.0.0.1:1")
+    assert "--server url names one server, and the configuration has the teachers math, code" in line

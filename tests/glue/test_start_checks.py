@@ -288,7 +288,9 @@ def test_a_served_teacher_may_be_any_model_with_the_students_tokens(
         findings = list(start_checks(served))
         assert [finding for finding in findings if finding.level == "FAIL"] == []
         state = started(served)
-        assert state is not None and state.teacher.vocab_size == 307 and state.teacher.family == config["model_type"]
+        assert state is not None
+        teacher = state.models["teacher.path"]
+        assert teacher.vocab_size == 307 and teacher.family == config["model_type"]
 
 
 def test_warnings_of_a_check_become_findings_instead_of_log_lines(root: Path, caplog: pytest.LogCaptureFixture) -> None:

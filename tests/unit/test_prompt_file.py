@@ -154,7 +154,7 @@ def test_a_blank_text_is_refused(tmp_path, prompt):
         ("conversations", "did you mean 'messages'?"),
         ("message", "did you mean 'messages'?"),
         ("question", "did you mean 'prompt'?"),
-        ("source", "a line has id, messages, prompt, answer, tools, chat_template_kwargs; remove the others"),
+        ("source", "a line has id, messages, prompt, answer, tools, chat_template_kwargs, teacher; remove the others"),
     ],
 )
 def test_an_unknown_key_of_a_prompt_is_refused_with_the_likely_one(tmp_path, key, suggestion):

@@ -17,6 +17,7 @@ from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.derived import is_rollout, ranks_per_node, started_servers, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.server_checks import gpus_of
+from tropd_mcore.config.teachers import TeacherSection, any_served, teachers_of
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.start_checks import State
@@ -124,7 +125,7 @@ def score_bytes(config: Config) -> int:
         return 0
     rows = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * config.rollout.max_new_tokens
     steps = run.steps if run.keep_scores is None else run.keep_scores + 1
-    if config.teacher.kind == "sglang":
+    if any_served(config):
         steps = max(steps, run.checkpoint_every + 1)  # all since the last checkpoint
     own = LOG_PROB_BYTES * objective.student_candidates
     return min(steps, run.steps) * rows * (ENTRY_BYTES * objective.teacher_topk + own + ROW_BYTES)
@@ -163,14 +164,24 @@ def rank_bytes(state: State, ranks: int) -> int:
     return total // shard + teacher_bytes(state)
 
 
-def teacher_bytes(state: State) -> int:
-    """Return the bytes of a teacher in the job on the rank that has most of its layers."""
-    config, parallel = state.config, state.config.parallel
-    if config.teacher.kind != "megatron" or config.objective.self_teaching is not None:
+def teacher_bytes(state: State, *, offloaded: bool | None = None) -> int:
+    """Return the bytes of the teachers in the job, each on the rank that has most of its layers.
+
+    `offloaded` counts only those that are kept in host memory (teacher.offload), or only the others.
+    """
+    if state.config.objective.self_teaching is not None:
         return 0
-    teacher = state.in_job("teacher.path")
-    stages = config.teacher.pipeline_layers or layers_of_stages(teacher.num_layers, parallel.pipeline)
-    whole = parameters(teacher) * DTYPE_BYTES[config.teacher.dtype]
+    return sum(
+        _teacher_bytes(state, teacher)
+        for teacher in teachers_of(state.config)
+        if not teacher.served and offloaded in (None, teacher.config.offload)
+    )
+
+
+def _teacher_bytes(state: State, section: TeacherSection) -> int:
+    parallel, teacher = state.config.parallel, state.in_job(section.path_key)
+    stages = section.config.pipeline_layers or layers_of_stages(teacher.num_layers, parallel.pipeline)
+    whole = parameters(teacher) * DTYPE_BYTES[section.config.dtype]
     return whole * max(stages) // (teacher.num_layers * parallel.tensor)
 
 
@@ -182,8 +193,9 @@ def _memory(state: State, here: int, ranks: int) -> Iterator[Finding]:
     if gpu is not None:
         room = gpu - _of_server(state, gpu)
         yield _room("GPU memory", what, each, room, "raise parallel.tensor or parallel.pipeline")
-        if state.config.teacher.offload:
-            yield _host_memory(teacher_bytes(state), here)
+        if (hosted := teacher_bytes(state, offloaded=True)) > 0:
+            keys = " or ".join(f"{each.key}.offload" for each in teachers_of(state.config) if each.config.offload)
+            yield _host_memory(hosted, here, keys)
     elif state.platform == "cpu":
         room = psutil.virtual_memory().available // here
         yield _room("memory", f"{what}, {here} ranks here", each, room, "launch fewer ranks here")
@@ -206,11 +218,11 @@ def _of_server(state: State, gpu: int) -> int:
     return int(max(taken.values()))
 
 
-def _host_memory(each: int, here: int) -> Finding:
-    """The host memory for the weights of a teacher that is on the GPUs only while it scores (teacher.offload)."""
+def _host_memory(each: int, here: int, keys: str) -> Finding:
+    """The host memory for the weights of teachers that are on the GPUs only while they score (`keys`)."""
     room = psutil.virtual_memory().available // here
     what = f"about {each / GIB:.2f} GiB of the teacher's weights per rank, pinned, {here} ranks here"
-    return _room("host memory", what, each, room, "set teacher.offload=false, or launch fewer ranks here")
+    return _room("host memory", what, each, room, f"set {keys}=false, or launch fewer ranks here")
 
 
 def _room(name: str, what: str, needed: int, room: int, remedy: str) -> Finding:

@@ -184,6 +184,13 @@ def _prompts(state: State) -> str:
     return f"{len(state.prompts.prompts)} of up to {state.prompts.longest_prompt} tokens{without}"
 
 
+def _excluded(state: State) -> str:
+    found = state.excluded or ()
+    if isinstance(found, tuple):
+        return f"{len(found)} candidates of the teacher are excluded"
+    return "candidates that are excluded: " + ", ".join(f"{len(ids)} of {name}" for name, ids in found.items())
+
+
 def _resume(state: State) -> str:
     begun = state.opened is not None and state.opened.before.begun
     return "contents are the same as at earlier launches" if begun else "nothing was trained here before"
@@ -212,7 +219,7 @@ TOLD: dict[str, Callable[[State], str]] = {
     "data.prompts": _prompts,
     "lengths": lambda state: f"a sample has at most {state.longest} tokens, which fit into packs and contexts",
     "objective.template": lambda state: "fits every prompt" if state.solutions is not None else "not used",
-    "teacher.extra_tokens": lambda state: f"{len(state.excluded or ())} candidates of the teacher are excluded",
+    "teacher.extra_tokens": _excluded,
     "held_out": lambda state: (
         f"{len(state.held_out.prompts)} responses that are not trained on" if state.held_out else "not used"
     ),

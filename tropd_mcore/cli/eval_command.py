@@ -27,6 +27,7 @@ from tropd_mcore.cli.template_date import template_date
 from tropd_mcore.config.derived import phase_configs
 from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.teachers import folders_of, teachers_of
 from tropd_mcore.errors import DataError
 from tropd_mcore.progress import report_every
 
@@ -132,7 +133,7 @@ def _check_options(config: Config, options: argparse.Namespace, model: Path) -> 
 
 def _tokenizers(config: Config) -> dict[str, Path]:
     """The folders whose end tokens end an answer."""
-    return {"student.path": config.student.path, "teacher.path": config.teacher.path}
+    return {"student.path": config.student.path, **{each.path_key: each.path for each in teachers_of(config)}}
 
 
 def _settings(config: Config, options: argparse.Namespace) -> EvaluationSettings:
@@ -141,7 +142,7 @@ def _settings(config: Config, options: argparse.Namespace) -> EvaluationSettings
     from tropd_mcore.data.end_tokens import end_tokens
     from tropd_mcore.evaluation.evaluate import EvaluationSettings
 
-    ends = end_tokens(config, Renderer(config.student.path), config.teacher.path)
+    ends = end_tokens(config, Renderer(config.student.path), folders_of(config))
     return EvaluationSettings(
         prompts=str(options.prompts),
         max_new_tokens=config.rollout.max_new_tokens,

@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the metrics. Raises ConfigError if no metric has that name."""
-    from tropd_mcore.monitor.catalogue import METRICS
+    from tropd_mcore.monitor.catalogue import DESCRIBED
 
-    found = [metric for metric in METRICS if metric.name.startswith(options.name)]
+    found = [metric for metric in DESCRIBED if metric.name.startswith(options.name)]
     if not found:
-        near = difflib.get_close_matches(options.name, [metric.name for metric in METRICS], n=3)
+        near = difflib.get_close_matches(options.name, [metric.name for metric in DESCRIBED], n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError([f"tropd metrics {options.name}: no such metric{hint}"])
     for metric in found:

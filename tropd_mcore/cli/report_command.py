@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the page and print its path; print on stderr what the page lacks. Raises DataError."""
     from tropd_mcore.evaluation.metrics_view import MetricNote
     from tropd_mcore.evaluation.report import ReportOptions, write_report
-    from tropd_mcore.monitor.catalogue import METRICS
+    from tropd_mcore.monitor.catalogue import DESCRIBED
 
     report = write_report(
         options.run_dir,
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             out=options.out,
             compare=options.compare,
             tokenizer=options.tokenizer,
-            notes={metric.name: MetricNote(metric.unit, metric.over, metric.description) for metric in METRICS},
+            notes={metric.name: MetricNote(metric.unit, metric.over, metric.description) for metric in DESCRIBED},
             rollout_steps=options.rollout_steps,
         ),
     )

@@ -21,7 +21,8 @@ from tropd_mcore.config.server_checks import (
     shared_problems,
     teacher_server_problems,
 )
-from tropd_mcore.config.teacher_checks import teacher_problems
+from tropd_mcore.config.teacher_checks import names_problems, several_problems, teacher_problems
+from tropd_mcore.config.teachers import teachers_of
 from tropd_mcore.config.time_limits import time_limit_problems
 
 
@@ -320,6 +321,13 @@ def _home(key: str) -> Callable[[Config], Iterator[str]]:
     return check
 
 
+def _homes_of_teachers(config: Config) -> Iterator[str]:
+    """The same check of the paths of `teachers`."""
+    for teacher in teachers_of(config):
+        if teacher.name is not None and str(teacher.path).startswith("~"):
+            yield f"{teacher.path_key}: `~` is not expanded here; write the whole path instead of {str(teacher.path)!r}"
+
+
 PATHS = (
     "run.dir",
     "run.replay",
@@ -349,6 +357,8 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     rollout_server_problems,
     teacher_server_problems,
     teacher_problems,
+    names_problems,
+    of_each_phase(several_problems),
     shared_problems,
     server_problems,
     _warmup,
@@ -360,5 +370,6 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _replay,
     _pattern,
     *(_home(key) for key in PATHS),
+    _homes_of_teachers,
 )
 """Every check across sections. Each reads few values, because a check that needs a wrong value is left out."""

@@ -6,10 +6,11 @@ Nothing here needs data, a model or a process. Invariant: pure functions of the 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
-from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig
+from tropd_mcore.config.teachers import by_path_key, teachers_of
 from tropd_mcore.errors import ConfigError
 
 
@@ -19,12 +20,6 @@ def phase_configs(config: Config) -> list[Config]:
     if parts == (config.objective,):
         return [config]
     return [config.model_copy(update={"objective": part}) for part in parts]
-
-
-def teacher_dtype(config: Config) -> Dtype:
-    """Return the dtype in which the teacher computes, in the job or on a server."""
-    served = config.teacher.server.dtype if config.teacher.kind == "sglang" else None
-    return served or config.teacher.dtype
 
 
 def alpha(step: int, config: Config) -> float:
@@ -87,14 +82,16 @@ def reference_path(config: Config) -> Path | None:
 
 def model_paths(config: Config) -> dict[str, Path]:
     """Return {configuration key: folder} of every model of the run."""
-    paths = {"student.path": config.student.path, "teacher.path": config.teacher.path}
+    paths = {"student.path": config.student.path}
+    paths |= {teacher.path_key: teacher.path for teacher in teachers_of(config)}
     reference = reference_path(config)
     return paths if reference is None else {**paths, "objective.reference": reference}
 
 
 def is_served(config: Config, key: str) -> bool:
     """Return whether only a server loads the model of `key`, so that Megatron need not be able to build it."""
-    return key == "teacher.path" and config.teacher.kind == "sglang"
+    teacher = by_path_key(config).get(key)
+    return teacher is not None and teacher.served
 
 
 def samples_rollouts(config: Config) -> bool:
@@ -122,18 +119,15 @@ def measures_overlap(config: Config, step: int) -> bool:
 
 def rollout_servers(config: Config) -> dict[str, ServerConfig]:
     """Return {section: settings} of the rollout servers: rollout.server, or each entry of rollout.servers."""
-    return _fleet("rollout", config.rollout.server, config.rollout.servers)
+    if not config.rollout.servers:
+        return {"rollout.server": config.rollout.server}
+    return {f"rollout.servers.{place}": server for place, server in enumerate(config.rollout.servers)}
 
 
 def teacher_servers(config: Config) -> dict[str, ServerConfig]:
-    """Return {section: settings} of the teacher's servers: teacher.server, or each entry of teacher.servers."""
-    return _fleet("teacher", config.teacher.server, config.teacher.servers)
-
-
-def _fleet(section: str, template: ServerConfig, servers: tuple[ServerConfig, ...]) -> dict[str, ServerConfig]:
-    if not servers:
-        return {f"{section}.server": template}
-    return {f"{section}.servers.{place}": server for place, server in enumerate(servers)}
+    """Return {section: settings} of the teachers' servers, of all teachers: teacher.server, or each entry of
+    teacher.servers."""
+    return {key: server for teacher in teachers_of(config) for key, server in teacher.servers.items()}
 
 
 def is_rollout(section: str) -> bool:
@@ -142,16 +136,25 @@ def is_rollout(section: str) -> bool:
 
 
 def server_name(section: str) -> str:
-    """Return the name of a server's files in <run.dir>/logs: `rollout`, or `rollout-1` for rollout.servers.1."""
-    name, _, place = section.replace(".servers.", ".server.").partition(".server")
-    return f"{name}-{place[1:]}" if place else name
+    """Return the name of a server's files in <run.dir>/logs: `rollout`, or `rollout-1` for rollout.servers.1.
+
+    The server of teachers.math has the name `teacher-math`.
+    """
+    found = re.fullmatch(r"(rollout|teacher)(?:s\.([\w-]+))?\.server(?:s\.(\d+))?", section)
+    assert found is not None, f"{section} is no section of a server"
+    return "-".join(part for part in found.groups() if part is not None)
+
+
+def model_key(section: str) -> str:
+    """Return the configuration key of the folder of the model that a server's section serves."""
+    return "student.path" if is_rollout(section) else f"{re.sub(r'[.]server(s[.][0-9]+)?$', '', section)}.path"
 
 
 def used_servers(config: Config) -> dict[str, ServerConfig]:
     """Return {section: settings} of the servers that the job uses. A replay uses no rollout server, `sft` none."""
     servers = rollout_servers(config) if samples_rollouts(config) else {}
-    if config.teacher.kind == "sglang" and config.objective.reads_teacher:
-        servers |= teacher_servers(config)
+    if config.objective.reads_teacher:
+        servers |= {key: server for each in teachers_of(config) if each.served for key, server in each.servers.items()}
     return servers
 
 

@@ -21,8 +21,9 @@ from tropd_mcore.config.schema import Config
 
 PHASE_OBJECTIVE = "objective.phases.objective"
 """The section of a phase that has the keys of `objective` itself."""
-LISTED_ELSEWHERE = (PHASE_OBJECTIVE, "rollout.servers", "teacher.servers")
-"""Sections whose keys are those of another one (objective, rollout.server, teacher.server), where they are listed."""
+LISTED_ELSEWHERE = (PHASE_OBJECTIVE, "rollout.servers", "teacher.servers", "teachers")
+"""Sections whose keys are those of another one (objective, rollout.server, teacher.server, teacher), where they are
+listed."""
 SHOWN_KEYS = 3
 """Largest number of keys that one line suggests."""
 
@@ -95,8 +96,12 @@ def _suggestion(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> str
         return f": it was renamed; use {renamed[dotted]}"
     dotted, keys = _without_places(keys)
     if (template := of_template(dotted)) != dotted:
-        place = dotted.partition(".servers")[0]
-        return _suggestion(template, template.split("."), renamed).replace(f"{place}.server.", f"{place}.servers.*.")
+        text = _suggestion(template, template.split("."), renamed)
+        if ".servers." in dotted:
+            text = re.sub(r"(rollout|teacher)\.server\b", r"\1.servers.*", text)
+        if dotted.startswith("teachers."):
+            text = re.sub(r"\bteacher\b(?=\.| has )", ".".join(dotted.split(".")[:2]), text)
+        return text
     everything = _everything()
     if dotted in everything:
         return f": not a key of the chosen {keys[0]}.kind"
@@ -121,8 +126,14 @@ def meant(dotted: str, keys: list[str], renamed: Mapping[str, str]) -> list[str]
 
 
 def of_template(key: str) -> str:
-    """Return a key of an entry of `servers`, without its place, as that of `server`; other keys unchanged."""
-    return re.sub(r"^(rollout|teacher)\.servers\.", r"\1.server.", key)
+    """Return a key of an entry of `servers`, without its place, as that of `server`, and a key of an entry of
+    `teachers` as that of `teacher`; other keys unchanged."""
+    return re.sub(r"^(rollout|teacher)\.servers\.", r"\1.server.", of_teacher(key))
+
+
+def of_teacher(key: str) -> str:
+    """Return a key of an entry of `teachers` as that of `teacher`; other keys unchanged."""
+    return re.sub(r"^teachers\.[^.]+\.", "teacher.", key)
 
 
 def _without_places(keys: list[str]) -> tuple[str, list[str]]:

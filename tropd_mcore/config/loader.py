@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tropd_mcore.config.checks import CHECKS, problems_across_sections
-from tropd_mcore.config.explain import explain_validation_error, wrong_keys
+from tropd_mcore.config.explain import explain_validation_error, of_teacher, wrong_keys
 from tropd_mcore.config.partial import problems_without, without
 from tropd_mcore.config.schema import Config
 from tropd_mcore.config.switched import drop_other_kinds, kinds_of, take_away
@@ -72,7 +72,8 @@ def load(path: Path | str, overrides: list[str], *, tell: bool = True) -> tuple[
 def leaves(config: Config) -> dict[str, Any]:
     """Return {dotted key: value} of every leaf in the order of the schema; paths as strings, tuples as lists.
 
-    The entries of a list of sections (phases, servers) are sections too; the key of each is its place in the list.
+    The entries of a list of sections (phases, servers) are sections too; the key of each is its place in the list. So
+    are those of `teachers`, by name.
     """
     flat: dict[str, Any] = {}
 
@@ -155,13 +156,15 @@ def _fill_default_kinds(tree: dict[str, Any]) -> None:
 def _source(key: str, places: Mapping[str, str]) -> str:
     """The source of the key itself, or of the nearest section that was set as a whole on the command line.
 
-    A key that an entry of `servers` does not set has the source of its template.
+    A key that an entry of `servers` or `teachers` does not set has the source of its template.
     """
     if key in places:
         return places[key]
     template = re.sub(r"\.servers\.\d+\.", ".server.", key)
     if template != key and f"{template.rpartition('.')[0]}s" in places:
         return _source(template, places)
+    if (template := of_teacher(key)) != key and template in places:
+        return places[template]
     parts = key.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if places.get(".".join(parts[:end])) == COMMAND_LINE:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from tropd_mcore.config.effect_checks import keys_without_effect
 from tropd_mcore.config.objectives.base import Objective
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import teachers_of
 
 
 def objective_problems(config: Config) -> Iterator[str]:
@@ -19,8 +20,9 @@ def objective_problems(config: Config) -> Iterator[str]:
     objective = config.objective
     yield from section_problems(objective)
     yield from _needs_other_sections(config)
-    if config.teacher.kind != "megatron":
-        yield from _needs_the_teacher_in_the_job(objective)
+    served = [f"{teacher.key}.kind" for teacher in teachers_of(config) if teacher.served]
+    if served:
+        yield from _needs_the_teacher_in_the_job(objective, f"set {' and '.join(served)}=megatron")
     yield from _full_vocabulary(config)
     yield from keys_without_effect(objective)
 
@@ -77,8 +79,7 @@ def _self_teacher(config: Config) -> Iterator[str]:
         )
 
 
-def _needs_the_teacher_in_the_job(objective: Objective) -> Iterator[str]:
-    remedy = "set teacher.kind=megatron"
+def _needs_the_teacher_in_the_job(objective: Objective, remedy: str) -> Iterator[str]:
     if objective.needs_teacher_entropy:
         yield (
             f"objective.kind={objective.kind} needs the teacher's entropy over the whole vocabulary, which a server "

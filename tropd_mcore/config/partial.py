@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from tropd_mcore.config.schema import Config
@@ -58,6 +58,7 @@ def _fill_required(name: str, kind: Any, section: dict[str, Any]) -> Wrong:
 def _take_away(config: Config, absent: Wrong) -> None:
     """Remove values from a frozen configuration. Sections are copied first, because defaults are shared."""
     values = config.__dict__
+    absent = {parts if isinstance(values.get(parts[0]), BaseModel) else parts[:1] for parts in absent}
     for parts in absent:
         if len(parts) == 2 and parts[0] in values:
             section = values[parts[0]].model_copy()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import teachers_of
 
 Lack = Callable[[Config, bool], str | None]
 """Returns why the metric has no value in a phase with this configuration; None if it has one. The second argument says
@@ -49,9 +50,14 @@ def _prefix(config: Config, asked: bool) -> str | None:
 
 
 def _teacher_entropy(config: Config, asked: bool) -> str | None:
-    if config.teacher.kind != "megatron":
-        return f"needs the teacher's whole distribution, which teacher.kind={config.teacher.kind} does not give"
+    if (served := _served(config)) is not None:
+        return f"needs the teacher's whole distribution, which {served}=sglang does not give"
     return _compared(config, asked)
+
+
+def _served(config: Config) -> str | None:
+    """The key of the kind of the first served teacher; None if there is none."""
+    return next((f"{teacher.key}.kind" for teacher in teachers_of(config) if teacher.served), None)
 
 
 def _overlap(config: Config, asked: bool) -> str | None:
@@ -75,8 +81,8 @@ def _held_out(config: Config, asked: bool) -> str | None:
 
 
 def _held_out_kl(config: Config, asked: bool) -> str | None:
-    if config.held_out is not None and config.teacher.kind != "megatron" and not asked:
-        return f"needs scores of the teacher, and with teacher.kind={config.teacher.kind} no phase from here on asks it"
+    if config.held_out is not None and (served := _served(config)) is not None and not asked:
+        return f"needs scores of the teacher, and with {served}=sglang no phase from here on asks it"
     return _held_out(config, asked)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import yaml
 
@@ -16,12 +17,12 @@ from tropd_mcore.config.derived import (
     phase_configs,
     reference_path,
     rollout_servers,
-    teacher_servers,
 )
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.schema import Config, ServerConfig, StudentConfig
 from tropd_mcore.config.server_checks import gpus_of
+from tropd_mcore.config.teachers import TeacherSection, teachers_of
 
 
 def resolved_yaml(config: Config, sources: Mapping[str, str]) -> str:
@@ -59,7 +60,7 @@ def plan(config: Config, world_size: int | None = None, more: Mapping[str, str] 
         "student": _student(config),
         **_phases(config),
         "rollouts": _of_each_phase(config, _rollouts),
-        "teacher": _of_each_phase(config, _teacher),
+        **_teachers(config),
         "objective": _of_each_phase(config, _objective),
         "loss": _loss(config),
         "per step": _of_each_phase(config, _step),
@@ -155,8 +156,18 @@ def _cache(server: ServerConfig) -> str:
     return f"{size} for {server.max_concurrency} requests" + (", in turns with training" * server.release_memory)
 
 
-def _teacher(config: Config) -> str:
-    teacher, own = config.teacher, config.objective.self_teaching
+def _teachers(config: Config) -> dict[str, str]:
+    """A row for each teacher."""
+    return {
+        "teacher" if teacher.name is None else f"teacher {teacher.name}": _of_each_phase(
+            config, partial(_teacher, teacher)
+        )
+        for teacher in teachers_of(config)
+    }
+
+
+def _teacher(section: TeacherSection, config: Config) -> str:
+    teacher, own = section.config, config.objective.self_teaching
     if own is not None:
         return (
             f"the student itself, {teacher.dtype}, weights averaged at rate {own.average_rate:g}, with a correct "
@@ -165,7 +176,7 @@ def _teacher(config: Config) -> str:
     if not config.objective.reads_teacher:
         return f"{teacher.path}, whose responses are stored; its weights are not loaded"
     if teacher.kind == "sglang":
-        server = _servers(teacher_servers(config), teacher.dtype, "", config.platform.kind)
+        server = _servers(section.servers, teacher.dtype, "", config.platform.kind)
         return f"{teacher.path}, scored by {server}"
     text = f"{teacher.path}, {teacher.dtype}, Megatron in the training job, sharded like the student"
     if teacher.pipeline_layers is not None:

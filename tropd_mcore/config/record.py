@@ -8,6 +8,7 @@ the same value is no change.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -96,7 +97,8 @@ def read_record(text: str, name: str) -> Recorded:
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Return the keys whose values differ, in the order of `after`, then those that only `before` has.
 
-    If a section has another `kind`, the change of the kind stands for all keys that only one of the two kinds has.
+    If a section has another `kind`, the change of the kind stands for all keys that only one of the two kinds has. If
+    only one of the two has a teacher, the change of its path stands for all of its keys.
     """
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
@@ -116,6 +118,9 @@ def show(value: Any) -> str:
 
 
 def _is_told_elsewhere(key: str, old: Any, new: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    teacher = re.match(r"teachers\.[^.]+\.", key)
+    if teacher is not None and (f"{teacher[0]}path" in before) != (f"{teacher[0]}path" in after):
+        return key != f"{teacher[0]}path"
     kind = _kind_of(key, before) or _kind_of(key, after) or ""
     if key != kind and NOTHING in (old, new) and kind in before and before[kind] != after.get(kind, NOTHING):
         return True

@@ -18,6 +18,7 @@ from tropd_mcore.config.objectives.trust_region import TropdObjective
 from tropd_mcore.config.phases import RunObjective
 from tropd_mcore.config.server_section import ServerConfig as ServerConfig
 from tropd_mcore.config.server_section import with_template
+from tropd_mcore.config.teacher_template import with_teacher
 
 
 class RunConfig(Section):
@@ -151,8 +152,8 @@ class TeacherConfig(Section):
 
 class DataConfig(Section):
     prompts: Path
-    """JSONL file of prompts, one object per line: `id`, `messages` (chat) or `prompt` (text), optional `answer`. A chat
-    may also have `tools` and `chat_template_kwargs`."""
+    """JSONL file of prompts, one object per line: `id`, `messages` (chat) or `prompt` (text), optional `answer`, with
+    `teachers` also `teacher`. A chat may also have `tools` and `chat_template_kwargs`."""
     teacher_responses: Path | None = None
     """JSONL file of stored teacher responses: `id`, `response_ids`, optional `finished`. objective.guidance needs
     it."""
@@ -390,6 +391,10 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     student: StudentConfig
     teacher: TeacherConfig
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """Several teachers by name (docs/teachers.md). Each line of data.prompts names its teacher in the field `teacher`.
+    A line without the field has the teacher `default`. Each entry has the keys in which it differs from the section
+    `teacher`, which is then only their template. empty = `teacher` is the one teacher."""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: RunObjective = TropdObjective()
@@ -401,3 +406,5 @@ class Config(Section):
     """Measure KL(teacher || student) on stored responses of the teacher that are not trained on. null = off."""
     monitor: MonitorConfig = MonitorConfig()
     gates: GatesConfig = GatesConfig()
+
+    _fill_teachers = model_validator(mode="before")(with_teacher)

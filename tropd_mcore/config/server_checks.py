@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
-from tropd_mcore.config.derived import is_rollout, rollout_servers, started_servers, teacher_servers
+from tropd_mcore.config.derived import is_rollout, rollout_servers, server_name, started_servers, teacher_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.config.server_section import OF_A_START, ServerConfig
+from tropd_mcore.config.teachers import teachers_of
 
 MORE_GPUS = ("--pp", "--pipeline-parallel", "--dp", "--data-parallel")
 """Prefixes of server arguments with which a server takes a multiple of `tensor_parallel` GPUs."""
@@ -89,24 +90,33 @@ def rollout_server_problems(config: Config) -> Iterator[str]:
 
 
 def teacher_server_problems(config: Config) -> Iterator[str]:
-    """Yield the problems of the sections of the teacher's servers."""
-    if config.teacher.kind == "sglang":
-        for key, server in teacher_servers(config).items():
-            yield from _server(key, server)
-    elif config.teacher.servers:
-        yield "teacher.servers: teacher.kind=megatron uses no server; remove them, or set teacher.kind=sglang"
+    """Yield the problems of the sections of the teachers' servers."""
+    for teacher in teachers_of(config):
+        key = teacher.key
+        if teacher.served:
+            for section, server in teacher.servers.items():
+                yield from _server(section, server)
+        elif teacher.config.servers:
+            yield f"{key}.servers: {key}.kind=megatron uses no server; remove them, or set {key}.kind=sglang"
 
 
 def shared_problems(config: Config) -> Iterator[str]:
     """Yield what two servers cannot share, and what those of one model must have in common."""
     servers = rollout_servers(config)
-    if config.teacher.kind == "sglang":
-        servers |= teacher_servers(config)
+    templates = {"rollout": config.rollout.server}
+    for teacher in teachers_of(config):
+        if teacher.served:
+            servers |= teacher.servers
+            templates[teacher.key] = teacher.config.server
     yield from _shared("port", {key: (server.node, server.port) for key, server in servers.items() if server.port})
     yield from _shared("url", {key: server.url.rstrip("/") for key, server in servers.items() if server.url})
-    for section, template in (("rollout", config.rollout.server), ("teacher", config.teacher.server)):
+    logs: dict[str, str] = {}
+    for key in servers:
+        if (other := logs.setdefault(server_name(key), key)) != key:
+            yield f"{other} and {key} would both write logs/{server_name(key)}.log; give one of them another name"
+    for section, template in templates.items():
         for key, server in servers.items():
-            if key.startswith(f"{section}.") and server.dtype != template.dtype:
+            if re.fullmatch(rf"{section}\.servers?(\.\d+)?", key) and server.dtype != template.dtype:
                 yield (
                     f"{key}.dtype = {server.dtype} differs from {section}.server.dtype = {template.dtype}; expected "
                     f"one dtype for all of them: set {section}.server.dtype"

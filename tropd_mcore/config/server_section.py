@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -105,10 +105,11 @@ def with_template(values: object) -> object:
         template = template.model_dump(exclude_unset=True)
     if not isinstance(template, Mapping):
         return values
-    servers = []
-    for entry in values["servers"]:
-        if isinstance(entry, Mapping):
-            runs = entry.get("url") is not None
-            entry = {**{key: value for key, value in template.items() if not (runs and key in OF_A_START)}, **entry}
-        servers.append(entry)
+    servers = [filled(entry, template) if isinstance(entry, Mapping) else entry for entry in values["servers"]]
     return {**values, "servers": servers}
+
+
+def filled(entry: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of one server with the keys of `template` that it does not set (see `with_template`)."""
+    runs = entry.get("url") is not None
+    return {**{key: value for key, value in template.items() if not (runs and key in OF_A_START)}, **entry}

@@ -8,7 +8,7 @@ this set, and every token in it is a token of the student.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,13 @@ class EndTokens:
     """Id -> its entry in the vocabulary"""
     closing: int
     """The id that ends an answer of the teacher: what its chat template puts after one, else its own end token"""
+    closings: dict[str, int] = field(default_factory=dict)
+    """The same for each of several teachers, by name"""
+
+    @property
+    def end_id(self) -> int | dict[str, int]:
+        """`closing`, or `closings` in a run with several teachers."""
+        return self.closings or self.closing
 
     def describe(self) -> str:
         """One line: each token with its id and its sources."""
@@ -59,18 +66,24 @@ class _Model:
         self.sources.setdefault(token, []).append(f"{self.key} {source}")
 
 
-def end_tokens(config: Config, student: Renderer, teacher_folder: Path) -> EndTokens:
-    """Return the end tokens: rollout.end_tokens, or all tokens that end a response of the student or the teacher.
+def end_tokens(config: Config, student: Renderer, teachers: Path | Mapping[str, Path]) -> EndTokens:
+    """Return the end tokens: rollout.end_tokens, or all tokens that end a response of the student or a teacher.
 
+    `teachers` is the folder of the teacher, or the folders of several by name.
     These are the tokens named in generation_config.json, config.json and the tokenizer, and the token that the chat
     template puts after an answer. The set is logged. A warning is logged if a template closes a turn with a token that
     is not in the set. Raises ConfigError if rollout.end_tokens has an unknown token or lacks a token at which the
     student's server always stops; DataError if a folder cannot be read or if there is no end token.
     """
     vocabulary: dict[str, int] = student.tokenizer.get_vocab()
+    several = not isinstance(teachers, Path)
+    folders = {"teacher": teachers} if isinstance(teachers, Path) else {f"teachers.{n}": f for n, f in teachers.items()}
     models = [_read("student", student.folder, student.tokenizer)]
-    if teacher_folder.resolve() != student.folder.resolve():
-        models.append(_read("teacher", teacher_folder, load_tokenizer(teacher_folder)))
+    of_folder = {student.folder.resolve(): models[0]}
+    for key, folder in folders.items():
+        if folder.resolve() not in of_folder:
+            models.append(_read(key, folder, load_tokenizer(folder)))
+            of_folder[folder.resolve()] = models[-1]
     if config.rollout.end_tokens is not None:
         sources = {token: ["rollout.end_tokens"] for token in config.rollout.end_tokens}
         _check_key(sources, vocabulary, models[0])
@@ -78,9 +91,9 @@ def end_tokens(config: Config, student: Renderer, teacher_folder: Path) -> EndTo
         sources = _all_sources(models, vocabulary)
     if not sources:
         raise DataError(
-            f"nothing ends a response: neither student.path={student.folder} nor teacher.path={teacher_folder} names "
-            "an eos_token_id (tokenizer, generation_config.json, config.json) that the student has; set "
-            "rollout.end_tokens"
+            f"nothing ends a response: neither student.path={student.folder} nor "
+            f"{' nor '.join(f'{key}.path={folder}' for key, folder in folders.items())} names an eos_token_id "
+            "(tokenizer, generation_config.json, config.json) that the student has; set rollout.end_tokens"
         )
     for model in models:
         if model.closing is not None and model.closing in vocabulary and model.closing not in sources:
@@ -91,13 +104,19 @@ def end_tokens(config: Config, student: Renderer, teacher_folder: Path) -> EndTo
                 model.closing,
             )
     tokens = sorted(sources, key=vocabulary.__getitem__)
-    teacher = models[-1]
-    closing = next((token for token in (teacher.closing, *teacher.own, *tokens) if token in sources), tokens[0])
+
+    def closing(folder: Path) -> int:
+        teacher = of_folder[folder.resolve()]
+        found = next((token for token in (teacher.closing, *teacher.own, *tokens) if token in sources), tokens[0])
+        return vocabulary[found]
+
+    closings = {key.removeprefix("teachers."): closing(folder) for key, folder in folders.items()}
     found = EndTokens(
         ids=tuple(vocabulary[token] for token in tokens),
         sources={vocabulary[token]: tuple(sources[token]) for token in tokens},
         texts={vocabulary[token]: token for token in tokens},
-        closing=vocabulary[closing],
+        closing=next(iter(closings.values())),
+        closings=closings if several else {},
     )
     log.info("a response ends at %s", found.describe())
     return found

@@ -21,6 +21,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "answer": ("label", "solution", "ground_truth", "target", "gold", "reference", "output", "expected_answer"),
     "tools": ("functions",),
     "chat_template_kwargs": ("template_kwargs", "chat_kwargs"),
+    "teacher": ("teacher_name", "teacher_id", "expert", "domain"),
 }
 """The keys of a line, each with the names that other formats use for it."""
 
@@ -38,6 +39,8 @@ class PromptRecord:
     line: int
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
+    """Name of its teacher; None if the line has no field `teacher`"""
 
 
 def read_prompt_file(path: Path, *, key: str = "data.prompts") -> list[PromptRecord]:
@@ -80,6 +83,11 @@ def _record(value: dict[str, Any], line: int) -> PromptRecord:
     if ("messages" in value) == ("prompt" in value):
         found = "both" if "prompt" in value else "neither"
         raise DataError(f"prompt {prompt_id!r}: expected either `messages` or `prompt`, found {found}")
+    teacher = value.get("teacher")
+    if "teacher" in value and (not isinstance(teacher, str) or not teacher):
+        raise DataError(
+            f"prompt {prompt_id!r}: expected a name as `teacher`, found {teacher!r}; or leave the field out"
+        )
     tools, template_kwargs = value.get("tools"), value.get("chat_template_kwargs")
     if "prompt" in value:
         if not isinstance(value["prompt"], str):
@@ -88,7 +96,7 @@ def _record(value: dict[str, Any], line: int) -> PromptRecord:
             raise DataError(f"prompt {prompt_id!r}: `prompt` has no text; write it or remove the line")
         if tools is not None or template_kwargs is not None:
             raise DataError("`tools` and `chat_template_kwargs` are for chats; give `messages` instead of `prompt`")
-        return PromptRecord(prompt_id, value["prompt"], answer, line)
+        return PromptRecord(prompt_id, value["prompt"], answer, line, teacher=teacher)
     if tools is not None and not (isinstance(tools, list) and tools and all(isinstance(t, dict) for t in tools)):
         raise DataError(f"expected `tools`, a list of JSON schemas, found {str(tools)[:60]!r}")
     if template_kwargs is not None and not isinstance(template_kwargs, dict):
@@ -97,7 +105,7 @@ def _record(value: dict[str, Any], line: int) -> PromptRecord:
         messages = _chat(value["messages"])
     except DataError as error:
         raise DataError(f"prompt {prompt_id!r}: {error}") from error
-    return PromptRecord(prompt_id, messages, answer, line, tools, template_kwargs or {})
+    return PromptRecord(prompt_id, messages, answer, line, tools, template_kwargs or {}, teacher)
 
 
 def _chat(messages: Any) -> list[Message]:

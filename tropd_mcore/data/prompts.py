@@ -9,7 +9,7 @@ prompts of a step are a pure function of (file, seed, step), so a resumed run ne
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from tropd_mcore.config.phase_checks import of_each_phase
 from tropd_mcore.config.schema import Config, DataConfig, VerifierConfig
+from tropd_mcore.config.teachers import DEFAULT, names_of
 from tropd_mcore.data.chat import RawPrompt, Renderer
 from tropd_mcore.data.chat_template import Chat, unread
 from tropd_mcore.data.jsonl import Problem, raise_problems
@@ -56,6 +57,8 @@ class PromptNeeds:
     """Number of prompts to take from the start of the file; None = all"""
     keys: tuple[str, str] = ("data.prompts", "data.teacher_responses")
     """Configuration keys of the two files, for messages"""
+    teachers: tuple[str, ...] | None = None
+    """Names that a prompt may give as its teacher, () in a run with one teacher; None = names are not read"""
 
 
 class PromptSet:
@@ -109,6 +112,7 @@ def needs_of(config: Config, *, vocab_size: int, end_ids: Collection[int]) -> Pr
         verifier=config.verifier,
         vocab_size=vocab_size,
         end_ids=end_ids,
+        teachers=names_of(config),
     )
 
 
@@ -152,17 +156,60 @@ def load_prompts(
                 continue
             response = responses.by_prompt.get(record.prompt_id)
             finished = record.prompt_id not in responses.cut
-            prompts.append(Prompt(record.prompt_id, token_ids, record.answer, response, finished))
+            teacher = named_teacher(record.teacher, needs.teachers) if needs.teachers else None
+            prompts.append(Prompt(record.prompt_id, token_ids, record.answer, response, finished, teacher))
             missing = needs.responses is not None and record.prompt_id not in known
             problems += [
                 Problem(record.line, f"{where} {text}")
                 for text in _problems(prompts[-1], config, needs, missing=missing)
             ]
     problems += _answer_problems(records, config.prompts, needs.verifier)
+    problems += teacher_problems(records, config.prompts, needs.teachers, key=needs.keys[0])
     foreign = _foreign(prompts, responses, config, needs.keys[1]) if needs.responses else ()
     raise_problems(problems, [*responses.problems, *foreign])
     printed = _check_date(config, renderer, raw_prompts.values(), day)
     return PromptSet(prompts, shuffle=config.shuffle, seed=seed, raw_prompts=raw_prompts, printed_date=printed)
+
+
+def named_teacher(found: str | None, teachers: Collection[str]) -> str | None:
+    """Return the teacher of a line whose field `teacher` is `found`: itself, or `default` if the line has none."""
+    return found or (DEFAULT if DEFAULT in teachers else None)
+
+
+def teacher_problems(
+    records: Sequence[PromptRecord], path: Path, teachers: tuple[str, ...] | None, *, key: str = "data.prompts"
+) -> Iterator[Problem]:
+    """Yield the lines whose teacher is unknown, and the teachers of `teachers` that no line has (see `PromptNeeds`)."""
+    if teachers is None:
+        return
+    for record in records:
+        if (text := _teacher_problem(record, teachers)) is not None:
+            yield Problem(record.line, f"{path}:{record.line}: prompt {record.prompt_id!r}: {text}")
+    idle = set(teachers) - {named_teacher(record.teacher, teachers) for record in records}
+    if records and key == "data.prompts":
+        for name in sorted(idle):
+            yield Problem(
+                0,
+                f"teachers.{name}: no prompt of {path} has this teacher; remove the entry, or name it in the field "
+                "`teacher` of its lines",
+            )
+
+
+def _teacher_problem(record: PromptRecord, teachers: tuple[str, ...]) -> str | None:
+    found, known = record.teacher, ", ".join(teachers)
+    if not teachers:
+        if found is None:
+            return None
+        return f"names the teacher {found!r}, but the configuration has no `teachers`; add them, or remove the field"
+    if found is None:
+        if DEFAULT in teachers:
+            return None
+        return f"expected a field `teacher` with one of {known}, found none; add it, or an entry teachers.{DEFAULT}"
+    if found in teachers:
+        return None
+    other = next((name for name in teachers if name.lower() == found.lower()), None)
+    hint = f"did you mean {other!r}? Expected" if other is not None else "expected"
+    return f"teacher {found!r} is not in `teachers`; {hint} one of {known}"
 
 
 def _raw_prompt(record: PromptRecord, variables: Mapping[str, Any], day: date) -> RawPrompt:

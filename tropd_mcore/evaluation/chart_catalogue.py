@@ -6,7 +6,10 @@ a phase.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tropd_mcore.evaluation.axes import ANY, LOGARITHMIC, POSITIVE, SHARE, Scale
 from tropd_mcore.evaluation.charts import Dash, Hue
@@ -219,6 +222,40 @@ CHARTS = (
     ),
 )  # fmt: skip
 """In the order of the page."""
+
+BY_TEACHER = (
+    Chart(
+        "Tokens by teacher", "share of the tokens with a loss",
+        "Each teacher's share of the tokens that are trained on.", (), SHARE,
+    ),
+    Chart(
+        "Loss by teacher", "nats per token",
+        "The objective, averaged over each teacher's tokens. Weighted by the shares, they add up to the objective.", (),
+    ),
+    Chart(
+        "Distance by teacher", "nats",
+        "An estimate of KL(student || teacher) on the student's tokens of each teacher. If it stays high, the student "
+        "does not learn from this teacher.", (),
+    ),
+)  # fmt: skip
+"""Charts with one line per teacher, in a run with several; `TEACHER_METRICS` are their metrics, in this order."""
+TEACHER_METRICS = ("share", "loss", "kl")
+"""Last parts of the names of metrics, teacher/NAME/<part>."""
+_TEACHER_LOOKS: tuple[tuple[Hue, Dash], ...] = tuple(
+    (hue, dash) for dash in ("solid", "dashed", "dotted") for hue in ("trusted", "outlier", "prefix", "plain")
+)
+
+
+def charts_by_teacher(metrics: Sequence[str]) -> list[Chart]:
+    """Return the charts of each of several teachers whose metrics are among `metrics`; none with one teacher."""
+    found = []
+    for chart, part in zip(BY_TEACHER, TEACHER_METRICS, strict=True):
+        names = [name for name in metrics if re.fullmatch(rf"teacher/[^/]+/{part}", name)]
+        looks = itertools.cycle(_TEACHER_LOOKS)
+        lines = tuple(Line(name.split("/")[1], name, *look) for name, look in zip(names, looks, strict=False))
+        found += [replace(chart, lines=lines)] if lines else []
+    return found
+
 
 PHASES = {
     "rollout": "rollouts",

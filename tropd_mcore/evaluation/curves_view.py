@@ -19,6 +19,7 @@ from tropd_mcore.evaluation.chart_catalogue import (
     WHOLE_STEP,
     Chart,
     Line,
+    charts_by_teacher,
     phase_name,
 )
 from tropd_mcore.evaluation.charts import Dash, Hue, Series, bar_chart, legend_mark, line_chart, stacked_chart
@@ -56,7 +57,8 @@ def curves_section(runs: Sequence[RunRecords]) -> str:
     if not any(run.metrics for run in runs):
         return '<section><h2>Curves</h2><p class="note">There is no metrics.jsonl, or no step in it.</p></section>'
     steps = sorted({step for run in runs for step in run.steps})
-    drawn = [(chart, _chart(runs, steps, chart)) for chart in CHARTS]
+    of_teachers = charts_by_teacher(list(dict.fromkeys(name for run in runs for name in run.metric_names)))
+    drawn = [(chart, _chart(runs, steps, chart)) for chart in (*CHARTS, *of_teachers)]
     missing = [chart.title.lower() for chart, html in drawn if not html]
     figures = "".join(
         [*(html for _, html in drawn), _time_chart(runs, steps), *(_time_bars(run, runs) for run in runs)]
@@ -115,7 +117,11 @@ def _chart(runs: Sequence[RunRecords], steps: Sequence[int], chart: Chart) -> st
             if not same and any(value is not None for value in values):
                 label, hue, dash = line.label, line.hue, line.dash
                 if len(runs) > 1:
-                    label, hue, dash = f"{run.name}: {line.label}", RUN_HUES[number], LINE_DASHES[place]
+                    label, hue, dash = (
+                        f"{run.name}: {line.label}",
+                        RUN_HUES[number],
+                        LINE_DASHES[place % len(LINE_DASHES)],
+                    )
                 series.append(Series(label, hue, values, dash))
     borders = _borders(runs)
     svg = line_chart(steps, series, description=f"{chart.title} over the steps", scale=chart.scale, borders=borders)

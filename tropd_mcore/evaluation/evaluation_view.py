@@ -14,11 +14,8 @@ from tropd_mcore.evaluation.charts import Hue, Interval, interval_chart
 from tropd_mcore.evaluation.evaluate import EvaluationResult, Score, compare
 from tropd_mcore.evaluation.run_records import RunRecords
 
-_ROLES: tuple[tuple[str, str, Hue], ...] = (
-    ("student.path", "student before", "plain"),
-    ("teacher.path", "teacher", "prefix"),
-)
-"""(setting that names a model folder, name of the model on the page, its hue)"""
+BEFORE = "student before"
+"""Name of the student before training on the page."""
 _READING = (
     "Filled: greedy answers. Hollow: sampled answers. Bars are 95 % intervals (greedy: Wilson; sampled: normal over "
     "prompts; differences: adjusted Wald for matched pairs)."
@@ -51,7 +48,7 @@ def _evaluations(run: RunRecords) -> str:
 def before_and_after(run: RunRecords) -> tuple[EvaluationResult, EvaluationResult] | None:
     """Return the results of the student before and after training; None if one of them is missing."""
     results, after = _ordered(run), trained(run)
-    before = next((result for result in results if _role(run, result) == _ROLES[0][1]), None)
+    before = next((result for result in results if _role(run, result) == BEFORE), None)
     return None if before is None or after is None else (before, after)
 
 
@@ -71,7 +68,7 @@ def difference(before: EvaluationResult, after: EvaluationResult) -> dict[str, f
 def _role(run: RunRecords, result: EvaluationResult) -> str | None:
     """The model's role in the run's configuration; None if it is not in it, such as the export."""
     start = run.launch_folder or Path.cwd()
-    for key, name, _ in _ROLES:
+    for name, key in ((BEFORE, "student.path"), *run.teachers):
         path = run.settings.get(key)
         if isinstance(path, str) and (start / path).resolve() == (start / result.model).resolve():
             return name
@@ -83,13 +80,14 @@ def _name(run: RunRecords, result: EvaluationResult) -> str:
 
 
 def _hue(run: RunRecords, result: EvaluationResult) -> Hue:
-    return next((hue for _, name, hue in _ROLES if name == _role(run, result)), "trusted")
+    role = _role(run, result)
+    return "trusted" if role is None else "plain" if role == BEFORE else "prefix"
 
 
 def _ordered(run: RunRecords) -> list[EvaluationResult]:
-    """The results in the order before, after, teacher."""
-    order = {_ROLES[0][1]: 0, None: 1, _ROLES[1][1]: 2}
-    return sorted(run.evaluations, key=lambda result: (order[_role(run, result)], result.model))
+    """The results in the order before, after, teachers."""
+    order = {BEFORE: 0, None: 1}
+    return sorted(run.evaluations, key=lambda result: (order.get(_role(run, result), 2), result.model))
 
 
 def _intervals(run: RunRecords, results: list[EvaluationResult]) -> list[Interval]:

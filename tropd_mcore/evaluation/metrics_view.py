@@ -62,4 +62,8 @@ def _note(name: str, notes: Notes) -> MetricNote | None:
         return MetricNote("s", "", "time of the whole step")
     if name.startswith(PHASE_PREFIX):
         return MetricNote("s", "", f"time of the phase: {phase_name(name)}")
-    return notes.get(name)
+    if (found := notes.get(name)) is not None or name.count("/") != 2:
+        return found
+    group, teacher, what = name.split("/")
+    note = notes.get(f"{group}/NAME/{what}")
+    return note and MetricNote(*(text.replace("NAME", teacher) for text in (note.unit, note.over, note.description)))

@@ -180,7 +180,7 @@ def _tile_cell(tile: Tile | None) -> str:
 def _models(run: RunRecords) -> str:
     names = [
         f"{role}: {Path(str(run.settings[key])).name}"
-        for role, key in (("student", "student.path"), ("teacher", "teacher.path"))
+        for role, key in (("student", "student.path"), *run.teachers)
         if run.settings.get(key)
     ]
     return escape(", ".join(names))

@@ -94,6 +94,12 @@ class RunRecords:
         return {name: number for name, number in numbers if number is not None and name != "step"}
 
     @cached_property
+    def teachers(self) -> list[tuple[str, str]]:
+        """(name on the page, setting that names its folder) of each teacher."""
+        named = [key for key in self.settings if key.startswith("teachers.") and key.split(".")[2:] == ["path"]]
+        return [(f"teacher {key.split('.')[1]}", key) for key in named] or [("teacher", "teacher.path")]
+
+    @cached_property
     def phase_names(self) -> list[str]:
         """The objective of each phase in the configuration, with its divergence if it has one; [] without phases."""
         names: list[str] = []

@@ -36,10 +36,15 @@ def settings_section(runs: Sequence[RunRecords]) -> str:
         return '<section><h2>Settings</h2><p class="note">There is no config.resolved.yaml.</p></section>'
     rows = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(_text(run, key))}</td></tr>"
-        for key in (*KEY_SETTINGS, *_phase_settings(run))
+        for key in (*KEY_SETTINGS, *_teacher_settings(run), *_phase_settings(run))
         if key in run.settings
     )
     return f'<section><h2>Settings</h2><table class="settings"><tbody>{rows}</tbody></table>{_whole(runs)}</section>'
+
+
+def _teacher_settings(run: RunRecords) -> list[str]:
+    """The kind and the folder of each of several teachers."""
+    return [key for key in run.settings if key.startswith("teachers.") and key.split(".")[2:] in (["kind"], ["path"])]
 
 
 def _phase_settings(run: RunRecords) -> list[str]:

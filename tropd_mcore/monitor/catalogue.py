@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from tropd_mcore.monitor.distance import BINS
-from tropd_mcore.monitor.record import Region, StepRecord, Values
+from tropd_mcore.monitor.record import Described, Region, StepRecord, Values
+from tropd_mcore.monitor.teacher_metrics import TEACHER_METRICS, teacher_metrics
 from tropd_mcore.objectives.parts.mismatch import mismatch_weight
 
 Compute = Callable[[StepRecord], float]
@@ -37,13 +38,9 @@ EXTREME_LOG_RATIO = -10.0
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One number per step. `over` names the tokens or samples that a mean, a fraction or a quantile is taken over."""
+class Metric(Described):
+    """One number per step."""
 
-    name: str
-    unit: str
-    over: str
-    description: str
     compute: Compute
 
 
@@ -68,8 +65,10 @@ PHASES = {
 
 
 def compute_metrics(record: StepRecord) -> dict[str, float]:
-    """Return {name: value} of every metric and of every timing (`time/<phase>`, seconds); NaN where undefined."""
+    """Return {name: value} of every metric, of those of each of several teachers, and of every timing (`time/<phase>`,
+    seconds); NaN where undefined."""
     values = {metric.name: metric.compute(record) for metric in METRICS}
+    values |= teacher_metrics(record)
     return values | {f"time/{phase}": float(seconds) for phase, seconds in record.timings.items()}
 
 
@@ -404,3 +403,6 @@ METRICS: tuple[Metric, ...] = (
            _tokens_per_second),
 )
 # fmt: on
+
+DESCRIBED: tuple[Described, ...] = (*METRICS, *TEACHER_METRICS)
+"""Every metric, also those of each of several teachers."""

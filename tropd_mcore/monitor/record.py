@@ -20,6 +20,16 @@ Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Described:
+    """What a metric is. `over` names the tokens or samples that a mean, a fraction or a quantile is taken over."""
+
+    name: str
+    unit: str
+    over: str
+    description: str
+
+
+@dataclass(frozen=True)
 class GateState:
     """Result of the comparison of sampler and trainer up to a step (`train.gates`)."""
 
@@ -59,6 +69,8 @@ class StepRecord:
     """None if gates.sampler_logprob is off."""
     phase: int | None = None
     """Place of the step's phase in objective.phases; None if the run has no phases."""
+    teachers: tuple[str, ...] = ()
+    """Names of the teachers; none in a run with one teacher."""
 
     @property
     def made(self) -> list[OptimizerReport]:
@@ -98,6 +110,11 @@ class StepRecord:
         ids = np.concatenate([rollout.token_ids for rollout in self.rollouts]) if lengths else np.zeros(0, np.int32)
         rows = first[self.student["sample_index"].astype(np.int64)] + self.student["token_index"].astype(np.int64)
         return self.student.weighted(np.isin(ids[rows], list(self.special_ids)).astype(np.float64))
+
+    def of_teacher(self, rows: Region, name: str) -> Region:
+        """Return those of `rows` whose sample has this teacher."""
+        mine = np.array([rollout.teacher == name for rollout in self.rollouts], dtype=np.float64)
+        return rows.weighted(mine[rows["sample_index"].astype(np.int64)])
 
     def _region(self, mask: str, *, epochs: int | None) -> Region:
         """Rows of `mask` in the first `epochs` epochs; in all epochs if `epochs` is None."""

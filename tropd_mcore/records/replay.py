@@ -29,6 +29,8 @@ _RAGGED = ("prompt_ids", "prefix_ids", "response_ids", "rollout_logp", "trust_u"
 _EARLIER_NAMES = {"behav_logp": "rollout_logp", "own_logp_TL": "logp_of_student_topk_TL"}
 """Array names of earlier versions -> present names."""
 _TEXT = ("sample_id", "prompt_id", "policy_version", "finish_reason")
+_TEACHER = "teacher"
+"""Array of the names of the rollouts' teachers; only in a run with several."""
 _SCORE_FIELDS = ("logp_T", "topk_ids_TK", "topk_logp_TK", "tail_mass_T", "scored_T")
 _KEY_PARTS = ("teacher", "rows", "candidates")
 _OTHER = {"rows": "of other rows (rollouts, layout or packs)", "candidates": "of other candidates of the student"}
@@ -58,6 +60,8 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout], *, left_out: int = 0)
     arrays["answer"] = np.array([rollout.answer or "" for rollout in rollouts], dtype=np.str_)
     arrays["has_answer"] = np.array([rollout.answer is not None for rollout in rollouts], dtype=bool)
     arrays["left_out"] = np.array(left_out, dtype=np.int64)
+    if any(rollout.teacher is not None for rollout in rollouts):  # "" for none, as a name has at least a letter
+        arrays[_TEACHER] = np.array([rollout.teacher or "" for rollout in rollouts], dtype=np.str_)
     _publish_arrays(path, arrays)
 
 
@@ -120,6 +124,7 @@ def _rollout(arrays: dict[str, np.ndarray], ragged: dict[str, list[Any]], index:
     values |= {name: str(arrays[name][index]) for name in _TEXT}
     values["carries_prefix_loss"] = bool(arrays["carries_prefix_loss"][index])
     values["answer"] = str(arrays["answer"][index]) if arrays["has_answer"][index] else None
+    values["teacher"] = (str(arrays[_TEACHER][index]) or None) if _TEACHER in arrays else None
     return Rollout(**values)
 
 

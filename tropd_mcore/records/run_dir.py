@@ -5,7 +5,7 @@
     digests.json           digests of large files, so each is read only once
     model_checks.json      which models were compared with an independent reading of their folders
     run.id                 the name of the run, which is also stored in its checkpoints
-    teacher.json           identity of a served teacher at the first launch
+    teacher.json           identity of a served teacher at the first launch; of several, teacher-<name>.json
     template_date          the date that chat templates print: the day of the first launch
     metrics.jsonl          one line per step
     rollouts/ scores/      rollouts and scores of each step, enough to replay it
@@ -63,7 +63,11 @@ class RunDir:
     @property
     def teacher(self) -> Path:
         """Identity of the served teacher at the first launch, and the log-probs of its text by the model folders."""
-        return self.root / "teacher.json"
+        return self.teacher_record("teacher")
+
+    def teacher_record(self, label: str) -> Path:
+        """The same for one of several served teachers, `teacher-<name>` (`config.teachers`)."""
+        return self.root / f"{label}.json"
 
     @property
     def model_checks(self) -> Path:

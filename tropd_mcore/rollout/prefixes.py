@@ -77,6 +77,23 @@ def generate_responses(
     for example by one that restarts the server (`SupervisedServer.generate`). Raises ServerError if the server cannot
     answer, and DataError if a prompt or a stored line is invalid. Responses sampled until then are kept.
     """
+    sampled = sample_missing(client, prompts, out, sampling, chunk=chunk, generate=generate)
+    return write_complete(prompts, out, sampled=sampled, attempts=attempts_of(sampling))
+
+
+def sample_missing(
+    client: SglangClient,
+    prompts: list[Prompt],
+    out: Path,
+    sampling: ResponseSampling,
+    *,
+    chunk: int = PROMPTS_PER_CHUNK,
+    generate: Generate | None = None,
+) -> int:
+    """Add the responses to `prompts` that are missing to the `.partial` file of `out`; returns their number.
+
+    The arguments and errors are those of `generate_responses`. With several teachers, each samples its own prompts.
+    """
     partial = _partial(out)
     with writing(out, key=PLACE_KEY):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,11 +104,20 @@ def generate_responses(
     _check_lengths(client, missing, sampling)
     with progress(log, "teacher responses", total=len(missing), unit="missing ones") as state:
         for start in range(0, len(missing), chunk):
-            fresh = _with_tokens(client, generate or client.generate, missing[start : start + chunk], sampling)
+            part = missing[start : start + chunk]
+            fresh = _with_tokens(client, generate or client.generate, part, sampling)
             _append(partial, fresh)
-            lines.update(fresh)
             state.advance(len(fresh))
             log.info("%s", state.line(time.monotonic()))
+    return len(missing)
+
+
+def write_complete(prompts: list[Prompt], out: Path, *, sampled: int, attempts: int) -> ResponseReport:
+    """Publish the responses to all `prompts` at `out` and remove its `.partial` file.
+
+    `sampled` of them were sampled in this call, and an empty one was asked for `attempts` times.
+    """
+    lines = stored_responses(out)
     wanted = [lines[prompt.prompt_id] for prompt in prompts]
     responses = [json.loads(line) for line in wanted]
     empty = [response["id"] for response in responses if not response["response_ids"]]
@@ -101,13 +127,13 @@ def generate_responses(
             "responses: remove these prompts, or their lines and sample again",
             out,
             len(empty),
-            _attempts(sampling),
+            attempts,
             empty[0],
         )
     publish_text(out, "".join(line + "\n" for line in wanted), key=PLACE_KEY)
-    partial.unlink(missing_ok=True)
+    _partial(out).unlink(missing_ok=True)
     finished = sum(bool(response["finished"]) for response in responses)
-    return ResponseReport(prompts=len(prompts), sampled=len(missing), finished=finished)
+    return ResponseReport(prompts=len(prompts), sampled=sampled, finished=finished)
 
 
 def _with_tokens(
@@ -116,7 +142,7 @@ def _with_tokens(
     """The lines of `prompts` by id. A prompt whose response is empty is asked again, `_attempts` times in all."""
     lines: dict[str, str] = {}
     asked = prompts
-    for _ in range(_attempts(sampling)):
+    for _ in range(attempts_of(sampling)):
         lines.update(_sample(client, generate, asked, sampling))
         asked = [prompt for prompt in asked if not json.loads(lines[prompt.prompt_id])["response_ids"]]
         if not asked:
@@ -124,8 +150,8 @@ def _with_tokens(
     return {prompt.prompt_id: lines[prompt.prompt_id] for prompt in prompts}
 
 
-def _attempts(sampling: ResponseSampling) -> int:
-    """How often a prompt is asked. At temperature 0 every answer is the same."""
+def attempts_of(sampling: ResponseSampling) -> int:
+    """Return how often a prompt is asked. At temperature 0 every answer is the same."""
     return EMPTY_ATTEMPTS if sampling.temperature > 0 else 1
 
 

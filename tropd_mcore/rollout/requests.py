@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -47,23 +47,25 @@ def build_requests(
                     max_new_tokens=new_token_budget(step, len(prefix_ids), config),
                     carries_prefix_loss=position == 0 and prefix_loss,
                     answer=prompt.answer,
+                    teacher=prompt.teacher,
                 )
             )
             seen[prompt.prompt_id] += 1
     return requests
 
 
-def responses_as_rollouts(prompts: Sequence[Prompt], *, step: int, end_id: int) -> list[Rollout]:
+def responses_as_rollouts(prompts: Sequence[Prompt], *, step: int, end_id: int | Mapping[str, int]) -> list[Rollout]:
     """Return the stored teacher response of each prompt as a rollout that is all prefix, with nothing of the student.
 
-    `end_id` is added to a response that the teacher ended by itself. Every sample carries its own loss.
+    `end_id` is added to a response that the teacher ended by itself; with several teachers, it has one id for each.
+    Every sample carries its own loss.
     """
     nothing = np.zeros(0, dtype=np.float32)
     seen: Counter[str] = Counter()
     rollouts = []
     for prompt in prompts:
         assert prompt.teacher_response_ids is not None, "prompts without a response are refused when they are read"
-        end = [end_id] if prompt.teacher_finished else []
+        end = [end_id if isinstance(end_id, int) else end_id[prompt.teacher or ""]] if prompt.teacher_finished else []
         rollouts.append(
             Rollout(
                 sample_id=f"{step:06d}/{prompt.prompt_id}/{seen[prompt.prompt_id]}",
@@ -77,6 +79,7 @@ def responses_as_rollouts(prompts: Sequence[Prompt], *, step: int, end_id: int) 
                 finish_reason="stop" if prompt.teacher_finished else "length",
                 carries_prefix_loss=True,
                 answer=prompt.answer,
+                teacher=prompt.teacher,
             )
         )
         seen[prompt.prompt_id] += 1

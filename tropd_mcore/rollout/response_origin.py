@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -44,6 +44,18 @@ class ResponseOrigin(BaseModel):
     """The date that appears in the prompts; None if there is none"""
     prompts: dict[str, str]
     """{prompt id: digest of its token ids}"""
+    others: tuple[ResponseOrigin, ...] = ()
+    """The records of the other teachers of the same file, if several answered it"""
+
+    @property
+    def records(self) -> tuple[ResponseOrigin, ...]:
+        """The record of each teacher; together they say which teacher answered which prompt."""
+        return (self.model_copy(update={"others": ()}), *self.others)
+
+    @property
+    def known(self) -> set[str]:
+        """The prompts that any of the records has."""
+        return set().union(*(record.prompts for record in self.records))
 
     def other_teacher(self, files: FolderDigest) -> str | None:
         """Return one line about how the teacher's files differ from `files`; None if they are the same."""
@@ -85,13 +97,18 @@ def load_origin(responses: Path) -> ResponseOrigin | None:
 def check_origin(responses: Path, recorded: ResponseOrigin | None, now: ResponseOrigin, answered: set[str]) -> None:
     """Raise DataError if the stored responses to `answered` were made with another teacher, prompts or settings.
 
-    `now` describes how responses would be made now. If the origin of a response is unknown, a warning is logged.
+    `now` describes how a teacher would make responses now, and `answered` are those of its prompts that have one. If
+    the origin of a response is unknown, a warning is logged.
     """
-    unknown = answered if recorded is None else answered - recorded.prompts.keys()
+    unknown = answered if recorded is None else answered - recorded.known
     if unknown:
         say_unknown(responses, len(unknown))
-    if recorded is None or unknown == answered:
-        return
+    for record in recorded.records if recorded is not None else ():
+        if mine := answered & record.prompts.keys():
+            _check_record(responses, record, now, mine)
+
+
+def _check_record(responses: Path, recorded: ResponseOrigin, now: ResponseOrigin, answered: set[str]) -> None:
     changes = [
         f"{name} {before} -> {after}"
         for name in ("dtype", "temperature", "top_p", "max_new_tokens", "end_ids", "day")
@@ -111,16 +128,28 @@ def check_origin(responses: Path, recorded: ResponseOrigin | None, now: Response
 
 
 def save_origin(
-    responses: Path, recorded: ResponseOrigin | None, now: ResponseOrigin, answered: Collection[str]
+    responses: Path, recorded: ResponseOrigin | None, now: Sequence[ResponseOrigin], answered: Collection[str]
 ) -> None:
     """Write the record before the prompts outside `answered` are sampled. Raises DataError on a full disk.
 
-    Entries for prompts in `answered` are copied from the previous record, if it has them.
+    `now` has one record for each teacher. Entries for prompts in `answered` are copied from the previous record, if it
+    has them.
     """
-    known = recorded.prompts if recorded is not None else {}
-    prompts = {name: digest for name, digest in now.prompts.items() if name not in answered}
-    prompts |= {name: known[name] for name in answered if name in known}
-    text = now.model_copy(update={"prompts": prompts}).model_dump_json(indent=1)
+    known: dict[str, str] = {}
+    for record in recorded.records if recorded is not None else ():
+        known |= record.prompts
+    records = []
+    for origin in now:
+        prompts = {name: digest for name, digest in origin.prompts.items() if name not in answered}
+        prompts |= {
+            name: known[name] for name in answered if name in known and (len(now) == 1 or name in origin.prompts)
+        }
+        records.append(origin.model_copy(update={"prompts": prompts}))
+    text = (
+        records[0]
+        .model_copy(update={"others": tuple(records[1:])})
+        .model_dump_json(indent=1, exclude={"others"} if len(records) == 1 else None)
+    )
     publish_text(origin_file(responses), text + "\n", key=PLACE_KEY)
 
 

@@ -10,10 +10,13 @@ also if another run sampled them.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from tropd_mcore.config.derived import new_token_budget
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import names_of
 from tropd_mcore.data.prompts import PromptSet
 from tropd_mcore.data.supervision import with_carriers
 from tropd_mcore.errors import DataError
@@ -33,7 +36,8 @@ class RolloutSource:
     """Rollouts by step. `policy` samples the steps that are not on disk; it is None in a replay.
 
     `vocab_size` is the student's vocabulary size. Stored rollouts with ids outside it are refused. `end_id` ends a
-    teacher's response that finished; an objective without rollouts trains on those.
+    teacher's response that finished, with several teachers one id for each; an objective without rollouts trains on
+    those. The teacher of a stored rollout is that of its prompt in this run, also if another run sampled it.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class RolloutSource:
         layout: Layout,
         *,
         vocab_size: int,
-        end_id: int | None = None,
+        end_id: int | Mapping[str, int] | None = None,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -53,6 +57,9 @@ class RolloutSource:
         self._policy = policy
         self._vocab_size = vocab_size
         self._end_id = end_id
+        self._names = names_of(config)
+        self._teachers = {prompt.prompt_id: prompt.teacher for prompt in prompts.prompts} if self._names else {}
+        """Prompt id -> name of its teacher, in a run with several"""
         self._control = layout.groups.control
         self.left_out = 0
         """Number of samples that the current step left out because they got no usable answer; valid on rank 0."""
@@ -125,4 +132,17 @@ class RolloutSource:
         self.left_out = load_left_out(path)
         for rollout in rollouts:
             check_ids(rollout.token_ids, self._vocab_size, what=f"{path}: sample {rollout.sample_id}")
-        return rollouts
+        return [self._with_teacher(path, rollout) for rollout in rollouts]
+
+    def _with_teacher(self, path: Path, rollout: Rollout) -> Rollout:
+        """The rollout with the teacher that this run gives to its prompt. Raises DataError if it gives none."""
+        if not self._names:
+            return rollout if rollout.teacher is None else replace(rollout, teacher=None)
+        teacher = self._teachers.get(rollout.prompt_id, rollout.teacher)
+        if teacher not in self._names:
+            found = "none" if teacher is None else repr(teacher)
+            raise DataError(
+                f"{path}: sample {rollout.sample_id}: expected one of `teachers` ({', '.join(self._names)}) as its "
+                f"teacher, found {found}; data.prompts has no prompt {rollout.prompt_id!r}, which would name it: add it"
+            )
+        return rollout if teacher == rollout.teacher else replace(rollout, teacher=teacher)

@@ -213,6 +213,7 @@ class SglangSampler:
             finish_reason=answer.finish_reason,
             carries_prefix_loss=request.carries_prefix_loss,
             answer=request.answer,
+            teacher=request.teacher,
         )
 
     def _check_ids(self, requests: list[SampleRequest]) -> None:

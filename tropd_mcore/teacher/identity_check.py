@@ -1,4 +1,4 @@
-"""Checks that the served teacher is the model of teacher.path, is not the student, and stays the same.
+"""Checks that a served teacher is the model of its path (teacher.path), is not the student, and stays the same.
 
 Rank 0 runs the full check at the start of a launch, every `teacher.check_every` steps, before every checkpoint and
 after a restart. At every step it checks what the server reports (label, model path). `teacher.identity` reads a
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import teacher_of
 from tropd_mcore.errors import ConfigError, GateError, ModelError, ServerDied
 from tropd_mcore.files import publish_text
 from tropd_mcore.mcore.collective import on_rank_zero
@@ -77,14 +78,15 @@ class Record:
 class TeacherIdentity:
     """Checks the identity of the teacher behind `server`. Runs on one rank, without collectives.
 
-    `config` names the folders and, with `run.dir`, the place of the record. Methods that ask the server may raise
-    ServerError. The constructor raises ConfigError if the record is damaged.
+    `config` names the folders and, with `run.dir`, the place of the record. `name` is the teacher's in `teachers`.
+    Methods that ask the server may raise ServerError. The constructor raises ConfigError if the record is damaged.
     """
 
-    def __init__(self, server: SupervisedServer, config: Config) -> None:
+    def __init__(self, server: SupervisedServer, config: Config, name: str | None = None) -> None:
         self._server = server
         self._config = config
-        self._path = RunDir(config.run.dir).teacher
+        self._teacher = teacher_of(config, name)
+        self._path = RunDir(config.run.dir).teacher_record(self._teacher.label)
         self._recorded = load_record(self._path)
         self._readings = dict(self._recorded.readings) if self._recorded is not None else {}
         self._reasons: dict[str, str] = {}
@@ -103,12 +105,12 @@ class TeacherIdentity:
         """
         config, client = self._config, self._server.client
         said = read_model(client, with_checksum=False)
-        self._ids = text_ids(config.student.path, config.teacher.path)[: said.longest_input]
+        self._ids = text_ids(config.student.path, self._teacher.path)[: said.longest_input]
         if said.vocab_size is not None and said.vocab_size <= self._ids.max():
             self._check_config(said)  # raises; such ids would kill SGLang
         found = read_identity(client, self._ids)
-        teacher, student = self._read("teacher.path", config.teacher.path), None
-        if config.student.path.resolve() != config.teacher.path.resolve():
+        teacher, student = self._read(self._teacher.path_key, self._teacher.path), None
+        if config.student.path.resolve() != self._teacher.path.resolve():
             student = self._read("student.path", config.student.path)
         self._check_folders(found, teacher, student)
         self._check_config(found.model)
@@ -157,8 +159,8 @@ class TeacherIdentity:
             )
 
     def _check_config(self, model: ServedModel) -> None:
-        """Compare what the server reports about its model with the config.json of teacher.path."""
-        expected_of = read_served_model(self._config.teacher.path)
+        """Compare what the server reports about its model with the config.json of the teacher's path."""
+        key, expected_of = self._teacher.path_key, read_served_model(self._teacher.path)
         pairs = {
             "model_type": (expected_of.family, model.model_type if model.model_type != "?" else None),
             "vocab_size": (expected_of.vocab_size, model.vocab_size),
@@ -167,28 +169,26 @@ class TeacherIdentity:
             if said is not None and said != expected:
                 raise GateError(
                     f"gates.teacher_identity: {self._where()} serves {model.describe()} with {name} {said}; expected "
-                    f"{expected}, that of teacher.path={self._config.teacher.path}: correct teacher.server.url or "
-                    "teacher.path"
+                    f"{expected}, that of {key}={self._teacher.path}: correct {self._teacher.key}.server.url or {key}"
                 )
 
     def _check_folders(self, found: Identity, teacher: Fingerprint | None, student: Fingerprint | None) -> None:
-        bound = self._bound(found)
+        bound, key, url = self._bound(found), self._teacher.path_key, f"{self._teacher.key}.server.url"
         to_teacher = teacher.distance(found.fingerprint) if teacher is not None else None
         to_student = student.distance(found.fingerprint) if student is not None else None
         apart = teacher.distance(student) if teacher is not None and student is not None else None
         if apart != 0.0 and to_student is not None and self._is_student(found, to_teacher, to_student):
-            instead = f", by {to_teacher:.1e} from teacher.path" if to_teacher is not None else ""
+            instead = f", by {to_teacher:.1e} from {key}" if to_teacher is not None else ""
             raise GateError(
                 f"gates.teacher_identity: {self._where()} serves the student: its scores of a text differ by "
                 f"{to_student:.1e} nats (mean) from student.path={self._config.student.path}{instead}; it says "
-                f"{found.model.describe()}. Expected teacher.path={self._config.teacher.path}: correct "
-                "teacher.server.url"
+                f"{found.model.describe()}. Expected {key}={self._teacher.path}: correct {url}"
             )
         if to_teacher is not None and to_teacher > bound:
             raise GateError(
-                f"gates.teacher_identity: {self._where()} serves other weights than teacher.path="
-                f"{self._config.teacher.path}: its scores of a text differ by {to_teacher:.1e} nats (mean), allowed "
-                f"{bound:.0e}; it says {found.model.describe()}. Correct teacher.server.url or teacher.path; for a "
+                f"gates.teacher_identity: {self._where()} serves other weights than {key}="
+                f"{self._teacher.path}: its scores of a text differ by {to_teacher:.1e} nats (mean), allowed "
+                f"{bound:.0e}; it says {found.model.describe()}. Correct {url} or {key}; for a "
                 "server that rounds more, raise gates.teacher_logprob_mean"
             )
         self._say(found, to_teacher, to_student, apart)
@@ -214,18 +214,18 @@ class TeacherIdentity:
                 "another run.dir"
             )
         for line in changes(before.model, found.model):
-            log.info("teacher.server: %s since the first launch; its weights are the same, as far as known", line)
+            log.info("%s: %s since the first launch; its weights are the same, as far as known", self._key(), line)
 
     def _say(self, found: Identity, to_teacher: float | None, to_student: float | None, apart: float | None) -> None:
-        tokens, said = len(found.fingerprint.logp_N), found.model.describe()
+        tokens, said, key = len(found.fingerprint.logp_N), found.model.describe(), self._teacher.path_key
         if to_teacher is not None:
-            source = f"fingerprint from teacher.path: {to_teacher:.1e} nats (mean) over {tokens} tokens"
+            source = f"fingerprint from {key}: {to_teacher:.1e} nats (mean) over {tokens} tokens"
         elif self._recorded is not None:
-            source = f"fingerprint recorded at the first launch (teacher.path: {self._reasons['teacher.path']})"
+            source = f"fingerprint recorded at the first launch ({key}: {self._reasons[key]})"
         else:
             source = (
-                "no fingerprint to compare with, this first launch records one (teacher.path: "
-                f"{self._reasons['teacher.path']}): it is assumed, not checked, to be the model of teacher.path"
+                f"no fingerprint to compare with, this first launch records one ({key}: "
+                f"{self._reasons[key]}): it is assumed, not checked, to be the model of {key}"
             )
         other = f"; student.path: {to_student:.1e}" if to_student is not None else ""
         log.info("gates.teacher_identity: %s serves %s; %s%s", self._where(), said, source, other)
@@ -233,9 +233,11 @@ class TeacherIdentity:
             log.info("gates.teacher_identity: not compared with student.path: %s", self._reasons["student.path"])
         if to_teacher is not None and apart and to_teacher > CLEARLY_NEARER * apart:
             log.warning(
-                "gates.teacher_identity: teacher.path and student.path differ by %.1e nats on the text, the server "
-                "from teacher.path by %.1e: it is unclear which of the two it serves",
+                "gates.teacher_identity: %s and student.path differ by %.1e nats on the text, the server "
+                "from %s by %.1e: it is unclear which of the two it serves",
+                key,
                 apart,
+                key,
                 to_teacher,
             )
 
@@ -262,19 +264,26 @@ class TeacherIdentity:
         return self._config.gates.teacher_logprob_mean or (FLOAT32_BOUND if found.model.exact else ROUNDED_BOUND)
 
     def _where(self) -> str:
-        return f"{self._server.spec.key} ({self._server.client.url})"
+        return f"{self._key()} ({self._server.client.url})"
+
+    def _key(self) -> str:
+        return self._server.spec.key
 
 
 class TeacherCheck:
     """Collective check of the teacher behind `server`. Only rank 0 asks it, and all ranks get the result.
 
-    `server` is needed on rank 0. The constructor runs the check of the launch's start and may raise GateError.
+    `server` is needed on rank 0. `name` is the teacher's in `teachers`. The constructor runs the check of the launch's
+    start and may raise GateError.
     """
 
-    def __init__(self, server: SupervisedServer | None, config: Config, control: dist.ProcessGroup) -> None:
+    def __init__(
+        self, server: SupervisedServer | None, config: Config, control: dist.ProcessGroup, teacher: str | None = None
+    ) -> None:
         self._server = server
         self._config = config
         self._control = control
+        self._teacher = teacher_of(config, teacher)
         self._identity: TeacherIdentity | None = None
         self._verified: int | None = None
         """Scores of the steps before this one come from the teacher of the start; None before the first step."""
@@ -294,7 +303,7 @@ class TeacherCheck:
             if self._verified is None:
                 self._verified = step
                 self._identity.record(step)
-            self._check(step, full=step - self._verified >= self._config.teacher.check_every, verifies=step)
+            self._check(step, full=step - self._verified >= self._teacher.config.check_every, verifies=step)
 
         on_rank_zero(check, self._control)
 
@@ -304,7 +313,7 @@ class TeacherCheck:
 
     def _start(self) -> str:
         assert self._server is not None
-        self._identity = TeacherIdentity(self._server, self._config)
+        self._identity = TeacherIdentity(self._server, self._config, self._teacher.name)
         try:
             self._identity.check_start()
         except GateError as error:

@@ -22,7 +22,8 @@ class MegatronTeacher:
     """Scores packs with one forward pass of `model`, at temperature 1.
 
     `k` is the number of top-k candidates. `keep_hidden` adds the hidden states, for a divergence over the whole
-    vocabulary. `excluded` are ids that cannot be candidates because the student's tokenizer lacks them.
+    vocabulary. `excluded` are ids that cannot be candidates because the student's tokenizer lacks them. `key` is the
+    teacher's section, for messages.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class MegatronTeacher:
         settings: LossSettings,
         keep_hidden: bool = False,
         excluded: Sequence[int] = (),
+        key: str = "teacher",
     ) -> None:
         assert not model.trainable, "a teacher is frozen"
         if k + len(excluded) > model.arch.vocab_size:
             raise TeacherError(
                 f"the objective's topk={k} is wider than the teacher's vocabulary of {model.arch.vocab_size} without "
-                f"the {len(excluded)} tokens that teacher.extra_tokens=exclude takes out; lower it"
+                f"the {len(excluded)} tokens that {key}.extra_tokens=exclude takes out; lower it"
             )
         self._model = model
         self._k = k

@@ -6,6 +6,7 @@ Otherwise all ranks score again, which keeps their collectives in step. Each rea
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ class ScoreSource:
         own_ids = [found.own_ids_TL if found is not None and found.own_ids_TL.shape[1] else None for found in passes]
         if not self._on_disk:
             return self._teacher.score(rollouts, packed, own_ids, verdicts)
-        key = ScoreKey(self._name, packed.micro_batches, own_ids)
+        key = ScoreKey(self._names(rollouts), packed.micro_batches, own_ids)
         stored = self._stored(step, key)
         if stored is not None:
             return stored
@@ -99,14 +100,21 @@ class ScoreSource:
                 save_scores(self._paths(step)[0], key, present)
         return scores
 
-    def are_stored(self, step: int, packed: PackedStep) -> bool:
+    def are_stored(self, step: int, rollouts: Sequence[Rollout], packed: PackedStep) -> bool:
         """Whether the scores of these packs are saved, without the student's top-k candidates. Collective."""
-        key = ScoreKey(self._name, packed.micro_batches, [None] * len(packed.micro_batches))
+        key = ScoreKey(self._names(rollouts), packed.micro_batches, [None] * len(packed.micro_batches))
         layout, found = self._layout, True
         with raise_on_all_ranks(layout.groups.control):
             if layout.is_last_stage:
                 found = any(path.exists() and mismatch(path, key) is None for path in self._paths(step))
         return all_agree(found, layout.groups.control)
+
+    def _names(self, rollouts: Sequence[Rollout]) -> str:
+        """Text that identifies the teacher, or several and which of the rollouts each of them scores."""
+        named = [rollout.teacher for rollout in rollouts]
+        if all(teacher is None for teacher in named):
+            return self._name
+        return f"{self._name} samples={hashlib.sha256(repr(named).encode()).hexdigest()[:16]}"
 
     def _stored(self, step: int, key: ScoreKey) -> list[TeacherScores | None] | None:
         """The saved scores if every rank of the last stage has them on disk, otherwise None."""

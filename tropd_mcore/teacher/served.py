@@ -26,8 +26,9 @@ from tropd_mcore.types import Rollout, TeacherScores
 class ServedTeacher:
     """Scores through `teacher`, which is None on ranks that do not fetch. `topk` is the width of its answers.
 
-    If more than the fraction `masked_share` of a step's samples, or all of them, could not be scored, the run stops.
-    `check` verifies that the server stays the same teacher (gates.teacher_identity); None turns this off.
+    If more than the fraction `masked_share` of a step's samples, or all of them, could not be scored, the run stops
+    with a message that names `key`. With several teachers, these are the samples of this one. `check` verifies that the
+    server stays the same teacher (gates.teacher_identity); None turns this off.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class ServedTeacher:
         only_rank_zero: bool,
         masked_share: float,
         check: TeacherCheck | None = None,
+        key: str = "teacher.server",
     ) -> None:
         self.check = check
+        self._key = key
         self._teacher = teacher
         self._layout = layout
         self._topk = topk
@@ -91,7 +94,7 @@ class ServedTeacher:
         failed = self._failed_everywhere()
         if len(failed) > self._masked_share * asked or len(failed) == asked > 0:
             raise TeacherError(
-                f"teacher.server: {len(failed)} of {asked} samples of the step could not be scored, among them "
+                f"{self._key}: {len(failed)} of {asked} samples of the step could not be scored, among them "
                 f"{min(failed)}; at most gates.masked_share={self._masked_share:g} of a step may be left out (the "
                 "reasons are in the warnings above)"
             )

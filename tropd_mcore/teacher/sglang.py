@@ -125,7 +125,8 @@ class SglangTeacher:
             self.failed += len(problems)
             summary = f"{len(problems)} of {len(rollouts)} rollouts could not be scored; first: {problems[0]}"
             if self._on_failure == "stop" or (len(problems) == len(rollouts) and not may_have_scores):
-                raise TeacherError(f"{summary} (teacher.on_failure={self._on_failure})")
+                section = self._server.spec.key.rpartition(".server")[0]
+                raise TeacherError(f"{summary} ({section}.on_failure={self._on_failure})")
             log.warning("%s: %s; they are left out of the loss", self._server.spec.key, summary)
         return SampleScores(samples, self._topk)
 

@@ -60,10 +60,11 @@ def _added(folders: tuple[str, str], extra: dict[str, int], key: str) -> str:
     what = (
         f"{folders[1]} adds {_tokens(extra)} to those of {folders[0]}; every token of the student has the same id there"
     )
-    if key != "teacher.path":
+    if not key.startswith("teacher"):
         return f"{what}. Choose another {key} without them: the student cannot learn them"
+    exclude = f"{key.removesuffix('path')}extra_tokens=exclude"
     return (
-        f"{what}. teacher.extra_tokens=exclude takes them out of the teacher's candidates and counts them "
+        f"{what}. {exclude} takes them out of the teacher's candidates and counts them "
         "(metric teacher/excluded_candidates)"
     )
 

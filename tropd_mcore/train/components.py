@@ -9,14 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from tropd_mcore.config.derived import is_rollout, reference_path, rollout_servers, used_servers
+from tropd_mcore.config.derived import (
+    is_rollout,
+    model_key,
+    reference_path,
+    rollout_servers,
+    server_name,
+    used_servers,
+)
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import alone, stage_layers, teachers_of, the_teacher
 from tropd_mcore.data.end_tokens import EndTokens
+from tropd_mcore.data.packing import NOTHING_IGNORED
 from tropd_mcore.data.supervision import IgnoredTokens
 from tropd_mcore.mcore.average import WeightAverage
 from tropd_mcore.mcore.collective import on_rank_zero, raise_on_all_ranks
@@ -47,10 +56,11 @@ from tropd_mcore.teacher.solutions import SolutionPrompts
 from tropd_mcore.train.gates import SamplerBounds, engines_are_exact
 from tropd_mcore.train.ground import NamedModels
 from tropd_mcore.train.held_out import HeldOut, LoadedOnce
-from tropd_mcore.train.inputs import Inputs, teacher_name
+from tropd_mcore.train.inputs import Inputs
 from tropd_mcore.train.loaded_inputs import LoadedInputs, longest_held_out
 from tropd_mcore.train.model_check import check_model
 from tropd_mcore.train.servers import Nodes, start_policy_servers
+from tropd_mcore.train.several_teachers import excluded_of, joined, scorer_name
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
 from tropd_mcore.weights.served import ServedModel
@@ -78,6 +88,12 @@ class Servers:
 
     policy: PolicyServers = field(default_factory=lambda: PolicyServers({}, {}))
     teacher: SupervisedServer | None = None
+    teachers: Mapping[str, SupervisedServer | None] = field(default_factory=dict)
+    """Those of several teachers, by name."""
+
+    def of_teacher(self, name: str | None) -> SupervisedServer | None:
+        """Return the server of a teacher; None is the name of the only one."""
+        return self.teacher if name is None else self.teachers.get(name)
 
 
 def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Servers:
@@ -90,10 +106,13 @@ def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Serv
     policy = start_policy_servers(
         {key: server for key, server in used.items() if is_rollout(key)}, context, cleanup, longest
     )
-    servers = Servers(
-        policy=policy,
-        teacher=_start_teacher_server(context, cleanup, longest) if "teacher.server" in used else None,
-    )
+    teachers = {
+        name: _start_teacher_server(of_teacher, cleanup, longest)
+        for name, of_teacher in teacher_contexts(context).items()
+        if f"{the_teacher(of_teacher.config).key}.server" in used
+    }
+    named = {name: server for name, server in teachers.items() if name is not None}
+    servers = Servers(policy, teachers.get(None), named)
     with raise_on_all_ranks(context.layout.groups.control):
         if _releases_memory(context):
             for server in policy.reached.values():
@@ -101,13 +120,19 @@ def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Serv
     return servers
 
 
+def teacher_contexts(context: JobContext) -> dict[str | None, JobContext]:
+    """Return the context of each teacher by name, in which it is the only one. The only teacher has the name None."""
+    config = context.config
+    return {each.name: replace(context, config=alone(config, each.name)) for each in teachers_of(config)}
+
+
 def teacher_model(context: JobContext) -> Model | None:
     """Build the teacher in this process; None if it is a server or the student, or if nobody asks it. Collective."""
-    config, objective = context.config.teacher, context.config.objective
-    if config.kind != "megatron" or objective.self_teaching is not None or not objective.reads_teacher:
+    teacher, objective = the_teacher(context.config), context.config.objective
+    if teacher.served or objective.self_teaching is not None or not objective.reads_teacher:
         return None
-    model = _frozen(context, "teacher.path", config.path, config.dtype)
-    return offloaded(model) if config.offload else model
+    model = _frozen(context, teacher.path_key, teacher.path, teacher.config.dtype)
+    return offloaded(model) if teacher.config.offload else model
 
 
 def student_average(context: JobContext, student: Model) -> WeightAverage | None:
@@ -213,7 +238,7 @@ def make_teacher(
             longest,
             excluded,
             topk=objective.teacher_topk,
-            on_failure=context.config.teacher.on_failure,
+            on_failure=the_teacher(context.config).config.on_failure,
             check=check,
             identify=context.config.gates.teacher_identity,
         )
@@ -223,6 +248,7 @@ def make_teacher(
         settings=settings,
         keep_hidden=objective.full_vocabulary_divergence is not None,
         excluded=excluded,
+        key=the_teacher(context.config).key,
     )
 
 
@@ -246,7 +272,7 @@ def make_self_teacher(
 
 @dataclass(frozen=True)
 class TeacherAccess:
-    """How the teacher of the run can be asked outside a step."""
+    """How a teacher of the run can be asked outside a step."""
 
     model: Model | None
     """In this process; None = not loaded"""
@@ -257,13 +283,18 @@ class TeacherAccess:
 
 
 def make_held_out(
-    context: JobContext, student: Model, settings: LossSettings, loaded: LoadedInputs, access: TeacherAccess
+    context: JobContext,
+    student: Model,
+    settings: LossSettings,
+    loaded: LoadedInputs,
+    access: Mapping[str | None, TeacherAccess],
 ) -> HeldOut | None:
-    """Return what measures the held-out responses; None if nothing is held out. Collective."""
+    """Return what measures the held-out responses; None if nothing is held out. `access` has each teacher by name.
+    Collective."""
     config, layout = context.config, context.layout
     if config.held_out is None or loaded.held_out is None:
         return None
-    rollouts = responses_as_rollouts(loaded.held_out.prompts, step=0, end_id=loaded.ends.closing)
+    rollouts = responses_as_rollouts(loaded.held_out.prompts, step=0, end_id=loaded.ends.end_id)
     packed = pack_on(
         layout,
         rollouts,
@@ -271,15 +302,22 @@ def make_held_out(
         device=student.platform.device,
     )
     longest = longest_held_out(loaded.held_out)
-    teacher = _held_out_teacher(context, config.held_out.topk, settings, loaded.excluded, access, longest)
+    found = {
+        name: _held_out_teacher(each, config.held_out.topk, settings, excluded_of(loaded, name), access[name], longest)
+        for name, each in teacher_contexts(context).items()
+        if name is None or any(rollout.teacher == name for rollout in rollouts)
+    }
+    teachers = {name: teacher for name, teacher in found.items() if teacher is not None}
     scores = None
-    if teacher is not None:
+    if len(teachers) == len(found):
+        identities = {name: access[name].identity for name in teachers}
+        inputs = next(iter(access.values())).inputs
         scores = ScoreSource(
-            teacher,
+            joined(teachers, context, student, NOTHING_IGNORED),
             context.run_dir,
             layout,
             replay=None,
-            name=teacher_name(config, access.inputs, access.identity, candidates=config.held_out.topk),
+            name=scorer_name(config, inputs, identities, candidates=config.held_out.topk),
             on_disk=True,
             place=lambda run_dir, step, dp_rank, cp_rank: run_dir.held_out_scores(dp_rank, cp_rank),
         )
@@ -303,19 +341,20 @@ def _held_out_teacher(
     if objective.self_teaching is not None:
         log.warning("held_out: objective.kind=%s changes its teacher, %s", objective.kind, only)
         return None
-    if config.teacher.kind == "sglang" and objective.reads_teacher:
+    teacher = the_teacher(config)
+    if teacher.served and objective.reads_teacher:
         return _served_teacher(context, access.server, longest, excluded, topk=k, on_failure="stop")
-    if config.teacher.kind == "sglang":
-        advice = "with teacher.kind=megatron the teacher would be loaded once"
+    if teacher.served:
+        advice = f"with {teacher.key}.kind=megatron the teacher would be loaded once"
         log.warning("held_out: objective.kind=%s asks no teacher's server, %s; %s", objective.kind, only, advice)
         return None
     if access.model is not None:
-        return MegatronTeacher(access.model, k=k, settings=settings, excluded=excluded)
+        return MegatronTeacher(access.model, k=k, settings=settings, excluded=excluded, key=teacher.key)
 
     def load() -> MegatronTeacher:
-        model = _frozen(context, "teacher.path", config.teacher.path, config.teacher.dtype)
-        check_model(context, "teacher.path", model, access.inputs)
-        return MegatronTeacher(model, k=k, settings=settings, excluded=excluded)
+        model = _frozen(context, teacher.path_key, teacher.path, teacher.config.dtype)
+        check_model(context, teacher.path_key, model, access.inputs)
+        return MegatronTeacher(model, k=k, settings=settings, excluded=excluded, key=teacher.key)
 
     return LoadedOnce(load)
 
@@ -332,40 +371,41 @@ def _served_teacher(
     identify: bool = False,
 ) -> ServedTeacher:
     """Return the scorer of a server. `check` is its check if there is one; else `identify` makes one."""
-    config = context.config.teacher
+    section = the_teacher(context.config)
     teacher: SglangTeacher | None = None
     with raise_on_all_ranks(context.layout.groups.control):
         if server is not None:
             server.wait_ready()
             if context.config.gates.tokenizer and context.layout.rank == 0:
-                check_served_tokenizer(server, config.path)
+                check_served_tokenizer(server, section.path)
             if context.layout.rank == 0:
                 server.warn_of_rounded_logits()
             teacher = SglangTeacher(
                 server,
                 topk=topk,
-                teacher_width=context.teacher.vocab_size,
+                teacher_width=context.models[section.path_key].vocab_size,
                 student_width=context.student.vocab_size,
                 on_failure=on_failure,
                 excluded=excluded,
             )
             teacher.check_length(longest)
     if check is None and identify:
-        check = TeacherCheck(server, context.config, context.layout.groups.control)
+        check = TeacherCheck(server, context.config, context.layout.groups.control, section.name)
     return ServedTeacher(
         teacher,
         context.layout,
         topk=topk,
-        only_rank_zero=config.server.url is None,
+        only_rank_zero=section.config.server.url is None,
         masked_share=context.config.gates.masked_share,
         check=check,
+        key=f"{section.key}.server",
     )
 
 
 def _frozen(context: JobContext, key: str, path: Path, dtype: Dtype) -> Model:
     model = build_model(
         context.in_job(key), context.config.parallel, context.layout, context.platform, dtype=dtype, trainable=False,
-        stage_layers=context.config.teacher.pipeline_layers if key == "teacher.path" else None,
+        stage_layers=stage_layers(context.config, key),
     )  # fmt: skip
     load_hf(model, path, context.layout)
     return model
@@ -374,18 +414,20 @@ def _frozen(context: JobContext, key: str, path: Path, dtype: Dtype) -> Model:
 def _start_teacher_server(context: JobContext, cleanup: ExitStack, longest: int) -> SupervisedServer | None:
     """Start the teacher's server on rank 0 (see `start_servers`); the other ranks return None for it.
 
-    If the section has a url, every rank gets a handle of that server.
+    The server of a teacher is that of the one teacher of `context`. If the section has a url, every rank gets a handle
+    of that server.
     """
-    config = context.config.teacher.server
+    teacher = the_teacher(context.config)
+    config, key = teacher.config.server, f"{teacher.key}.server"
     starts, server = config.url is None and context.layout.rank == 0, None
     with raise_on_all_ranks(context.layout.groups.control):
         if starts or config.url is not None:
             spec = server_spec(
-                "teacher",
-                key="teacher.server",
-                model_key="teacher.path",
-                model=context.config.teacher.path,
-                dtype=context.config.teacher.dtype,
+                server_name(key),
+                key=key,
+                model_key=model_key(key),
+                model=teacher.config.path,
+                dtype=teacher.config.dtype,
                 config=config,
                 device=context.platform.name,
                 logs=context.run_dir.logs,

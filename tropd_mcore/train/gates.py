@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import TeacherSection, teachers_of
 from tropd_mcore.errors import GateError
 from tropd_mcore.monitor.record import GateState
 from tropd_mcore.records.run_dir import RunDir
@@ -269,18 +270,38 @@ SAME_MODEL_LEAST = 1e-6
 """Nats; least value of that bound, for engines that agree to the last bit."""
 
 
-def check_teacher_is_another(parts: Sequence[Columns], config: Config, bounds: SamplerBounds, step: int) -> None:
+def check_teachers_are_others(
+    parts: Sequence[Columns],
+    config: Config,
+    bounds: SamplerBounds,
+    step: int,
+    *,
+    teachers: Sequence[str | None] = (),
+) -> None:
     """Raise GateError if a served teacher's scores of a run's first rollouts are the student's own log-probs.
 
-    The sampler is a server with the student's weights, so its difference gives the size of the noise. A teacher that is
-    as near to the student is also a server with the student's weights. This is checked only at temperature 1, where the
-    two can be compared, and only at step 0, before the student has learnt anything.
+    `teachers` names the teacher of each rollout; with one teacher, it is not read. The sampler is a server with the
+    student's weights, so its difference gives the size of the noise. A teacher that is as near to the student is also a
+    server with the student's weights. This is checked only at temperature 1, where the two can be compared, and only at
+    step 0, before the student has learnt anything.
     """
-    folders = {config.teacher.path.resolve(), config.student.path.resolve()}
-    if not config.gates.teacher_identity or config.teacher.kind != "sglang" or len(folders) == 1:
+    if not config.gates.teacher_identity or step or config.rollout.temperature != 1.0 or config.run.replay is not None:
         return
-    if step or config.rollout.temperature != 1.0 or config.run.replay is not None:
-        return
+    for teacher in teachers_of(config):
+        if teacher.served and teacher.path.resolve() != config.student.path.resolve():
+            mine = [part if teacher.name is None else _rows_of(part, teachers, teacher.name) for part in parts]
+            _check_is_another(mine, bounds, teacher)
+
+
+def _rows_of(part: Columns, teachers: Sequence[str | None], name: str) -> Columns:
+    """The rows of the samples with this teacher."""
+    if not part:
+        return part
+    rows = np.array([teacher == name for teacher in teachers], dtype=np.bool_)[part["sample_index"].astype(np.int64)]
+    return {column: values[rows] for column, values in part.items()}
+
+
+def _check_is_another(parts: Sequence[Columns], bounds: SamplerBounds, section: TeacherSection) -> None:
     sampler = compare(parts, bounds)
     teacher = compare([{**part, "rollout_logp": part["teacher_logp"]} if part else part for part in parts], bounds)
     if sampler is None or teacher is None:
@@ -289,6 +310,7 @@ def check_teacher_is_another(parts: Sequence[Columns], config: Config, bounds: S
         raise GateError(
             f"gates.teacher_identity: the teacher's scores of the first {teacher.tokens} tokens differ by "
             f"{teacher.mean:.1e} nats (mean) from the student's own log-probs, the sampler's by {sampler.mean:.1e}: "
-            "teacher.server serves the student's weights, so there is nothing to learn. Expected the weights of "
-            "teacher.path; correct teacher.server.url, or teacher.path if it is a copy of the student"
+            f"{section.key}.server serves the student's weights, so there is nothing to learn. Expected the weights of "
+            f"{section.path_key}; correct {section.key}.server.url, or {section.path_key} if it is a copy of the "
+            "student"
         )

@@ -12,12 +12,13 @@ from typing import Protocol
 
 from tropd_mcore.config.derived import is_served
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import by_path_key
 from tropd_mcore.errors import ModelError
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.weights.architecture import Architecture, UnsupportedFamily, read_architecture
 from tropd_mcore.weights.served import ServedModel, read_served_model
 
-SERVED_HINT = "a teacher of any model that SGLang serves can run behind a server: set teacher.kind=sglang"
+SERVED_HINT = "a teacher of any model that SGLang serves can run behind a server: set "
 
 
 class Ground(Protocol):
@@ -36,22 +37,15 @@ class Ground(Protocol):
     @property
     def student(self) -> Architecture: ...
 
-    @property
-    def teacher(self) -> Architecture | ServedModel: ...
-
 
 class NamedModels:
-    """Gives names to the two models that every run has, once `models` has been read."""
+    """Gives names to the models of a run, once `models` has been read."""
 
     models: Mapping[str, Architecture | ServedModel]
 
     @property
     def student(self) -> Architecture:
         return self.in_job("student.path")
-
-    @property
-    def teacher(self) -> Architecture | ServedModel:
-        return self.models["teacher.path"]
 
     def in_job(self, key: str) -> Architecture:
         """Return the architecture of a model that the job builds."""
@@ -69,6 +63,8 @@ def read_model(config: Config, key: str, folder: Path) -> Architecture | ServedM
     try:
         return read_served_model(folder) if is_served(config, key) else read_architecture(folder)
     except UnsupportedFamily as error:
-        raise ModelError(f"{key}: {error}{f'; {SERVED_HINT}' if key == 'teacher.path' else ''}") from error
+        teacher = by_path_key(config).get(key)
+        hint = "" if teacher is None else f"; {SERVED_HINT}{teacher.key}.kind=sglang"
+        raise ModelError(f"{key}: {error}{hint}") from error
     except ModelError as error:
         raise ModelError(f"{key}: {error}") from error

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tropd_mcore
-from tropd_mcore.config.derived import model_paths, reads_responses, started_servers, teacher_dtype
+from tropd_mcore.config.derived import model_paths, reads_responses, started_servers
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import the_teacher
 from tropd_mcore.errors import ConfigError, ModelError
 from tropd_mcore.files import file_digest, publish_text
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, raise_on_all_ranks
@@ -154,14 +155,15 @@ def save_inputs(run_dir: RunDir, inputs: Inputs) -> None:
 def teacher_name(config: Config, inputs: Inputs, identity: str = "", *, candidates: int | None = None) -> str:
     """Return text that distinguishes the scores of different teachers; it does not depend on the teacher's path.
 
-    `identity` is the identity of the server if a server scores (see `teacher.identity`). `candidates` is the number of
-    candidates per token; None = as many as the objective needs.
+    `config` has one teacher (`config.teachers.alone`). `identity` is the identity of the server if a server scores (see
+    `teacher.identity`). `candidates` is the number of candidates per token; None = as many as the objective needs.
     """
-    teacher = config.teacher
+    section = the_teacher(config)
+    teacher = section.config
     parts = {
         "kind": teacher.kind,
-        "folder": inputs.models["teacher.path"].digest.whole(),
-        "dtype": teacher_dtype(config),
+        "folder": inputs.models[section.path_key].digest.whole(),
+        "dtype": section.computes_in,
         "candidates": config.objective.teacher_topk if candidates is None else candidates,
         "softcap": config.loss.logit_softcap,
         "extra_tokens": teacher.extra_tokens,

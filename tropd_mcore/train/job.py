@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import phase_configs, reference_path, samples_rollouts
 from tropd_mcore.config.phases import PhasesObjective
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import teachers_of
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import publish_text
 from tropd_mcore.mcore.checkpoint import TrainState, load
@@ -37,8 +39,9 @@ from tropd_mcore.rollout.policy_server import PolicyServer
 from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.serving.left_behind import remove_left_over
 from tropd_mcore.teacher.identity_check import TeacherCheck
-from tropd_mcore.teacher.score_source import ScoreSource
+from tropd_mcore.teacher.score_source import ScoreSource, Teacher
 from tropd_mcore.teacher.served import ServedTeacher
+from tropd_mcore.teacher.teacher_set import TeacherSet
 from tropd_mcore.train.batch_context import BatchContextSource
 from tropd_mcore.train.components import (
     JobContext,
@@ -52,16 +55,18 @@ from tropd_mcore.train.components import (
     sampler_bounds,
     start_servers,
     student_average,
+    teacher_contexts,
     teacher_model,
 )
 from tropd_mcore.train.gates import SamplerBounds
 from tropd_mcore.train.init_from import begin_optimizer, begin_weights
-from tropd_mcore.train.inputs import read_inputs, teacher_name
+from tropd_mcore.train.inputs import read_inputs
 from tropd_mcore.train.loaded_inputs import LoadedInputs
 from tropd_mcore.train.model_check import check_model
 from tropd_mcore.train.phases import PhaseRun, remaining
 from tropd_mcore.train.prefix_losses import PrefixLosses
 from tropd_mcore.train.servers import find_nodes
+from tropd_mcore.train.several_teachers import excluded_of, joined, joined_checks, scorer_name
 from tropd_mcore.train.start import Start, accept, make_start
 from tropd_mcore.train.start_checks import (
     BACKEND,
@@ -173,7 +178,8 @@ class _Shared:
     state: TrainState
     servers: Servers
     start: Start
-    teacher: Model | None
+    teachers: Mapping[str | None, Model | None]
+    """The models of the teachers in the job by name; the only one has the name None."""
     reference: Model | None
     policy: PolicyServer | None
     monitor: Monitor
@@ -186,13 +192,16 @@ def _make_components(
 ) -> Components:
     config, layout = remaining(context.config, start.phase), context.layout
     needed = replace(context, config=config)
-    teacher, reference = teacher_model(needed), reference_model(needed)
-    for key, model in (("teacher.path", teacher), ("objective.reference", reference)):
+    sections = {teacher.name: teacher for teacher in teachers_of(config)}
+    teachers = {name: teacher_model(each) for name, each in teacher_contexts(needed).items()}
+    reference = reference_model(needed)
+    keys = [sections[name].path_key for name in teachers]
+    for key, model in zip([*keys, "objective.reference"], [*teachers.values(), reference], strict=True):
         if model is not None:
             check_model(context, key, model, start.inputs)
     if config.gates.longest_sequence:
         for phase in phase_configs(config):
-            _try_longest(phase, state.model, teacher)
+            _try_longest(phase, state.model, teachers.get(None))
     clock = StepClock()
     policy = make_policy(context, state.model, loaded.ends, servers.policy, clock) if samples_rollouts(config) else None
     if policy is not None:
@@ -202,14 +211,16 @@ def _make_components(
         cleanup.callback(monitor.close)
     bounds = sampler_bounds(context, servers.policy)
     shared = _Shared(
-        context, loaded, state, servers, start, teacher, reference, policy, monitor, bounds, clock
+        context, loaded, state, servers, start, teachers, reference, policy, monitor, bounds, clock
     )  # fmt: skip
     parts: list[Components] = []
-    check: TeacherCheck | None = None
+    checks: dict[str | None, TeacherCheck] = {}
     for phase in phase_configs(config):
-        parts.append(_make_phase(shared, phase, check))
-        check = check or parts[-1].teacher_check
-    access = TeacherAccess(teacher, servers.teacher, check.name if check is not None else "", start.inputs)
+        parts.append(_make_phase(shared, phase, checks))
+    access = {
+        name: TeacherAccess(model, servers.of_teacher(name), _identity(checks, name), start.inputs)
+        for name, model in teachers.items()
+    }
     held_out = make_held_out(needed, state.model, LossSettings.from_config(parts[0].config), loaded, access)
     parts = [replace(part, held_out=held_out) for part in parts]
     if start.phase is None:
@@ -232,18 +243,29 @@ def _try_longest(config: Config, student: Model, teacher: Model | None) -> None:
     )
 
 
-def _make_phase(shared: _Shared, config: Config, check: TeacherCheck | None) -> Components:
-    """Return the parts for the objective of `config`; `check` is that of an earlier phase with a served teacher."""
+def _identity(checks: Mapping[str | None, TeacherCheck], teacher: str | None) -> str:
+    return checks[teacher].name if teacher in checks else ""
+
+
+def _make_phase(shared: _Shared, config: Config, checks: dict[str | None, TeacherCheck]) -> Components:
+    """Return the parts for the objective of `config`. `checks` has those of served teachers that earlier phases made,
+    by the teacher's name, and gets those of this phase."""
     context, loaded, state = replace(shared.context, config=config), shared.loaded, shared.state
     layout, objective, settings = context.layout, config.objective, LossSettings.from_config(config)
-    teacher = shared.teacher if objective.reads_teacher else None
+    scorers: dict[str | None, Teacher] = {}
     if state.average is not None and loaded.solution_prompts is not None:
-        scorer = make_self_teacher(context, state.average, settings, loaded.solution_prompts, loaded.ignored)
+        scorers[None] = make_self_teacher(context, state.average, settings, loaded.solution_prompts, loaded.ignored)
     else:
-        scorer = make_teacher(
-            context, teacher, settings, shared.servers.teacher, loaded.longest, loaded.excluded, check
-        )
-    teacher_check = scorer.check if isinstance(scorer, ServedTeacher) else None
+        for name, each in teacher_contexts(context).items():
+            model = shared.teachers[name] if objective.reads_teacher else None
+            server = shared.servers.of_teacher(name)
+            scorers[name] = make_teacher(
+                each, model, settings, server, loaded.longest, excluded_of(loaded, name), checks.get(name)
+            )
+    scorer = joined(scorers, context, state.model, loaded.ignored)
+    served = {name: each for name, each in scorers.items() if isinstance(each, ServedTeacher)}
+    asked = {name: each.check for name, each in served.items() if each.check is not None}
+    checks |= asked
     assert state.optimizer is not None and state.scheduler is not None
     rollouts = RolloutSource(
         config,
@@ -252,17 +274,19 @@ def _make_phase(shared: _Shared, config: Config, check: TeacherCheck | None) -> 
         shared.policy if objective.samples else None,
         layout,
         vocab_size=context.student.vocab_size,
-        end_id=loaded.ends.closing,
+        end_id=loaded.ends.end_id,
     )
     scores = ScoreSource(
         scorer,
         context.run_dir,
         layout,
         replay=config.run.replay,
-        name=teacher_name(config, shared.start.inputs, teacher_check.name if teacher_check is not None else ""),
+        name=scorer_name(config, shared.start.inputs, {name: _identity(asked, name) for name in scorers}),
         on_disk=objective.stores_scores,
     )
-    fallible = scorer if isinstance(scorer, ServedTeacher) and objective.has_prefix_loss else None
+    fallible = (
+        scorer if isinstance(scorer, ServedTeacher | TeacherSet) and served and objective.has_prefix_loss else None
+    )
     reference = shared.reference if reference_path(config) is not None else None
     return Components(
         config=config,
@@ -271,7 +295,7 @@ def _make_phase(shared: _Shared, config: Config, check: TeacherCheck | None) -> 
         student=state.model,
         optimizer=state.optimizer,
         scheduler=state.scheduler,
-        teacher_model=teacher,
+        teacher_model=shared.teachers.get(None) if objective.reads_teacher else None,
         average=state.average,
         ignored=loaded.ignored,
         rollouts=rollouts,
@@ -281,7 +305,7 @@ def _make_phase(shared: _Shared, config: Config, check: TeacherCheck | None) -> 
         monitor=shared.monitor,
         renderer=loaded.renderer,
         sampler_bounds=shared.bounds,
-        teacher_check=teacher_check,
+        teacher_check=joined_checks(asked),
         clock=shared.clock,
     )
 

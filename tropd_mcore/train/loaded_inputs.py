@@ -19,6 +19,7 @@ from tropd_mcore.config.checks import data_problems, self_teacher_problems
 from tropd_mcore.config.derived import is_served, longest_sample, model_paths, reads_responses, reference_path
 from tropd_mcore.config.phase_checks import of_each_phase
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import TeacherSection, by_path_key, names_of, teachers_of
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.end_tokens import EndTokens
 from tropd_mcore.data.prompts import PromptNeeds, PromptSet, load_prompts, needs_of
@@ -48,8 +49,9 @@ class LoadedInputs:
     """Prompts with solutions, which the student reads as its own teacher; None for another teacher."""
     ends: EndTokens
     """Tokens that end a response."""
-    excluded: tuple[int, ...]
-    """Ids of tokens that only the teacher has, which cannot be in the top-k (teacher.extra_tokens)."""
+    excluded: tuple[int, ...] | dict[str, tuple[int, ...]]
+    """Ids of tokens that only the teacher has, which cannot be in the top-k (teacher.extra_tokens); of several teachers
+    by name."""
     day: date
     """The date that chat templates print."""
     held_out: PromptSet | None = None
@@ -116,8 +118,10 @@ def check_weights(ground: Ground) -> None:
             with HfReader(path) as reader:
                 reader.check()
 
-    elsewhere = is_served(config, "teacher.path") and config.teacher.server.url is not None
-    loaded = {key: path for key, path in model_paths(config).items() if key != "teacher.path" or not elsewhere}
+    elsewhere = {
+        teacher.path_key for teacher in teachers_of(config) if teacher.served and teacher.config.server.url is not None
+    }
+    loaded = {key: path for key, path in model_paths(config).items() if key not in elsewhere}
     together(partial(look, key, path) for key, path in _each_once(loaded))
 
 
@@ -136,16 +140,16 @@ def check_vocabularies(ground: Ground) -> None:
     """
     config = ground.config
     problems = list(of_each_phase(lambda phase: _too_many_candidates(phase, ground))(config))
-    smaller = min(ground.teacher.vocab_size, ground.student.vocab_size)
+    smaller = min(ground.models[key].vocab_size for key in ("student.path", *by_path_key(config)))
     if config.held_out is not None and config.held_out.topk > smaller:
         problems.append(f"held_out.topk = {config.held_out.topk} but a vocabulary has {smaller} tokens; lower it")
     if problems:
         raise ConfigError(problems)
     if config.gates.vocabulary:
         others = {key: path for key, path in model_paths(config).items() if key != "student.path"}
-        allowed = "teacher.path" if config.teacher.extra_tokens == "exclude" else ""
+        allowed = {each.path_key for each in teachers_of(config) if each.config.extra_tokens == "exclude"}
         together(
-            partial(check_same_vocabulary, config.student.path, path, key=key, allow_extra=key == allowed)
+            partial(check_same_vocabulary, config.student.path, path, key=key, allow_extra=key in allowed)
             for key, path in others.items()
         )
     reference = ground.models.get("objective.reference")
@@ -161,7 +165,10 @@ def check_vocabularies(ground: Ground) -> None:
 def _too_many_candidates(config: Config, ground: Ground) -> Iterator[str]:
     objective = config.objective
     for key, candidates, name, vocab_size in (
-        (objective.teacher_topk_key, objective.teacher_topk, "teacher", ground.teacher.vocab_size),
+        *(
+            (objective.teacher_topk_key, objective.teacher_topk, each.key, ground.models[each.path_key].vocab_size)
+            for each in teachers_of(config)
+        ),
         ("student_topk", objective.student_candidates, "student", ground.student.vocab_size),
     ):
         if candidates > vocab_size:
@@ -216,6 +223,7 @@ def read_held_out(
         end_ids=ends.ids,
         limit=held_out.limit,
         keys=("held_out.prompts", "held_out.responses"),
+        teachers=names_of(config),
     )
     files = {"prompts": held_out.prompts, "teacher_responses": held_out.responses}
     found = load_prompts(config.data.model_copy(update=files), renderer, seed=0, needs=needs, today=day)
@@ -230,7 +238,10 @@ def read_held_out(
     limits = {
         f"batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch}": config.batch.tokens_per_micro_batch,
         f"the context of student.path={config.student.path}": ground.student.max_position_embeddings,
-        f"the context of teacher.path={config.teacher.path}": ground.teacher.max_position_embeddings,
+    }
+    limits |= {
+        f"the context of {each.path_key}={each.path}": ground.models[each.path_key].max_position_embeddings
+        for each in teachers_of(config)
     }
     problems = [
         f"held_out.responses={held_out.responses}: the longest prompt with its response has {longest} tokens, but "
@@ -250,14 +261,23 @@ def longest_held_out(held_out: PromptSet) -> int:
     return max(len(prompt.token_ids) + length for prompt, length in zip(held_out.prompts, lengths, strict=True))
 
 
-def excluded_tokens(ground: Ground) -> tuple[int, ...]:
-    """Return the ids of tokens that only the teacher has and that cannot be in the top-k. Raises DataError."""
-    config = ground.config
-    if config.teacher.extra_tokens == "refuse":
+def excluded_tokens(ground: Ground) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Return the ids of tokens that only the teacher has and that cannot be in the top-k; of several teachers by name.
+
+    Raises DataError.
+    """
+    found = {each.name or "": _excluded(ground.config, each) for each in teachers_of(ground.config)}
+    return found if ground.config.teachers else found[""]
+
+
+def _excluded(config: Config, teacher: TeacherSection) -> tuple[int, ...]:
+    if teacher.config.extra_tokens == "refuse":
         return ()
-    found = check_same_vocabulary(config.student.path, config.teacher.path, allow_extra=True)
+    key = teacher.path_key
+    found = check_same_vocabulary(config.student.path, teacher.path, key=key, allow_extra=True)
     if found:
-        log.info("%d tokens that only the teacher has are excluded, the first is id %d", len(found), found[0])
+        whose = "the teacher" if teacher.name is None else f"teacher {teacher.name}"
+        log.info("%d tokens that only %s has are excluded, the first is id %d", len(found), whose, found[0])
     return found
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tropd_mcore.config.derived import is_rollout, is_served, model_paths, started_servers
+from tropd_mcore.config.derived import is_served, model_key, model_paths, started_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.config.server_checks import gpus_of
+from tropd_mcore.config.teachers import by_path_key
 
 GIB = 2**30
 
@@ -24,11 +25,10 @@ def rows(config: Config, ranks: int, *, address: str, port: int) -> dict[str, st
 def _memory(config: Config, ranks: int) -> dict[str, str]:
     started = started_servers(config)
     needed = model_paths(config)
-    if not (
-        any(not is_rollout(key) for key in started)
-        or (config.teacher.kind == "megatron" and config.objective.reads_teacher)
-    ):
-        del needed["teacher.path"]
+    teachers, here = by_path_key(config), {model_key(key) for key in started}
+    for key, teacher in teachers.items():
+        if key not in here and (teacher.served or not config.objective.reads_teacher):
+            del needed[key]
     missing = [str(path) for path in needed.values() if not (path / "config.json").is_file()]
     if missing:
         return {"memory": f"not estimated: no config.json in {', '.join(dict.fromkeys(missing))}"}
@@ -51,8 +51,8 @@ def _memory(config: Config, ranks: int) -> dict[str, str]:
     beside: dict[tuple[int, int], int] = {}
     """(node, GPU) -> bytes of its servers"""
     for key, server in started.items():
-        model = "student.path" if is_rollout(key) else "teacher.path"
-        dtype = config.student.dtype if is_rollout(key) else config.teacher.dtype
+        model = model_key(key)
+        dtype = teachers[model].config.dtype if model in teachers else config.student.dtype
         if model in models:
             parts = server_memory(models[model], server, dtype)
         else:  # a family that only SGLang knows

@@ -16,6 +16,7 @@ from tropd_mcore.data.supervision import hand_over
 from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.teacher.score_source import ScoreSource
 from tropd_mcore.teacher.served import ServedTeacher
+from tropd_mcore.teacher.teacher_set import TeacherSet
 from tropd_mcore.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,9 @@ class PrefixLosses:
     `teacher` is None if there is no prefix loss, or if the teacher scores every sample or stops the run.
     """
 
-    def __init__(self, teacher: ServedTeacher | None, scores: ScoreSource, rollouts: RolloutSource) -> None:
+    def __init__(
+        self, teacher: ServedTeacher | TeacherSet | None, scores: ScoreSource, rollouts: RolloutSource
+    ) -> None:
         self._teacher = teacher
         self._scores = scores
         self._rollouts = rollouts
@@ -43,7 +46,7 @@ class PrefixLosses:
         that takes over was scored from its response on; the teacher is asked once more, from the end of the prompt.
         If scores are on disk, this was settled before they were stored.
         """
-        if self._teacher is None or self._scores.are_stored(step, packed):
+        if self._teacher is None or self._scores.are_stored(step, rollouts, packed):
             return rollouts, packed
         while True:
             lost = self._teacher.lost(rollouts, packed)

@@ -17,6 +17,7 @@ from pathlib import Path
 from tropd_mcore.config.checks import layout_problems
 from tropd_mcore.config.derived import is_served, model_paths, reads_responses, started_servers
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import stage_layers
 from tropd_mcore.errors import ModelError
 from tropd_mcore.train.preflight_files import (
     data_files,
@@ -100,11 +101,12 @@ def _cuts(launch: Launch) -> Iterator[Fault]:
         if key == "student.path" or config.objective.self_teaching is not None:
             problems = cut_problems(arch, config.parallel, config.parallel.virtual_pipeline)
         else:
-            own = config.teacher.pipeline_layers if key == "teacher.path" else None
-            problems = frozen_cut_problems(arch, config.parallel, own)
+            problems = frozen_cut_problems(arch, config.parallel, stage_layers(config, key))
         for problem in problems:
             change = "change parallel.tensor or parallel.pipeline"
-            change = "change teacher.pipeline_layers" if problem.startswith("teacher.pipeline_layers") else change
+            if problem.startswith("teacher.pipeline_layers"):
+                layers = f"{key.removesuffix('path')}pipeline_layers"
+                problem, change = problem.replace("teacher.pipeline_layers", layers, 1), f"change {layers}"
             yield Fault(key, f"{key}={folder}: {problem}; {change}")
 
 

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from tropd_mcore.config.explain import of_teacher
 from tropd_mcore.config.loader import leaves
 from tropd_mcore.config.phases import without_phase
 from tropd_mcore.config.record import NOTHING, Change, compare, read_record, show
@@ -27,7 +28,7 @@ from tropd_mcore.weights.digest import short
 log = logging.getLogger(__name__)
 
 PRECISION_KEYS = frozenset({"teacher.kind", "teacher.dtype", "teacher.server.dtype"})
-"""Keys that together determine the dtype of the teacher's computation."""
+"""Keys that together determine the dtype of a teacher's computation; an entry of `teachers` has the same."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def _decided(change: Change, before: Before, config: Config) -> Rule:
     assert rule is not None, f"{change.key} has no rule"
     if _names_the_day(change, before):
         return free("the day that this run has printed so far")
-    if change.key in PRECISION_KEYS and before.values is not None:
-        old, new = _teacher_dtype(before.values), _teacher_dtype(leaves(config))
+    if of_teacher(change.key) in PRECISION_KEYS and before.values is not None:
+        section = change.key.removesuffix(of_teacher(change.key).removeprefix("teacher"))
+        old, new = _teacher_dtype(section, before.values), _teacher_dtype(section, leaves(config))
         if old != new:
             return refused(f"another rounding of the teacher, {old} -> {new}, is another teacher")
         return rule if rule.kind == "free" else free(f"the teacher computes in {new} as before")
@@ -114,10 +116,10 @@ def _decided(change: Change, before: Before, config: Config) -> Rule:
     return rule
 
 
-def _teacher_dtype(values: Mapping[str, Any]) -> Any:
-    """Return `derived.teacher_dtype` for recorded values."""
-    served = values.get("teacher.server.dtype") if values.get("teacher.kind") == "sglang" else None
-    return served or values.get("teacher.dtype")
+def _teacher_dtype(section: str, values: Mapping[str, Any]) -> Any:
+    """Return the dtype in which the teacher of `section` computes (`TeacherSection.computes_in`), for these values."""
+    served = values.get(f"{section}.server.dtype") if values.get(f"{section}.kind") == "sglang" else None
+    return served or values.get(f"{section}.dtype")
 
 
 def check_inputs(

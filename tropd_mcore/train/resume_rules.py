@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tropd_mcore.config.explain import of_teacher
 from tropd_mcore.config.phases import without_phase
 
 
@@ -89,6 +90,7 @@ RULES: dict[str, Rule] = {
     "teacher.extra_tokens": free("the tokens of student and teacher are checked again"),
     "teacher.check_every": free(),
     "teacher.on_failure": free(),
+    "teachers": refused("the steps so far learned from the recorded teachers"),
     "data.prompts": Rule("content", "the order of the prompts follows from the whole file"),
     "data.teacher_responses": Rule("content", "the prefixes of the next steps would come from other responses"),
     "data.chat_template_kwargs": refused("the same prompts would be rendered differently"),
@@ -151,7 +153,7 @@ WHOLE_SECTIONS = frozenset(
 
 def rule_of(key: str) -> Rule | None:
     """Return the rule of a leaf of the schema, or of a key inside a leaf that holds a mapping; None if it has none."""
-    key = without_phase(key)
+    key = of_teacher(without_phase(key))
     if key in RULES:
         return RULES[key]
     parts = key.split(".")

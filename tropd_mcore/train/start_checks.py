@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tropd_mcore.config.checks import backend_problems
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import folders_of
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.end_tokens import EndTokens, end_tokens
 from tropd_mcore.data.prompts import PromptSet
@@ -62,7 +63,7 @@ class State(NamedModels):
     prompts: PromptSet | None = None
     longest: int | None = None
     solutions: SolutionPrompts | None = None
-    excluded: tuple[int, ...] | None = None
+    excluded: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     held_out: PromptSet | None = None
     inputs: Inputs | None = None
     """Inputs of the launch by content; computed between INPUT_CHECKS and CONTENT_CHECKS."""
@@ -152,7 +153,7 @@ def _ignored(state: State) -> IgnoredTokens:
 
 def _ends(state: State) -> EndTokens:
     assert state.renderer is not None
-    return end_tokens(state.config, state.renderer, state.config.teacher.path)
+    return end_tokens(state.config, state.renderer, folders_of(state.config))
 
 
 def _prompts(state: State) -> PromptSet:
@@ -195,10 +196,9 @@ def _replayed(state: State) -> None:
 
 def _responses(state: State) -> None:
     assert state.inputs is not None and state.prompts is not None
-    teacher = state.inputs.models["teacher.path"].digest
-    stored_responses.check_responses(state, teacher, state.prompts)
+    stored_responses.check_responses(state, state.inputs, state.prompts)
     if state.held_out is not None:
-        stored_responses.check_held_out(state, teacher, state.held_out)
+        stored_responses.check_held_out(state, state.inputs, state.held_out)
 
 
 MODELS = StartCheck(

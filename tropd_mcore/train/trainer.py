@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tropd_mcore import stopping
 from tropd_mcore.config.derived import alpha
 from tropd_mcore.config.schema import Config
+from tropd_mcore.config.teachers import any_served, names_of
 from tropd_mcore.data.chat import Renderer
 from tropd_mcore.data.groups import mini_batches
 from tropd_mcore.data.packing import PackedStep
@@ -56,8 +57,9 @@ from tropd_mcore.records.token_table import NumpyColumns, local_columns, merge_c
 from tropd_mcore.rollout.rollout_source import RolloutSource
 from tropd_mcore.teacher.identity_check import TeacherCheck
 from tropd_mcore.teacher.score_source import ScoreSource
+from tropd_mcore.teacher.teacher_set import TeacherChecks
 from tropd_mcore.train.batch_context import BatchContextSource
-from tropd_mcore.train.gates import SamplerBounds, SamplerGate, check_teacher_is_another
+from tropd_mcore.train.gates import SamplerBounds, SamplerGate, check_teachers_are_others
 from tropd_mcore.train.held_out import HeldOut
 from tropd_mcore.train.phases import PhaseRun
 from tropd_mcore.train.prefix_losses import PrefixLosses
@@ -79,7 +81,7 @@ class Components:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     teacher_model: Model | None
-    """The teacher in this process; None if a server or the student's average scores."""
+    """The teacher in this process; None if a server, the student's average or several teachers score."""
     average: WeightAverage | None
     """The student's average if it is the teacher, else None."""
     ignored: IgnoredTokens
@@ -90,8 +92,8 @@ class Components:
     monitor: Monitor
     renderer: Renderer
     sampler_bounds: SamplerBounds
-    teacher_check: TeacherCheck | None = None
-    """Checks that a served teacher does not change; None if there is no served teacher or the check is off."""
+    teacher_check: TeacherCheck | TeacherChecks | None = None
+    """Checks that served teachers do not change; None if there is no served teacher or the check is off."""
     held_out: HeldOut | None = None
     """Measures the student on held-out responses; None if nothing is held out."""
     clock: StepClock = field(default_factory=StepClock)
@@ -330,7 +332,10 @@ class Trainer:
 
         def check() -> bool:
             if first:
-                check_teacher_is_another(tokens, components.config, components.sampler_bounds, batch.step)
+                teachers = [rollout.teacher for rollout in batch.rollouts]
+                check_teachers_are_others(
+                    tokens, components.config, components.sampler_bounds, batch.step, teachers=teachers
+                )
             return self.sampler_gate.check(batch.step, tokens, first_update=not whole)
 
         self.compared = on_rank_zero(check, components.layout.groups.control)
@@ -374,6 +379,7 @@ class Trainer:
             special_ids=self.components.renderer.special_ids,
             policy_gradient=config.objective.policy,
             phase=self.phases.state.index if self.phases is not None else None,
+            teachers=names_of(config),
         )
 
     def log(self, step: int, record: StepRecord | None) -> Mapping[str, float]:
@@ -444,7 +450,7 @@ class Trainer:
     def forget(self, step: int) -> None:
         """Remove stored files of earlier steps that no resume needs and no key keeps. Collective."""
         components, run = self.components, self.components.config.run
-        served = components.config.teacher.kind == "sglang"  # scores of a teacher in the job can be computed again
+        served = any_served(components.config)  # scores of a teacher in the job can be computed again
         kept = Kept(
             rollouts=run.keep_rollouts,
             scores=run.keep_scores,

@@ -12,6 +12,7 @@ from pathlib import Path
 from tropd_mcore.config.derived import chunk_tokens, reference_path
 from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.teachers import teachers_of
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
 
@@ -47,11 +48,26 @@ def rank_memory(config: Config, models: dict[str, Architecture], ranks: int) -> 
     }
     if config.objective.self_teaching is not None:
         found["average"] = own * DTYPE_BYTES[config.teacher.dtype]
-    elif config.teacher.kind == "megatron" and config.objective.reads_teacher:
-        found["teacher"] = stage_parameters(models["teacher.path"], config) * DTYPE_BYTES[config.teacher.dtype]
+    elif config.objective.reads_teacher:
+        found |= _teachers(config, models)
     if reference_path(config) is not None:
         found["reference"] = stage_parameters(models["objective.reference"], config) * dtype
     return {**found, "context": OWN_BYTES}
+
+
+def _teachers(config: Config, models: dict[str, Architecture]) -> dict[str, int]:
+    """Bytes of the weights of each teacher in the job. One that is copied to the GPU while it scores has the room of
+    the largest such teacher, because they score one after the other."""
+    found, visiting = {}, 0
+    for teacher in teachers_of(config):
+        if teacher.served:
+            continue
+        size = stage_parameters(models[teacher.path_key], config) * DTYPE_BYTES[teacher.config.dtype]
+        if teacher.name is not None and teacher.config.offload:
+            visiting = max(visiting, size)
+        else:
+            found["teacher" if teacher.name is None else f"teacher {teacher.name}"] = size
+    return {**found, "teacher that scores": visiting} if visiting else found
 
 
 def stage_parameters(arch: Architecture, config: Config) -> int:
