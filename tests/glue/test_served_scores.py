@@ -18,6 +18,8 @@ from tests.waits import on_device, waits
 from tropd_mcore.data.packing import pack
 from tropd_mcore.errors import ServerError, TeacherError
 from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
+from tropd_mcore.serving import fleet as fleet_module
+from tropd_mcore.serving.dispatch import Dispatched
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, TokenScores
 from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
@@ -27,7 +29,7 @@ STUDENT_WIDTH = 300
 
 
 class Scorer:
-    """A client that gives every token the same candidates."""
+    """A client that gives every token the same candidates. A fleet asks it through `score_on`."""
 
     def __init__(self, ids: list[int], probabilities: list[float]) -> None:
         self.ids, self.logp = np.array(ids, np.int32), np.log(np.array(probabilities, np.float32))
@@ -41,6 +43,13 @@ class Scorer:
     def _score(self, tokens: int) -> TokenScores:
         logp_N = np.full(tokens, -1.0, np.float32)
         return TokenScores(logp_N, np.tile(self.ids, (tokens, 1)), np.tile(self.logp, (tokens, 1)))
+
+
+@pytest.fixture(autouse=True)
+def asked_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        fleet_module, "score_on", lambda clients, requests, speeds: Dispatched(clients[0].score(requests))
+    )
 
 
 def scores(ids: list[int], probabilities: list[float], topk: int, excluded: tuple[int, ...] = ()) -> SampleScores:
@@ -111,15 +120,15 @@ def test_the_scores_of_a_micro_batch_wait_for_the_device_once() -> None:
 
 
 class Generator:
-    """A client whose sequences may have `longest` tokens."""
-
-    key = "teacher.server"
+    """A fleet of one server whose sequences may have `longest` tokens."""
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
+        self.first = self
+        self.spec = SimpleNamespace(key="teacher.server")
 
-    def info(self) -> SimpleNamespace:
-        return SimpleNamespace(longest_sequence=self.longest)
+    def infos(self) -> list[tuple[Any, SimpleNamespace]]:
+        return [(self, SimpleNamespace(longest_sequence=self.longest))]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         answer = Generation(

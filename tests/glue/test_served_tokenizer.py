@@ -13,7 +13,7 @@ import pytest
 
 from tests.glue.fake_server import fake_server
 from tests.tiny_models import tiny_tokenizer
-from tropd_mcore.cli.server import open_server
+from tropd_mcore.cli.server import open_servers
 from tropd_mcore.config.schema import PlatformConfig, ServerConfig
 from tropd_mcore.errors import GateError
 from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
@@ -82,17 +82,17 @@ def test_a_server_that_we_start_gets_corrected_tokenizer_files_if_the_folder_nee
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    server = open_server(
+    servers = open_servers(
         "evaluation",
         key="rollout.server",
         model_key="--model",
         model=folder,
         dtype="float32",
-        config=ServerConfig(),
+        configs=[ServerConfig()],
         platform=PlatformConfig(kind="cpu"),
         logs=tmp_path / "logs",
     )
-    process = ServerProcess(server.spec)
+    process = ServerProcess(servers.first.spec)
     process.port = 1
     command = process.command()
     corrected = str(tmp_path / "logs" / "evaluation.tokenizer")

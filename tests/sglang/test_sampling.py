@@ -16,6 +16,7 @@ from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
 from tropd_mcore.rollout.publisher import WeightPublisher
 from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.rollout.uniforms import trust_uniforms
+from tropd_mcore.serving.fleet import ServerFleet
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.types import Prompt, Rollout
 
@@ -126,13 +127,13 @@ def test_teacher_responses_are_stored_without_their_stop_token_and_never_sampled
         vocab_size=VOCABULARY,
         served_width=VOCABULARY,
     )
-    report = generate_responses(server.client, prompts, out, sampling, chunk=2)
+    report = generate_responses(ServerFleet([server]), prompts, out, sampling, chunk=2)
     assert dataclasses.astuple(report) == (5, 4, 5)
     lines = out.read_text().splitlines()
     assert lines[3] == '{"id": "p3", "response_ids": [1, 3, 5], "finished": true}'
     assert [line.split('"')[3] for line in lines] == ["p0", "p1", "p2", "p3", "p4"]
     assert all(token_id % 2 for line in lines for token_id in eval_ids(line))
-    assert generate_responses(server.client, prompts, out, sampling).sampled == 0
+    assert generate_responses(ServerFleet([server]), prompts, out, sampling).sampled == 0
     assert out.read_text().splitlines() == lines
     assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tropd_mcore.cli import main as cli
-from tropd_mcore.cli.prefixes_command import teacher_server
+from tropd_mcore.cli.prefixes_command import teacher_settings
 from tropd_mcore.config.loader import load
+from tropd_mcore.config.teachers import the_teacher
 
 RECIPE = """\
 run: {dir: DIR/run, steps: 8}
@@ -124,12 +125,26 @@ def test_an_interrupt_exits_with_130_and_no_traceback(capfd, recipe, monkeypatch
     assert run(capfd, "config", recipe) == (130, "", "interrupted\n")
 
 
+def settings_of_teacher(recipe, *overrides):
+    config = load(recipe, list(overrides))[0]
+    return teacher_settings(config, the_teacher(config))
+
+
 def test_prefixes_starts_its_own_server_for_a_teacher_in_the_training_job(recipe):
-    overrides = ["rollout.server.url=http://127.0.0.1:1", "teacher.dtype=float32", "rollout.server.max_retries=7"]
-    server = teacher_server(load(recipe, overrides)[0])
+    (server,) = settings_of_teacher(
+        recipe, "rollout.server.url=http://127.0.0.1:1", "teacher.dtype=float32", "rollout.server.max_retries=7"
+    )
     assert server.url is None and server.port is None and server.dtype is None and server.max_retries == 7
-    served = teacher_server(load(recipe, ["teacher={kind: sglang, path: t, server: {port: 5}}"])[0])
+    (served,) = settings_of_teacher(recipe, "teacher={kind: sglang, path: t, server: {port: 5}}")
     assert served.port == 5
+
+
+def test_prefixes_starts_as_many_servers_as_the_job_has_on_this_machine(recipe):
+    entries = "[{port: 4}, {url: 'http://h:1'}, {node: 1}, {threads: 2}]"
+    first, second = settings_of_teacher(recipe, f"rollout.servers={entries}")
+    assert (first.port, second.threads) == (None, 2) and first.url is second.url is None
+    served = settings_of_teacher(recipe, "teacher={kind: sglang, path: t, servers: [{url: 'http://h:1'}, {port: 5}]}")
+    assert [server.url for server in served] == ["http://h:1", None]
 
 
 def test_prefixes_without_an_output_file_names_the_key(capsys, recipe):

@@ -87,7 +87,8 @@ def generated(path: Path, answers: dict[int, list[list[int]]], *, temperature: f
             found.append(Generation(np.array(ids, np.int32), np.zeros(len(ids), np.float32), "stop", ("x",)))
         return found
 
-    client = SimpleNamespace(key="teacher.server", info=lambda: SimpleNamespace(longest_sequence=50), generate=generate)
+    server = SimpleNamespace(spec=SimpleNamespace(key="teacher.server"))
+    client: Any = SimpleNamespace(infos=list, generate=generate, first=server)
     prompts = [Prompt(f"p{first}", np.array([first, 4], np.int32), None, None) for first in answers]
     sampling = ResponseSampling(
         max_new_tokens=4, temperature=temperature, top_p=1.0, eos_ids=EOS, vocab_size=50, served_width=50

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tropd_mcore.cli import server as server_module
-from tropd_mcore.cli.server_settings import changed, names, whole_machine
+from tropd_mcore.cli.server_settings import all_changed, changed, names, whole_machine
 from tropd_mcore.config.schema import PlatformConfig, ServerConfig
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.serving.process import ServerSpec
@@ -66,7 +66,7 @@ def test_a_running_server_cannot_be_started_differently() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "tensor", "replicas"),
+    ("gpus", "tensor", "servers"),
     [
         ([80] * 8, 3, 2),  # 2 x 80 GiB hold 100 GiB of weights, but not in half of the memory
         ([141] * 8, 2, 4),
@@ -77,39 +77,44 @@ def test_a_running_server_cannot_be_started_differently() -> None:
     ],
     ids=str,
 )
-def test_each_replica_gets_the_fewest_gpus_that_hold_it_and_the_rest_are_more_replicas(
-    model: Path, gpus: list[int], tensor: int, replicas: int
+def test_each_server_gets_the_fewest_gpus_that_hold_it_and_the_rest_are_more_servers(
+    model: Path, gpus: list[int], tensor: int, servers: int
 ) -> None:
     found = whole_machine(OF_A_RUN, model, [GIB * each for each in gpus], ())
-    several = ("--dp-size", str(replicas)) if replicas > 1 else ()
-    assert found == ServerConfig(
-        tensor_parallel=tensor, extra_args=("--x", *several), max_concurrency=replicas * OF_A_RUN.max_concurrency
-    )
+    assert len(found) == servers and {server.tensor_parallel for server in found} == {tensor}
+    if servers == 1:
+        assert found == [ServerConfig(tensor_parallel=tensor, extra_args=("--x",))]
+    taken = [gpu for server in found for gpu in server.gpus or ()]
+    assert len(taken) == len(set(taken)) and all(gpu < len(gpus) for gpu in taken)
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
+        (["tensor_parallel=4"], [{"tensor_parallel": 4, "gpus": gpus} for gpus in ((0, 1, 2, 3), (4, 5, 6, 7))]),
+        (["tensor_parallel=8"], [{"tensor_parallel": 8}]),
         (
-            ["tensor_parallel=4"],
-            {"tensor_parallel": 4, "extra_args": ("--x", "--dp-size", "2"), "max_concurrency": 128},
+            ["max_concurrency=7", "gpus=[0, 1, 6, 7]"],
+            [{"tensor_parallel": 2, "gpus": gpus, "max_concurrency": 7} for gpus in ((0, 1), (6, 7))],
         ),
-        (["tensor_parallel=8"], {"tensor_parallel": 8, "extra_args": ("--x",)}),
-        (
-            ["max_concurrency=7"],
-            {"tensor_parallel": 2, "extra_args": ("--x", "--dp-size", "4"), "max_concurrency": 7},
-        ),
-        (["gpus=[2, 5]"], {"tensor_parallel": 2, "gpus": (2, 5), "extra_args": ("--x",)}),
+        (["gpus=[2, 5]"], [{"tensor_parallel": 2, "gpus": (2, 5)}]),
         (
             ["mem_fraction=0.5", "extra_args=[--dp-size, '1']"],
-            {"tensor_parallel": 2, "mem_fraction": 0.5, "extra_args": ("--dp-size", "1")},
+            [{"tensor_parallel": 2, "mem_fraction": 0.5, "extra_args": ("--dp-size", "1")}],
         ),
     ],
     ids=str,
 )
-def test_what_server_says_is_kept(model: Path, given: list[str], expected: dict[str, Any]) -> None:
+def test_what_server_says_is_kept(model: Path, given: list[str], expected: list[dict[str, Any]]) -> None:
     found = whole_machine(changed(OF_A_RUN, given), model, [141 * GIB] * 8, names(given))
-    assert found == ServerConfig(**expected)
+    assert found == [ServerConfig(**{"extra_args": ("--x",), **each}) for each in expected]
+
+
+def test_one_of_the_servers_is_used_if_server_names_a_running_one() -> None:
+    two = [ServerConfig(threads=1), ServerConfig(threads=2)]
+    assert [server.max_retries for server in all_changed(two, ["max_retries=9"])] == [9, 9]
+    (alone,) = all_changed([ServerConfig(), ServerConfig()], ["url=http://h:1"])
+    assert alone.url == "http://h:1"
 
 
 @pytest.mark.parametrize(
@@ -122,16 +127,17 @@ def test_only_a_server_that_a_command_starts_on_gpus_takes_the_whole_machine(
     monkeypatch.setattr(server_module, "memory_of_gpus", lambda: [141 * GIB] * 4)
     monkeypatch.setattr(server_module, "SupervisedServer", seen.append)
     monkeypatch.setattr(server_module, "server_spec", lambda name, **given: given["config"])
+    monkeypatch.setattr(server_module, "ServerFleet", list)
     config = ServerConfig(url=url, max_concurrency=5)
-    server_module.open_server(
+    server_module.open_servers(
         "evaluation",
         key="rollout.server",
         model_key="--model",
         model=model,
         dtype="bfloat16",
-        config=config,
+        configs=[config],
         platform=PlatformConfig(kind=kind),
         logs=model / "logs",
     )
-    more = {"tensor_parallel": 2, "extra_args": ("--dp-size", "2"), "max_concurrency": 10}
-    assert seen == [config.model_copy(update=more) if whole else config]
+    halves = [config.model_copy(update={"tensor_parallel": 2, "gpus": gpus}) for gpus in ((0, 1), (2, 3))]
+    assert seen == (halves if whole else [config])

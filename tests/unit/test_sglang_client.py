@@ -26,6 +26,7 @@ from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
 from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving import transport as transport_module
 from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.fleet import ServerFleet
 from tropd_mcore.serving.wire import GenerationRequest, ScoringRequest
 from tropd_mcore.teacher.sglang import SglangTeacher
 from tropd_mcore.types import Prompt, Rollout, SampleRequest
@@ -274,6 +275,12 @@ def test_a_response_truncated_by_the_server_is_refused(serve: Callable[..., Scri
         sampler(serve(generation([7, 8])).url).sample([sample_request(new=5)], step=0, expected_version="v1")
 
 
+def fleet_at(url: str) -> ServerFleet:
+    """A fleet of one server at a url."""
+    server: Any = Restarting(url, url, restarts=0)
+    return ServerFleet([server])
+
+
 def test_teacher_responses_survive_an_interruption(serve: Callable[..., Scripted], tmp_path: Path) -> None:
     prompts = [Prompt(f"p{i}", np.array([3 + i], np.int32), None, None) for i in range(3)]
     sampling = ResponseSampling(
@@ -282,10 +289,10 @@ def test_teacher_responses_survive_an_interruption(serve: Callable[..., Scripted
     out = tmp_path / "out" / "responses.jsonl"
     server = serve(generation([7, 8]), web.Response(status=400, body=b"no"))
     with pytest.raises(ServerError, match="answered 400"):
-        generate_responses(make_client(server.url), prompts, out, sampling, chunk=1)
+        generate_responses(fleet_at(server.url), prompts, out, sampling, chunk=1)
     assert not out.exists()
     server = serve(generation([9, 2], reason="stop"))
-    report = generate_responses(make_client(server.url), prompts, out, sampling, chunk=1)
+    report = generate_responses(fleet_at(server.url), prompts, out, sampling, chunk=1)
     assert (report.sampled, report.finished) == (2, 2)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["response_ids"] for line in lines] == [[7, 8], [9], [9]]
@@ -300,9 +307,7 @@ def test_a_teacher_response_is_cut_before_an_id_that_is_not_a_token(
         max_new_tokens=4, temperature=1.0, top_p=1.0, eos_ids=(2,), vocab_size=50, served_width=64
     )
     out = tmp_path / "responses.jsonl"
-    report = generate_responses(
-        make_client(serve(generation([7, 60, 8, 2], reason="stop")).url), prompts, out, sampling
-    )
+    report = generate_responses(fleet_at(serve(generation([7, 60, 8, 2], reason="stop")).url), prompts, out, sampling)
     assert report.finished == 0
     assert json.loads(out.read_text()) == {"id": "p", "response_ids": [7], "finished": False}
     assert "cut before id 60" in caplog.text

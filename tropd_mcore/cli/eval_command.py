@@ -22,9 +22,9 @@ from tropd_mcore.cli.early_checks import (
     server_package,
     verifier_package,
 )
-from tropd_mcore.cli.server_settings import add_server_argument, changed, names
+from tropd_mcore.cli.server_settings import add_server_argument, all_changed, names, started_here
 from tropd_mcore.cli.template_date import template_date
-from tropd_mcore.config.derived import phase_configs
+from tropd_mcore.config.derived import phase_configs, rollout_servers
 from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.teachers import folders_of, teachers_of
@@ -74,8 +74,7 @@ def run(options: argparse.Namespace) -> int:
     Problems of files and options are found before a server is started.
     """
     config, _ = load(options.config, options.overrides)
-    own = config.rollout.server.model_copy(update={"url": options.url, "port": None})
-    server = changed(own, options.server)
+    servers = all_changed(_own_servers(config, options.url), options.server)
     report_every(config.monitor.progress_every_s)
     model = options.model or config.run.dir / "export"
     _check_options(config, options, model)
@@ -87,10 +86,11 @@ def run(options: argparse.Namespace) -> int:
     read_prompts(model, settings, today)
     result = _stored(options.out, model, settings, today)
     if result is None:
-        refuse(server_package("rollout.server", server), api_key("rollout.server", server))
+        for server in servers:
+            refuse(server_package("rollout.server", server), api_key("rollout.server", server))
         for other in others:
             _check_comparable(other, settings)
-        result = _evaluate(model, settings, config, server, names(options.server), today)
+        result = _evaluate(model, settings, config, servers, names(options.server), today)
         if options.out is not None:
             result.save(options.out)
     print(describe(result))
@@ -186,11 +186,26 @@ def _stored(out: Path | None, model: Path, settings: EvaluationSettings, today: 
     return found if same and found.template_date in (None, today.isoformat()) else None
 
 
+def _own_servers(config: Config, url: str | None) -> list[ServerConfig]:
+    """The server at `--url`, or those of rollout.server, started for this call."""
+    if url is not None:
+        return [config.rollout.server.model_copy(update={"url": url, "port": None})]
+    return [
+        server.model_copy(update={"dtype": config.rollout.server.dtype})
+        for server in started_here(rollout_servers(config).values())
+    ]
+
+
 def _evaluate(
-    model: Path, settings: EvaluationSettings, config: Config, served: ServerConfig, given: set[str], today: date
+    model: Path,
+    settings: EvaluationSettings,
+    config: Config,
+    served: list[ServerConfig],
+    given: set[str],
+    today: date,
 ) -> EvaluationResult:
-    """Evaluate the model in a folder on a server with the settings `served`, of which `--server` set `given`."""
-    from tropd_mcore.cli.server import open_server
+    """Evaluate the model in a folder on servers with the settings `served`, of which `--server` set `given`."""
+    from tropd_mcore.cli.server import open_servers
     from tropd_mcore.data.tokenizer_gate import check_tokenizer
     from tropd_mcore.evaluation.evaluate import evaluate
     from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
@@ -198,20 +213,21 @@ def _evaluate(
 
     if config.gates.tokenizer:
         check_tokenizer(model, key="--model")
-    server = open_server(
+    servers = open_servers(
         "evaluation",
         key="rollout.server",
         model_key="--model",
         model=model,
         dtype=config.student.dtype,
-        config=served,
+        configs=served,
         platform=config.platform,
         logs=config.run.dir / "logs",
         given=given,
     )
-    with server:
-        if config.gates.tokenizer:
-            check_served_tokenizer(server, model)
-        if served.url is not None and config.gates.model_reading:
-            check_serves(server.client, model, key="--model", url_key="--url")
-        return evaluate(model, server.generate, settings, today=today)
+    with servers:
+        for server in servers.each:
+            if config.gates.tokenizer:
+                check_served_tokenizer(server, model)
+            if not server.is_started and config.gates.model_reading:
+                check_serves(server.client, model, key="--model", url_key="--url")
+        return evaluate(model, servers.generate, settings, today=today)

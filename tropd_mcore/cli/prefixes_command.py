@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from tropd_mcore.cli.arguments import add_config_arguments, positive
 from tropd_mcore.cli.early_checks import api_key, input_file, model_folder, output_file, refuse, server_package
-from tropd_mcore.cli.server_settings import add_server_argument, changed, names
+from tropd_mcore.cli.server_settings import add_server_argument, all_changed, names, started_here
 from tropd_mcore.cli.template_date import template_date
+from tropd_mcore.config.derived import rollout_servers
 from tropd_mcore.config.loader import load
 from tropd_mcore.config.schema import Config, ServerConfig
-from tropd_mcore.config.teachers import TeacherSection, folders_of, names_of, teachers_of, the_teacher
+from tropd_mcore.config.teachers import TeacherSection, folders_of, names_of, teachers_of
 from tropd_mcore.errors import ConfigError
 from tropd_mcore.files import writing
 from tropd_mcore.progress import report_every
@@ -59,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Sample the missing responses and write the file. Raises TropdError."""
     config, _ = load(options.config, options.overrides)
-    servers = {teacher.key: changed(teacher_server(config, teacher), options.server) for teacher in teachers_of(config)}
+    servers = {
+        teacher.key: all_changed(teacher_settings(config, teacher), options.server) for teacher in teachers_of(config)
+    }
     report_every(config.monitor.progress_every_s)
     out: Path | None = options.out or config.data.teacher_responses
     if out is None:
@@ -70,8 +73,8 @@ def run(options: argparse.Namespace) -> int:
     if plan is None:
         return 0
     for work in plan.works:
-        server = servers[work.teacher.key]
-        refuse(server_package(_section(work.teacher), server), api_key(f"{work.teacher.key}.server", server))
+        for server in servers[work.teacher.key]:
+            refuse(server_package(_section(work.teacher), server), api_key(f"{work.teacher.key}.server", server))
     report = _sample(config, out, plan, servers, names(options.server))
     print(
         f"{out}: {report.prompts} responses, {report.sampled} sampled now, {report.finished} ended by themselves, "
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _section(teacher: TeacherSection) -> str:
-    """The section with the settings of a teacher's server (see `teacher_server`)."""
+    """The section with the settings of a teacher's server (see `teacher_settings`)."""
     return f"{teacher.key}.server" if teacher.served else "rollout.server"
 
 
@@ -211,7 +214,7 @@ def _work(
 
 
 def _sample(
-    config: Config, out: Path, plan: _Plan, servers: dict[str, ServerConfig], given: set[str]
+    config: Config, out: Path, plan: _Plan, servers: dict[str, list[ServerConfig]], given: set[str]
 ) -> ResponseReport:
     """Sample from each teacher in turn, and write the file when all of them have answered.
 
@@ -231,41 +234,42 @@ def _sample(
 
 @contextmanager
 def _server(
-    config: Config, teacher: TeacherSection, settings: ServerConfig, given: set[str]
+    config: Config, teacher: TeacherSection, settings: list[ServerConfig], given: set[str]
 ) -> Iterator[Callable[[_Work, Path], int]]:
-    """Open a server of the teacher with these `settings`, whose keys `given` were set with `--server`.
+    """Open servers of the teacher with these `settings`, whose keys `given` were set with `--server`.
 
     Yields what samples. The identity of the teacher is checked before and after. Raises ServerError, GateError.
     """
-    from tropd_mcore.cli.server import open_server
+    from tropd_mcore.cli.server import open_servers
     from tropd_mcore.rollout.prefixes import sample_missing
     from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
     from tropd_mcore.teacher.identity_check import TeacherIdentity
 
     name = "" if teacher.name is None else f"-{teacher.name}"
     title = TITLE if teacher.name is None else TITLE_OF.format(name=teacher.name)
-    server = open_server(
+    servers = open_servers(
         f"prefixes{name}",
         key=_section(teacher),
         title=None if teacher.served else title,
         model_key=teacher.path_key,
         model=teacher.path,
         dtype=teacher.config.dtype,
-        config=settings,
+        configs=settings,
         platform=config.platform,
         logs=config.run.dir / "logs",
         given=given,
     )
-    with server:
+    with servers:
         if config.gates.tokenizer:
-            check_served_tokenizer(server, teacher.path)
+            for server in servers.each:
+                check_served_tokenizer(server, teacher.path)
         identity = None
         if teacher.served and config.gates.teacher_identity:
-            identity = TeacherIdentity(server, config, teacher.name)
+            identity = TeacherIdentity(servers, config, teacher.name)
             identity.check_start()
 
         def ask(work: _Work, out: Path) -> int:
-            return sample_missing(server.client, work.prompts, out, work.sampling, generate=server.generate)
+            return sample_missing(servers, work.prompts, out, work.sampling)
 
         yield ask
         if identity is not None:
@@ -312,10 +316,9 @@ def _teacher_files(config: Config, teacher: TeacherSection) -> FolderDigest:
     return found
 
 
-def teacher_server(config: Config, teacher: TeacherSection | None = None) -> ServerConfig:
-    """Settings of the server of a teacher, of the only one if it is None: those of its section, or, for a teacher in
-    the training job, those of rollout.server with a server that is started for this call."""
-    teacher = teacher or the_teacher(config)
+def teacher_settings(config: Config, teacher: TeacherSection) -> list[ServerConfig]:
+    """Settings of the servers of a teacher: those of its section, or, for a teacher in the training job, those of the
+    rollout servers on the first node, started for this call."""
     if teacher.served:
-        return teacher.config.server
-    return config.rollout.server.model_copy(update={"url": None, "port": None, "dtype": None})
+        return list(teacher.servers.values())
+    return started_here(rollout_servers(config).values())

@@ -1,4 +1,4 @@
-"""Settings of one command's server: those of the configuration, those of `--server`, and on GPUs the whole machine.
+"""Settings of one command's servers: those of the configuration, those of `--server`, and on GPUs the whole machine.
 
 A job shares its GPUs with its servers. `tropd prefixes` and `tropd eval` share them with nobody, so sizes that a job
 needs would only leave GPUs idle. This module starts nothing (`server`). Invariant: what `--server` says is kept.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -35,6 +35,25 @@ def add_server_argument(parser: argparse.ArgumentParser) -> None:
         help="a key of the server section for this call (tensor_parallel=2); may be repeated. On GPUs the server takes "
         "the whole machine by default",
     )
+
+
+def all_changed(servers: Sequence[ServerConfig], given: Sequence[str]) -> list[ServerConfig]:
+    """Return the servers with the values of `--server`; one of them if it names a running server or a port.
+
+    Raises ConfigError with every problem of them.
+    """
+    alone = names(given) & {"url", "port"}
+    return [changed(server, given) for server in (servers[:1] if alone else servers)]
+
+
+def started_here(servers: Iterable[ServerConfig]) -> list[ServerConfig]:
+    """Return the settings of servers of a job for servers that a command starts on this machine, at least one.
+
+    Those on other nodes and at a url are left out; ports and dtypes are the command's own.
+    """
+    servers = list(servers)
+    mine = [server for server in servers if server.url is None and server.node == 0] or servers[:1]
+    return [server.model_copy(update={"url": None, "port": None, "dtype": None, "node": 0}) for server in mine]
 
 
 def changed(server: ServerConfig, given: Sequence[str]) -> ServerConfig:
@@ -74,11 +93,11 @@ def names(given: Sequence[str]) -> set[str]:
     return {text.partition("=")[0].strip() for text in given}
 
 
-def whole_machine(server: ServerConfig, model: Path, gpus: Sequence[int], given: Collection[str]) -> ServerConfig:
-    """Return `server` for a machine of its own with `gpus`, the memory of each in bytes. Keys in `given` are kept.
+def whole_machine(server: ServerConfig, model: Path, gpus: Sequence[int], given: Collection[str]) -> list[ServerConfig]:
+    """Return the servers for a machine of their own with `gpus`, the memory of each in bytes. Keys in `given` are kept.
 
-    Each replica gets as few GPUs as its weights need, because replicas answer more requests per second than tensor
-    ranks. There are as many replicas as fit on the machine, behind one url.
+    Each gets as few GPUs as its weights need, because several servers answer more requests per second than one with
+    more tensor ranks. There are as many as fit on the machine.
     """
     changes: dict[str, object] = {name: None for name in OF_A_JOB if name not in given}
     if "tensor_parallel" not in given:
@@ -87,22 +106,24 @@ def whole_machine(server: ServerConfig, model: Path, gpus: Sequence[int], given:
     several = any(
         argument.startswith(("--dp", "--data-parallel", "--pp", "--pipeline")) for argument in found.extra_args
     )
-    replicas = len(found.gpus or gpus) // found.tensor_parallel
-    if replicas < 2 or several:
-        return found
-    more: dict[str, object] = {"extra_args": (*found.extra_args, "--dp-size", str(replicas))}
-    if "max_concurrency" not in given:
-        more["max_concurrency"] = replicas * found.max_concurrency
-    return found.model_copy(update=more)
+    free, each = found.gpus or tuple(range(len(gpus))), found.tensor_parallel
+    if len(free) // each < 2 or several:
+        return [found]
+    return [
+        found.model_copy(update={"gpus": free[start : start + each], "port": found.port if start == 0 else None})
+        for start in range(0, len(free) - each + 1, each)
+    ]
 
 
-def sizes(server: ServerConfig) -> str:
-    """Return what the server takes, for a log line."""
-    gpus = f"GPU {', '.join(map(str, server.gpus))}" if server.gpus is not None else "every GPU"
-    replicas = " ".join(server.extra_args)
+def sizes(servers: Sequence[ServerConfig]) -> str:
+    """Return what the servers take, for a log line."""
+    first = servers[0]
+    named = sorted(gpu for server in servers for gpu in server.gpus or ())
+    gpus = f"GPU {', '.join(map(str, named))}" if named else "every GPU"
+    more = " ".join(first.extra_args)
     return (
-        f"takes {gpus}: tensor_parallel={server.tensor_parallel}, max_concurrency={server.max_concurrency}"
-        f"{f', {replicas}' if replicas else ''}; --server KEY=VALUE changes that"
+        f"{len(servers)} servers take {gpus}: tensor_parallel={first.tensor_parallel}, max_concurrency="
+        f"{first.max_concurrency} each{f', {more}' if more else ''}; --server KEY=VALUE changes that"
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +21,11 @@ from tropd_mcore.files import append_text, publish_text, shown, writing
 from tropd_mcore.progress import progress
 from tropd_mcore.rollout.response_origin import PLACE_KEY
 from tropd_mcore.rollout.sampler import check_ids
-from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.fleet import ServerFleet
 from tropd_mcore.serving.wire import Generation, GenerationRequest
 from tropd_mcore.types import Prompt
 
 log = logging.getLogger(__name__)
-
-Generate = Callable[[list[GenerationRequest]], list[Generation | ServerError]]
 
 PROMPTS_PER_CHUNK = 256
 """Prompts whose responses are sampled before the next flush to the disk."""
@@ -63,32 +60,29 @@ class ResponseReport:
 
 
 def generate_responses(
-    client: SglangClient,
+    servers: ServerFleet,
     prompts: list[Prompt],
     out: Path,
     sampling: ResponseSampling,
     *,
     chunk: int = PROMPTS_PER_CHUNK,
-    generate: Generate | None = None,
 ) -> ResponseReport:
     """Write one line `{id, response_ids, finished}` per prompt to `out`, in the order of `prompts`.
 
-    Prompts with a response in `out` or its `.partial` are not sampled again. `generate` replaces the client's method,
-    for example by one that restarts the server (`SupervisedServer.generate`). Raises ServerError if the server cannot
+    Prompts with a response in `out` or its `.partial` are not sampled again. Raises ServerError if no server can
     answer, and DataError if a prompt or a stored line is invalid. Responses sampled until then are kept.
     """
-    sampled = sample_missing(client, prompts, out, sampling, chunk=chunk, generate=generate)
+    sampled = sample_missing(servers, prompts, out, sampling, chunk=chunk)
     return write_complete(prompts, out, sampled=sampled, attempts=attempts_of(sampling))
 
 
 def sample_missing(
-    client: SglangClient,
+    servers: ServerFleet,
     prompts: list[Prompt],
     out: Path,
     sampling: ResponseSampling,
     *,
     chunk: int = PROMPTS_PER_CHUNK,
-    generate: Generate | None = None,
 ) -> int:
     """Add the responses to `prompts` that are missing to the `.partial` file of `out`; returns their number.
 
@@ -101,11 +95,11 @@ def sample_missing(
     missing = [prompt for prompt in prompts if prompt.prompt_id not in lines]
     for prompt in missing:
         check_ids(prompt.token_ids, sampling.vocab_size, what=f"prompt {prompt.prompt_id!r}")
-    _check_lengths(client, missing, sampling)
+    _check_lengths(servers, missing, sampling)
     with progress(log, "teacher responses", total=len(missing), unit="missing ones") as state:
         for start in range(0, len(missing), chunk):
             part = missing[start : start + chunk]
-            fresh = _with_tokens(client, generate or client.generate, part, sampling)
+            fresh = _with_tokens(servers, part, sampling)
             _append(partial, fresh)
             state.advance(len(fresh))
             log.info("%s", state.line(time.monotonic()))
@@ -136,14 +130,12 @@ def write_complete(prompts: list[Prompt], out: Path, *, sampled: int, attempts: 
     return ResponseReport(prompts=len(prompts), sampled=sampled, finished=finished)
 
 
-def _with_tokens(
-    client: SglangClient, generate: Generate, prompts: list[Prompt], sampling: ResponseSampling
-) -> dict[str, str]:
+def _with_tokens(servers: ServerFleet, prompts: list[Prompt], sampling: ResponseSampling) -> dict[str, str]:
     """The lines of `prompts` by id. A prompt whose response is empty is asked again, `_attempts` times in all."""
     lines: dict[str, str] = {}
     asked = prompts
     for _ in range(attempts_of(sampling)):
-        lines.update(_sample(client, generate, asked, sampling))
+        lines.update(_sample(servers, asked, sampling))
         asked = [prompt for prompt in asked if not json.loads(lines[prompt.prompt_id])["response_ids"]]
         if not asked:
             break
@@ -155,9 +147,7 @@ def attempts_of(sampling: ResponseSampling) -> int:
     return EMPTY_ATTEMPTS if sampling.temperature > 0 else 1
 
 
-def _sample(
-    client: SglangClient, generate: Generate, prompts: list[Prompt], sampling: ResponseSampling
-) -> dict[str, str]:
+def _sample(servers: ServerFleet, prompts: list[Prompt], sampling: ResponseSampling) -> dict[str, str]:
     requests = [
         GenerationRequest(
             input_ids=prompt.token_ids,
@@ -170,11 +160,12 @@ def _sample(
         for prompt in prompts
     ]
     lines = {}
-    for prompt, answer in zip(prompts, generate(requests), strict=True):
+    for prompt, answer in zip(prompts, servers.generate(requests), strict=True):
         if isinstance(answer, ServerError):
             raise answer
         if answer.finish_reason == "abort":
-            raise ServerError(f"{client.key}: the response to prompt {prompt.prompt_id!r} was aborted; run it again")
+            key = servers.first.spec.key
+            raise ServerError(f"{key}: the response to prompt {prompt.prompt_id!r} was aborted; run it again")
         lines[prompt.prompt_id] = _line(prompt, answer, sampling)
     return lines
 
@@ -190,16 +181,19 @@ def _line(prompt: Prompt, answer: Generation, sampling: ResponseSampling) -> str
     return json.dumps({"id": prompt.prompt_id, "response_ids": ids.tolist(), "finished": finished})
 
 
-def _check_lengths(client: SglangClient, prompts: list[Prompt], sampling: ResponseSampling) -> None:
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_new_tokens
-    limit = client.info().longest_sequence if prompts else longest
-    if longest > limit:
-        raise ServerError(
-            f"{client.key}: the longest prompt with its response may reach {longest} tokens, "
-            f"{sampling.max_new_tokens} of them --max-new-tokens, but the server takes {limit}: give --max-new-tokens "
-            f"{sampling.max_new_tokens - (longest - limit)} or less, or raise {client.key}.max_total_tokens, or "
-            f"--context-length in {client.key}.extra_args if the model allows it"
-        )
+def _check_lengths(servers: ServerFleet, prompts: list[Prompt], sampling: ResponseSampling) -> None:
+    if not prompts:
+        return
+    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+    for server, info in servers.infos():
+        key, limit = server.spec.key, info.longest_sequence
+        if longest > limit:
+            raise ServerError(
+                f"{key}: the longest prompt with its response may reach {longest} tokens, {sampling.max_new_tokens} of "
+                f"them --max-new-tokens, but the server takes {limit}: give --max-new-tokens "
+                f"{sampling.max_new_tokens - (longest - limit)} or less, or raise {key}.max_total_tokens, or "
+                f"--context-length in {key}.extra_args if the model allows it"
+            )
 
 
 def stored_responses(out: Path) -> dict[str, str]:

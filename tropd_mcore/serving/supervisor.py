@@ -18,7 +18,6 @@ from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.process import ServerProcess, ServerSpec
-from tropd_mcore.serving.wire import Generation, GenerationRequest
 
 log = logging.getLogger(__name__)
 
@@ -184,24 +183,6 @@ class SupervisedServer:
                 self.client.url,
                 "the dtype of its model" if info.dtype in ("?", "auto") else info.dtype,
             )
-
-    def generate(self, requests: list[GenerationRequest]) -> list[Generation | ServerError]:
-        """Like `SglangClient.generate`, but a server that dies or hangs is restarted and asked for what is missing.
-
-        Only for a server that serves the weights of its folder. Raises ServerDied when all restarts are used up.
-        """
-        answers: list[Generation | ServerError | None] = [None] * len(requests)
-        while True:
-            missing = [index for index, answer in enumerate(answers) if answer is None]
-            died: ServerDied | None = None
-            for index, answer in zip(missing, self.client.generate([requests[i] for i in missing]), strict=True):
-                if isinstance(answer, ServerDied):
-                    died = answer
-                else:
-                    answers[index] = answer
-            if died is None:
-                return [answer for answer in answers if answer is not None]
-            self.recover(died)
 
     def recover(self, error: ServerDied) -> None:
         """Restart the server after `error` and wait until it is ready. It then has the weights of its folder again.

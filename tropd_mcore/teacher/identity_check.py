@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from tropd_mcore.files import publish_text
 from tropd_mcore.mcore.collective import on_rank_zero
 from tropd_mcore.progress import progress
 from tropd_mcore.records.run_dir import RunDir
+from tropd_mcore.serving.fleet import ServerFleet, fleet_of
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.teacher.identity import (
     FLOAT32_BOUND,
@@ -76,14 +79,17 @@ class Record:
 
 
 class TeacherIdentity:
-    """Checks the identity of the teacher behind `server`. Runs on one rank, without collectives.
+    """Checks the identity of the teacher behind `server`, one or a fleet. Runs on one rank, without collectives.
+
+    The first server of a fleet is compared with folders and record, the others with the first.
 
     `config` names the folders and, with `run.dir`, the place of the record. `name` is the teacher's in `teachers`.
     Methods that ask the server may raise ServerError. The constructor raises ConfigError if the record is damaged.
     """
 
-    def __init__(self, server: SupervisedServer, config: Config, name: str | None = None) -> None:
-        self._server = server
+    def __init__(self, server: SupervisedServer | ServerFleet, config: Config, name: str | None = None) -> None:
+        self._fleet = fleet_of(server)
+        self._server = self._fleet.first
         self._config = config
         self._teacher = teacher_of(config, name)
         self._path = RunDir(config.run.dir).teacher_record(self._teacher.label)
@@ -116,7 +122,10 @@ class TeacherIdentity:
         self._check_config(found.model)
         self._check_record(found)
         self._found = found
-        self._server.after_restart = self.check_now
+        for server in self._fleet.each:
+            if server is not self._server:
+                self.check_one(server)
+            server.after_restart = partial(self.check_one, server)
 
     @property
     def verified(self) -> int | None:
@@ -135,13 +144,28 @@ class TeacherIdentity:
     def check_label(self) -> None:
         """Check that the server still reports the same model, without checksum and scores. Raises GateError."""
         assert self._found is not None
-        self._refuse(changes(self._found.model, read_model(self._server.client, with_checksum=False)))
+        found = self._found.model
+        self._of_each(
+            lambda server: self._refuse(server, changes(found, read_model(server.client, with_checksum=False)))
+        )
 
     def check_now(self) -> None:
         """Check that label, checksum and scores are the same as at the start. Raises GateError."""
+        self._of_each(self.check_one)
+
+    def _of_each(self, check: Callable[[SupervisedServer], None]) -> None:
+        """Check each server that answers. One that dies is started again, and checked by its `after_restart`."""
+        for server in self._fleet.ready():
+            try:
+                check(server)
+            except ServerDied as died:
+                self._fleet.lost(server, died)
+
+    def check_one(self, server: SupervisedServer) -> None:
+        """Compare one server with the first one at the start. Raises GateError."""
         assert self._found is not None and self._ids is not None
-        with progress(log, f"{self._where()}: asking what it serves"):
-            now = read_identity(self._server.client, self._ids)
+        with progress(log, f"{_where(server)}: asking what it serves"):
+            now = read_identity(server.client, self._ids)
         before = self._found
         lines = changes(before.model, now.model)
         if before.model.checksum is not None and now.model.checksum is None:
@@ -149,13 +173,14 @@ class TeacherIdentity:
         distance, bound = before.fingerprint.distance(now.fingerprint), self._bound(now)
         if distance > bound:
             lines.append(f"scores of a text by {distance:.1e} nats (mean), allowed {bound:.0e}")
-        self._refuse(lines)
+        self._refuse(server, lines)
 
-    def _refuse(self, lines: list[str]) -> None:
+    def _refuse(self, server: SupervisedServer, lines: list[str]) -> None:
         if lines:
+            than = "" if server is self._server else f" {self._key()} did"
             raise GateError(
-                f"gates.teacher_identity: {self._where()} serves another model than at the start of this launch: "
-                f"{'; '.join(lines)}; let nothing update or replace the teacher while a run asks it"
+                f"gates.teacher_identity: {_where(server)} serves another model than{than} at the start of this "
+                f"launch: {'; '.join(lines)}; let nothing update or replace the teacher while a run asks it"
             )
 
     def _check_config(self, model: ServedModel) -> None:
@@ -168,8 +193,9 @@ class TeacherIdentity:
         for name, (expected, said) in pairs.items():
             if said is not None and said != expected:
                 raise GateError(
-                    f"gates.teacher_identity: {self._where()} serves {model.describe()} with {name} {said}; expected "
-                    f"{expected}, that of {key}={self._teacher.path}: correct {self._teacher.key}.server.url or {key}"
+                    f"gates.teacher_identity: {_where(self._server)} serves {model.describe()} with {name} {said}; "
+                    f"expected {expected}, that of {key}={self._teacher.path}: correct {self._teacher.key}.server.url "
+                    f"or {key}"
                 )
 
     def _check_folders(self, found: Identity, teacher: Fingerprint | None, student: Fingerprint | None) -> None:
@@ -180,13 +206,13 @@ class TeacherIdentity:
         if apart != 0.0 and to_student is not None and self._is_student(found, to_teacher, to_student):
             instead = f", by {to_teacher:.1e} from {key}" if to_teacher is not None else ""
             raise GateError(
-                f"gates.teacher_identity: {self._where()} serves the student: its scores of a text differ by "
+                f"gates.teacher_identity: {_where(self._server)} serves the student: its scores of a text differ by "
                 f"{to_student:.1e} nats (mean) from student.path={self._config.student.path}{instead}; it says "
                 f"{found.model.describe()}. Expected {key}={self._teacher.path}: correct {url}"
             )
         if to_teacher is not None and to_teacher > bound:
             raise GateError(
-                f"gates.teacher_identity: {self._where()} serves other weights than {key}="
+                f"gates.teacher_identity: {_where(self._server)} serves other weights than {key}="
                 f"{self._teacher.path}: its scores of a text differ by {to_teacher:.1e} nats (mean), allowed "
                 f"{bound:.0e}; it says {found.model.describe()}. Correct {url} or {key}; for a "
                 "server that rounds more, raise gates.teacher_logprob_mean"
@@ -208,8 +234,8 @@ class TeacherIdentity:
         if checksums is not None or distance > bound:
             by_scores = f"scores of a text by {distance:.1e} nats (mean), allowed {bound:.0e}"
             raise GateError(
-                f"gates.teacher_identity: {self._where()} serves other weights than at the first launch of this run "
-                f"({self._path}): {'; '.join(line for line in (checksums, by_scores) if line)}; it said "
+                f"gates.teacher_identity: {_where(self._server)} serves other weights than at the first launch of this "
+                f"run ({self._path}): {'; '.join(line for line in (checksums, by_scores) if line)}; it said "
                 f"{before.model.describe()} and says {found.model.describe()}. Serve the recorded teacher, or begin "
                 "another run.dir"
             )
@@ -228,7 +254,7 @@ class TeacherIdentity:
                 f"{self._reasons[key]}): it is assumed, not checked, to be the model of {key}"
             )
         other = f"; student.path: {to_student:.1e}" if to_student is not None else ""
-        log.info("gates.teacher_identity: %s serves %s; %s%s", self._where(), said, source, other)
+        log.info("gates.teacher_identity: %s serves %s; %s%s", _where(self._server), said, source, other)
         if "student.path" in self._reasons:
             log.info("gates.teacher_identity: not compared with student.path: %s", self._reasons["student.path"])
         if to_teacher is not None and apart and to_teacher > CLEARLY_NEARER * apart:
@@ -263,11 +289,12 @@ class TeacherIdentity:
     def _bound(self, found: Identity) -> float:
         return self._config.gates.teacher_logprob_mean or (FLOAT32_BOUND if found.model.exact else ROUNDED_BOUND)
 
-    def _where(self) -> str:
-        return f"{self._key()} ({self._server.client.url})"
-
     def _key(self) -> str:
         return self._server.spec.key
+
+
+def _where(server: SupervisedServer) -> str:
+    return f"{server.spec.key} ({server.client.url})"
 
 
 class TeacherCheck:
@@ -278,9 +305,13 @@ class TeacherCheck:
     """
 
     def __init__(
-        self, server: SupervisedServer | None, config: Config, control: dist.ProcessGroup, teacher: str | None = None
+        self,
+        server: SupervisedServer | ServerFleet | None,
+        config: Config,
+        control: dist.ProcessGroup,
+        teacher: str | None = None,
     ) -> None:
-        self._server = server
+        self._fleet = fleet_of(server) if server is not None else None
         self._config = config
         self._control = control
         self._teacher = teacher_of(config, teacher)
@@ -312,34 +343,28 @@ class TeacherCheck:
         on_rank_zero(lambda: self._check(done - 1, full=True, verifies=done), self._control)
 
     def _start(self) -> str:
-        assert self._server is not None
-        self._identity = TeacherIdentity(self._server, self._config, self._teacher.name)
+        assert self._fleet is not None
+        self._identity = identity = TeacherIdentity(self._fleet, self._config, self._teacher.name)
         try:
             self._identity.check_start()
         except GateError as error:
             raise GateError(f"{error}{self._drop_unverified(self._identity.verified)}") from error
-        self._server.after_restart = lambda: self._look(full=True)
+        for server in self._fleet.each:
+            server.after_restart = partial(self._look, partial(identity.check_one, server))
         return self._identity.digest()
 
     def _check(self, step: int, *, full: bool, verifies: int) -> None:
-        assert self._identity is not None and self._server is not None
+        assert self._identity is not None
         self._step = step
-        try:
-            self._look(full=full)
-        except ServerDied as died:
-            self._server.recover(died)  # checks the new process through after_restart
+        self._look(self._identity.check_now if full else self._identity.check_label)
         if full:
             self._verified = verifies
             self._identity.record(verifies)
 
-    def _look(self, *, full: bool) -> None:
-        """Compare the server with the start. If it serves another model, remove what may come from that model."""
-        assert self._identity is not None
+    def _look(self, check: Callable[[], None]) -> None:
+        """Compare servers with the start. If one serves another model, remove what may come from that model."""
         try:
-            if full:
-                self._identity.check_now()
-            else:
-                self._identity.check_label()
+            check()
         except GateError as error:
             if self._verified is None:
                 raise

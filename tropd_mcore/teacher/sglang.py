@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tropd_mcore.errors import ServerDied, ServerError, TeacherError
+from tropd_mcore.errors import ServerError, TeacherError
 from tropd_mcore.sentinels import NO_ENTRY_LOGP
+from tropd_mcore.serving.fleet import ServerFleet, fleet_of
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import ScoringRequest, TokenScores, find_outside
 from tropd_mcore.types import FloatArray, IntArray, MicroBatch, Rollout, TeacherScores
@@ -61,7 +62,7 @@ class SampleScores:
 
 
 class SglangTeacher:
-    """Scores rollouts on `server`, which the caller starts and stops.
+    """Scores rollouts on `server`, one or a fleet, which the caller starts and stops.
 
     `teacher_width` and `student_width` are the vocabulary sizes of the two models' configs. Ids outside the first kill
     the server, and the loss accepts only ids inside the second. `excluded` are ids that cannot be candidates because
@@ -70,7 +71,7 @@ class SglangTeacher:
 
     def __init__(
         self,
-        server: SupervisedServer,
+        server: SupervisedServer | ServerFleet,
         *,
         topk: int,
         teacher_width: int,
@@ -85,7 +86,8 @@ class SglangTeacher:
             )
         self.failed = 0
         """Number of rollouts that could not be scored, over the teacher's life."""
-        self._server = server
+        self._fleet = fleet_of(server)
+        self._key = self._fleet.first.spec.key
         self._topk = topk
         self._excluded = np.array(sorted(excluded), dtype=np.int32)
         margin = min(max(teacher_width - student_width, 0), PADDING_MARGIN) + min(len(excluded), EXCLUDED_MARGIN)
@@ -96,13 +98,14 @@ class SglangTeacher:
 
     def check_length(self, longest: int) -> None:
         """Raise TeacherError if a rollout of `longest` tokens does not fit into the teacher's context."""
-        limit = self._server.client.info().longest_input
-        if longest > limit:
-            key = self._server.spec.key
-            raise TeacherError(
-                f"{key}: the longest rollout has {longest} tokens but the teacher's server scores at most {limit}: "
-                f"lower rollout.max_new_tokens, or raise {key}.max_total_tokens or --context-length in {key}.extra_args"
-            )
+        for server, info in self._fleet.infos():
+            key, limit = server.spec.key, info.longest_input
+            if longest > limit:
+                raise TeacherError(
+                    f"{key}: the longest rollout has {longest} tokens but the teacher's server scores at most {limit}: "
+                    f"lower rollout.max_new_tokens, or raise {key}.max_total_tokens or --context-length in "
+                    f"{key}.extra_args"
+                )
 
     def fetch(self, rollouts: Sequence[Rollout], *, may_have_scores: bool = False) -> SampleScores:
         """Score all rollouts and restart the server if it dies. Uses only HTTP and numpy; call it on one rank.
@@ -125,9 +128,9 @@ class SglangTeacher:
             self.failed += len(problems)
             summary = f"{len(problems)} of {len(rollouts)} rollouts could not be scored; first: {problems[0]}"
             if self._on_failure == "stop" or (len(problems) == len(rollouts) and not may_have_scores):
-                section = self._server.spec.key.rpartition(".server")[0]
+                section = self._key.rpartition(".server")[0]
                 raise TeacherError(f"{summary} ({section}.on_failure={self._on_failure})")
-            log.warning("%s: %s; they are left out of the loss", self._server.spec.key, summary)
+            log.warning("%s: %s; they are left out of the loss", self._key, summary)
         return SampleScores(samples, self._topk)
 
     def _request(self, rollout: Rollout) -> ScoringRequest:
@@ -136,27 +139,15 @@ class SglangTeacher:
         )
 
     def _answers(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
-        """One answer per request. A dead server is restarted and asked for the missing ones."""
+        """One answer per request. A dead server is restarted; it, or the others, get the missing ones."""
         answers: list[TokenScores | ServerError | None] = [self._refused(request) for request in requests]
-        longest = max((len(request.token_ids) for request in requests), default=0)
-        while True:
-            missing = [index for index, answer in enumerate(answers) if answer is None]
-            died: ServerDied | None = None
-            try:
-                self.check_length(longest)
-                for index, answer in zip(missing, self._ask([requests[i] for i in missing]), strict=True):
-                    if isinstance(answer, ServerDied):
-                        died = answer
-                    else:
-                        answers[index] = answer
-            except ServerDied as error:
-                died = error
-            if died is None:
-                return [answer for answer in answers if answer is not None]
-            self._server.recover(died)
-
-    def _ask(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
-        return self._server.client.score(requests)
+        missing = [index for index, answer in enumerate(answers) if answer is None]
+        if missing:
+            self.check_length(max(len(request.token_ids) for request in requests))
+        scores = self._fleet.score([requests[index] for index in missing])
+        for index, answer in zip(missing, scores, strict=True):
+            answers[index] = answer
+        return [answer for answer in answers if answer is not None]
 
     def _refused(self, request: ScoringRequest) -> ServerError | None:
         outside = find_outside(request.token_ids, self._teacher_width)

@@ -15,10 +15,8 @@ from typing import Literal
 
 from tropd_mcore.config.derived import (
     is_rollout,
-    model_key,
     reference_path,
     rollout_servers,
-    server_name,
     used_servers,
 )
 from tropd_mcore.config.fields import Dtype
@@ -42,7 +40,8 @@ from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers, Polic
 from tropd_mcore.rollout.publication import PublicationLedger
 from tropd_mcore.rollout.requests import responses_as_rollouts
 from tropd_mcore.rollout.sampler import SglangSampler
-from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer, server_spec
+from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
+from tropd_mcore.serving.fleet import ServerFleet
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import ServerInfo
 from tropd_mcore.teacher.identity_check import TeacherCheck
@@ -59,7 +58,7 @@ from tropd_mcore.train.held_out import HeldOut, LoadedOnce
 from tropd_mcore.train.inputs import Inputs
 from tropd_mcore.train.loaded_inputs import LoadedInputs, longest_held_out
 from tropd_mcore.train.model_check import check_model
-from tropd_mcore.train.servers import Nodes, start_policy_servers
+from tropd_mcore.train.servers import Nodes, start_policy_servers, start_teacher_servers
 from tropd_mcore.train.several_teachers import excluded_of, joined, scorer_name
 from tropd_mcore.weights.architecture import Architecture
 from tropd_mcore.weights.families import hf_weight_plan
@@ -84,15 +83,15 @@ class JobContext(NamedModels):
 
 @dataclass(frozen=True)
 class Servers:
-    """The servers of the run. The teacher's is on rank 0 if the job starts it, on every rank at a url; else None."""
+    """The servers of the run. A teacher's are on rank 0 if the job starts one of them, else on every rank."""
 
     policy: PolicyServers = field(default_factory=lambda: PolicyServers({}, {}))
-    teacher: SupervisedServer | None = None
-    teachers: Mapping[str, SupervisedServer | None] = field(default_factory=dict)
+    teacher: ServerFleet | None = None
+    teachers: Mapping[str, ServerFleet | None] = field(default_factory=dict)
     """Those of several teachers, by name."""
 
-    def of_teacher(self, name: str | None) -> SupervisedServer | None:
-        """Return the server of a teacher; None is the name of the only one."""
+    def of_teacher(self, name: str | None) -> ServerFleet | None:
+        """Return the servers of a teacher; None is the name of the only one."""
         return self.teacher if name is None else self.teachers.get(name)
 
 
@@ -107,9 +106,9 @@ def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Serv
         {key: server for key, server in used.items() if is_rollout(key)}, context, cleanup, longest
     )
     teachers = {
-        name: _start_teacher_server(of_teacher, cleanup, longest)
+        name: start_teacher_servers(of_teacher, cleanup, longest)
         for name, of_teacher in teacher_contexts(context).items()
-        if f"{the_teacher(of_teacher.config).key}.server" in used
+        if used.keys() & the_teacher(of_teacher.config).servers.keys()
     }
     named = {name: server for name, server in teachers.items() if name is not None}
     servers = Servers(policy, teachers.get(None), named)
@@ -218,7 +217,7 @@ def make_teacher(
     context: JobContext,
     model: Model | None,
     settings: LossSettings,
-    server: SupervisedServer | None,
+    server: ServerFleet | None,
     longest: int,
     excluded: tuple[int, ...],
     check: TeacherCheck | None = None,
@@ -276,7 +275,7 @@ class TeacherAccess:
 
     model: Model | None
     """In this process; None = not loaded"""
-    server: SupervisedServer | None
+    server: ServerFleet | None
     identity: str
     """Of the server (`teacher.identity`); "" if there is none"""
     inputs: Inputs
@@ -361,7 +360,7 @@ def _held_out_teacher(
 
 def _served_teacher(
     context: JobContext,
-    server: SupervisedServer | None,
+    server: ServerFleet | None,
     longest: int,
     excluded: tuple[int, ...],
     *,
@@ -370,16 +369,16 @@ def _served_teacher(
     check: TeacherCheck | None = None,
     identify: bool = False,
 ) -> ServedTeacher:
-    """Return the scorer of a server. `check` is its check if there is one; else `identify` makes one."""
+    """Return the scorer of a teacher's servers. `check` is its check if there is one; else `identify` makes one."""
     section = the_teacher(context.config)
     teacher: SglangTeacher | None = None
     with raise_on_all_ranks(context.layout.groups.control):
         if server is not None:
             server.wait_ready()
-            if context.config.gates.tokenizer and context.layout.rank == 0:
-                check_served_tokenizer(server, section.path)
-            if context.layout.rank == 0:
-                server.warn_of_rounded_logits()
+            for one in server.each if context.layout.rank == 0 else ():
+                if context.config.gates.tokenizer:
+                    check_served_tokenizer(one, section.path)
+                one.warn_of_rounded_logits()
             teacher = SglangTeacher(
                 server,
                 topk=topk,
@@ -395,7 +394,7 @@ def _served_teacher(
         teacher,
         context.layout,
         topk=topk,
-        only_rank_zero=section.config.server.url is None,
+        only_rank_zero=any(one.url is None for one in section.servers.values()),
         masked_share=context.config.gates.masked_share,
         check=check,
         key=f"{section.key}.server",
@@ -409,34 +408,3 @@ def _frozen(context: JobContext, key: str, path: Path, dtype: Dtype) -> Model:
     )  # fmt: skip
     load_hf(model, path, context.layout)
     return model
-
-
-def _start_teacher_server(context: JobContext, cleanup: ExitStack, longest: int) -> SupervisedServer | None:
-    """Start the teacher's server on rank 0 (see `start_servers`); the other ranks return None for it.
-
-    The server of a teacher is that of the one teacher of `context`. If the section has a url, every rank gets a handle
-    of that server.
-    """
-    teacher = the_teacher(context.config)
-    config, key = teacher.config.server, f"{teacher.key}.server"
-    starts, server = config.url is None and context.layout.rank == 0, None
-    with raise_on_all_ranks(context.layout.groups.control):
-        if starts or config.url is not None:
-            spec = server_spec(
-                server_name(key),
-                key=key,
-                model_key=model_key(key),
-                model=teacher.config.path,
-                dtype=teacher.config.dtype,
-                config=config,
-                device=context.platform.name,
-                logs=context.run_dir.logs,
-                here=starts,
-                longest=longest,
-            )
-            server = SupervisedServer(spec)
-            cleanup.callback(server.stop)
-            server.start()
-            if starts and context.platform.name == "cuda":
-                server.wait_ready()
-    return server

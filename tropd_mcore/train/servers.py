@@ -1,7 +1,8 @@
-"""Starts the rollout servers of a job, each on its node, and gives rank 0 a handle of every one.
+"""Starts the servers of a job: each rollout server on its node, and those of the teachers on the first one.
 
-What they are asked is in `rollout.policy_server`. Invariants: every server that the job starts is stopped by the rank
-that started it. The key of a server reaches other ranks through the job's own process groups only.
+Rank 0 gets a handle of every rollout server. What servers are asked is in `rollout.policy_server` and `teacher`.
+Invariants: a server that the job starts is stopped by the rank that started it. The key of a server reaches other ranks
+through the job's own process groups only.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from tropd_mcore.config.derived import server_name
 from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.config.teachers import the_teacher
 from tropd_mcore.errors import ConfigError, ServerError
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, raise_on_all_ranks
 from tropd_mcore.mcore.parallel import Layout, RankEnvironment
 from tropd_mcore.rollout.policy_server import PolicyServers
 from tropd_mcore.rollout.served_tokenizer import server_spec
+from tropd_mcore.serving.fleet import ServerFleet
 from tropd_mcore.serving.process import LOOPBACK, ServerSpec
 from tropd_mcore.serving.supervisor import Address, SupervisedServer
 from tropd_mcore.serving.weight_group import local_address
@@ -90,6 +93,39 @@ def start_policy_servers(
         for key, server in used.items():
             reached[key] = owned.get(key) or _of_another_rank(context, key, server, addresses[key])
     return PolicyServers(owned, reached)
+
+
+def start_teacher_servers(context: JobContext, cleanup: ExitStack, longest: int) -> ServerFleet | None:
+    """Start the servers of the one teacher of `context` on rank 0; the other ranks return None for them. Collective.
+
+    If all of them are at a url, every rank gets handles of them. On GPUs they are ready when this returns.
+    """
+    teacher = the_teacher(context.config)
+    rank_zero_only = any(server.url is None for server in teacher.servers.values())
+    fleet = None
+    with raise_on_all_ranks(context.layout.groups.control):
+        if context.layout.rank == 0 or not rank_zero_only:
+            specs = [
+                server_spec(
+                    server_name(key),
+                    key=key,
+                    model_key=teacher.path_key,
+                    model=teacher.path,
+                    dtype=teacher.config.dtype,
+                    config=server,
+                    device=context.platform.name,
+                    logs=context.run_dir.logs,
+                    here=server.url is None,
+                    longest=longest,
+                )
+                for key, server in teacher.servers.items()
+            ]
+            fleet = ServerFleet([SupervisedServer(spec) for spec in specs])
+            cleanup.callback(fleet.stop)
+            fleet.start()
+            if context.platform.name == "cuda":
+                fleet.wait_ready()
+    return fleet
 
 
 def _of_another_rank(context: JobContext, key: str, config: ServerConfig, address: Address) -> SupervisedServer:

@@ -119,26 +119,6 @@ def test_for_a_hung_server_the_error_is_shown_instead_of_that_its_process_runs(
     assert "hung: no answer for 60 s; restart 1 of 1" in caplog.text and "it ended" not in caplog.text
 
 
-def test_after_a_restart_a_command_requests_only_what_is_missing(tmp_path: Path) -> None:
-    """Received answers and an error about one request are kept. With a server at a URL the command ends."""
-    server = supervised(tmp_path, [])
-    refused = ServerError("400")
-    rounds: list[list[Any]] = [["a", ServerDied("gone"), refused, ServerDied("gone")], ["b", "d"]]
-    asked: list[list[Any]] = []
-
-    def generate(requests: list[Any]) -> list[Any]:
-        asked.append(requests)
-        return rounds.pop(0)
-
-    server._client = SimpleNamespace(generate=generate)  # type: ignore[assignment]
-    assert server.generate([1, 2, 3, 4]) == ["a", "b", refused, "d"]  # type: ignore[list-item]
-    assert asked == [[1, 2, 3, 4], [2, 4]] and server.restarts == 1
-    rounds.append([ServerDied("gone elsewhere")])
-    server._process = None
-    with pytest.raises(ServerDied, match="gone elsewhere"):
-        server.generate([1])  # type: ignore[list-item]
-
-
 @pytest.fixture
 def asked_to_stop() -> Iterator[None]:
     stopping.request("SIGTERM")
