@@ -39,6 +39,11 @@ class SupervisedServer:
         return self.spec.config
 
     @property
+    def process(self) -> ServerProcess | None:
+        """The process that we start; None for a server at a url."""
+        return self._process
+
+    @property
     def client(self) -> SglangClient:
         """The client of the running server."""
         assert self._client is not None, "start() first"

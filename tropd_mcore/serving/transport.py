@@ -85,6 +85,10 @@ class Endpoint:
     alive: Callable[[], bool] | None = None
     stopped: Callable[[], str | None] | None = None
     api_key: str | None = field(default=None, repr=False)
+    beside: Callable[[], Coroutine[None, None, ServerDied]] | None = None
+    """Runs beside each `Transport.gather`. If it returns, all calls that have not ended become the error it returns"""
+    expected: str = "SGLang 0.5.23 or newer"
+    """What should answer at `url`, for the message about a path that it does not have"""
 
 
 class Transport:
@@ -128,7 +132,7 @@ class Transport:
         """Wait until the server is hung, then return the error."""
         limit_s = self._config.hang_timeout_s
         reason = await hang(Watched(self.url, limit_s, generates, self._headers(), self._to.stopped, busy_s))
-        return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})")
+        return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})", self.url)
 
     async def gather(
         self, calls: list[Callable[[], Awaitable[Answer]]], count: Callable[[Answer | ServerError], None]
@@ -152,7 +156,7 @@ class Transport:
                 except ServerError as error:
                     answer = error
                     if isinstance(error.__cause__, _LateError) and answered == before:
-                        answer = ServerHung(f"{error}; no other request was answered meanwhile")
+                        answer = ServerHung(f"{error}; no other request was answered meanwhile", self.url)
                         if not unanswering.done():
                             unanswering.set_result(answer)
             count(answer)
@@ -164,7 +168,7 @@ class Transport:
         try:
             await _attended(
                 asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION),
-                [self._hung(generates=True), unanswering],
+                [self._hung(generates=True), unanswering, *([self._to.beside()] if self._to.beside else [])],
                 may_stop=True,
             )
             died = None
@@ -187,8 +191,9 @@ class Transport:
         *,
         retry: bool = True,
         json_answer: bool = True,
+        accepted: int = 200,
     ) -> object:
-        """Send one request, with retries, and return the decoded answer.
+        """Send one request, with retries, and return the decoded answer. `accepted` is the status of a good one.
 
         With `retry=False`, it is repeated only if the server said that it has done nothing yet.
         """
@@ -200,11 +205,12 @@ class Transport:
             reraise=True,
         )
         try:
-            return await retrying(self._attempt, session, method, path, body, json_answer)
+            return await retrying(self._attempt, session, method, path, body, json_answer, accepted)
         except _PassingError as error:
             attempts = retrying.statistics["attempt_number"]
-            kind = ServerDied if isinstance(error, _UnreachableError) else ServerError
-            raise kind(f"{error} ({attempts} attempts; {self.key}.max_retries)") from error
+            message = f"{error} ({attempts} attempts; {self.key}.max_retries)"
+            died = isinstance(error, _UnreachableError)
+            raise (ServerDied(message, self.url) if died else ServerError(message)) from error
 
     def _count_retry(self, state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
@@ -218,6 +224,7 @@ class Transport:
         path: str,
         body: wire.Json | bytes | None,
         json_answer: bool,
+        accepted: int,
     ) -> object:
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data is not None else {}
@@ -226,7 +233,7 @@ class Transport:
             async with session.request(
                 method, f"{self.url}{path}", data=stream, headers=headers, allow_redirects=False
             ) as answer:
-                return self._checked(path, answer, await answer.read(), json_answer=json_answer)
+                return self._checked(path, answer, await answer.read(), json_answer=json_answer, accepted=accepted)
         except TimeoutError as error:
             seconds = session.timeout.total or 0.0
             raise _LateError(
@@ -236,7 +243,7 @@ class Transport:
             found = one_line(error) or type(error).__name__
             problem = f"{self.name}: no connection to {self.url}{path}: {found}"
             if self._to.alive is not None and not self._to.alive():
-                raise ServerDied(f"{problem}; its process has ended") from error
+                raise ServerDied(f"{problem}; its process has ended", self.url) from error
             raise _UnreachableError(problem) from error
         except aiohttp.ClientError as error:
             # an invalid URL, or an answer that is not HTTP
@@ -244,10 +251,12 @@ class Transport:
                 f"{self.name}: the request to {self.url}{path} failed: {one_line(error)}; {NOT_SGLANG}"
             ) from error
 
-    def _checked(self, path: str, answer: aiohttp.ClientResponse, content: bytes, *, json_answer: bool) -> object:
+    def _checked(
+        self, path: str, answer: aiohttp.ClientResponse, content: bytes, *, json_answer: bool, accepted: int
+    ) -> object:
         """Decode an answer. Raises the error of its status, or AnswerError if it is not the expected JSON."""
         status, said = answer.status, f"{self.name}: {path} answered {answer.status}"
-        if status == 200:
+        if status == accepted:
             return self._decoded(path, answer.content_type, content) if json_answer else None
         detail = _message(content)
         if status >= 500 or status in BUSY_STATUS:
@@ -259,7 +268,7 @@ class Transport:
             whose = "check the key that api_key_env names" if self._config.url else "it rejects the key we gave it"
             raise RefusedError(f"{said}: {whose} ({detail})")
         if status == 404:
-            raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
+            raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected {self._to.expected}")
         if status in (400, 405):
             raise RefusedError(f"{said}: {detail}")
         if 300 <= status < 400:
