@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from tropd_mcore.config.fields import Dtype
-from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig
+from tropd_mcore.config.schema import Config, ParallelConfig, RouterConfig, ServerConfig
 from tropd_mcore.errors import ConfigError
 
 
@@ -153,6 +153,17 @@ def used_servers(config: Config) -> dict[str, ServerConfig]:
     if config.teacher.kind == "sglang" and config.objective.reads_teacher:
         servers |= teacher_servers(config)
     return servers
+
+
+def used_router(config: Config) -> RouterConfig | None:
+    """Return the section of the router that the job uses; None if it uses none, or no rollout server."""
+    return config.rollout.router if samples_rollouts(config) else None
+
+
+def started_router(config: Config) -> RouterConfig | None:
+    """Return the section of the router that the launch starts itself; None if it starts none."""
+    router = used_router(config)
+    return router if router is not None and router.url is None else None
 
 
 def started_servers(config: Config) -> dict[str, ServerConfig]:

@@ -61,6 +61,10 @@ class LaneServer:
     def url(self) -> str:
         return self.client.url
 
+    def ended(self) -> bool:
+        """Whether the process of a started server has ended. Of a server at a url this is not known."""
+        return self.alive is not None and not self.alive()
+
     def watched(self) -> Watched:
         """What to probe while samples are drawn."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
@@ -168,6 +172,8 @@ class RouterLane:
         found = client.generate([requests[index] for index in missing])
         self.retries += client.retries
         self.asked_again += client.asked_again
+        for server in [each for each in self._servers.values() if each.ended()]:
+            self._lose(server, _of_ended(server))  # its end came after the last look at it
         died: ServerDied | None = None
         for index, answer in zip(missing, found, strict=True):
             if isinstance(answer, ServerDied):
@@ -242,8 +248,12 @@ class RouterLane:
 
 async def _death(server: LaneServer) -> ServerDied:
     """Return an error when the process of a started server has ended."""
-    while server.alive is None or server.alive():
+    while not server.ended():
         await asyncio.sleep(LOOK_EVERY_S)
+    return _of_ended(server)
+
+
+def _of_ended(server: LaneServer) -> ServerDied:
     return ServerDied(f"{server.client.name}: its process has ended (at {server.url})", server.url)
 
 
