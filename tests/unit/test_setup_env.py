@@ -215,7 +215,7 @@ def test_a_failing_long_installation_still_exits_with_an_error(checkout):
 
 TRAINER = ["venv", "-r requirements/trainer-gpu.txt", "--no-deps --no-build-isolation transformer_engine_torch==2.12.0"]
 PROJECT = "--no-deps --no-build-isolation -e ."
-SERVER = ["venv", "-r requirements/server-gpu.txt"]
+SERVER = ["venv", "-r requirements/server-gpu.txt", "-r requirements/router.txt"]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def _answer(path: Path, named: str, wanted: str) -> dict[str, Any]:
         raise ServerError(f"{named}: has not answered within {ANSWER_S:g} s; {wanted}") from error
     try:
         answer = json.loads(done.stdout)
-        return {name: answer[name] for name in ("python", "sglang", "torch", "smg")}
+        return {name: answer[name] for name in ("python", "sglang", "torch")} | {"smg": answer.get("smg")}
     except (ValueError, KeyError, TypeError) as error:
         said = quoted((done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2])
         raise ServerError(f"{named}: answers with {said} and exit code {done.returncode}; {wanted}") from error
