@@ -298,6 +298,8 @@ def test_without_the_key_nobody_samples_or_changes_the_workers_and_the_key_is_on
         assert status(f"{router.url}/workers", {"url": "http://127.0.0.1:9"}, key) == 401
         assert status(f"{router.url}/flush_cache", {}, key) == 401
     assert status(f"{router.url}/generate", sample, FLEET_KEY) == 200
+    # the server would answer with its own key in /server_info, so the router must not ask with it for anybody
+    assert status(f"{router.url}/get_server_info") == status(f"{router.url}/get_model_info") == 401
     assert router.pid is not None
     process = psutil.Process(router.pid)
     assert FLEET_KEY not in " ".join([*process.cmdline(), *router.command(1)])

@@ -10,17 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from tropd_mcore import stopping
 from tropd_mcore.errors import AnswerError, ServerError
 from tropd_mcore.foreign_text import one_line
 from tropd_mcore.serving import wire
-from tropd_mcore.serving.transport import MissingError, Transport
+from tropd_mcore.serving.transport import ConflictError, MissingError, Transport
 
 POLL_S = 0.05
 ASK_S = 10.0
 """Longest time in seconds for one look at the list."""
 PATH = "/workers"
+
+
+class _ForgottenError(ServerError):
+    """The router knows nothing of a server that it was asked to take in."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,16 @@ class RouterWorkers:
         }
         if api_key is not None:
             body["api_key"] = api_key
-        answer = self._change("POST", PATH, body)
-        number = answer.get("worker_id") if isinstance(answer, dict) else None
-        if not isinstance(number, str):
-            raise ServerError(
-                f"{self._key}: {PATH} answered {one_line(repr(answer), 60)}; expected a worker_id ({self._http.url})"
-            )
-        self._await(lambda: self._taken_in(url, number), f"has not taken in the server at {url}")
+        # smg forgets the progress of an addition if the removal before it ends late, and goes on adding. It then answers
+        # 404 about a server that it takes in, as it does about one that it has given up
+        for last in (False, True):
+            number = self._ask_for(body)
+            try:
+                self._await(partial(self._taken_in, url, number), f"has not taken in the server at {url}")
+                return
+            except _ForgottenError:
+                if last:
+                    raise
 
     def remove(self, url: str) -> None:
         """Have the router send no more requests to the server at `url`. Requests that it has there go on.
@@ -121,17 +129,30 @@ class RouterWorkers:
             lambda session: self._http.call(session, method, path, body, retry=False, accepted=202), limit_s=ASK_S
         )
 
-    def _taken_in(self, url: str, number: str) -> bool:
+    def _ask_for(self, body: wire.Json) -> str | None:
+        """Ask for a worker and return the router's name of it; None if it has come meanwhile."""
+        try:
+            answer = self._change("POST", PATH, body)
+        except ConflictError:
+            return None
+        number = answer.get("worker_id") if isinstance(answer, dict) else None
+        if not isinstance(number, str):
+            raise ServerError(
+                f"{self._key}: {PATH} answered {one_line(repr(answer), 60)}; expected a worker_id ({self._http.url})"
+            )
+        return number
+
+    def _taken_in(self, url: str, number: str | None) -> bool:
         worker = self.all().get(url)
-        if worker is not None and worker.ready:
-            return True
-        # a server that is being looked at is not in the list, and one that was given up has no entry any more
+        if worker is not None or number is None:
+            return worker is not None and worker.ready
+        # a server that the router looks at is not in the list yet
         try:
             answer = self._http.run(
                 lambda session: self._http.call(session, "GET", f"{PATH}/{number}"), watched=False, limit_s=ASK_S
             )
         except MissingError as error:
-            raise ServerError(
+            raise _ForgottenError(
                 f"{self._key}: the router at {self._http.url} has given up the server at {url}: it does not answer "
                 "there, or refuses the key"
             ) from error

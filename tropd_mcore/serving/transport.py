@@ -68,6 +68,10 @@ class MissingError(ServerError):
     """The server does not have the requested path."""
 
 
+class ConflictError(ServerError):
+    """The server has already what the request would make."""
+
+
 class RefusedError(ServerError):
     """The server refuses the request, or refuses it for this key."""
 
@@ -269,6 +273,8 @@ class Transport:
             raise RefusedError(f"{said}: {whose} ({detail})")
         if status == 404:
             raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected {self._to.expected}")
+        if status == 409:
+            raise ConflictError(f"{said}: {detail}")
         if status in (400, 405):
             raise RefusedError(f"{said}: {detail}")
         if 300 <= status < 400:

@@ -1,4 +1,4 @@
-"""Routers that lie, vanish or never start: each gives one line. The lane and what it does with servers that are gone.
+"""Routers that lie or lose a server: each gives one line. The lane and what it does with servers that are gone.
 
 The routers are fakes with the API of smg's workers. Servers behind them answer as SGLang does, without a model.
 """
@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
-import sys
 import threading
-import venv
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +16,6 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-import psutil
 import pytest
 from aiohttp import web
 
@@ -29,7 +25,6 @@ from tropd_mcore.config.schema import RouterConfig, ServerConfig
 from tropd_mcore.errors import AnswerError, ServerDied, ServerError, ServerHung
 from tropd_mcore.serving import router_workers
 from tropd_mcore.serving.client import SglangClient
-from tropd_mcore.serving.interpreter import ask_router
 from tropd_mcore.serving.router import Router, RouterSpec
 from tropd_mcore.serving.router_lane import LaneServer, RouterLane
 from tropd_mcore.serving.wire import Generation, GenerationRequest
@@ -50,8 +45,11 @@ class FakeRouter:
     """Changes what a worker answers"""
     keys: set[str | None] = field(default_factory=set)
     turn: int = 0
+    coming: tuple[str, str] | None = None
     given_up: bool = False
     """Whether new workers vanish, as those that do not answer the router"""
+    forgets: int = 0
+    """How many looks at the list a new worker takes to appear, while the router answers 404 about it"""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.keys.add(request.headers.get("Authorization"))
@@ -63,10 +61,17 @@ class FakeRouter:
         if request.path == "/workers" and request.method == "POST":
             body = await request.json()
             number = f"number-{len(self.workers)}-{self.turn}"
-            if not self.given_up:
+            if body["url"] in self.workers:
+                return web.json_response({"error": "exists"}, status=409)
+            if self.forgets:
+                self.coming = body["url"], number
+            elif not self.given_up:
                 self.workers[body["url"]] = number
             return web.json_response({"worker_id": number}, status=202)
         if request.path == "/workers":
+            self.forgets -= bool(self.forgets)
+            if self.coming is not None and not self.forgets:
+                self.workers[self.coming[0]], self.coming = self.coming[1], None
             listed = [{"id": number, "url": url, "is_healthy": True} for url, number in self.workers.items()]
             return web.json_response({"workers": listed, "total": len(listed)})
         if request.method == "DELETE":
@@ -228,6 +233,20 @@ def test_an_added_server_that_the_router_gives_up_or_never_takes_in_is_one_line(
     assert "expected a worker_id" in line_of(lambda: router.add(PORT_OF_NOBODY, KEY))
 
 
+@pytest.mark.parametrize("looks", [2, 3, 4])
+def test_a_router_that_forgets_a_server_while_it_takes_it_in_is_asked_once_more(
+    fake: FakeRouter, behind: list[FakeServer], tmp_path: Path, looks: int
+) -> None:
+    router = router_at(fake.url, tmp_path)
+    router.remove(behind[0].url)
+    fake.forgets = looks
+    if looks < 4:
+        router.add(behind[0].url, KEY)
+        assert set(router.workers()) == {server.url for server in behind}
+    else:
+        assert "has given up the server" in line_of(lambda: router.add(behind[0].url, KEY))
+
+
 def test_a_removal_that_never_takes_effect_is_one_line(
     fake: FakeRouter, behind: list[FakeServer], tmp_path: Path
 ) -> None:
@@ -327,114 +346,6 @@ def test_a_server_at_a_url_that_hangs_ends_the_wait_with_its_url(
         assert "third: hung: no answer of /model_info" in str(died[0]) and silent in lane.lost
         assert silent not in fake.workers and len(lane.servers) == 2
         over.set()
-
-
-STAND_IN = """
-import os, socket, sys, time
-def parse_router_args(arguments):
-    class Arguments: pass
-    found = Arguments()
-    found.port = int(arguments[arguments.index("--port") + 1])
-    return found
-def launch_router(arguments):
-    mode = os.environ["STAND_IN"]
-    print("key", len(arguments.api_key), "TROPD_ROUTER_KEY" in os.environ, flush=True)
-    if mode == "ends":
-        raise SystemExit("Error starting router: the port is cursed")
-    if mode == "silent":
-        time.sleep(600)
-    listener = socket.create_server(("127.0.0.1", arguments.port))
-    while True:
-        connection, _ = listener.accept()
-        connection.recv(65536)
-        connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Type: text/html\\r\\nContent-Length: 6\\r\\n\\r\\n<html>")
-        connection.close()
-"""
-
-
-@pytest.fixture
-def python(tmp_path: Path) -> Path:
-    """The interpreter of an environment whose package smg is a stand-in."""
-    venv.create(tmp_path / "second", with_pip=False, symlinks=True)
-    (site,) = (tmp_path / "second").glob("lib/python*/site-packages")
-    (site / "smg").mkdir()
-    (site / "smg" / "__init__.py").write_text("")
-    (site / "smg" / "launch_router.py").write_text(STAND_IN)
-    (site / "smg-1.13.0.dist-info").mkdir()
-    (site / "smg-1.13.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: smg\nVersion: 1.13.0\n")
-    return tmp_path / "second" / "bin" / "python"
-
-
-def started(python: Path, folder: Path, **values: object) -> Router:
-    config = RouterConfig(python=python, **values)  # type: ignore[arg-type]
-    return Router(RouterSpec(config, server_config(), folder / "logs", KEY))
-
-
-def test_a_router_that_ends_at_once_is_one_line_with_its_last_words(
-    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STAND_IN", "ends")
-    router = started(python, tmp_path)
-    assert ask_router(python, key="rollout.router") == "1.13.0"
-    line = line_of(router.__enter__)
-    assert "the router ended with exit code 1; last line: 'Error starting router: the port is cursed'" in line
-    assert str(router.spec.log_path) in line
-    assert f"key {len(KEY)} False" in router.spec.log_path.read_text(), "children do not inherit the key"
-    assert not router.spec.record_path.exists()
-
-
-def test_a_router_that_never_listens_is_stopped_after_the_limit(
-    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STAND_IN", "silent")
-    router = started(python, tmp_path, start_timeout_s=0.5)
-    router.start()
-    pid = router.pid
-    assert pid is not None and psutil.pid_exists(pid)
-    assert "rollout.router: not ready after rollout.router.start_timeout_s=0.5 s" in line_of(router.wait_ready)
-    assert not psutil.pid_exists(pid) and router.pid is None
-
-
-def test_a_started_program_that_is_no_router_is_one_line_and_is_stopped(
-    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STAND_IN", "html")
-    router = started(python, tmp_path)
-    assert "answered text/html" in line_of(router.__enter__)
-    assert router.pid is None
-
-
-def test_an_interpreter_without_the_router_is_one_line_with_the_way_to_install_it(tmp_path: Path) -> None:
-    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
-    bare = tmp_path / "bare" / "bin" / "python"
-    assert line_of(started(bare, tmp_path).start) == (
-        f"rollout.router.python={bare}: has no package smg; run `{bare} -m pip install smg==1.13.0`, "
-        "or name another one"
-    )
-    assert "not found; expected a Python interpreter with the package smg" in line_of(
-        started(tmp_path / "nothing", tmp_path).start
-    )
-
-
-def test_our_own_interpreter_without_the_router_is_one_line_with_the_way_to_install_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from tropd_mcore.serving import interpreter
-
-    def missing(name: str) -> str:
-        raise interpreter.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(interpreter.importlib.metadata, "version", missing)
-    line = line_of(lambda: ask_router(None, key="rollout.router"))
-    assert line.startswith("rollout.router: starting a router needs the package smg, which is not installed; run `pip")
-    assert "set rollout.router.python to an interpreter that has it, or remove rollout.router" in line
-
-
-def test_a_router_is_never_started_without_a_key() -> None:
-    from tropd_mcore.serving import router_launch
-
-    done = subprocess.run([sys.executable, "-P", router_launch.__file__], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("TROPD_ROUTER_KEY is unset")
 
 
 def test_a_list_with_a_worker_twice_or_with_slashes_gives_each_once() -> None:
