@@ -98,8 +98,8 @@ class RouterWorkers:
         }
         if api_key is not None:
             body["api_key"] = api_key
-        # smg forgets the progress of an addition if the removal before it ends late, and goes on adding. It then answers
-        # 404 about a server that it takes in, as it does about one that it has given up
+        # smg forgets the progress of an addition if the removal before it ends late, and goes on adding. It then
+        # answers 404 about a server that it takes in, as it does about one that it has given up
         for last in (False, True):
             number = self._ask_for(body)
             try:
