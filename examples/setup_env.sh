@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make the environments of this machine:
 #   bash examples/setup_env.sh
-# Without a GPU, that is .venv: the locked packages, the SGLang server and this project, about 500 MB of downloads.
+# Without a GPU, that is .venv: the locked packages, the SGLang server, its router and this project, about 550 MB of
+# downloads.
 # With a GPU, it is .venv-trainer with this project and .venv-server with SGLang, which need two versions of torch.
 # If nothing changed, running it again returns at once. After an interruption, it starts from the beginning.
 set -euo pipefail
@@ -20,6 +21,7 @@ CPU_LOCK=requirements/cpu.txt
 TRAINER_LOCK=requirements/trainer-gpu.txt
 SOURCES=requirements/trainer-gpu-source.txt
 SERVER_LOCK=requirements/server-gpu.txt
+ROUTER_LOCK=requirements/router.txt
 
 fail() {
   echo "error: $*" >&2
@@ -144,9 +146,15 @@ install_project() {
     fail "this project could not be installed (see above)"
 }
 
+install_router() {
+  with_signs "installing the router" "${pip[@]}" -r "$ROUTER_LOCK" ||
+    fail "the packages of $ROUTER_LOCK could not be installed (see above); run this again"
+}
+
 install_cpu() {
   with_signs "installing sglang" "${pip[@]}" --no-deps "$SGLANG" ||
     fail "sglang could not be installed (see above); run this again"
+  install_router
   install_project
   echo "ready: $VENV/bin/tropd --help"
 }
@@ -185,12 +193,13 @@ install_trainer() {
 install_server() {
   local python="$VENV/bin/python"
   [[ "$python" == /* ]] || python="$PWD/$python"
+  install_router
   echo "ready, the server: set rollout.server.python=$python in a run (and teacher.server.python, if it has one)"
 }
 
 if [[ "$PLATFORM" == cpu ]]; then
   FLASH_ATTN=0
-  environment "${VENV:-.venv}" VENV install_cpu "$CPU_LOCK" pyproject.toml setup.py
+  environment "${VENV:-.venv}" VENV install_cpu "$CPU_LOCK" "$ROUTER_LOCK" pyproject.toml setup.py
   exit
 fi
 if [[ "$FLASH_ATTN" == auto ]]; then
@@ -198,4 +207,4 @@ if [[ "$FLASH_ATTN" == auto ]]; then
 fi
 [[ "$ONLY" == server ]] ||
   environment "$TRAINER_VENV" TRAINER_VENV install_trainer "$TRAINER_LOCK" "$SOURCES" pyproject.toml setup.py
-[[ "$ONLY" == trainer ]] || environment "$SERVER_VENV" SERVER_VENV install_server "$SERVER_LOCK"
+[[ "$ONLY" == trainer ]] || environment "$SERVER_VENV" SERVER_VENV install_server "$SERVER_LOCK" "$ROUTER_LOCK"

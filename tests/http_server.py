@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+LAST_ANSWERS_S = 2.0
+"""Longest time at the end for answers that nobody waits for any more, in seconds."""
 START_LIMIT_S = 60.0
 """Longest time for the start, in seconds. It only ends a hang."""
 
@@ -22,7 +24,7 @@ def serving(make: Callable[[], web.Application]) -> Iterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
 
     async def start() -> web.AppRunner:
-        runner = web.AppRunner(make())
+        runner = web.AppRunner(make(), shutdown_timeout=LAST_ANSWERS_S)
         await runner.setup()
         await web.SockSite(runner, listener).start()
         return runner

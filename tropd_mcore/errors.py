@@ -39,7 +39,14 @@ class ServerError(TropdError):
 
 
 class ServerDied(ServerError):
-    """A server that answered before does not answer any more. The caller may restart it and ask again."""
+    """A server that answered before does not answer any more. The caller may restart it and ask again.
+
+    `url` is its address, if that is known; it tells a router from the servers behind it.
+    """
+
+    def __init__(self, message: str, url: str | None = None) -> None:
+        super().__init__(message)
+        self.url = url
 
 
 class ServerHung(ServerDied):

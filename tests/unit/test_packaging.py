@@ -20,6 +20,7 @@ from packaging.version import Version
 from tests.wheels import build, pip
 from tropd_mcore.cli import shipped
 from tropd_mcore.cli.main import COMMANDS
+from tropd_mcore.serving.interpreter import ROUTER
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -76,7 +77,7 @@ def test_the_lower_bounds_are_versions_that_were_tested() -> None:
         assert ran.release[: len(Version(lower).release)] == Version(lower).release, f"{item}, and {ran} was run"
 
 
-LOCKS = ["cpu.txt", "oldest.txt", "trainer-gpu.txt", "trainer-gpu-source.txt", "server-gpu.txt"]
+LOCKS = ["cpu.txt", "oldest.txt", "trainer-gpu.txt", "trainer-gpu-source.txt", "server-gpu.txt", "router.txt"]
 
 
 @pytest.mark.parametrize("name", LOCKS)
@@ -130,6 +131,19 @@ NAME_SGLANG = [
 @pytest.mark.parametrize("path", NAME_SGLANG)
 def test_the_sglang_version_is_the_same_everywhere(path: str) -> None:
     assert set(re.findall(r"sglang==([0-9.]*[0-9])", (ROOT / path).read_text())) == {"0.5.23"}
+
+
+def test_the_router_fits_its_range_and_changes_no_package_of_another_environment() -> None:
+    router = pins("router.txt")
+    (item,) = declared("router")[len(PROJECT["dependencies"]) :]
+    assert item.specifier.contains(router[canonicalize_name(item.name)][0])
+    assert f"smg=={router['smg'][0]}" == ROUTER
+    for name in ("cpu.txt", "server-gpu.txt"):
+        other = pins(name)
+        assert {package: other[package][0] for package in router.keys() & other.keys()} == {
+            package: router[package][0] for package in router.keys() & other.keys()
+        }, name
+    assert not KEPT_OUT & set(router) and "torch" not in router
 
 
 def test_no_dependency_of_the_trainer_would_replace_a_vendors_torch() -> None:

@@ -12,7 +12,7 @@ from tropd_mcore.train.resume_rules import RULES, WHOLE_SECTIONS, rule_of
 
 DECIDED_AS_A_WHOLE = {
     "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
-    "teacher.servers", "rollout.servers",
+    "teacher.servers", "rollout.servers", "rollout.router",
     "objective", "verifier", "held_out", "monitor", "gates",
 }  # fmt: skip
 """Sections in which a new key needs no rule of its own."""

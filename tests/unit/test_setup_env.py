@@ -42,7 +42,9 @@ class Checkout:
         self.root = folder / "checkout"
         self.state = folder / "state"
         self.python = folder / "bin" / "python-stand-in"
-        locks = [f"requirements/{name}.txt" for name in ("cpu", "trainer-gpu", "trainer-gpu-source", "server-gpu")]
+        locks = [
+            f"requirements/{name}.txt" for name in ("cpu", "trainer-gpu", "trainer-gpu-source", "server-gpu", "router")
+        ]
         for name in ("examples/setup_env.sh", *locks, "pyproject.toml", "setup.py"):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
@@ -92,6 +94,7 @@ def test_a_first_run_installs_the_lock_then_sglang_without_dependencies_then_the
         "venv",
         "-r requirements/cpu.txt",
         "--no-deps sglang==0.5.23",
+        "-r requirements/router.txt",
         "--no-deps --no-build-isolation -e .",
     ]
 
@@ -103,7 +106,7 @@ def test_a_second_installation_does_nothing_until_a_pin_changes(checkout):
     lock = checkout.root / "requirements" / "cpu.txt"
     lock.write_text(lock.read_text() + "another==1\n")
     assert checkout.run().returncode == 0
-    assert len(checkout.calls) == 3, "packages are updated in place"
+    assert len(checkout.calls) == 4, "packages are updated in place"
 
 
 @pytest.mark.parametrize("marker_only", [False, True])
@@ -118,7 +121,7 @@ def test_after_an_unfinished_installation_the_next_run_starts_over(checkout, mar
         assert "error: the packages of requirements/cpu.txt could not be installed" in failed.stderr
         (checkout.state / "broken").unlink()
     assert checkout.run().returncode == 0
-    assert checkout.calls[0] == "venv" and len(checkout.calls) == 4
+    assert checkout.calls[0] == "venv" and len(checkout.calls) == 5
     assert checkout.run().returncode == 0 and checkout.calls == []
 
 
@@ -212,7 +215,7 @@ def test_a_failing_long_installation_still_exits_with_an_error(checkout):
 
 TRAINER = ["venv", "-r requirements/trainer-gpu.txt", "--no-deps --no-build-isolation transformer_engine_torch==2.12.0"]
 PROJECT = "--no-deps --no-build-isolation -e ."
-SERVER = ["venv", "-r requirements/server-gpu.txt"]
+SERVER = ["venv", "-r requirements/server-gpu.txt", "-r requirements/router.txt"]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,19 @@ from pathlib import Path
 import psutil
 
 from tropd_mcore.cli.findings import Finding
-from tropd_mcore.config.derived import is_rollout, ranks_per_node, started_servers, used_servers
-from tropd_mcore.config.schema import Config, ServerConfig
+from tropd_mcore.config.derived import (
+    is_rollout,
+    ranks_per_node,
+    rollout_servers,
+    started_servers,
+    used_router,
+    used_servers,
+)
+from tropd_mcore.config.schema import Config, RouterConfig, ServerConfig
 from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.config.teachers import TeacherSection, any_served, teachers_of
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
-from tropd_mcore.serving.interpreter import ask
+from tropd_mcore.serving.interpreter import ask, ask_router
 from tropd_mcore.train.start_checks import State
 from tropd_mcore.weights.architecture import Architecture, layers_of_stages
 
@@ -43,6 +50,29 @@ def servers(config: Config) -> Iterator[Finding]:
     """Check that servers at a URL answer /health. Tell what the interpreter of a server to start has."""
     for key, server in used_servers(config).items():
         yield from _server(key, server)
+    if (router := used_router(config)) is not None:
+        yield from _router(config, router)
+
+
+def _router(config: Config, router: RouterConfig) -> Iterator[Finding]:
+    """The version of a router to start; the workers of one that runs."""
+    from tropd_mcore.serving.router import KEY, Router, RouterSpec, key_of_fleet
+
+    try:
+        if router.url is None:
+            version = ask_router(router.python, key=KEY)
+            yield Finding("ok", KEY, f"{router.python or 'this interpreter'}: smg {version}")
+            return
+        servers = rollout_servers(config)
+        spec = RouterSpec(router, config.rollout.server, config.run.dir, key_of_fleet(router, servers))
+        running = Router(spec)
+        running.wait_ready()
+        running.check([server.url for server in servers.values() if server.url is not None])
+    except ServerError as error:
+        if router.url is not None:
+            yield Finding("FAIL", KEY, str(error))
+        return  # the checks of a start report a router that cannot be started
+    yield Finding("ok", KEY, f"{router.url} has exactly the servers of rollout.servers")
 
 
 def _server(key: str, server: ServerConfig) -> Iterator[Finding]:

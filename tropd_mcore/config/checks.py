@@ -13,6 +13,7 @@ from pathlib import Path
 from tropd_mcore.config.derived import longest_response_at, longest_sample
 from tropd_mcore.config.objective_checks import objective_problems
 from tropd_mcore.config.phase_checks import of_each_phase, phases_problems
+from tropd_mcore.config.router_checks import router_problems
 from tropd_mcore.config.schema import Config, LossConfig, ParallelConfig, StudentConfig
 from tropd_mcore.config.server_checks import (
     cache_problems,
@@ -355,6 +356,7 @@ CHECKS: tuple[Callable[[Config], Iterable[str]], ...] = (
     _loss,
     of_each_phase(_weight_gradient),
     rollout_server_problems,
+    router_problems,
     teacher_server_problems,
     teacher_problems,
     names_problems,

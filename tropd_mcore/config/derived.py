@@ -9,7 +9,7 @@ import math
 import re
 from pathlib import Path
 
-from tropd_mcore.config.schema import Config, ParallelConfig, ServerConfig
+from tropd_mcore.config.schema import Config, ParallelConfig, RouterConfig, ServerConfig
 from tropd_mcore.config.teachers import by_path_key, teachers_of
 from tropd_mcore.errors import ConfigError
 
@@ -156,6 +156,17 @@ def used_servers(config: Config) -> dict[str, ServerConfig]:
     if config.objective.reads_teacher:
         servers |= {key: server for each in teachers_of(config) if each.served for key, server in each.servers.items()}
     return servers
+
+
+def used_router(config: Config) -> RouterConfig | None:
+    """Return the section of the router that the job uses; None if it uses none, or no rollout server."""
+    return config.rollout.router if samples_rollouts(config) else None
+
+
+def started_router(config: Config) -> RouterConfig | None:
+    """Return the section of the router that the launch starts itself; None if it starts none."""
+    router = used_router(config)
+    return router if router is not None and router.url is None else None
 
 
 def started_servers(config: Config) -> dict[str, ServerConfig]:

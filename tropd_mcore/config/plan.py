@@ -121,7 +121,13 @@ def _rollouts(config: Config) -> str:
         return f"none: trains on the responses of {config.data.teacher_responses}"
     if config.run.replay is not None:
         return f"replayed from {config.run.replay}, with the teacher's scores if the layout is the same"
-    return _servers(rollout_servers(config), config.student.dtype, " from the student's weights", config.platform.kind)
+    servers = _servers(
+        rollout_servers(config), config.student.dtype, " from the student's weights", config.platform.kind
+    )
+    router = config.rollout.router
+    if router is None:
+        return servers
+    return f"{servers}, behind {f'the router at {router.url}' if router.url else f'a router ({router.policy})'}"
 
 
 def _servers(servers: Mapping[str, ServerConfig], dtype: Dtype, source: str, platform: str) -> str:

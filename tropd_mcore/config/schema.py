@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from tropd_mcore.config.fields import Dtype, Fraction, NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from tropd_mcore.config.objectives.trust_region import TropdObjective
 from tropd_mcore.config.phases import RunObjective
+from tropd_mcore.config.router_section import RouterConfig as RouterConfig
 from tropd_mcore.config.server_section import ServerConfig as ServerConfig
 from tropd_mcore.config.server_section import with_template
 from tropd_mcore.config.teacher_template import with_teacher
@@ -206,6 +207,9 @@ class RolloutConfig(Section):
     servers: tuple[ServerConfig, ...] = ()
     """A fleet: several servers that share the samples of a step. Each entry has the keys in which it differs from
     rollout.server, which is then only their template (docs/servers.md). empty = rollout.server is the one server."""
+    router: RouterConfig | None = None
+    """With servers only. A router that chooses the server of each sample. Everything else goes to the servers directly.
+    null = the job chooses (docs/servers.md)."""
 
     _fill_servers = model_validator(mode="before")(with_template)
 

@@ -27,6 +27,12 @@ def time_limit_problems(config: Config) -> Iterator[str]:
             f"{run.stall_timeout_s:g}: a stall names the missing rank, a collective that times out does not; raise the "
             "one, lower the other or leave it out"
         )
+    router = config.rollout.router
+    if router is not None and router.start_timeout_s >= run.stall_timeout_s:
+        yield (
+            f"rollout.router.start_timeout_s = {router.start_timeout_s:g} must be below run.stall_timeout_s = "
+            f"{run.stall_timeout_s:g}: a router is given up before the run is; lower the one or raise the other"
+        )
     for name, server in (rollout_servers(config) | teacher_servers(config)).items():
         for key in ("start_timeout_s", "request_timeout_s"):
             if (limit := getattr(server, key)) >= run.stall_timeout_s:

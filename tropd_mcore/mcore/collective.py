@@ -7,17 +7,24 @@ control group that it has entered, so `train.watch` can name a rank that the oth
 
 from __future__ import annotations
 
+import io
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from tropd_mcore import stopping
 from tropd_mcore.errors import StopRequested, TropdError
 
 Value = TypeVar("Value")
+
+RECORD_BYTES = 128
+"""Bytes that each rank contributes to a gathering: the size of its value, and the value itself if it fits."""
+_SIZE_BYTES = 8
 
 
 class Meetings:
@@ -105,12 +112,42 @@ def union(values: set[Value], group: dist.ProcessGroup) -> set[Value]:
 
 
 def gather_on_rank_zero(value: Value, control: dist.ProcessGroup) -> list[Value]:
-    """Return every rank's value in rank order on rank 0, and an empty list on the other ranks."""
-    is_zero = dist.get_rank(control) == 0
-    values: list[Value] | None = [value] * dist.get_world_size(control) if is_zero else None
+    """Return every rank's value in rank order on rank 0, and an empty list on the other ranks.
+
+    Cost: RECORD_BYTES per rank. A value that does not fit in there is sent on its own, in its exact size. Rank 0
+    receives these one after the other, so it holds one of them in pickled form at a time. `gather_object` would pad
+    every rank to the largest: most ranks have no rows of a token table.
+    """
+    rank, world = dist.get_rank(control), dist.get_world_size(control)
+    zero = dist.get_global_rank(control, 0)
+    pickled = _pickled(value) if rank else torch.empty(0, dtype=torch.uint8)
+    record = torch.zeros(RECORD_BYTES, dtype=torch.uint8)
+    record[:_SIZE_BYTES].view(torch.int64)[0] = len(pickled)
+    if len(pickled) <= RECORD_BYTES - _SIZE_BYTES:
+        record[_SIZE_BYTES : _SIZE_BYTES + len(pickled)] = pickled
     with meetings.attend():
-        dist.gather_object(value, values, dst=dist.get_global_rank(control, 0), group=control)
-    return values if values is not None else []
+        records = [torch.empty_like(record) for _ in range(world)] if rank == 0 else None
+        dist.gather(record, records, dst=zero, group=control)
+        if records is None:
+            if len(pickled) > RECORD_BYTES - _SIZE_BYTES:
+                dist.send(pickled, dst=zero, group=control)
+            return []
+        values = [value]
+        for other, found in enumerate(records[1:], start=1):
+            size = int(found[:_SIZE_BYTES].view(torch.int64)[0])
+            content = found[_SIZE_BYTES : _SIZE_BYTES + size]
+            if size > RECORD_BYTES - _SIZE_BYTES:
+                content = torch.empty(size, dtype=torch.uint8)
+                dist.recv(content, src=dist.get_global_rank(control, other), group=control)
+            values.append(pickle.loads(content.numpy().data))
+    return values
+
+
+def _pickled(value: object) -> torch.Tensor:
+    """The pickle of a value as bytes."""
+    buffer = io.BytesIO()
+    pickle.dump(value, buffer, protocol=pickle.HIGHEST_PROTOCOL)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
 def all_agree(flag: bool, control: dist.ProcessGroup) -> bool:

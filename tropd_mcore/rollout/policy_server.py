@@ -31,6 +31,8 @@ from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.progress import progress
 from tropd_mcore.rollout.fleet_publisher import FleetPublisher, Target
 from tropd_mcore.rollout.sampler import Collected, SglangSampler
+from tropd_mcore.serving.router import Router
+from tropd_mcore.serving.router_lane import LaneServer, RouterLane
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.types import Rollout, SampleRequest
 
@@ -50,6 +52,8 @@ class PolicyServers:
     """Started by this rank, or at a url (rank 0)"""
     reached: Mapping[str, SupervisedServer]
     """All of them, to send requests to; rank 0 only"""
+    router: Router | None = None
+    """The router before them, if there is one; rank 0 only"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class PolicyTools:
     publisher: FleetPublisher
     connect: Callable[[SupervisedServer], Target]
     """Checks a server that became ready. Raises GateError, ServerError"""
+    lane: RouterLane | None = None
+    """The way through the router, if there is one"""
 
 
 @dataclass
@@ -112,6 +118,7 @@ class PolicyServer:
         self._owned = servers.owned
         self._members = {key: _Member(server) for key, server in servers.reached.items()}
         self._tools = tools
+        self._router = servers.router
         self._verify_sync = verify_sync
         self._release_memory = release_memory
         self._clock = clock or StepClock()
@@ -161,6 +168,8 @@ class PolicyServer:
         assert self._tools is not None
         sampler, holding = self._tools.sampler, self._holding(version)
         sampler.clients = [member.server.client for member in holding.values()]
+        if self._tools.lane is not None:
+            _put_behind(self._tools.lane, [member.server for member in holding.values()])
         collected = sampler.collect(requests, step=step, expected_version=version, found=found)
         targets = [member.target for key, member in holding.items() if key not in collected.lost and member.target]
         collected.lost |= self._tools.publisher.check_unchanged(targets)
@@ -270,6 +279,8 @@ class PolicyServer:
         Without `wait`, servers are waited for only if no other is ready.
         """
         lost: dict[str, ServerError] = {}
+        if self._router is not None and not self._started:
+            self._router.wait_ready()
         with progress(log, "waiting for a rollout server"):
             while True:
                 for key, member in self._members.items():
@@ -361,6 +372,15 @@ class PolicyServer:
     def _an_error(self) -> TropdError:
         """Why no server is left."""
         return next(member.error for member in self._members.values() if member.error is not None)
+
+
+def _put_behind(lane: RouterLane, servers: list[SupervisedServer]) -> None:
+    """Let exactly these servers answer what is asked of the router. Raises ServerError."""
+    for url in set(lane.servers) - {server.client.url for server in servers}:
+        lane.take_out(url)
+    for server in servers:
+        if server.client.url not in lane.servers:
+            lane.put_in(LaneServer.of(server))
 
 
 class _Streams:

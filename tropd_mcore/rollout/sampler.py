@@ -19,6 +19,7 @@ from tropd_mcore.errors import AnswerError, DataError, ServerDied, ServerError
 from tropd_mcore.rollout.uniforms import decode_seed, trust_uniforms
 from tropd_mcore.serving.client import SglangClient, generate_on
 from tropd_mcore.serving.dispatch import Dispatched
+from tropd_mcore.serving.router_lane import RouterLane
 from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
 from tropd_mcore.types import IntArray, Rollout, SampleRequest
 
@@ -49,7 +50,8 @@ class SglangSampler:
     """Samples from `clients` with the temperature, top_p and top_k of `config`, and stops at `eos_ids`.
 
     `vocab_size` is the vocabulary size of the served model; a token id outside it kills SGLang. `seed` is the run's
-    seed. At most the fraction `masked_share` of the samples of a call may be left out for lack of a usable answer.
+    seed. At most the fraction `masked_share` of the samples of a call may be left out for lack of a usable answer. With
+    a `lane`, samples go through a router, behind which are the clients and no other servers.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class SglangSampler:
         vocab_size: int,
         seed: int,
         masked_share: float,
+        lane: RouterLane | None = None,
     ) -> None:
         self.aborted = 0
         """Number of partial answers that were requested again, over the sampler's life."""
         self.clients = list(clients)
         """The servers of the next call."""
+        self._lane = lane
         self._config = config
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
@@ -149,6 +153,9 @@ class SglangSampler:
     ) -> None:
         """Send each request once, and add complete answers and lost servers to `collected`."""
         questions = [self._generation_request(request, step) for request in requests]
+        if self._lane is not None:
+            self._round_through(self._lane, requests, questions, collected, step, version)
+            return
         speeds = [self._speeds.get(client.key, 1.0) for client in servers]
         sampled = generate_on(servers, questions, speeds=speeds, refuses=lambda answer: self._stale(answer, version))
         self._note_servers(sampled, servers, collected)
@@ -160,6 +167,31 @@ class SglangSampler:
                     raise answer
             elif answer.finish_reason != "abort":
                 collected.rollouts[request.sample_id] = self._rollout(request, answer, step, version)
+
+    def _round_through(
+        self,
+        lane: RouterLane,
+        requests: list[SampleRequest],
+        questions: list[GenerationRequest],
+        collected: Collected,
+        step: int,
+        version: str,
+    ) -> None:
+        """Like `_round`, through a router, which chooses the servers. Raises ServerDied if the router is gone."""
+        keys = {client.url: client.key for client in self.clients}
+        for request, answer in zip(requests, lane.generate(questions), strict=True):
+            if isinstance(answer, AnswerError):
+                collected.masked[request.sample_id] = str(answer)
+            elif isinstance(answer, ServerDied):
+                if lane.servers:
+                    raise answer
+            elif isinstance(answer, ServerError):
+                raise answer
+            elif (stale := self._stale(answer, version)) is not None:
+                raise ServerError(stale)
+            elif answer.finish_reason != "abort":
+                collected.rollouts[request.sample_id] = self._rollout(request, answer, step, version)
+        collected.lost |= {keys[url]: error for url, error in lane.lost.items() if url in keys}
 
     def _note_servers(
         self, sampled: Dispatched[Generation], servers: Sequence[SglangClient], collected: Collected

@@ -9,14 +9,14 @@ so the client cannot be used inside a running one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 
 from tropd_mcore.config.schema import ServerConfig
-from tropd_mcore.errors import ServerError
+from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.progress import progress
 from tropd_mcore.serving import wire
 from tropd_mcore.serving.dispatch import Dispatched, Lane, Work, dispatch
@@ -44,7 +44,7 @@ class SglangClient:
     `name` is the prefix of log lines and errors; the default is `key`. Three arguments are for a server that we
     started: `alive` returns whether its process runs (if not, nothing is retried), `stopped` returns which of its
     processes is stopped, and `api_key` is the key that it was given. For a server that runs elsewhere, the
-    configuration's `api_key_env` names the variable with the key.
+    configuration's `api_key_env` names the variable with the key. `beside` is for a router (see `router_lane`).
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class SglangClient:
         alive: Callable[[], bool] | None = None,
         stopped: Callable[[], str | None] | None = None,
         api_key: str | None = None,
+        beside: Callable[[], Coroutine[None, None, ServerDied]] | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.key = key
@@ -68,7 +69,7 @@ class SglangClient:
         self._told_refusal = False
         if api_key is None and config.url:
             api_key = read_api_key(config.api_key_env, key=f"{key}.api_key_env")
-        self._http = Transport(Endpoint(self.url, config, key, self.name, alive, stopped, api_key))
+        self._http = Transport(Endpoint(self.url, config, key, self.name, alive, stopped, api_key, beside))
 
     @property
     def retries(self) -> int:

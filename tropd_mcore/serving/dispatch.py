@@ -206,6 +206,8 @@ class _Call(Generic[Question, Answer]):
                 self._servers.append(_Served(place, lane, session))
             for server in self._servers:
                 self._help(self._guard(server))
+                if (beside := server.lane.transport.beside) is not None:
+                    self._help(self._attend(server, beside()))
             if len(self._servers) > 1:
                 self._help(self._look_for_slow_ones())
             try:
@@ -307,7 +309,8 @@ class _Call(Generic[Question, Answer]):
         except ServerError as error:
             if isinstance(error.__cause__, LateError) and server.answered == before:
                 self._back(item)
-                self._lose(server, ServerHung(f"{error}; no other request was answered meanwhile"))
+                url = server.lane.transport.url
+                self._lose(server, ServerHung(f"{error}; no other request was answered meanwhile", url))
             else:
                 self._failed(server, item, error)
         else:
@@ -396,6 +399,10 @@ class _Call(Generic[Question, Answer]):
         """Lose the server when it is found to be hung."""
         self._lose(server, await server.lane.transport.hung(generates=True))
 
+    async def _attend(self, server: _Served[Question, Answer], beside: Coroutine[None, None, ServerDied]) -> None:
+        """Lose the server when what runs beside its requests says so."""
+        self._lose(server, await beside)
+
     async def _look_for_slow_ones(self) -> None:
         """When a server has nothing to do, take the questions of a slow one away."""
         while True:
@@ -442,7 +449,7 @@ class _Call(Generic[Question, Answer]):
         if stuck:
             self._found.may_return.add(server.place)
             what = f"{name}: it did not end {stuck} requests within {ABORT_S:g} s when it was told to abort them"
-            self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})"))
+            self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})", url))
             return
         best = max((other.pace or 0.0 for other in self._alive() if other is not server), default=0.0)
         pace = server.pace or 0.0

@@ -16,9 +16,14 @@ from pathlib import Path
 
 from tropd_mcore.config.server_checks import LOOPBACK
 from tropd_mcore.errors import ServerError
+from tropd_mcore.serving.router_launch import KEY_VARIABLE as ROUTER_KEY_VARIABLE
 from tropd_mcore.serving.sglang_launch import KEY_VARIABLE
 
 _PROXY_EXCEPTIONS = ("no_proxy", "NO_PROXY")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+_CHANGES_A_ROUTER = ("RUST_LOG", "RUST_BACKTRACE", "DB_AUTO_MIGRATE")
+_SETS_A_ROUTER = ("SMG_", "OTEL_")
+"""Prefixes of variables with settings of a router and of its traces; those of ours are arguments."""
 _DISTRIBUTED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")
 _DISTRIBUTED_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CHANGES_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
@@ -93,6 +98,23 @@ def server_environment(place: Place, extra: Mapping[str, str]) -> dict[str, str]
     else:
         inherited |= _on_gpus(place)
     return inherited | _own_files(inherited, place) | _loopback(inherited, place) | dict(extra)
+
+
+def router_environment(python: Path | None, api_key: str) -> dict[str, str]:
+    """Return the environment of a started router: ours, without what would change its way to the servers, or its log.
+
+    It reaches its servers without a proxy and reports to no other host.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*_DISTRIBUTED_NAMES, *_CHANGES_A_ROUTER)
+        and not name.startswith((*_DISTRIBUTED_PREFIXES, *_SETS_A_ROUTER))
+        and name.lower() not in _PROXIES
+    }
+    if python is not None:
+        inherited = of_interpreter(python, inherited)
+    return inherited | {ROUTER_KEY_VARIABLE: api_key}
 
 
 def threads_per_rank(device: str, tensor_parallel: int) -> int:

@@ -1,16 +1,18 @@
 """Asks the interpreter that a configuration names for a server what it is, before anything starts.
 
-This module does not start servers (`process`) and imports nothing of SGLang. Invariant: an unusable interpreter is one
-line that names its key.
+This module does not start servers (`process`) or routers (`router`) and imports nothing of SGLang. Invariant: an
+unusable interpreter is one line that names its key.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tropd_mcore.errors import ServerError
 from tropd_mcore.foreign_text import quoted
@@ -25,7 +27,8 @@ def version(name):
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version" if importlib.util.find_spec(name) else None
-print(json.dumps({"python": sys.version.split()[0], "sglang": version("sglang"), "torch": version("torch")}))
+print(json.dumps({"python": sys.version.split()[0], "sglang": version("sglang"), "torch": version("torch"),
+                  "smg": version("smg")}))
 """
 
 
@@ -82,10 +85,43 @@ def ask(path: Path, *, key: str) -> Interpreter:
         raise ServerError(
             f"{key}={path}: has no package sglang; run `{path} -m pip install sglang==0.5.23`, or name another one"
         )
-    return Interpreter(**answer)
+    return Interpreter(answer["python"], answer["sglang"], answer["torch"])
 
 
-def _answer(path: Path, named: str, wanted: str) -> dict[str, str]:
+ROUTER = "smg==1.13.0"
+"""The package of the router, in the version that was tested."""
+
+
+def way_to_router(key: str) -> str:
+    """Return what to do if a router is to be started, its `key` names no interpreter, and this one has no smg."""
+    return (
+        f"run `pip install {ROUTER}` as requirements/router.txt says, set {key}.python to an interpreter that has it, "
+        f"or remove {key}: the job then chooses the server of each sample itself"
+    )
+
+
+def ask_router(path: Path | None, *, key: str) -> str:
+    """Return the version of smg that the interpreter at `path` (None = this one) has. `key` is the router's section.
+
+    Raises ServerError, in one line, if there is no such interpreter or it has no smg.
+    """
+    if path is None:
+        try:
+            return importlib.metadata.version("smg")
+        except importlib.metadata.PackageNotFoundError:
+            raise ServerError(
+                f"{key}: starting a router needs the package smg, which is not installed; {way_to_router(key)}"
+            ) from None
+    named, wanted = f"{key}.python={path}", "expected a Python interpreter with the package smg"
+    if not path.is_file():
+        raise ServerError(f"{named}: {'is a folder' if path.is_dir() else 'not found'}; {wanted}")
+    found = _answer(path, named, wanted)["smg"]
+    if found is None:
+        raise ServerError(f"{named}: has no package smg; run `{path} -m pip install {ROUTER}`, or name another one")
+    return found
+
+
+def _answer(path: Path, named: str, wanted: str) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [str(path.absolute()), "-P", "-c", _PROGRAM],
@@ -103,7 +139,7 @@ def _answer(path: Path, named: str, wanted: str) -> dict[str, str]:
         raise ServerError(f"{named}: has not answered within {ANSWER_S:g} s; {wanted}") from error
     try:
         answer = json.loads(done.stdout)
-        return {name: answer[name] for name in ("python", "sglang", "torch")}
+        return {name: answer[name] for name in ("python", "sglang", "torch")} | {"smg": answer.get("smg")}
     except (ValueError, KeyError, TypeError) as error:
         said = quoted((done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2])
         raise ServerError(f"{named}: answers with {said} and exit code {done.returncode}; {wanted}") from error

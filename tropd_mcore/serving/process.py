@@ -12,12 +12,14 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -50,7 +52,7 @@ SHOWN_OF_LINE = 100
 """Characters of the server's last log line that the progress line shows while the server starts."""
 
 # the kernel's parent-death signal is tied to the starting thread, so one thread with our lifetime starts all servers
-_STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-starter")
+STARTER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="server-starter")
 
 _EXCEPTION_LINE = re.compile(r"(\S+ )*?[\w.]*(Error|Exception)\b\s*:")
 
@@ -78,6 +80,8 @@ class ServerSpec:
     extra_env: Mapping[str, str] = field(default_factory=dict)
     host: str = LOOPBACK
     """Address of this machine on which the server listens; any other than loopback can be reached from outside."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key that the server asks for; None = a random one of its own. Servers behind a router share one."""
     longest: int | None = None
     """Tokens of the longest request to expect, to tell how many of them the KV cache holds; None = do not tell."""
 
@@ -103,7 +107,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._reserved: socket.socket | None = None
         self._log = ServerLog(spec.log_path, int(spec.config.log_max_mib * 2**20))
-        self._api_key = secrets.token_urlsafe(32)
+        self._api_key = spec.api_key or secrets.token_urlsafe(32)
         self._ready = False
         """Whether the server has answered since its last start"""
         self._folder: Path | None = None
@@ -155,7 +159,7 @@ class ServerProcess:
             spec.run_dir.mkdir(parents=True, exist_ok=True)
         stop_left_over(spec.record_path, key=spec.called)
         # a restart keeps the port that the OS chose, so the URL does not change
-        self._reserved = _reserve_port(spec.host, self.port or spec.config.port, key=f"{spec.key}.port")
+        self._reserved = reserve_port(spec.host, self.port or spec.config.port, key=f"{spec.key}.port")
         port = self.port = self._reserved.getsockname()[1]
         remove_left_over()
         self._folder = make_folder()
@@ -177,7 +181,7 @@ class ServerProcess:
         with writing(spec.log_path):
             log_file = self._log.open()
         with log_file:
-            self._process = _STARTER.submit(
+            self._process = STARTER.submit(
                 subprocess.Popen,
                 self.command(),
                 stdin=subprocess.DEVNULL,
@@ -307,6 +311,12 @@ class ServerProcess:
         self._process = self._folder = None
         self.spec.record_path.unlink(missing_ok=True)
 
+    def kill(self) -> None:
+        """Kill all processes of the server at once. `stop` or `restart` has to follow."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def restart(self) -> None:
         """Stop what is left of the server, start it again on the same port and wait until it is ready."""
         self.stop()
@@ -343,7 +353,7 @@ class ServerProcess:
             self._reserved = None
 
 
-def _reserve_port(host: str, port: int | None, *, key: str) -> socket.socket:
+def reserve_port(host: str, port: int | None, *, key: str) -> socket.socket:
     """Bind a port without listening on it: the OS gives it to nobody else, but the server can still listen on it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if port is not None:

@@ -17,6 +17,7 @@ from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import SglangClient
+from tropd_mcore.serving.environment import read_api_key
 from tropd_mcore.serving.process import ServerProcess, ServerSpec
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ class SupervisedServer:
     @property
     def config(self) -> ServerConfig:
         return self.spec.config
+
+    @property
+    def process(self) -> ServerProcess | None:
+        """The process that we start; None for a server at a url."""
+        return self._process
 
     @property
     def client(self) -> SglangClient:
@@ -106,6 +112,15 @@ class SupervisedServer:
                         f"{limit:g} s; its log is on node {self.config.node}: {self.spec.log_path}"
                     )
                 time.sleep(POLL_S)
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that the server asks for; None if it asks for none. Raises ServerError if its variable is not set."""
+        if self._process is not None:
+            return self._process.api_key
+        if self._elsewhere is not None:
+            return self._elsewhere.api_key
+        return read_api_key(self.config.api_key_env, key=f"{self.spec.key}.api_key_env")
 
     @property
     def address(self) -> Address:

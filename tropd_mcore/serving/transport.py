@@ -69,6 +69,10 @@ class MissingError(ServerError):
     """The server does not have the requested path."""
 
 
+class ConflictError(ServerError):
+    """The server has already what the request would make."""
+
+
 class RefusedError(ServerError):
     """The server refuses the request, or refuses it for this key."""
 
@@ -86,6 +90,10 @@ class Endpoint:
     alive: Callable[[], bool] | None = None
     stopped: Callable[[], str | None] | None = None
     api_key: str | None = field(default=None, repr=False)
+    beside: Callable[[], Coroutine[None, None, ServerDied]] | None = None
+    """Runs beside each `dispatch`. If it returns, the server is lost with the error that it returns"""
+    expected: str = "SGLang 0.5.23 or newer"
+    """What should answer at `url`, for the message about a path that it does not have"""
 
 
 class Transport:
@@ -121,6 +129,11 @@ class Transport:
         return asyncio.run(with_session())
 
     @property
+    def beside(self) -> Callable[[], Coroutine[None, None, ServerDied]] | None:
+        """What runs beside each `dispatch`, if anything."""
+        return self._to.beside
+
+    @property
     def max_concurrency(self) -> int:
         """Most requests in flight."""
         return self._config.max_concurrency
@@ -139,7 +152,7 @@ class Transport:
         """Wait until the server is hung, then return the error."""
         limit_s = self._config.hang_timeout_s
         reason = await hang(Watched(self.url, limit_s, generates, self._headers(), self._to.stopped, busy_s))
-        return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})")
+        return ServerHung(f"{self.name}: {reason} (at {self.url}; {self.key}.hang_timeout_s={limit_s:g})", self.url)
 
     async def call(
         self,
@@ -150,8 +163,9 @@ class Transport:
         *,
         retry: bool = True,
         json_answer: bool = True,
+        accepted: int = 200,
     ) -> object:
-        """Send one request, with retries, and return the decoded answer.
+        """Send one request, with retries, and return the decoded answer. `accepted` is the status of a good one.
 
         With `retry=False`, it is repeated only if the server said that it has done nothing yet.
         """
@@ -163,11 +177,12 @@ class Transport:
             reraise=True,
         )
         try:
-            return await retrying(self._attempt, session, method, path, body, json_answer)
+            return await retrying(self._attempt, session, method, path, body, json_answer, accepted)
         except _PassingError as error:
             attempts = retrying.statistics["attempt_number"]
-            kind = ServerDied if isinstance(error, _UnreachableError) else ServerError
-            raise kind(f"{error} ({attempts} attempts; {self.key}.max_retries)") from error
+            message = f"{error} ({attempts} attempts; {self.key}.max_retries)"
+            died = isinstance(error, _UnreachableError)
+            raise (ServerDied(message, self.url) if died else ServerError(message)) from error
 
     def _count_retry(self, state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
@@ -181,6 +196,7 @@ class Transport:
         path: str,
         body: wire.Json | bytes | None,
         json_answer: bool,
+        accepted: int,
     ) -> object:
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data is not None else {}
@@ -189,7 +205,7 @@ class Transport:
             async with session.request(
                 method, f"{self.url}{path}", data=stream, headers=headers, allow_redirects=False
             ) as answer:
-                return self._checked(path, answer, await answer.read(), json_answer=json_answer)
+                return self._checked(path, answer, await answer.read(), json_answer=json_answer, accepted=accepted)
         except TimeoutError as error:
             seconds = session.timeout.total or 0.0
             raise LateError(
@@ -199,7 +215,7 @@ class Transport:
             found = one_line(error) or type(error).__name__
             problem = f"{self.name}: no connection to {self.url}{path}: {found}"
             if self._to.alive is not None and not self._to.alive():
-                raise ServerDied(f"{problem}; its process has ended") from error
+                raise ServerDied(f"{problem}; its process has ended", self.url) from error
             raise _UnreachableError(problem) from error
         except aiohttp.ClientError as error:
             # an invalid URL, or an answer that is not HTTP
@@ -207,10 +223,12 @@ class Transport:
                 f"{self.name}: the request to {self.url}{path} failed: {one_line(error)}; {NOT_SGLANG}"
             ) from error
 
-    def _checked(self, path: str, answer: aiohttp.ClientResponse, content: bytes, *, json_answer: bool) -> object:
+    def _checked(
+        self, path: str, answer: aiohttp.ClientResponse, content: bytes, *, json_answer: bool, accepted: int
+    ) -> object:
         """Decode an answer. Raises the error of its status, or AnswerError if it is not the expected JSON."""
         status, said = answer.status, f"{self.name}: {path} answered {answer.status}"
-        if status == 200:
+        if status == accepted:
             return self._decoded(path, answer.content_type, content) if json_answer else None
         detail = _message(content)
         if status >= 500 or status in BUSY_STATUS:
@@ -222,7 +240,9 @@ class Transport:
             whose = "check the key that api_key_env names" if self._config.url else "it rejects the key we gave it"
             raise RefusedError(f"{said}: {whose} ({detail})")
         if status == 404:
-            raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected SGLang 0.5.23 or newer")
+            raise MissingError(f"{self.name}: the server at {self.url} has no {path}: expected {self._to.expected}")
+        if status == 409:
+            raise ConflictError(f"{said}: {detail}")
         if status in (400, 405):
             raise RefusedError(f"{said}: {detail}")
         if 300 <= status < 400:

@@ -42,6 +42,7 @@ from tropd_mcore.rollout.requests import responses_as_rollouts
 from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.rollout.served_tokenizer import check_served_tokenizer
 from tropd_mcore.serving.fleet import ServerFleet
+from tropd_mcore.serving.router_lane import RouterLane
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import ServerInfo
 from tropd_mcore.teacher.identity_check import TeacherCheck
@@ -167,6 +168,7 @@ def make_policy(
         server_config = server.config
         return Target(server.client, ledgers.get(server.spec.key), server_config.weights, server_config.weights_folder)
 
+    lane = RouterLane(servers.router) if servers.router is not None else None
     sampler = SglangSampler(
         [],
         config.rollout,
@@ -174,9 +176,10 @@ def make_policy(
         vocab_size=context.student.vocab_size,
         seed=config.run.seed,
         masked_share=config.gates.masked_share,
+        lane=lane,
     )
     publisher = FleetPublisher(plan, student_folder=config.student.path)
-    tools = PolicyTools(sampler, publisher, connect) if context.layout.rank == 0 else None
+    tools = PolicyTools(sampler, publisher, connect, lane) if context.layout.rank == 0 else None
     return PolicyServer(
         student,
         context.layout,

@@ -16,11 +16,11 @@ from typing import Literal
 
 import psutil
 
-from tropd_mcore.config.derived import server_name, started_servers, used_servers
+from tropd_mcore.config.derived import server_name, started_router, started_servers, used_router, used_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.server_checks import budget_problems
 from tropd_mcore.errors import ServerError
-from tropd_mcore.serving.interpreter import ask, way_to_sglang
+from tropd_mcore.serving.interpreter import ask, ask_router, way_to_sglang
 from tropd_mcore.train.preflight_types import Fault
 
 HOST = "127.0.0.1"
@@ -53,6 +53,20 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
     for key, server in started_servers(config).items():
         if (problem := missing_sglang(key, server)) is not None:
             yield Fault(key, f"{key}: {problem}")
+    if (problem := router_problem(config)) is not None:
+        yield Fault("rollout.router", problem)
+
+
+def router_problem(config: Config) -> str | None:
+    """Return in one line why the router of the job cannot be started here; None if it can, or none is to be started."""
+    router = started_router(config)
+    if router is None:
+        return None
+    try:
+        ask_router(router.python, key="rollout.router")
+    except ServerError as error:
+        return str(error)
+    return None
 
 
 def missing_sglang(section: str, server: ServerConfig) -> str | None:
@@ -82,7 +96,7 @@ def importable(module: str) -> bool:
 
 
 def api_keys(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
-    """Check that the environment variable with the API key of each server in use is set."""
+    """Check that the environment variable with the API key of each server or router in use is set."""
     for section, server in used_servers(config).items():
         variable = server.api_key_env
         if variable is not None and server.url is not None and not environ.get(variable):
@@ -91,6 +105,14 @@ def api_keys(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
                 f"{section}.api_key_env={variable}: this environment variable is unset or empty; export it in the "
                 "shell that launches",
             )
+    router = used_router(config)
+    variable = None if router is None else router.api_key_env
+    if variable is not None and not environ.get(variable):
+        yield Fault(
+            "rollout.router.api_key_env",
+            f"rollout.router.api_key_env={variable}: this environment variable is unset or empty; export it in the "
+            "shell that launches",
+        )
 
 
 def ports(config: Config) -> Iterator[Fault]:

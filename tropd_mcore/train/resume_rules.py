@@ -107,6 +107,7 @@ RULES: dict[str, Rule] = {
     "rollout.truncate": _SAMPLING,
     "rollout.server": free("the student's weights are published to it as before"),
     "rollout.servers": free("the student's weights are published to them as before"),
+    "rollout.router": free("the same weights answer: each answer is checked for their version"),
     "rollout.server.extra_args": free(f"the sampler's numbers may change: {_ARGUMENTS}"),
     "objective": _LOSS,
     "objective.reference": Rule("content", "the steps so far were compared with another reference"),
@@ -143,7 +144,7 @@ RULES: dict[str, Rule] = {
 WHOLE_SECTIONS = frozenset(
     {
         "platform", "parallel", "teacher.server", "data.chat_template_kwargs", "rollout.truncate", "rollout.server",
-        "teacher.servers", "rollout.servers",
+        "teacher.servers", "rollout.servers", "rollout.router",
         "objective", "verifier", "held_out", "monitor",
         "gates",
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tropd_mcore.config.derived import server_name
@@ -22,6 +22,7 @@ from tropd_mcore.rollout.policy_server import PolicyServers
 from tropd_mcore.rollout.served_tokenizer import server_spec
 from tropd_mcore.serving.fleet import ServerFleet
 from tropd_mcore.serving.process import LOOPBACK, ServerSpec
+from tropd_mcore.serving.router import Router, RouterSpec, key_of_fleet
 from tropd_mcore.serving.supervisor import Address, SupervisedServer
 from tropd_mcore.serving.weight_group import local_address
 
@@ -71,11 +72,18 @@ def start_policy_servers(
     if beyond:
         raise ConfigError(beyond)
     owned: dict[str, SupervisedServer] = {}
+    template, router_config = context.config.rollout.server, context.config.rollout.router if used else None
+    key_of_all: str | None = None
+    if router_config is not None:
+        asked = router_config
+        key_of_all = on_rank_zero(lambda: key_of_fleet(asked, used), control)
     owners = {key: 0 if server.url is not None else nodes.first_ranks[server.node] for key, server in used.items()}
     with raise_on_all_ranks(control):
         for key, server in used.items():
             if owners[key] == context.layout.rank:
-                owned[key] = SupervisedServer(_spec(context, key, server, longest, here=server.url is None))
+                owned[key] = SupervisedServer(
+                    _spec(context, key, server, longest, here=server.url is None, api_key=key_of_all)
+                )
                 cleanup.callback(owned[key].stop)
                 owned[key].start()
     with raise_on_all_ranks(control):
@@ -88,11 +96,16 @@ def start_policy_servers(
         mine = {key: server.address for key, server in owned.items() if server.is_started}
         for of_rank in gather_on_rank_zero(mine, control):
             addresses |= of_rank
-    reached = {}
+    reached, router = {}, None
+    with raise_on_all_ranks(control):
+        if context.layout.rank == 0 and router_config is not None:
+            router = Router(RouterSpec(router_config, template, context.run_dir.logs, key_of_all))
+            cleanup.callback(router.stop)
+            router.start()
     if context.layout.rank == 0:
         for key, server in used.items():
             reached[key] = owned.get(key) or _of_another_rank(context, key, server, addresses[key])
-    return PolicyServers(owned, reached)
+    return PolicyServers(owned, reached, router)
 
 
 def start_teacher_servers(context: JobContext, cleanup: ExitStack, longest: int) -> ServerFleet | None:
@@ -134,8 +147,16 @@ def _of_another_rank(context: JobContext, key: str, config: ServerConfig, addres
     return server
 
 
-def _spec(context: JobContext, key: str, config: ServerConfig, longest: int | None, *, here: bool) -> ServerSpec:
-    return server_spec(
+def _spec(
+    context: JobContext,
+    key: str,
+    config: ServerConfig,
+    longest: int | None,
+    *,
+    here: bool,
+    api_key: str | None = None,
+) -> ServerSpec:
+    spec = server_spec(
         server_name(key),
         key=key,
         model_key="student.path",
@@ -148,3 +169,4 @@ def _spec(context: JobContext, key: str, config: ServerConfig, longest: int | No
         longest=longest,
         host=context.nodes.address if config.node else LOOPBACK,
     )
+    return replace(spec, api_key=api_key)
