@@ -19,8 +19,8 @@ from tropd_mcore.data.packing import pack
 from tropd_mcore.errors import ServerError, TeacherError
 from tropd_mcore.rollout.prefixes import ResponseSampling, generate_responses
 from tropd_mcore.serving import fleet as fleet_module
-from tropd_mcore.serving.dispatch import Dispatched
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, TokenScores
+from tropd_mcore.serving.work import Dispatched
 from tropd_mcore.teacher.served import ServedTeacher
 from tropd_mcore.teacher.sglang import SampleScores, SglangTeacher, to_micro_batch
 from tropd_mcore.types import Prompt

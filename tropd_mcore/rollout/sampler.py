@@ -18,9 +18,9 @@ from tropd_mcore.config.schema import RolloutConfig
 from tropd_mcore.errors import AnswerError, DataError, ServerDied, ServerError
 from tropd_mcore.rollout.uniforms import decode_seed, trust_uniforms
 from tropd_mcore.serving.client import SglangClient, generate_on
-from tropd_mcore.serving.dispatch import Dispatched
 from tropd_mcore.serving.router_lane import RouterLane
 from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
+from tropd_mcore.serving.work import Dispatched
 from tropd_mcore.types import IntArray, Rollout, SampleRequest
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,10 @@ from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerDied, ServerError
 from tropd_mcore.progress import progress
 from tropd_mcore.serving import wire
-from tropd_mcore.serving.dispatch import Dispatched, Lane, Work, dispatch
+from tropd_mcore.serving.dispatch import dispatch
 from tropd_mcore.serving.environment import read_api_key
 from tropd_mcore.serving.transport import Endpoint, MissingError, RefusedError, Transport
+from tropd_mcore.serving.work import Dispatched, Lane, Work
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from tropd_mcore import stopping
 from tropd_mcore.errors import ServerDied, ServerError, TropdError
 from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import SglangClient, generate_on, score_on
-from tropd_mcore.serving.dispatch import Dispatched
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, ServerInfo, TokenScores
+from tropd_mcore.serving.work import Dispatched
 
 log = logging.getLogger(__name__)
 

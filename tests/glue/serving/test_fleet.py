@@ -11,9 +11,9 @@ import pytest
 
 from tropd_mcore.errors import GateError, ServerDied, ServerError
 from tropd_mcore.serving import fleet as fleet_module
-from tropd_mcore.serving.dispatch import Dispatched
 from tropd_mcore.serving.fleet import ServerFleet, fleet_of
 from tropd_mcore.serving.wire import GenerationRequest
+from tropd_mcore.serving.work import Dispatched
 
 
 class Server:
