@@ -65,8 +65,8 @@ class ServerConfig(Section):
     weights: Literal["shared", "broadcast", "value", "disk"] | None = None
     """Rollout servers only. How weights reach the server (docs/servers.md). `shared`: shared memory of this machine.
     `broadcast`: once for all servers, through a process group with their ranks, whose machines must reach the first
-    node. `value`: inside HTTP requests, one copy per rank. `disk`: files in weights_folder. null = `shared` for a server
-    started on the first node; for any other `value` up to 64 MiB of weights and `broadcast` above."""
+    node. `value`: inside HTTP requests, one copy per rank. `disk`: files in weights_folder. null = `shared` for a
+    server started on the first node; for any other `value` up to 64 MiB of weights and `broadcast` above."""
     weights_folder: Path | None = None
     """Only with weights=disk: an existing folder that the first node and the server see under the same absolute path.
     Each update writes the whole model into a new subfolder and removes the one before."""
