@@ -228,7 +228,7 @@ class WeightGroup:
         self._work = self._group.broadcast([flat], options)
 
     def _wait(self, requests: dict[str, Background[None]], sending: Background[None]) -> None:
-        """Wait until all requests have ended, but not for those that wait for a server that is gone or answers early."""
+        """Wait until all requests have ended, but not for those that wait for a server that is gone or took no part."""
         deadline = time.monotonic() + SEND_S + AFTER_S
         while not all(request.ended for request in requests.values()):
             if any(isinstance(request.error, ServerDied) for request in requests.values()) or sending.error is not None:
