@@ -41,6 +41,8 @@ MB = 10**6
 COPY = "copy"
 SHAPES = {10: (256, 3), 100: (512, 8), 1000: (1024, 20)}
 """Size in MB -> (hidden size, layers): a layer has 12 x hidden^2 float32 weights."""
+COPIED_BYTES = 2000 * MB
+"""Bytes of the copies that are timed together."""
 MODELS = {"8B": 16.0, "70B": 140.0}
 """Model -> GB of its weights in bfloat16."""
 FLEETS: tuple[tuple[int, int, tuple[RouteName, ...]], ...] = (
@@ -107,13 +109,14 @@ def cpu_seconds(servers: Sequence[ServerProcess]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def measure(row: Row, servers: Sequence[ServerProcess], act: Callable[[], None]) -> None:
-    """Run `act` once and add its cost to the row."""
+def measure(row: Row, servers: Sequence[ServerProcess], act: Callable[[], None], *, times: int = 1) -> None:
+    """Run `act` so often and add the cost of one run to the row."""
     cpu, wall = cpu_seconds(servers), time.perf_counter()
     network = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
-    act()
-    row.seconds.append(time.perf_counter() - wall)
-    row.cpu_seconds.append(cpu_seconds(servers) - cpu)
+    for _ in range(times):
+        act()
+    row.seconds.append((time.perf_counter() - wall) / times)
+    row.cpu_seconds.append((cpu_seconds(servers) - cpu) / times)
     row.loopback_bytes.append(psutil.net_io_counters(pernic=True)["lo"].bytes_sent - network)
 
 
@@ -138,13 +141,15 @@ def measured(place: Path, megabytes: int, repeats: int, limit_s: float, routes: 
             acts: dict[str, Callable[[int], None]] = {
                 name: partial(publish, publishers[name], name, clients, tensors, place) for name in names
             }
+            copies = max(1, COPIED_BYTES // size)
             acts[COPY] = partial(copy, tensors, buffers)
             for turn in range(repeats + 1):
                 for name, row in rows.items():
                     if row.failed or any(seconds > limit_s for seconds in row.seconds):
                         continue
                     try:
-                        measure(row, servers, partial(acts[name], turn))
+                        # the kernel counts CPU time in steps of 10 ms, which one copy may not reach
+                        measure(row, servers, partial(acts[name], turn), times=copies if name == COPY else 1)
                     except ServerError as error:
                         row.failed = str(error)
                     if turn == 0:  # joins groups and makes buffers
@@ -207,14 +212,19 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def extrapolated(rows: Sequence[Row]) -> list[list[str]]:
-    """Seconds for larger models, in proportion to the bytes of the largest size measured. Not measured."""
+    """Seconds for larger models, on the line through the two largest sizes measured. Not measured."""
     found = []
-    largest = max(row.megabytes for row in rows)
+    by_route: dict[tuple[int, int, str], list[tuple[float, float]]] = {}
     for row in rows:
-        if row.megabytes == largest and row.seconds:
-            per_gb = statistics.median(row.seconds) / row.megabytes * 1000
-            where = f"{row.servers} x tp {row.ranks}"
-            found.append([where, row.route, *(f"{per_gb * gigabytes:.0f}" for gigabytes in MODELS.values())])
+        if row.seconds:
+            point = row.megabytes / 1000, statistics.median(row.seconds)
+            by_route.setdefault((row.servers, row.ranks, row.route), []).append(point)
+    for (servers, ranks, route), points in by_route.items():
+        if len(points) > 1:
+            (low, fewer), (high, more) = sorted(points)[-2:]
+            slope = (more - fewer) / (high - low)
+            seconds = [f"{more + slope * (gigabytes - high):.0f}" for gigabytes in MODELS.values()]
+            found.append([f"{servers} x tp {ranks}", route, *seconds])
     return found
 
 
@@ -233,8 +243,9 @@ def main() -> None:
             rows += measured(Path(place), megabytes, given.repeats, given.limit_s, given.routes)
     header = ["weights", "route", "seconds", "CPU-seconds", "x copy", "x copy, CPU", "loopback", "stored", "failed"]
     print(table(header, lines(rows)))
-    print("\nExtrapolated from the largest size, not measured: seconds for one update of a model in bfloat16")
-    print(table(["servers", "route", *MODELS], extrapolated(rows)))
+    if larger := extrapolated(rows):
+        print("\nExtrapolated from the two largest sizes, not measured: seconds for one update of a model in bfloat16")
+        print(table(["servers", "route", *MODELS], larger))
     command = f"python -m benchmarks.weight_routes --sizes {' '.join(map(str, given.sizes))} --repeats {given.repeats}"
     notes = "loopback and stored: bytes per update, divided by the bytes of the weights"
     print(write_result(given.name, rows, command=command, notes=notes))

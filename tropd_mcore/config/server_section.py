@@ -64,7 +64,7 @@ class ServerConfig(Section):
     (docs/servers.md)."""
     weights: Literal["shared", "broadcast", "value", "disk"] | None = None
     """Rollout servers only. How weights reach the server (docs/servers.md). `shared`: shared memory of this machine.
-    `broadcast`: once for all servers, through a process group with their ranks, whose machines must reach the first
+    `broadcast`: one broadcast to all servers, in a process group with their ranks, whose machines must reach the first
     node. `value`: inside HTTP requests, one copy per rank. `disk`: files in weights_folder. null = `shared` for a
     server started on the first node; for any other `value` up to 64 MiB of weights and `broadcast` above."""
     weights_folder: Path | None = None
