@@ -68,9 +68,14 @@ def names_and_digests(parallel: ParallelConfig, folder: Path, trainable_vpp: boo
     else:
         model = job.build(read_architecture(folder), "float32")
         load_hf(model, folder, job.layout)
-    found = [
-        (name, hashlib.sha256(tensor.numpy().tobytes()).hexdigest()) for name, tensor in iterate_hf(model, job.layout)
-    ]
+
+    def digests(*, on_device: bool) -> list[tuple[str, str]]:
+        stream = iterate_hf(model, job.layout, on_device=on_device)
+        return [(name, hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()) for name, tensor in stream]
+
+    with torch.no_grad():
+        found = digests(on_device=False)
+        assert digests(on_device=True) == found
     destroy(job.layout)
     return found
 

@@ -148,6 +148,28 @@ def test_a_teachers_server_keeps_its_memory() -> None:
             {"url": "http://h:1", "weights": "value"},
             ["teacher.server.weights: a teacher gets no weights from the trainer; remove it"],
         ),
+        ({"url": "http://h:1", "weights": "disk", "weights_folder": "/shared"}, None, []),
+        (
+            {"url": "http://h:1", "weights": "disk"},
+            None,
+            ["rollout.server.weights=disk needs a folder that both machines see; set rollout.server.weights_folder"],
+        ),
+        (
+            {"weights_folder": "/shared"},
+            None,
+            ["rollout.server.weights_folder has no effect with rollout.server.weights=null; remove it or set disk"],
+        ),
+        (
+            {"weights": "disk", "weights_folder": "shared"},
+            None,
+            ["rollout.server.weights_folder = shared; expected an absolute path, which is the same on both machines"],
+        ),
+        (
+            {},
+            {"url": "http://h:1", "weights": "disk", "weights_folder": "/shared"},
+            ["teacher.server.weights: a teacher gets no weights from the trainer; remove it",
+             "teacher.server.weights_folder: a teacher gets no weights from the trainer; remove it"],
+        ),
     ],
 )  # fmt: skip
 def test_a_route_of_weights_that_cannot_work_is_refused(

@@ -278,9 +278,11 @@ def _weights(place: Place, _check: Check, _written: Path) -> tuple[str, dict[str
         raise Failed("sampler and trainer were not compared after the first update")
     if _weights_of(place.folder / "student") == _weights_of(place.run_dir / "export"):
         raise Failed("the exported student has the bytes of the first one, so nothing was trained")
+    # the job's server shares the trainer's GPUs, and NCCL takes no two ranks on one GPU
+    nccl = "; a broadcast by NCCL was not run, it needs a server on other GPUs" if place.platform == "cuda" else ""
     return (
         f"updated weights arrived: sampler and trainer differ by {mean:.1e} nats (mean), {difference:.1e} (99th "
-        f"percentile); published in {last['time/publish']:.2f} s",
+        f"percentile); published in {last['time/publish']:.2f} s{nccl}",
         {"mean nats": mean, "p99 nats": difference, "publish seconds": round(last["time/publish"], 3)},
     )
 

@@ -43,6 +43,8 @@ JOIN_S = 60.0
 """Longest wait for the servers' ranks to connect."""
 SEND_S = 600.0
 """Longest time of the broadcast of one bucket."""
+APART_S = 60.0
+"""Longest time between the first and the last answer about one bucket. One that answers at once took no part in it."""
 AFTER_S = 10.0
 """Longest time from the servers' answers, or from a failure, to the end of a broadcast."""
 INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -134,27 +136,23 @@ class WeightGroup:
         return Background(
             lambda: member.client.join_weight_group(
                 address=self.address, port=self._port, rank=rank, world_size=self._world, name=self.name,
-                backend=self.backend, limit_s=JOIN_S,
+                backend=self.backend, limit_s=JOIN_S + AFTER_S,
             )
         )  # fmt: skip
 
     def _join(self, joining: dict[str, Background[None]]) -> None:
         """Join as rank 0 when the ranks of all servers are there. Raises GroupFailed."""
-        ranks = self._world - 1
         lazy = self.backend == "nccl"  # whose ranks meet only in the first broadcast
 
         def may_go_on() -> bool:
-            requests = joining.values()
-            if any(request.error is not None for request in requests):
-                return True
-            # one key counts the connections, and gloo stores one or more for each rank
-            there = all(request.ended for request in requests) if lazy else self._store.num_keys() > ranks
-            return there or all(request.ended for request in requests)
+            # not before all are there, even if one has refused: without a store they would try to connect for minutes
+            absent = set(joining) if lazy else self._absent()
+            return all(request.ended or key not in absent for key, request in joining.items())
 
         wait_until(may_go_on, JOIN_S)
         _raise_errors(joining)
-        if not lazy and self._store.num_keys() <= ranks:
-            raise GroupFailed(self._late(self._absent()))
+        if not lazy and (absent := self._absent()):
+            raise GroupFailed(self._late(absent))
         failed = ""
         # SGLang makes its side with this function of torch (`init_custom_process_group`), so both agree on the keys
         try:
@@ -175,16 +173,19 @@ class WeightGroup:
             raise GroupFailed(self._late(late))
 
     def _absent(self) -> set[str]:
-        """The servers of which a rank has not come to gloo's store; all of them if torch cannot tell."""
+        """The servers of which a rank has not come to gloo's store, in which each rank leaves a key with its number.
+
+        A torch that cannot list the keys only tells whether some rank is missing, so then it is all servers or none.
+        """
         if not hasattr(self._store, "list_keys"):
-            return {member.key for member in self.members}
+            return {member.key for member in self.members} if self._store.num_keys() < self._world - 1 else set()
         there = {key.rpartition("/")[2] for key in self._store.list_keys() if self.name in key}
         absent, rank = set(), 1
         for member in self.members:
             if not there.issuperset(map(str, range(rank, rank + member.ranks))):
                 absent.add(member.key)
             rank += member.ranks
-        return absent or {member.key for member in self.members}
+        return absent
 
     def _late(self, keys: Collection[str], why: str = "") -> dict[str, ServerError]:
         ended = f" ({why})" if why else ""
@@ -227,12 +228,13 @@ class WeightGroup:
         self._work = self._group.broadcast([flat], options)
 
     def _wait(self, requests: dict[str, Background[None]], sending: Background[None]) -> None:
-        """Wait until all requests have ended, but not for those that wait for a server that is gone."""
+        """Wait until all requests have ended, but not for those that wait for a server that is gone or took no part."""
         deadline = time.monotonic() + SEND_S + AFTER_S
         while not all(request.ended for request in requests.values()):
-            gone = any(isinstance(request.error, ServerDied) for request in requests.values())
-            if gone or sending.error is not None:
+            if any(isinstance(request.error, ServerDied) for request in requests.values()) or sending.error is not None:
                 deadline = min(deadline, time.monotonic() + AFTER_S)
+            elif any(request.ended for request in requests.values()):
+                deadline = min(deadline, time.monotonic() + APART_S)
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL_S)
@@ -246,11 +248,13 @@ class WeightGroup:
         """Raise GroupFailed, unless the broadcast has ended well on all sides."""
         errors = _errors(requests)
         gone = {key: error for key, error in errors.items() if isinstance(error, ServerDied)}
-        if errors or not all(request.ended for request in requests.values()):
+        if errors:
             stuck = self._dropped(requests, untold=gone)  # a refusal of one that was released names no cause of its own
             raise GroupFailed({**stuck, **(gone or errors)})
         own = ""
-        if sending.error is not None:
+        if not all(request.ended for request in requests.values()):
+            own = "not all servers answered"
+        elif sending.error is not None:
             own = one_line(sending.error)
         elif self._is_done():
             try:

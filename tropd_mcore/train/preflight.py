@@ -26,6 +26,7 @@ from tropd_mcore.train.preflight_files import (
     prompt_lines,
     run_directory,
     starting_points,
+    weights_folders,
 )
 from tropd_mcore.train.preflight_machine import api_keys, devices, packages, ports, visible_gpus
 from tropd_mcore.train.preflight_types import Fault
@@ -148,7 +149,11 @@ CHEAP_CHECKS: tuple[CheapCheck, ...] = (
     CheapCheck("model folders", lambda launch: model_folders(launch.config), _models),
     CheapCheck("cuts of the models", _cuts, _cuts_seen),
     CheapCheck("data files", _data_faults, _data),
-    CheapCheck("run.dir", lambda launch: run_directory(launch.config), lambda launch: "can be written"),
+    CheapCheck(
+        "run.dir",
+        lambda launch: chain(run_directory(launch.config), weights_folders(launch.config)),
+        lambda launch: "can be written",
+    ),
     CheapCheck(
         "beginning",
         lambda launch: starting_points(launch.config),
