@@ -7,6 +7,7 @@ all of its samples, in the order of an undisturbed run and of one weight version
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -65,8 +66,9 @@ class Server:
     """One server that the run started, as it runs now."""
 
     def __init__(self, scene: Scene, launch: Launch, place: int) -> None:
-        self.name = f"rollout-{place}"
-        self.main = launch.server(scene.run_dir, self.name)
+        name = f"rollout-{place}"
+        self.main = launch.server(scene.run_dir, name)
+        self._port = json.loads((scene.run_dir / "logs" / f"{name}.server.json").read_text())["port"]
 
     def family(self) -> list[psutil.Process]:
         """All of its processes."""
@@ -88,11 +90,9 @@ class Server:
         """Whether its engine gives results."""
         try:
             key = self.main.environ().get("TROPD_SERVER_KEY", "")
-            found = [each for each in self.main.net_connections(kind="inet") if each.status == psutil.CONN_LISTEN]
-            ports = [each.laddr.port for each in found]
         except psutil.Error:
             return False
-        return any(_answers(f"http://127.0.0.1:{port}/health", key) for port in ports)
+        return _answers(f"http://127.0.0.1:{self._port}/health", key)
 
 
 def _answers(url: str, key: str) -> bool:
@@ -269,12 +269,17 @@ def row(
     chain: str = "", shared: bool = False, limit_s: float = 240.0,
 ) -> Fault:  # fmt: skip
     """A row of the fleet."""
+
+    def played(scene: Scene) -> Seen:
+        undisturbed(scene.stage)  # made before the run starts, because it takes longer than a fault
+        return play(scene)
+
     return Fault(
         id=f"fleet-{name}",
         group=FLEET,
         done=done,
         wanted=wanted,
-        play=play,
+        play=played,
         code=code,  # type: ignore[arg-type]
         line=line,
         limit_s=limit_s,

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WAIT_LIMIT_S = 180.0
+WAIT_LIMIT_S = 360.0
 """Longest wait for the suite, which may have died."""
 
 
