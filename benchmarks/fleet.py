@@ -193,9 +193,9 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 def main() -> None:
     """Run, print the table and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--name", default="fleet", help="name of the result file")
     options = parser.parse_args()
     cores = psutil.cpu_count() or 1
