@@ -11,7 +11,7 @@ from typing import Any
 from tests.e2e.jobs import REPOSITORY
 from tests.faults.registry import all_faults
 from tests.faults.results import COUNTERS, RESULTS
-from tests.faults.several_servers import SECTION
+from tests.faults.several_servers import section
 from tests.faults.verdict import GROUPS, SILENCE_S, Fault
 
 PAGE = REPOSITORY / "docs" / "faults.md"
@@ -92,7 +92,7 @@ def page(result: dict[str, Any], kill_loop: dict[str, Any] | None) -> str:
             if fault.group == group:
                 lines.append(_row(fault, rows.get(fault.id)))
         lines.append("")
-    lines.append(SECTION)
+    lines.append(section())
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
