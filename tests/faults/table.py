@@ -11,7 +11,8 @@ from typing import Any
 from tests.e2e.jobs import REPOSITORY
 from tests.faults.registry import all_faults
 from tests.faults.results import COUNTERS, RESULTS
-from tests.faults.verdict import GROUPS, SILENCE_S
+from tests.faults.several_servers import section
+from tests.faults.verdict import GROUPS, SILENCE_S, Fault
 
 PAGE = REPOSITORY / "docs" / "faults.md"
 RESULT = RESULTS / "faults.json"
@@ -89,8 +90,9 @@ def page(result: dict[str, Any], kill_loop: dict[str, Any] | None) -> str:
         lines += ["|---|---|---|---|---|---|"]
         for fault in all_faults():
             if fault.group == group:
-                lines.append(_row(fault.id, fault.done, fault.wanted, rows.get(fault.id)))
+                lines.append(_row(fault, rows.get(fault.id)))
         lines.append("")
+    lines.append(section())
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -104,10 +106,13 @@ def _loop_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(name: str, done: str, wanted: str, row: dict[str, Any] | None) -> str:
+def _row(fault: Fault, row: dict[str, Any] | None) -> str:
+    name, done, wanted = fault.id, fault.done, fault.wanted
     if row is None:
         return f"| {name} | {_cell(done)} | {_cell(wanted)} | not played | | |"
     came = f"exit {as_shell(row['exit_code'])}" if row["exit_code"] is not None else "the run goes on"
+    if row["exit_code"] not in fault.code:  # recorded before the code was changed
+        came += f" at that commit, {' or '.join(str(as_shell(code)) for code in fault.code)} since then"
     came += f": `{_cell(row['line'], 160)}`" if row["line"] else ""
     reasons = f": {_cell('; '.join(row['reasons']), 160)}" if row["reasons"] else ""
     return f"| {name} | {_cell(done)} | {_cell(wanted)} | {came} | {row['seconds']:g} | {row['verdict']}{reasons} |"

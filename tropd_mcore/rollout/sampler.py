@@ -184,7 +184,7 @@ class SglangSampler:
             elif isinstance(answer, ServerError):
                 raise answer
             elif (stale := self._stale(answer, version)) is not None:
-                raise ServerError(stale)
+                raise ServerError(f"{self._key}: {stale}")
             elif answer.finish_reason != "abort":
                 collected.rollouts[request.sample_id] = self._rollout(request, answer, step, version)
         collected.lost |= {keys[url]: error for url, error in lane.lost.items() if url in keys}
@@ -221,8 +221,8 @@ class SglangSampler:
         if set(answer.weight_versions) == {version} or not len(answer.output_ids):
             return None
         return (
-            f"{self._key}: a sample was drawn from weights {list(answer.weight_versions)}; expected {version!r} alone: "
-            "publish the weights first, and let nothing else update this server"
+            f"a sample was drawn from weights {list(answer.weight_versions)}; expected {version!r} alone: publish the "
+            "weights first, and let nothing else update this server"
         )
 
     def _rollout(self, request: SampleRequest, answer: Generation, step: int, version: str) -> Rollout:

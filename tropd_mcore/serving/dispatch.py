@@ -282,7 +282,7 @@ class _Call(Generic[Question, Answer]):
         if reason is not None:
             self._back(item)
             self._found.may_return.add(server.place)
-            self._lose(server, ServerError(reason))
+            self._lose(server, ServerError(f"{server.lane.transport.key}: {reason}"))
             return
         now = time.monotonic()
         server.answered += 1
