@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.faults import results
 from tests.faults.play import play_all
-from tests.faults.registry import all_faults, chosen
+from tests.faults.registry import all_faults, chosen, fleet_faults
 from tests.faults.scene import end_with_the_suite
 from tests.faults.stage import set_stage
 from tests.faults.verdict import MISS
@@ -23,8 +23,8 @@ OTHERS = {"kill-loop": "kill_loop", "consoles": "consoles", "table": "table"}
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("names", nargs="*", help="ids of faults, or how they begin (default: all); kill-loop, "
-                        "consoles and table have options of their own")  # fmt: skip
+    parser.add_argument("names", nargs="*", help="ids of faults, or how they begin (default: all but those "
+                        "of `fleet`); kill-loop, consoles and table have options of their own")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say which faults there are, and play nothing")
     parser.add_argument("--representative", action="store_true", help="only the part that CI plays")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> int:
         totals = Counter(each.verdict.verdict for each in played)
         say(f"{len(played)} faults in {time.monotonic() - begun:.0f} s: {dict(totals)}")
         if options.out is not None:
-            whole = len(faults) == len(all_faults())
+            ids = [fault.id for fault in faults]
+            whole = ids in ([fault.id for fault in part] for part in (all_faults(), fleet_faults()))
             results.write(options.out, played, root, options, whole=whole, seconds=time.monotonic() - begun)
             say(f"written to {options.out}")
         for each in played:

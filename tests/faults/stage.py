@@ -49,6 +49,8 @@ class Stage:
     root: Path
     once: threading.RLock = field(default_factory=threading.RLock)
     """Lock held while a shared item is made."""
+    samples: dict[int, list[str]] | None = None
+    """{step: sample ids} of an undisturbed run (`fleet.undisturbed`)."""
     _reference: Reference | None = None
     _servers: dict[str, Outside] = field(default_factory=dict)
 
@@ -158,19 +160,30 @@ class Outside:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        command = ["bash", "examples/teacher_server.sh", str(model), "--device", "cpu", "--dtype", "float32"]
+        self._model, self._port = model, port
+        self.process = self._start()
+        self._wait_ready()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = ["bash", "examples/teacher_server.sh", str(self._model), "--device", "cpu", "--dtype", "float32"]
         command += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--sleep-on-idle"]
         command += ["--max-total-tokens", "4096"]
-        with log.open("wb") as stream:
-            self.process = subprocess.Popen(
+        notes = self.log.parent / "no-notes"
+        with self.log.open("ab") as stream:
+            return subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
-                env=job_environment(log.parent / "no-notes", {"PORT": str(port), "OMP_NUM_THREADS": "1"}),
+                env=job_environment(notes, {"PORT": str(self._port), "OMP_NUM_THREADS": "1"}),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def restart(self) -> None:
+        """Start it again on its port, with the weights of its folder, and wait until it is ready."""
+        self.stop()
+        self.process = self._start()
         self._wait_ready()
 
     def _wait_ready(self) -> None:

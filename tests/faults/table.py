@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.jobs import REPOSITORY
-from tests.faults.registry import all_faults
+from tests.faults.registry import all_faults, fleet_faults
 from tests.faults.results import COUNTERS, RESULTS
 from tests.faults.several_servers import section
-from tests.faults.verdict import GROUPS, SILENCE_S, Fault
+from tests.faults.verdict import FLEET, GROUPS, SILENCE_S, Fault
 
 PAGE = REPOSITORY / "docs" / "faults.md"
 RESULT = RESULTS / "faults.json"
 KILL_LOOP = RESULTS / "kill_loop.json"
+FLEET_RESULT = RESULTS / "fleet.json"
 HEAD = """\
 # Faults, and what a user sees
 
@@ -25,7 +26,8 @@ To see what a fault does to a run, play it:
 ```
 python -m tests.faults --list                      # all faults
 python -m tests.faults kill-launcher stop-rank     # faults whose id begins with these words
-python -m tests.faults --jobs 2 --out tests/faults/results/faults.json   # all faults
+python -m tests.faults --jobs 2 --out tests/faults/results/faults.json   # all but those of a fleet
+python -m tests.faults fleet --out tests/faults/results/fleet.json       # those of several rollout servers
 python -m tests.faults kill-loop --kills 30        # one run, killed at 30 random moments
 python -m tests.faults consoles --out docs/consoles.md
 ```
@@ -59,41 +61,53 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is another")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
-    text = page(json.loads(options.result.read_text(encoding="utf-8")), _kill_loop())
+    text = page(json.loads(options.result.read_text(encoding="utf-8")), _stored(KILL_LOOP), _stored(FLEET_RESULT))
     if options.check:
         return int(not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text)
     PAGE.write_text(text, encoding="utf-8")
     return 0
 
 
-def page(result: dict[str, Any], kill_loop: dict[str, Any] | None) -> str:
+def page(result: dict[str, Any], kill_loop: dict[str, Any] | None, fleet: dict[str, Any] | None) -> str:
     """The whole page."""
-    rows = {row["id"]: row for row in result["faults"]}
-    totals, counters = result["totals"], ", ".join(f"{result[name]} {name.replace('_', ' ')}" for name in COUNTERS)
     lines = [
         HEAD,
         "## Result",
         "",
-        f"`{result['command']}` at commit {result['commit'][:12]}, {result['date']}, {result['machine']}: "
-        f"{len(rows)} faults in {result['seconds']} s. {totals['ok']} ok, {totals['WEAK']} WEAK, "
-        f"{totals['MISS']} MISS; {counters}.",
-        "",
+        *_result_lines(result),
+        *(_result_lines(fleet) if fleet is not None else []),
         *(_loop_lines(kill_loop) if kill_loop is not None else []),
         RULES,
     ]
     for group in GROUPS:
-        lines += [
-            f"## {group.capitalize()}",
-            "",
-            "| fault | what is done | what you must get | what came | s | verdict |",
-        ]
-        lines += ["|---|---|---|---|---|---|"]
-        for fault in all_faults():
-            if fault.group == group:
-                lines.append(_row(fault, rows.get(fault.id)))
-        lines.append("")
-    lines.append(section())
+        lines += _group_lines(group, [fault for fault in all_faults() if fault.group == group], result)
+    if fleet is not None:
+        lines += _group_lines(FLEET, fleet_faults(), fleet)
+    else:
+        lines.append(section())
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _group_lines(group: str, faults: list[Fault], result: dict[str, Any] | None) -> list[str]:
+    rows = {row["id"]: row for row in result["faults"]} if result is not None else {}
+    head = ["| fault | what is done | what you must get | what came | s | verdict |", "|---|---|---|---|---|---|"]
+    return [
+        f"## {group.capitalize()}",
+        "",
+        *head,
+        *(_row(fault, rows.get(fault.id)) for fault in faults),
+        "",
+    ]
+
+
+def _result_lines(result: dict[str, Any]) -> list[str]:
+    totals, counters = result["totals"], ", ".join(f"{result[name]} {name.replace('_', ' ')}" for name in COUNTERS)
+    return [
+        f"`{result['command']}` at commit {result['commit'][:12]}, {result['date']}, {result['machine']}: "
+        f"{len(result['faults'])} faults in {result['seconds']} s. {totals['ok']} ok, {totals['WEAK']} WEAK, "
+        f"{totals['MISS']} MISS; {counters}.",
+        "",
+    ]
 
 
 def _loop_lines(result: dict[str, Any]) -> list[str]:
@@ -129,5 +143,5 @@ def _cell(text: str, longest: int = 400) -> str:
     return text.replace("|", "\\|").replace("`", "'")
 
 
-def _kill_loop() -> dict[str, Any] | None:
-    return json.loads(KILL_LOOP.read_text(encoding="utf-8")) if KILL_LOOP.is_file() else None
+def _stored(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

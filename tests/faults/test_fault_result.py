@@ -6,9 +6,9 @@ import json
 from functools import cache
 from typing import Any
 
-from tests.faults.registry import all_faults
+from tests.faults.registry import all_faults, fleet_faults
 from tests.faults.results import COUNTERS, places_in
-from tests.faults.table import KILL_LOOP, PAGE, RESULT, page
+from tests.faults.table import FLEET_RESULT, KILL_LOOP, PAGE, RESULT, page
 from tests.faults.verdict import GROUPS, MISS, OK, WEAK, Fault, Seen, judge
 
 ENOUGH = 60
@@ -27,23 +27,40 @@ def loop() -> dict[str, Any]:
     return found
 
 
+@cache
+def fleet() -> dict[str, Any] | None:
+    """The result of the faults of a fleet, if they were played and recorded; the page says if they were not."""
+    return json.loads(FLEET_RESULT.read_text(encoding="utf-8")) if FLEET_RESULT.is_file() else None
+
+
+def recorded() -> list[tuple[dict[str, Any], list[Fault]]]:
+    found = [(content(), all_faults())]
+    if (of_fleet := fleet()) is not None:
+        found.append((of_fleet, fleet_faults()))
+    return found
+
+
 def test_exactly_the_faults_of_the_registry_were_played() -> None:
-    assert content()["whole"] and len(all_faults()) >= ENOUGH
-    assert [row["id"] for row in content()["faults"]] == [fault.id for fault in all_faults()]
+    assert len(all_faults()) >= ENOUGH
+    for result, faults in recorded():
+        assert result["whole"]
+        assert [row["id"] for row in result["faults"]] == [fault.id for fault in faults]
 
 
 def test_no_recorded_fault_was_lost_silent_hung_or_left_running() -> None:
-    assert {name: content()[name] for name in COUNTERS} == dict.fromkeys(COUNTERS, 0)
-    assert [row["id"] for row in content()["faults"] if row["verdict"] == MISS] == []
+    for result, _ in recorded():
+        assert {name: result[name] for name in COUNTERS} == dict.fromkeys(COUNTERS, 0)
+        assert [row["id"] for row in result["faults"] if row["verdict"] == MISS] == []
 
 
 def test_the_totals_equal_the_counts_of_the_rows() -> None:
-    verdicts = [row["verdict"] for row in content()["faults"]]
-    assert content()["totals"] == {name: verdicts.count(name) for name in (OK, WEAK, MISS)}
+    for result, _ in recorded():
+        verdicts = [row["verdict"] for row in result["faults"]]
+        assert result["totals"] == {name: verdicts.count(name) for name in (OK, WEAK, MISS)}
 
 
 def test_the_results_name_their_commit_and_no_path_of_the_machine() -> None:
-    for result in (content(), loop()):
+    for result in (*(each for each, _ in recorded()), loop()):
         assert len(result["commit"]) == 40
         assert places_in(result) == []
 
@@ -53,9 +70,7 @@ def test_the_killed_run_equals_an_uninterrupted_one_bit_for_bit_after_enough_kil
 
 
 def test_the_page_of_faults_matches_registry_and_result() -> None:
-    content()
-    loop()
-    assert PAGE.read_text(encoding="utf-8") == page(content(), loop())
+    assert PAGE.read_text(encoding="utf-8") == page(content(), loop(), fleet())
 
 
 def test_the_representative_faults_cover_every_group_but_teacher_and_checkpoint() -> None:

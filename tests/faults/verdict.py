@@ -18,6 +18,8 @@ OK, WEAK, MISS = "ok", "WEAK", "MISS"
 SILENCE_S = 30.0
 """Longest time without a line while something waits."""
 GROUPS = ("kill", "stop", "signal", "disk", "server", "teacher", "checkpoint", "file", "message", "security")
+FLEET = "fleet"
+"""Group of the faults of several rollout servers, which have a result of their own."""
 CAUSE = re.compile(r"error|interrupted|stopped|SIGTERM|SIGINT|usage:|FAIL|refused", re.IGNORECASE)
 """Texts in a line that says why something ended."""
 NOISE = re.compile(

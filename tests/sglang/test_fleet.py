@@ -25,9 +25,11 @@ from tests.sglang.conftest import VOCABULARY, Oracle, cpu_server
 from tests.sglang.streams import plan, stream
 from tests.sglang.test_sampling import assert_ended_by_itself_or_whole, assert_log_probs
 from tropd_mcore.errors import GateError
+from tropd_mcore.mcore.parallel import Layout
 from tropd_mcore.rollout import policy_server as policy_server_module
 from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers
 from tropd_mcore.serving import wire
+from tropd_mcore.serving.router import Router
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.train import components
 from tropd_mcore.types import Rollout, SampleRequest
@@ -83,16 +85,24 @@ def samples(*, long: bool = False) -> list[SampleRequest]:
 
 
 @contextmanager
-def policy_of(servers: list[SupervisedServer], folder: Path, tmp_path: Path) -> Iterator[PolicyServer]:
+def policy_of(
+    servers: list[SupervisedServer], folder: Path, tmp_path: Path, router: Router | None = None
+) -> Iterator[PolicyServer]:
     """A launch of one rank whose student has the weights of the folder."""
+    reached = {server.spec.key: server for server in servers}
+    with one_rank() as layout, policy_on(layout, PolicyServers(reached, reached, router), folder, tmp_path) as policy:
+        yield policy
+
+
+@contextmanager
+def policy_on(layout: Layout, servers: PolicyServers, folder: Path, tmp_path: Path) -> Iterator[PolicyServer]:
+    """The same on every rank of a running job. Collective."""
     config = make_config(tmp_path, gates={"sampler_logprob": False, "tokenizer": False, "weight_sync": True})
     shapes = [(name, shape) for name, shape, _ in plan(folder)]
     site: Any = SimpleNamespace(
         config=config, platform=SimpleNamespace(name="cpu"), student=SimpleNamespace(vocab_size=VOCABULARY)
     )
-    reached = {server.spec.key: server for server in servers}
     with (
-        one_rank() as layout,
         mock.patch.object(policy_server_module, "iterate_hf", lambda *_, **__: stream(folder)),
         mock.patch.object(components, "hf_weight_plan", lambda _: shapes),
     ):
@@ -100,7 +110,7 @@ def policy_of(servers: list[SupervisedServer], folder: Path, tmp_path: Path) -> 
         student = make_student(layout)
         student.config = SimpleNamespace(params_dtype=torch.float32)
         ends: Any = SimpleNamespace(ids=())
-        policy = components.make_policy(site, student, ends, PolicyServers(reached, reached))
+        policy = components.make_policy(site, student, ends, servers)
         try:
             yield policy
         finally:

@@ -40,14 +40,14 @@ Fleet = list[SupervisedServer]
 
 
 @contextmanager
-def started(folder: Path, place: Path, count: int, **config: Any) -> Iterator[Fleet]:
+def started(folder: Path, place: Path, count: int, *, api_key: str | None = None, **config: Any) -> Iterator[Fleet]:
     """`count` servers that start at the same time."""
     with ExitStack() as stack:
         servers = []
         for index in range(count):
             spec = cpu_server(folder, place / str(index), keyed=False, hang_timeout_s=HANG_S, **config)
             (place / str(index)).mkdir()
-            spec = dataclasses.replace(spec, key=f"rollout.servers.{index}")
+            spec = dataclasses.replace(spec, key=f"rollout.servers.{index}", api_key=api_key)
             server = SupervisedServer(spec)
             stack.callback(server.stop)
             servers.append(server)

@@ -27,9 +27,9 @@ from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.config.teachers import TeacherSection, any_served, teachers_of
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask, ask_router
+from tropd_mcore.train.preflight_machine import one_per_interpreter
 from tropd_mcore.train.start_checks import State
 from tropd_mcore.weights.architecture import Architecture, layers_of_stages
-from tropd_mcore.train.preflight_machine import one_per_interpreter
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

@@ -4,7 +4,8 @@ The folder is on the job's PYTHONPATH. `TROPD_FAULTS` names a folder that the su
 
     point.<rank>     position of the rank, one line, rewritten at each edge of a phase
     wanted.<rank>    JSON {"edge": ..., "nth": 1, "then": "wait" | "go on" | "raise"}, written by the suite
-    reached.<rank>   written by the rank when it is there; with `wait`, it continues when `go.<rank>` appears
+    reached.<rank>   written by the rank when it is there; with `wait`, it continues when `go.<rank>` appears, which it
+                     removes. Of several threads at the same edge, only the first one acts
 
 The product is not changed on disk. Further variables: `TROPD_FAULTS_HIDE` names packages that cannot be imported here,
 `TROPD_FAULTS_NO_FLOCK` makes flock fail as on a file system without it.
@@ -17,13 +18,14 @@ import importlib.machinery
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-WAIT_LIMIT_S = 180.0
+WAIT_LIMIT_S = 360.0
 """Longest wait for the suite, which may have died."""
 
 
@@ -34,6 +36,7 @@ class Points:
         rank = os.environ.get("RANK", "x")
         self._passed = 0
         """Number of times that the wanted edge was passed."""
+        self._lock = threading.Lock()
         self._point = os.open(os.path.join(folder, f"point.{rank}"), os.O_CREAT | os.O_WRONLY, 0o666)
         self._wanted, self._reached, self._go = (
             os.path.join(folder, f"{name}.{rank}") for name in ("wanted", "reached", "go")
@@ -42,25 +45,36 @@ class Points:
     def at(self, edge: str) -> None:
         """Report that this process is at `edge`, and do the requested action."""
         os.pwrite(self._point, f"{edge:<60}\n".encode(), 0)
-        try:
-            with open(self._wanted, encoding="utf-8") as stream:
-                wanted = json.load(stream)
-        except (FileNotFoundError, ValueError):
+        wanted = self._taken(edge)
+        if wanted is None:
             return
-        if wanted["edge"] != edge:
-            return
-        self._passed += 1
-        if self._passed < wanted["nth"]:
-            return
-        self._passed = 0
-        os.unlink(self._wanted)
-        with open(self._reached, "w", encoding="utf-8") as stream:
-            stream.write(edge)
         if wanted["then"] == "raise":
             raise RuntimeError("a fault that the suite planted")
         deadline = time.monotonic() + WAIT_LIMIT_S
-        while wanted["then"] == "wait" and not os.path.exists(self._go) and time.monotonic() < deadline:
+        while wanted["then"] == "wait" and time.monotonic() < deadline:
+            if os.path.exists(self._go):
+                os.unlink(self._go)
+                return
             time.sleep(0.02)
+
+    def _taken(self, edge: str) -> dict[str, Any] | None:
+        """The order to act at `edge`, if it is time for it. Nobody else gets it then."""
+        with self._lock:
+            try:
+                with open(self._wanted, encoding="utf-8") as stream:
+                    wanted: dict[str, Any] = json.load(stream)
+            except (FileNotFoundError, ValueError):
+                return None
+            if wanted["edge"] != edge:
+                return None
+            self._passed += 1
+            if self._passed < wanted["nth"]:
+                return None
+            self._passed = 0
+            os.unlink(self._wanted)
+            with open(self._reached, "w", encoding="utf-8") as stream:
+                stream.write(edge)
+            return wanted
 
 
 class Wrapping(importlib.abc.MetaPathFinder):
