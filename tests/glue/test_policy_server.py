@@ -88,6 +88,7 @@ class PolicySite:
                 broadcasts_to=lambda _: False,
             ),
             connect=self._connect,
+            lane=None,
         )
         return PolicyServer(
             student,

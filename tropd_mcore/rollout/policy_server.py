@@ -260,7 +260,7 @@ class PolicyServer:
             self._drop(lost, may_end=False)
 
     def _ask_all(self, ask: Callable[[SupervisedServer], None]) -> dict[str, ServerError]:
-        """Run `ask` on rank 0 for every ready server that gives its memory back. Returns those that died, on every rank."""
+        """Run `ask` on rank 0 for every ready server with release_memory. Returns those that died, on every rank."""
 
         def asked() -> dict[str, ServerError]:
             died: dict[str, ServerError] = {}

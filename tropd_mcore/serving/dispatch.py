@@ -39,6 +39,8 @@ PATIENCE_S = 2.0
 SLOW = 0.25
 """A server counts as slow if its requests advance at less than this share of the fastest server's rate. Servers that
 share a machine differ by a factor of two now and then, and moving their samples would cost more than it saves."""
+CLEARLY = 1.5
+"""Age of all requests of a server without an answer, in usual times of an answer, from which it is slow for sure."""
 LOOK_AGAIN_S = 10.0
 """Seconds until a server that seemed slow and was not is looked at again."""
 ABORT_S = 10.0
@@ -332,7 +334,8 @@ class _Call(Generic[Question, Answer]):
         server.lost = error
         self._found.lost[server.place] = error
         for item, task in list(server.open.items()):
-            if task is not asyncio.current_task():
+            # one that is done has put its question back itself
+            if task is not asyncio.current_task() and not task.done():
                 task.cancel()
                 self._found.again += 1
                 self._back(item)
@@ -348,8 +351,7 @@ class _Call(Generic[Question, Answer]):
         self._lose(server, await server.lane.transport.hung(generates=True))
 
     async def _attend(self, server: _Served[Question, Answer], beside: Coroutine[None, None, ServerDied]) -> None:
-        """Lose the server when what runs beside its requests says so."""
-        self._lose(server, await beside)
+        self._lose(server, await beside)  # it returns when the server is gone
 
     async def _look_for_slow_ones(self) -> None:
         """When a server has nothing to do, take the questions of a slow one away."""
@@ -370,27 +372,34 @@ class _Call(Generic[Question, Answer]):
         if server.pace is not None:
             return server.pace < SLOW * max(paces)
         # it has answered nothing: suspect if its requests are older than the average answer of the others took
-        answers = sum(other.answered for other in others)
-        return oldest > sum(other.seconds for other in others) / max(answers, 1)
+        return oldest > self._usual_s(server)
+
+    def _usual_s(self, server: _Served[Question, Answer]) -> float:
+        """Seconds that an answer of the other servers took on average."""
+        others = [other for other in self._alive() if other is not server and other.answered]
+        return sum(other.seconds for other in others) / max(sum(other.answered for other in others), 1)
 
     async def _relieve(self, server: _Served[Question, Answer]) -> None:
         """Take all open questions from a server that seems slow, if a part of one of them shows that it is."""
-        items = [item for item in server.open if item.moves < MOVES]
-        name, url = server.lane.transport.name, server.lane.transport.url
+        items = [item for item, task in server.open.items() if item.moves < MOVES and not task.done()]
+        name = server.lane.transport.name
         best = max((other.pace or 0.0 for other in self._alive() if other is not server), default=0.0)
         if self._work.after is None:
             self._take_away(server, items)
             return
         stuck, tokens, seconds = 0, server.tokens, server.seconds
-        # without an answer, while another has given all of its own, no probe is needed
-        is_clear = not server.answered and any(not other.open for other in self._alive() if other.answered)
+        # without an answer long after others have given all of theirs, no probe is needed
+        late = CLEARLY * self._usual_s(server)
+        is_clear = not server.answered and all(time.monotonic() - item.since > late for item in items)
         for batch in (items,) if is_clear else (items[:1], items[1:]):
-            stuck += await self._abort(server, [item for item in batch if item in server.open])
+            left = [item for item in batch if item in server.open and not server.open[item].done()]
+            stuck += await self._abort(server, left)
             if server.lost is not None:
                 return
             if stuck:
                 self._found.may_return.add(server.place)
                 what = f"{name}: it did not end {stuck} requests within {ABORT_S:g} s when it was told to abort them"
+                url = server.lane.transport.url
                 self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})", url))
                 return
             pace = (server.tokens - tokens) / max(server.seconds - seconds, 1e-9)
