@@ -134,7 +134,7 @@ class _Call(Generic[Question, Answer]):
         self._servers: list[_Served[Question, Answer]] = []
         self._found: Dispatched[Answer] = Dispatched([])
         self._helpers: set[asyncio.Task[Any]] = set()
-        # more than this many requests beyond the least loaded server are not worth a shared prefix
+        # as many requests more than another server has are worth a shared prefix
         self._allowance = math.ceil(len(questions) / (8 * max(len(lanes), 1)))
 
     def result(self) -> Dispatched[Answer]:
@@ -429,8 +429,7 @@ class _Call(Generic[Question, Answer]):
         if not items:
             return 0
         transport = server.lane.transport
-        tasks = [server.open[item] for item in items]
-        server.relieved = True
+        tasks, server.relieved = [server.open[item] for item in items], True
         for item in items:
             item.moves += 1
             item.avoid.add(server.place)
