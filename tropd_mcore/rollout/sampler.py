@@ -264,6 +264,8 @@ class SglangSampler:
                 collected.lost[client.key] = error
                 if not isinstance(error, ServerDied):
                     collected.may_return.add(client.key)
+                if self._lane is not None:
+                    self._lane.take_out(client.url)
                 continue
             if longest > info.longest_sequence:
                 raise ServerError(
