@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def servers(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     made = []
     for place in range(2):
         spec = cpu_server(qwen3_folder, tmp_path_factory.mktemp(f"server{place}"), name="rollout", hang_timeout_s=3.0)
+        spec = replace(spec, key=f"rollout.servers.{place}")
         made.append(SupervisedServer(dataclasses.replace(spec, api_key=FLEET_KEY, title=f"rollout.servers.{place}")))
     try:
         for server in made:
