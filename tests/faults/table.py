@@ -11,6 +11,7 @@ from typing import Any
 from tests.e2e.jobs import REPOSITORY
 from tests.faults.registry import all_faults, fleet_faults
 from tests.faults.results import COUNTERS, RESULTS
+from tests.faults.several_servers import section
 from tests.faults.verdict import FLEET, GROUPS, SILENCE_S, Fault
 
 PAGE = REPOSITORY / "docs" / "faults.md"
@@ -80,7 +81,10 @@ def page(result: dict[str, Any], kill_loop: dict[str, Any] | None, fleet: dict[s
     ]
     for group in GROUPS:
         lines += _group_lines(group, [fault for fault in all_faults() if fault.group == group], result)
-    lines += _group_lines(FLEET, fleet_faults(), fleet)
+    if fleet is not None:
+        lines += _group_lines(FLEET, fleet_faults(), fleet)
+    else:
+        lines.append(section())
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -91,7 +95,7 @@ def _group_lines(group: str, faults: list[Fault], result: dict[str, Any] | None)
         f"## {group.capitalize()}",
         "",
         *head,
-        *(_row(fault.id, fault.done, fault.wanted, rows.get(fault.id)) for fault in faults),
+        *(_row(fault, rows.get(fault.id)) for fault in faults),
         "",
     ]
 
@@ -116,10 +120,13 @@ def _loop_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(name: str, done: str, wanted: str, row: dict[str, Any] | None) -> str:
+def _row(fault: Fault, row: dict[str, Any] | None) -> str:
+    name, done, wanted = fault.id, fault.done, fault.wanted
     if row is None:
         return f"| {name} | {_cell(done)} | {_cell(wanted)} | not played | | |"
     came = f"exit {as_shell(row['exit_code'])}" if row["exit_code"] is not None else "the run goes on"
+    if row["exit_code"] not in fault.code:  # recorded before the code was changed
+        came += f" at that commit, {' or '.join(str(as_shell(code)) for code in fault.code)} since then"
     came += f": `{_cell(row['line'], 160)}`" if row["line"] else ""
     reasons = f": {_cell('; '.join(row['reasons']), 160)}" if row["reasons"] else ""
     return f"| {name} | {_cell(done)} | {_cell(wanted)} | {came} | {row['seconds']:g} | {row['verdict']}{reasons} |"

@@ -34,20 +34,26 @@ class Client:
 
 
 def answered_by(client: Client, monkeypatch: pytest.MonkeyPatch, opened: list[str] | None = None) -> Client:
-    """Let `client` answer for every server that a command opens; `opened` gets the keys of their models."""
+    """Let `client` answer for all servers that a command opens; `opened` gets the keys of their models."""
 
-    class Server:
+    class Servers:
+        """A fleet of one server, which is its own first and only one."""
+
         def __init__(self, *_: Any, key: str, model_key: str, **__: Any) -> None:
             if opened is not None:
                 opened.append(model_key)
-            self.client, self.spec = client, SimpleNamespace(key=key)
+            self.client, self.spec, self.is_started = client, SimpleNamespace(key=key), True
             self.generate = client.generate
+            self.first, self.each = self, (self,)
 
-        def __enter__(self) -> Server:
+        def infos(self) -> list[tuple[Any, SimpleNamespace]]:
+            return [(self, client.info())]
+
+        def __enter__(self) -> Servers:
             return self
 
         def __exit__(self, *_: object) -> None:
             return None
 
-    monkeypatch.setattr(server_module, "open_server", Server)
+    monkeypatch.setattr(server_module, "open_servers", Servers)
     return client

@@ -147,7 +147,7 @@ def make_layout(axis: Axis = "data") -> Layout:
 def make_student(layout: Layout) -> Any:
     """The part of a model that the glue uses: its stage and its device."""
     return SimpleNamespace(
-        layout=layout, platform=SimpleNamespace(device="cpu"), trainable=True, model_chunks=[], modules=[]
+        layout=layout, platform=SimpleNamespace(name="cpu", device="cpu"), trainable=True, model_chunks=[], modules=[]
     )
 
 

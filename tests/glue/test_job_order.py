@@ -167,7 +167,7 @@ def test_on_gpus_each_server_is_ready_before_the_next_one_and_before_the_trainer
 
     class Server:
         def __init__(self, spec: ServerSpec) -> None:
-            self.name, self.is_started = spec.name, True
+            self.name, self.is_started, self.config = spec.name, True, spec.config
             needed.append(spec.longest)
 
         def start(self) -> None:

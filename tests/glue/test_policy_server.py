@@ -73,7 +73,7 @@ class PolicySite:
     def policy(self) -> PolicyServer:
         """A launch. Collective."""
         student: Any = make_student(self.layout)
-        student.platform = SimpleNamespace(empty_cache=lambda: self.events.append(("empty cache",)))
+        student.platform = SimpleNamespace(name="cpu", empty_cache=lambda: self.events.append(("empty cache",)))
         self.fleet = {key_of(place): self._server(place) for place in range(self.servers)}
         self.sampler = SimpleNamespace(clients=[], collect=self._collect)
         self.holds: dict[str, str] = {}
@@ -88,6 +88,7 @@ class PolicySite:
                 broadcasts_to=lambda _: False,
             ),
             connect=self._connect,
+            lane=None,
         )
         return PolicyServer(
             student,
@@ -112,7 +113,7 @@ class PolicySite:
 
     def _server(self, place: int) -> Any:
         key = key_of(place)
-        config = SimpleNamespace(hang_timeout_s=0.2, start_timeout_s=5.0)
+        config = SimpleNamespace(hang_timeout_s=0.2, start_timeout_s=5.0, release_memory=True)
         return SimpleNamespace(
             spec=SimpleNamespace(key=key, called=key),
             config=config,

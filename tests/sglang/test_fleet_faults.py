@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,27 +105,6 @@ def test_a_server_that_stops_in_a_publication_is_left_out_of_the_step_and_comes_
         found = r"rollout.servers.0.*hung.*\(started again\): 1 of 2 rollout servers go on"
         assert re.search(found, caplog.text)
         wait_for_all(policy)
-        assert_whole(policy.sample(samples(), step=2), samples(), llama_folder, log_softmax, step=2)
-        assert all(server.client.info().weight_version.endswith("/step-000002") for server in pair)
-
-
-def test_a_server_at_a_url_that_somebody_restarts_in_a_step_gets_the_weights_at_the_next_one(
-    pair: Fleet, llama_folder: Path, tmp_path: Path, log_softmax: Oracle, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    """It is back, with the weights of its folder, before its open samples are asked again."""
-
-    def restart() -> None:
-        thread = threading.Thread(target=lambda: pair[1].recover(ServerDied("somebody restarts it")))
-        thread.start()
-        thread.join()
-
-    fleet, asked = [at_url(server) for server in pair], samples(long=True)
-    with policy_of(fleet, llama_folder, tmp_path) as policy:
-        policy.sample(samples(), step=0)
-        after_answers(monkeypatch, 1, restart)
-        assert_whole(policy.sample(asked, step=1), asked, llama_folder, log_softmax, step=1)
-        assert "rollout.servers.1" in caplog.text and "1 of 2 rollout servers go on" in caplog.text
         assert_whole(policy.sample(samples(), step=2), samples(), llama_folder, log_softmax, step=2)
         assert all(server.client.info().weight_version.endswith("/step-000002") for server in pair)
 

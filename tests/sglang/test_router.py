@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def servers(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     made = []
     for place in range(2):
         spec = cpu_server(qwen3_folder, tmp_path_factory.mktemp(f"server{place}"), name="rollout", hang_timeout_s=3.0)
+        spec = replace(spec, key=f"rollout.servers.{place}")
         made.append(SupervisedServer(dataclasses.replace(spec, api_key=FLEET_KEY, title=f"rollout.servers.{place}")))
     try:
         for server in made:
@@ -96,7 +98,8 @@ def publish(server: SupervisedServer, folder: Path, version: str) -> None:
 
 def sampler(lane: RouterLane, **config: float) -> SglangSampler:
     settings = RolloutConfig(**config)  # type: ignore[arg-type]
-    return SglangSampler(lane, settings, eos_ids=(), vocab_size=VOCABULARY, seed=7, masked_share=0.25)  # type: ignore[arg-type]
+    clients = [server.client for server in lane._servers.values()]
+    return SglangSampler(clients, settings, eos_ids=(), vocab_size=VOCABULARY, seed=7, masked_share=0.25, lane=lane)
 
 
 def questions(count: int, new: int) -> list[SampleRequest]:
@@ -163,13 +166,14 @@ def test_a_server_that_missed_an_update_is_noticed_before_sampling_and_in_its_an
 ) -> None:
     servers[0].client.label_weights("step-2")
     with pytest.raises(ServerError, match=rf"different weights: .*{servers[1].client.url} '{VERSION}'.*publish"):
-        sampler(lane).sample(questions(6, 4), step=2, expected_version="step-2")
+        lane.info()
     stale = sampler(lane)
-    stale._check_server = lambda *_: None  # type: ignore[method-assign]
+    stale._usable = lambda *_: stale.clients  # type: ignore[method-assign]
     with pytest.raises(ServerError, match=rf"was drawn from weights \['{VERSION}'\]; expected 'step-2' alone"):
         stale.sample(questions(6, 4), step=2, expected_version="step-2")
-    lane.take_out(servers[1].client.url)
-    assert len(sampler(lane).sample(questions(6, 4), step=2, expected_version="step-2")) == 6
+    found = sampler(lane).collect(questions(6, 4), step=2, expected_version="step-2")
+    assert len(found.rollouts) == 6 and lane.servers == (servers[0].client.url,)
+    assert f"the server has weights '{VERSION}'" in str(found.lost[servers[1].spec.key])
 
 
 def test_a_server_killed_while_it_samples_costs_no_sample_and_comes_back_after_its_weights_are_proven(
@@ -213,17 +217,16 @@ def test_a_stopped_router_is_restarted_too(
     assert router.restarts == 1 and "is stopped (state T)" in caplog.text
 
 
-def test_a_router_that_may_not_be_restarted_leaves_the_caller_the_answers_so_far_and_its_end(
+def test_a_router_that_may_not_be_restarted_ends_the_sampling_with_one_error(
     lane: RouterLane, router: Router, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router.restarts = router.spec.server.max_restarts
     assert router.pid is not None
     pid = router.pid
     once_two_are_read(lambda: os.kill(pid, signal.SIGKILL), monkeypatch)
-    collected = sampler(lane).collect(in_flight(), step=1, expected_version=VERSION)
-    assert isinstance(collected.died, ServerDied) and collected.died.url == router.url
-    assert "max_restarts=2 are used up" in str(collected.died)
-    assert {"0", "1"} <= collected.rollouts.keys() and len(collected.rollouts) < 8
+    with pytest.raises(ServerDied, match="max_restarts=2 are used up") as died:
+        sampler(lane).collect(in_flight(), step=1, expected_version=VERSION)
+    assert died.value.url == router.url
 
 
 def test_requests_of_a_router_that_is_gone_are_aborted_by_the_servers(

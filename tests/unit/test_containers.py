@@ -88,5 +88,6 @@ def test_a_container_makes_both_environments_with_the_setup_script(path: Path) -
 def test_the_server_stage_of_the_dockerfile_copies_what_the_setup_of_a_server_reads() -> None:
     words = DOCKER.read_text().split("AS server")[1].split("\nFROM")[0]
     script = (ROOT / "examples" / "setup_env.sh").read_text()
-    assert 'environment "$SERVER_VENV" SERVER_VENV install_server "$SERVER_LOCK"\n' in script
+    assert 'environment "$SERVER_VENV" SERVER_VENV install_server "$SERVER_LOCK" "$ROUTER_LOCK"\n' in script
+    assert "ROUTER_LOCK=requirements/router.txt\n" in script and "requirements/router.txt" in words
     assert "requirements/server-gpu.txt" in words and "examples/setup_env.sh" in words

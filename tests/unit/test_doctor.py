@@ -230,7 +230,7 @@ def test_doctor_reports_for_each_shipped_recipe_what_is_missing_here(
     assert code == 2 and {"student.path", "data.prompts", *teachers} <= failed.keys()
     assert ("no GPU is visible on this machine" in failed.get("platform.kind", "")) == ("cpu" not in name)
     assert ("teacher.server.api_key_env" in failed) == ("4n8g" in name)
-    assert ("rollout.server.python" in failed) == ("cpu" not in name), "the server's environment of a GPU machine"
+    assert ("rollout.servers.0.python" in failed) == ("cpu" not in name), "the server's environment of a GPU machine"
     unmade = at("warn", lines).get("data.teacher_responses", "")
     assert ("not yet made" in unmade) != ("fkl-rkl" in name or "teachers" in name), "gkd reads no responses"
 

@@ -157,7 +157,7 @@ def test_a_dry_run_of_every_recipe_tells_memory_servers_and_ports(
     found = plan(capsys, recipe)
     on_gpus = found["layout"].endswith("platform cuda")
     assert found["ports"].startswith("ranks meet at ") and "a free port of the loopback address" in found["ports"]
-    assert re.search(r"KV cache of [\d,]+ tokens for 64 requests", found["rollouts"]) or "none: " in found["rollouts"]
+    assert re.search(r"KV cache of [\d,]+ tokens for \d+ requests", found["rollouts"]) or "none: " in found["rollouts"]
     assert ("on GPU 0" in found["rollouts"]) is on_gpus
     assert ("memory" in found) is on_gpus and ("fullest GPU" in found) is on_gpus
     if on_gpus:
@@ -165,8 +165,11 @@ def test_a_dry_run_of_every_recipe_tells_memory_servers_and_ports(
         assert {"weights", "gradients", "optimizer", "activations", "loss", "scores", "context"} <= {*dict(parts)}
         total = float(found["memory"].rpartition(" = ")[2].removesuffix(" GiB"))
         assert total == pytest.approx(sum(float(size) for _, size in parts), abs=0.05 * len(parts))
-        assert re.search(r"weights [\d.]+ \+ KV cache [\d.]+ = ", found["rollout.server"])
-        fullest = float(found["fullest GPU"].split()[2])
+        servers = [text for name, text in found.items() if name.startswith("rollout.servers.")]
+        used = [gpu for gpus in re.findall(r" on GPU ([\d, ]+), b", found["rollouts"]) for gpu in gpus.split(", ")]
+        assert f"= {len(used)} ranks" in found["layout"], "every GPU samples"
+        assert all(re.search(r"weights [\d.]+ \+ KV cache [\d.]+ = ", text) for text in servers)
+        fullest = float(found["fullest GPU"].partition(": ")[2].split()[0])
         assert total < fullest < 0.85 * H100_GIB, "some room is left for CUDA graphs and fragmentation"
 
 
@@ -200,14 +203,14 @@ def test_a_served_teacher_of_a_family_that_only_sglang_knows_counts_with_its_fil
 
 def test_two_servers_and_a_rank_on_one_gpu_are_added_up(capsys: pytest.CaptureFixture[str], models: Path) -> None:
     recipe = ROOT / "configs" / "qwen3-1.7b-from-qwen3-8b-1n8g-tp2.yaml"
-    server = "teacher.server={max_total_tokens: 100000, gpus: [%d], port: 7007}"
-    apart = plan(capsys, recipe, "teacher.kind=sglang", server % 3)
-    shared = plan(capsys, recipe, "teacher.kind=sglang", server % 0)
+    server = "teacher.server={max_total_tokens: 200000, gpus: [%d], port: 7007}"
+    apart = plan(capsys, recipe, "rollout.servers=[]", "teacher.kind=sglang", server % 3)
+    shared = plan(capsys, recipe, "rollout.servers=[]", "teacher.kind=sglang", server % 0)
     sizes = [float(found["fullest GPU"].split()[2]) for found in (apart, shared)]
     own = [float(apart[key].partition(" = ")[2].split()[0]) for key in ("rollout.server", "teacher.server")]
     assert apart["fullest GPU"].startswith("GPU 3: ") and shared["fullest GPU"].startswith("GPU 0: ")
     assert sizes[1] - sizes[0] == pytest.approx(min(own), abs=0.11)
     assert "teacher.server on port 7007 of the loopback address" in apart["ports"]
-    taking_turns = plan(capsys, recipe, "rollout.server.release_memory=true")
+    taking_turns = plan(capsys, recipe, "rollout.servers=[]", "rollout.server.release_memory=true")
     assert taking_turns["fullest GPU"].endswith("; release_memory: they take turns")
     assert taking_turns["rollouts"].count(", in turns with training") == 1

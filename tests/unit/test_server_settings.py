@@ -139,5 +139,6 @@ def test_only_a_server_that_a_command_starts_on_gpus_takes_the_whole_machine(
         platform=PlatformConfig(kind=kind),
         logs=model / "logs",
     )
-    halves = [config.model_copy(update={"tensor_parallel": 2, "gpus": gpus}) for gpus in ((0, 1), (2, 3))]
+    own = {"tensor_parallel": 2, "max_concurrency": ServerConfig().max_concurrency}
+    halves = [config.model_copy(update={**own, "gpus": gpus}) for gpus in ((0, 1), (2, 3))]
     assert seen == (halves if whole else [config])

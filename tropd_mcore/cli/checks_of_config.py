@@ -27,6 +27,7 @@ from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.config.teachers import TeacherSection, any_served, teachers_of
 from tropd_mcore.errors import ConfigError, ServerError, TropdError
 from tropd_mcore.serving.interpreter import ask, ask_router
+from tropd_mcore.train.preflight_machine import one_per_interpreter
 from tropd_mcore.train.start_checks import State
 from tropd_mcore.weights.architecture import Architecture, layers_of_stages
 
@@ -48,8 +49,10 @@ CROWDED = 0.8
 
 def servers(config: Config) -> Iterator[Finding]:
     """Check that servers at a URL answer /health. Tell what the interpreter of a server to start has."""
+    first = one_per_interpreter(config)
     for key, server in used_servers(config).items():
-        yield from _server(key, server)
+        if server.url is not None or key in first:
+            yield from _server(key, server)
     if (router := used_router(config)) is not None:
         yield from _router(config, router)
 

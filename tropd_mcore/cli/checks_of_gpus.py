@@ -19,7 +19,7 @@ from tropd_mcore.cli.findings import Finding
 from tropd_mcore.config.derived import started_servers
 from tropd_mcore.config.schema import Config
 from tropd_mcore.serving.environment import of_interpreter
-from tropd_mcore.train.preflight_machine import VISIBLE, uses_cuda
+from tropd_mcore.train.preflight_machine import VISIBLE, one_per_interpreter, uses_cuda
 
 SMI = ("nvidia-smi", "--query-gpu=index,name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits")
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -142,7 +142,7 @@ def server_libraries(config: Config, environ: Mapping[str, str]) -> Iterator[Fin
         return
     if started_servers(config) and (missing := _toolkit_problem(environ)) is not None:
         yield missing
-    for key, server in started_servers(config).items():
+    for key, server in one_per_interpreter(config).items():
         for module in ("sgl_kernel", "sglang.srt.entrypoints.http_server"):
             remedy = f"{key}.python names the interpreter of the server"
             finding = imported(key, str(server.python or sys.executable), module, remedy)

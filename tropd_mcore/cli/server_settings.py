@@ -19,8 +19,8 @@ from tropd_mcore.config.server_section import OF_A_START
 from tropd_mcore.config.yaml_reader import parse_yaml
 from tropd_mcore.errors import ConfigError
 
-OF_A_JOB = ("gpus", "max_total_tokens", "mem_fraction", "threads")
-"""Keys whose values keep room for a trainer."""
+OF_A_JOB = ("gpus", "max_total_tokens", "mem_fraction", "threads", "max_concurrency")
+"""Keys whose values keep room for a trainer. On a machine of its own a server has their defaults."""
 ROOM = 0.5
 """Largest share of a GPU's memory that weights may take; the KV cache needs the rest."""
 
@@ -99,7 +99,9 @@ def whole_machine(server: ServerConfig, model: Path, gpus: Sequence[int], given:
     Each gets as few GPUs as its weights need, because several servers answer more requests per second than one with
     more tensor ranks. There are as many as fit on the machine.
     """
-    changes: dict[str, object] = {name: None for name in OF_A_JOB if name not in given}
+    changes: dict[str, object] = {
+        name: ServerConfig.model_fields[name].default for name in OF_A_JOB if name not in given
+    }
     if "tensor_parallel" not in given:
         changes["tensor_parallel"] = _tensor_parallel(model, gpus)
     found = server.model_copy(update=changes)

@@ -131,16 +131,20 @@ def _rollouts(config: Config) -> str:
 
 
 def _servers(servers: Mapping[str, ServerConfig], dtype: Dtype, source: str, platform: str) -> str:
-    """The text of each server; equal ones are counted."""
-    texts: dict[str, int] = {}
+    """The text of each server; equal ones are counted, and their GPUs are listed."""
+    if len(servers) == 1:
+        (server,) = servers.values()
+        return _server(server, dtype, f"started by rank 0{source}", platform)
+    texts: dict[str, list[str]] = {}
     for server in servers.values():
         who = "rank 0" if server.node == 0 else f"the first rank of node {server.node}"
-        text = _server(server, dtype, f"started by {who}{source}", platform)
-        texts[text] = texts.get(text, 0) + 1
-    if len(servers) == 1:
-        return next(iter(texts))
-    listed = " | ".join(f"{count} x {text}" if count > 1 else text for text, count in texts.items())
-    return f"{len(servers)} servers: {listed}"
+        text = _server(server.model_copy(update={"gpus": ()}), dtype, f"started by {who}{source}", "cpu")
+        texts.setdefault(text, []).append("+".join(map(str, gpus_of(server))))
+    listed = []
+    for text, gpus in texts.items():
+        where = "" if platform == "cpu" or text.startswith("SGLang at ") else f", on GPU {', '.join(gpus)}"
+        listed.append(f"{len(gpus)} x {text}{where}" if len(gpus) > 1 else f"{text}{where}")
+    return f"{len(servers)} servers: {' | '.join(listed)}"
 
 
 def _server(server: ServerConfig, dtype: Dtype, started: str, platform: str) -> str:

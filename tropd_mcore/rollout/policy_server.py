@@ -152,9 +152,13 @@ class PolicyServer:
                 self._drop(lost, alive=found.may_return)
 
     def close(self) -> None:
-        """Leave what the publisher holds on the servers. Not collective."""
-        if self._tools is not None:
-            self._tools.publisher.close()
+        """Leave what the publisher holds on the servers, and no server at a url paused. Not collective."""
+        if self._tools is None:
+            return
+        self._tools.publisher.close()
+        for member in self._members.values():
+            if member.state == "away" and not member.server.is_started:
+                member.server.answers()  # asks it to go on first
 
     def _holding(self, version: str) -> dict[str, _Member]:
         """The ready servers with the weights of `version`. Rank 0."""
@@ -203,7 +207,11 @@ class PolicyServer:
         targets = [member.target for member in members if member.target is not None]
         assert len(targets) == len(members), "a server that was not connected"
         # a broadcast between GPUs takes the tensors from the trainer's GPU
-        on_device = self._tools is not None and self._tools.publisher.broadcasts_to(targets)
+        on_device = (
+            self._tools is not None
+            and self._model.platform.name == "cuda"
+            and self._tools.publisher.broadcasts_to(targets)
+        )
         streams = _Streams(
             lambda: iterate_hf(self._model, self._layout, on_device=on_device), expected=2 if verify_sync else 1
         )
@@ -242,7 +250,8 @@ class PolicyServer:
         if not self._release_memory:
             return
         for member in self._members.values():
-            member.version = None  # the weights are lost
+            if member.server.config.release_memory:
+                member.version = None  # the weights are lost
         while True:
             self._assemble(all_of_them=True)
             lost = self._ask_all(lambda server: server.release_memory())
@@ -251,11 +260,13 @@ class PolicyServer:
             self._drop(lost, may_end=False)
 
     def _ask_all(self, ask: Callable[[SupervisedServer], None]) -> dict[str, ServerError]:
-        """Run `ask` on rank 0 for every ready server. Returns those that died, on every rank."""
+        """Run `ask` on rank 0 for every ready server with release_memory. Returns those that died, on every rank."""
 
         def asked() -> dict[str, ServerError]:
             died: dict[str, ServerError] = {}
             for key, member in self._ready().items():
+                if not member.server.config.release_memory:
+                    continue
                 try:
                     ask(member.server)
                 except ServerDied as error:

@@ -20,13 +20,10 @@ from tropd_mcore.rollout.uniforms import decode_seed, trust_uniforms
 from tropd_mcore.serving.client import SglangClient, generate_on
 from tropd_mcore.serving.router_lane import RouterLane
 from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
-from tropd_mcore.serving.work import Dispatched
+from tropd_mcore.serving.work import Dispatched, Speeds
 from tropd_mcore.types import IntArray, Rollout, SampleRequest
 
 log = logging.getLogger(__name__)
-
-SMOOTHING = 0.5
-"""Weight of the last call in the speed of a server."""
 
 
 @dataclass
@@ -75,8 +72,7 @@ class SglangSampler:
         self._vocab_size = vocab_size
         self._seed = seed
         self._masked_share = masked_share
-        self._speeds: dict[str, float] = {}
-        """Section of a server -> its speed, 1 on average"""
+        self._speeds = Speeds()
 
     def sample(self, requests: list[SampleRequest], *, step: int, expected_version: str) -> list[Rollout]:
         """Return the rollouts in the order of the requests, without the samples that had to be left out.
@@ -156,7 +152,7 @@ class SglangSampler:
         if self._lane is not None:
             self._round_through(self._lane, requests, questions, collected, step, version)
             return
-        speeds = [self._speeds.get(client.key, 1.0) for client in servers]
+        speeds = [self._speeds.of(client.key) for client in servers]
         sampled = generate_on(servers, questions, speeds=speeds, refuses=lambda answer: self._stale(answer, version))
         self._note_servers(sampled, servers, collected)
         for request, answer in zip(requests, sampled.answers, strict=True):
@@ -188,7 +184,7 @@ class SglangSampler:
             elif isinstance(answer, ServerError):
                 raise answer
             elif (stale := self._stale(answer, version)) is not None:
-                raise ServerError(stale)
+                raise ServerError(f"{self._key}: {stale}")
             elif answer.finish_reason != "abort":
                 collected.rollouts[request.sample_id] = self._rollout(request, answer, step, version)
         collected.lost |= {keys[url]: error for url, error in lane.lost.items() if url in keys}
@@ -201,10 +197,7 @@ class SglangSampler:
             collected.lost[servers[place].key] = error
             if place in sampled.may_return:
                 collected.may_return.add(servers[place].key)
-        mean = sum(sampled.speeds.values()) / max(len(sampled.speeds), 1)
-        for place, speed in sampled.speeds.items():
-            key = servers[place].key
-            self._speeds[key] = (1 - SMOOTHING) * self._speeds.get(key, 1.0) + SMOOTHING * speed / mean
+        self._speeds.note({servers[place].key: speed for place, speed in sampled.speeds.items()})
         if sampled.moved or sampled.again:
             log.info(
                 "%s: %d samples went on at another server, %d were sampled anew", self._key, sampled.moved,
@@ -228,8 +221,8 @@ class SglangSampler:
         if set(answer.weight_versions) == {version} or not len(answer.output_ids):
             return None
         return (
-            f"{self._key}: a sample was drawn from weights {list(answer.weight_versions)}; expected {version!r} alone: "
-            "publish the weights first, and let nothing else update this server"
+            f"a sample was drawn from weights {list(answer.weight_versions)}; expected {version!r} alone: publish the "
+            "weights first, and let nothing else update this server"
         )
 
     def _rollout(self, request: SampleRequest, answer: Generation, step: int, version: str) -> Rollout:
@@ -271,6 +264,8 @@ class SglangSampler:
                 collected.lost[client.key] = error
                 if not isinstance(error, ServerDied):
                     collected.may_return.add(client.key)
+                if self._lane is not None:
+                    self._lane.take_out(client.url)
                 continue
             if longest > info.longest_sequence:
                 raise ServerError(

@@ -36,8 +36,13 @@ LOOK_S = 0.25
 """Seconds between two looks for a slow server."""
 PATIENCE_S = 2.0
 """Age of a request from which it can be taken from a slow server."""
-SLOW = 0.5
-"""A server counts as slow if its requests advance at less than this share of the fastest server's rate."""
+SLOW = 0.25
+"""A server counts as slow if its requests advance at less than this share of the fastest server's rate. Servers that
+share a machine differ by a factor of two now and then, and moving their samples would cost more than it saves."""
+CLEARLY = 1.5
+"""Age of all requests of a server without an answer, in usual times of an answer, from which it is slow for sure."""
+LOOK_AGAIN_S = 10.0
+"""Seconds until a server that seemed slow and was not is looked at again."""
 ABORT_S = 10.0
 """Longest wait until a server has ended the requests that it was told to abort."""
 MOVES = 2
@@ -96,10 +101,8 @@ class _Served(Generic[Question, Answer]):
     tokens: int = 0
     seconds: float = 0.0
     """Sum of the times of all answers and parts"""
-    begun: float | None = None
-    last: float = 0.0
-    cleared: bool = False
-    """Found not to be slow"""
+    cleared_until: float = 0.0
+    """Time until which it counts as not slow"""
     relieved: bool = False
     """Its questions are being taken away, so it gets no others"""
 
@@ -131,7 +134,7 @@ class _Call(Generic[Question, Answer]):
         self._servers: list[_Served[Question, Answer]] = []
         self._found: Dispatched[Answer] = Dispatched([])
         self._helpers: set[asyncio.Task[Any]] = set()
-        # more than this many requests beyond the least loaded server are not worth a shared prefix
+        # as many requests more than another server has are worth a shared prefix
         self._allowance = math.ceil(len(questions) / (8 * max(len(lanes), 1)))
 
     def result(self) -> Dispatched[Answer]:
@@ -140,8 +143,8 @@ class _Call(Generic[Question, Answer]):
         found.answers = [answer for answer in self._answers if answer is not None]
         assert len(found.answers) == len(self._answers)
         for server in self._servers:
-            if server.tokens and server.begun is not None:
-                found.speeds[server.place] = server.tokens / max(server.last - server.begun, 1e-3)
+            if server.pace is not None:
+                found.speeds[server.place] = server.pace
         return found
 
     async def run(self) -> None:
@@ -231,7 +234,6 @@ class _Call(Generic[Question, Answer]):
 
     def _send(self, server: _Served[Question, Answer], item: _Item[Question, Answer]) -> None:
         item.rid, item.since, item.taken = uuid.uuid4().hex, time.monotonic(), False
-        server.begun = server.begun or item.since
         task = asyncio.ensure_future(self._ask(server, item))
         server.open[item] = task
         task.add_done_callback(lambda ended: self._ended(server, item, ended))
@@ -282,13 +284,12 @@ class _Call(Generic[Question, Answer]):
         if reason is not None:
             self._back(item)
             self._found.may_return.add(server.place)
-            self._lose(server, ServerError(reason))
+            self._lose(server, ServerError(f"{server.lane.transport.key}: {reason}"))
             return
         now = time.monotonic()
         server.answered += 1
         server.tokens += self._work.tokens(answer)
         server.seconds += now - item.since
-        server.last = now
         if item.taken and self._work.is_part(answer):
             after = self._work.after
             assert after is not None
@@ -333,7 +334,8 @@ class _Call(Generic[Question, Answer]):
         server.lost = error
         self._found.lost[server.place] = error
         for item, task in list(server.open.items()):
-            if task is not asyncio.current_task():
+            # one that is done has put its question back itself
+            if task is not asyncio.current_task() and not task.done():
                 task.cancel()
                 self._found.again += 1
                 self._back(item)
@@ -349,8 +351,7 @@ class _Call(Generic[Question, Answer]):
         self._lose(server, await server.lane.transport.hung(generates=True))
 
     async def _attend(self, server: _Served[Question, Answer], beside: Coroutine[None, None, ServerDied]) -> None:
-        """Lose the server when what runs beside its requests says so."""
-        self._lose(server, await beside)
+        self._lose(server, await beside)  # it returns when the server is gone
 
     async def _look_for_slow_ones(self) -> None:
         """When a server has nothing to do, take the questions of a slow one away."""
@@ -358,73 +359,87 @@ class _Call(Generic[Question, Answer]):
             await asyncio.sleep(LOOK_S)
             if self._waiting or all(server.open for server in self._alive()):
                 continue
-            now = time.monotonic()
             for server in self._alive():
-                if server.open and not server.cleared and self._seems_slow(server, now):
+                if server.open and self._seems_slow(server, time.monotonic()):
                     await self._relieve(server)
 
     def _seems_slow(self, server: _Served[Question, Answer], now: float) -> bool:
         others = [other for other in self._alive() if other is not server and other.pace]
         paces = [other.pace for other in others if other.pace is not None]
         oldest = now - min(item.since for item in server.open)
-        if not paces or oldest < PATIENCE_S:
+        if not paces or oldest < PATIENCE_S or now < server.cleared_until:
             return False
         if server.pace is not None:
             return server.pace < SLOW * max(paces)
         # it has answered nothing: suspect if its requests are older than the average answer of the others took
-        answers = sum(other.answered for other in others)
-        return oldest > sum(other.seconds for other in others) / max(answers, 1)
+        return oldest > self._usual_s(server)
+
+    def _usual_s(self, server: _Served[Question, Answer]) -> float:
+        """Seconds that an answer of the other servers took on average."""
+        others = [other for other in self._alive() if other is not server and other.answered]
+        return sum(other.seconds for other in others) / max(sum(other.answered for other in others), 1)
 
     async def _relieve(self, server: _Served[Question, Answer]) -> None:
-        """Take all open questions from a server that seems slow, and find out from their parts whether it is."""
-        items = [item for item in server.open if item.moves < MOVES]
-        server.cleared = not items
+        """Take all open questions from a server that seems slow, if a part of one of them shows that it is."""
+        items = [item for item, task in server.open.items() if item.moves < MOVES and not task.done()]
+        name = server.lane.transport.name
+        best = max((other.pace or 0.0 for other in self._alive() if other is not server), default=0.0)
+        if self._work.after is None:
+            self._take_away(server, items)
+            return
+        stuck, tokens, seconds = 0, server.tokens, server.seconds
+        # without an answer long after others have given all of theirs, no probe is needed
+        late = CLEARLY * self._usual_s(server)
+        is_clear = not server.answered and all(time.monotonic() - item.since > late for item in items)
+        for batch in (items,) if is_clear else (items[:1], items[1:]):
+            left = [item for item in batch if item in server.open and not server.open[item].done()]
+            stuck += await self._abort(server, left)
+            if server.lost is not None:
+                return
+            if stuck:
+                self._found.may_return.add(server.place)
+                what = f"{name}: it did not end {stuck} requests within {ABORT_S:g} s when it was told to abort them"
+                url = server.lane.transport.url
+                self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})", url))
+                return
+            pace = (server.tokens - tokens) / max(server.seconds - seconds, 1e-9)
+            if not items or pace >= SLOW * best:
+                server.cleared_until = time.monotonic() + LOOK_AGAIN_S
+                return
+        server.lane.speed = max(server.lane.speed * pace / best, SLOWEST)
+        log.info(
+            "%s: slow, %.1f tokens/s per request where another server has %.1f; %d open samples went on elsewhere from "
+            "where they were", name, pace, best, len(items),
+        )  # fmt: skip
+        self._assign()
+
+    def _take_away(self, server: _Served[Question, Answer], items: list[_Item[Question, Answer]]) -> None:
+        """Let questions whose answers do not depend on chance be asked elsewhere from their beginning."""
         for item in items:
             item.moves += 1
             item.avoid.add(server.place)
-        if self._work.after is None:
-            for item in items:
-                server.open[item].cancel()
-                self._found.moved += 1
-                self._back(item)
-            self._assign()
-            return
-        server.relieved = True
-        stuck = await self._abort(server, items)
-        server.relieved = False
-        if server.lost is not None:
-            return
-        name, url = server.lane.transport.name, server.lane.transport.url
-        if stuck:
-            self._found.may_return.add(server.place)
-            what = f"{name}: it did not end {stuck} requests within {ABORT_S:g} s when it was told to abort them"
-            self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})", url))
-            return
-        best = max((other.pace or 0.0 for other in self._alive() if other is not server), default=0.0)
-        pace = server.pace or 0.0
-        if pace < SLOW * best:
-            server.lane.speed = max(server.lane.speed * pace / best, SLOWEST)
-            what = f"slow, {pace:.1f} tokens/s per request where another server has {best:.1f}"
-        else:
-            server.cleared, what = True, "as fast as the others"
-            for item in self._waiting:
-                item.avoid.discard(server.place)
-        log.info("%s: %s; %d open samples went on elsewhere from where they were", name, what, len(items))
+            server.open[item].cancel()
+            self._found.moved += 1
+            self._back(item)
+        server.cleared_until = math.inf if not items else 0.0
         self._assign()
 
     async def _abort(self, server: _Served[Question, Answer], items: list[_Item[Question, Answer]]) -> int:
         """Have the server end the requests of `items`; returns how many it did not end within ABORT_S."""
+        if not items:
+            return 0
         transport = server.lane.transport
-        tasks = [server.open[item] for item in items]
+        tasks, server.relieved = [server.open[item] for item in items], True
         for item in items:
+            item.moves += 1
+            item.avoid.add(server.place)
             item.taken = True
             call = transport.call(
                 server.session, "POST", "/abort_request", {"rid": item.rid}, retry=False, json_answer=False
             )
             tasks.append(asyncio.ensure_future(_ignoring_errors(call)))
-        if not tasks:
-            return 0
         _, late = await asyncio.wait(tasks, timeout=ABORT_S)
+        server.relieved = False
         await cancelled([task for task in late if task not in tasks[: len(items)]])
         return sum(task in late for task in tasks[: len(items)])
 

@@ -18,7 +18,7 @@ from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import SglangClient, generate_on, score_on
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, ServerInfo, TokenScores
-from tropd_mcore.serving.work import Dispatched
+from tropd_mcore.serving.work import Dispatched, Speeds
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,6 @@ Ask = Callable[[Sequence[SglangClient], Sequence[float], list[Question]], Dispat
 
 POLL_S = 0.5
 """Seconds between two looks at servers that are starting, if no other is left."""
-SMOOTHING = 0.5
-"""Weight of the last call in the speed of a server."""
 
 
 class ServerFleet:
@@ -42,7 +40,7 @@ class ServerFleet:
         """Places of servers that are starting again, or at a url and silent -> why"""
         self._gone: dict[int, TropdError] = {}
         """Places of servers whose restarts are used up -> why"""
-        self._speeds: dict[int, float] = {}
+        self._speeds = Speeds()
 
     @property
     def first(self) -> SupervisedServer:
@@ -116,15 +114,12 @@ class ServerFleet:
             if not missing:
                 return [answer for answer in answers if answer is not None]
             ready = self._ready()
-            speeds = [self._speeds.get(place, 1.0) for place in ready]
+            speeds = [self._speeds.of(str(place)) for place in ready]
             found = ask([self.each[place].client for place in ready], speeds, [questions[index] for index in missing])
             for index, answer in zip(missing, found.answers, strict=True):
                 if not isinstance(answer, ServerDied):
                     answers[index] = answer
-            mean = sum(found.speeds.values()) / max(len(found.speeds), 1)
-            for number, speed in found.speeds.items():
-                before = self._speeds.get(ready[number], 1.0)
-                self._speeds[ready[number]] = (1 - SMOOTHING) * before + SMOOTHING * speed / mean
+            self._speeds.note({str(ready[number]): speed for number, speed in found.speeds.items()})
             for number, error in found.lost.items():
                 self._lose(ready[number], error, may_return=number in found.may_return)
 

@@ -5,7 +5,7 @@ Nothing here sends anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -15,6 +15,9 @@ from tropd_mcore.serving.wire import Json
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
+
+NEAR_MEAN = (0.5, 2.0)
+"""Speeds between these bounds count as 1."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,33 @@ class Dispatched(Generic[Answer]):
     may_return: set[int] = field(default_factory=set)
     """Those of `lost` that need no new start: very slow ones, and those that `Work.refuses`"""
     speeds: dict[int, float] = field(default_factory=dict)
-    """Tokens per second of the servers that computed any"""
+    """Tokens per second and request of the servers that computed any"""
     moved: int = 0
     """Questions that went on elsewhere, from their tokens so far"""
     again: int = 0
     """Questions that were asked again from their beginning, because their server was lost"""
     nonsense: list[str] = field(default_factory=list)
     """Answers that made no sense, so that the request was sent once more"""
+
+
+class Speeds:
+    """The speeds of servers over several calls, each relative to their mean; `Lane.speed` of the next call.
+
+    Small differences are noise, so a speed near the mean counts as the mean. A server that has become slow counts so at
+    once, because the next call would wait for it; one that is fast again is believed step by step.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, float] = {}
+
+    def of(self, key: str) -> float:
+        """Return the speed of a server, 1 if it is about that of the others or unknown."""
+        speed = self._known.get(key, 1.0)
+        return 1.0 if NEAR_MEAN[0] <= speed <= NEAR_MEAN[1] else speed
+
+    def note(self, measured: Mapping[str, float]) -> None:
+        """Add the rates of one call, in any unit."""
+        mean = sum(measured.values()) / max(len(measured), 1)
+        for key, rate in measured.items():
+            before, now = self._known.get(key, 1.0), rate / mean if mean else 1.0
+            self._known[key] = now if now < before / 2 else (before + now) / 2

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import filelock
 
+from tropd_mcore.config.derived import rollout_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.server_section import OF_A_START
 from tropd_mcore.errors import DataError
@@ -80,8 +81,8 @@ def run_cell(study: Study, cell: Cell, server: StudyServer | None, prepared: set
                     _run(cell, [*_program(command[0]), *command[1:]], folder)
                     prepared.add(command)
         config = cell.load()
-        if config.rollout.server.url is not None:
-            server = None  # the plan names a server of its own
+        if any(each.url is not None for each in rollout_servers(config).values()):
+            server = None  # the plan names servers of its own
         commands = []
         if cell.is_trained:
             commands.append(_train(cell, config, server, folder))
@@ -124,10 +125,10 @@ def _evaluate(cell: Cell, config: Config, server: StudyServer | None, folder: Pa
 
 
 def _reach(url: str) -> list[str]:
-    """Overrides that name the running server, and take back how one would be started."""
+    """Overrides that name the running server, and take back how one, or a fleet, would be started."""
     defaults = {name: ServerConfig.model_fields[name].get_default(call_default_factory=True) for name in OF_A_START}
     values = {"url": url, "api_key_env": KEY_VARIABLE, **defaults}
-    return [override(f"rollout.server.{name}", value, {}) for name, value in values.items()]
+    return ["rollout.servers=[]", *(override(f"rollout.server.{name}", value, {}) for name, value in values.items())]
 
 
 def _program(name: str) -> list[str]:

@@ -115,7 +115,7 @@ def start_servers(context: JobContext, cleanup: ExitStack, longest: int) -> Serv
     servers = Servers(policy, teachers.get(None), named)
     with raise_on_all_ranks(context.layout.groups.control):
         if _releases_memory(context):
-            for server in policy.reached.values():
+            for server in (one for one in policy.reached.values() if one.config.release_memory):
                 server.release_memory()  # until the first publication; all servers have fitted at once
     return servers
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import tropd_mcore
-from tropd_mcore.config.derived import model_paths, reads_responses, started_servers
+from tropd_mcore.config.derived import model_paths, reads_responses
 from tropd_mcore.config.schema import Config
 from tropd_mcore.config.teachers import the_teacher
 from tropd_mcore.errors import ConfigError, ModelError
@@ -26,6 +26,7 @@ from tropd_mcore.progress import progress
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.train.ground import Ground
+from tropd_mcore.train.preflight_machine import one_per_interpreter
 from tropd_mcore.weights.digest import (
     DigestMemory,
     Fingerprint,
@@ -250,7 +251,7 @@ def _code(config: Config) -> dict[str, str]:
 def _server_versions(config: Config) -> dict[str, str]:
     """Return {section and package: version} of the started servers that have an interpreter of their own."""
     found: dict[str, str] = {}
-    for section, server in started_servers(config).items():
+    for section, server in one_per_interpreter(config).items():
         if server.python is not None:
             there = ask(server.python, key=f"{section}.python")
             found |= {f"{section}: sglang": there.sglang, f"{section}: torch": there.torch or "none"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tropd_mcore.config.derived import is_served, model_key, model_paths, started_servers
-from tropd_mcore.config.schema import Config
+from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.config.teachers import by_path_key
 
@@ -69,7 +69,20 @@ def _memory(config: Config, ranks: int) -> dict[str, str]:
         both = (sum(rank.values()) + beside[fullest]) / GIB
         turns = "; release_memory: they take turns" if any(server.release_memory for server in started.values()) else ""
         lines["fullest GPU"] = f"GPU {fullest[1]}{node}: {both:.1f} GiB with a rank and its servers{turns}"
-    return lines
+    return _together(lines)
+
+
+def _listens(server: ServerConfig) -> str:
+    return f"the address of node {server.node}" if server.node else "the loopback address"
+
+
+def _together(lines: Mapping[str, str]) -> dict[str, str]:
+    """Lines of one text in a row as one, under the name of the first."""
+    found: dict[str, str] = {}
+    for text in dict.fromkeys(lines.values()):
+        names = [name for name, each in lines.items() if each == text]
+        found[names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"] = text
+    return found
 
 
 def _parts(parts: Mapping[str, int]) -> str:
@@ -79,7 +92,7 @@ def _parts(parts: Mapping[str, int]) -> str:
 
 def _ports(config: Config, address: str, port: int) -> str:
     servers = (
-        f"{key} on {f'port {server.port}' if server.port is not None else 'a free port'} of the loopback address"
+        f"{key} on {f'port {server.port}' if server.port is not None else 'a free port'} of {_listens(server)}"
         for key, server in started_servers(config).items()
     )
     return "; ".join([f"ranks meet at {address}, {f'port {port}' if port else 'a free port'}", *servers])

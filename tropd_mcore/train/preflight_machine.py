@@ -41,7 +41,7 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
         wanted.append(("wandb", "monitor.wandb_project", "monitor.wandb_project", "'tropd-mcore[wandb]'"))
     if config.monitor.tensorboard:
         wanted.append(("tensorboard", "monitor.tensorboard", "monitor.tensorboard=true", "tensorboard"))
-    for key, server in started_servers(config).items():
+    for key, server in one_per_interpreter(config).items():
         if (problem := interpreter_problem(key, server)) is not None:
             yield Fault(f"{key}.python", problem)
     if uses_cuda(config, environ):
@@ -50,11 +50,20 @@ def packages(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
         if not importable(module):
             yield Fault(key, f"{key}: {purpose} needs the package {module}, which is not installed; "
                         f"run `pip install {package}`")  # fmt: skip
-    for key, server in started_servers(config).items():
+    for key, server in one_per_interpreter(config).items():
         if (problem := missing_sglang(key, server)) is not None:
             yield Fault(key, f"{key}: {problem}")
     if (problem := router_problem(config)) is not None:
         yield Fault("rollout.router", problem)
+
+
+def one_per_interpreter(config: Config) -> dict[str, ServerConfig]:
+    """Return {section: settings} of the servers to start, the first one of each interpreter."""
+    first: dict[Path | None, str] = {}
+    started = started_servers(config)
+    for key, server in started.items():
+        first.setdefault(server.python, key)
+    return {key: started[key] for key in first.values()}
 
 
 def router_problem(config: Config) -> str | None:
@@ -116,10 +125,13 @@ def api_keys(config: Config, environ: Mapping[str, str]) -> Iterator[Fault]:
 
 
 def ports(config: Config) -> Iterator[Fault]:
-    """Check that each fixed port of a server to start is free, or held by a server of an earlier launch of this run."""
+    """Check that each fixed port of a server to start on the first node is free.
+
+    A port that a server of an earlier launch of this run holds counts as free.
+    """
     for section, server in started_servers(config).items():
-        if server.port is None or _is_left_over(config, section, server.port):
-            continue
+        if server.port is None or server.node or _is_left_over(config, section, server.port):
+            continue  # the rank that starts a server on another node finds out there
         try:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tropd_mcore.config.derived import server_name
 from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.config.teachers import the_teacher
 from tropd_mcore.errors import ConfigError, ServerError
 from tropd_mcore.mcore.collective import gather_on_rank_zero, on_rank_zero, raise_on_all_ranks
@@ -85,6 +86,8 @@ def start_policy_servers(
                     _spec(context, key, server, longest, here=server.url is None, api_key=key_of_all)
                 )
                 cleanup.callback(owned[key].stop)
+                for other in _on_its_gpus(key, used, owned) if context.platform.name == "cuda" else ():
+                    other.wait_ready()  # a server takes a part of what is free when it starts
                 owned[key].start()
     with raise_on_all_ranks(control):
         if context.platform.name == "cuda":
@@ -106,6 +109,18 @@ def start_policy_servers(
         for key, server in used.items():
             reached[key] = owned.get(key) or _of_another_rank(context, key, server, addresses[key])
     return PolicyServers(owned, reached, router)
+
+
+def _on_its_gpus(
+    key: str, used: Mapping[str, ServerConfig], owned: Mapping[str, SupervisedServer]
+) -> list[SupervisedServer]:
+    """The servers that this rank has started on a GPU of the server `key`."""
+    mine = set(gpus_of(used[key]))
+    return [
+        server
+        for other, server in owned.items()
+        if other != key and server.is_started and mine & set(gpus_of(used[other]))
+    ]
 
 
 def start_teacher_servers(context: JobContext, cleanup: ExitStack, longest: int) -> ServerFleet | None:

@@ -1,0 +1,239 @@
+"""What several rollout servers cost and save: three against one on the same cores, and three of which one is slow.
+
+    python -m benchmarks.fleet                          # about 15 minutes, on an idle machine
+    python -m benchmarks.fleet --repeats 2 --name fleet_short
+
+Real SGLang servers on this machine's CPU with a random Qwen3 model in float32, driven through the same policy server
+as a job (publication, proof, sampling). The arrangements take turns:
+
+- `one`: one server, with as many threads as there are cores;
+- `three`: three servers of one thread each on the same cores;
+- `two`: two of these three;
+- `three, one slow`: the three, while the engine of one works 10 % of the time (suspended and resumed by its pid), in
+  the first step in which it is slow, and in the second, which knows its speed.
+
+Throughput is that of new tokens over the time of the sampling. The step is publication, proof and sampling. Samples
+must be the same ones in the same order in every arrangement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import psutil
+from safetensors.torch import load_file
+
+from benchmarks.measure import table, write_result
+from tests.glue.stubs import make_config, make_student, one_rank
+from tests.tiny_models import write_tiny_model
+from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.monitor.clock import StepClock
+from tropd_mcore.rollout import policy_server as policy_server_module
+from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers
+from tropd_mcore.serving.process import ServerSpec
+from tropd_mcore.serving.supervisor import SupervisedServer
+from tropd_mcore.train import components
+from tropd_mcore.types import SampleRequest
+
+SERVERS = 3
+WORKS_S, RESTS_S = 0.05, 0.45
+"""A slow engine works for the one time and rests for the other."""
+
+
+@dataclass
+class Row:
+    """One arrangement. Lists have one entry per step."""
+
+    name: str
+    step_s: list[float] = field(default_factory=list)
+    sampling_s: list[float] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+
+
+def requests_of(count: int, new_tokens: int, vocabulary: int) -> list[SampleRequest]:
+    """Samples of uneven lengths, four to a prompt."""
+    return [
+        SampleRequest(
+            sample_id=f"000000/p{index // 4}/{index % 4}",
+            prompt_id=f"p{index // 4}",
+            prompt_ids=np.arange(3 + index // 4, 19 + index // 4, dtype=np.int32) % vocabulary,
+            prefix_ids=np.zeros(0, np.int32),
+            max_new_tokens=new_tokens // 2 + new_tokens * (index * 7 % count) // (2 * count),
+            carries_prefix_loss=False,
+            answer=None,
+        )
+        for index in range(count)
+    ]
+
+
+@contextmanager
+def servers_of(folder: Path, place: Path, threads: Sequence[int]) -> Iterator[list[SupervisedServer]]:
+    """Start servers side by side; entry i of `threads` is the number of threads of server i."""
+    with ExitStack() as cleanup:
+        servers = []
+        for number, each in enumerate(threads):
+            spec = ServerSpec(
+                key=f"rollout.servers.{number}",
+                model_key="student.path",
+                model_path=folder,
+                config=ServerConfig(
+                    dtype="float32", max_total_tokens=16384, threads=each, hang_timeout_s=300.0, max_concurrency=64
+                ),
+                device="cpu",
+                run_dir=place / f"{len(threads)}-{number}",
+                name=f"rollout-{number}",
+            )
+            server = SupervisedServer(spec)
+            cleanup.callback(server.stop)
+            server.start()
+            servers.append(server)
+        for server in servers:
+            server.wait_ready()
+        yield servers
+
+
+@contextmanager
+def policy_of(servers: list[SupervisedServer], folder: Path, place: Path, clock: StepClock) -> Iterator[PolicyServer]:
+    """A launch of one rank whose student has the weights of the folder."""
+    tensors = load_file(folder / "model.safetensors")
+    config = make_config(place, gates={"sampler_logprob": False, "tokenizer": False, "weight_sync": True})
+    vocabulary = tensors["model.embed_tokens.weight"].shape[0]
+    site: Any = SimpleNamespace(
+        config=config, platform=SimpleNamespace(name="cpu"), student=SimpleNamespace(vocab_size=vocabulary)
+    )
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    reached = {server.spec.key: server for server in servers}
+    with (
+        one_rank() as layout,
+        mock.patch.object(policy_server_module, "iterate_hf", lambda *_, **__: iter(tensors.items())),
+        mock.patch.object(components, "hf_weight_plan", lambda _: shapes),
+    ):
+        site.layout = layout
+        student = make_student(layout)
+        student.config = SimpleNamespace(params_dtype=next(iter(tensors.values())).dtype)
+        ends: Any = SimpleNamespace(ids=())
+        policy = components.make_policy(site, student, ends, PolicyServers(reached, reached), clock)
+        try:
+            yield policy
+        finally:
+            policy.close()
+
+
+@contextmanager
+def slowed(server: SupervisedServer) -> Iterator[None]:
+    """Let the server's engine work a tenth of the time."""
+    assert server.process is not None
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    engine = next(process for process in children if "scheduler" in process.name())
+    over = threading.Event()
+
+    def slow_down() -> None:
+        while not over.is_set():
+            engine.suspend()
+            time.sleep(RESTS_S)
+            engine.resume()
+            time.sleep(WORKS_S)
+
+    thread = threading.Thread(target=slow_down, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        engine.resume()
+
+
+class Bench:
+    """Runs steps and keeps their times; every step must give the same samples."""
+
+    def __init__(self, folder: Path, place: Path, asked: list[SampleRequest]) -> None:
+        self.folder, self.place, self.asked = folder, place, asked
+        self.rows: dict[str, Row] = {}
+
+    def steps(self, servers: list[SupervisedServer], names: Sequence[str | None], slow: int | None = None) -> None:
+        """One launch; step i is counted for row `names[i]`, or not. With `slow`, a server is slow from the second
+        step on."""
+        clock = StepClock()
+        with policy_of(servers, self.folder, self.place, clock) as policy, ExitStack() as cleanup:
+            for step, name in enumerate(names):
+                if step == 1 and slow is not None:
+                    cleanup.enter_context(slowed(servers[slow]))
+                clock.take()
+                with clock.phase("rollout"):
+                    rollouts = policy.sample(self.asked, step=step)
+                times = clock.take()
+                assert [each.sample_id for each in rollouts] == [each.sample_id for each in self.asked]
+                if name is None:
+                    continue
+                row = self.rows.setdefault(name, Row(name))
+                tokens = sum(len(each.response_ids) for each in rollouts)
+                row.sampling_s.append(times["rollout"])
+                row.step_s.append(times["rollout"] + times.get("publish", 0.0) + times.get("server", 0.0))
+                row.tokens_per_s.append(tokens / times["rollout"])
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median (least to most)."""
+    return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g} to {max(values):.{digits}g})"
+
+
+def main() -> None:
+    """Run, print the table and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=192)
+    parser.add_argument("--name", default="fleet", help="name of the result file")
+    options = parser.parse_args()
+    cores = psutil.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as text, ExitStack() as stack:
+        place = Path(text)
+        folder = write_tiny_model(
+            place / "model",
+            hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+            num_key_value_heads=4, head_dim=64,
+        )  # fmt: skip
+        asked = requests_of(options.samples, options.new_tokens, 307)
+        bench = Bench(folder, place, asked)
+        one = stack.enter_context(servers_of(folder, place, [cores]))
+        three = stack.enter_context(servers_of(folder, place, [1] * SERVERS))
+        for repeat in range(options.repeats):
+            bench.steps(one, [None, "one"])
+            bench.steps(three, [None, "three"])
+            bench.steps(three[:2], [None, "two"])
+            bench.steps(three, [None, "three, one slow: first step", "three, one slow: second step"], slow=2)
+            print(f"round {repeat + 1} of {options.repeats}", flush=True)
+    rows = list(bench.rows.values())
+    median = {row.name: statistics.median(row.tokens_per_s) for row in rows}
+    step = {row.name: statistics.median(row.step_s) for row in rows}
+    lines = [
+        [
+            row.name,
+            spread(row.tokens_per_s),
+            f"{median[row.name] / median['one']:.2f}",
+            spread(row.step_s),
+            f"{step[row.name] / step['two']:.2f}",
+        ]
+        for row in rows
+    ]
+    heads = ["servers", "tokens/s", "of one server", "step, s", "of the step of two"]
+    print(table(heads, lines))
+    command = f"python -m benchmarks.fleet --repeats {options.repeats}"
+    write_result(options.name, rows, command=command)
+
+
+if __name__ == "__main__":
+    main()
