@@ -166,7 +166,7 @@ def test_a_dry_run_of_every_recipe_tells_memory_servers_and_ports(
         total = float(found["memory"].rpartition(" = ")[2].removesuffix(" GiB"))
         assert total == pytest.approx(sum(float(size) for _, size in parts), abs=0.05 * len(parts))
         servers = [text for name, text in found.items() if name.startswith("rollout.servers.")]
-        used = [gpu for gpus in re.findall(r" on GPU ([\d, ]+), b", found["rollouts"]) for gpu in gpus.split(", ")]
+        used = [gpu for gpus in re.findall(r"on GPU ([\d, +]+)", found["rollouts"]) for gpu in re.findall(r"\d+", gpus)]
         assert f"= {len(used)} ranks" in found["layout"], "every GPU samples"
         assert all(re.search(r"weights [\d.]+ \+ KV cache [\d.]+ = ", text) for text in servers)
         fullest = float(found["fullest GPU"].partition(": ")[2].split()[0])
