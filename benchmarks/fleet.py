@@ -21,30 +21,24 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import psutil
-from safetensors.torch import load_file
 
 from benchmarks.measure import table, write_result
-from tests.glue.stubs import make_config, make_student, one_rank
+from tests.glue.folder_policy import policy_on
+from tests.glue.stubs import one_rank
+from tests.slow_engine import engine_of, slowed
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.monitor.clock import StepClock
-from tropd_mcore.rollout import policy_server as policy_server_module
-from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers
+from tropd_mcore.rollout.policy_server import PolicyServers
 from tropd_mcore.serving.process import ServerSpec
 from tropd_mcore.serving.supervisor import SupervisedServer
-from tropd_mcore.train import components
 from tropd_mcore.types import SampleRequest
 
 SERVERS = 3
@@ -104,58 +98,6 @@ def servers_of(folder: Path, place: Path, threads: Sequence[int]) -> Iterator[li
         yield servers
 
 
-@contextmanager
-def policy_of(servers: list[SupervisedServer], folder: Path, place: Path, clock: StepClock) -> Iterator[PolicyServer]:
-    """A launch of one rank whose student has the weights of the folder."""
-    tensors = load_file(folder / "model.safetensors")
-    config = make_config(place, gates={"sampler_logprob": False, "tokenizer": False, "weight_sync": True})
-    vocabulary = tensors["model.embed_tokens.weight"].shape[0]
-    site: Any = SimpleNamespace(
-        config=config, platform=SimpleNamespace(name="cpu"), student=SimpleNamespace(vocab_size=vocabulary)
-    )
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    reached = {server.spec.key: server for server in servers}
-    with (
-        one_rank() as layout,
-        mock.patch.object(policy_server_module, "iterate_hf", lambda *_, **__: iter(tensors.items())),
-        mock.patch.object(components, "hf_weight_plan", lambda _: shapes),
-    ):
-        site.layout = layout
-        student = make_student(layout)
-        student.config = SimpleNamespace(params_dtype=next(iter(tensors.values())).dtype)
-        ends: Any = SimpleNamespace(ids=())
-        policy = components.make_policy(site, student, ends, PolicyServers(reached, reached), clock)
-        try:
-            yield policy
-        finally:
-            policy.close()
-
-
-@contextmanager
-def slowed(server: SupervisedServer) -> Iterator[None]:
-    """Let the server's engine work a tenth of the time."""
-    assert server.process is not None
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    engine = next(process for process in children if "scheduler" in process.name())
-    over = threading.Event()
-
-    def slow_down() -> None:
-        while not over.is_set():
-            engine.suspend()
-            time.sleep(RESTS_S)
-            engine.resume()
-            time.sleep(WORKS_S)
-
-    thread = threading.Thread(target=slow_down, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        engine.resume()
-
-
 class Bench:
     """Runs steps and keeps their times; every step must give the same samples."""
 
@@ -167,10 +109,18 @@ class Bench:
         """One launch; step i is counted for row `names[i]`, or not. With `slow`, a server is slow from the second
         step on."""
         clock = StepClock()
-        with policy_of(servers, self.folder, self.place, clock) as policy, ExitStack() as cleanup:
+        by_key = {server.spec.key: server for server in servers}
+        reached = PolicyServers(by_key, by_key)
+        with (
+            one_rank() as layout,
+            policy_on(layout, reached, self.folder, self.place, clock) as policy,
+            ExitStack() as cleanup,
+        ):
             for step, name in enumerate(names):
                 if step == 1 and slow is not None:
-                    cleanup.enter_context(slowed(servers[slow]))
+                    process = servers[slow].process
+                    assert process is not None
+                    cleanup.enter_context(slowed(engine_of(process.pid), works_s=WORKS_S, rests_s=RESTS_S))
                 clock.take()
                 with clock.phase("rollout"):
                     rollouts = policy.sample(self.asked, step=step)

@@ -22,6 +22,7 @@ from tropd_mcore.mcore.pipeline import run_pipeline
 from tropd_mcore.objectives.registry import objective_of
 from tropd_mcore.records.run_dir import RunDir
 from tropd_mcore.rollout.rollout_source import RolloutSource
+from tropd_mcore.serving.fleet import ServerFleet
 from tropd_mcore.serving.wire import ScoringRequest, TokenScores
 from tropd_mcore.teacher.score_source import ScoreSource
 from tropd_mcore.teacher.served import ServedTeacher
@@ -37,24 +38,18 @@ def log_softmax_after(ids: Sequence[int], vocabulary: int) -> Tensor:
     return (2.0 * torch.randn(vocabulary, generator=generator, dtype=torch.float64)).log_softmax(0)
 
 
-@dataclass
-class MadeUpServer:
-    """Answers like a server, except for requests that match one of `refused`: (tokens, first scored or None)."""
+class MadeUpFleet(ServerFleet):
+    """Answers like a teacher's servers, except for requests that match one of `refused`: (tokens, first or None)."""
 
-    vocabulary: int
-    refused: list[tuple[np.ndarray, int | None]]
-    asked: list[ScoringRequest] = field(default_factory=list)
+    def __init__(self, vocabulary: int, refused: list[tuple[np.ndarray, int | None]]) -> None:
+        named: Any = SimpleNamespace(spec=SimpleNamespace(key="teacher.server"))
+        super().__init__([named])
+        self.vocabulary = vocabulary
+        self.refused = refused
+        self.asked: list[ScoringRequest] = []
 
-    @property
-    def client(self) -> MadeUpServer:
-        return self
-
-    @property
-    def spec(self) -> Any:
-        return SimpleNamespace(key="teacher.server")
-
-    def info(self) -> Any:
-        return SimpleNamespace(longest_input=1000)
+    def infos(self) -> list[tuple[Any, Any]]:
+        return [(self.first, SimpleNamespace(longest_input=1000))]
 
     def score(self, requests: list[ScoringRequest]) -> list[TokenScores | ServerError]:
         self.asked += requests
@@ -138,10 +133,10 @@ def _launch(
         (rollouts[index].token_ids, None if what == "always" else len(rollouts[index].prompt_ids))
         for index, what in launch.refused
     ]
-    server = MadeUpServer(vocabulary, refused)
+    fleet = MadeUpFleet(vocabulary, refused)
     asks = layout.rank == 0 if one_asks else True
     teacher = ServedTeacher(
-        SglangTeacher(server, topk=k, teacher_width=vocabulary, student_width=vocabulary, on_failure="mask")  # type: ignore[arg-type]
+        SglangTeacher(fleet, topk=k, teacher_width=vocabulary, student_width=vocabulary, on_failure="mask")
         if asks else None,
         layout, topk=k, only_rank_zero=one_asks, masked_share=launch.masked_share,
     )  # fmt: skip
@@ -161,7 +156,7 @@ def _launch(
         loss = make_distillation_loss(student, objective_of(config.objective), scored, passes, settings)
         outputs = run_pipeline(student, packed.micro_batches, packed.pack_length, loss=loss, forward_only=False)
         results, gradients = gather_results(layout, packed, outputs), whole_gradients(student, layout)
-    asked = [[(_place(request, rollouts, places), request.first) for request in server.asked]] * layout.world_size
+    asked = [[(_place(request, rollouts, places), request.first) for request in fleet.asked]] * layout.world_size
     dist.all_gather_object(asked, list(asked[0]), group=layout.groups.control)
     on_disk = RolloutSource(config, run_dir, None, None, layout, vocab_size=vocabulary)._stored(0)  # type: ignore[arg-type]
     assert on_disk is not None

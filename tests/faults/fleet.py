@@ -10,19 +10,18 @@ import contextlib
 import json
 import os
 import signal
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import psutil
 
-from tests.faults.launch import Launch, TooLateError, send
+from tests.faults.launch import Launch, TooLateError
 from tests.faults.scene import Scene, scene
 from tests.faults.stage import SAMPLES, Stage
 from tests.faults.verdict import FLEET, Fault, Seen
+from tests.slow_engine import slowed
 
 Play = Callable[[Scene], Seen]
 SERVERS = 3
@@ -179,28 +178,6 @@ def after(scene: Scene, launch: Launch, done: int, count: int = SERVERS) -> Seen
     return seen
 
 
-@contextmanager
-def slowed(server: Server) -> Iterator[None]:
-    """Let the server's engine work a tenth of the time."""
-    engine, over = server.engine(), threading.Event()
-
-    def slow_down() -> None:
-        while not over.is_set():
-            send(engine, signal.SIGSTOP)
-            time.sleep(RESTS_S)
-            send(engine, signal.SIGCONT)
-            time.sleep(WORKS_S)
-
-    thread = threading.Thread(target=slow_down, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        send(engine, signal.SIGCONT)
-
-
 def slow_from(edge: str, nth: int, place: int) -> Play:
     """One server is slow from `edge` to the end of the step."""
 
@@ -212,7 +189,7 @@ def slow_from(edge: str, nth: int, place: int) -> Play:
         launch.go()
         launch.reach()
         scene.strike(launch)
-        with slowed(server):
+        with slowed(server.engine(), works_s=WORKS_S, rests_s=RESTS_S):
             launch.go()
             seen = scene.goes_on(launch, lambda: scene.steps() > done)
         seen.left_running = []

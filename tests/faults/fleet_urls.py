@@ -78,15 +78,20 @@ def restarted(edge: str, nth: int) -> Play:
         launch.go()
         seen = scene.goes_on(launch, lambda: scene.steps() > done)
         seen.left_running = []
-        try:
-            a_step_of_both(scene, launch)
-        except TooLateError as error:
-            seen.lost.append(f"not every server takes part again: {error}"[:400])
-        launch.go()
-        seen.lost += sample_problems(scene)
+        both_again(scene, launch, seen)
         return seen
 
     return play
+
+
+def both_again(scene: Scene, launch: Launch, seen: Seen) -> None:
+    """Let the run go on to its end; note in `seen` if a server takes no part any more, and what samples show."""
+    try:
+        a_step_of_both(scene, launch)
+    except TooLateError as error:
+        seen.lost.append(f"not every server takes part again: {error}"[:400])
+    launch.go()
+    seen.lost += sample_problems(scene)
 
 
 def restarted_before_its_label(scene: Scene) -> Seen:
@@ -126,12 +131,7 @@ def job_killed(edge: str, nth: int) -> Play:
         scene.struck = 0.0
         seen = scene.goes_on(again, lambda: scene.steps() > done)
         seen.left_running = [] if ended else launch.left()
-        try:
-            a_step_of_both(scene, again)
-        except TooLateError as error:
-            seen.lost.append(f"not every server takes part again: {error}"[:400])
-        again.go()
-        seen.lost += sample_problems(scene)
+        both_again(scene, again, seen)
         return seen
 
     return play

@@ -75,7 +75,7 @@ class PolicySite:
         student: Any = make_student(self.layout)
         student.platform = SimpleNamespace(name="cpu", empty_cache=lambda: self.events.append(("empty cache",)))
         self.fleet = {key_of(place): self._server(place) for place in range(self.servers)}
-        self.sampler = SimpleNamespace(clients=[], collect=self._collect)
+        self.sampler = SimpleNamespace(clients=[], lane=None, collect=self._collect)
         self.holds: dict[str, str] = {}
         here = self.fleet if self.layout.rank == 0 else {}
         tools: Any = SimpleNamespace(
@@ -88,7 +88,6 @@ class PolicySite:
                 broadcasts_to=lambda _: False,
             ),
             connect=self._connect,
-            lane=None,
         )
         return PolicyServer(
             student,

@@ -10,28 +10,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import psutil
 import pytest
-import torch
 
-from tests.glue.stubs import make_config, make_student, one_rank
-from tests.sglang.conftest import VOCABULARY, Oracle, cpu_server
-from tests.sglang.streams import plan, stream
+from tests.glue.folder_policy import policy_on
+from tests.glue.stubs import one_rank
+from tests.sglang.conftest import Oracle, cpu_server
 from tests.sglang.test_sampling import assert_ended_by_itself_or_whole, assert_log_probs
+from tests.slow_engine import engine_of, slowed
 from tropd_mcore.errors import GateError
-from tropd_mcore.mcore.parallel import Layout
-from tropd_mcore.rollout import policy_server as policy_server_module
 from tropd_mcore.rollout.policy_server import PolicyServer, PolicyServers
 from tropd_mcore.serving import wire
 from tropd_mcore.serving.router import Router
 from tropd_mcore.serving.supervisor import SupervisedServer
-from tropd_mcore.train import components
 from tropd_mcore.types import Rollout, SampleRequest
 
 SERVERS = 3
@@ -55,17 +51,11 @@ def fleet(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 max_restarts=9,
                 max_concurrency=16,
             )
-            server = SupervisedServer(_with_key(spec, f"rollout.servers.{place}"))
+            server = SupervisedServer(replace(spec, key=f"rollout.servers.{place}"))
             cleanup.callback(server.stop)
             server.start()
             servers.append(server)
         yield servers
-
-
-def _with_key(spec: Any, key: str) -> Any:
-    from dataclasses import replace
-
-    return replace(spec, key=key)
 
 
 def samples(*, long: bool = False) -> list[SampleRequest]:
@@ -94,29 +84,6 @@ def policy_of(
         yield policy
 
 
-@contextmanager
-def policy_on(layout: Layout, servers: PolicyServers, folder: Path, tmp_path: Path) -> Iterator[PolicyServer]:
-    """The same on every rank of a running job. Collective."""
-    config = make_config(tmp_path, gates={"sampler_logprob": False, "tokenizer": False, "weight_sync": True})
-    shapes = [(name, shape) for name, shape, _ in plan(folder)]
-    site: Any = SimpleNamespace(
-        config=config, platform=SimpleNamespace(name="cpu"), student=SimpleNamespace(vocab_size=VOCABULARY)
-    )
-    with (
-        mock.patch.object(policy_server_module, "iterate_hf", lambda *_, **__: stream(folder)),
-        mock.patch.object(components, "hf_weight_plan", lambda _: shapes),
-    ):
-        site.layout = layout
-        student = make_student(layout)
-        student.config = SimpleNamespace(params_dtype=torch.float32)
-        ends: Any = SimpleNamespace(ids=())
-        policy = components.make_policy(site, student, ends, servers)
-        try:
-            yield policy
-        finally:
-            policy.close()
-
-
 def assert_whole(
     rollouts: list[Rollout], asked: list[SampleRequest], folder: Path, log_softmax: Oracle, *, step: int
 ) -> None:
@@ -133,11 +100,6 @@ def assert_whole(
 def pid_of(server: SupervisedServer) -> int:
     assert server._process is not None
     return server._process.pid
-
-
-def processes_of(server: SupervisedServer) -> list[psutil.Process]:
-    main = psutil.Process(pid_of(server))
-    return [main, *main.children(recursive=True)]
 
 
 def after_answers(monkeypatch: pytest.MonkeyPatch, count: int, act: Callable[[], None]) -> None:
@@ -224,34 +186,11 @@ def test_the_samples_of_a_server_that_becomes_slow_go_on_elsewhere_from_their_to
     asked = samples(long=True)
     with policy_of(fleet, llama_folder, tmp_path) as policy:
         policy.sample(samples(), step=0)
-        with slowed(fleet[2]):
+        with slowed(engine_of(pid_of(fleet[2])), works_s=0.03, rests_s=0.27):
             rollouts = policy.sample(asked, step=1)
     assert_whole(rollouts, asked, llama_folder, log_softmax, step=1)
     moved = re.search(r"rollout.servers: (\d+) samples went on at another server, 0 were sampled anew", caplog.text)
     assert moved is not None and int(moved[1]) > 0
-
-
-@contextmanager
-def slowed(server: SupervisedServer, *, works_s: float = 0.03, rests_s: float = 0.27) -> Iterator[None]:
-    """Let the server's engine work a tenth of the time."""
-    engine = next(process for process in processes_of(server) if "scheduler" in process.name())
-    over = threading.Event()
-
-    def slow_down() -> None:
-        while not over.is_set():
-            engine.suspend()
-            time.sleep(rests_s)
-            engine.resume()
-            time.sleep(works_s)
-
-    thread = threading.Thread(target=slow_down, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        engine.resume()
 
 
 def test_a_server_whose_label_changes_in_a_step_is_left_out_of_it(

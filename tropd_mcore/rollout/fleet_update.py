@@ -199,7 +199,7 @@ class FleetUpdate:
             try:
                 for failed in self._sending.result():
                     self._drop(failed)
-            except Exception:
+            except Exception:  # the first error is the one that is raised
                 log.exception("another error, after the one that ends the update")
             self._sending = None
         for key, error in self.failed.items():

@@ -64,8 +64,6 @@ class PolicyTools:
     publisher: FleetPublisher
     connect: Callable[[SupervisedServer], Target]
     """Checks a server that became ready. Raises GateError, ServerError"""
-    lane: RouterLane | None = None
-    """The way through the router, if there is one"""
 
 
 @dataclass
@@ -172,8 +170,8 @@ class PolicyServer:
         assert self._tools is not None
         sampler, holding = self._tools.sampler, self._holding(version)
         sampler.clients = [member.server.client for member in holding.values()]
-        if self._tools.lane is not None:
-            _put_behind(self._tools.lane, [member.server for member in holding.values()])
+        if sampler.lane is not None:
+            _put_behind(sampler.lane, [member.server for member in holding.values()])
         collected = sampler.collect(requests, step=step, expected_version=version, found=found)
         targets = [member.target for key, member in holding.items() if key not in collected.lost and member.target]
         collected.lost |= self._tools.publisher.check_unchanged(targets)

@@ -66,7 +66,8 @@ class SglangSampler:
         """Number of partial answers that were requested again, over the sampler's life."""
         self.clients = list(clients)
         """The servers of the next call."""
-        self._lane = lane
+        self.lane = lane
+        """The way through a router, if there is one."""
         self._config = config
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
@@ -149,8 +150,8 @@ class SglangSampler:
     ) -> None:
         """Send each request once, and add complete answers and lost servers to `collected`."""
         questions = [self._generation_request(request, step) for request in requests]
-        if self._lane is not None:
-            self._round_through(self._lane, requests, questions, collected, step, version)
+        if self.lane is not None:
+            self._round_through(self.lane, requests, questions, collected, step, version)
             return
         speeds = [self._speeds.of(client.key) for client in servers]
         sampled = generate_on(servers, questions, speeds=speeds, refuses=lambda answer: self._stale(answer, version))
@@ -264,8 +265,8 @@ class SglangSampler:
                 collected.lost[client.key] = error
                 if not isinstance(error, ServerDied):
                     collected.may_return.add(client.key)
-                if self._lane is not None:
-                    self._lane.take_out(client.url)
+                if self.lane is not None:
+                    self.lane.take_out(client.url)
                 continue
             if longest > info.longest_sequence:
                 raise ServerError(

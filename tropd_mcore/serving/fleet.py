@@ -16,6 +16,7 @@ from tropd_mcore import stopping
 from tropd_mcore.errors import ServerDied, ServerError, TropdError
 from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import SglangClient, generate_on, score_on
+from tropd_mcore.serving.started import Started
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest, ServerInfo, TokenScores
 from tropd_mcore.serving.work import Dispatched, Speeds
@@ -30,7 +31,7 @@ POLL_S = 0.5
 """Seconds between two looks at servers that are starting, if no other is left."""
 
 
-class ServerFleet:
+class ServerFleet(Started):
     """The servers of one model. As a context manager, it starts them side by side and stops those that it started."""
 
     def __init__(self, servers: Sequence[SupervisedServer]) -> None:
@@ -88,19 +89,6 @@ class ServerFleet:
         """Stop the processes that were started."""
         for server in self.each:
             server.stop()
-
-    def __enter__(self) -> ServerFleet:
-        try:
-            self.start()
-            self.wait_ready()
-        except BaseException:
-            # __exit__ is not called when __enter__ fails
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.stop()
 
     def lost(self, server: SupervisedServer, error: ServerDied) -> None:
         """Start a server again that died, and let the others go on. Raises if it was the last one."""

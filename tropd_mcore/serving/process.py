@@ -38,7 +38,14 @@ from tropd_mcore.serving.environment import Place, named_gpus, server_environmen
 from tropd_mcore.serving.interpreter import ask
 from tropd_mcore.serving.left_behind import make_folder, note_process, remove_left_over, remove_of
 from tropd_mcore.serving.log_file import ServerLog
-from tropd_mcore.serving.record import group_members, make_record, stop_group, stop_left_over, stopped_member
+from tropd_mcore.serving.record import (
+    group_members,
+    how_it_ended,
+    make_record,
+    stop_group,
+    stop_left_over,
+    stopped_member,
+)
 
 log = logging.getLogger(__name__)
 
@@ -325,11 +332,7 @@ class ServerProcess:
 
     def describe_end(self) -> str:
         """Return one line about how the process ended: exit code, last log line, log file."""
-        code = None if self._process is None else self._process.poll()
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        if self.alive():
-            stopped = self.stopped()
-            how = "runs but does not answer" + (f": {stopped}" if stopped else "")
+        how = how_it_ended(self._process, self.stopped())
         return f"{self.spec.called}: the server {how}; {self._last_words()}"
 
     def __enter__(self) -> ServerProcess:

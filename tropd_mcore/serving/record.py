@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, count
@@ -131,6 +132,14 @@ def stop_group(group: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     psutil.wait_procs(members, timeout=STOP_TIMEOUT_S)
+
+
+def how_it_ended(process: subprocess.Popen[bytes] | None, stopped: str | None) -> str:
+    """Return what became of a process that gives no answer. `stopped` is what `stopped_member` says of its group."""
+    code = None if process is None else process.poll()
+    if process is not None and code is None:
+        return "runs but does not answer" + (f": {stopped}" if stopped else "")
+    return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
 
 
 def stopped_member(group: int) -> str | None:

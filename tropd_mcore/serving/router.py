@@ -32,8 +32,9 @@ from tropd_mcore.serving.environment import read_api_key, router_environment
 from tropd_mcore.serving.interpreter import ask_router
 from tropd_mcore.serving.log_file import ServerLog
 from tropd_mcore.serving.process import LOOPBACK, POLL_S, STARTER, reserve_port
-from tropd_mcore.serving.record import make_record, stop_group, stop_left_over, stopped_member
+from tropd_mcore.serving.record import how_it_ended, make_record, stop_group, stop_left_over, stopped_member
 from tropd_mcore.serving.router_workers import ASK_S, RouterWorkers
+from tropd_mcore.serving.started import Started
 from tropd_mcore.serving.transport import Endpoint, Transport
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def key_of_fleet(router: RouterConfig, servers: Mapping[str, ServerConfig]) -> s
     return None if router.url is not None else secrets.token_urlsafe(32)
 
 
-class Router:
+class Router(Started):
     """The router of one `RouterSpec`. As a context manager, it stops the router that it started."""
 
     def __init__(self, spec: RouterSpec) -> None:
@@ -272,25 +273,7 @@ class Router:
 
     def describe_end(self) -> str:
         """Return one line about how the process ended: exit code, last log line, log file."""
-        code = None if self._process is None else self._process.poll()
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        if self.alive():
-            stopped = self.stopped()
-            how = "runs but does not answer" + (f": {stopped}" if stopped else "")
-        return f"{KEY}: the router {how}; {self._last_words()}"
-
-    def __enter__(self) -> Router:
-        try:
-            self.start()
-            self.wait_ready()
-        except BaseException:
-            # __exit__ is not called when __enter__ fails
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.stop()
+        return f"{KEY}: the router {how_it_ended(self._process, self.stopped())}; {self._last_words()}"
 
     def _workers(self) -> RouterWorkers:
         # the section is that of the servers, because its limits and retries are meant in messages

@@ -19,6 +19,7 @@ from tropd_mcore.progress import progress
 from tropd_mcore.serving.client import SglangClient
 from tropd_mcore.serving.environment import read_api_key
 from tropd_mcore.serving.process import ServerProcess, ServerSpec
+from tropd_mcore.serving.started import Started
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Address:
     api_key: str = field(repr=False)
 
 
-class SupervisedServer:
+class SupervisedServer(Started):
     """The server of one configuration section. As a context manager, it stops the server that it started.
 
     With `elsewhere`, another rank of this job starts and stops it; this object only reaches it.
@@ -235,16 +236,3 @@ class SupervisedServer:
         """Stop the process that we started, if any."""
         if self._process is not None:
             self._process.stop()
-
-    def __enter__(self) -> SupervisedServer:
-        try:
-            self.start()
-            self.wait_ready()
-        except BaseException:
-            # __exit__ is not called when __enter__ fails
-            self.stop()
-            raise
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.stop()

@@ -165,8 +165,7 @@ def make_policy(
     def connect(server: SupervisedServer) -> Target:
         if config.gates.tokenizer:
             check_served_tokenizer(server, config.student.path)
-        server_config = server.config
-        return Target(server.client, ledgers.get(server.spec.key), server_config.weights, server_config.weights_folder)
+        return Target(server.client, ledgers.get(server.spec.key), server.config.weights, server.config.weights_folder)
 
     lane = RouterLane(servers.router) if servers.router is not None else None
     sampler = SglangSampler(
@@ -179,7 +178,7 @@ def make_policy(
         lane=lane,
     )
     publisher = FleetPublisher(plan, student_folder=config.student.path)
-    tools = PolicyTools(sampler, publisher, connect, lane) if context.layout.rank == 0 else None
+    tools = PolicyTools(sampler, publisher, connect) if context.layout.rank == 0 else None
     return PolicyServer(
         student,
         context.layout,
