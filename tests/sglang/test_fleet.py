@@ -175,7 +175,7 @@ def test_a_step_ends_although_one_server_is_killed_and_one_is_stopped_and_both_c
         assert all(server.client.info().weight_version.endswith("/step-000002") for server in fleet)
 
 
-def test_the_samples_of_a_server_that_becomes_slow_go_on_elsewhere_from_their_tokens(
+def test_the_samples_of_a_server_that_becomes_slow_go_on_elsewhere_from_their_tokens_and_it_rests(
     fleet: list[SupervisedServer],
     llama_folder: Path,
     tmp_path: Path,
@@ -188,7 +188,11 @@ def test_the_samples_of_a_server_that_becomes_slow_go_on_elsewhere_from_their_to
         policy.sample(samples(), step=0)
         with slowed(engine_of(pid_of(fleet[2])), works_s=0.03, rests_s=0.27):
             rollouts = policy.sample(asked, step=1)
+        policy.sample(samples(), step=2)
+        versions = [server.client.info().weight_version for server in fleet]
     assert_whole(rollouts, asked, llama_folder, log_softmax, step=1)
+    assert [version.rpartition("/")[2] for version in versions] == ["step-000002", "step-000002", "step-000001"]
+    assert "too slow for the others; left out until step 4: 2 of 3 rollout servers go on" in caplog.text
     moved = re.search(r"rollout.servers: (\d+) samples went on at another server, 0 were sampled anew", caplog.text)
     assert moved is not None and int(moved[1]) > 0
 

@@ -6,6 +6,7 @@ rank. Invariants:
 - The servers' checksums show that the weights arrived and did not change during sampling (`rollout.publication`).
 - A server that missed an update takes no requests. If it is lost, the step goes on with the others. It comes back with
   the weights of a later step, or of this one if no other is left; only the missing samples are asked for then.
+- A server that is slow is left out of later steps and tried again, less and less often, as long as another is left.
 - A launch never reuses a version label of an earlier launch.
 """
 
@@ -14,12 +15,9 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
-
-from torch import Tensor
 
 from tropd_mcore import stopping
 from tropd_mcore.errors import GroupBroken, ServerDied, ServerError, ServerHung, StopRequested, TropdError
@@ -30,15 +28,16 @@ from tropd_mcore.mcore.weights_io import iterate_hf
 from tropd_mcore.monitor.clock import StepClock
 from tropd_mcore.progress import progress
 from tropd_mcore.rollout.fleet_publisher import FleetPublisher, Target
+from tropd_mcore.rollout.member import Member
 from tropd_mcore.rollout.sampler import Collected, SglangSampler
+from tropd_mcore.rollout.streams import Streams
+from tropd_mcore.serving.background import at_once
 from tropd_mcore.serving.router import Router
 from tropd_mcore.serving.router_lane import LaneServer, RouterLane
 from tropd_mcore.serving.supervisor import SupervisedServer
 from tropd_mcore.types import Rollout, SampleRequest
 
 log = logging.getLogger(__name__)
-
-MakeStream = Callable[[], Iterator[tuple[str, Tensor]]]
 
 POLL_S = 0.5
 """Seconds between two looks at servers that are starting, if no other is ready."""
@@ -66,31 +65,6 @@ class PolicyTools:
     """Checks a server that became ready. Raises GateError, ServerError"""
 
 
-@dataclass
-class _Member:
-    """One server on rank 0."""
-
-    server: SupervisedServer
-    state: Literal["starting", "ready", "away", "gone"] = "starting"
-    """`away`: it cannot be used now, but may come back by itself. `gone`: all restarts are used up."""
-    since: float = 0.0
-    """Time of the last change of `state`"""
-    error: TropdError | None = None
-    """Why it was lost the last time"""
-    target: Target | None = None
-    version: str | None = None
-    """Version of the weights that it holds, proven"""
-
-    def may_become_ready(self) -> bool:
-        """Whether it is worth to wait for it: it starts, or has not been away for long."""
-        away = time.monotonic() - self.since
-        return self.state == "starting" or (self.state == "away" and away <= self.server.config.hang_timeout_s)
-
-    def become(self, state: Literal["starting", "ready", "away", "gone"]) -> None:
-        self.state, self.since = state, time.monotonic()
-        self.version = None
-
-
 class PolicyServer:
     """The rollout servers for all ranks. `tools` is given on rank 0 only; nothing is asked before the first sample.
 
@@ -114,7 +88,7 @@ class PolicyServer:
         self._layout = layout
         self._control = layout.groups.control
         self._owned = servers.owned
-        self._members = {key: _Member(server) for key, server in servers.reached.items()}
+        self._members = {key: Member(server) for key, server in servers.reached.items()}
         self._tools = tools
         self._router = servers.router
         self._verify_sync = verify_sync
@@ -131,6 +105,9 @@ class PolicyServer:
         """
         version = f"{self._launch}/step-{step:06d}"
         found = Collected()
+        for member in self._members.values():
+            if member.state == "resting" and member.rests_until <= step:
+                member.become("away")  # looked at, and connected anew if it answers
         while True:
             with self._clock.phase("server"):
                 self._assemble()
@@ -145,9 +122,29 @@ class PolicyServer:
                     with self._clock.phase("server"):
                         self._drop(lost, alive=found.may_return, may_end=False)
                         self._give_memory_back()
+                        self._rest_slow_ones(found.keeps_up, step)
                     return [rollout for request in requests if (rollout := found.rollouts.get(request.sample_id))]
             with self._clock.phase("server"):
                 self._drop(lost, alive=found.may_return)
+
+    def _rest_slow_ones(self, keeps_up: Mapping[str, bool], step: int) -> None:
+        """Leave the servers that did not keep up out of the next steps, if another is left. Rank 0; nothing elsewhere.
+
+        If nothing is known of one that was tried again, it rests again.
+        """
+        used = {key: member for key, member in self._members.items() if member.state in ("ready", "away")}
+        slow = {key for key, member in used.items() if not keeps_up.get(key, not member.rest)}
+        if not self._ready().keys() - slow:
+            return
+        for key, member in used.items():
+            if key not in slow:
+                member.rest = 0
+                continue
+            member.rest_after(step)
+            log.warning(
+                "%s: too slow for the others; left out until step %d: %d of %d rollout servers go on",
+                member.server.spec.called, member.rests_until, len(self._ready()), len(self._members),
+            )  # fmt: skip
 
     def close(self) -> None:
         """Leave what the publisher holds on the servers, and no server at a url paused. Not collective."""
@@ -158,11 +155,11 @@ class PolicyServer:
             if member.state == "away" and not member.server.is_started:
                 member.server.answers()  # asks it to go on first
 
-    def _holding(self, version: str) -> dict[str, _Member]:
+    def _holding(self, version: str) -> dict[str, Member]:
         """The ready servers with the weights of `version`. Rank 0."""
         return {key: member for key, member in self._ready().items() if member.version == version}
 
-    def _ready(self) -> dict[str, _Member]:
+    def _ready(self) -> dict[str, Member]:
         return {key: member for key, member in self._members.items() if member.state == "ready"}
 
     def _collect(self, requests: list[SampleRequest], step: int, version: str, found: Collected) -> Collected:
@@ -210,7 +207,7 @@ class PolicyServer:
             and self._model.platform.name == "cuda"
             and self._tools.publisher.broadcasts_to(targets)
         )
-        streams = _Streams(
+        streams = Streams(
             lambda: iterate_hf(self._model, self._layout, on_device=on_device), expected=2 if verify_sync else 1
         )
         if self._tools is not None:
@@ -292,24 +289,37 @@ class PolicyServer:
             self._router.wait_ready()
         with progress(log, "waiting for a rollout server"):
             while True:
+                answer = self._answering()
                 for key, member in self._members.items():
                     if member.state in ("starting", "away") and key not in lost:
                         try:
-                            self._look_at(member, wait=wait or len(self._members) == 1)
+                            self._look_at(member, answers=key in answer, wait=wait or len(self._members) == 1)
                         except ServerDied as error:
                             lost[key] = error
                 if lost or self._ready():
                     return lost
+                if resting := [member for member in self._members.values() if member.state == "resting"]:
+                    for member in resting:
+                        member.become("away")
+                    continue
                 if not any(member.may_become_ready() for member in self._members.values()):
                     raise self._an_error()
                 stopping.check()
                 time.sleep(POLL_S)
 
-    def _look_at(self, member: _Member, *, wait: bool) -> None:
-        """Connect a server if it is ready. Raises ServerDied if it has to be started again."""
+    def _answering(self) -> set[str]:
+        """The servers that were away and answer now. Each is asked at the same time, since a silent one takes long."""
+        away = {key: member.server.answers for key, member in self._members.items() if member.state == "away"}
+        return {key for key, answers in at_once(away)[0].items() if answers}
+
+    def _look_at(self, member: Member, *, answers: bool, wait: bool) -> None:
+        """Connect a server if it is ready. Raises ServerDied if it has to be started again.
+
+        `answers`: whether it answers, if it was away. `wait`: wait for one that starts.
+        """
         server = member.server
         if member.state == "away":
-            if not server.answers():
+            if not answers:
                 limit_s = server.config.hang_timeout_s
                 if server.is_started and time.monotonic() - member.since > limit_s:
                     raise ServerHung(f"{server.spec.called}: it has not answered for {limit_s:g} s")
@@ -374,7 +384,7 @@ class PolicyServer:
                     "%s (%s): %d of %d rollout servers go on", member.error, what[member.state], left,
                     len(self._members),
                 )  # fmt: skip
-        hope = {"ready", "starting"} | ({"away"} if len(self._members) > 1 else set())
+        hope = {"ready", "starting", "resting"} | ({"away"} if len(self._members) > 1 else set())
         if (may_end or len(self._members) == 1) and not any(each.state in hope for each in self._members.values()):
             raise self._an_error()
 
@@ -390,34 +400,3 @@ def _put_behind(lane: RouterLane, servers: list[SupervisedServer]) -> None:
     for server in servers:
         if server.client.url not in lane.servers:
             lane.put_in(LaneServer.of(server))
-
-
-class _Streams:
-    """A fixed number of weight streams. Every rank runs each of them to its end, even if the reader fails.
-
-    Each stream is collective, so a rank that stopped early would block the others.
-    """
-
-    def __init__(self, make: MakeStream, expected: int) -> None:
-        self._make = make
-        self._left = expected
-        self._current: Iterator[tuple[str, Tensor]] = iter(())
-
-    def next(self) -> Iterator[tuple[str, Tensor]]:
-        """Finish the current stream and return the next one."""
-        self._drain()
-        assert self._left > 0, "more streams were asked for than the other ranks take part in"
-        self._left -= 1
-        self._current = self._make()
-        return self._current
-
-    def exhaust(self) -> None:
-        """Run all remaining streams to their end."""
-        self._drain()
-        while self._left:
-            self.next()
-            self._drain()
-
-    def _drain(self) -> None:
-        for _ in self._current:
-            pass

@@ -17,7 +17,9 @@ import numpy as np
 from tropd_mcore.config.schema import RolloutConfig
 from tropd_mcore.errors import AnswerError, DataError, ServerDied, ServerError
 from tropd_mcore.rollout.uniforms import decode_seed, trust_uniforms
+from tropd_mcore.serving.background import at_once
 from tropd_mcore.serving.client import SglangClient, generate_on
+from tropd_mcore.serving.dispatch import SLOW
 from tropd_mcore.serving.router_lane import RouterLane
 from tropd_mcore.serving.wire import Generation, GenerationRequest, find_outside
 from tropd_mcore.serving.work import Dispatched, Speeds
@@ -37,6 +39,8 @@ class Collected:
     """Configuration section of a server that cannot be used any more -> why"""
     may_return: set[str] = field(default_factory=set)
     """Those of `lost` that need no new start: they are very slow, or have other weights"""
+    keeps_up: dict[str, bool] = field(default_factory=dict)
+    """Configuration section of a server that sampled -> whether it was about as fast as the others"""
 
     def misses(self, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
         """Return the requests without a rollout that are not left out either."""
@@ -94,7 +98,9 @@ class SglangSampler:
         Raises the errors of `sample`, except that ServerDied is returned with the rollouts. With one server, any other
         error of it is raised; with several, it is `lost`.
         """
-        collected = Collected(rollouts=dict(found.rollouts), masked=dict(found.masked)) if found else Collected()
+        collected = (
+            Collected(dict(found.rollouts), dict(found.masked), keeps_up=dict(found.keeps_up)) if found else Collected()
+        )
         self._check_ids(requests)
         servers = self._usable(requests, expected_version, collected)
         attempts = self._config.server.max_retries + 1
@@ -153,7 +159,8 @@ class SglangSampler:
         if self.lane is not None:
             self._round_through(self.lane, requests, questions, collected, step, version)
             return
-        speeds = [self._speeds.of(client.key) for client in servers]
+        # a slow server that is tried again must get a sample, to show whether it still is
+        speeds = [max(self._speeds.of(client.key), SLOW) for client in servers]
         sampled = generate_on(servers, questions, speeds=speeds, refuses=lambda answer: self._stale(answer, version))
         self._note_servers(sampled, servers, collected)
         for request, answer in zip(requests, sampled.answers, strict=True):
@@ -199,6 +206,9 @@ class SglangSampler:
             if place in sampled.may_return:
                 collected.may_return.add(servers[place].key)
         self._speeds.note({servers[place].key: speed for place, speed in sampled.speeds.items()})
+        collected.keeps_up |= {
+            servers[place].key: place not in sampled.slow for place in sampled.speeds.keys() | sampled.slow
+        }
         if sampled.moved or sampled.again:
             log.info(
                 "%s: %d samples went on at another server, %d were sampled anew", self._key, sampled.moved,
@@ -251,9 +261,12 @@ class SglangSampler:
         """The servers that have the expected weights. Those that are gone, and of several also others, are `lost`."""
         longest = max((len(r.prompt_ids) + len(r.prefix_ids) + r.max_new_tokens for r in requests), default=0)
         usable = []
+        infos, silent = at_once({client.key: client.info for client in self.clients})
         for client in self.clients:
             try:
-                info = client.info()
+                if client.key in silent:
+                    raise silent[client.key]
+                info = infos[client.key]
                 if info.weight_version != version:
                     raise ServerError(
                         f"{client.key}: the server has weights {info.weight_version!r}; expected {version!r}: publish "

@@ -142,9 +142,9 @@ class _Call(Generic[Question, Answer]):
         found = self._found
         found.answers = [answer for answer in self._answers if answer is not None]
         assert len(found.answers) == len(self._answers)
-        for server in self._servers:
-            if server.pace is not None:
-                found.speeds[server.place] = server.pace
+        found.speeds = {server.place: server.pace for server in self._servers if server.pace is not None}
+        slow = SLOW * max(found.speeds.values(), default=0.0)
+        found.slow |= {each.place for each in self._servers if each.seconds >= PATIENCE_S and (each.pace or 0.0) < slow}
         return found
 
     async def run(self) -> None:
@@ -364,8 +364,7 @@ class _Call(Generic[Question, Answer]):
                     await self._relieve(server)
 
     def _seems_slow(self, server: _Served[Question, Answer], now: float) -> bool:
-        others = [other for other in self._alive() if other is not server and other.pace]
-        paces = [other.pace for other in others if other.pace is not None]
+        paces = [other.pace for other in self._alive() if other is not server and other.pace]
         oldest = now - min(item.since for item in server.open)
         if not paces or oldest < PATIENCE_S or now < server.cleared_until:
             return False
@@ -398,6 +397,7 @@ class _Call(Generic[Question, Answer]):
                 return
             if stuck:
                 self._found.may_return.add(server.place)
+                self._found.slow.add(server.place)
                 what = f"{name}: it did not end {stuck} requests within {ABORT_S:g} s when it was told to abort them"
                 url = server.lane.transport.url
                 self._lose(server, ServerHung(f"{what}, while other servers had nothing to do (at {url})", url))

@@ -63,6 +63,8 @@ class Dispatched(Generic[Answer]):
     """Those of `lost` that need no new start: very slow ones, and those that `Work.refuses`"""
     speeds: dict[int, float] = field(default_factory=dict)
     """Tokens per second and request of the servers that computed any"""
+    slow: set[int] = field(default_factory=set)
+    """Servers that the others had to wait for, or to relieve"""
     moved: int = 0
     """Questions that went on elsewhere, from their tokens so far"""
     again: int = 0

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ import pytest
 from aiohttp import web
 
 from tests.http_server import serving
-from tropd_mcore.config.schema import ServerConfig
+from tropd_mcore.config.schema import RolloutConfig, ServerConfig
 from tropd_mcore.errors import ServerDied, ServerError, ServerHung
+from tropd_mcore.rollout.sampler import SglangSampler
 from tropd_mcore.serving import dispatch as dispatch_module
 from tropd_mcore.serving.client import SglangClient, generate_on, score_on
 from tropd_mcore.serving.wire import Generation, GenerationRequest, ScoringRequest
 from tropd_mcore.serving.work import Dispatched, Speeds
+from tropd_mcore.types import SampleRequest
 
 LOGP = -0.5
 VERSION = "v1"
@@ -199,7 +202,7 @@ def test_samples_of_a_slow_server_go_on_elsewhere_from_their_tokens(serve: Serve
     asked = [request(index, 60 + index) for index in range(8)]
     found = generate_on(clients_of(fast, slow), asked)
     whole(found, asked)
-    assert found.moved >= 4 and found.again == 0 and not found.lost
+    assert found.moved >= 4 and found.again == 0 and not found.lost and found.slow == {1}
     assert len(slow.aborted) == len(set(slow.aborted)) >= 4
     later = [body for body in fast.asked if len(body["input_ids"]) > 2]
     assert later, "a sample that had tokens"
@@ -215,7 +218,7 @@ def test_a_server_that_only_has_more_to_do_keeps_its_samples(serve: Serve) -> No
     asked = [request(index, 40) for index in range(8)]
     found = generate_on(clients_of(fast, other), asked)
     whole(found, asked)
-    assert found.moved <= 1 and len(other.aborted) <= 1
+    assert found.moved <= 1 and len(other.aborted) <= 1 and not found.slow
 
 
 def test_a_server_that_ends_no_request_on_demand_is_left_and_its_samples_are_drawn_anew(
@@ -226,8 +229,29 @@ def test_a_server_that_ends_no_request_on_demand_is_left_and_its_samples_are_dra
     asked = [request(index, 40) for index in range(6)]
     found = generate_on(clients_of(fast, deaf), asked)
     whole(found, asked)
-    assert isinstance(found.lost[1], ServerHung) and found.may_return == {1} and found.again == 3
+    assert isinstance(found.lost[1], ServerHung) and found.may_return == found.slow == {1} and found.again == 3
     assert "rollout.servers.1: it did not end 1 requests within 0.3 s" in str(found.lost[1]), "one is tried first"
+
+
+class Known(SglangClient):
+    """A client of a server that has the weights of the step."""
+
+    def info(self) -> Any:
+        return SimpleNamespace(weight_version=VERSION, longest_sequence=1000)
+
+
+def test_a_sampler_says_who_kept_up_and_gives_a_slow_server_a_sample_to_show_that_it_still_is(serve: Serve) -> None:
+    servers = [serve(tick_s=0.002), serve(tick_s=0.2)]
+    config = RolloutConfig(server=ServerConfig(url=servers[0].url, max_retries=1))
+    clients = [Known(one.url, config.server, key=key) for one, key in zip(servers, ("fast", "slow"), strict=True)]
+    sampler = SglangSampler(clients, config, eos_ids=(2,), vocab_size=50, seed=0, masked_share=0.0)
+    prompt, none = np.array([1, 3], np.int32), np.zeros(0, np.int32)
+    asked = [SampleRequest(str(index), "p", prompt, none, 60, False, None) for index in range(8)]
+    for _ in range(2):
+        found = sampler.collect(asked, step=0, expected_version=VERSION)
+        assert found.keeps_up == {"fast": True, "slow": False} and len(found.rollouts) == 8
+    again = sampler.collect([], step=0, expected_version=VERSION, found=found)
+    assert again.keeps_up == found.keeps_up, "an answer of the same step is kept"
 
 
 def test_a_server_whose_answers_are_refused_is_left_with_its_name(serve: Serve) -> None:
