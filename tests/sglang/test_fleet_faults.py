@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,9 @@ def whole(pair: Fleet) -> None:
         server.wait_ready()
 
 
-def at_url(server: SupervisedServer, url: str | None = None) -> SupervisedServer:
+def at_url(server: SupervisedServer, url: str | None = None, *, hang_timeout_s: float = 5.0) -> SupervisedServer:
     """The same server for a job that does not start it."""
-    config = ServerConfig(url=url or server.client.url, max_retries=2, hang_timeout_s=5.0)
+    config = ServerConfig(url=url or server.client.url, max_retries=2, hang_timeout_s=hang_timeout_s)
     made = SupervisedServer(dataclasses.replace(server.spec, config=config))
     made.start()
     return made
@@ -84,6 +85,23 @@ def test_a_server_killed_between_steps_and_the_last_one_killed_in_the_next_step_
         asked = samples(long=True)
         assert_whole(policy.sample(asked, step=2), asked, llama_folder, log_softmax, step=2)
         assert re.search(r"rollout.servers.1.*\(started again\): 0 of 2 rollout servers go on", caplog.text)
+
+
+def test_a_server_at_a_url_that_somebody_restarts_in_a_step_gets_the_weights_of_a_later_one(
+    pair: Fleet, llama_folder: Path, tmp_path: Path, log_softmax: Oracle, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    restart = threading.Thread(target=lambda: pair[1].recover(ServerDied("somebody restarts it")))
+    fleet, asked = [at_url(server, hang_timeout_s=60.0) for server in pair], samples(long=True)
+    with policy_of(fleet, llama_folder, tmp_path) as policy:
+        policy.sample(samples(), step=0)
+        after_answers(monkeypatch, 1, restart.start)
+        assert_whole(policy.sample(asked, step=1), asked, llama_folder, log_softmax, step=1)
+        assert re.search(r"rollout.servers.1.*\(asked again at the next step\): 1 of 2 rollout servers", caplog.text)
+        restart.join()
+        assert pair[1].client.info().weight_version == "default"
+        assert_whole(policy.sample(samples(), step=2), samples(), llama_folder, log_softmax, step=2)
+        assert all(server.client.info().weight_version.endswith("/step-000002") for server in pair)
 
 
 def test_a_server_that_stops_in_a_publication_is_left_out_of_the_step_and_comes_back(
