@@ -22,6 +22,7 @@ from tests.faults.scene import Scene, scene
 from tests.faults.stage import SAMPLES, Stage
 from tests.faults.verdict import FLEET, Fault, Seen
 from tests.slow_engine import slowed
+from tropd_mcore.rollout.member import REST_STEPS
 
 Play = Callable[[Scene], Seen]
 SERVERS = 3
@@ -117,16 +118,23 @@ def _all_up(scene: Scene, launch: Launch, count: int) -> bool:
 
 
 def together(scene: Scene, launch: Launch, count: int = SERVERS) -> None:
-    """Halt the run before a step in which every server will take part, and let one such step pass."""
+    """Halt the run before a step in which every server will take part, and let one such step pass.
+
+    A server that seemed slow is left out of some steps before that.
+    """
     launch.halt("before sample")
     launch.wait(lambda: _all_up(scene, launch, count), "all servers up", READY_S)
-    before = answered(scene, count)
-    launch.arm("before sample")
-    launch.go()
-    launch.reach()
-    idle = [place for place, (old, new) in enumerate(zip(before, answered(scene, count), strict=True)) if new <= old]
-    if idle:
-        raise TooLateError(f"rollout.servers {idle} took no part in a step although they were up")
+    for _ in range(REST_STEPS + 2):
+        before = answered(scene, count)
+        launch.arm("before sample")
+        launch.go()
+        launch.reach()
+        idle = [
+            place for place, (old, new) in enumerate(zip(before, answered(scene, count), strict=True)) if new <= old
+        ]
+        if not idle:
+            return
+    raise TooLateError(f"rollout.servers {idle} took no part in {REST_STEPS + 2} steps although they were up")
 
 
 def answered(scene: Scene, count: int) -> list[int]:
