@@ -134,17 +134,20 @@ def _servers(servers: Mapping[str, ServerConfig], dtype: Dtype, source: str, pla
     """The text of each server; equal ones are counted, and their GPUs are listed."""
     if len(servers) == 1:
         (server,) = servers.values()
-        return _server(server, dtype, f"started by rank 0{source}", platform)
+        return _server(server, dtype, f"started by {_who(server)}{source}", platform)
     texts: dict[str, list[str]] = {}
     for server in servers.values():
-        who = "rank 0" if server.node == 0 else f"the first rank of node {server.node}"
-        text = _server(server.model_copy(update={"gpus": ()}), dtype, f"started by {who}{source}", "cpu")
+        text = _server(server.model_copy(update={"gpus": ()}), dtype, f"started by {_who(server)}{source}", "cpu")
         texts.setdefault(text, []).append("+".join(map(str, gpus_of(server))))
     listed = []
     for text, gpus in texts.items():
         where = "" if platform == "cpu" or text.startswith("SGLang at ") else f", on GPU {', '.join(gpus)}"
         listed.append(f"{len(gpus)} x {text}{where}" if len(gpus) > 1 else f"{text}{where}")
     return f"{len(servers)} servers: {' | '.join(listed)}"
+
+
+def _who(server: ServerConfig) -> str:
+    return "rank 0" if server.node == 0 else f"the first rank of node {server.node}"
 
 
 def _server(server: ServerConfig, dtype: Dtype, started: str, platform: str) -> str:

@@ -168,11 +168,6 @@ def server_problems(config: Config) -> Iterator[str]:
         for name in ("weights", "weights_folder"):
             if getattr(server, name) is not None:
                 yield f"{key}.{name}: a teacher gets no weights from the trainer; remove it"
-        if server.node:
-            yield (
-                f"{key}.node = {server.node}: the job starts a teacher's server on node 0 only; start it there "
-                f"yourself and set {key}.url"
-            )
     for key, server in started_servers(config).items():
         yield from _gpus(key, server, config.platform.kind)
         if server.release_memory and config.platform.kind == "cpu":

@@ -1,8 +1,9 @@
 """Several servers of one model that keep the weights of its folder: one call for all of them, without those that fail.
 
 The rollout servers of a job get new weights at every step and are handled by `rollout.policy_server`. Invariants: every
-request gets one answer as long as one server is left. A server that died is started again while the others go on, is
-checked like a new one (`SupervisedServer.after_restart`), and only then gets requests again.
+request gets one answer as long as one server is left. A server that died is started again while the others go on, here
+or by the rank of its node (`serving.keeper`). It is checked like a new one (`SupervisedServer.after_restart`), and only
+then gets requests again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class ServerFleet(Started):
         self.each = tuple(servers)
         self._waiting: dict[int, TropdError] = {}
         """Places of servers that are starting again, or at a url and silent -> why"""
+        self._since: dict[int, float] = {}
+        """Place of each of them -> time at which it was lost"""
         self._gone: dict[int, TropdError] = {}
         """Places of servers whose restarts are used up -> why"""
         self._speeds = Speeds()
@@ -133,6 +136,7 @@ class ServerFleet(Started):
             if not (server.is_ready() and server.answers()):
                 if (ended := server.ended()) is not None:
                     raise ended
+                self._give_up_late(place)
                 return
             del self._waiting[place]
             if server.after_restart is not None:
@@ -141,10 +145,22 @@ class ServerFleet(Started):
         except ServerDied as error:
             self._lose(place, error)
 
+    def _give_up_late(self, place: int) -> None:
+        """Give up a server that another rank should have started again by now."""
+        server, limit_s = self.each[place], self.each[place].config.start_timeout_s
+        if not server.is_kept_elsewhere or time.monotonic() - self._since[place] <= limit_s:
+            return
+        why = self._waiting.pop(place)
+        self._gone[place] = ServerDied(
+            f"{why}; not back after {server.spec.key}.start_timeout_s={limit_s:g} s; its log is on node "
+            f"{server.config.node}: {server.spec.log_path}"
+        )
+        log.warning("%s: given up", self._gone[place])
+
     def _lose(self, place: int, error: ServerError, *, may_return: bool = False) -> None:
         """Start a server again, in the background if there are others. Raises if it was the last one."""
         server, why = self.each[place], error
-        if len(self.each) == 1:
+        if len(self.each) == 1 and not server.is_kept_elsewhere:
             if not isinstance(error, ServerDied):
                 raise error
             server.recover(error)
@@ -154,10 +170,11 @@ class ServerFleet(Started):
                 server.begin_recovery(error)
             except ServerError as met:
                 why = met
-                if server.is_started:
+                if server.is_started and not server.is_kept_elsewhere:
                     self._gone[place] = met
         if place not in self._gone:
             self._waiting[place] = why
+            self._since[place] = time.monotonic()
         left = len(self.each) - len(self._waiting) - len(self._gone)
         log.warning("%s: %d of %d servers go on", why, left, len(self.each))
         if not left and all(each in self._gone or not other.is_started for each, other in enumerate(self.each)):

@@ -50,6 +50,8 @@ class SupervisedServer(Started):
         """Restarts so far, at most `max_restarts` over the launch."""
         self.is_started = spec.config.url is None
         """Whether this job starts the server."""
+        self.is_kept_elsewhere = elsewhere is not None
+        """Whether another rank starts it, and starts it again when it has died."""
         self._process = ServerProcess(spec) if self.is_started and elsewhere is None else None
         self._elsewhere = elsewhere
         self._client: SglangClient | None = None

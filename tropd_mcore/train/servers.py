@@ -1,6 +1,6 @@
-"""Starts the servers of a job: each rollout server on its node, and those of the teachers on the first one.
+"""Starts the servers of a job: each on its node, by the first rank there.
 
-Rank 0 gets a handle of every rollout server. What servers are asked is in `rollout.policy_server` and `teacher`.
+Rank 0 gets a handle of every server. What servers are asked is in `rollout.policy_server` and `teacher`.
 Invariants: a server that the job starts is stopped by the rank that started it. The key of a server reaches other ranks
 through the job's own process groups only.
 """
@@ -22,6 +22,7 @@ from tropd_mcore.mcore.parallel import Layout, RankEnvironment
 from tropd_mcore.rollout.policy_server import PolicyServers
 from tropd_mcore.rollout.served_tokenizer import server_spec
 from tropd_mcore.serving.fleet import ServerFleet
+from tropd_mcore.serving.keeper import Keeper
 from tropd_mcore.serving.process import LOOPBACK, ServerSpec
 from tropd_mcore.serving.router import Router, RouterSpec, key_of_fleet
 from tropd_mcore.serving.supervisor import Address, SupervisedServer
@@ -65,20 +66,13 @@ def start_policy_servers(
     On GPUs all are ready when this returns. Raises ConfigError if a server is meant for a node that the job lacks.
     """
     control, nodes = context.layout.groups.control, context.nodes
-    beyond = [
-        f"{key}.node = {server.node}: this launch has {len(nodes.first_ranks)} nodes, counted from 0"
-        for key, server in used.items()
-        if server.url is None and server.node >= len(nodes.first_ranks)
-    ]
-    if beyond:
-        raise ConfigError(beyond)
+    owners = _owners(used, nodes)
     owned: dict[str, SupervisedServer] = {}
     template, router_config = context.config.rollout.server, context.config.rollout.router if used else None
     key_of_all: str | None = None
     if router_config is not None:
         asked = router_config
         key_of_all = on_rank_zero(lambda: key_of_fleet(asked, used), control)
-    owners = {key: 0 if server.url is not None else nodes.first_ranks[server.node] for key, server in used.items()}
     with raise_on_all_ranks(control):
         for key, server in used.items():
             if owners[key] == context.layout.rank:
@@ -94,11 +88,7 @@ def start_policy_servers(
             for server_here in owned.values():
                 if server_here.is_started:
                     server_here.wait_ready()
-    addresses: dict[str, Address] = {}
-    if len(nodes.first_ranks) > 1:
-        mine = {key: server.address for key, server in owned.items() if server.is_started}
-        for of_rank in gather_on_rank_zero(mine, control):
-            addresses |= of_rank
+    addresses = _addresses(owned, context)
     reached, router = {}, None
     with raise_on_all_ranks(control):
         if context.layout.rank == 0 and router_config is not None:
@@ -107,8 +97,33 @@ def start_policy_servers(
             router.start()
     if context.layout.rank == 0:
         for key, server in used.items():
-            reached[key] = owned.get(key) or _of_another_rank(context, key, server, addresses[key])
+            reached[key] = owned.get(key) or _of_another_rank(
+                _spec(context, key, server, None, here=False), addresses[key]
+            )
     return PolicyServers(owned, reached, router)
+
+
+def _owners(used: Mapping[str, ServerConfig], nodes: Nodes) -> dict[str, int]:
+    """The rank that starts each server; 0 for one at a url. Raises ConfigError if the job lacks the node of one."""
+    count = len(nodes.first_ranks)
+    beyond = [
+        f"{key}.node = {server.node}: this launch has {count} nodes, counted from 0"
+        for key, server in used.items()
+        if server.url is None and server.node >= count
+    ]
+    if beyond:
+        raise ConfigError(beyond)
+    return {key: 0 if server.url is not None else nodes.first_ranks[server.node] for key, server in used.items()}
+
+
+def _addresses(owned: Mapping[str, SupervisedServer], context: JobContext) -> dict[str, Address]:
+    """How rank 0 reaches the started servers of all nodes; nothing in a job of one node. Collective."""
+    found: dict[str, Address] = {}
+    if len(context.nodes.first_ranks) > 1:
+        mine = {key: server.address for key, server in owned.items() if server.is_started}
+        for of_rank in gather_on_rank_zero(mine, context.layout.groups.control):
+            found |= of_rank
+    return found
 
 
 def _on_its_gpus(
@@ -124,40 +139,58 @@ def _on_its_gpus(
 
 
 def start_teacher_servers(context: JobContext, cleanup: ExitStack, longest: int) -> ServerFleet | None:
-    """Start the servers of the one teacher of `context` on rank 0; the other ranks return None for them. Collective.
+    """Start the servers of the one teacher of `context`; rank 0 gets handles of all, the other ranks None. Collective.
 
-    If all of them are at a url, every rank gets handles of them. On GPUs they are ready when this returns.
+    If all of them are at a url, every rank gets handles of them. On GPUs they are ready when this returns, and those of
+    other nodes always. Raises ConfigError if a server is meant for a node that the job lacks.
     """
-    teacher = the_teacher(context.config)
-    rank_zero_only = any(server.url is None for server in teacher.servers.values())
-    fleet = None
-    with raise_on_all_ranks(context.layout.groups.control):
-        if context.layout.rank == 0 or not rank_zero_only:
-            specs = [
-                server_spec(
-                    server_name(key),
-                    key=key,
-                    model_key=teacher.path_key,
-                    model=teacher.path,
-                    dtype=teacher.config.dtype,
-                    config=server,
-                    device=context.platform.name,
-                    logs=context.run_dir.logs,
-                    here=server.url is None,
-                    longest=longest,
-                )
-                for key, server in teacher.servers.items()
-            ]
-            fleet = ServerFleet([SupervisedServer(spec) for spec in specs])
-            cleanup.callback(fleet.stop)
-            fleet.start()
-            if context.platform.name == "cuda":
-                fleet.wait_ready()
-    return fleet
+    teacher, layout = the_teacher(context.config), context.layout
+    owners = _owners(teacher.servers, context.nodes)
+    at_urls = all(server.url is not None for server in teacher.servers.values())
+
+    def spec_of(key: str, server: ServerConfig, *, here: bool) -> ServerSpec:
+        return server_spec(
+            server_name(key),
+            key=key,
+            model_key=teacher.path_key,
+            model=teacher.path,
+            dtype=teacher.config.dtype,
+            config=server,
+            device=context.platform.name,
+            logs=context.run_dir.logs,
+            here=here,
+            longest=longest,
+            host=context.nodes.address if server.node else LOOPBACK,
+        )
+
+    owned: dict[str, SupervisedServer] = {}
+    with raise_on_all_ranks(layout.groups.control):
+        for key, server in teacher.servers.items():
+            if owners[key] == layout.rank or at_urls:
+                owned[key] = SupervisedServer(spec_of(key, server, here=server.url is None))
+                cleanup.callback(owned[key].stop)
+                owned[key].start()
+        for server_here in owned.values():
+            is_kept = server_here.is_started and layout.rank != 0
+            if context.platform.name == "cuda" or is_kept:
+                server_here.wait_ready()
+            if is_kept:
+                keeper = Keeper(server_here)
+                keeper.start()
+                cleanup.callback(keeper.stop)
+    addresses = _addresses(owned, context)
+    if layout.rank != 0 and not at_urls:
+        return None
+    return ServerFleet(
+        [
+            owned.get(key) or _of_another_rank(spec_of(key, server, here=False), addresses[key])
+            for key, server in teacher.servers.items()
+        ]
+    )
 
 
-def _of_another_rank(context: JobContext, key: str, config: ServerConfig, address: Address) -> SupervisedServer:
-    server = SupervisedServer(_spec(context, key, config, None, here=False), elsewhere=address)
+def _of_another_rank(spec: ServerSpec, address: Address) -> SupervisedServer:
+    server = SupervisedServer(spec, elsewhere=address)
     server.start()
     return server
 

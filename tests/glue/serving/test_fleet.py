@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,13 @@ from tropd_mcore.serving.work import Dispatched
 class Server:
     """A server that only records what it is asked."""
 
-    def __init__(self, place: int, *, started: bool = True, restarts: int = 9) -> None:
+    def __init__(self, place: int, *, started: bool = True, restarts: int = 9, kept: bool = False) -> None:
         self.key = f"teacher.servers.{place}"
-        self.spec: Any = type("Spec", (), {"key": self.key, "called": self.key})()
+        self.spec: Any = SimpleNamespace(key=self.key, called=self.key, log_path="its.log")
+        self.config: Any = SimpleNamespace(start_timeout_s=60.0, node=1)
         self.client: Any = self
         self.is_started = started
+        self.is_kept_elsewhere = kept
         self.after_restart: Any = None
         self.restarts = restarts
         self.ready = True
@@ -42,7 +46,7 @@ class Server:
         return True
 
     def begin_recovery(self, error: ServerError) -> None:
-        if not self.is_started:
+        if not self.is_started or self.is_kept_elsewhere:
             raise error
         if not self.restarts:
             raise ServerDied(f"{error}; max_restarts are used up")
@@ -155,6 +159,41 @@ def test_a_server_at_a_url_takes_part_again_when_it_answers(
     fleet.generate([request(1)])
     assert [len(keys) for keys, _ in rounds.asked] == [2, 1, 2] and servers[1].did == []
     assert f"{key(1)}: it takes requests again" in caplog.text
+
+
+def test_a_server_of_another_node_takes_part_again_when_its_rank_has_started_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    servers: Any = [Server(0), Server(1, kept=True)]
+    servers[1].after_restart = lambda: servers[1].did.append("checked")
+    rounds = played(monkeypatch, {key(1): ServerDied("no connection")})
+    servers[1].ready = False
+    fleet = ServerFleet(servers)
+    for _ in range(2):
+        fleet.generate([request(1)])
+    servers[1].ready = True
+    fleet.generate([request(1)])
+    assert [len(keys) for keys, _ in rounds.asked] == [2, 1, 2] and servers[1].did == ["checked"]
+
+
+def test_the_only_server_on_another_node_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    server: Any = Server(0, kept=True)
+    rounds = played(monkeypatch, {key(0): ServerDied("no connection")})
+    assert fleet_of(ServerFleet([server])).generate([request(1), request(2)]) == [1, 2]  # type: ignore[comparison-overlap]
+    assert rounds.asked[1] == ([key(0)], [2])
+
+
+def test_a_server_of_another_node_that_does_not_come_back_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    servers: Any = [Server(0, kept=True), Server(1, kept=True)]
+    played(monkeypatch, {key(0): ServerDied("no connection to 0"), key(1): ServerDied("no connection to 1")})
+    for server in servers:
+        server.ready, server.config.start_timeout_s = False, 0.05
+    end = f"not back after {key(0)}.start_timeout_s=0.05 s; its log is on node 1: its.log"
+    with pytest.raises(ServerDied, match=f"no connection to 0; {re.escape(end)}"):
+        ServerFleet(servers).generate([request(1), request(2)])
+    assert f"{end}: given up" in caplog.text
 
 
 def test_a_slow_server_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
