@@ -43,6 +43,7 @@ def answered_by(client: Client, monkeypatch: pytest.MonkeyPatch, opened: list[st
             if opened is not None:
                 opened.append(model_key)
             self.client, self.spec, self.is_started = client, SimpleNamespace(key=key), True
+            self.is_kept_elsewhere = False
             self.generate = client.generate
             self.first, self.each = self, (self,)
 

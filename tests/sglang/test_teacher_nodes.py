@@ -103,4 +103,7 @@ def refused(folder: Path, place: Path) -> str:
 
 def test_a_node_that_the_launch_lacks_is_named(other_folder: Path, tmp_path: Path) -> None:
     for text in run_on_ranks(refused, 2, other_folder, tmp_path):
-        assert "teacher.servers.1.node = 2: this launch has 2 nodes, counted from 0" in text
+        assert (
+            "teacher.servers.1.node = 2: the last node of this launch is 1; lower it, or launch on more (NNODES)"
+            in text
+        )

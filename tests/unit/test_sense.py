@@ -87,6 +87,11 @@ def test_tokens_after_an_end_token_are_refused() -> None:
         read(generation([7, 5, 8, END], "stop", matched=END))
 
 
+def test_aborted_tokens_that_go_on_after_an_end_token_are_refused() -> None:
+    with pytest.raises(AnswerError, match=r"1 more tokens after the end token 5 in output_ids\[1\]"):
+        read(generation([7, 5, 8], "abort"))
+
+
 @pytest.mark.parametrize(
     ("ids", "reason"), [([7, 8, 9], "length"), ([7, 8, 9, 10, 11], "length"), ([7, 8, 9, 10, END], "stop")]
 )

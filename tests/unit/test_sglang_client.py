@@ -260,14 +260,30 @@ def test_tokens_of_an_unexpected_policy_version_are_refused(
         sampler(server.url).sample([sample_request()], step=0, expected_version="v1")
 
 
-def test_an_aborted_sample_is_requested_again_but_not_endlessly(serve: Callable[..., Scripted]) -> None:
-    partial = generation([7], reason="abort")
-    server = serve(partial, generation([7, 8]))
+def test_an_aborted_sample_goes_on_from_its_tokens(serve: Callable[..., Scripted]) -> None:
+    server = serve(generation([7], reason="abort"), generation([8, 9]))
+    asking = sampler(server.url)
+    (rollout,) = asking.sample([sample_request(new=3)], step=0, expected_version="v1")
+    assert rollout.response_ids.tolist() == [7, 8, 9] and rollout.finish_reason == "length" and asking.aborted == 1
+    first, second = (body for body in server.bodies if "input_ids" in body)
+    assert second["input_ids"] == [*first["input_ids"], 7] and second["sampling_params"]["max_new_tokens"] == 2
+
+
+def test_a_sample_that_is_always_aborted_ends_in_an_error(serve: Callable[..., Scripted]) -> None:
+    nothing = generation([], reason="abort")
+    with pytest.raises(ServerError, match="1 of 1 samples were still aborted after max_retries=2"):
+        sampler(serve(nothing).url).sample([sample_request()], step=0, expected_version="v1")
+
+
+@pytest.mark.parametrize(("last", "reason"), [(8, "length"), (2, "stop")])
+def test_a_sample_that_had_ended_when_it_was_aborted_is_kept(
+    serve: Callable[..., Scripted], last: int, reason: str
+) -> None:
+    """Drawn anew it might get another length."""
+    server = serve(generation([7, last], reason="abort"))
     asking = sampler(server.url)
     (rollout,) = asking.sample([sample_request()], step=0, expected_version="v1")
-    assert rollout.response_ids.tolist() == [7, 8] and asking.aborted == 1
-    with pytest.raises(ServerError, match="1 of 1 samples were still aborted after max_retries=2"):
-        sampler(serve(partial).url).sample([sample_request()], step=0, expected_version="v1")
+    assert rollout.response_ids.tolist() == [7, last] and rollout.finish_reason == reason and asking.aborted == 0
 
 
 def test_a_response_truncated_by_the_server_is_refused(serve: Callable[..., Scripted]) -> None:
@@ -315,6 +331,8 @@ def test_a_teacher_response_is_cut_before_an_id_that_is_not_a_token(
 
 class Restarting:
     """A supervised server that is gone until it is recovered, at most `restarts` times."""
+
+    is_kept_elsewhere = False
 
     def __init__(self, gone: str, alive: str, *, restarts: int) -> None:
         config = ServerConfig(max_retries=0)

@@ -140,7 +140,8 @@ def _server(key: str, server: ServerConfig) -> Iterator[str]:
             yield f"{key}.url: expected http://host:port or https://host, found {server.url!r}"
         given = [name for name in OF_A_START if getattr(server, name) != ServerConfig.model_fields[name].default]
         if given:
-            yield f"{key}.url names a running server, so {key}.{{{','.join(given)}}} would have no effect; remove one"
+            no_effect = " and ".join(f"{key}.{name}" for name in given)
+            yield f"{key}.url names a running server, so {no_effect} would have no effect; remove the url or the rest"
     default = ServerConfig.model_fields["hang_timeout_s"].default  # a short request_timeout_s may be below the default
     if server.hang_timeout_s > server.request_timeout_s and server.hang_timeout_s != default:
         yield (

@@ -2,8 +2,8 @@
 
 This module does not restart servers (see `policy_server`). Invariants: a `Rollout` holds exactly the tokens and
 log-probs that servers with the expected weight version returned. Which server sampled it changes no id, no order and no
-random number of ours. An answer that was aborted from outside is requested again. A sample without a usable answer is
-left out and counted, never filled in.
+random number of ours. An answer that was aborted from outside goes on from its tokens. A sample without a usable answer
+is left out and counted, never filled in.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SglangSampler:
         lane: RouterLane | None = None,
     ) -> None:
         self.aborted = 0
-        """Number of partial answers that were requested again, over the sampler's life."""
+        """Number of answers that somebody else has aborted, over the sampler's life."""
         self.clients = list(clients)
         """The servers of the next call."""
         self.lane = lane
@@ -109,7 +109,6 @@ class SglangSampler:
             if not missing or not servers:
                 break
             if attempt:
-                self.aborted += len(missing)
                 log.warning("%s: asking again for %d aborted samples", self._key, len(missing))
             self._round(missing, collected, step, expected_version, servers)
             servers = [client for client in servers if client.key not in collected.lost]
@@ -209,6 +208,9 @@ class SglangSampler:
         collected.keeps_up |= {
             servers[place].key: place not in sampled.slow for place in sampled.speeds.keys() | sampled.slow
         }
+        self.aborted += sampled.cut
+        if sampled.cut:
+            log.warning("%s: somebody else aborted %d samples, which go on from their tokens", self._key, sampled.cut)
         if sampled.moved or sampled.again:
             log.info(
                 "%s: %d samples went on at another server, %d were sampled anew", self._key, sampled.moved,

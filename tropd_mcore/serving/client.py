@@ -289,14 +289,10 @@ class SglangClient:
     def note_nonsense(self, nonsense: Sequence[str], asked: int) -> None:
         """Count the answers that made no sense, of `asked` questions, with one log line for all of them."""
         self.asked_again += len(nonsense)
-        if nonsense:
-            log.warning(
-                "%s: %d of %d answers made no sense and were asked for once more; the first: %s",
-                self.key,
-                len(nonsense),
-                asked,
-                nonsense[0],
-            )
+        log.warning(
+            "%s: %d of %d answers made no sense and were asked for once more; the first: %s", self.key, len(nonsense),
+            asked, nonsense[0],
+        )  # fmt: skip
 
 
 def generate_on(
@@ -368,5 +364,6 @@ def _dispatched(
 ) -> Dispatched[Answer]:
     lanes = [client.lane(speed) for client, speed in zip(clients, speeds or [1.0] * len(clients), strict=True)]
     found = dispatch(lanes, work, questions, count)
-    clients[0].note_nonsense(found.nonsense, len(questions))
+    for place, nonsense in found.nonsense.items():
+        clients[place].note_nonsense(nonsense, len(questions))
     return found

@@ -4,8 +4,9 @@ This module does not choose servers or weights (see `rollout.policy_server`) and
 Invariants:
 - Every question gets one answer, or the error of the last server that had it.
 - A server that is lost (gone, hung, refused by `Work.refuses`) keeps its answers; its open questions go to the others.
-- A sample that is taken from a slow server goes on elsewhere from the tokens that it has, so that moving changes no
-  distribution. Only the open samples of a server that does not even answer a request to abort are sampled anew.
+- A sample that is taken from a slow server, or that somebody else has aborted, goes on from the tokens that it has, so
+  that this changes no distribution. Only the open samples of a server that does not even answer a request to abort are
+  sampled anew.
 - With one server nothing is moved or aborted.
 """
 
@@ -18,12 +19,10 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import aiohttp
-
 from tropd_mcore.errors import AnswerError, ServerDied, ServerError, ServerHung
+from tropd_mcore.serving.in_flight import Item, Served
 from tropd_mcore.serving.transport import LateError, attended, cancelled
 from tropd_mcore.serving.work import Dispatched, Lane, Work
 
@@ -47,6 +46,8 @@ ABORT_S = 10.0
 """Longest wait until a server has ended the requests that it was told to abort."""
 MOVES = 2
 """How often one question may be taken from a slow server."""
+CUTS = 3
+"""How often one question that somebody else has aborted goes on from its tokens."""
 ERRORS = 3
 """Errors without a single answer after which a server is lost, if others are left."""
 SLOWEST = 0.02
@@ -69,53 +70,6 @@ def dispatch(
     return call.result()
 
 
-@dataclass(eq=False)
-class _Item(Generic[Question, Answer]):
-    """One question on its way."""
-
-    index: int
-    question: Question
-    parts: list[Answer] = field(default_factory=list)
-    moves: int = 0
-    errors: int = 0
-    avoid: set[int] = field(default_factory=set)
-    """Places of servers that must not get it if another is left"""
-    rid: str = ""
-    since: float = 0.0
-    """Time at which the server got it"""
-    taken: bool = False
-    """Whether the server was told to abort it"""
-
-
-@dataclass(eq=False)
-class _Served(Generic[Question, Answer]):
-    """A server during the call."""
-
-    place: int
-    lane: Lane
-    session: aiohttp.ClientSession
-    open: dict[_Item[Question, Answer], asyncio.Task[None]] = field(default_factory=dict)
-    lost: ServerError | None = None
-    answered: int = 0
-    errors: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    """Sum of the times of all answers and parts"""
-    cleared_until: float = 0.0
-    """Time until which it counts as not slow"""
-    relieved: bool = False
-    """Its questions are being taken away, so it gets no others"""
-
-    @property
-    def room(self) -> int:
-        return self.lane.transport.max_concurrency - len(self.open)
-
-    @property
-    def pace(self) -> float | None:
-        """Tokens per second of one request; None if nothing is known."""
-        return self.tokens / self.seconds if self.seconds > 0 else None
-
-
 class _Call(Generic[Question, Answer]):
     """One call of `dispatch`."""
 
@@ -131,7 +85,7 @@ class _Call(Generic[Question, Answer]):
         self._left = len(questions)
         self._waiting = self._in_order(questions)
         self._affinity: dict[object, int] = {}
-        self._servers: list[_Served[Question, Answer]] = []
+        self._servers: list[Served[Question, Answer]] = []
         self._found: Dispatched[Answer] = Dispatched([])
         self._helpers: set[asyncio.Task[Any]] = set()
         # as many requests more than another server has are worth a shared prefix
@@ -155,7 +109,7 @@ class _Call(Generic[Question, Answer]):
         async with AsyncExitStack() as stack:
             for place, lane in enumerate(self._lanes):
                 session = await stack.enter_async_context(lane.transport.session())
-                self._servers.append(_Served(place, lane, session))
+                self._servers.append(Served(place, lane, session))
             for server in self._servers:
                 self._help(self._guard(server))
                 if (beside := server.lane.transport.beside) is not None:
@@ -173,10 +127,10 @@ class _Call(Generic[Question, Answer]):
             if not task.cancelled() and (bug := task.exception()) is not None:
                 raise bug
 
-    def _in_order(self, questions: Sequence[Question]) -> list[_Item[Question, Answer]]:
+    def _in_order(self, questions: Sequence[Question]) -> list[Item[Question, Answer]]:
         """The longest first; questions of one group stay together, at the place of their longest."""
         size, group = self._work.size, self._work.group
-        items = [_Item[Question, Answer](index, question) for index, question in enumerate(questions)]
+        items = [Item[Question, Answer](index, question) for index, question in enumerate(questions)]
         largest: dict[object, tuple[int, ...]] = {}
         first: dict[object, int] = {}
         for item in items:
@@ -184,7 +138,7 @@ class _Call(Generic[Question, Answer]):
             largest[key] = max(largest.get(key, ()), size(item.question))
             first.setdefault(key, item.index)
 
-        def order(item: _Item[Question, Answer]) -> tuple[list[int], int, list[int], int]:
+        def order(item: Item[Question, Answer]) -> tuple[list[int], int, list[int], int]:
             key = group(item.question)
             return [-part for part in largest[key]], first[key], [-part for part in size(item.question)], item.index
 
@@ -199,7 +153,7 @@ class _Call(Generic[Question, Answer]):
         if not task.cancelled() and task.exception() is not None:
             self._done.set()  # an error in our own code, raised at the end of `run`
 
-    def _alive(self) -> list[_Served[Question, Answer]]:
+    def _alive(self) -> list[Served[Question, Answer]]:
         return [server for server in self._servers if server.lost is None]
 
     def _assign(self) -> None:
@@ -212,7 +166,7 @@ class _Call(Generic[Question, Answer]):
             else:
                 self._send(server, item)
 
-    def _choice(self, item: _Item[Question, Answer]) -> _Served[Question, Answer] | None:
+    def _choice(self, item: Item[Question, Answer]) -> Served[Question, Answer] | None:
         """The server for a question now; None if it has to wait."""
         alive = self._alive()
         wanted = [server for server in alive if server.place not in item.avoid] or alive
@@ -220,7 +174,7 @@ class _Call(Generic[Question, Answer]):
         if not able:
             return None
 
-        def load(server: _Served[Question, Answer]) -> float:
+        def load(server: Served[Question, Answer]) -> float:
             return (len(server.open) + 1) / max(server.lane.speed, SLOWEST)
 
         best = min(able, key=lambda server: (load(server), server.place))
@@ -232,15 +186,13 @@ class _Call(Generic[Question, Answer]):
         self._affinity[group] = best.place
         return best
 
-    def _send(self, server: _Served[Question, Answer], item: _Item[Question, Answer]) -> None:
+    def _send(self, server: Served[Question, Answer], item: Item[Question, Answer]) -> None:
         item.rid, item.since, item.taken = uuid.uuid4().hex, time.monotonic(), False
         task = asyncio.ensure_future(self._ask(server, item))
         server.open[item] = task
         task.add_done_callback(lambda ended: self._ended(server, item, ended))
 
-    def _ended(
-        self, server: _Served[Question, Answer], item: _Item[Question, Answer], task: asyncio.Task[None]
-    ) -> None:
+    def _ended(self, server: Served[Question, Answer], item: Item[Question, Answer], task: asyncio.Task[None]) -> None:
         server.open.pop(item, None)
         if not task.cancelled() and task.exception() is not None:
             self._helpers.add(task)  # an error in our own code, raised at the end of `run`
@@ -249,7 +201,7 @@ class _Call(Generic[Question, Answer]):
         if self._left and not self._done.is_set():
             self._assign()
 
-    async def _ask(self, server: _Served[Question, Answer], item: _Item[Question, Answer]) -> None:
+    async def _ask(self, server: Served[Question, Answer], item: Item[Question, Answer]) -> None:
         """Ask `server` one question and settle it, or put it back."""
         before = server.answered
         try:
@@ -267,19 +219,19 @@ class _Call(Generic[Question, Answer]):
         else:
             self._arrived(server, item, answer)
 
-    async def _answer(self, server: _Served[Question, Answer], item: _Item[Question, Answer]) -> Answer:
+    async def _answer(self, server: Served[Question, Answer], item: Item[Question, Answer]) -> Answer:
         """The server's answer; if it makes no sense, its second one."""
         work, transport = self._work, server.lane.transport
         body = work.body(item.question, item.rid)
         try:
             return work.read(await transport.call(server.session, "POST", "/generate", body), item.question)
         except AnswerError as error:
-            self._found.nonsense.append(str(error))
+            self._found.nonsense.setdefault(server.place, []).append(str(error))
         item.rid = uuid.uuid4().hex
         body = work.body(item.question, item.rid)
         return work.read(await transport.call(server.session, "POST", "/generate", body), item.question)
 
-    def _arrived(self, server: _Served[Question, Answer], item: _Item[Question, Answer], answer: Answer) -> None:
+    def _arrived(self, server: Served[Question, Answer], item: Item[Question, Answer], answer: Answer) -> None:
         reason = self._work.refuses(answer)
         if reason is not None:
             self._back(item)
@@ -290,18 +242,21 @@ class _Call(Generic[Question, Answer]):
         server.answered += 1
         server.tokens += self._work.tokens(answer)
         server.seconds += now - item.since
-        if item.taken and self._work.is_part(answer):
-            after = self._work.after
-            assert after is not None
+        after = self._work.after
+        if after is not None and self._work.is_part(answer) and (item.taken or item.cuts < CUTS):
             if self._work.tokens(answer):
                 item.question = after(item.question, answer)
                 item.parts.append(answer)
-            self._found.moved += 1
+            if item.taken:
+                self._found.moved += 1
+            else:
+                item.cuts += 1
+                self._found.cut += 1
             self._back(item)
             return
         self._settle(item, self._work.joined([*item.parts, answer]))
 
-    def _failed(self, server: _Served[Question, Answer], item: _Item[Question, Answer], error: ServerError) -> None:
+    def _failed(self, server: Served[Question, Answer], item: Item[Question, Answer], error: ServerError) -> None:
         """An error that leaves the server alive. Another server may do better, once per question."""
         server.errors += 1
         item.errors += 1
@@ -315,7 +270,7 @@ class _Call(Generic[Question, Answer]):
         if server.errors >= ERRORS and not server.answered:
             self._lose(server, error)
 
-    def _settle(self, item: _Item[Question, Answer], answer: Answer | ServerError) -> None:
+    def _settle(self, item: Item[Question, Answer], answer: Answer | ServerError) -> None:
         assert self._answers[item.index] is None, "a question with two answers"
         self._answers[item.index] = answer
         self._left -= 1
@@ -323,11 +278,11 @@ class _Call(Generic[Question, Answer]):
         if not self._left:
             self._done.set()
 
-    def _back(self, item: _Item[Question, Answer]) -> None:
+    def _back(self, item: Item[Question, Answer]) -> None:
         """Let the question be asked next. What was sampled of it stays."""
         self._waiting.insert(0, item)
 
-    def _lose(self, server: _Served[Question, Answer], error: ServerError) -> None:
+    def _lose(self, server: Served[Question, Answer], error: ServerError) -> None:
         """Give up a server. Its open questions go to the others; if it was the last one, they get its error."""
         if server.lost is not None:
             return
@@ -346,11 +301,11 @@ class _Call(Generic[Question, Answer]):
             self._settle(item, error)
         self._waiting = []
 
-    async def _guard(self, server: _Served[Question, Answer]) -> None:
+    async def _guard(self, server: Served[Question, Answer]) -> None:
         """Lose the server when it is found to be hung."""
         self._lose(server, await server.lane.transport.hung(generates=True))
 
-    async def _attend(self, server: _Served[Question, Answer], beside: Coroutine[None, None, ServerDied]) -> None:
+    async def _attend(self, server: Served[Question, Answer], beside: Coroutine[None, None, ServerDied]) -> None:
         self._lose(server, await beside)  # it returns when the server is gone
 
     async def _look_for_slow_ones(self) -> None:
@@ -363,7 +318,7 @@ class _Call(Generic[Question, Answer]):
                 if server.open and self._seems_slow(server, time.monotonic()):
                     await self._relieve(server)
 
-    def _seems_slow(self, server: _Served[Question, Answer], now: float) -> bool:
+    def _seems_slow(self, server: Served[Question, Answer], now: float) -> bool:
         paces = [other.pace for other in self._alive() if other is not server and other.pace]
         oldest = now - min(item.since for item in server.open)
         if not paces or oldest < PATIENCE_S or now < server.cleared_until:
@@ -373,12 +328,12 @@ class _Call(Generic[Question, Answer]):
         # it has answered nothing: suspect if its requests are older than the average answer of the others took
         return oldest > self._usual_s(server)
 
-    def _usual_s(self, server: _Served[Question, Answer]) -> float:
+    def _usual_s(self, server: Served[Question, Answer]) -> float:
         """Seconds that an answer of the other servers took on average."""
         others = [other for other in self._alive() if other is not server and other.answered]
         return sum(other.seconds for other in others) / max(sum(other.answered for other in others), 1)
 
-    async def _relieve(self, server: _Served[Question, Answer]) -> None:
+    async def _relieve(self, server: Served[Question, Answer]) -> None:
         """Take all open questions from a server that seems slow, if a part of one of them shows that it is."""
         items = [item for item, task in server.open.items() if item.moves < MOVES and not task.done()]
         name = server.lane.transport.name
@@ -413,7 +368,7 @@ class _Call(Generic[Question, Answer]):
         )  # fmt: skip
         self._assign()
 
-    def _take_away(self, server: _Served[Question, Answer], items: list[_Item[Question, Answer]]) -> None:
+    def _take_away(self, server: Served[Question, Answer], items: list[Item[Question, Answer]]) -> None:
         """Let questions whose answers do not depend on chance be asked elsewhere from their beginning."""
         for item in items:
             item.moves += 1
@@ -424,7 +379,7 @@ class _Call(Generic[Question, Answer]):
         server.cleared_until = math.inf if not items else 0.0
         self._assign()
 
-    async def _abort(self, server: _Served[Question, Answer], items: list[_Item[Question, Answer]]) -> int:
+    async def _abort(self, server: Served[Question, Answer], items: list[Item[Question, Answer]]) -> int:
         """Have the server end the requests of `items`; returns how many it did not end within ABORT_S."""
         if not items:
             return 0

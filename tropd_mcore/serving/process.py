@@ -116,6 +116,8 @@ class ServerProcess:
         self._log = ServerLog(spec.log_path, int(spec.config.log_max_mib * 2**20))
         self._api_key = spec.api_key or secrets.token_urlsafe(32)
         self._ready = False
+        self._started = 0.0
+        """Time of the last start"""
         """Whether the server has answered since its last start"""
         self._folder: Path | None = None
         """Temporary folder of the server, removed when the server is stopped"""
@@ -197,6 +199,7 @@ class ServerProcess:
                 env=environment,
                 start_new_session=True,
             ).result()
+        self._started = time.monotonic()
         note_process(self.pid)
         make_record(self.pid, port).save(spec.record_path)
         log.info(
@@ -249,7 +252,7 @@ class ServerProcess:
                     raise ServerError(f"{called}: not ready after {self.spec.key}.start_timeout_s={limit:g} s; {end}")
                 time.sleep(POLL_S)
         self._note_ready(client)
-        log.info("%s: ready on %s after %.1f s", called, self.url, time.monotonic() - started)
+        log.info("%s: ready on %s after %.1f s", called, self.url, time.monotonic() - self._started)
 
     def is_ready(self) -> bool:
         """Return whether the server can generate, without waiting for it. False if it has ended."""

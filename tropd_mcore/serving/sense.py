@@ -80,21 +80,22 @@ def check_end(output_ids: IntArray, reason: str, matched: object, *, longest: in
                 f"SGLang answered a continuation that stopped at token {last}; expected one of "
                 f"{_some(end_ids)} (rollout.end_tokens), or an end by length"
             )
+    check_goes_on(output_ids, end_ids=end_ids)
+
+
+def check_goes_on(output_ids: IntArray, *, end_ids: Collection[int]) -> None:
+    """Raise AnswerError if there is an end token before the last token."""
     early = np.flatnonzero(np.isin(output_ids[:-1], list(end_ids))) if end_ids else np.zeros(0, np.int64)
     if len(early):
         raise AnswerError(
-            f"SGLang answered {count - 1 - early[0]} more tokens after the end token {output_ids[early[0]]} in "
-            f"output_ids[{early[0]}]; expected the continuation to end there"
+            f"SGLang answered {len(output_ids) - 1 - early[0]} more tokens after the end token "
+            f"{output_ids[early[0]]} in output_ids[{early[0]}]; expected the continuation to end there"
         )
 
 
-def check_part(output_ids: IntArray, *, longest: int, end_ids: Collection[int]) -> None:
-    """Raise AnswerError if aborted tokens hold an end, or are as many as were asked for, which is no abort."""
-    if len(output_ids) >= longest or set(output_ids.tolist()) & set(end_ids):
-        raise AnswerError(
-            f"SGLang aborted after {len(output_ids)} tokens of at most {longest}, of {_some(end_ids)} as their end: "
-            "expected a beginning without an end"
-        )
+def is_over(output_ids: IntArray, *, longest: int, end_ids: Collection[int]) -> bool:
+    """Return whether a continuation that was aborted had ended by itself before the abort reached it."""
+    return len(output_ids) >= longest or int(output_ids[-1]) in end_ids
 
 
 def check_candidates(topk_ids_NK: IntArray, topk_logp_NK: FloatArray, vocab_size: int) -> None:

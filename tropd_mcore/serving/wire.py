@@ -202,12 +202,14 @@ def read_generation(answer: object, request: GenerationRequest) -> Generation:
     output_ids = sense.token_ids(_list(answer, "output_ids"), request.vocab_size, field="output_ids")
     logp = _token_logp(_list(meta, "output_token_logprobs"), output_ids, "output_token_logprobs")
     sense.check_log_probs(logp, field="output_token_logprobs")
+    longest, ends = request.max_new_tokens, request.stop_token_ids
     if reason == "abort":
-        sense.check_part(output_ids, longest=request.max_new_tokens, end_ids=request.stop_token_ids)
-        return Generation(output_ids, logp, reason, _weight_versions(meta))
-    sense.check_end(
-        output_ids, reason, finish.get("matched"), longest=request.max_new_tokens, end_ids=request.stop_token_ids
-    )
+        if not sense.is_over(output_ids, longest=longest, end_ids=ends):
+            sense.check_goes_on(output_ids, end_ids=ends)
+            return Generation(output_ids, logp, reason, _weight_versions(meta))
+        # the abort came after the last token; drawing it anew would favour other lengths
+        reason = "stop" if output_ids[-1] in ends else "length"
+    sense.check_end(output_ids, reason, finish.get("matched"), longest=longest, end_ids=ends)
     # if the end token itself uses up the budget, SGLang reports an end by length
     if output_ids[-1] in request.stop_token_ids:
         reason = "stop"

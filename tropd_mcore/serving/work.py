@@ -67,10 +67,12 @@ class Dispatched(Generic[Answer]):
     """Servers that the others had to wait for, or to relieve"""
     moved: int = 0
     """Questions that went on elsewhere, from their tokens so far"""
+    cut: int = 0
+    """Times that somebody else has aborted a question, which went on from its tokens"""
     again: int = 0
     """Questions that were asked again from their beginning, because their server was lost"""
-    nonsense: list[str] = field(default_factory=list)
-    """Answers that made no sense, so that the request was sent once more"""
+    nonsense: dict[int, list[str]] = field(default_factory=dict)
+    """Of each server, its answers that made no sense, so that the request was sent once more"""
 
 
 class Speeds:

@@ -107,7 +107,7 @@ def _owners(used: Mapping[str, ServerConfig], nodes: Nodes) -> dict[str, int]:
     """The rank that starts each server; 0 for one at a url. Raises ConfigError if the job lacks the node of one."""
     count = len(nodes.first_ranks)
     beyond = [
-        f"{key}.node = {server.node}: this launch has {count} nodes, counted from 0"
+        f"{key}.node = {server.node}: the last node of this launch is {count - 1}; lower it, or launch on more (NNODES)"
         for key, server in used.items()
         if server.url is None and server.node >= count
     ]
