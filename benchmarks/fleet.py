@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.measure import table, write_result
+from benchmarks.measure import markdown, table, write_result
 from tests.glue.folder_policy import policy_on
 from tests.glue.stubs import one_rank
 from tests.slow_engine import engine_of, slowed
@@ -149,6 +149,30 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g} to {max(values):.{digits}g})"
 
 
+HEADER = ["servers", "tokens/s", "of one server", "step, s", "of the step of two"]
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """The table's rows."""
+    rate = {row.name: statistics.median(row.tokens_per_s) for row in rows}
+    step = {row.name: statistics.median(row.step_s) for row in rows}
+    return [
+        [
+            row.name,
+            spread(row.tokens_per_s),
+            f"{rate[row.name] / rate['one']:.2f}",
+            spread(row.step_s),
+            f"{step[row.name] / step['two']:.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def page(rows: Sequence[Row]) -> list[str]:
+    """The table of docs/performance.md."""
+    return [markdown(HEADER, lines(rows))]
+
+
 def main() -> None:
     """Run, print the table and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,20 +200,7 @@ def main() -> None:
             bench.steps(three, [FOUND, *[LEFT_OUT] * 2, TRIED, *[LEFT_OUT] * 4], slow=2)
             print(f"round {repeat + 1} of {options.repeats}", flush=True)
     rows = list(bench.rows.values())
-    median = {row.name: statistics.median(row.tokens_per_s) for row in rows}
-    step = {row.name: statistics.median(row.step_s) for row in rows}
-    lines = [
-        [
-            row.name,
-            spread(row.tokens_per_s),
-            f"{median[row.name] / median['one']:.2f}",
-            spread(row.step_s),
-            f"{step[row.name] / step['two']:.2f}",
-        ]
-        for row in rows
-    ]
-    heads = ["servers", "tokens/s", "of one server", "step, s", "of the step of two"]
-    print(table(heads, lines))
+    print(table(HEADER, lines(rows)))
     command = f"python -m benchmarks.fleet --repeats {options.repeats}"
     write_result(options.name, rows, command=command)
 

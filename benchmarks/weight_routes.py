@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.measure import table, write_result
+from benchmarks.measure import markdown, table, write_result
 from tests.tiny_models import write_tiny_model
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.errors import ServerError
@@ -228,6 +228,16 @@ def extrapolated(rows: Sequence[Row]) -> list[list[str]]:
     return found
 
 
+HEADER = ["weights", "route", "seconds", "CPU-seconds", "x copy", "x copy, CPU", "loopback", "stored", "failed"]
+
+
+def page(rows: Sequence[Row]) -> list[str]:
+    """The tables of docs/performance.md: what was measured, and what follows from it for larger models."""
+    measured_rows = [line[:-1] for line in lines(rows)]
+    larger = [f"{name}, s" for name in MODELS]
+    return [markdown(HEADER[:-1], measured_rows), markdown(["servers", "route", *larger], extrapolated(rows))]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,8 +251,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tropd-bench-") as place:
         for megabytes in given.sizes:
             rows += measured(Path(place), megabytes, given.repeats, given.limit_s, given.routes)
-    header = ["weights", "route", "seconds", "CPU-seconds", "x copy", "x copy, CPU", "loopback", "stored", "failed"]
-    print(table(header, lines(rows)))
+    print(table(HEADER, lines(rows)))
     if larger := extrapolated(rows):
         print("\nExtrapolated from the two largest sizes, not measured: seconds for one update of a model in bfloat16")
         print(table(["servers", "route", *MODELS], larger))

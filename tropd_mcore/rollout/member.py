@@ -2,7 +2,8 @@
 
 This module asks no server (see `policy_server`). A server that is slow would hold up every publication and sampling,
 since all wait for the last. So it rests for REST_STEPS, then for twice as many, up to LONGEST_REST, with one step
-between two rests in which it shows whether it is still slow.
+between two rests in which it shows whether it is still slow. The first step after its start says nothing: engines
+compile and fill caches in their first requests.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Member:
     target: Target | None = None
     version: str | None = None
     """Version of the weights that it holds, proven"""
+    is_warm: bool = False
+    """Whether it has sampled a step since it was started"""
     rest: int = 0
     """Steps of its last rest; 0 = it was not slow when it was used last"""
     rests_until: int = 0
@@ -50,6 +53,7 @@ class Member:
 
     def become(self, state: State) -> None:
         """Change the state. The weights that it holds count as unknown."""
+        self.is_warm = self.is_warm and state != "starting"
         self.state, self.since = state, time.monotonic()
         self.version = None
 

@@ -130,10 +130,12 @@ class PolicyServer:
     def _rest_slow_ones(self, keeps_up: Mapping[str, bool], step: int) -> None:
         """Leave the servers that did not keep up out of the next steps, if another is left. Rank 0; nothing elsewhere.
 
-        If nothing is known of one that was tried again, it rests again.
+        The first step of a server says nothing. If nothing is known of one that was tried again, it rests again.
         """
         used = {key: member for key, member in self._members.items() if member.state in ("ready", "away")}
-        slow = {key for key, member in used.items() if not keeps_up.get(key, not member.rest)}
+        slow = {key for key, member in used.items() if member.is_warm and not keeps_up.get(key, not member.rest)}
+        for key in keeps_up.keys() & used.keys():
+            used[key].is_warm = True
         if not self._ready().keys() - slow:
             return
         for key, member in used.items():
