@@ -1,4 +1,4 @@
-"""`tropd study` with real jobs and a real server: nothing is run twice, and one server serves every cell."""
+"""`tropd study` with real jobs and real servers: nothing is run twice, and the same two servers serve every cell."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def write_plan(folder: Path, example: Path) -> Path:
     """A plan of one pair, two objectives that work, and one whose run fails."""
     settings = dict(override.split("=", 1) for override in paths(example))
     settings |= {"run.seed": "{seed}", "run.steps": 2, "run.checkpoint_every": 1, "rollout.prompts_per_step": 4}
+    settings |= {"rollout.servers": [{}, {}]}
     heldout = folder / "heldout.jsonl"
     heldout.write_text("".join((example / "heldout.jsonl").read_text().splitlines(keepends=True)[:8]))
     wrong = {"objective.kind": "sft", "data.teacher_responses": str(folder / "nowhere.jsonl")}
@@ -101,9 +102,11 @@ def test_a_failed_run_does_not_stop_the_others_and_is_named_at_the_end(place: Pa
     assert lines[3] == "1 of 3 runs failed: tiny-wrong-seed3; the same command runs them again"
 
 
-def test_one_server_serves_every_cell(place: Path) -> None:
-    started = (place / "err.txt").read_text().count("rollout server: starting ")
-    assert started == 1
+def test_the_same_servers_serve_every_cell(place: Path) -> None:
+    err = (place / "err.txt").read_text()
+    assert [err.count(f"rollout server, {number} of 2: starting ") for number in (1, 2)] == [1, 1]
+    logs = sorted((place / "runs" / "logs").glob("study-*.log"))
+    assert len(logs) == 2 and all("POST /generate" in log.read_text(errors="replace") for log in logs)
     assert not list((place / "runs").glob("tiny-*/logs/*.log")), "no command started a server of its own"
 
 

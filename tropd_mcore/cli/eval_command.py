@@ -7,6 +7,7 @@ so results of one configuration can be compared. The server is started for this 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -64,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="print the difference to an earlier result; may be repeated",
     )
-    parser.add_argument("--url", help="base URL of a server that already serves the model")
+    parser.add_argument(
+        "--url", action="append", help="base URL of a server that already serves the model; may be repeated"
+    )
     add_server_argument(parser)
 
 
@@ -186,10 +189,10 @@ def _stored(out: Path | None, model: Path, settings: EvaluationSettings, today: 
     return found if same and found.template_date in (None, today.isoformat()) else None
 
 
-def _own_servers(config: Config, url: str | None) -> list[ServerConfig]:
-    """The server at `--url`, or those of rollout.server, started for this call."""
-    if url is not None:
-        return [config.rollout.server.model_copy(update={"url": url, "port": None})]
+def _own_servers(config: Config, urls: Sequence[str] | None) -> list[ServerConfig]:
+    """The servers at `--url`, or those of rollout.server, started for this call."""
+    if urls:
+        return [config.rollout.server.model_copy(update={"url": url, "port": None}) for url in urls]
     return [
         server.model_copy(update={"dtype": config.rollout.server.dtype})
         for server in started_here(rollout_servers(config).values())

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--own-servers",
         action="store_true",
-        help="let every command start its own rollout server, in place of one server per student",
+        help="let every command start its own rollout servers, in place of the same ones for all of a student",
     )
 
 
@@ -72,14 +72,14 @@ def _chosen(study: Study, names: list[str]) -> list[Cell]:
 def _run(study: Study, cells: list[Cell], *, done: int, own_servers: bool) -> int:
     """Run the cells in order; print one line per cell, and the failed ones at the end."""
     from tropd_mcore.study.cell import CellFailed, describe, run_cell
-    from tropd_mcore.study.server import StudyServer
+    from tropd_mcore.study.server import StudyServers
 
     failed: list[str] = []
     prepared: set[tuple[str, ...]] = set()
-    with nullcontext() if own_servers else StudyServer(Path(study.plan.runs) / "logs") as server:
+    with nullcontext() if own_servers else StudyServers(Path(study.plan.runs) / "logs") as servers:
         for number, cell in enumerate(cells, start=1):
             try:
-                line = describe(run_cell(study, cell, server, prepared))
+                line = describe(run_cell(study, cell, servers, prepared))
             except CellFailed as error:
                 line = f"failed: {error}"
                 failed.append(cell.name)

@@ -7,6 +7,7 @@ directory and, as progress, to the console.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -24,8 +25,7 @@ from pathlib import Path
 import filelock
 
 from tropd_mcore.config.derived import rollout_servers
-from tropd_mcore.config.schema import Config, ServerConfig
-from tropd_mcore.config.server_section import OF_A_START
+from tropd_mcore.config.schema import Config
 from tropd_mcore.errors import DataError
 from tropd_mcore.evaluation.evaluate import load_result as load_evaluation
 from tropd_mcore.evaluation.run_records import RunRecords, read_run
@@ -35,7 +35,7 @@ from tropd_mcore.signals import die_with_parent
 from tropd_mcore.study import result as results
 from tropd_mcore.study.plan import Cell, Study, override
 from tropd_mcore.study.result import CellResult
-from tropd_mcore.study.server import KEY_VARIABLE, StudyServer
+from tropd_mcore.study.server import CHANGED, KEY_VARIABLE, Reach, StudyServers
 from tropd_mcore.train.inputs import installed_versions
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def finished(study: Study, cell: Cell) -> bool:
     return True
 
 
-def run_cell(study: Study, cell: Cell, server: StudyServer | None, prepared: set[Command]) -> CellResult:
-    """Run the cell and write its result. Without `server`, every command starts its own.
+def run_cell(study: Study, cell: Cell, servers: StudyServers | None, prepared: set[Command]) -> CellResult:
+    """Run the cell and write its result. Without `servers`, every command starts its own.
 
     `prepared` are the commands of `prepare` that this process has run; they are not run again, and new ones are added.
     Raises CellFailed if a command fails or another job runs the cell, and ConfigError.
@@ -82,53 +82,55 @@ def run_cell(study: Study, cell: Cell, server: StudyServer | None, prepared: set
                     prepared.add(command)
         config = cell.load()
         if any(each.url is not None for each in rollout_servers(config).values()):
-            server = None  # the plan names servers of its own
+            servers = None  # the plan names servers of its own
         commands = []
         if cell.is_trained:
-            commands.append(_train(cell, config, server, folder))
-        commands.append(_evaluate(cell, config, server, folder))
+            commands.append(_train(cell, config, servers, folder))
+        commands.append(_evaluate(cell, config, servers, folder))
         found = _result(study, cell, config, commands)
     found.save(study.result(cell))
     return found
 
 
-def _train(cell: Cell, config: Config, server: StudyServer | None, folder: Path) -> list[str]:
+def _train(cell: Cell, config: Config, servers: StudyServers | None, folder: Path) -> list[str]:
     """Train, and return the command without the server's address."""
     command = [*_program("tropd"), "train", cell.config, *cell.overrides]
-    if server is None or not config.objective.samples:
+    if servers is None or not config.objective.samples:
         _run(cell, command, folder)
     else:
-        address = server.running(config)
+        reach = servers.running(config)
         try:
-            _run(cell, [*command, *_reach(address.url)], folder, address.environment)
+            _run(cell, [*command, *_overrides(reach)], folder, reach.environment)
         except CellFailed:
-            if server.lives():
+            if servers.lives():
                 raise
             log.warning("%s: its rollout server ended; it is started again, and the run continues", cell.name)
-            address = server.running(config)
-            _run(cell, [*command, *_reach(address.url)], folder, address.environment)
+            reach = servers.running(config)
+            _run(cell, [*command, *_overrides(reach)], folder, reach.environment)
     return command
 
 
-def _evaluate(cell: Cell, config: Config, server: StudyServer | None, folder: Path) -> list[str]:
+def _evaluate(cell: Cell, config: Config, servers: StudyServers | None, folder: Path) -> list[str]:
     """Evaluate the exported student, or the student as it was made, and return the command without the address."""
     model = config.run.dir / "export" if cell.is_trained else config.student.path
     command = [*_program("tropd"), "eval", cell.config, *cell.overrides, "--model", str(model)]
     command += ["--prompts", cell.prompts, "--samples", str(cell.samples), "--out", str(folder / EVALUATION)]
-    if server is None:
+    if servers is None:
         _run(cell, command, folder)
     else:
-        address = server.holding(model, config)
-        with_key = [f"rollout.server.api_key_env={KEY_VARIABLE}", "--url", address.url]
-        _run(cell, [*command, *with_key], folder, address.environment)
+        reach = servers.holding(model, config)
+        with_key = ["rollout.servers=[]", f"rollout.server.api_key_env={KEY_VARIABLE}"]
+        with_key += [word for url in reach.urls for word in ("--url", url)]
+        _run(cell, [*command, *with_key], folder, reach.environment)
     return command
 
 
-def _reach(url: str) -> list[str]:
-    """Overrides that name the running server, and take back how one, or a fleet, would be started."""
-    defaults = {name: ServerConfig.model_fields[name].get_default(call_default_factory=True) for name in OF_A_START}
-    values = {"url": url, "api_key_env": KEY_VARIABLE, **defaults}
-    return ["rollout.servers=[]", *(override(f"rollout.server.{name}", value, {}) for name, value in values.items())]
+def _overrides(reach: Reach) -> list[str]:
+    """Overrides that name the running servers, and take back how they would be started."""
+    found = [server.model_dump(mode="json") for server in reach.servers]
+    if len(found) > 1:
+        return [f"rollout.servers={json.dumps(found)}"]
+    return ["rollout.servers=[]", *(override(f"rollout.server.{name}", found[0][name], {}) for name in CHANGED)]
 
 
 def _program(name: str) -> list[str]:
