@@ -27,6 +27,8 @@ from tests.faults.soak_readings import SharedMemory
 STARTUP = Path(__file__).with_name("startup")
 POLL_S = 0.1
 WATCH_S = 0.25
+GO_S = 10.0
+"""Longest wait until a rank that may go on has noticed. One that was killed never does."""
 LIMIT_S = 240.0
 """Longest wait for an expected event. It only ends a hang and does not judge a slow machine."""
 
@@ -143,6 +145,10 @@ class Launch:
 
     def arm(self, edge: str, *, rank: int = 0, then: str = "wait", nth: int = 1) -> None:
         """Make a rank act (`startup/sitecustomize`) when it reaches `edge` for the `nth` time from now on."""
+        if (self.notes / f"reached.{rank}").exists():
+            gone = time.monotonic() + GO_S  # a rank that was told to go on must not miss it
+            while (self.notes / f"go.{rank}").exists() and self.process.poll() is None and time.monotonic() < gone:
+                time.sleep(POLL_S / 10)
         for name in ("reached", "go"):
             (self.notes / f"{name}.{rank}").unlink(missing_ok=True)
         fresh = self.notes / f"fresh.{rank}"

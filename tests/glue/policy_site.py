@@ -165,7 +165,7 @@ class PolicySite:
             raise fault
         return {}
 
-    def _check_unchanged(self, targets: list[Any]) -> dict[str, ServerError]:
+    def _check_unchanged(self, targets: list[Any], version: str) -> dict[str, ServerError]:
         if any(self.unchanged_faults[:1]):
             self.events.append(("changed",))
         return self._fault(self.unchanged_faults, [target.client.key for target in targets])

@@ -168,8 +168,22 @@ def test_weights_that_change_after_their_publication_are_detected_on_the_right_s
     made.verify_sync(everyone, stream, "v1")
     assert made.check_unchanged(everyone) == {}
     servers[1].weights["a"] = b"of another job"
-    with pytest.raises(GateError, match=r"rollout\.servers\.1: the server's weights changed after their publication"):
-        made.check_unchanged(everyone)
+    for version in (None, "v1"):
+        with pytest.raises(
+            GateError, match=r"rollout\.servers\.1: the server's weights changed after their publication"
+        ):
+            made.check_unchanged(everyone, version)
+
+
+def test_a_server_that_admits_to_have_other_weights_after_sampling_is_lost_and_does_not_end_the_run() -> None:
+    """Somebody has started it again. What it answered before carries the label of the step."""
+    servers = fleet(FleetServer(), FleetServer())
+    everyone, made = targets(servers, proven=True), publisher()
+    made.verify_sync(everyone, stream, "v1")
+    servers[1].weights["a"], servers[1].label = b"of the folder", "default"
+    (lost,) = made.check_unchanged(everyone, "v1").items()
+    assert lost[0] == "rollout.servers.1"
+    assert "the server has weights 'default' after it sampled from 'v1'" in str(lost[1])
 
 
 def test_the_next_bucket_is_gathered_while_one_is_sent_and_no_more_than_these_two_exist() -> None:

@@ -176,16 +176,28 @@ class FleetPublisher:
 
         return failed | self._replace(left, make_stream(), version, check)
 
-    def check_unchanged(self, targets: Sequence[Target]) -> Errors:
-        """Raise GateError if the weights of a server are not those after the last publication.
+    def check_unchanged(self, targets: Sequence[Target], version: str | None = None) -> Errors:
+        """Raise GateError if a server has other weights than after the last publication, under the same label.
 
-        Returns the error of each server that gives no answer.
+        Returns the error of each server that gives no answer, or that has another label than `version`: somebody has
+        started it again. Its answers carry the label under which they were sampled, so those of before are good.
         """
         known = [target for target in targets if target.ledger is not None and target.ledger.last is not None]
         held, failed = self._held(known)
         for target in known:
-            if target.key in held and target.ledger is not None:
+            if target.key not in held or target.ledger is None:
+                continue
+            try:
                 target.ledger.check_unchanged(held[target.key])
+            except GateError:
+                info, gone = at_once({target.key: target.client.info})
+                label = info[target.key].weight_version if info else None
+                if version is None or label == version:
+                    raise
+                failed[target.key] = gone.get(target.key) or ServerError(
+                    f"{target.key}: the server has weights {label!r} after it sampled from {version!r}: somebody has "
+                    "started it again, or updated it"
+                )
         return failed
 
     def close(self) -> None:

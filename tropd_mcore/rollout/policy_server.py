@@ -173,7 +173,7 @@ class PolicyServer:
             _put_behind(sampler.lane, [member.server for member in holding.values()])
         collected = sampler.collect(requests, step=step, expected_version=version, found=found)
         targets = [member.target for key, member in holding.items() if key not in collected.lost and member.target]
-        collected.lost |= self._tools.publisher.check_unchanged(targets)
+        collected.lost |= self._tools.publisher.check_unchanged(targets, version)
         return collected
 
     def _publish(self, version: str) -> dict[str, ServerError]:
