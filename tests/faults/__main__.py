@@ -28,7 +28,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say which faults there are, and play nothing")
     parser.add_argument("--representative", action="store_true", help="only the part that CI plays")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="file for the result (default: only the console)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="JSON", help="file for the result (default: only the console)")
+    where.add_argument("--into", type=Path, metavar="JSON", help="result in which the played faults replace their rows")
     parser.add_argument("--work", type=Path, help="folder of models and runs, kept (default: a temporary one)")
     return parser.parse_args(arguments)
 
@@ -69,6 +71,9 @@ def main(arguments: list[str]) -> int:
             whole = ids in ([fault.id for fault in part] for part in (all_faults(), fleet_faults()))
             results.write(options.out, played, root, options, whole=whole, seconds=time.monotonic() - begun)
             say(f"written to {options.out}")
+        if options.into is not None:
+            results.renew(options.into, played, root, time.monotonic() - begun)
+            say(f"{len(played)} rows of {options.into} are new")
         for each in played:
             if each.verdict.reasons:
                 say(f"{each.verdict.verdict} {each.fault.id}: {'; '.join(each.verdict.reasons)[:600]}")

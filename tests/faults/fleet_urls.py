@@ -16,6 +16,7 @@ from tests.faults.scene import Scene
 from tests.faults.stage import Outside
 from tests.faults.verdict import Seen
 from tests.liars import nothing_done
+from tropd_mcore.rollout.member import REST_STEPS
 
 CHAIN = "fleet-urls"
 PROOF_UPDATES = 2
@@ -49,14 +50,17 @@ def running(scene: Scene) -> Launch:
 
 
 def a_step_of_both(scene: Scene, launch: Launch) -> None:
-    """Let a step pass in which both servers answer, and halt the run before the next one."""
+    """Let steps pass until both servers have answered in one, and halt the run before the next one."""
     launch.halt("before sample")
-    before = _answered(scene)
-    launch.arm("before sample")
-    launch.go()
-    launch.reach()
-    if any(new <= old for old, new in zip(before, _answered(scene), strict=True)):
-        raise TooLateError(f"a server took no part in a step: {before}, then {_answered(scene)} answers")
+    for _ in range(REST_STEPS + 2):  # one that was just started takes part in a later step
+        before = _answered(scene)
+        launch.arm("before sample")
+        launch.go()
+        launch.reach()
+        after = _answered(scene)
+        if all(new > old for old, new in zip(before, after, strict=True)):
+            return
+    raise TooLateError(f"a server took no part in {REST_STEPS + 2} steps: {before}, then {after} answers")
 
 
 def _answered(scene: Scene) -> list[int]:
@@ -95,14 +99,17 @@ def both_again(scene: Scene, launch: Launch, seen: Seen) -> None:
 
 
 def restarted_before_its_label(scene: Scene) -> Seen:
-    """Somebody restarts the second server after its weights were checked, so that its old weights get the label."""
+    """Somebody restarts the first server after its weights were checked, so that its old weights get the label.
+
+    The first server, because the threads that label the servers begin with it.
+    """
     launch = running(scene)
     a_step_of_both(scene, launch)
     done = scene.steps()
     launch.arm("before label weights", nth=1)
     launch.go()
     launch.reach()
-    outsiders(scene)[1].restart()
+    outsiders(scene)[0].restart()
     scene.strike(launch)
     launch.go()
     seen = scene.end(launch)
@@ -180,7 +187,7 @@ FAULTS = [
     ),
     row("url-restarted-label", "somebody restarts a server at a url between the proof of its weights and its label",
         "exit code 2 and one line that names its section; no step is trained on its samples",
-        restarted_before_its_label, r"^error: .*rollout\.servers\.1\b", code=(2,), chain=CHAIN, shared=True),
+        restarted_before_its_label, r"^error: .*rollout\.servers\.0\b", code=(2,), chain=CHAIN, shared=True),
     *(
         row(f"lies-{number}",
             f"a server loads no update from number {update + 1} on, but reports success and takes the label",

@@ -30,11 +30,32 @@ def write(
         "whole": whole,
         **circumstances(),
         "seconds": round(seconds),
-        "totals": {verdict: sum(each["verdict"] == verdict for each in records) for verdict in ("ok", "WEAK", "MISS")},
-        **{name: sum(each[name] for each in records) for name in COUNTERS},
+        **_counted(records),
         "faults": records,
     }
     write_json(path, content)
+
+
+def renew(path: Path, played: list[Played], root: Path, seconds: float) -> None:
+    """Put faults that were played again into a result, in place of their rows. Each of them names its own commit.
+
+    Raises ValueError if the result lacks one of them.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = {row["id"]: row for row in content["faults"]}
+    fresh = {each.fault.id: {**each.record(root), "commit": git("rev-parse", "HEAD")} for each in played}
+    if unknown := fresh.keys() - rows.keys():
+        raise ValueError(f"{path} has no row of {', '.join(sorted(unknown))}; play all faults with --out first")
+    records = list({**rows, **fresh}.values())
+    seconds += content["seconds"]
+    write_json(path, {**content, "seconds": round(seconds), **_counted(records), "faults": records})
+
+
+def _counted(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "totals": {verdict: sum(each["verdict"] == verdict for each in records) for verdict in ("ok", "WEAK", "MISS")},
+        **{name: sum(each[name] for each in records) for name in COUNTERS},
+    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

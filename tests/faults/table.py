@@ -27,7 +27,7 @@ To see what a fault does to a run, play it:
 python -m tests.faults --list                      # all faults
 python -m tests.faults kill-launcher stop-rank     # faults whose id begins with these words
 python -m tests.faults --jobs 2 --out tests/faults/results/faults.json   # all but those of a fleet
-python -m tests.faults fleet --out tests/faults/results/fleet.json       # those of several rollout servers
+python -m tests.faults fleet --jobs 2 --out tests/faults/results/fleet.json   # those of several rollout servers
 python -m tests.faults kill-loop --kills 30        # one run, killed at 30 random moments
 python -m tests.faults consoles --out docs/consoles.md
 ```
@@ -128,6 +128,8 @@ def _row(fault: Fault, row: dict[str, Any] | None) -> str:
     if row["exit_code"] not in fault.code:  # recorded before the code was changed
         came += f" at that commit, {' or '.join(str(as_shell(code)) for code in fault.code)} since then"
     came += f": `{_cell(row['line'], 160)}`" if row["line"] else ""
+    if "commit" in row:
+        came += f" (played at commit {row['commit'][:12]})"
     reasons = f": {_cell('; '.join(row['reasons']), 160)}" if row["reasons"] else ""
     return f"| {name} | {_cell(done)} | {_cell(wanted)} | {came} | {row['seconds']:g} | {row['verdict']}{reasons} |"
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.faults import results
+from tests.faults.play import Played
 from tests.faults.registry import all_faults, fleet_faults
 from tests.faults.results import COUNTERS, places_in
 from tests.faults.table import FLEET_RESULT, KILL_LOOP, PAGE, RESULT, page
@@ -76,6 +82,20 @@ def test_the_page_of_faults_matches_registry_and_result() -> None:
 def test_the_representative_faults_cover_every_group_but_teacher_and_checkpoint() -> None:
     covered = {fault.group for fault in all_faults() if fault.representative}
     assert covered >= set(GROUPS) - {"teacher", "checkpoint"}
+
+
+def test_faults_that_were_played_again_replace_their_rows_and_name_their_commit(tmp_path: Path) -> None:
+    rows = [{"id": name, "verdict": OK, **dict.fromkeys(COUNTERS, 0)} for name in ("f", "g")]
+    (tmp_path / "result.json").write_text(json.dumps({"commit": "old", "seconds": 3, "faults": rows, "totals": {}}))
+    made = fault()
+    again = Played(made, judge(made, seen(lost=["a step"])), seen())
+    results.renew(tmp_path / "result.json", [again], tmp_path, 2.4)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [row["verdict"] for row in found["faults"]] == [MISS, OK] and found["totals"] == {OK: 1, WEAK: 0, MISS: 1}
+    assert (found["commit"], found["seconds"], found["lost"]) == ("old", 5, 1)
+    assert "commit" in found["faults"][0] and "commit" not in found["faults"][1]
+    with pytest.raises(ValueError, match="has no row of h; play all faults with --out first"):
+        results.renew(tmp_path / "result.json", [dataclasses.replace(again, fault=fault(id="h"))], tmp_path, 1.0)
 
 
 def fault(**changes: Any) -> Fault:

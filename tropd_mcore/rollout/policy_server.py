@@ -375,6 +375,8 @@ class PolicyServer:
         for key, error in lost.items():
             member = self._members[key]
             member.error = failed.get(key, error)
+            if not isinstance(error, ServerHung):
+                member.is_warm = False  # at a url, too, it may be another process when it comes back
             if key in away or not member.server.is_started:
                 member.become("away")
             else:
