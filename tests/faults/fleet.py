@@ -42,8 +42,10 @@ WORKS_S, RESTS_S = 0.03, 0.27
 """A slow engine works a tenth of the time."""
 LOOK_S = 1.0
 """Seconds between two looks whether all servers are up."""
+UP_S = 120.0
+"""Longest wait until all servers are up, before another step may pass."""
 READY_S = 300.0
-"""Longest wait until all servers are up. It only ends a hang."""
+"""Longest wait for the next step. It only ends a hang."""
 
 
 def running(scene: Scene, *more: str) -> Launch:
@@ -120,21 +122,30 @@ def _all_up(scene: Scene, launch: Launch, count: int) -> bool:
 def together(scene: Scene, launch: Launch, count: int = SERVERS) -> None:
     """Halt the run before a step in which every server will take part, and let one such step pass.
 
-    A server that seemed slow is left out of some steps before that.
+    A server that seemed slow is left out of some steps before that, and one that hangs meanwhile is noticed after them.
     """
     launch.halt("before sample")
-    launch.wait(lambda: _all_up(scene, launch, count), "all servers up", READY_S)
-    for _ in range(REST_STEPS + 2):
-        before = answered(scene, count)
+    for _ in range(REST_STEPS + 4):
+        up, before = _wait_for_all(scene, launch, count), answered(scene, count)
         launch.arm("before sample")
         launch.go()
         launch.reach()
-        idle = [
-            place for place, (old, new) in enumerate(zip(before, answered(scene, count), strict=True)) if new <= old
-        ]
-        if not idle:
+        after_it = answered(scene, count)
+        idle = [place for place in range(count) if after_it[place] <= before[place]]
+        if up and not idle:
             return
-    raise TooLateError(f"rollout.servers {idle} took no part in {REST_STEPS + 2} steps although they were up")
+    raise TooLateError(f"rollout.servers {idle} took no part in {REST_STEPS + 4} steps")
+
+
+def _wait_for_all(scene: Scene, launch: Launch, count: int) -> bool:
+    """Wait until all servers are up, at most UP_S. Returns whether they are."""
+    deadline = time.monotonic() + UP_S
+    while not _all_up(scene, launch, count):
+        if launch.process.poll() is not None:
+            raise TooLateError(f"all servers up: the command ended before with {launch.process.returncode}")
+        if time.monotonic() > deadline:
+            return False
+    return True
 
 
 def answered(scene: Scene, count: int) -> list[int]:
