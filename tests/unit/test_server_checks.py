@@ -95,8 +95,8 @@ def test_two_servers_share_a_gpu_only_if_both_have_a_number_of_tokens(
         (
             "cuda",
             {"url": "http://h:1", "gpus": [1], "threads": 2},
-            "rollout.server.url names a running server, so rollout.server.gpus and rollout.server.threads would have no "
-            "effect; remove the url or the rest",
+            "rollout.server.url names a running server, so rollout.server.gpus and rollout.server.threads would have "
+            "no effect; remove the url or the rest",
         ),
         (
             "cpu",
