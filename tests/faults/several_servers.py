@@ -10,7 +10,7 @@ INTRO = """\
 
 Faults of a job with `rollout.servers`. Their ids begin with the words of the first column. The last column names tests
 that play such a fault on real servers ("stand-ins": on stubs only). [servers.md](servers.md#several-rollout-servers)
-has the log lines.
+has the log lines. `python -m tests.faults fleet` plays all of them on whole jobs; no complete pass is recorded yet.
 """
 OUTRO = """\
 In the rows in which samples are drawn anew, and only there, short responses are favoured a little.
@@ -44,14 +44,15 @@ ROWS = (
     (
         "fleet-slow",
         "one works a tenth of the time",
-        "its open samples go on at the others from their tokens, counted in the log; it is not started again",
+        "its open samples go on at the others from their tokens, counted in the log; it is not started again, and is "
+        "left out of the next steps",
         "`tests/sglang/test_fleet.py`",
     ),
     (
         "fleet-url-restarted",
         "somebody restarts a server at a `url`, so it has the weights of its folder and another label",
         "nothing that it answers under that label is used; it gets the weights at the next step",
-        "`tests/sglang/test_fleet.py` (label)",
+        "`tests/sglang/test_fleet_faults.py`",
     ),
     (
         "fleet-url-restarted-label",
