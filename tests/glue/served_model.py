@@ -39,6 +39,7 @@ class Served:
     """Attributes that a restart changes."""
     after_restart: Callable[[], None] | None = None
     spec: Any = field(default_factory=lambda: SimpleNamespace(key="teacher.server"))
+    is_kept_elsewhere: bool = False
 
     @property
     def client(self) -> Served:

@@ -436,7 +436,7 @@ SERVED = (
     ),
     row(
         "after a restart the weights of the folder are sampled from",
-        Fault("rollout.policy_server", "time.monotonic()\n        self.version = None", "time.monotonic()"),
+        Fault("rollout.member", "time.monotonic()\n        self.version = None", "time.monotonic()"),
         test_policy_server.test_after_a_server_death_weights_are_published_again_and_only_missing_samples_requested,
     ),
     row(

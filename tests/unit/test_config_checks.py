@@ -137,7 +137,7 @@ def test_the_world_size_error_spells_out_the_arithmetic(layout, world_size, expe
         ({"rollout": {"server": {"url": "localhost:3"}}}, "rollout.server.url: expected http://host:port"),
         (
             {"teacher": {"server": {"url": "http://h:1", "port": 5, "extra_args": ["--x"]}}},
-            "teacher.server.url names a running server, so teacher.server.{port,extra_args} would have no effect",
+            "teacher.server.url names a running server, so teacher.server.port and teacher.server.extra_args would",
         ),
         (
             {"rollout": {"server": {"extra_args": ["--tp-size=2"]}}},

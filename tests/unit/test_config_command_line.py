@@ -208,4 +208,4 @@ def test_time_limits_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     assert line.startswith("rollout.server.hang_timeout_s = 50 is above rollout.server.request_timeout_s = 40")
     load(write(tmp_path), ["rollout.server.request_timeout_s=40"])
     (line,) = problems(tmp_path, overrides=["rollout.server.url=http://h:1", "rollout.server.log_max_mib=3"])
-    assert "log_max_mib} would have no effect" in line
+    assert "rollout.server.log_max_mib would have no effect" in line
