@@ -63,7 +63,7 @@ class Clone:
         self, *settings: str, venv: str | None = None, fail_at: str = "nothing", sleep: bool = False, **extra: str
     ) -> subprocess.Popen[str]:
         variables = {"VENV": venv or self.venv, "CALLS": str(self.calls), "FAIL_AT": fail_at, "SLEEP": "1" * sleep}
-        kept = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "SETUP")}
         environment = {**kept, **variables, **extra}
         return subprocess.Popen(
             ["bash", "examples/quickstart.sh", "run.steps=3", *settings],
