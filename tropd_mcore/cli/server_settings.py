@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from tropd_mcore.config.derived import of_first_node
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.config.server_section import OF_A_START
 from tropd_mcore.config.yaml_reader import parse_yaml
@@ -52,7 +53,7 @@ def started_here(servers: Iterable[ServerConfig]) -> list[ServerConfig]:
     Those on other nodes and at a url are left out; ports and dtypes are the command's own.
     """
     servers = list(servers)
-    mine = [server for server in servers if server.url is None and server.node == 0] or servers[:1]
+    mine = of_first_node(servers) or servers[:1]
     return [server.model_copy(update={"url": None, "port": None, "dtype": None, "node": 0}) for server in mine]
 
 

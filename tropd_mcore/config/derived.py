@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from tropd_mcore.config.schema import Config, ParallelConfig, RouterConfig, ServerConfig
@@ -122,6 +123,11 @@ def rollout_servers(config: Config) -> dict[str, ServerConfig]:
     if not config.rollout.servers:
         return {"rollout.server": config.rollout.server}
     return {f"rollout.servers.{place}": server for place, server in enumerate(config.rollout.servers)}
+
+
+def of_first_node(servers: Iterable[ServerConfig]) -> list[ServerConfig]:
+    """Return those of `servers` that a job starts on its first node."""
+    return [server for server in servers if server.url is None and server.node == 0]
 
 
 def teacher_servers(config: Config) -> dict[str, ServerConfig]:

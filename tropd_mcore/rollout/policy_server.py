@@ -105,9 +105,7 @@ class PolicyServer:
         """
         version = f"{self._launch}/step-{step:06d}"
         found = Collected()
-        for member in self._members.values():
-            if member.state == "resting" and member.rests_until <= step:
-                member.become("away")  # looked at, and connected anew if it answers
+        self._wake(step)
         while True:
             with self._clock.phase("server"):
                 self._assemble()
@@ -126,6 +124,17 @@ class PolicyServer:
                     return [rollout for request in requests if (rollout := found.rollouts.get(request.sample_id))]
             with self._clock.phase("server"):
                 self._drop(lost, alive=found.may_return)
+
+    def _wake(self, step: int | None = None) -> bool:
+        """End the rests that are over before `step`, or all of them. Returns whether there was one. Rank 0."""
+        over = [
+            member
+            for member in self._members.values()
+            if member.state == "resting" and (step is None or member.rests_until <= step)
+        ]
+        for member in over:
+            member.become("away")  # looked at, and connected anew if it answers
+        return bool(over)
 
     def _rest_slow_ones(self, keeps_up: Mapping[str, bool], step: int) -> None:
         """Leave the servers that did not keep up out of the next steps, if another is left. Rank 0; nothing elsewhere.
@@ -300,9 +309,7 @@ class PolicyServer:
                             lost[key] = error
                 if lost or self._ready():
                     return lost
-                if resting := [member for member in self._members.values() if member.state == "resting"]:
-                    for member in resting:
-                        member.become("away")
+                if self._wake():
                     continue
                 if not any(member.may_become_ready() for member in self._members.values()):
                     raise self._an_error()

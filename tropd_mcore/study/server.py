@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tropd_mcore.config.derived import rollout_servers
+from tropd_mcore.config.derived import of_first_node, rollout_servers
 from tropd_mcore.config.schema import Config, ServerConfig
 from tropd_mcore.config.server_section import OF_A_START
 from tropd_mcore.errors import ServerDied
@@ -134,8 +134,7 @@ class StudyServers:
 
 def _of_this_machine(config: Config) -> list[ServerConfig]:
     """The rollout servers of a cell that belong on one machine: those of its first node."""
-    here = [server for server in rollout_servers(config).values() if server.node == 0]
-    return here or [config.rollout.server.model_copy(update={"node": 0})]
+    return of_first_node(rollout_servers(config).values()) or [config.rollout.server.model_copy(update={"node": 0})]
 
 
 def _at(server: ServerConfig, url: str) -> ServerConfig:

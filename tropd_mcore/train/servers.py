@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tropd_mcore.config.derived import server_name
+from tropd_mcore.config.fields import Dtype
 from tropd_mcore.config.schema import ServerConfig
 from tropd_mcore.config.server_checks import gpus_of
 from tropd_mcore.config.teachers import the_teacher
@@ -42,6 +44,15 @@ class Nodes:
     """This machine's address for ranks on the first node"""
 
 
+@dataclass(frozen=True)
+class _Served:
+    """The model that servers load."""
+
+    key: str
+    path: Path
+    dtype: Dtype
+
+
 def find_nodes(layout: Layout, environment: RankEnvironment) -> Nodes:
     """Return the nodes of the job. Collective. Raises ServerError if the first node cannot be reached from this one."""
     starts = gather_on_rank_zero(environment.local_rank == 0, layout.groups.control)
@@ -67,6 +78,7 @@ def start_policy_servers(
     """
     control, nodes = context.layout.groups.control, context.nodes
     owners = _owners(used, nodes)
+    student = _Served("student.path", context.config.student.path, context.config.student.dtype)
     owned: dict[str, SupervisedServer] = {}
     template, router_config = context.config.rollout.server, context.config.rollout.router if used else None
     key_of_all: str | None = None
@@ -77,7 +89,7 @@ def start_policy_servers(
         for key, server in used.items():
             if owners[key] == context.layout.rank:
                 owned[key] = SupervisedServer(
-                    _spec(context, key, server, longest, here=server.url is None, api_key=key_of_all)
+                    _spec(context, key, server, student, longest, here=server.url is None, api_key=key_of_all)
                 )
                 cleanup.callback(owned[key].stop)
                 for other in _on_its_gpus(key, used, owned) if context.platform.name == "cuda" else ():
@@ -98,7 +110,7 @@ def start_policy_servers(
     if context.layout.rank == 0:
         for key, server in used.items():
             reached[key] = owned.get(key) or _of_another_rank(
-                _spec(context, key, server, None, here=False), addresses[key]
+                _spec(context, key, server, student, None, here=False), addresses[key]
             )
     return PolicyServers(owned, reached, router)
 
@@ -148,26 +160,12 @@ def start_teacher_servers(context: JobContext, cleanup: ExitStack, longest: int)
     owners = _owners(teacher.servers, context.nodes)
     at_urls = all(server.url is not None for server in teacher.servers.values())
 
-    def spec_of(key: str, server: ServerConfig, *, here: bool) -> ServerSpec:
-        return server_spec(
-            server_name(key),
-            key=key,
-            model_key=teacher.path_key,
-            model=teacher.path,
-            dtype=teacher.config.dtype,
-            config=server,
-            device=context.platform.name,
-            logs=context.run_dir.logs,
-            here=here,
-            longest=longest,
-            host=context.nodes.address if server.node else LOOPBACK,
-        )
-
+    model = _Served(teacher.path_key, teacher.path, teacher.config.dtype)
     owned: dict[str, SupervisedServer] = {}
     with raise_on_all_ranks(layout.groups.control):
         for key, server in teacher.servers.items():
             if owners[key] == layout.rank or at_urls:
-                owned[key] = SupervisedServer(spec_of(key, server, here=server.url is None))
+                owned[key] = SupervisedServer(_spec(context, key, server, model, longest, here=server.url is None))
                 cleanup.callback(owned[key].stop)
                 owned[key].start()
         for server_here in owned.values():
@@ -183,7 +181,7 @@ def start_teacher_servers(context: JobContext, cleanup: ExitStack, longest: int)
         return None
     return ServerFleet(
         [
-            owned.get(key) or _of_another_rank(spec_of(key, server, here=False), addresses[key])
+            owned.get(key) or _of_another_rank(_spec(context, key, server, model, longest, here=False), addresses[key])
             for key, server in teacher.servers.items()
         ]
     )
@@ -199,6 +197,7 @@ def _spec(
     context: JobContext,
     key: str,
     config: ServerConfig,
+    model: _Served,
     longest: int | None,
     *,
     here: bool,
@@ -207,9 +206,9 @@ def _spec(
     spec = server_spec(
         server_name(key),
         key=key,
-        model_key="student.path",
-        model=context.config.student.path,
-        dtype=context.config.student.dtype,
+        model_key=model.key,
+        model=model.path,
+        dtype=model.dtype,
         config=config,
         device=context.platform.name,
         logs=context.run_dir.logs,

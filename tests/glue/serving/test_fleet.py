@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,35 +146,24 @@ def test_a_new_process_that_serves_another_model_ends_the_call(monkeypatch: pyte
         fleet.generate([request(2)])
 
 
-def test_a_server_at_a_url_takes_part_again_when_it_answers(
+def test_a_server_that_others_keep_takes_part_again_when_it_answers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """One at a url, and one of another node, which its rank starts again; both are checked."""
     caplog.set_level(logging.INFO)
-    servers: Any = [Server(0), Server(1, started=False)]
-    rounds = played(monkeypatch, {key(1): ServerDied("silent")})
-    servers[1].ready = False
-    fleet = ServerFleet(servers)
-    for _ in range(2):
+    for second in (Server(1, started=False), Server(1, kept=True)):
+        caplog.clear()
+        servers: Any = [Server(0), second]
+        second.after_restart = partial(second.did.append, "checked")
+        rounds = played(monkeypatch, {key(1): ServerDied("silent")})
+        second.ready = False
+        fleet = ServerFleet(servers)
+        for _ in range(2):
+            fleet.generate([request(1)])
+        second.ready = True
         fleet.generate([request(1)])
-    servers[1].ready = True
-    fleet.generate([request(1)])
-    assert [len(keys) for keys, _ in rounds.asked] == [2, 1, 2] and servers[1].did == []
-    assert f"{key(1)}: it takes requests again" in caplog.text
-
-
-def test_a_server_of_another_node_takes_part_again_when_its_rank_has_started_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    servers: Any = [Server(0), Server(1, kept=True)]
-    servers[1].after_restart = lambda: servers[1].did.append("checked")
-    rounds = played(monkeypatch, {key(1): ServerDied("no connection")})
-    servers[1].ready = False
-    fleet = ServerFleet(servers)
-    for _ in range(2):
-        fleet.generate([request(1)])
-    servers[1].ready = True
-    fleet.generate([request(1)])
-    assert [len(keys) for keys, _ in rounds.asked] == [2, 1, 2] and servers[1].did == ["checked"]
+        assert [len(keys) for keys, _ in rounds.asked] == [2, 1, 2] and second.did == ["checked"]
+        assert f"{key(1)}: it takes requests again" in caplog.text
 
 
 def test_the_only_server_on_another_node_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
